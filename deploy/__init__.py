@@ -1,0 +1,1 @@
+"""The doors and the switchboard; the only room that knows text."""

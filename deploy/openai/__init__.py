@@ -1,0 +1,1 @@
+"""OpenAI's JSON to our requests and back."""

@@ -1,0 +1,1 @@
+"""Parallel layers: they know about ranks, models do not."""

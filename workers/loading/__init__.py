@@ -1,0 +1,1 @@
+"""From checkpoint files to this rank's slices, with proof that nothing is missing."""

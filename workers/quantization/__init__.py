@@ -1,0 +1,1 @@
+"""Weight formats: how a linear layer stores and multiplies its weight."""
