@@ -1,0 +1,186 @@
+"""Every setting, frozen, parsed once at a door; unknown keys are refused with the nearest name.
+
+`ServingConfig.from_mapping` takes the flat names users know from vLLM (`tensor_parallel_size`, `max_num_seqs`, ...).
+What is "auto" or None here is worked out later into a new value (`replace`), never by mutation.
+"""
+
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, Literal
+
+import msgspec
+
+from argosy.cluster.protocol.errors import ConfigError
+
+
+class _Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A group of settings."""
+
+    def replace(self, **changes: Any) -> Any:
+        """A copy with some fields changed, checked again."""
+        return msgspec.structs.replace(self, **changes)
+
+
+class ModelConfig(_Settings, frozen=True):
+    """Which model, and in which numbers."""
+
+    model: str
+    tokenizer: str | None = None
+    served_model_name: tuple[str, ...] = ()
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    max_model_len: int | None = None  # None: what the model's config says
+    load_format: Literal["auto", "safetensors", "dummy"] = "auto"
+    seed: int = 0
+    chat_template: str | None = None
+    skip_tokenizer_init: bool = False
+    generation_config: str = "auto"  # "auto": the folder's own; "vllm": none
+    max_logprobs: int = 20
+    quantization: str | None = None
+    hf_overrides: dict[str, Any] | None = None
+
+
+class CacheConfig(_Settings, frozen=True):
+    """The paged KV cache."""
+
+    block_size: int = 16  # tokens a block
+    gpu_memory_utilization: float = 0.92  # fraction of device memory for everything
+    kv_cache_memory_bytes: int | None = None  # overrides the above
+    num_gpu_blocks_override: int | None = None  # overrides both
+    enable_prefix_caching: bool = True
+    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8_e4m3"] = "auto"
+
+
+class SchedulerConfig(_Settings, frozen=True):
+    """What a step may hold, and who goes first."""
+
+    max_num_seqs: int = 256  # rows of a step, and requests that hold blocks
+    max_num_batched_tokens: int = 2048  # token budget of a step
+    enable_chunked_prefill: bool = True
+    policy: Literal["fcfs", "priority"] = "fcfs"
+    max_num_waiting: int = 4096  # beyond it: Overloaded
+    async_scheduling: bool = True
+    max_recoveries: int = 3
+    request_deadline_seconds: float = 600.0  # hard cap on any request
+    watermark: float = 0.01  # fraction of blocks kept free when admitting new requests
+
+
+class ParallelConfig(_Settings, frozen=True):
+    """How many ranks, and where."""
+
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    pipeline_layers: tuple[int, ...] = ()  # layers of each stage; empty: as even as can be
+    start_deadline_seconds: float = 600.0
+    step_deadline_seconds: float = 60.0
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    cpu_threads: int | None = None  # a CPU rank's threads; None: cores divided by ranks
+    enforce_eager: bool = False
+    max_cuda_graph_batch: int = 512
+
+
+class ServerConfig(_Settings, frozen=True):
+    """The doors."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    api_keys_file: str | None = None
+    max_body_bytes: int = 4 * 1024 * 1024
+    drain_seconds: float = 30.0
+    disable_log_stats: bool = False
+    response_role: str = "assistant"
+
+
+class ServingConfig(_Settings, frozen=True):
+    """All settings of one served model."""
+
+    model: ModelConfig
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    server: ServerConfig = ServerConfig()
+
+    def __post_init__(self) -> None:
+        check = _Checks()
+        cache, scheduler, parallel = self.cache, self.scheduler, self.parallel
+        check.at_least("block_size", cache.block_size, 1)
+        check.between("gpu_memory_utilization", cache.gpu_memory_utilization, 0.01, 1.0)
+        check.at_least("num_gpu_blocks_override", cache.num_gpu_blocks_override, 1)
+        check.at_least("kv_cache_memory_bytes", cache.kv_cache_memory_bytes, 1)
+        check.at_least("max_num_seqs", scheduler.max_num_seqs, 1)
+        check.at_least("max_num_batched_tokens", scheduler.max_num_batched_tokens, 1)
+        check.at_least("max_num_waiting", scheduler.max_num_waiting, 0)
+        check.between("watermark", scheduler.watermark, 0.0, 0.5)
+        check.at_least("request_deadline_seconds", scheduler.request_deadline_seconds, 0.001)
+        check.at_least("tensor_parallel_size", parallel.tensor_parallel_size, 1)
+        check.at_least("pipeline_parallel_size", parallel.pipeline_parallel_size, 1)
+        check.at_least("max_model_len", self.model.max_model_len, 1)
+        check.between("port", self.server.port, 0, 65535)
+        if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
+            raise ConfigError(
+                f"max_num_batched_tokens={scheduler.max_num_batched_tokens} is below max_num_seqs="
+                f"{scheduler.max_num_seqs}: a step could not give every running request one token; raise the first"
+            )
+        stages = parallel.pipeline_layers
+        if stages and (len(stages) != parallel.pipeline_parallel_size or min(stages) < 1):
+            raise ConfigError(
+                f"pipeline_layers={list(stages)} must name at least one layer for each of the "
+                f"{parallel.pipeline_parallel_size} stages"
+            )
+
+    @classmethod
+    def from_mapping(cls, given: Mapping[str, object]) -> "ServingConfig":
+        """The settings from flat names. Raises `ConfigError` with the name, the value and the nearest known name."""
+        sections: dict[str, dict[str, object]] = {}
+        for key, value in given.items():
+            if key not in _SECTION_OF:
+                near = get_close_matches(str(key), _SECTION_OF, n=1)
+                raise ConfigError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            sections.setdefault(_SECTION_OF[key], {})[key] = value
+        if "model" not in sections.get("model", {}):
+            raise ConfigError("no model given: name a Hugging Face folder or hub name as 'model'")
+        built = {}
+        for section, settings_type in _SECTIONS.items():
+            values = sections.get(section, {})
+            for key, value in values.items():
+                if key == "served_model_name" and isinstance(value, str):
+                    values[key] = (value,)
+            try:
+                built[section] = msgspec.convert(values, settings_type)
+            except msgspec.ValidationError as error:
+                raise ConfigError(_explain(error, values)) from error
+        return cls(**built)
+
+    @classmethod
+    def known_settings(cls) -> tuple[str, ...]:
+        """The flat names that `from_mapping` accepts."""
+        return tuple(sorted(_SECTION_OF))
+
+
+_SECTIONS: dict[str, type[_Settings]] = {
+    "model": ModelConfig,
+    "cache": CacheConfig,
+    "scheduler": SchedulerConfig,
+    "parallel": ParallelConfig,
+    "server": ServerConfig,
+}
+_SECTION_OF = {field: section for section, kind in _SECTIONS.items() for field in kind.__struct_fields__}
+
+
+def _explain(error: msgspec.ValidationError, values: Mapping[str, object]) -> str:
+    text = str(error)
+    for key, value in values.items():
+        if f"$.{key}" in text:
+            return f"{key}={value!r}: {text.split(' - at')[0]}"
+    return text
+
+
+class _Checks:
+    @staticmethod
+    def at_least(name: str, value: float | None, low: float) -> None:
+        if value is not None and not value >= low:
+            raise ConfigError(f"{name}={value}: must be at least {low}")
+
+    @staticmethod
+    def between(name: str, value: float, low: float, high: float) -> None:
+        if not low <= value <= high:
+            raise ConfigError(f"{name}={value}: must be from {low:g} to {high:g}")

@@ -1,0 +1,93 @@
+"""Who runs which layers where, as a value that can be printed, saved and compared."""
+
+import msgspec
+
+from argosy.cluster.protocol.errors import ConfigError
+
+
+class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
+    """One worker process: its place in the groups and in the cluster."""
+
+    global_rank: int  # pp_rank * tp_size + tp_rank
+    tp_rank: int
+    pp_rank: int
+    tp_size: int
+    pp_size: int
+    first_layer: int  # this stage runs layers [first_layer, last_layer)
+    last_layer: int
+    node: str = ""  # node id or name; empty: wherever there is room
+    gpu: int | None = None  # index on its node; None on a CPU
+
+    @property
+    def is_first_stage(self) -> bool:
+        """Whether this rank embeds token ids."""
+        return self.pp_rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the head and samples."""
+        return self.pp_rank == self.pp_size - 1
+
+    @property
+    def answers(self) -> bool:
+        """Whether this is the one rank that sends the steps' outcomes to the driver."""
+        return self.is_last_stage and self.tp_rank == 0
+
+
+class PlacementPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """All ranks of one replica, in order of `global_rank`; ranks of a tensor-parallel group share a node."""
+
+    ranks: tuple[RankInfo, ...]
+
+    @property
+    def tp_size(self) -> int:
+        """Ranks in each tensor-parallel group."""
+        return self.ranks[0].tp_size
+
+    @property
+    def pp_size(self) -> int:
+        """Pipeline stages."""
+        return self.ranks[0].pp_size
+
+    def describe(self) -> str:
+        """One line for people, such as 'TP2 x PP2, layers 0-15 | 16-31'."""
+        stages = [r for r in self.ranks if r.tp_rank == 0]
+        layers = " | ".join(f"{r.first_layer}-{r.last_layer - 1}" for r in stages)
+        return f"TP{self.tp_size} x PP{self.pp_size}, layers {layers}"
+
+
+def make_plan(num_layers: int, tp_size: int, pp_size: int, pipeline_layers: tuple[int, ...] = ()) -> PlacementPlan:
+    """The plan of one replica: contiguous layers, as even as can be, earlier stages take the remainder last.
+
+    The last stage has the head besides and the first the embedding, so the remainder goes to the middle first.
+    Raises `ConfigError` when there are fewer layers than stages, or the given counts don't add up.
+    """
+    if pp_size > num_layers:
+        raise ConfigError(f"pipeline_parallel_size={pp_size} exceeds the model's {num_layers} layers")
+    counts = list(pipeline_layers) or _even(num_layers, pp_size)
+    if sum(counts) != num_layers or len(counts) != pp_size:
+        raise ConfigError(f"pipeline_layers={counts} must be {pp_size} counts that add up to {num_layers} layers")
+    ranks, first = [], 0
+    for pp_rank, count in enumerate(counts):
+        for tp_rank in range(tp_size):
+            ranks.append(
+                RankInfo(
+                    global_rank=pp_rank * tp_size + tp_rank,
+                    tp_rank=tp_rank,
+                    pp_rank=pp_rank,
+                    tp_size=tp_size,
+                    pp_size=pp_size,
+                    first_layer=first,
+                    last_layer=first + count,
+                )
+            )
+        first += count
+    return PlacementPlan(ranks=tuple(ranks))
+
+
+def _even(num_layers: int, pp_size: int) -> list[int]:
+    counts = [num_layers // pp_size] * pp_size
+    middle_first = sorted(range(pp_size), key=lambda stage: (stage == pp_size - 1, stage == 0, stage))
+    for stage in middle_first[: num_layers % pp_size]:
+        counts[stage] += 1
+    return counts
