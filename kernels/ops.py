@@ -1,0 +1,174 @@
+"""The door of the room: each operation once. Triton on CUDA tensors, plain torch elsewhere, chosen by the tensor.
+
+Shapes and meanings stand at the functions of the same names in `reference` and `sampling_reference`. Letters in names
+give the axes: T tokens of a step, R rows (requests), N query heads, K key/value heads, H head size, B blocks, S tokens
+in a block, V vocabulary. A layer's cache is two contiguous tensors [B, S, K, H]; slot = block id · S + offset.
+
+Every operation may be captured in a CUDA graph: launch shapes follow from tensor shapes and host arguments alone, and
+no value of a device tensor is read on the host (`swap_blocks` and `copy_blocks` take host lists and are not captured).
+Triton files are imported when a CUDA tensor first needs them, so that a CPU host needs no Triton.
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from argosy.kernels import reference, sampling_reference
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last axis. x: [..., D], weight: [D]. Returns a new tensor."""
+    return reference.rms_norm(x, weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`residual += x` in place, then its norm. Returns (normed, residual)."""
+    return reference.add_rms_norm(x, residual, weight, eps)
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """silu(gate) · up for x = [..., gate | up]. Returns half the width."""
+    return reference.silu_and_mul(x)
+
+
+def gelu_and_mul(x: Tensor) -> Tensor:
+    """gelu(gate) · up, tanh approximation, for x = [..., gate | up]. Returns half the width."""
+    return reference.gelu_and_mul(x)
+
+
+def fused_linear(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    norm_weight_I: Tensor | None = None,
+    eps: float = 1e-6,
+    residual_TO: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """RMS norm of the input (if given a weight), x W^T + bias, silu(gate) · up (if `gated`), added to the residual.
+
+    One launch for a few tokens on a GPU, where the product is bound by reading W; cuBLAS and separate kernels above.
+    """
+    return reference.fused_linear(
+        x_TI, weight_OI, bias_O, norm_weight_I=norm_weight_I, eps=eps, residual_TO=residual_TO, gated=gated
+    )
+
+
+def apply_rotary(
+    q_TNH: Tensor, k_TKH: Tensor, positions_T: Tensor, cos_sin_PD: Tensor, *, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rotate q and k in place. `cos_sin_PD`: row p is [cos | sin], float32, D the rotary dimension (may be < H)."""
+    return reference.apply_rotary(q_TNH, k_TKH, positions_T, cos_sin_PD, interleaved=interleaved)
+
+
+def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache_BSKH: Tensor, v_cache_BSKH: Tensor, slots_T: Tensor) -> None:
+    """Write token t's key and value to slot slots_T[t] of the caches; slot -1 is padding and is not written."""
+    reference.store_kv(k_TKH, v_TKH, k_cache_BSKH, v_cache_BSKH, slots_T)
+
+
+def rope_and_store(
+    qkv_TD: Tensor,
+    positions_T: Tensor,
+    cos_sin_PD: Tensor | None,
+    k_cache_BSKH: Tensor,
+    v_cache_BSKH: Tensor,
+    slots_T: Tensor,
+    *,
+    num_heads: int,
+    interleaved: bool = False,
+    q_norm_weight_H: Tensor | None = None,
+    k_norm_weight_H: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """From the fused projection [T, (N + 2K) · H] to q [T, N, H] (a view, normed and rotated) and k, v in the cache.
+
+    The norms per head are done where weights are given, the rotation where a table is. The k part of qkv is spent.
+    """
+    return reference.rope_and_store(
+        qkv_TD, positions_T, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_T, num_heads=num_heads,
+        interleaved=interleaved, q_norm_weight_H=q_norm_weight_H, k_norm_weight_H=k_norm_weight_H, eps=eps,
+    )  # fmt: skip
+
+
+def copy_blocks(caches: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy block a to block b in every cache tensor [B, ...], for each (a, b); as if all pairs were done at once."""
+    reference.copy_blocks(caches, caches, pairs)
+
+
+def swap_blocks(sources: Sequence[Tensor], destinations: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy block a of sources[i] to block b of destinations[i] for each (a, b), between device and (pinned) host."""
+    reference.copy_blocks(sources, destinations, pairs)
+
+
+def paged_attention(
+    q_RNH: Tensor,
+    k_cache_BSKH: Tensor,
+    v_cache_BSKH: Tensor,
+    block_table_RB: Tensor,
+    context_len_R: Tensor,
+    *,
+    scale: float,
+    max_context: int | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes_N: Tensor | None = None,
+    sinks_N: Tensor | None = None,
+) -> Tensor:
+    """Decode: one query token a row, the last of its context, against the paged cache. Returns [R, N, H].
+
+    `context_len_R` (int32) counts this step's token; 0 marks a padding row, which gives zeros. `max_context` bounds the
+    lengths on the host (default: what the block table can hold); it sizes the launch, never the result.
+    """
+    return reference.paged_attention(
+        q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, sliding_window=sliding_window,
+        soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+    )  # fmt: skip
+
+
+def prefill_attention(
+    q_TNH: Tensor,
+    k_cache_BSKH: Tensor,
+    v_cache_BSKH: Tensor,
+    query_start_R1: Tensor,
+    context_len_R: Tensor,
+    block_table_RB: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes_N: Tensor | None = None,
+    sinks_N: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of ragged rows (any mix of prompts, chunks and single tokens) over the paged cache. [T, N, H].
+
+    Row r has the tokens query_start_R1[r] .. query_start_R1[r+1] - 1, the last of its context_len_R[r] (both int32).
+    Many single tokens with long contexts are faster in `paged_attention`, which splits a context over the card.
+    """
+    return reference.prefill_attention(
+        q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, scale=scale,
+        sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+    )  # fmt: skip
+
+
+def sample_rows(
+    logits_RV: Tensor,
+    temperature_R: Tensor,
+    top_k_R: Tensor,
+    top_p_R: Tensor,
+    min_p_R: Tensor,
+    seed_R: Tensor,
+    position_R: Tensor,
+    *,
+    any_random: bool = True,
+    any_filter: bool = True,
+) -> Tensor:
+    """One token id (int64) a row: argmax at temperature 0, else a draw that is a function of the row alone.
+
+    Filters in the order temperature, min_p (0: off), top_k (0: off), top_p (1: off). `seed_R` is int64, `position_R`
+    counts the tokens of the row. False for `any_random` or `any_filter` promises that no row needs that work.
+    """
+    return sampling_reference.sample_rows(
+        logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, any_random=any_random,
+        any_filter=any_filter,
+    )  # fmt: skip

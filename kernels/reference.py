@@ -1,0 +1,296 @@
+"""What each operation means, in plain torch: the path of the CPU engine, and the judge of every kernel.
+
+Letters in names give the axes: T tokens of a step, R rows (requests) of a step, N query heads, K key/value heads,
+G = N / K query heads that share one key/value head, H head size, S tokens in a block, B blocks, V vocabulary.
+Arithmetic that is sensitive (norms, rotations, softmax, sampling) is float32 whatever the inputs are.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# Keys gathered at once by `paged_attention`. Larger pieces leave the cache and, above 32 MiB, glibc maps and unmaps
+# each one: 8 rows of 1024 tokens (8 heads of 128, float32) then took 51 ms to gather instead of 6.
+GATHER_BYTES = 4 << 20
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last axis (Zhang and Sennrich 2019). x: [..., D], weight: [D]."""
+    return F.rms_norm(x, (x.shape[-1],), weight, eps)
+
+
+def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """`residual += x` in place, then its norm. Returns (normed, residual); the sum is rounded to its dtype first."""
+    residual.add_(x)
+    return rms_norm(residual, weight, eps), residual
+
+
+def silu_and_mul(x: Tensor) -> Tensor:
+    """silu(gate) · up for x = [..., gate | up], both of width I (SwiGLU, Shazeer 2020). Returns [..., I]."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.silu(gate).mul_(up)
+
+
+def gelu_and_mul(x: Tensor) -> Tensor:
+    """gelu(gate) · up with the tanh approximation, for x = [..., gate | up] (GEGLU, Shazeer 2020)."""
+    gate, up = x.chunk(2, dim=-1)
+    return F.gelu(gate, approximate="tanh").mul_(up)
+
+
+def fused_linear(
+    x_TI: Tensor,
+    weight_OI: Tensor,
+    bias_O: Tensor | None = None,
+    *,
+    norm_weight_I: Tensor | None = None,
+    eps: float = 1e-6,
+    residual_TO: Tensor | None = None,
+    gated: bool = False,
+) -> Tensor:
+    """x W^T + bias, with what stands before and after it in a decoder block.
+
+    `norm_weight_I`: the input is RMS-normed first. `gated`: the output is [gate | up] and silu(gate) · up is returned,
+    [T, O / 2]. `residual_TO`: the result is added to it in place and it is returned.
+    """
+    if norm_weight_I is not None:
+        x_TI = rms_norm(x_TI, norm_weight_I, eps)
+    y_TO = F.linear(x_TI, weight_OI, bias_O)
+    if gated:
+        y_TO = silu_and_mul(y_TO)
+    return y_TO if residual_TO is None else residual_TO.add_(y_TO)
+
+
+def apply_rotary(
+    q_TNH: Tensor, k_TKH: Tensor, positions_T: Tensor, cos_sin_PD: Tensor, *, interleaved: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Rotate q and k in place by their positions (RoPE, Su et al. 2021) and return them.
+
+    Row p of `cos_sin_PD` is [cos(p·θ_0) .. cos(p·θ_(D/2-1)) | sin(...) ..] in float32; its width D is the rotary
+    dimension, and dimensions from D up of each head are left alone. Pair i is (x_i, x_(i+D/2)), the half-split
+    of GPT-NeoX and Llama, or (x_2i, x_(2i+1)) when `interleaved`, as in GPT-J.
+    """
+    cos_T1D, sin_T1D = cos_sin_PD[positions_T].unsqueeze(1).chunk(2, dim=-1)
+    for x_TNH in (q_TNH, k_TKH):
+        _rotate(x_TNH, cos_T1D, sin_T1D, interleaved)
+    return q_TNH, k_TKH
+
+
+def _rotate(x_TNH: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, interleaved: bool) -> None:
+    half = cos_T1D.shape[-1]
+    if interleaved:
+        first, second = x_TNH[..., 0 : 2 * half : 2], x_TNH[..., 1 : 2 * half : 2]
+    else:
+        first, second = x_TNH[..., :half], x_TNH[..., half : 2 * half]
+    # float32 cos and sin promote bf16 products to float32; one rounding happens in copy_
+    rotated = first * cos_T1D - second * sin_T1D
+    second.copy_(second * cos_T1D + first * sin_T1D)
+    first.copy_(rotated)
+
+
+def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache_BSKH: Tensor, v_cache_BSKH: Tensor, slots_T: Tensor) -> None:
+    """Write token t to slot slots_T[t] = block_id · S + offset of both caches. A slot of -1 is padding: not written."""
+    if slots_T.numel() and int(slots_T.min()) < 0:
+        (kept,) = torch.where(slots_T >= 0)
+        k_TKH, v_TKH, slots_T = k_TKH[kept], v_TKH[kept], slots_T[kept]
+    for x_TKH, cache_BSKH in ((k_TKH, k_cache_BSKH), (v_TKH, v_cache_BSKH)):
+        cache_BSKH.view(-1, *cache_BSKH.shape[2:]).index_copy_(0, slots_T.long(), x_TKH.to(cache_BSKH.dtype))
+
+
+def rope_and_store(
+    qkv_TD: Tensor,
+    positions_T: Tensor,
+    cos_sin_PD: Tensor | None,
+    k_cache_BSKH: Tensor,
+    v_cache_BSKH: Tensor,
+    slots_T: Tensor,
+    *,
+    num_heads: int,
+    interleaved: bool = False,
+    q_norm_weight_H: Tensor | None = None,
+    k_norm_weight_H: Tensor | None = None,
+    eps: float = 1e-6,
+) -> Tensor:
+    """Norm q and k per head if weights are given, rotate them, store k and v. Returns q: [T, N, H], a view of qkv.
+
+    `qkv_TD` is [q | k | v], D = (N + 2K) · H; K and H are those of the cache. What its k part holds afterwards is
+    undefined. Without `cos_sin_PD` nothing is rotated.
+    """
+    num_kv_heads, head_size = k_cache_BSKH.shape[2:]
+    qkv = qkv_TD.view(-1, num_heads + 2 * num_kv_heads, head_size)
+    q_TNH, k_TKH, v_TKH = qkv.split((num_heads, num_kv_heads, num_kv_heads), dim=1)
+    if q_norm_weight_H is not None:
+        q_TNH.copy_(rms_norm(q_TNH, q_norm_weight_H, eps))
+    if k_norm_weight_H is not None:
+        k_TKH.copy_(rms_norm(k_TKH, k_norm_weight_H, eps))
+    if cos_sin_PD is not None:
+        cos_T1D, sin_T1D = cos_sin_PD[positions_T].unsqueeze(1).chunk(2, dim=-1)
+        _rotate(qkv[:, : num_heads + num_kv_heads], cos_T1D, sin_T1D, interleaved)  # q and k lie side by side
+    store_kv(k_TKH, v_TKH, k_cache_BSKH, v_cache_BSKH, slots_T)
+    return q_TNH
+
+
+def copy_blocks(sources: Sequence[Tensor], destinations: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
+    """Copy block a of each source to block b of its destination for each (a, b), as if all pairs were done at once."""
+    if not pairs:
+        return
+    source_ids, destination_ids = (torch.tensor(ids) for ids in zip(*pairs, strict=True))
+    for source, destination in zip(sources, destinations, strict=True):
+        picked = source.index_select(0, source_ids.to(source.device))
+        destination.index_copy_(0, destination_ids.to(destination.device), picked.to(destination.device))
+
+
+def paged_attention(
+    q_RNH: Tensor,
+    k_cache_BSKH: Tensor,
+    v_cache_BSKH: Tensor,
+    block_table_RB: Tensor,
+    context_len_R: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes_N: Tensor | None = None,
+    sinks_N: Tensor | None = None,
+) -> Tensor:
+    """Attention of one query token a row, the last of its context. Rows of context 0 (padding) give zeros.
+
+    All rows of a piece at once: their blocks are gathered, and the G query heads of a key/value head stand in the
+    place of query positions, so that keys are not repeated. Options as in `prefill_attention`.
+    """
+    num_rows, num_heads, head_size = q_RNH.shape
+    block_size, num_kv_heads = k_cache_BSKH.shape[1:3]
+    group = num_heads // num_kv_heads
+    out_RNH = torch.empty((num_rows, num_heads, head_size), dtype=q_RNH.dtype, device=q_RNH.device)
+    lengths = context_len_R.tolist()
+    token_bytes = num_kv_heads * head_size * k_cache_BSKH.element_size()
+    rows_at_once = max(1, GATHER_BYTES // max(1, token_bytes * max(lengths, default=0)))
+    for start in range(0, num_rows, rows_at_once):
+        rows = slice(start, min(start + rows_at_once, num_rows))
+        num_blocks = max(1, -(-max(lengths[rows]) // block_size))
+        ids = block_table_RB[rows, :num_blocks].reshape(-1)
+        k_RLKH, v_RLKH = (
+            cache.index_select(0, ids).view(-1, num_blocks * block_size, num_kv_heads, head_size).to(q_RNH.dtype)
+            for cache in (k_cache_BSKH, v_cache_BSKH)
+        )
+        last_R1 = context_len_R[rows, None] - 1
+        key_L = torch.arange(num_blocks * block_size, device=q_RNH.device)
+        seen_RL = key_L <= last_R1
+        if sliding_window is not None:
+            seen_RL &= key_L > last_R1 - sliding_window
+        slopes_1KG1 = None if alibi_slopes_N is None else alibi_slopes_N.view(1, num_kv_heads, group, 1)
+        distance_RL = (key_L - last_R1)[:, None, None, :]
+        out_RNH[rows] = _attend(
+            q_RNH[rows].reshape(-1, num_kv_heads, group, head_size),
+            k_RLKH.transpose(1, 2),
+            v_RLKH.transpose(1, 2),
+            seen_RL[:, None, None, :],
+            scale=scale,
+            soft_cap=soft_cap,
+            bias=None if slopes_1KG1 is None else slopes_1KG1 * distance_RL,
+            sinks=None if sinks_N is None else sinks_N.view(1, num_kv_heads, group, 1),
+        ).reshape(-1, num_heads, head_size)
+        if min(lengths[rows]) == 0:
+            out_RNH[rows].masked_fill_((context_len_R[rows] == 0)[:, None, None], 0.0)
+    return out_RNH
+
+
+def prefill_attention(
+    q_TNH: Tensor,
+    k_cache_BSKH: Tensor,
+    v_cache_BSKH: Tensor,
+    query_start_R1: Tensor,
+    context_len_R: Tensor,
+    block_table_RB: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes_N: Tensor | None = None,
+    sinks_N: Tensor | None = None,
+) -> Tensor:
+    """Causal attention of ragged rows over the paged cache, which already holds this step's keys and values.
+
+    Row r has queries query_start_R1[r] .. query_start_R1[r+1] - 1, the last of its context_len_R[r] tokens. The query
+    at position i of its row sees position j when j <= i and, with `sliding_window` W, j > i - W. Logits are
+    q·k·scale, then soft_cap · tanh(logit / soft_cap) (Gemma 2), then + slope · (j - i) (ALiBi, Press et al. 2021).
+    `sinks_N` are logits per head that take part in the softmax but carry no value. Tokens past the last row: zeros.
+    """
+    starts, lengths = query_start_R1.tolist(), context_len_R.tolist()
+    num_heads, head_size = q_TNH.shape[1:]
+    block_size, num_kv_heads = k_cache_BSKH.shape[1:3]
+    options = {"scale": scale, "soft_cap": soft_cap}
+    out_TNH = torch.zeros((q_TNH.shape[0], num_heads, head_size), dtype=q_TNH.dtype, device=q_TNH.device)
+    singles = [r for r in range(len(lengths)) if starts[r + 1] - starts[r] == 1]
+    if singles:
+        rows = torch.tensor(singles, device=q_TNH.device)
+        tokens = query_start_R1[rows].long()
+        attended = paged_attention(
+            q_TNH[tokens], k_cache_BSKH, v_cache_BSKH, block_table_RB[rows], context_len_R[rows],
+            sliding_window=sliding_window, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, **options,
+        )  # fmt: skip
+        out_TNH[tokens] = attended
+    for row, length in enumerate(lengths):
+        num_queries = starts[row + 1] - starts[row]
+        if num_queries < 2:
+            continue
+        ids = block_table_RB[row, : -(-length // block_size)]
+        k_1KLH, v_1KLH = (
+            cache.index_select(0, ids).view(-1, num_kv_heads, head_size)[:length].to(q_TNH.dtype).transpose(0, 1)[None]
+            for cache in (k_cache_BSKH, v_cache_BSKH)
+        )
+        tokens_of_row = slice(starts[row], starts[row + 1])
+        q_1NLH = q_TNH[tokens_of_row].transpose(0, 1)[None]
+        plain = sliding_window is None and soft_cap is None and alibi_slopes_N is None and sinks_N is None
+        if plain and num_queries == length:
+            out_1NLH = F.scaled_dot_product_attention(
+                q_1NLH, k_1KLH, v_1KLH, is_causal=True, scale=scale, enable_gqa=num_heads != num_kv_heads
+            )
+        else:
+            query_Q1 = torch.arange(length - num_queries, length, device=q_TNH.device)[:, None]
+            key_L = torch.arange(length, device=q_TNH.device)
+            seen_QL = key_L <= query_Q1
+            if sliding_window is not None:
+                seen_QL &= key_L > query_Q1 - sliding_window
+            group = num_heads // num_kv_heads
+            if group > 1:
+                k_1KLH, v_1KLH = (x.repeat_interleave(group, dim=1) for x in (k_1KLH, v_1KLH))
+            out_1NLH = _attend(
+                q_1NLH, k_1KLH, v_1KLH, seen_QL[None, None],
+                bias=None if alibi_slopes_N is None else alibi_slopes_N.view(1, -1, 1, 1) * (key_L - query_Q1),
+                sinks=None if sinks_N is None else sinks_N.view(1, -1, 1, 1), **options,
+            )  # fmt: skip
+        out_TNH[tokens_of_row] = out_1NLH[0].transpose(0, 1)
+    return out_TNH
+
+
+def _attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seen: Tensor,
+    *,
+    scale: float,
+    soft_cap: float | None,
+    bias: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of q [X, K, Q, H] over k, v [X, K, L, H]; `seen`, `bias` and `sinks` broadcast to [X, K, Q, L]."""
+    if soft_cap is None and sinks is None:
+        # ALiBi stays float32 whatever q is: in bf16 a distance of 1000 would be off by 4
+        mask_dtype = q.dtype if bias is None else torch.float32
+        mask = torch.zeros(seen.shape, dtype=mask_dtype, device=q.device).masked_fill_(~seen, float("-inf"))
+        if bias is not None:
+            mask = bias.float() + mask
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    logits = torch.matmul(q, k.transpose(-1, -2)).float() * scale
+    if soft_cap is not None:
+        logits = soft_cap * torch.tanh(logits / soft_cap)
+    if bias is not None:
+        logits = logits + bias
+    logits = logits.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        logits = torch.cat((logits, sinks.float().expand(*logits.shape[:-1], 1)), dim=-1)
+    weights = logits.softmax(dim=-1)[..., : k.shape[-2]]
+    return torch.matmul(weights.to(v.dtype), v)
