@@ -1,0 +1,132 @@
+"""This rank's tensor-parallel group, its pipeline neighbours and the way to reach them, for one epoch.
+
+One rank alone opens no process group and no socket. gloo carries CPU tensors, NCCL carries CUDA tensors. Every wait
+has the deadline given at the start: a peer that went away is an error after that time, never a hang.
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from argosy.cluster.protocol.errors import ConfigError, StartupTimeout, WorkerFailed
+from argosy.placement.plan import RankInfo
+
+
+class ParallelContext:
+    """The groups of one rank. All ranks of a tensor-parallel group must make the same calls in the same order.
+
+    `world` is the group of all ranks of the replica (global rank = rank in the group); `stage_transport` sends and
+    receives over it.
+    """
+
+    def __init__(
+        self,
+        rank: RankInfo,
+        device: torch.device,
+        timeout_seconds: float,
+        world: "dist.ProcessGroup | None" = None,
+        tp_group: "dist.ProcessGroup | None" = None,
+    ):
+        self.rank, self.device, self.timeout_seconds = rank, device, timeout_seconds
+        self.world, self.tp_group = world, tp_group
+        self.tp_size, self.pp_size = rank.tp_size, rank.pp_size
+
+    def all_reduce(self, x: Tensor) -> Tensor:
+        """Sum over the tensor-parallel group, in place. Returns `x`."""
+        if self.tp_size > 1:
+            dist.all_reduce(x, group=self.tp_group)
+        return x
+
+    def all_gather_last_dim(self, x: Tensor) -> Tensor:
+        """The parts of all tensor-parallel ranks side by side along the last axis, on every rank."""
+        if self.tp_size == 1:
+            return x
+        x = x.contiguous()
+        parts = torch.empty((self.tp_size, *x.shape), dtype=x.dtype, device=x.device)
+        if x.device.type == "cuda":
+            dist.all_gather_into_tensor(parts, x, group=self.tp_group)
+        else:
+            dist.all_gather(list(parts.unbind(0)), x, group=self.tp_group)
+        return parts.movedim(0, -2).reshape(*x.shape[:-1], self.tp_size * x.shape[-1])
+
+    def broadcast(self, x: Tensor, src_tp_rank: int = 0) -> Tensor:
+        """Everyone in the tensor-parallel group gets the tensor of `src_tp_rank`, in place. Returns `x`."""
+        if self.tp_size > 1:
+            dist.broadcast(x, src=self.global_rank_of(src_tp_rank, self.rank.pp_rank), group=self.tp_group)
+        return x
+
+    def global_rank_of(self, tp_rank: int, pp_rank: int) -> int:
+        """Where in `world` the rank at these coordinates is."""
+        return pp_rank * self.tp_size + tp_rank
+
+    @property
+    def previous_rank(self) -> int | None:
+        """Global rank of the same TP place one stage earlier."""
+        return None if self.rank.is_first_stage else self.global_rank_of(self.rank.tp_rank, self.rank.pp_rank - 1)
+
+    @property
+    def next_rank(self) -> int | None:
+        """Global rank of the same TP place one stage later."""
+        return None if self.rank.is_last_stage else self.global_rank_of(self.rank.tp_rank, self.rank.pp_rank + 1)
+
+
+def init_parallel(rank: RankInfo, rendezvous: str, device: torch.device, timeout_seconds: float) -> ParallelContext:
+    """Join the groups of this rank at `rendezvous` ("host:port"; global rank 0 listens there).
+
+    Raises `StartupTimeout` when the others don't come within `timeout_seconds`.
+    """
+    world_size = rank.tp_size * rank.pp_size
+    if world_size == 1:
+        return ParallelContext(rank, device, timeout_seconds)
+    host, _, port = rendezvous.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError(f"rendezvous={rendezvous!r}: must be 'host:port'")
+    deadline = timedelta(seconds=timeout_seconds)
+    what = f"process groups of {world_size} ranks at {rendezvous}"
+    with _map_distributed_errors(rank, what, timeout_seconds):
+        store = dist.TCPStore(
+            host, int(port), world_size, is_master=rank.global_rank == 0, timeout=deadline, wait_for_workers=True
+        )
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(
+            backend,
+            store=store,
+            rank=rank.global_rank,
+            world_size=world_size,
+            timeout=deadline,
+            device_id=device if device.type == "cuda" else None,
+        )
+        tp_group = None
+        if rank.tp_size > 1:
+            for pp_rank in range(rank.pp_size):  # every rank takes part in making every group, in the same order
+                members = [pp_rank * rank.tp_size + tp_rank for tp_rank in range(rank.tp_size)]
+                group = dist.new_group(members, timeout=deadline, backend=backend)
+                if pp_rank == rank.pp_rank:
+                    tp_group = group
+    return ParallelContext(rank, device, timeout_seconds, dist.group.WORLD, tp_group)
+
+
+def destroy_parallel(ctx: ParallelContext) -> None:
+    """Leave all groups; nothing happens for a rank that never joined one."""
+    if ctx.world is not None and dist.is_initialized():
+        with contextlib.suppress(RuntimeError):  # a peer that is gone can't be asked to agree to our leaving
+            dist.destroy_process_group()
+    ctx.world = ctx.tp_group = None
+
+
+@contextlib.contextmanager
+def _map_distributed_errors(rank: RankInfo, what: str, timeout_seconds: float) -> Iterator[None]:
+    try:
+        yield
+    except dist.DistStoreError as error:
+        raise StartupTimeout(what, math.ceil(timeout_seconds)) from error
+    except RuntimeError as error:
+        first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "timed out" in first_line.lower() or "timeout" in first_line.lower():
+            raise StartupTimeout(what, math.ceil(timeout_seconds)) from error
+        raise WorkerFailed(rank.global_rank, "cluster_error", f"{what}: {first_line}") from error

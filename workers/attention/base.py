@@ -1,0 +1,70 @@
+"""What a model needs from attention, and the metadata of one step.
+
+T = tokens of the step (padding included), R = rows, B = blocks a row may have, N = query heads of this rank,
+K = key/value heads of this rank, H = head size, S = tokens in a block, D = (N + 2K) * H.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import Tensor
+
+
+@dataclass(slots=True)
+class AttentionMetadata:
+    """Where the tokens of one step stand. Rows of one token come first. Make a new one for each step.
+
+    All tensors lie on the device of the model; `max_query_len` and `max_context_len` are bounds known on the host, so
+    that nobody has to ask the device. `scratch` belongs to the backend: what it worked out once for all layers.
+    """
+
+    num_rows: int
+    num_decode_rows: int  # rows [0, num_decode_rows) have exactly one token each: token i belongs to row i
+    query_start_R1: Tensor  # int32 [R + 1]: tokens of row r are [query_start[r], query_start[r + 1])
+    context_len_R: Tensor  # int32 [R]: tokens of row r in the cache after this step; 0 marks a padding row
+    block_table_RB: Tensor  # int32 [R, maxB]
+    slot_mapping_T: Tensor  # int64 [T]: block_id * S + offset; -1 is padding
+    max_query_len: int
+    max_context_len: int
+    scratch: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionShape:
+    """What is the same in every step of one layer: heads of this rank, scale and window."""
+
+    num_heads: int
+    num_kv_heads: int
+    head_size: int
+    scale: float
+    sliding_window: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QKNorm:
+    """RMS norms over each head of q and of k, before the rotation."""
+
+    q_weight_H: Tensor
+    k_weight_H: Tensor
+    eps: float
+
+
+class AttentionBackend(Protocol):
+    """Attention of one layer over the paged cache, in two moves."""
+
+    def rotate_and_store(
+        self,
+        qkv_TD: Tensor,
+        positions_T: Tensor,
+        cos_sin_PH: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+        shape: AttentionShape,
+        norm: QKNorm | None,
+    ) -> Tensor:
+        """Norm (if any) and rotate q and k, write k and v to their slots. Returns q: [T, N, H]. Spends `qkv_TD`."""
+
+    def attend(
+        self, q_TNH: Tensor, kv_cache: tuple[Tensor, Tensor], metadata: AttentionMetadata, shape: AttentionShape
+    ) -> Tensor:
+        """Causal attention of every token to its row's cache: [T, N * H]."""

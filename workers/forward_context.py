@@ -1,0 +1,15 @@
+"""What one forward pass may read besides its inputs. It is passed, never global."""
+
+from dataclasses import dataclass
+
+from argosy.workers.attention.base import AttentionBackend, AttentionMetadata
+from argosy.workers.kv_cache import KVCache
+
+
+@dataclass(slots=True)
+class ForwardContext:
+    """The cache of this rank, how to attend to it, and where this step's tokens stand in it."""
+
+    backend: AttentionBackend
+    kv_cache: KVCache
+    metadata: AttentionMetadata
