@@ -1,0 +1,196 @@
+"""`argosy serve | chat | complete | doctor | bench`: flags to a frozen config, then the module that does the work.
+
+The modules behind the commands are imported inside the commands: `argosy --help` needs neither torch nor Ray.
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+import argosy
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import ConfigError, ServingError, WeightError
+from argosy.deploy import settings
+
+_SERVE_EXAMPLES = """\
+examples:
+  argosy serve                                      the small model that ships with Argosy
+  argosy serve Qwen/Qwen3-0.6B                      a model from the Hugging Face hub
+  argosy serve ./my-model --port 8080               a folder with config.json and safetensors
+  argosy serve ./my-model -tp 2 -pp 2               2 ranks share each layer, in 2 pipeline stages
+  argosy serve --config serve.yaml                  flags from a file: 'max-num-seqs: 64', one a line
+"""
+_CHAT_EXAMPLES = """\
+examples (a server must be running, see 'argosy serve'):
+  argosy chat "What does a list comprehension do?"
+  argosy chat                                       a conversation; Ctrl-D ends it
+  echo "Explain this" | argosy chat
+"""
+_COMPLETE_EXAMPLES = """\
+examples (a server must be running, see 'argosy serve'):
+  argosy complete "Return a list of" --max-tokens 40
+  argosy complete "Return a list of" --temperature 0 --url http://gpu-box:8000
+"""
+_BENCH_EXAMPLES = """\
+examples:
+  argosy bench                                      the default model in process, 64 mixed requests
+  argosy bench --model tiny --workload cpu64 decode1 ttft512 --peer transformers
+  argosy bench --url http://127.0.0.1:8000          a server that is running
+"""
+
+
+_USAGE = {"serve": "[MODEL]", "chat": "[TEXT]", "complete": "[TEXT]", "doctor": "[MODEL]", "bench": ""}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; the exit code: 0 fine, 1 it failed, 2 it was asked for something that can't be."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    parser = build_parser()
+    try:
+        return _run(parser, words)
+    except KeyboardInterrupt:
+        return 130
+    except (ConfigError, WeightError) as error:
+        print(f"argosy: {error}", file=sys.stderr)
+        return 2
+    except ServingError as error:
+        print(f"argosy: {error}", file=sys.stderr)
+        return 1
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line as a value; tests read the list of flags from it."""
+    parser = argparse.ArgumentParser(
+        prog="argosy",
+        description="Serve large language models on a Ray cluster.",
+        epilog="Start with 'argosy serve', then paste the curl line that it prints; 'argosy COMMAND --help' says more.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"argosy {argosy.__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    _add_serve(commands)
+    _add_talk(commands, "chat", "talk to a server that is running", _CHAT_EXAMPLES)
+    _add_talk(commands, "complete", "let a server that is running continue a text", _COMPLETE_EXAMPLES)
+    doctor = _command(commands, "doctor", "check what this machine has, and how to mend what is missing", "")
+    doctor.add_argument("model", nargs="?", help="a model folder to check as well")
+    doctor.add_argument("--port", type=int, default=8000, help="the port that 'argosy serve' will use")
+    doctor.add_argument("--json", action="store_true", help="the same for programs")
+    _add_bench(commands)
+    return parser
+
+
+def serving_config(words: Sequence[str], args: argparse.Namespace) -> ServingConfig:
+    """The settings of `serve` from its file and its flags; a flag wins over the file."""
+    given = settings.read_config_file(args.config) if args.config else {}
+    names = {flag.field for flag in settings.SETTING_FLAGS}
+    given |= {name: value for name, value in vars(args).items() if name in names}
+    if args.model and args.model_flag and args.model != args.model_flag:
+        raise ConfigError(f"two models given: {args.model!r} and --model {args.model_flag!r}; leave one out")
+    given["model"] = args.model or args.model_flag or given.get("model") or settings.default_model()
+    config, ignored = settings.make_config(given)
+    if text := settings.describe_ignored([*ignored, *settings.take_ignored(words)[1]]):
+        print(f"argosy: {text}", file=sys.stderr)
+    return config
+
+
+def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    kept, _ = settings.take_ignored(words) if words[:1] == ["serve"] else (words, [])
+    args, rest = parser.parse_known_args(kept)
+    if args.command is None:
+        parser.print_help()
+        return 0
+    if rest:
+        settings.refuse_unknown(rest, known_flags=flags_of(parser, args.command))
+    match args.command:
+        case "serve":
+            from argosy.deploy import server  # Ray: only when a server starts
+
+            return server.run(serving_config(words, args), api_keys=tuple(args.api_key or ()))
+        case "doctor":
+            from argosy.deploy import doctor  # imports torch and Ray to ask their versions
+
+            return doctor.main(model=args.model, port=args.port, as_json=args.json)
+        case "bench":
+            from argosy.deploy import bench  # may import torch
+
+            return bench.main(args)
+        case _:
+            from argosy.deploy import talk  # httpx
+
+            return talk.main(args)
+
+
+def flags_of(parser: argparse.ArgumentParser, command: str) -> list[str]:
+    """Every flag that `command` takes."""
+    choices = next(a for a in parser._actions if isinstance(a, argparse._SubParsersAction)).choices
+    return sorted(name for action in choices[command]._actions for name in action.option_strings)
+
+
+def _command(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str, examples: str
+) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        usage=f"argosy {name} {_USAGE[name]} [flags]",
+        help=text,
+        description=text[0].upper() + text[1:] + ".",
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+
+
+def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    serve = _command(commands, "serve", "serve a model over an OpenAI-compatible HTTP endpoint", _SERVE_EXAMPLES)
+    serve.add_argument("model", nargs="?", help="folder or hub name (default: the small model that ships with Argosy)")
+    serve.add_argument("--model", dest="model_flag", metavar="MODEL", help="the same as a flag")
+    serve.add_argument("--config", metavar="FILE", help="YAML file with any of the flags below; flags win over it")
+    serve.add_argument(
+        "--api-key",
+        action="append",
+        metavar="KEY",
+        help="accept only requests with this key; may be given several times",
+    )
+    settings.add_flags(serve)
+
+
+def _add_talk(
+    commands: "argparse._SubParsersAction[argparse.ArgumentParser]", name: str, text: str, examples: str
+) -> None:
+    talk = _command(commands, name, text, examples)
+    what = "the message" if name == "chat" else "the text to continue"
+    talk.add_argument("text", nargs="?", help=f"{what} (default: from standard input)")
+    talk.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
+    talk.add_argument("--model", help="which of its models (default: its first)")
+    talk.add_argument("--api-key", default=os.environ.get("ARGOSY_API_KEY"), help="default: $ARGOSY_API_KEY")
+    talk.add_argument("--max-tokens", type=int, default=256 if name == "chat" else 64, help="default: %(default)s")
+    talk.add_argument("--temperature", type=float, help="0 is always the most likely token (default: the server's)")
+    talk.add_argument("--stop", action="append", help="a text at which the answer ends; may be given several times")
+    talk.add_argument("--seed", type=int, help="the same seed gives the same answer")
+    if name == "chat":
+        talk.add_argument("--system", help="how the model should behave")
+
+
+def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    bench = _command(commands, "bench", "measure: one JSON line a figure, a table last", _BENCH_EXAMPLES)
+    bench.add_argument("--model", default="default", help="default, tiny, small (random weights), or a folder")
+    bench.add_argument("--workload", nargs="+", default=["cpu64"], metavar="NAME", help="default: %(default)s")
+    bench.add_argument("--dtype", default="float32", help="default: %(default)s")
+    bench.add_argument("--url", help="measure this server instead of an engine in process")
+    bench.add_argument("--api-key", default=os.environ.get("ARGOSY_API_KEY"), help="default: $ARGOSY_API_KEY")
+    bench.add_argument(
+        "--concurrency", type=int, default=64, help="with --url: requests at once (default: %(default)s)"
+    )
+    bench.add_argument("--backend", default="local", choices=("ray", "local"), help="in process: with Ray or without")
+    bench.add_argument("--peer", choices=("transformers",), help="the same prompts with a peer, in the same run")
+    bench.add_argument("--max-num-seqs", type=int, default=32, help="most requests at once (default: %(default)s)")
+    bench.add_argument("-tp", "--tensor-parallel-size", type=int, default=1, help="default: %(default)s")
+    bench.add_argument("-pp", "--pipeline-parallel-size", type=int, default=1, help="default: %(default)s")
+    bench.add_argument("--repeats", type=int, default=3, help="the median counts (default: %(default)s)")
+    bench.add_argument("--cold-start", action="store_true", help="also measure process start to first token")
+    bench.add_argument("--output", metavar="FILE", help="append the JSON lines to this file")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,249 @@
+"""From what people write (flags, keyword arguments, a YAML file) to one `ServingConfig`.
+
+Names are vLLM's. A name we know and have no use for is taken and named in one warning; one we don't know is refused
+with the nearest that we do. Nothing here needs torch or Ray.
+"""
+
+import argparse
+import json
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from difflib import get_close_matches
+from importlib.resources import files
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import yaml
+
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import ConfigError
+
+
+class Flag(NamedTuple):
+    """One flag of the command line and the setting it sets."""
+
+    name: str
+    kind: str  # text, int, float, switch, list, json
+    help: str
+    setting: str = ""  # empty: the flag's name
+    short: str = ""
+
+    @property
+    def field(self) -> str:
+        """The setting in `ServingConfig`."""
+        return self.setting or self.name.replace("-", "_")
+
+
+FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
+    "model": (
+        Flag("served-model-name", "list", "names that requests may use for it (default: the model's own)"),
+        Flag("tokenizer", "text", "folder or hub name of the tokenizer (default: the model's)"),
+        Flag("dtype", "text", "auto, float32, bfloat16 or float16; auto is what the folder says"),
+        Flag("max-model-len", "int", "most tokens of prompt and answer together; 32k is 32768 (default: the model's)"),
+        Flag("load-format", "text", "auto, safetensors, or dummy (random weights, to measure)"),
+        Flag("quantization", "text", "how weights are packed (default: what the folder says)", short="-q"),
+        Flag("chat-template", "text", "a Jinja file or text instead of the model's own"),
+        Flag("generation-config", "text", "auto (sampling defaults of the folder) or vllm (none)"),
+        Flag("hf-overrides", "json", "JSON of values that replace those in config.json"),
+        Flag("skip-tokenizer-init", "switch", "serve token ids only"),
+        Flag("max-logprobs", "int", "most log probabilities that a request may ask for at a position"),
+        Flag("seed", "int", "seed of the random choices the engine makes itself"),
+    ),
+    "machines": (
+        Flag("tensor-parallel-size", "int", "ranks that share each layer, within one node", short="-tp"),
+        Flag(
+            "pipeline-parallel-size", "int", "stages of consecutive layers, one node each where possible", short="-pp"
+        ),
+        Flag("pipeline-layers", "json", "layers of each stage as a JSON list, such as [10,14] (default: even)"),
+        Flag("device", "text", "auto, cpu or cuda"),
+        Flag("cpu-threads", "int", "threads of each rank on a CPU (default: cores divided by ranks)"),
+        Flag("enforce-eager", "switch", "no CUDA graphs"),
+        Flag("start-deadline-seconds", "float", "longest that a start may take"),
+        Flag("step-deadline-seconds", "float", "longest that one step may take before its rank counts as lost"),
+    ),
+    "memory": (
+        Flag("gpu-memory-utilization", "float", "fraction of the device's memory that may be used, for everything"),
+        Flag("kv-cache-memory-bytes", "int", "bytes for the KV cache of each rank, such as 2GiB; overrides the above"),
+        Flag("num-gpu-blocks-override", "int", "number of KV blocks; overrides both"),
+        Flag("block-size", "int", "tokens a KV block"),
+        Flag("kv-cache-dtype", "text", "auto, bfloat16, float16, float32 or fp8_e4m3"),
+        Flag("enable-prefix-caching", "switch", "keep blocks of finished requests for equal beginnings (default: on)"),
+    ),
+    "scheduling": (
+        Flag("max-num-seqs", "int", "most requests in one step"),
+        Flag("max-num-batched-tokens", "int", "most tokens in one step, prompts and answers together"),
+        Flag("enable-chunked-prefill", "switch", "cut long prompts so that running answers don't wait (default: on)"),
+        Flag("scheduling-policy", "text", "fcfs (first come) or priority", setting="policy"),
+        Flag("async-scheduling", "switch", "prepare a step while the one before runs (default: on)"),
+        Flag("max-num-waiting", "int", "most requests that wait; beyond it the answer is 503 with Retry-After"),
+        Flag("request-deadline-seconds", "float", "longest that a request may take"),
+    ),
+    "server": (
+        Flag("host", "text", "address to listen on (default: 127.0.0.1, this machine only)"),
+        Flag("port", "int", "port to listen on (default: 8000)"),
+        Flag("api-keys-file", "text", "file with one accepted API key a line"),
+        Flag("max-body-bytes", "int", "largest request that is read"),
+        Flag("drain-seconds", "float", "after Ctrl-C, how long running requests may take to end"),
+        Flag("response-role", "text", "role of chat answers"),
+        Flag("disable-log-stats", "switch", "no line of live figures every ten seconds"),
+    ),
+}
+
+SETTING_FLAGS: Final[tuple[Flag, ...]] = tuple(flag for group in FLAGS.values() for flag in group)
+
+# Of vLLM's names, those that nothing here depends on: other mechanisms do it, or there is nothing to switch.
+_IGNORED_SWITCHES = """
+    trust_remote_code headless disable_custom_all_reduce enable_return_routed_experts disable_cascade_attn
+    enable_expert_parallel enable_log_requests disable_log_requests enable_request_id_headers use_v2_block_manager
+    disable_uvicorn_access_log ray_workers_use_nsight enable_prompt_tokens_details enable_force_include_usage
+    return_tokens_as_token_ids calculate_kv_scales disable_sliding_window use_tqdm_on_load
+"""
+_IGNORED_VALUES = """
+    distributed_executor_backend nnodes node_rank master_addr master_port data_parallel_size runner convert
+    tokenizer_mode revision tokenizer_revision download_dir code_revision hf_token hf_config_path swap_space
+    cpu_offload_gb compilation_config optimization_level performance_mode attention_config attention_backend
+    profiler_config kv_offloading_size kv_offloading_backend max_log_len otlp_traces_endpoint uvicorn_log_level
+    api_server_count shutdown_timeout allowed_local_media_path allowed_media_domains limit_mm_per_prompt
+    mm_processor_kwargs logprobs_mode chat_template_content_format num_scheduler_steps max_seq_len_to_capture
+    max_parallel_loading_workers worker_cls model_impl cuda_graph_sizes max_num_partial_prefills
+    max_long_partial_prefills long_prefill_token_threshold num_lookahead_slots stream_interval
+    pt_load_map_location prefix_caching_hash_algo
+"""
+IGNORED: Final[frozenset[str]] = frozenset(_IGNORED_SWITCHES.split() + _IGNORED_VALUES.split())
+
+_DTYPES = {"half": "float16", "float": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
+
+
+def default_model() -> str:
+    """The folder of the model that ships with the package."""
+    folder = Path(str(files("argosy"))) / "default_model"
+    if not (folder / "config.json").is_file():
+        raise ConfigError(f"the model that ships with Argosy is not at {folder}; name a model: argosy serve <model>")
+    return str(folder)
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Every setting's flag, in groups, with no defaults: what is not given stays out of the result."""
+    for title, flags in FLAGS.items():
+        group = parser.add_argument_group(title)
+        for flag in flags:
+            names = [*([flag.short] if flag.short else []), f"--{flag.name}"]
+            options: dict[str, Any] = {"dest": flag.field, "default": argparse.SUPPRESS, "help": flag.help}
+            match flag.kind:
+                case "switch":
+                    group.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
+                case "list":
+                    group.add_argument(*names, nargs="+", metavar="NAME", **options)
+                case kind:
+                    group.add_argument(*names, metavar=kind.upper(), **options)
+
+
+def take_ignored(words: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The command line without vLLM's flags that have no effect here, and their names."""
+    kept, ignored, is_value = [], [], False
+    for word in words:
+        name = word.lstrip("-").split("=")[0].replace("-", "_").removeprefix("no_")
+        if word.startswith("--") and name in IGNORED:
+            ignored.append(name)
+            is_value = name not in _IGNORED_SWITCHES.split() and "=" not in word
+        elif not (is_value and not word.startswith("-")):
+            kept.append(word)
+            is_value = False
+        else:
+            is_value = False
+    return kept, ignored
+
+
+def refuse_unknown(rest: Sequence[str], known_flags: Iterable[str] = ()) -> None:
+    """Raise `ConfigError` for the first of the words that the parser had no use for."""
+    for word in rest:
+        if not word.startswith("-"):
+            raise ConfigError(f"unexpected argument {word!r}; the model comes first, then flags")
+        name = word.split("=")[0]
+        flags = [*known_flags, *(f"--{ignored.replace('_', '-')}" for ignored in sorted(IGNORED))]
+        near = get_close_matches(name, flags, n=1)
+        raise ConfigError(f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
+    """The settings from flat names, and which of the names have no effect. Raises `ConfigError`."""
+    known: dict[str, object] = {}
+    ignored: list[str] = []
+    settings = set(ServingConfig.known_settings())
+    for key, value in given.items():
+        name = str(key).replace("-", "_")
+        name = {"scheduling_policy": "policy"}.get(name, name)
+        if name in IGNORED:
+            ignored.append(name)
+        elif name in settings:
+            known[name] = _clean(name, value)
+        else:
+            near = get_close_matches(name, [*settings, "scheduling_policy", *sorted(IGNORED)], n=1)
+            raise ConfigError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    return ServingConfig.from_mapping(known), ignored
+
+
+def describe_ignored(ignored: Iterable[str]) -> str:
+    """One sentence for all that had no effect, or nothing."""
+    names = sorted(set(ignored))
+    return f"accepted without effect: {', '.join(names)}" if names else ""
+
+
+def config_from_kwargs(model: str, kwargs: Mapping[str, object]) -> ServingConfig:
+    """As `make_config`, for Python callers: what has no effect is one warning."""
+    config, ignored = make_config({"model": model, **{k: v for k, v in kwargs.items() if v is not None}})
+    if text := describe_ignored(ignored):
+        warnings.warn(text, stacklevel=3)
+    return config
+
+
+def read_config_file(path: str) -> dict[str, object]:
+    """Settings from a YAML file, by the flags' names with - or _. Raises `ConfigError` naming file and line."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            content = yaml.safe_load(file)
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config {path}: can't be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"--config {path}: no valid YAML: {' '.join(str(error).split())}") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        raise ConfigError(f"--config {path}: must hold names and values, such as 'max-num-seqs: 64'")
+    renamed = {flag.name.replace("-", "_"): flag.field for flag in SETTING_FLAGS}
+    plain = {str(key).replace("-", "_"): value for key, value in content.items()}
+    return {renamed.get(key, key): value for key, value in plain.items()}
+
+
+def _clean(name: str, value: object) -> object:
+    """The value in the type of its setting, where people write it in more than one way."""
+    kind = next((flag.kind for flag in SETTING_FLAGS if flag.field == name), "")
+    if name in ("dtype", "kv_cache_dtype"):
+        text = str(value).removeprefix("torch.")  # torch.bfloat16, as users of vLLM pass it
+        return _DTYPES.get(text, "fp8_e4m3" if text == "fp8" else text)
+    if isinstance(value, list):
+        return tuple(value)
+    if not isinstance(value, str):
+        return value
+    try:
+        if kind == "int":
+            return _integer(value)
+        if kind == "float":
+            return float(value)
+        if kind == "json":
+            parsed = json.loads(value)
+            return tuple(parsed) if isinstance(parsed, list) else parsed
+    except ValueError as error:
+        raise ConfigError(f"{name}={value!r}: must be {_KIND_WORDS[kind]}") from error
+    return value
+
+
+_KIND_WORDS = {"int": "a whole number, such as 4096, 32k or 2GiB", "float": "a number", "json": "valid JSON"}
+
+
+def _integer(text: str) -> int:
+    plain = text.strip().lower().removesuffix("ib").removesuffix("b").strip()
+    if plain and plain[-1] in _UNITS:
+        return int(float(plain[:-1]) * _UNITS[plain[-1]])
+    return int(plain)
