@@ -1,0 +1,280 @@
+"""An edge's connection to the driver: requests out, tokens in, for asyncio.
+
+One connection carries all of an edge's requests. The driver sends one message a step with the tokens of all of them; it
+is decoded once, its parts go to the streams they belong to, and each stream that waits is woken once.
+"""
+
+import asyncio
+import os
+import secrets
+from collections import deque
+from collections.abc import Sequence
+from typing import Any
+
+from argosy.cluster.protocol.channel import FrameReader, encode_frame, open_socket, tune_socket
+from argosy.cluster.protocol.errors import ChannelClosed, StartupTimeout
+from argosy.cluster.protocol.messages import (
+    AbortRequest,
+    Drain,
+    EngineInfo,
+    GenerateRequest,
+    Hello,
+    PrefixCacheReset,
+    ResetPrefixCache,
+    StatsReply,
+    StatsRequest,
+    ToEdge,
+    TokenDelta,
+    TokenDeltas,
+    Welcome,
+)
+from argosy.cluster.protocol.sampling import FinishReason, TokenParams
+
+_ANSWER_SECONDS = 10.0  # to a question that the driver's loop answers between two steps
+
+
+class TokenStream:
+    """The answers to one request: iterate for what arrived since the last time, until all `n` have ended."""
+
+    def __init__(self, client: "DriverClient", stream_id: int, n: int):
+        self.stream_id = stream_id
+        self._client = client
+        self._unfinished = set(range(n))
+        self._arrived: list[TokenDelta] = []
+        self._waiter: asyncio.Future[None] | None = None
+
+    def __aiter__(self) -> "TokenStream":
+        return self
+
+    async def __anext__(self) -> list[TokenDelta]:
+        while not self._arrived:
+            if not self._unfinished:
+                raise StopAsyncIteration
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        arrived, self._arrived = self._arrived, []
+        return arrived
+
+    @property
+    def finished(self) -> bool:
+        """Whether all answers have ended (what arrived may still wait to be read)."""
+        return not self._unfinished
+
+    def abort(self, index: int | None = None) -> None:
+        """Nobody wants this any more: all answers, or the one of `index`. Their last deltas still arrive."""
+        if self._unfinished and not self._client.closed:
+            indexes = () if index is None else (index,)
+            self._client.send(AbortRequest(stream_id=self.stream_id, indexes=indexes))
+
+    def push(self, delta: TokenDelta) -> bool:
+        """Take what arrived; whether it was the last. For `DriverClient`."""
+        self._arrived.append(delta)
+        if delta.finish_reason is not None:
+            self._unfinished.discard(delta.index)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+        return not self._unfinished
+
+    def lose(self, reason: str) -> None:
+        """The driver has gone: end every answer that has not ended."""
+        for index in sorted(self._unfinished):
+            self.push(
+                TokenDelta(
+                    stream_id=self.stream_id,
+                    index=index,
+                    token_ids=(),
+                    finish_reason=FinishReason.LOST,
+                    error_code="request_lost",
+                    error_message=reason,
+                    error_status=500,
+                )
+            )
+
+
+class DriverClient:
+    """Open with `connect`. All methods belong to the event loop that opened it."""
+
+    info: EngineInfo
+
+    def __init__(self) -> None:
+        self._wire = _Wire(self)
+        self._transport: asyncio.Transport | None = None
+        self._streams: dict[int, TokenStream] = {}
+        self._next_stream_id = 0
+        self._welcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stats_waiters: deque[asyncio.Future[StatsReply]] = deque()
+        self._reset_waiters: deque[asyncio.Future[bool]] = deque()
+        self.closed = False
+        self.closed_reason = ""
+        self.on_closed: asyncio.Event = asyncio.Event()
+
+    @classmethod
+    async def connect(cls, address: str, secret: str, *, timeout_seconds: float = 10.0) -> "DriverClient":
+        """Connect, show the secret and wait until the engine is ready.
+
+        Raises `ChannelClosed` when nobody is there or the secret is wrong, `StartupTimeout` at the deadline.
+        """
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + timeout_seconds
+        sock = await asyncio.to_thread(open_socket, address, timeout_seconds)
+        tune_socket(sock)
+        sock.setblocking(False)
+        client = cls()
+        client._transport, _ = await loop.create_connection(lambda: client._wire, sock=sock)
+        client.send(Hello(role="edge", secret=secret, pid=os.getpid()))
+        try:
+            async with asyncio.timeout_at(deadline):
+                await client._welcome
+        except TimeoutError:
+            await client.close()
+            raise StartupTimeout("the engine", timeout_seconds) from None
+        return client
+
+    def submit(
+        self,
+        prompt_token_ids: Sequence[int],
+        params: TokenParams,
+        *,
+        n: int = 1,
+        priority: int = 0,
+        cache_salt: str = "",
+        deadline_seconds: float | None = None,
+        request_id: str | None = None,
+    ) -> TokenStream:
+        """Ask for tokens. The stream also carries refusals; with the driver gone it ends at once as LOST."""
+        self._next_stream_id += 1
+        stream = TokenStream(self, self._next_stream_id, n)
+        if self.closed:
+            stream.lose(self.closed_reason)
+            return stream
+        request = GenerateRequest(
+            stream_id=stream.stream_id,
+            request_id=request_id or secrets.token_hex(16),
+            prompt_token_ids=prompt_token_ids,
+            params=params,
+            n=n,
+            priority=priority,
+            cache_salt=cache_salt,
+            deadline_seconds=deadline_seconds,
+        )
+        self.send(request)
+        self._streams[stream.stream_id] = stream
+        return stream
+
+    async def stats(self, timeout_seconds: float = _ANSWER_SECONDS) -> StatsReply:
+        """The live figures. Raises `StartupTimeout` when the driver's loop does not answer in time."""
+        reply: StatsReply = await self._ask(StatsRequest(), self._stats_waiters, timeout_seconds)
+        return reply
+
+    async def reset_prefix_cache(self, timeout_seconds: float = _ANSWER_SECONDS) -> bool:
+        """Forget all cached prefixes; False when blocks were in use."""
+        done: bool = await self._ask(ResetPrefixCache(), self._reset_waiters, timeout_seconds)
+        return done
+
+    def drain(self) -> None:
+        """Tell the driver to take no new requests."""
+        self.send(Drain())
+
+    async def close(self) -> None:
+        """End the connection; streams that are open end as LOST (and the driver aborts their requests)."""
+        if self._transport is not None:
+            self._transport.close()
+        self.connection_lost("this connection was closed")
+
+    @property
+    def num_streams(self) -> int:
+        """Requests that have not ended."""
+        return len(self._streams)
+
+    def send(self, message: object) -> None:
+        """Queue a message to the driver; never waits."""
+        if self.closed or self._transport is None:
+            raise ChannelClosed(self.closed_reason or "the connection is not open")
+        self._transport.write(encode_frame(message))
+
+    async def _ask(self, question: object, waiters: "deque[asyncio.Future[Any]]", timeout_seconds: float) -> Any:
+        waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+        self.send(question)
+        waiters.append(waiter)
+        try:
+            # Shielded: a waiter that gave up stays in the row, so that answers keep meeting their own questions.
+            async with asyncio.timeout(timeout_seconds):
+                return await asyncio.shield(waiter)
+        except TimeoutError:
+            raise StartupTimeout("the driver", timeout_seconds) from None
+
+    # -------------------------------------------------------------------------------------- called by the wire
+
+    def on_message(self, message: Any) -> None:
+        """One message from the driver."""
+        if isinstance(message, TokenDeltas):
+            streams = self._streams
+            for delta in message.deltas:
+                stream = streams.get(delta.stream_id)
+                if stream is not None and stream.push(delta):
+                    del streams[delta.stream_id]
+        elif isinstance(message, Welcome):
+            self.info = message.info
+            if not self._welcome.done():
+                self._welcome.set_result(None)
+        elif isinstance(message, StatsReply):
+            _answer(self._stats_waiters, message)
+        elif isinstance(message, PrefixCacheReset):
+            _answer(self._reset_waiters, message.done)
+
+    def connection_lost(self, reason: str) -> None:
+        """The driver has gone, or sent what is no message: everything that waits hears of it."""
+        if self.closed:
+            return
+        self.closed, self.closed_reason = True, reason
+        streams, self._streams = self._streams, {}
+        for stream in streams.values():
+            stream.lose(reason)
+        waiters: list[asyncio.Future[Any]] = [self._welcome, *self._stats_waiters, *self._reset_waiters]
+        for waiter in waiters:
+            if not waiter.done():
+                waiter.set_exception(ChannelClosed(reason))
+                waiter.exception()  # nobody may be waiting any more: that is no reason for a warning
+        self.on_closed.set()
+
+
+def _answer(waiters: "deque[asyncio.Future[Any]]", value: object) -> None:
+    if waiters:
+        waiter = waiters.popleft()
+        if not waiter.done():
+            waiter.set_result(value)
+
+
+class _Wire(asyncio.BufferedProtocol):
+    """Bytes from the transport go straight into the frame reader's buffer."""
+
+    def __init__(self, client: DriverClient):
+        self._client = client
+        self._reader = FrameReader(ToEdge)
+        self._transport: asyncio.Transport | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def get_buffer(self, sizehint: int) -> memoryview:
+        return self._reader.space()
+
+    def buffer_updated(self, nbytes: int) -> None:
+        self._reader.filled(nbytes)
+        try:
+            while (message := self._reader.next()) is not None:
+                self._client.on_message(message)
+        except ChannelClosed as error:
+            if self._transport is not None:
+                self._transport.abort()
+            self._client.connection_lost(str(error))
+
+    def eof_received(self) -> bool:
+        return False
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._client.connection_lost("the driver closed the connection" if exc is None else f"connection lost: {exc}")

@@ -1,0 +1,65 @@
+"""What follows from the ranks' first words: how many blocks all have, or why the engine can't start."""
+
+from collections.abc import Sequence
+
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import (
+    ConfigError,
+    PlacementImpossible,
+    ServingError,
+    UnsupportedModel,
+    WeightError,
+    WorkerFailed,
+    WorkerLost,
+)
+from argosy.cluster.protocol.messages import WorkerError, WorkerReport
+
+
+def agree_on_num_blocks(reports: Sequence[WorkerReport], config: ServingConfig) -> int:
+    """The least of what the ranks have room for becomes everybody's.
+
+    Raises `ConfigError` when that does not hold one request of full length, naming the length that would fit.
+    """
+    smallest = min(reports, key=lambda report: (report.num_blocks, report.global_rank))
+    num_blocks, block_size = smallest.num_blocks, config.cache.block_size
+    where = f"rank {smallest.global_rank} ({smallest.device} on {smallest.node or 'this node'})"
+    if num_blocks < 2:
+        raise PlacementImpossible(
+            f"{where} has room for {max(num_blocks, 0)} KV blocks after {_gib(smallest.weight_bytes)} of weights and "
+            f"{_gib(smallest.activation_bytes)} of activations; raise --gpu-memory-utilization or "
+            "--kv-cache-memory-bytes, or spread the model over more ranks with --tensor-parallel-size"
+        )
+    max_model_len = config.model.max_model_len
+    if max_model_len is not None and num_blocks * block_size < max_model_len:
+        needed = -(-max_model_len // block_size)
+        raise ConfigError(
+            f"max_model_len={max_model_len} needs {needed} KV blocks and {where} has room for {num_blocks}; "
+            f"start with --max-model-len {num_blocks * block_size} or less, or give the cache "
+            f"{_gib(needed * smallest.block_bytes)} (--kv-cache-memory-bytes {needed * smallest.block_bytes}, "
+            "or a higher --gpu-memory-utilization)"
+        )
+    return num_blocks
+
+
+def error_of_rank(error: WorkerError, node: str) -> ServingError:
+    """A rank's last word as one of our errors, with the text it gave."""
+    return error_from_code(error.code, error.message, global_rank=error.global_rank, node=node, epoch=error.epoch)
+
+
+def error_from_code(code: str, message: str, *, global_rank: int = -1, node: str = "", epoch: int = 0) -> ServingError:
+    """An error that crossed a process border as its code and its text."""
+    if code in (WeightError.code, UnsupportedModel.code):
+        kind = UnsupportedModel if code == UnsupportedModel.code else WeightError
+        file, separator, problem = message.partition(": ")
+        return kind(file, "", problem) if separator else kind("model", "", message)
+    if code == ConfigError.code:
+        return ConfigError(message)
+    if code == PlacementImpossible.code:
+        return PlacementImpossible(message)
+    if code == WorkerLost.code and global_rank >= 0:
+        return WorkerLost(global_rank, node, epoch)
+    return WorkerFailed(global_rank, code, message)
+
+
+def _gib(num_bytes: int) -> str:
+    return f"{num_bytes / 2**30:.2f} GiB"
