@@ -1,0 +1,327 @@
+"""From a `SchedulerOutput` to the tensors of one step; requests are remembered between steps by their handle.
+
+Letters: N handles (rows of the tables), R rows of the step, T tokens of the step, S rows that sample, B blocks a row.
+
+The tables are numpy on the host, one row a handle, allocated once. A step is gathered from them with a fixed number of
+numpy calls, whatever its size, into one packed staging buffer (pinned where there is a GPU) that goes to the device in
+one copy. A token that was sampled by a step still in flight on a GPU is not known to the host: the row is given -1 and
+`last_token_N` on the device fills it in.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from argosy.cluster.protocol.messages import NewRequest, SchedulerOutput
+from argosy.workers.attention.base import AttentionMetadata
+
+IntArray = npt.NDArray[np.int64]
+NUM_STAGING_BUFFERS = 3  # steps whose copy to the device may be under way at once
+
+
+@dataclass(slots=True)
+class StepInputs:
+    """What one step computes: tensors on the rank's device, and the host's knowledge of the same rows."""
+
+    handles_R: IntArray
+    num_tokens_R: IntArray | None  # None: one each
+    end_R: IntArray  # tokens of the row that are computed after this step
+    num_tokens: int
+    token_ids_T: Tensor
+    positions_T: Tensor
+    metadata: AttentionMetadata
+    sample_rows_S: IntArray | None  # places in the step's rows that sample; None: all of them
+    hidden_rows_S: Tensor | None  # their last tokens' places among T; None: token i is row i
+    handles_device_R: Tensor | None  # only where last tokens live on the device
+    same_rows: bool  # the same handles as in the step before, all of them sampling
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of the step."""
+        return len(self.handles_R)
+
+    @property
+    def num_sampled(self) -> int:
+        """Rows that sample a token."""
+        return len(self.handles_R) if self.sample_rows_S is None else len(self.sample_rows_S)
+
+    @property
+    def sample_handles_S(self) -> IntArray:
+        """Handles of the rows that sample."""
+        return self.handles_R if self.sample_rows_S is None else self.handles_R[self.sample_rows_S]
+
+    @property
+    def sample_positions_S(self) -> IntArray:
+        """For each row that samples, the index in the request's tokens of the one to be drawn."""
+        return self.end_R if self.sample_rows_S is None else self.end_R[self.sample_rows_S]
+
+
+class Staging:
+    """Host memory for one step's inputs, packed, and its twin on the device. On a CPU both are the same memory."""
+
+    def __init__(self, capacity_bytes: int, device: torch.device):
+        self.is_shared = device.type == "cpu"
+        self._host = torch.zeros(capacity_bytes, dtype=torch.uint8, pin_memory=not self.is_shared)
+        self._device = self._host if self.is_shared else torch.zeros(capacity_bytes, dtype=torch.uint8, device=device)
+        self._bytes = self._host.numpy()
+        self._copied = None if self.is_shared else torch.cuda.Event()
+        self._used = 0
+        self._parts: list[tuple[int, int, torch.dtype]] = []
+
+    def begin(self) -> None:
+        """Start a new step; waits until the previous contents have left for the device."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        self._used = 0
+        self._parts.clear()
+
+    def take(self, count: int, is_long: bool) -> npt.NDArray[np.int64]:
+        """Room for `count` integers (64 bit if `is_long`, else 32), to be filled before `send`."""
+        start, size = self._used, count * (8 if is_long else 4)
+        self._used = (start + size + 7) & ~7
+        self._parts.append((start, start + size, torch.int64 if is_long else torch.int32))
+        return self._bytes[start : start + size].view(np.int64 if is_long else np.int32)
+
+    def send(self) -> list[Tensor]:
+        """All parts on the device, in the order they were taken."""
+        if self._copied is not None:
+            self._device[: self._used].copy_(self._host[: self._used], non_blocking=True)
+            self._copied.record()
+        memory = self._device
+        return [memory[start:end].view(dtype) for start, end, dtype in self._parts]
+
+
+class InputBatch:
+    """The requests this rank knows, and the tensors of each step."""
+
+    def __init__(
+        self,
+        *,
+        max_num_seqs: int,
+        max_model_len: int,
+        max_num_batched_tokens: int,
+        block_size: int,
+        vocab_size: int,
+        device: torch.device,
+        keeps_new_tokens: bool,
+    ):
+        """`keeps_new_tokens`: this rank can't sample, so it learns its tokens from `SchedulerOutput.new_tokens`."""
+        self.block_size, self.vocab_size, self.device = block_size, vocab_size, device
+        self.keeps_new_tokens = keeps_new_tokens
+        self.max_blocks = -(-(max_model_len + 1) // block_size)
+        num = max_num_seqs
+        # one token more than the model's length: a step in flight when a request reaches it may still append one.
+        # zeros: pages are taken from the system only when touched.
+        self.token_ids_NL = np.zeros((num, max_model_len + 2), dtype=np.int32)
+        self.num_known_N = np.zeros(num, dtype=np.int64)  # token ids in the table above
+        self.num_prompt_N = np.zeros(num, dtype=np.int64)
+        self.num_computed_N = np.zeros(num, dtype=np.int64)
+        self.num_blocks_N = np.zeros(num, dtype=np.int64)
+        self.block_table_NB = np.zeros((num, self.max_blocks), dtype=np.int32)
+        self._flat_tokens = self.token_ids_NL.reshape(-1)
+        self._flat_blocks = self.block_table_NB.reshape(-1)
+        self.active: dict[int, NewRequest] = {}
+        self.poisoned: dict[int, str] = {}  # handles that can't be computed, and why
+        self.lives_on_device = device.type != "cpu"
+        self.last_token_N = torch.zeros(num, dtype=torch.int64, device=device)
+        self._query_start_R1 = torch.arange(num + 1, dtype=torch.int32, device=device)
+        capacity = 8 * (4 * max_num_batched_tokens + 6 * num + 64) + 4 * num * (self.max_blocks + 2)
+        count = NUM_STAGING_BUFFERS if self.lives_on_device else 1
+        self._staging = [Staging(capacity, device) for _ in range(count)]
+        self._step = 0
+        self._last_rows: Sequence[int] = ()
+        self._last_handles: IntArray = np.zeros(0, dtype=np.int64)
+        self._last_was_decode = False
+
+    # ------------------------------------------------------------------------------------------------- remembering
+
+    def apply(self, output: SchedulerOutput) -> None:
+        """Take over the differences of a step: forget, take up, append."""
+        for handle in output.finished:
+            self.active.pop(handle, None)
+            self.poisoned.pop(handle, None)
+        if output.finished or output.new_requests:
+            self._last_rows = ()
+        for request in output.new_requests:
+            self._add(request)
+        for handle, block_ids in output.new_blocks:
+            start = int(self.num_blocks_N[handle])
+            self.num_blocks_N[handle] = end = start + len(block_ids)
+            self.block_table_NB[handle, start:end] = block_ids
+        if self.keeps_new_tokens:
+            for handle, token_ids in output.new_tokens:
+                start = int(self.num_known_N[handle])
+                self.num_known_N[handle] = end = start + len(token_ids)
+                self.token_ids_NL[handle, start:end] = token_ids
+
+    def _add(self, request: NewRequest) -> None:
+        handle, count = request.handle, len(request.token_ids)
+        token_ids = np.asarray(request.token_ids, dtype=np.int64)
+        self.active[handle] = request
+        self.poisoned.pop(handle, None)
+        if count == 0 or token_ids.min() < 0 or token_ids.max() >= self.vocab_size:
+            # the doors refuse such a request; here it must cost nobody else the step
+            self.poisoned[handle] = f"a token id is outside of the vocabulary of {self.vocab_size}"
+            token_ids = np.clip(token_ids, 0, self.vocab_size - 1)
+        self.token_ids_NL[handle, :count] = token_ids
+        self.num_known_N[handle] = count
+        self.num_prompt_N[handle] = request.num_prompt_tokens
+        self.num_computed_N[handle] = request.num_computed_tokens
+        self.num_blocks_N[handle] = len(request.block_ids)
+        self.block_table_NB[handle, : len(request.block_ids)] = request.block_ids
+
+    # ----------------------------------------------------------------------------------------------------- a step
+
+    def build(self, output: SchedulerOutput) -> StepInputs:
+        """The tensors of the step. Call after `apply`."""
+        same_rows = output.rows == self._last_rows
+        if not same_rows:
+            self._last_handles = np.asarray(output.rows, dtype=np.int64)
+            self._last_rows = output.rows
+        staging = self._staging[self._step % len(self._staging)]
+        self._step += 1
+        staging.begin()
+        one_each = not output.num_tokens or len(output.num_tokens) == sum(output.num_tokens)
+        was_decode, self._last_was_decode = self._last_was_decode, one_each and not output.partial
+        if self._last_was_decode:
+            return self._build_decode(self._last_handles, staging, same_rows and was_decode)
+        return self._build_mixed(output, self._last_handles, staging)
+
+    def _build_decode(self, handles_R: IntArray, staging: Staging, same_rows: bool) -> StepInputs:
+        num_rows = len(handles_R)
+        start_R = self.num_computed_N[handles_R]
+        end_R = start_R + 1
+        tokens_T, positions_T = staging.take(num_rows, True), staging.take(num_rows, True)
+        self._gather_tokens(tokens_T, handles_R, start_R)
+        positions_T[:] = start_R
+        max_context = self._stage_rows(staging, handles_R, handles_R, start_R, end_R)
+        return self._inputs(staging, max_context, handles_R, None, end_R, 1, num_rows, None, same_rows)
+
+    def _build_mixed(self, output: SchedulerOutput, handles_R: IntArray, staging: Staging) -> StepInputs:
+        num_rows = len(handles_R)
+        num_tokens_R = (
+            np.asarray(output.num_tokens, dtype=np.int64) if output.num_tokens else np.ones(num_rows, dtype=np.int64)
+        )
+        start_R = self.num_computed_N[handles_R]
+        query_end_R = np.cumsum(num_tokens_R)
+        num_tokens = int(query_end_R[-1])
+        tokens_T, positions_T = staging.take(num_tokens, True), staging.take(num_tokens, True)
+        positions_T[:] = np.arange(num_tokens)
+        positions_T += np.repeat(start_R - (query_end_R - num_tokens_R), num_tokens_R)
+        handles_T = np.repeat(handles_R, num_tokens_R)
+        self._gather_tokens(tokens_T, handles_T, positions_T)
+        max_context = self._stage_rows(staging, handles_R, handles_T, positions_T, start_R + num_tokens_R)
+        query_start_R1 = staging.take(num_rows + 1, False)
+        query_start_R1[0] = 0
+        query_start_R1[1:] = query_end_R
+        sampling = np.ones(num_rows, dtype=np.bool_)
+        sampling[list(output.partial)] = False
+        sample_rows_S = np.flatnonzero(sampling) if output.partial else None
+        hidden_rows = query_end_R if sample_rows_S is None else query_end_R[sample_rows_S]
+        staging.take(len(hidden_rows), True)[:] = hidden_rows - 1
+        is_longer = num_tokens_R > 1
+        num_decode_rows = int(is_longer.argmax()) if is_longer.any() else num_rows
+        return self._inputs(
+            staging, max_context, handles_R, num_tokens_R, start_R + num_tokens_R, int(num_tokens_R.max()),
+            num_decode_rows, sample_rows_S, False,
+        )  # fmt: skip
+
+    def _gather_tokens(self, out_T: IntArray, handles_T: IntArray, positions_T: IntArray) -> None:
+        out_T[:] = self._flat_tokens[handles_T * self.token_ids_NL.shape[1] + positions_T]
+        if self.lives_on_device:
+            out_T[positions_T >= self.num_known_N[handles_T]] = -1
+
+    def _stage_rows(
+        self, staging: Staging, handles_R: IntArray, handles_T: IntArray, positions_T: IntArray, end_R: IntArray
+    ) -> int:
+        """Stages slots, lengths, block table (and handles, if the device needs them). Returns the longest context."""
+        size = self.block_size
+        slots_T = staging.take(len(positions_T), True)
+        block_T = positions_T // size
+        slots_T[:] = self._flat_blocks[handles_T * self.max_blocks + block_T]
+        slots_T *= size
+        slots_T += positions_T - block_T * size
+        staging.take(len(end_R), False)[:] = end_R
+        max_context = int(end_R.max())
+        num_blocks = -(-max_context // size)
+        staging.take(len(end_R) * num_blocks, False).reshape(len(end_R), num_blocks)[:] = self.block_table_NB[
+            handles_R, :num_blocks
+        ]
+        if self.lives_on_device:
+            staging.take(len(handles_R), True)[:] = handles_R
+        return max_context
+
+    def _inputs(
+        self,
+        staging: Staging,
+        max_context: int,
+        handles_R: IntArray,
+        num_tokens_R: IntArray | None,
+        end_R: IntArray,
+        max_query_len: int,
+        num_decode_rows: int,
+        sample_rows_S: IntArray | None,
+        same_rows: bool,
+    ) -> StepInputs:
+        tensors = staging.send()
+        token_ids_T, positions_T, slots_T, context_len_R, block_table = tensors[:5]
+        num_rows = len(handles_R)
+        rest = tensors[5:]
+        handles_device_R = rest.pop(0) if self.lives_on_device else None
+        if handles_device_R is not None:
+            # only rows of one token can wait for a token that is still on the device
+            head = token_ids_T[:num_decode_rows]
+            head.copy_(torch.where(head < 0, self.last_token_N[handles_device_R[:num_decode_rows]], head))
+        query_start_R1 = self._query_start_R1[: num_rows + 1] if num_tokens_R is None else rest[0]
+        metadata = AttentionMetadata(
+            num_rows=num_rows,
+            num_decode_rows=num_decode_rows,
+            query_start_R1=query_start_R1,
+            context_len_R=context_len_R,
+            block_table_RB=block_table.view(num_rows, -1),
+            slot_mapping_T=slots_T,
+            max_query_len=max_query_len,
+            max_context_len=max_context,
+        )
+        return StepInputs(
+            handles_R=handles_R,
+            num_tokens_R=num_tokens_R,
+            end_R=end_R,
+            num_tokens=token_ids_T.shape[0],
+            token_ids_T=token_ids_T,
+            positions_T=positions_T,
+            metadata=metadata,
+            sample_rows_S=sample_rows_S,
+            hidden_rows_S=None if num_tokens_R is None else rest[1],
+            handles_device_R=handles_device_R,
+            same_rows=same_rows,
+        )
+
+    def advance(self, inputs: StepInputs) -> None:
+        """The step's tokens are computed."""
+        self.num_computed_N[inputs.handles_R] = inputs.end_R
+
+    def append_sampled(self, inputs: StepInputs, token_ids_S: IntArray) -> None:
+        """Remember what the step sampled, on the host."""
+        handles_S, positions_S = inputs.sample_handles_S, inputs.sample_positions_S
+        self._flat_tokens[handles_S * self.token_ids_NL.shape[1] + positions_S] = token_ids_S
+        self.num_known_N[handles_S] = positions_S + 1
+
+    def append_sampled_device(self, inputs: StepInputs, token_ids_S: Tensor) -> None:
+        """Remember what the step sampled, on the device; the host does not learn it here."""
+        handles = inputs.handles_device_R
+        assert handles is not None
+        if inputs.sample_rows_S is not None:
+            handles = handles[torch.from_numpy(inputs.sample_rows_S).to(self.device, non_blocking=True)]
+        self.last_token_N.index_copy_(0, handles, token_ids_S)
+
+    def check(self) -> None:
+        """Counts agree: what is computed has tokens and blocks."""
+        for handle in self.active:
+            computed, known = int(self.num_computed_N[handle]), int(self.num_known_N[handle])
+            assert computed <= known or self.lives_on_device, (handle, computed, known)
+            assert computed <= int(self.num_blocks_N[handle]) * self.block_size, (handle, computed)

@@ -1,0 +1,285 @@
+"""One step on this rank: batch, forward, then sample or hand on.
+
+T tokens of the step, S rows that sample, D model width, V vocabulary.
+"""
+
+import time
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
+from argosy.cluster.protocol.model_spec import ModelSpec
+from argosy.cluster.protocol.sampling import TokenParams
+from argosy.placement.process_groups import ParallelContext
+from argosy.placement.stage_transport import StageTransport
+from argosy.workers.attention.selection import make_backend
+from argosy.workers.forward_context import ForwardContext
+from argosy.workers.input_batch import InputBatch, StepInputs
+from argosy.workers.kv_cache import KVCache
+from argosy.workers.loading.stream import LoadReport, load_weights
+from argosy.workers.models.registry import build_model
+from argosy.workers.sampler import FAILURES, LogprobTensors, Sampled, Sampler, gather_logprobs
+
+PROMPT_LOGPROB_ROWS = 256  # prompt positions whose logits exist at once
+WARM_UP_EPOCH = -1
+
+
+class StepOutcome:
+    """What a step drew, on its way from the device to the driver. `result` may be asked on another thread."""
+
+    def __init__(
+        self,
+        output: SchedulerOutput,
+        inputs: StepInputs | None,
+        sampled: Sampled | None,
+        prompt_logprobs: list[tuple[int, int, LogprobTensors]],
+        poisoned: dict[int, str],
+        started: float,
+        side_stream: "torch.cuda.Stream | None",
+    ):
+        self._output, self._inputs, self._sampled, self._prompt_logprobs = output, inputs, sampled, prompt_logprobs
+        self._poisoned, self._started = poisoned, started
+        self._token_ids: Tensor | None = None if sampled is None else sampled.token_ids_S
+        self._copied: torch.cuda.Event | None = None
+        if side_stream is not None and self._token_ids is not None:
+            computed = torch.cuda.Event()
+            computed.record()
+            with torch.cuda.stream(side_stream):
+                side_stream.wait_event(computed)
+                on_device = self._token_ids
+                self._token_ids = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
+                self._token_ids.copy_(on_device, non_blocking=True)
+                on_device.record_stream(side_stream)
+                self._copied = torch.cuda.Event()
+                self._copied.record()
+
+    def result(self) -> ModelRunnerOutput:
+        """The message for the driver; waits for the device."""
+        if self._copied is not None:
+            self._copied.synchronize()
+        token_ids: list[int] = [] if self._token_ids is None else self._token_ids.tolist()
+        failed = self._failures(token_ids) if self._poisoned or min(token_ids, default=0) < 0 else []
+        sampled, figures = self._sampled, []
+        if sampled is not None and sampled.logprobs is not None:
+            figures = sampled.logprobs.to_messages()
+        return ModelRunnerOutput(
+            step_id=self._output.step_id,
+            epoch=self._output.epoch,
+            token_ids=token_ids,
+            logprobs=figures,
+            prompt_logprobs=[
+                (handle, first, [figure for _, figure in tensors.to_messages()])
+                for handle, first, tensors in self._prompt_logprobs
+            ],
+            failed=failed,
+            step_seconds=time.perf_counter() - self._started,
+        )
+
+    def _failures(self, token_ids: list[int]) -> list[tuple[int, str]]:
+        """Which rows failed and why; their token ids become -1."""
+        assert self._inputs is not None
+        rows = self._inputs.sample_rows_S
+        failed = []
+        for place, token_id in enumerate(token_ids):
+            row = place if rows is None else int(rows[place])
+            problem = self._poisoned.get(int(self._inputs.handles_R[row])) or FAILURES.get(token_id)
+            if problem is not None:
+                token_ids[place] = -1
+                failed.append((row, problem))
+        return failed
+
+
+class ModelRunner:
+    """The model's part of this rank, its KV cache, and the requests it knows."""
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        spec: ModelSpec,
+        parallel: ParallelContext,
+        *,
+        device: torch.device,
+        dtype: torch.dtype,
+        cache_dtype: torch.dtype,
+    ):
+        self.config, self.spec, self.parallel, self.rank = config, spec, parallel, parallel.rank
+        self.device, self.dtype, self.cache_dtype = device, dtype, cache_dtype
+        scheduler = config.scheduler
+        self.max_model_len = config.model.max_model_len or spec.max_position
+        self.model = build_model(spec, self.rank, parallel, dtype, device)
+        self.backend = make_backend(device)
+        self.transport = StageTransport(
+            parallel, spec.hidden_size, dtype, timeout_seconds=config.parallel.start_deadline_seconds
+        )
+        self.batch = InputBatch(
+            max_num_seqs=scheduler.max_num_seqs,
+            max_model_len=self.max_model_len,
+            max_num_batched_tokens=scheduler.max_num_batched_tokens,
+            block_size=config.cache.block_size,
+            vocab_size=spec.vocab_size,
+            device=device,
+            keeps_new_tokens=not self.rank.is_last_stage,
+        )
+        self.sampler = Sampler(
+            scheduler.max_num_seqs, spec.vocab_size, device, gives_logprobs=self.rank.answers
+        )
+        self.kv_cache: KVCache | None = None
+        self.last_step_id = -1
+        self._prompt_logprobs: dict[int, int] = {}  # handle -> how many, for requests that asked
+        self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" and self.rank.answers else None
+
+    # ----------------------------------------------------------------------------------------------------- starting
+
+    def load(self, folder: str, on_progress: Callable[[float], None] | None) -> LoadReport:
+        """Fill the weights of this rank."""
+        return load_weights(self.model, folder, self.spec, self.rank, on_progress)
+
+    def allocate(self, num_blocks: int) -> None:
+        """Make the KV cache; from now on steps may come."""
+        self.kv_cache = KVCache.allocate(
+            self.spec, self.rank, num_blocks, self.config.cache.block_size, self.cache_dtype, self.device
+        )
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of one KV block on this rank."""
+        return KVCache.block_bytes(self.spec, self.rank, self.config.cache.block_size, self.cache_dtype)
+
+    def warm_up(self, shapes: Sequence[tuple[int, int]]) -> None:
+        """Run steps of (rows, tokens a row), so that no request pays for what only the first use of a shape costs.
+
+        All rows write to block 0, which is zeroed afterwards.
+        """
+        assert self.kv_cache is not None
+        params = TokenParams(max_tokens=1, temperature=1.0, top_p=0.9)
+        for step, (num_rows, num_tokens) in enumerate(shapes):
+            requests = [
+                NewRequest(handle, [0] * num_tokens, num_tokens, 0, [0] * -(-num_tokens // self.batch.block_size), params)
+                for handle in range(num_rows)
+            ]
+            output = SchedulerOutput(
+                step_id=step,
+                epoch=WARM_UP_EPOCH,
+                rows=list(range(num_rows)),
+                num_tokens=[num_tokens] * num_rows,
+                new_requests=requests,
+                finished=list(range(num_rows)),
+            )
+            outcome = self.execute(output)
+            if outcome is not None:
+                outcome.result()
+        self.execute(SchedulerOutput(step_id=-1, epoch=WARM_UP_EPOCH, rows=[], finished=sorted(self.batch.active)))
+        self.transport.flush()
+        self.transport.timeout_seconds = self.config.parallel.step_deadline_seconds
+        for k_cache, v_cache in self.kv_cache.layers:
+            k_cache[0].zero_()
+            v_cache[0].zero_()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.last_step_id = -1
+
+    # -------------------------------------------------------------------------------------------------------- a step
+
+    @torch.inference_mode()
+    def execute(self, output: SchedulerOutput) -> StepOutcome | None:
+        """Carry out one step. What comes back is for the driver; None on ranks that don't answer."""
+        assert self.kv_cache is not None
+        started = time.perf_counter()
+        self._apply(output)
+        if output.block_copies:
+            self.kv_cache.copy_blocks(output.block_copies)
+        if not len(output.rows):
+            self.last_step_id = output.step_id
+            return self._empty(output, started)
+        inputs = self.batch.build(output)
+        context = ForwardContext(self.backend, self.kv_cache, inputs.metadata)
+        hidden_TD = self._forward(inputs, context)
+        outcome = None
+        if self.rank.is_last_stage:
+            outcome = self._sample(output, inputs, hidden_TD, started)
+        self.batch.advance(inputs)
+        self.last_step_id = output.step_id
+        return outcome if self.rank.answers else None
+
+    def _apply(self, output: SchedulerOutput) -> None:
+        self.batch.apply(output)
+        for handle in output.finished:
+            self.sampler.forget(handle)
+            self._prompt_logprobs.pop(handle, None)
+        if self.rank.is_last_stage:
+            for request in output.new_requests:
+                self.sampler.add(request)
+                self._prompt_logprobs.pop(request.handle, None)
+                if request.params.prompt_logprobs is not None:
+                    self._prompt_logprobs[request.handle] = request.params.prompt_logprobs
+
+    def _forward(self, inputs: StepInputs, context: ForwardContext) -> Tensor:
+        hidden_TD = None if self.rank.is_first_stage else self.transport.receive(inputs.num_tokens)
+        token_ids_T = inputs.token_ids_T if self.rank.is_first_stage else None
+        hidden_TD = self.model(token_ids_T, hidden_TD, inputs.positions_T, context)
+        if not self.rank.is_last_stage:
+            self.transport.send(hidden_TD)
+        return hidden_TD
+
+    def _sample(
+        self, output: SchedulerOutput, inputs: StepInputs, hidden_TD: Tensor, started: float
+    ) -> StepOutcome | None:
+        """Every TP rank of the last stage draws, from the same logits, the same tokens."""
+        prompt_logprobs = self._make_prompt_logprobs(inputs, hidden_TD) if self._prompt_logprobs else []
+        sampled = None
+        if inputs.num_sampled:
+            hidden_SD = hidden_TD if inputs.hidden_rows_S is None else hidden_TD[inputs.hidden_rows_S]
+            logits_SV = self.model.compute_logits(hidden_SD)
+            sampled = self.sampler.sample(
+                logits_SV, inputs.sample_handles_S, inputs.sample_positions_S, self._history,
+                same_rows=inputs.same_rows,
+            )  # fmt: skip
+            self._remember(inputs, sampled.token_ids_S)
+        if not self.rank.answers:
+            return None
+        poisoned = {} if not self.batch.poisoned else dict(self.batch.poisoned)
+        return StepOutcome(output, inputs, sampled, prompt_logprobs, poisoned, started, self._side_stream)
+
+    def _remember(self, inputs: StepInputs, token_ids_S: Tensor) -> None:
+        # a row that failed goes on with token 0 until the driver has heard of it
+        if self.batch.lives_on_device:
+            self.batch.append_sampled_device(inputs, token_ids_S.clamp(min=0))
+            if not self.sampler.processor.needs_history:
+                return
+            token_ids_S = token_ids_S.cpu()  # waits for the step: the price of bad words of several tokens
+        self.batch.append_sampled(inputs, np.maximum(token_ids_S.numpy(), 0))
+
+    def _make_prompt_logprobs(self, inputs: StepInputs, hidden_TD: Tensor) -> list[tuple[int, int, LogprobTensors]]:
+        """For rows that asked: (handle, first position, figures) of the prompt tokens that follow this chunk's."""
+        counts_R = np.ones(inputs.num_rows, dtype=np.int64) if inputs.num_tokens_R is None else inputs.num_tokens_R
+        figures = []
+        for handle, end, count, query_end in zip(
+            inputs.handles_R.tolist(), inputs.end_R.tolist(), counts_R.tolist(), np.cumsum(counts_R).tolist(), strict=True
+        ):
+            first, last = end - count + 1, min(end + 1, int(self.batch.num_prompt_N[handle]))
+            if handle not in self._prompt_logprobs:
+                continue
+            for start in range(first, last, PROMPT_LOGPROB_ROWS):
+                stop = min(start + PROMPT_LOGPROB_ROWS, last)
+                at = query_end - count + start - first
+                logits = self.model.compute_logits(hidden_TD[at : at + stop - start])  # on all TP ranks: it gathers
+                if self.rank.answers:
+                    ids = torch.from_numpy(self.batch.token_ids_NL[handle, start:stop].astype(np.int64)).to(self.device)
+                    num = stop - start
+                    num_top = [self._prompt_logprobs[handle]] * num
+                    figures.append((handle, start, gather_logprobs(logits, ids, list(range(num)), num_top, [()] * num)))
+        return figures
+
+    def _history(self, handle: int, start: int, end: int) -> Sequence[int]:
+        ids: list[int] = self.batch.token_ids_NL[handle, start:end].tolist()
+        return ids
+
+    def _empty(self, output: SchedulerOutput, started: float) -> StepOutcome | None:
+        """The outcome of a step without rows (it only told us what is over)."""
+        if not self.rank.answers:
+            return None
+        return StepOutcome(output, None, None, [], {}, started, None)

@@ -1,0 +1,278 @@
+"""The life of a rank: connect, join the groups, load, report, allocate, step, stop.
+
+The driver's connection is the rank's life line: when it ends, so does the rank, even from within a collective, so that
+its device is free for whoever comes next. A Python error in a step is told to the driver and ends the rank; the driver
+rebuilds the group.
+"""
+
+import contextlib
+import os
+import queue
+import select
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+import torch
+
+from argosy.cluster.protocol.channel import Channel
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import ChannelClosed, ServingError, WorkerFailed
+from argosy.cluster.protocol.messages import (
+    AllocateCache,
+    Hello,
+    Ping,
+    Pong,
+    SchedulerOutput,
+    StartWorker,
+    StopWorker,
+    ToRank,
+    WorkerError,
+    WorkerProgress,
+    WorkerReady,
+    WorkerReport,
+)
+from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.placement.plan import RankInfo
+from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
+from argosy.workers.device import cache_dtype, choose_device, choose_dtype, set_threads
+from argosy.workers.memory import MemoryLedger, measure_num_blocks, warm_up_shapes
+from argosy.workers.model_runner import ModelRunner, StepOutcome
+
+GRACE_SECONDS = 1.0  # between the driver's going away and our own end, for an orderly one
+EXIT_DRIVER_GONE = 3
+EXIT_FAILED = 4
+
+
+class WorkerBoot(msgspec.Struct, frozen=True, kw_only=True):
+    """What a rank is told by whoever starts it; everything else comes over the channel."""
+
+    rank: RankInfo
+    config: ServingConfig
+    driver_address: str
+    secret: str
+    node: str = ""
+
+
+def run_worker(boot: WorkerBoot) -> int:
+    """Be that rank until the driver says stop or goes away. Returns the exit status: 0 after `StopWorker`."""
+    try:
+        channel = Channel.connect(boot.driver_address, ToRank)
+        channel.send(Hello(role="rank", secret=boot.secret, global_rank=boot.rank.global_rank, pid=os.getpid()))
+    except ServingError as error:
+        print(f"rank {boot.rank.global_rank}: {error}", file=sys.stderr, flush=True)
+        return EXIT_DRIVER_GONE
+    done = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(channel.fileno(), done), name="driver-watch", daemon=True)
+    watcher.start()
+    worker = Worker(boot, channel)
+    try:
+        return worker.serve()
+    finally:
+        done.set()
+        worker.close()
+        channel.close()
+
+
+def _watch(descriptor: int, done: threading.Event) -> None:
+    """Ends this process when the driver's connection does, whatever the main thread is waiting for."""
+    poller = select.poll()
+    poller.register(descriptor, select.POLLRDHUP)  # errors and hang-ups are always reported
+    while not done.is_set():
+        if poller.poll(1000):
+            if not done.wait(GRACE_SECONDS):
+                sys.stderr.flush()
+                os._exit(EXIT_DRIVER_GONE)
+            return
+
+
+class Worker:
+    """One rank, as the driver's messages move it."""
+
+    def __init__(self, boot: WorkerBoot, channel: Channel):
+        self.boot, self.config, self.rank, self.channel = boot, boot.config, boot.rank, channel
+        self.epoch = -1
+        self.runner: ModelRunner | None = None
+        self.parallel: ParallelContext | None = None
+        self.ledger = MemoryLedger()
+        self._answers: _AnswerThread | None = None
+
+    def serve(self) -> int:
+        """Obey until told to stop (0), until the driver goes away, or until something fails."""
+        try:
+            while True:
+                message = self.channel.recv()
+                if type(message) is SchedulerOutput:
+                    self._step(message)
+                elif isinstance(message, StopWorker):
+                    return 0
+                else:
+                    self._handle(message)
+        except ChannelClosed:
+            return EXIT_DRIVER_GONE
+        except Exception as error:  # the top of the loop: recorded, told, and the end of this rank
+            traceback.print_exc()
+            self._tell_failure(error)
+            return EXIT_FAILED
+
+    def _handle(self, message: Any) -> None:
+        if isinstance(message, Ping):
+            step_id = self.runner.last_step_id if self.runner is not None else -1
+            self.channel.send(Pong(global_rank=self.rank.global_rank, nonce=message.nonce, step_id=step_id))
+        elif isinstance(message, StartWorker):
+            self._start(message)
+        elif isinstance(message, AllocateCache):
+            self._allocate(message)
+
+    def _step(self, output: SchedulerOutput) -> None:
+        if output.epoch != self.epoch:
+            return  # a late word from an epoch that is over
+        assert self.runner is not None
+        outcome = self.runner.execute(output)
+        if outcome is None:
+            return
+        if self._answers is not None:
+            self._answers.put(outcome)
+        else:
+            self.channel.send(outcome.result())
+
+    # ----------------------------------------------------------------------------------------------------- starting
+
+    def _start(self, message: StartWorker) -> None:
+        self.epoch = message.epoch
+        started = time.monotonic()
+        device = choose_device(self.config.parallel.device, self.rank)
+        if device.type == "cpu":
+            set_threads(self.config.parallel.cpu_threads, self.rank.tp_size * self.rank.pp_size)
+        self._progress("joining the process groups", 0.0)
+        spec = read_model_spec(self.config.model.model, self.config.model.hf_overrides)
+        spec.check_layout(self.rank.tp_size, self.rank.pp_size)
+        self.parallel = init_parallel(self.rank, message.rendezvous, device, message.deadline_seconds)
+        dtype = choose_dtype(self.config.model.dtype, spec, device)
+        self._progress("loading weights", 0.0)
+        self.runner = ModelRunner(
+            self.config, spec, self.parallel, device=device, dtype=dtype,
+            cache_dtype=cache_dtype(self.config.cache.kv_cache_dtype, dtype),
+        )  # fmt: skip
+        report = self.runner.load(self._throttled("loading weights"))
+        self._progress("loading weights", 1.0)
+        self.ledger.weight_bytes = report.num_bytes
+        measured = measure_num_blocks(self.runner, self.ledger)
+        self.channel.send(
+            WorkerReport(
+                global_rank=self.rank.global_rank,
+                epoch=self.epoch,
+                num_blocks=measured,
+                block_bytes=self.runner.block_bytes,
+                free_bytes=self.ledger.free_bytes,
+                weight_bytes=self.ledger.weight_bytes,
+                activation_bytes=self.ledger.activation_bytes,
+                device=_device_name(device),
+                node=self.boot.node,
+                load_seconds=time.monotonic() - started,
+                ledger=self.ledger.entries(),
+            )
+        )
+
+    def _allocate(self, message: AllocateCache) -> None:
+        assert self.runner is not None
+        started = time.monotonic()
+        self.runner.allocate(message.num_blocks)
+        assert self.runner.kv_cache is not None
+        self.ledger.kv_bytes = self.runner.kv_cache.num_bytes
+        self._progress("warming up", 0.0)
+        self.runner.warm_up(warm_up_shapes(self.runner))
+        if self.runner.device.type != "cpu" and self.rank.answers:
+            self._answers = _AnswerThread(self.channel.send, self._tell_failure)
+        self.channel.send(
+            WorkerReady(
+                global_rank=self.rank.global_rank,
+                epoch=self.epoch,
+                warm_up_seconds=time.monotonic() - started,
+                ledger=self.ledger.entries(),
+            )
+        )
+
+    def _progress(self, phase: str, fraction: float) -> None:
+        self.channel.send(WorkerProgress(global_rank=self.rank.global_rank, phase=phase, fraction=fraction))
+
+    def _throttled(self, phase: str) -> Callable[[float], None]:
+        """Progress reports, at most one a percent."""
+        last = 0.0
+
+        def report(fraction: float) -> None:
+            nonlocal last
+            if fraction - last >= 0.01:
+                last = fraction
+                self._progress(phase, fraction)
+
+        return report
+
+    # ------------------------------------------------------------------------------------------------------ the end
+
+    def _tell_failure(self, error: BaseException) -> None:
+        """The driver's last word from this rank: a code and one line."""
+        if isinstance(error, WorkerFailed):
+            code, text = error.error_code, error.message
+        elif isinstance(error, ServingError):
+            code, text = error.code, str(error)
+        elif isinstance(error, torch.OutOfMemoryError):
+            code, text = "out_of_memory", f"out of device memory; lower --gpu-memory-utilization ({_first_line(error)})"
+        else:
+            code, text = "worker_failed", f"{type(error).__name__}: {_first_line(error)}"
+        with contextlib.suppress(ServingError, OSError):
+            self.channel.send(
+                WorkerError(global_rank=self.rank.global_rank, epoch=self.epoch, code=code, message=" ".join(text.split()))
+            )
+
+    def close(self) -> None:
+        """Leave the groups and give the device back."""
+        if self._answers is not None:
+            self._answers.close()
+        self.runner = None
+        if self.parallel is not None:
+            destroy_parallel(self.parallel)
+
+
+class _AnswerThread:
+    """Waits for the device's answers and sends them, so that the main thread can launch the next step."""
+
+    def __init__(self, send: Callable[[object], None], on_failure: Callable[[BaseException], None]):
+        self._send, self._on_failure = send, on_failure
+        self._outcomes: queue.SimpleQueue[StepOutcome | None] = queue.SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
+        self._thread.start()
+
+    def put(self, outcome: StepOutcome) -> None:
+        """Send this when the device has it."""
+        self._outcomes.put(outcome)
+
+    def close(self) -> None:
+        """Send what is left, then end."""
+        self._outcomes.put(None)
+        self._thread.join(timeout=GRACE_SECONDS)
+
+    def _run(self) -> None:
+        try:
+            while (outcome := self._outcomes.get()) is not None:
+                self._send(outcome.result())
+        except ChannelClosed:
+            return  # the watcher and the main thread see it, too
+        except Exception as error:  # a device error shows here first; nothing can be computed after it
+            traceback.print_exc()
+            self._on_failure(error)
+            sys.stderr.flush()
+            os._exit(EXIT_FAILED)
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0][:500] if lines else "no message"
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
