@@ -1,0 +1,222 @@
+"""`argosy doctor`: what this machine has, whether it is enough, and how to mend what is not.
+
+Reads versions from package metadata and GPUs from `nvidia-smi`, so that it answers in a second and where torch or Ray
+would not even import.
+"""
+
+import json
+import os
+import resource
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import Final, Literal, NamedTuple
+
+import psutil
+
+from argosy.cluster.protocol.errors import ServingError
+from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.deploy import settings
+
+_GIB: Final = 1 << 30
+_PACKAGES: Final = {  # name: (least version, needed for)
+    "torch": ((2, 11), "the models"),
+    "ray": ((2, 55), "the cluster"),
+    "transformers": ((4, 57), "tokenizers of older models"),
+    "tokenizers": ((0, 21), "text"),
+    "safetensors": ((0, 5), "weights"),
+    "msgspec": ((0, 19), "messages"),
+    "httpx": ((0, 27), "the client"),
+    "fastapi": ((0, 100), "the HTTP door"),
+}
+_MIN_TRITON: Final = (3, 6)
+
+
+class Finding(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    state: Literal["ok", "warn", "fail"]
+    found: str
+    fix: str = ""
+
+
+def main(*, model: str | None, port: int, as_json: bool) -> int:
+    """Print the table; 0 when nothing fails."""
+    findings = list(examine(model, port))
+    if as_json:
+        print(json.dumps([finding._asdict() for finding in findings], indent=1))
+    else:
+        print(table(findings))
+    return 1 if any(finding.state == "fail" for finding in findings) else 0
+
+
+def examine(model: str | None, port: int) -> Iterator[Finding]:
+    """All checks, in the order in which one would mend them."""
+    yield _python()
+    yield from (_package(name) for name in _PACKAGES)
+    gpus = read_gpus()
+    yield _gpus(gpus)
+    if gpus:
+        yield _triton()
+    yield _cores()
+    yield _memory()
+    yield _shared_memory()
+    yield _temporary_folder()
+    yield _open_files()
+    yield _port(port)
+    yield _model(model)
+
+
+def table(findings: list[Finding]) -> str:
+    """The findings in columns, and a sentence at the end."""
+    width = max(len(f.name) for f in findings)
+    lines = [f"{f.state:<5} {f.name:<{width}}  {f.found}" + (f"\n      -> {f.fix}" if f.fix else "") for f in findings]
+    num_failed = sum(f.state == "fail" for f in findings)
+    num_warned = sum(f.state == "warn" for f in findings)
+    if num_failed:
+        lines.append(f"\n{num_failed} to mend before 'argosy serve' can work.")
+    else:
+        lines.append(f"\nReady: 'argosy serve' should work here{f' ({num_warned} warnings)' if num_warned else ''}.")
+    return "\n".join(lines)
+
+
+def read_gpus() -> list[str]:
+    """Name, memory and driver of each NVIDIA card; empty where there is none or no driver."""
+    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return []
+    return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
+
+
+def is_port_free(host: str, port: int) -> bool:
+    """Whether a server could listen there now."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family, socket.SOCK_STREAM) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def _python() -> Finding:
+    found = sys.version.split()[0]
+    if sys.version_info >= (3, 14):
+        return Finding("Python", "warn", found, "not tried yet; 3.11 to 3.13 are supported")
+    return Finding("Python", "ok", found)
+
+
+def _package(name: str) -> Finding:
+    least, purpose = _PACKAGES[name]
+    found, fix = _version(name), f"pip install '{name}>={'.'.join(map(str, least))}'"
+    if found is None:
+        return Finding(name, "fail", f"not installed; needed for {purpose}", fix)
+    return Finding(name, "ok", found) if _numbers(found) >= least else Finding(name, "fail", found, fix)
+
+
+def _triton() -> Finding:
+    found = _version("triton")
+    if found is None or _numbers(found) < _MIN_TRITON:
+        return Finding(
+            "triton", "fail", found or "not installed; needed for the GPU kernels", "pip install 'triton>=3.6'"
+        )
+    return Finding("triton", "ok", found)
+
+
+def _gpus(gpus: list[str]) -> Finding:
+    if gpus:
+        return Finding("GPUs", "ok", f"{len(gpus)}: {gpus[0]}" + (" and more" if len(gpus) > 1 else ""))
+    return Finding(
+        "GPUs",
+        "warn",
+        "none; models run on the CPU",
+        "fine for small models; with an NVIDIA card, install its driver until nvidia-smi lists it",
+    )
+
+
+def _cores() -> Finding:
+    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if usable < 2:
+        return Finding("CPU cores", "warn", str(usable), "2 or more: one for the model, one for Ray and the doors")
+    return Finding("CPU cores", "ok", str(usable))
+
+
+def _memory() -> Finding:
+    memory = psutil.virtual_memory()
+    found = f"{memory.available / _GIB:.1f} GiB free of {memory.total / _GIB:.1f}"
+    if memory.available < 2 * _GIB:
+        return Finding("memory", "warn", found, "Ray and a small model want 2 GiB; stop something or add memory")
+    return Finding("memory", "ok", found)
+
+
+def _shared_memory() -> Finding:
+    if not os.path.isdir("/dev/shm"):
+        return Finding("/dev/shm", "warn", "missing", "Ray falls back to the temporary folder, which is slower")
+    usage = shutil.disk_usage("/dev/shm")
+    found = f"{usage.free / _GIB:.2f} GiB free"
+    if usage.free < 128 << 20:
+        return Finding("/dev/shm", "fail", found, "Ray's object store needs 128 MiB; in Docker: --shm-size=1g")
+    return Finding("/dev/shm", "ok", found)
+
+
+def _temporary_folder() -> Finding:
+    folder = tempfile.gettempdir()
+    free = shutil.disk_usage(folder).free
+    found = f"{folder}, {free / _GIB:.1f} GiB free"
+    if len(folder) > 40:
+        return Finding("temporary folder", "fail", found, "Ray's socket names don't fit; set TMPDIR to a shorter path")
+    if free < _GIB:
+        return Finding("temporary folder", "warn", found, "Ray stops placing work on a full disk; free some space")
+    return Finding("temporary folder", "ok", found)
+
+
+def _open_files() -> Finding:
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < 1024:
+        return Finding("open files", "warn", str(soft), "ulimit -n 65536: each connection is an open file")
+    return Finding("open files", "ok", str(soft))
+
+
+def _port(port: int) -> Finding:
+    if is_port_free("127.0.0.1", port):
+        return Finding(f"port {port}", "ok", "free")
+    return Finding(f"port {port}", "warn", "taken", f"argosy serve --port {port + 1}, or stop what listens there")
+
+
+def _model(model: str | None) -> Finding:
+    """The config is read and the files are counted; weights are checked by the server when it loads them."""
+    try:
+        folder = Path(model or settings.default_model())
+        if not folder.is_dir():
+            return Finding("model", "warn", f"{model} is no folder here", "a hub name is fetched by 'argosy serve'")
+        spec = read_model_spec(folder)
+    except ServingError as error:
+        return Finding("model", "fail", str(error), "name a folder with config.json, tokenizer.json and *.safetensors")
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    if not weights:
+        return Finding("model", "fail", f"{folder} has no *.safetensors", "fetch the weights in safetensors form")
+    found = f"{folder.name}: {spec.architecture}, {spec.num_layers} layers, {weights / _GIB:.2f} GiB of weights"
+    if weights > psutil.virtual_memory().available and not read_gpus():
+        return Finding("model", "warn", found, "the weights don't fit this machine's free memory")
+    return Finding("model", "ok", found)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(version: str) -> tuple[int, ...]:
+    parts = version.split("+")[0].split(".")[:2]
+    return tuple(int("".join(c for c in part if c.isdigit()) or 0) for part in parts)

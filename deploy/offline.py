@@ -1,0 +1,324 @@
+"""`LLM`: an engine of this program's own, for scripts and notebooks.
+
+    with LLM("path/or/hub-name", max_model_len=4096) as llm:
+        for output in llm.generate(["Once upon a time", "In the beginning"], SamplingParams(max_tokens=32)):
+            print(output.outputs[0].text)
+
+Names, defaults and results are vLLM's. The engine is a driver and its ranks in processes of their own; this side keeps
+a tokenizer and one connection, on an event loop in a thread, so that it also works where a loop already runs.
+"""
+
+import asyncio
+import concurrent.futures
+import sys
+import threading
+import weakref
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar
+
+import msgspec
+from tqdm import tqdm
+
+from argosy.cluster.driver_client import DriverClient
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import ConfigError, InvalidRequest, RequestAborted
+from argosy.cluster.protocol.sampling import SamplingParams
+from argosy.deploy import prompts as forms
+from argosy.deploy import settings
+from argosy.deploy.gateway import Gateway, PreparedRequest
+from argosy.deploy.model_folder import localize
+from argosy.deploy.outputs import RequestOutput
+from argosy.deploy.progress import StartProgress
+from argosy.deploy.tokenizer import Tokenizer
+
+if TYPE_CHECKING:
+    from argosy.deploy.launch import Engine
+
+T = TypeVar("T")
+
+_BACKENDS: Final[Mapping[object, Literal["ray", "local"]]] = {
+    None: "ray",
+    "ray": "ray",
+    "mp": "local",
+    "uni": "local",
+    "local": "local",
+}
+_ONE_DAY_SECONDS: Final = 86_400.0  # a batch may take long; a server's ten minutes for a request would cut it off
+_CONNECT_SECONDS: Final = 30.0
+
+
+class Metric(msgspec.Struct, frozen=True):
+    """One live figure of the engine."""
+
+    name: str
+    value: float
+
+
+class LLM:
+    """A model that is ready to generate. Takes vLLM's arguments; see `argosy serve --help` for what each does.
+
+    `distributed_executor_backend` is "ray" (default: a Ray cluster of this program's own, or the one it runs in), or
+    "mp" for plain processes without Ray. Arguments of vLLM that nothing here depends on are accepted with one warning;
+    unknown ones raise `ConfigError` with the nearest name.
+    """
+
+    def __init__(
+        self,
+        model: str | None = None,
+        *,
+        tokenizer: str | None = None,
+        tensor_parallel_size: int = 1,
+        pipeline_parallel_size: int = 1,
+        dtype: str = "auto",
+        seed: int = 0,
+        distributed_executor_backend: str | None = None,
+        **options: Any,
+    ):
+        given = {
+            "request_deadline_seconds": _ONE_DAY_SECONDS,
+            **options,
+            "tokenizer": tokenizer,
+            "tensor_parallel_size": tensor_parallel_size,
+            "pipeline_parallel_size": pipeline_parallel_size,
+            "dtype": dtype,
+            "seed": seed,
+        }
+        if distributed_executor_backend not in _BACKENDS:
+            raise ConfigError(f"distributed_executor_backend={distributed_executor_backend!r}: must be 'ray' or 'mp'")
+        config = settings.config_from_kwargs(model or settings.default_model(), given)
+        self._start(localize(config), _BACKENDS[distributed_executor_backend])
+
+    @classmethod
+    def from_config(cls, config: ServingConfig, *, backend: Literal["ray", "local"] = "ray") -> Self:
+        """An engine for settings that were already read."""
+        llm = cls.__new__(cls)
+        llm._start(localize(config), backend)
+        return llm
+
+    def _start(self, config: ServingConfig, backend: Literal["ray", "local"]) -> None:
+        # Ray and its dependencies cost a second: they are loaded with the engine, not with this module.
+        from argosy.deploy.launch import launch_engine
+
+        self.config = config
+        progress = StartProgress(is_quiet=not sys.stderr.isatty())
+        self._engine = launch_engine(config, backend=backend, on_progress=progress)
+        progress.close()
+        self._loop = _LoopThread()
+        # Also when nobody closes it: at exit, or when the last reference goes.
+        self._finalizer = weakref.finalize(self, _close, self._loop, self._engine)
+        try:
+            self._gateway = self._loop.run(_connect(self._engine, config))
+        except BaseException:
+            self.close()
+            raise
+
+    # ------------------------------------------------------------------------------------------------ generating
+
+    def generate(
+        self,
+        prompts: object,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: object = None,
+        priority: Sequence[int] | int | None = None,
+    ) -> list[RequestOutput]:
+        """Continue each prompt; results in the order of the prompts.
+
+        A prompt is a text, a list of token ids, `{"prompt": ...}` or `{"prompt_token_ids": [...]}`; one of them or a
+        list. All are checked before any runs: the first wrong one raises.
+        """
+        _refuse_lora(lora_request)
+        many = forms.normalise_prompts(prompts)
+        params = forms.normalise_params(sampling_params, self.get_default_sampling_params(), len(many))
+        priorities = forms.normalise_priorities(priority, len(many))
+        requests = self._run(
+            self._prepare(
+                [
+                    self._gateway.prepare(
+                        prompt.text if prompt.token_ids is None else prompt.token_ids,
+                        chosen,
+                        field="prompts" if len(many) == 1 else f"prompts[{place}]",
+                        priority=sooner,
+                        cache_salt=prompt.cache_salt,
+                    )
+                    for place, (prompt, chosen, sooner) in enumerate(zip(many, params, priorities, strict=True))
+                ]
+            )
+        )
+        return self._collect(requests, use_tqdm)
+
+    def chat(
+        self,
+        messages: object,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: object = None,
+        chat_template: str | None = None,
+        chat_template_content_format: str = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answer a conversation (a list of messages) or several, by the model's chat template."""
+        _refuse_lora(lora_request)
+        if chat_template is not None:
+            raise InvalidRequest("chat_template", chat_template, "give it to LLM(..., chat_template=...) instead")
+        texts = [
+            self._gateway.render_chat(
+                conversation,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                template_kwargs=chat_template_kwargs,
+            )
+            for conversation in forms.normalise_conversations(messages)
+        ]
+        params = forms.normalise_params(sampling_params, self.get_default_sampling_params(), len(texts))
+        requests = self._run(
+            self._prepare(
+                [
+                    # the template has written the special tokens already
+                    self._gateway.prepare(text, chosen, field="messages", add_special_tokens=False)
+                    for text, chosen in zip(texts, params, strict=True)
+                ]
+            )
+        )
+        return self._collect(requests, use_tqdm)
+
+    # -------------------------------------------------------------------------------------------------- questions
+
+    def get_tokenizer(self) -> Tokenizer:
+        """The model's tokenizer: `encode`, `decode`, `apply_chat_template`."""
+        if self._gateway.tokenizer is None:
+            raise ConfigError("there is no tokenizer: skip_tokenizer_init was set")
+        return self._gateway.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What the model's `generation_config.json` recommends."""
+        return self._gateway.default_sampling_params()
+
+    def get_world_size(self) -> int:
+        """Number of ranks."""
+        return self.config.parallel.tensor_parallel_size * self.config.parallel.pipeline_parallel_size
+
+    def get_metrics(self) -> list[Metric]:
+        """The engine's live figures by name."""
+        reply = self._run(self._gateway.client.stats())
+        return [Metric(name, value) for name, value in sorted(reply.values.items())]
+
+    def reset_prefix_cache(self) -> bool:
+        """Forget all cached prefixes; False when running requests hold some."""
+        return self._run(self._gateway.client.reset_prefix_cache())
+
+    # ------------------------------------------------------------------------------------------------------ ending
+
+    def close(self) -> None:
+        """Stop the engine and everything that was started for it. May be called twice."""
+        self._finalizer()
+
+    shutdown = close
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        if not self._finalizer.alive:
+            work.close()
+            raise RequestAborted("this LLM was closed")
+        return self._loop.run(work)
+
+    async def _prepare(self, checks: Iterable[Coroutine[Any, Any, PreparedRequest]]) -> list[PreparedRequest]:
+        waiting = list(checks)
+        try:
+            return [await waiting.pop(0) for _ in range(len(waiting))]
+        finally:
+            for check in waiting:  # those after the first that was refused
+                check.close()
+
+    def _collect(self, requests: list[PreparedRequest], use_tqdm: bool | Callable[..., Any]) -> list[RequestOutput]:
+        if not requests:
+            return []
+        make_bar = use_tqdm if callable(use_tqdm) else tqdm
+        bar = make_bar(total=len(requests), desc="Processed prompts", unit="prompt", disable=use_tqdm is False)
+        try:
+            return self._run(self._collect_all(requests, lambda: bar.update(1)))
+        finally:
+            bar.close()
+
+    async def _collect_all(self, requests: list[PreparedRequest], on_done: Callable[[], object]) -> list[RequestOutput]:
+        # More than the engine can run at once wait there, so that it never runs dry, and the rest wait here, so that
+        # its bounded queue never refuses any.
+        scheduler = self.config.scheduler
+        room = asyncio.Semaphore(max(1, min(4 * scheduler.max_num_seqs, scheduler.max_num_waiting or 1)))
+
+        async def one(request: PreparedRequest) -> RequestOutput:
+            async with room:
+                output = await self._gateway.collect(request)
+            on_done()
+            return output
+
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(one(request)) for request in requests]
+        return [task.result() for task in running]
+
+
+class _LoopThread:
+    """An event loop in a thread of its own."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self.loop.run_forever, name="argosy-llm", daemon=True)
+        self._thread.start()
+
+    def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Wait for `work`; Ctrl-C calls it off. One error out of a group of tasks is raised as itself."""
+        future = asyncio.run_coroutine_threadsafe(work, self.loop)
+        try:
+            return future.result()
+        except BaseExceptionGroup as group:
+            raise _first(group) from None
+        except concurrent.futures.CancelledError:
+            raise RequestAborted() from None
+        except KeyboardInterrupt:
+            future.cancel()
+            raise
+
+    def stop(self) -> None:
+        """End the loop and the thread."""
+        if self._thread.is_alive():
+            self.loop.call_soon_threadsafe(self.loop.stop)
+            self._thread.join(timeout=10.0)
+        if not self._thread.is_alive():
+            self.loop.close()
+
+
+async def _connect(engine: "Engine", config: ServingConfig) -> Gateway:
+    client = await DriverClient.connect(engine.address, engine.secret, timeout_seconds=_CONNECT_SECONDS)
+    tokenizer = None
+    if not config.model.skip_tokenizer_init:
+        folder = config.model.tokenizer or config.model.model
+        tokenizer = Tokenizer.load(folder, chat_template=config.model.chat_template)
+    return Gateway(client, tokenizer, config)
+
+
+def _close(loop: _LoopThread, engine: "Engine") -> None:
+    try:
+        engine.close()
+    finally:
+        loop.stop()
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def _refuse_lora(lora_request: object) -> None:
+    if lora_request is not None:
+        raise InvalidRequest("lora_request", lora_request, "adapters are not served yet; leave it out")

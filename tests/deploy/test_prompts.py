@@ -1,0 +1,72 @@
+"""What users of `LLM` write as prompts, in all the forms they know from elsewhere."""
+
+import pytest
+
+from argosy import SamplingParams
+from argosy.cluster.protocol.errors import InvalidRequest
+from argosy.deploy.prompts import (
+    Prompt,
+    normalise_conversations,
+    normalise_params,
+    normalise_priorities,
+    normalise_prompts,
+)
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ("hello", [Prompt("hello", None)]),
+        (["a", "b"], [Prompt("a", None), Prompt("b", None)]),
+        ([1, 2], [Prompt(None, [1, 2])]),
+        ([[1, 2], [3]], [Prompt(None, [1, 2]), Prompt(None, [3])]),
+        ({"prompt": "a", "cache_salt": "s"}, [Prompt("a", None, "s")]),
+        ([{"prompt_token_ids": [1]}, "b"], [Prompt(None, [1]), Prompt("b", None)]),
+        ({"prompt_token_ids": [1], "prompt": "shown only"}, [Prompt(None, [1])]),
+        ([], []),
+        (("a", "b"), [Prompt("a", None), Prompt("b", None)]),
+    ],
+)
+def test_every_form_of_a_prompt(given: object, expected: list[Prompt]) -> None:
+    """A bare text is one prompt, a flat list of numbers is one prompt, everything else is a list of prompts."""
+    assert normalise_prompts(given) == expected
+
+
+@pytest.mark.parametrize(
+    "given", [None, 3, b"bytes", [None], [1.5], ["a", 2], [[1, "x"]], {"text": "a"}, {"prompt": 4}]
+)
+def test_what_is_no_prompt_is_named_before_anything_runs(given: object) -> None:
+    """The third of a thousand prompts is wrong: the error says which, and none was started."""
+    with pytest.raises(InvalidRequest) as caught:
+        normalise_prompts(given)
+    assert caught.value.field.startswith("prompts")
+
+
+def test_params_are_one_for_all_or_one_each() -> None:
+    """A list of another length is a mistake that would silently pair wrong ones."""
+    default, other = SamplingParams(), SamplingParams(max_tokens=3)
+    assert normalise_params(None, default, 2) == [default, default]
+    assert normalise_params(other, default, 2) == [other, other]
+    assert normalise_params([default, other], default, 2) == [default, other]
+    with pytest.raises(InvalidRequest, match="there are 3 prompts"):
+        normalise_params([other], default, 3)
+    with pytest.raises(InvalidRequest, match="must be SamplingParams"):
+        normalise_params({"max_tokens": 3}, default, 1)
+
+
+def test_priorities_are_numbers_for_each_prompt() -> None:
+    """None is nobody's priority; a wrong length would go to the wrong prompt."""
+    assert normalise_priorities(None, 2) == [0, 0]
+    assert normalise_priorities([2, 1], 2) == [2, 1]
+    with pytest.raises(InvalidRequest):
+        normalise_priorities([1], 2)
+
+
+def test_a_conversation_or_several() -> None:
+    """`chat` takes one list of messages or a list of lists."""
+    one = [{"role": "user", "content": "hi"}]
+    assert normalise_conversations(one) == [one]
+    assert normalise_conversations([one, one]) == [one, one]
+    for wrong in ("hi", [], [[]], [{"content": "hi"}], [3]):
+        with pytest.raises(InvalidRequest):
+            normalise_conversations(wrong)

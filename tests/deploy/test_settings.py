@@ -1,0 +1,101 @@
+"""From flags, keyword arguments and files to one config; typos are named, vLLM's other flags are taken."""
+
+from pathlib import Path
+
+import pytest
+
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import ConfigError
+from argosy.deploy import cli, settings
+
+
+def serve_config(*words: str) -> ServingConfig:
+    """What `argosy serve` makes of these words."""
+    line = ["serve", *words]
+    kept, _ = settings.take_ignored(line)
+    args, rest = cli.build_parser().parse_known_args(kept)
+    settings.refuse_unknown(rest, known_flags=cli.flags_of(cli.build_parser(), "serve"))
+    return cli.serving_config(line, args)
+
+
+def test_flags_as_users_of_vllm_write_them() -> None:
+    """Short forms, units, negations, several names."""
+    config = serve_config(
+        "m", "-tp", "2", "--max-model-len", "32k", "--dtype", "half", "--no-enable-prefix-caching",
+        "--kv-cache-memory-bytes", "2GiB", "--served-model-name", "a", "b", "--scheduling-policy", "priority",
+    )  # fmt: skip
+    assert config.model.model == "m"
+    assert config.parallel.tensor_parallel_size == 2
+    assert config.model.max_model_len == 32768
+    assert config.model.dtype == "float16"
+    assert config.cache.enable_prefix_caching is False
+    assert config.cache.kv_cache_memory_bytes == 2 << 30
+    assert config.model.served_model_name == ("a", "b")
+    assert config.scheduler.policy == "priority"
+
+
+def test_flags_without_effect_are_named_once_and_their_values_are_not_taken_for_the_model(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A command line that worked elsewhere should work here."""
+    config = serve_config("--download-dir", "/models", "--trust-remote-code", "m", "--swap-space=4")
+    assert config.model.model == "m"
+    shown = capsys.readouterr().err
+    assert shown.count("\n") == 1
+    assert "download_dir, swap_space, trust_remote_code" in shown
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("m", "--max-modl-len", "3"), "did you mean --max-model-len"),
+        (("m", "n"), "unexpected argument 'n'"),
+        (("m", "--model", "n"), "two models"),
+        (("m", "--block-size", "sixteen"), "must be a whole number"),
+        (("m", "--max-num-batched-tokens", "1"), "below max_num_seqs"),
+        (("m", "--dtype", "float8"), "dtype"),
+        (("m", "--port", "70000"), "port"),
+        (("m", "--hf-overrides", "{"), "valid JSON"),
+        (("m", "--config", "missing.yaml"), "missing.yaml: can't be read"),
+    ],
+)
+def test_a_mistake_on_the_command_line_is_one_sentence(words: tuple[str, ...], message: str) -> None:
+    """With the name, the value and the way out."""
+    with pytest.raises(ConfigError, match=message):
+        serve_config(*words)
+
+
+def test_a_file_sets_what_flags_leave_open(tmp_path: Path) -> None:
+    """Flags win; names may be written with - or _."""
+    file = tmp_path / "serve.yaml"
+    file.write_text("model: m\nmax-num-seqs: 8\nmax_model_len: 4k\nscheduling-policy: priority\nport: 1\n")
+    config = serve_config("--config", str(file), "--port", "2")
+    assert (config.model.model, config.scheduler.max_num_seqs, config.model.max_model_len) == ("m", 8, 4096)
+    assert (config.scheduler.policy, config.server.port) == ("priority", 2)
+
+
+@pytest.mark.parametrize("text", ["- a\n- b\n", "max-num-seq: 3\nmodel: m\n", "a: [\n"])
+def test_a_broken_file_is_refused(tmp_path: Path, text: str) -> None:
+    """No YAML, no mapping, no such setting."""
+    file = tmp_path / "serve.yaml"
+    file.write_text(text)
+    with pytest.raises(ConfigError):
+        serve_config("--config", str(file))
+
+
+def test_keyword_arguments_of_llm() -> None:
+    """One warning for what has no effect; None means not given; typos are named."""
+    with pytest.warns(UserWarning, match="swap_space, tokenizer_mode"):
+        config = settings.config_from_kwargs(
+            "m", {"swap_space": 4, "tokenizer_mode": "auto", "max_model_len": None, "max_num_seqs": 4}
+        )
+    assert config.scheduler.max_num_seqs == 4
+    with pytest.raises(ConfigError, match="did you mean 'max_num_seqs'"):
+        settings.config_from_kwargs("m", {"max_num_seq": 4})
+
+
+def test_every_setting_has_a_flag_or_a_reason() -> None:
+    """A setting that no flag sets can only come from a file; those are these."""
+    file_only = set(ServingConfig.known_settings()) - {flag.field for flag in settings.SETTING_FLAGS} - {"model"}
+    assert file_only == {"max_recoveries", "watermark", "max_cuda_graph_batch"}
+    assert not settings.IGNORED & set(ServingConfig.known_settings())
