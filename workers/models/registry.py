@@ -21,6 +21,7 @@ ARCHITECTURES = {
     "MistralForCausalLM": ("argosy.workers.models.llama", "MistralForCausalLM"),
     "Qwen2ForCausalLM": ("argosy.workers.models.qwen", "Qwen2ForCausalLM"),
     "Qwen3ForCausalLM": ("argosy.workers.models.qwen", "Qwen3ForCausalLM"),
+    "OracleForCausalLM": ("argosy.workers.models.oracle", "OracleForCausalLM"),
 }
 
 
