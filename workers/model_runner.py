@@ -124,9 +124,7 @@ class ModelRunner:
             device=device,
             keeps_new_tokens=not self.rank.is_last_stage,
         )
-        self.sampler = Sampler(
-            scheduler.max_num_seqs, spec.vocab_size, device, gives_logprobs=self.rank.answers
-        )
+        self.sampler = Sampler(scheduler.max_num_seqs, spec.vocab_size, device, gives_logprobs=self.rank.answers)
         self.kv_cache: KVCache | None = None
         self.last_step_id = -1
         self._prompt_logprobs: dict[int, int] = {}  # handle -> how many, for requests that asked
@@ -158,7 +156,9 @@ class ModelRunner:
         params = TokenParams(max_tokens=1, temperature=1.0, top_p=0.9)
         for step, (num_rows, num_tokens) in enumerate(shapes):
             requests = [
-                NewRequest(handle, [0] * num_tokens, num_tokens, 0, [0] * -(-num_tokens // self.batch.block_size), params)
+                NewRequest(
+                    handle, [0] * num_tokens, num_tokens, 0, [0] * -(-num_tokens // self.batch.block_size), params
+                )
                 for handle in range(num_rows)
             ]
             output = SchedulerOutput(
@@ -258,7 +258,11 @@ class ModelRunner:
         counts_R = np.ones(inputs.num_rows, dtype=np.int64) if inputs.num_tokens_R is None else inputs.num_tokens_R
         figures = []
         for handle, end, count, query_end in zip(
-            inputs.handles_R.tolist(), inputs.end_R.tolist(), counts_R.tolist(), np.cumsum(counts_R).tolist(), strict=True
+            inputs.handles_R.tolist(),
+            inputs.end_R.tolist(),
+            counts_R.tolist(),
+            np.cumsum(counts_R).tolist(),
+            strict=True,
         ):
             first, last = end - count + 1, min(end + 1, int(self.batch.num_prompt_N[handle]))
             if handle not in self._prompt_logprobs:

@@ -74,7 +74,10 @@ def gather_logprobs(
     token_logprobs_L1 = logprobs_LV.gather(1, token_ids_L[:, None])
     top = logprobs_LV.topk(max(num_top, default=0), dim=-1)
     wanted_ids = [[i for i in ids if i < vocab_size] for ids in wanted_ids]
-    wanted = [row[torch.tensor(ids, device=row.device)] if ids else row[:0] for row, ids in zip(logprobs_LV, wanted_ids, strict=True)]
+    wanted = [
+        row[torch.tensor(ids, device=row.device)] if ids else row[:0]
+        for row, ids in zip(logprobs_LV, wanted_ids, strict=True)
+    ]
     return LogprobTensors(
         places=places,
         num_top=num_top,

@@ -21,7 +21,7 @@ import torch
 
 from argosy.cluster.protocol.channel import Channel
 from argosy.cluster.protocol.config import ServingConfig
-from argosy.cluster.protocol.errors import ChannelClosed, ServingError, WorkerFailed
+from argosy.cluster.protocol.errors import ChannelClosed, ConfigError, ServingError, WorkerFailed
 from argosy.cluster.protocol.messages import (
     AllocateCache,
     Hello,
@@ -39,7 +39,7 @@ from argosy.cluster.protocol.messages import (
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.placement.plan import RankInfo
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
-from argosy.workers.device import cache_dtype, choose_device, choose_dtype, set_threads
+from argosy.workers.device import TORCH_DTYPES, choose_device, choose_dtype, describe_device, set_up_device
 from argosy.workers.memory import MemoryLedger, measure_num_blocks, warm_up_shapes
 from argosy.workers.model_runner import ModelRunner, StepOutcome
 
@@ -146,17 +146,16 @@ class Worker:
         self.epoch = message.epoch
         started = time.monotonic()
         device = choose_device(self.config.parallel.device, self.rank)
-        if device.type == "cpu":
-            set_threads(self.config.parallel.cpu_threads, self.rank.tp_size * self.rank.pp_size)
+        set_up_device(device, _num_threads(self.config, self.rank))
         self._progress("joining the process groups", 0.0)
         spec = read_model_spec(self.config.model.model, self.config.model.hf_overrides)
         spec.check_layout(self.rank.tp_size, self.rank.pp_size)
         self.parallel = init_parallel(self.rank, message.rendezvous, device, message.deadline_seconds)
-        dtype = choose_dtype(self.config.model.dtype, spec, device)
+        dtype = choose_dtype(self.config.model.dtype, spec.dtype)
         self._progress("loading weights", 0.0)
         self.runner = ModelRunner(
             self.config, spec, self.parallel, device=device, dtype=dtype,
-            cache_dtype=cache_dtype(self.config.cache.kv_cache_dtype, dtype),
+            cache_dtype=_cache_dtype(self.config.cache.kv_cache_dtype, dtype),
         )  # fmt: skip
         report = self.runner.load(self._throttled("loading weights"))
         self._progress("loading weights", 1.0)
@@ -171,7 +170,7 @@ class Worker:
                 free_bytes=self.ledger.free_bytes,
                 weight_bytes=self.ledger.weight_bytes,
                 activation_bytes=self.ledger.activation_bytes,
-                device=_device_name(device),
+                device=describe_device(device),
                 node=self.boot.node,
                 load_seconds=time.monotonic() - started,
                 ledger=self.ledger.entries(),
@@ -226,7 +225,9 @@ class Worker:
             code, text = "worker_failed", f"{type(error).__name__}: {_first_line(error)}"
         with contextlib.suppress(ServingError, OSError):
             self.channel.send(
-                WorkerError(global_rank=self.rank.global_rank, epoch=self.epoch, code=code, message=" ".join(text.split()))
+                WorkerError(
+                    global_rank=self.rank.global_rank, epoch=self.epoch, code=code, message=" ".join(text.split())
+                )
             )
 
     def close(self) -> None:
@@ -274,5 +275,18 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:500] if lines else "no message"
 
 
-def _device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+def _cache_dtype(wanted: str, dtype: torch.dtype) -> torch.dtype:
+    if wanted == "auto":
+        return dtype
+    if wanted not in TORCH_DTYPES:
+        raise ConfigError(f"kv_cache_dtype={wanted!r}: supported: auto, {', '.join(TORCH_DTYPES)}")
+    return TORCH_DTYPES[wanted]
+
+
+def _num_threads(config: ServingConfig, rank: RankInfo) -> int:
+    """This CPU rank's share of the cores, unless the settings or the environment say otherwise."""
+    if config.parallel.cpu_threads is not None:
+        return config.parallel.cpu_threads
+    if os.environ.get("OMP_NUM_THREADS", "").isdigit():
+        return max(1, int(os.environ["OMP_NUM_THREADS"]))
+    return max(1, len(os.sched_getaffinity(0)) // (rank.tp_size * rank.pp_size))

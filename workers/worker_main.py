@@ -10,9 +10,14 @@ import msgspec
 from argosy.workers.worker import WorkerBoot, run_worker
 
 
+def run_boot(boot: bytes) -> int:
+    """Be the rank that this JSON says until the driver goes away. Also what the Ray actor calls."""
+    return run_worker(msgspec.json.decode(boot, type=WorkerBoot))
+
+
 def main() -> int:
-    """Read the boot and be that rank until the driver goes away."""
-    return run_worker(msgspec.json.decode(sys.stdin.buffer.read(), type=WorkerBoot))
+    """The plain process: the boot is its input."""
+    return run_boot(sys.stdin.buffer.read())
 
 
 if __name__ == "__main__":

@@ -107,14 +107,19 @@ class ZeroCostRank:
         return token_ids
 
 
-def main() -> int:
-    """Read the boot and be that rank."""
-    boot = msgspec.json.decode(sys.stdin.buffer.read())
+def run_boot(given: bytes) -> int:
+    """Be the rank that this JSON says. Also what the Ray actor calls."""
+    boot = msgspec.json.decode(given)
     rank = msgspec.convert(boot["rank"], RankInfo)
     override = boot["config"]["cache"].get("num_gpu_blocks_override")
     channel = Channel.connect(boot["driver_address"], ToRank)
     channel.send(Hello(role="rank", secret=boot["secret"], global_rank=rank.global_rank, pid=os.getpid()))
     return ZeroCostRank(rank, channel, override or NUM_BLOCKS).serve()
+
+
+def main() -> int:
+    """The plain process: the boot is its input."""
+    return run_boot(sys.stdin.buffer.read())
 
 
 if __name__ == "__main__":
