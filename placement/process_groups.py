@@ -89,7 +89,7 @@ def init_parallel(rank: RankInfo, rendezvous: str, device: torch.device, timeout
     deadline = timedelta(seconds=timeout_seconds)
     what = f"process groups of {world_size} ranks at {rendezvous}"
     with _map_distributed_errors(rank, what, timeout_seconds):
-        store = dist.TCPStore(
+        store = dist.TCPStore(  # type: ignore[attr-defined]  # public, but not in torch's __all__
             host, int(port), world_size, is_master=rank.global_rank == 0, timeout=deadline, wait_for_workers=True
         )
         backend = "nccl" if device.type == "cuda" else "gloo"

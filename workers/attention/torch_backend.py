@@ -1,0 +1,241 @@
+"""Attention by torch over gathered blocks: for CPUs, and for doubt. Letters as in `attention.base`; L = keys of a row.
+
+What is the same for all layers of a step (rotations, slots, which blocks to gather, masks) is worked out once and kept
+in the metadata's `scratch`.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from argosy.workers.attention.base import AttentionMetadata, AttentionShape, QKNorm
+
+# Decode rows are gathered together while they are of similar length and the copy stays in the cache: above 32 MiB
+# glibc maps and unmaps each copy, which took 8 times as long.
+GATHER_TOKENS = 8192
+SIMILAR = 0.6  # a group's shortest row has at least this share of the blocks of its longest
+
+
+class _DecodeGroup(NamedTuple):
+    rows: Tensor | None  # None: all tokens of the step in order
+    block_ids: Tensor
+    num_rows: int
+    num_keys: int  # after gathering
+    mask_R11L: dict[int | None, Tensor | None]  # by sliding window; bool, filled when first asked for
+    last_R1: Tensor  # position of each row's last token
+    length: int | None  # what all rows have, if all have the same
+
+
+class _PrefillRow(NamedTuple):
+    first: int
+    last: int
+    length: int
+    block_ids: Tensor
+    mask_QL: dict[int | None, Tensor | None]
+
+
+class _Plan:
+    """What one step's layers share."""
+
+    def __init__(self, metadata: AttentionMetadata, block_size: int):
+        slots_T = metadata.slot_mapping_T
+        self.kept_T: Tensor | None = None
+        if slots_T.numel() and int(slots_T.min()) < 0:
+            self.kept_T = torch.nonzero(slots_T >= 0).squeeze(1)
+            slots_T = slots_T[self.kept_T]
+        self.slots_T = slots_T
+        lengths: list[int] = metadata.context_len_R[: metadata.num_rows].tolist()
+        starts: list[int] = metadata.query_start_R1[: metadata.num_rows + 1].tolist()
+        self.block_size = block_size
+        self.num_tokens = metadata.slot_mapping_T.shape[0]
+        self.decodes = self._group_decodes(metadata, lengths)
+        self.prefills = [
+            _PrefillRow(
+                starts[row],
+                starts[row + 1],
+                lengths[row],
+                metadata.block_table_RB[row, : -(-lengths[row] // block_size)],
+                {},
+            )
+            for row in range(metadata.num_decode_rows, metadata.num_rows)
+            if starts[row + 1] > starts[row]
+        ]
+        covered = sum(group.num_rows for group in self.decodes)
+        covered += sum(row.last - row.first for row in self.prefills)
+        self.has_padding = covered < self.num_tokens
+        self.rotations: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
+
+    def _group_decodes(self, metadata: AttentionMetadata, lengths: list[int]) -> list[_DecodeGroup]:
+        size = self.block_size
+        rows = [row for row in range(metadata.num_decode_rows) if lengths[row] > 0]
+        rows.sort(key=lambda row: -lengths[row])
+        groups: list[list[int]] = []
+        widest = 0
+        for row in rows:
+            blocks = -(-lengths[row] // size)
+            if not groups or blocks < SIMILAR * widest or (len(groups[-1]) + 1) * widest * size > GATHER_TOKENS:
+                groups.append([])
+                widest = blocks
+            groups[-1].append(row)
+        alone = len(groups) == 1 and len(rows) == self.num_tokens
+        return [self._decode_group(metadata, sorted(group), lengths, all_rows=alone) for group in groups]
+
+    def _decode_group(
+        self, metadata: AttentionMetadata, rows: list[int], lengths: list[int], *, all_rows: bool
+    ) -> _DecodeGroup:
+        longest = max(lengths[row] for row in rows)
+        num_blocks = -(-longest // self.block_size)
+        picked = None if all_rows else torch.tensor(rows)
+        table = metadata.block_table_RB[: len(rows)] if picked is None else metadata.block_table_RB[picked]
+        own = torch.tensor([lengths[row] for row in rows])
+        return _DecodeGroup(
+            picked,
+            table[:, :num_blocks].reshape(-1),
+            len(rows),
+            num_blocks * self.block_size,
+            {},
+            own[:, None] - 1,
+            longest if all(lengths[row] == longest for row in rows) else None,
+        )
+
+
+class TorchBackend:
+    """Rows of one token together, longer rows one by one."""
+
+    def rotate_and_store(
+        self,
+        qkv_TD: Tensor,
+        positions_T: Tensor,
+        cos_sin_PH: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+        shape: AttentionShape,
+        norm: QKNorm | None,
+    ) -> Tensor:
+        """q and k lie side by side in the projection and are rotated together."""
+        plan = _plan(metadata, kv_cache)
+        num_heads, num_kv_heads, size = shape.num_heads, shape.num_kv_heads, shape.head_size
+        num_rotated = num_heads + num_kv_heads
+        qkv = qkv_TD.view(-1, num_rotated + num_kv_heads, size)
+        qk = qkv[:, :num_rotated]
+        if norm is not None:
+            q = F.rms_norm(qkv[:, :num_heads], (size,), norm.q_weight_H, norm.eps)
+            k = F.rms_norm(qkv[:, num_heads:num_rotated], (size,), norm.k_weight_H, norm.eps)
+            qk = torch.cat((q, k), dim=1)
+        cos, minus_sin, sin = _rotation(plan, positions_T, cos_sin_PH, qk.dtype)
+        half = size // 2
+        rotated = qk * cos
+        rotated[..., :half].addcmul_(qk[..., half:], minus_sin)
+        rotated[..., half:].addcmul_(qk[..., :half], sin)
+        k_TKH, v_TKH = rotated[:, num_heads:], qkv[:, num_rotated:]
+        if plan.kept_T is not None:
+            k_TKH, v_TKH = k_TKH[plan.kept_T], v_TKH[plan.kept_T]
+        k_cache, v_cache = kv_cache
+        if k_TKH.dtype != k_cache.dtype:
+            k_TKH, v_TKH = k_TKH.to(k_cache.dtype), v_TKH.to(v_cache.dtype)
+        k_cache.view(-1, num_kv_heads, size).index_copy_(0, plan.slots_T, k_TKH)
+        v_cache.view(-1, num_kv_heads, size).index_copy_(0, plan.slots_T, v_TKH)
+        return rotated[:, :num_heads]
+
+    def attend(
+        self, q_TNH: Tensor, kv_cache: tuple[Tensor, Tensor], metadata: AttentionMetadata, shape: AttentionShape
+    ) -> Tensor:
+        """Padding tokens give zeros."""
+        plan = _plan(metadata, kv_cache)
+        if len(plan.decodes) == 1 and plan.decodes[0].rows is None:
+            return _decode(q_TNH, kv_cache, plan.decodes[0], shape)
+        make = q_TNH.new_zeros if plan.has_padding else q_TNH.new_empty
+        out_TD = make((q_TNH.shape[0], shape.num_heads * shape.head_size))
+        for group in plan.decodes:
+            assert group.rows is not None
+            out_TD[group.rows] = _decode(q_TNH[group.rows], kv_cache, group, shape)
+        for row in plan.prefills:
+            out_TD[row.first : row.last] = _prefill(q_TNH[row.first : row.last], kv_cache, row, shape)
+        return out_TD
+
+
+def _plan(metadata: AttentionMetadata, kv_cache: tuple[Tensor, Tensor]) -> _Plan:
+    plan: _Plan | None = metadata.scratch.get("plan")
+    if plan is None:
+        plan = metadata.scratch["plan"] = _Plan(metadata, kv_cache[0].shape[1])
+    return plan
+
+
+def _rotation(
+    plan: _Plan, positions_T: Tensor, cos_sin_PH: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """cos [T, 1, H] for both halves, -sin and sin [T, 1, H / 2], in the dtype of q and k as transformers has them."""
+    key = id(cos_sin_PH)
+    found = plan.rotations.get(key)
+    if found is None:
+        cos, sin = cos_sin_PH[positions_T].to(dtype).unsqueeze(1).chunk(2, dim=-1)
+        found = plan.rotations[key] = (torch.cat((cos, cos), dim=-1), -sin, sin.contiguous())
+    return found
+
+
+def _decode(q_RNH: Tensor, kv_cache: tuple[Tensor, Tensor], group: _DecodeGroup, shape: AttentionShape) -> Tensor:
+    """One token a row. The query heads of a key/value head stand in the place of query positions."""
+    num_kv_heads, size = shape.num_kv_heads, shape.head_size
+    k_cache, v_cache = kv_cache
+    k_RLKH = k_cache.index_select(0, group.block_ids).view(group.num_rows, group.num_keys, num_kv_heads, size)
+    v_RLKH = v_cache.index_select(0, group.block_ids).view(group.num_rows, group.num_keys, num_kv_heads, size)
+    window = shape.sliding_window
+    if group.length is not None and (window is None or group.length <= window):
+        k_RLKH, v_RLKH, mask = k_RLKH[:, : group.length], v_RLKH[:, : group.length], None
+    else:
+        mask = group.mask_R11L.get(window)
+        if mask is None:
+            key_L = torch.arange(group.num_keys)
+            seen_RL = key_L <= group.last_R1
+            if window is not None:
+                seen_RL &= key_L > group.last_R1 - window
+            mask = group.mask_R11L[window] = _as_bias(seen_RL, q_RNH.dtype)[:, None, None, :]
+    if k_RLKH.dtype != q_RNH.dtype:
+        k_RLKH, v_RLKH = k_RLKH.to(q_RNH.dtype), v_RLKH.to(q_RNH.dtype)
+    out_RKGH = F.scaled_dot_product_attention(
+        q_RNH.reshape(group.num_rows, num_kv_heads, -1, size),
+        k_RLKH.transpose(1, 2),
+        v_RLKH.transpose(1, 2),
+        attn_mask=mask,
+        scale=shape.scale,
+    )
+    return out_RKGH.reshape(group.num_rows, -1)
+
+
+def _prefill(q_QNH: Tensor, kv_cache: tuple[Tensor, Tensor], row: _PrefillRow, shape: AttentionShape) -> Tensor:
+    """One row of several tokens. Keys are not repeated: their head axis is expanded with stride 0."""
+    num_kv_heads, size, num_queries = shape.num_kv_heads, shape.head_size, row.last - row.first
+    k_cache, v_cache = kv_cache
+    k_LKH = k_cache.index_select(0, row.block_ids).view(-1, num_kv_heads, size)[: row.length]
+    v_LKH = v_cache.index_select(0, row.block_ids).view(-1, num_kv_heads, size)[: row.length]
+    if k_LKH.dtype != q_QNH.dtype:
+        k_LKH, v_LKH = k_LKH.to(q_QNH.dtype), v_LKH.to(q_QNH.dtype)
+    window = shape.sliding_window
+    if window is not None and window >= row.length:
+        window = None
+    is_causal = num_queries == row.length and window is None
+    mask = None
+    if not is_causal:
+        mask = row.mask_QL.get(window)
+        if mask is None:
+            query_Q1 = torch.arange(row.length - num_queries, row.length)[:, None]
+            key_L = torch.arange(row.length)
+            seen_QL = key_L <= query_Q1
+            if window is not None:
+                seen_QL &= key_L > query_Q1 - window
+            mask = row.mask_QL[window] = _as_bias(seen_QL, q_QNH.dtype)
+    group = shape.num_heads // num_kv_heads
+    q_KGQH = q_QNH.view(num_queries, num_kv_heads, group, size).permute(1, 2, 0, 3)
+    k_KGLH = k_LKH.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+    v_KGLH = v_LKH.transpose(0, 1).unsqueeze(1).expand(-1, group, -1, -1)
+    out_KGQH = F.scaled_dot_product_attention(
+        q_KGQH, k_KGLH, v_KGLH, attn_mask=mask, is_causal=is_causal, scale=shape.scale
+    )
+    return out_KGQH.permute(2, 0, 1, 3).reshape(num_queries, -1)
+
+
+def _as_bias(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """0 where seen, -inf elsewhere: made once a step, where a bool mask would be turned into this in every layer."""
+    return torch.zeros(seen.shape, dtype=dtype).masked_fill_(~seen, float("-inf"))

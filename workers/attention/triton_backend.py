@@ -1,0 +1,89 @@
+"""Attention by our kernels. Safe in a CUDA graph: nothing is read back from the device, shapes alone decide.
+
+Letters as in `attention.base`.
+"""
+
+from torch import Tensor
+
+from argosy.kernels import ops
+from argosy.workers.attention.base import AttentionMetadata, AttentionShape, QKNorm
+
+
+class TritonBackend:
+    """Decode rows by the split kernel, longer rows by the ragged one."""
+
+    def rotate_and_store(
+        self,
+        qkv_TD: Tensor,
+        positions_T: Tensor,
+        cos_sin_PH: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+        shape: AttentionShape,
+        norm: QKNorm | None,
+    ) -> Tensor:
+        """One kernel for norm, rotation and both stores."""
+        return ops.rope_and_store(
+            qkv_TD,
+            positions_T,
+            cos_sin_PH,
+            kv_cache[0],
+            kv_cache[1],
+            metadata.slot_mapping_T,
+            num_heads=shape.num_heads,
+            q_norm_weight_H=None if norm is None else norm.q_weight_H,
+            k_norm_weight_H=None if norm is None else norm.k_weight_H,
+            eps=1e-6 if norm is None else norm.eps,
+        )
+
+    def attend(
+        self, q_TNH: Tensor, kv_cache: tuple[Tensor, Tensor], metadata: AttentionMetadata, shape: AttentionShape
+    ) -> Tensor:
+        """A step of decode rows alone is one launch; a mixed step is two, written into one output."""
+        num_decodes, num_rows = metadata.num_decode_rows, metadata.num_rows
+        if num_decodes == num_rows:
+            return self._decode(q_TNH, kv_cache, metadata, shape).flatten(1)
+        if num_decodes == 0:
+            return self._prefill(q_TNH, kv_cache, metadata, shape, 0).flatten(1)
+        out_TNH = q_TNH.new_empty(q_TNH.shape)
+        out_TNH[:num_decodes] = self._decode(q_TNH[:num_decodes], kv_cache, metadata, shape)
+        out_TNH[num_decodes:] = self._prefill(q_TNH[num_decodes:], kv_cache, metadata, shape, num_decodes)
+        return out_TNH.flatten(1)
+
+    def _decode(
+        self, q_RNH: Tensor, kv_cache: tuple[Tensor, Tensor], metadata: AttentionMetadata, shape: AttentionShape
+    ) -> Tensor:
+        num_rows = q_RNH.shape[0]
+        return ops.paged_attention(
+            q_RNH,
+            kv_cache[0],
+            kv_cache[1],
+            metadata.block_table_RB[:num_rows],
+            metadata.context_len_R[:num_rows],
+            scale=shape.scale,
+            max_context=metadata.max_context_len,
+            sliding_window=shape.sliding_window,
+        )
+
+    def _prefill(
+        self,
+        q_TNH: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+        shape: AttentionShape,
+        first_row: int,
+    ) -> Tensor:
+        rows = slice(first_row, metadata.num_rows)
+        starts_R1 = metadata.query_start_R1[first_row : metadata.num_rows + 1]
+        if first_row:
+            starts_R1 = metadata.scratch.setdefault("prefill_starts", starts_R1 - first_row)
+        return ops.prefill_attention(
+            q_TNH,
+            kv_cache[0],
+            kv_cache[1],
+            starts_R1,
+            metadata.context_len_R[rows],
+            metadata.block_table_RB[rows],
+            scale=shape.scale,
+            sliding_window=shape.sliding_window,
+        )

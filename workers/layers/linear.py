@@ -1,0 +1,160 @@
+"""Weights split by column or by row over the tensor-parallel group.
+
+A column-parallel layer has a share of the outputs of each of its parts (q, k, v; gate, up), side by side in one weight,
+so that they are one product. A row-parallel layer has a share of the inputs and sums its outputs over the group: with
+one after the other, a block needs one all-reduce for attention and one for the MLP.
+
+T = tokens, I = inputs of this rank, O = outputs of this rank.
+"""
+
+import torch
+from torch import Tensor
+
+from argosy.placement.process_groups import ParallelContext
+from argosy.workers.quantization.base import Cut, LinearLayer, LinearMethod
+
+ALL = slice(None)
+
+
+class ParallelLinear(LinearLayer):
+    """A linear layer that has a part of a weight. Made of `parts`: name in `cuts` -> (rows in the file, our rows)."""
+
+    def __init__(self, method: LinearMethod, num_in: int, num_out: int, *, bias: bool, dtype: torch.dtype):
+        super().__init__()
+        self.method = method
+        method.create(self, num_in, num_out, bias=bias, dtype=dtype)
+
+    def cuts(self, part: str) -> dict[str, Cut]:
+        """The tensors that the checkpoint must hold for `part`, by the last word of their names."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        """All parts are loaded."""
+        self.method.finish(self)
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """x W^T + bias, of this rank's part."""
+        return self.method.apply(self, x_TI)
+
+
+class MergedColumnParallelLinear(ParallelLinear):
+    """Several projections of the same input, each cut by outputs, stored one below the other."""
+
+    def __init__(
+        self,
+        parallel: ParallelContext,
+        method: LinearMethod,
+        num_in: int,
+        parts: dict[str, int],
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+    ):
+        tp_size, tp_rank = parallel.tp_size, parallel.rank.tp_rank
+        self.num_in, self.has_bias = num_in, bias
+        self.rows: dict[str, tuple[int, slice, slice]] = {}
+        at = 0
+        for name, num_out in parts.items():
+            share = num_out // tp_size
+            self._add_part(name, num_out, tp_rank * share, share, at)
+            at += share
+        super().__init__(method, num_in, at, bias=bias, dtype=dtype)
+
+    def _add_part(self, name: str, full: int, first: int, count: int, at: int) -> None:
+        self.rows[name] = (full, slice(first, first + count), slice(at, at + count))
+
+    def cuts(self, part: str) -> dict[str, Cut]:
+        """Rows of `part` that belong to this rank."""
+        full, source, target = self.rows[part]
+        found = self.method.cuts(Cut((full, self.num_in), (source, ALL), target))
+        if self.has_bias:
+            found["bias"] = Cut((full,), (source,), target)
+        return found
+
+
+class ColumnParallelLinear(MergedColumnParallelLinear):
+    """One projection, cut by outputs."""
+
+    def __init__(
+        self,
+        parallel: ParallelContext,
+        method: LinearMethod,
+        num_in: int,
+        num_out: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+    ):
+        super().__init__(parallel, method, num_in, {"": num_out}, bias=bias, dtype=dtype)
+
+
+class QKVParallelLinear(MergedColumnParallelLinear):
+    """q, k and v in one product. With more ranks than key/value heads, neighbours hold copies of the same head."""
+
+    def __init__(
+        self,
+        parallel: ParallelContext,
+        method: LinearMethod,
+        num_in: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_size: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+    ):
+        tp_size, tp_rank = parallel.tp_size, parallel.rank.tp_rank
+        self.num_heads = num_heads // tp_size
+        self.num_kv_heads = max(1, num_kv_heads // tp_size)
+        first_kv_head = tp_rank * num_kv_heads // tp_size
+        self.num_in, self.has_bias, self.rows = num_in, bias, {}
+        q, kv = self.num_heads * head_size, self.num_kv_heads * head_size
+        self._add_part("q", num_heads * head_size, tp_rank * q, q, 0)
+        self._add_part("k", num_kv_heads * head_size, first_kv_head * head_size, kv, q)
+        self._add_part("v", num_kv_heads * head_size, first_kv_head * head_size, kv, q + kv)
+        ParallelLinear.__init__(self, method, num_in, q + 2 * kv, bias=bias, dtype=dtype)
+
+
+class RowParallelLinear(ParallelLinear):
+    """One projection, cut by inputs; the outputs are summed over the group. The bias is added once, by rank 0."""
+
+    def __init__(
+        self,
+        parallel: ParallelContext,
+        method: LinearMethod,
+        num_in: int,
+        num_out: int,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+    ):
+        self.parallel, self.num_in, self.num_out, self.has_bias = parallel, num_in, num_out, bias
+        self.share = num_in // parallel.tp_size
+        super().__init__(method, self.share, num_out, bias=bias and parallel.rank.tp_rank == 0, dtype=dtype)
+
+    def cuts(self, part: str) -> dict[str, Cut]:
+        """Columns that belong to this rank."""
+        first = self.parallel.rank.tp_rank * self.share
+        found = self.method.cuts(Cut((self.num_out, self.num_in), (ALL, slice(first, first + self.share))))
+        if self.has_bias:
+            found["bias"] = Cut((self.num_out,), (ALL,))
+        return found
+
+    def forward(self, x_TI: Tensor) -> Tensor:
+        """x W^T summed over the group, + bias."""
+        return self.parallel.all_reduce(self.method.apply(self, x_TI))
+
+
+class ReplicatedLinear(ParallelLinear):
+    """The whole weight on every rank."""
+
+    def __init__(self, method: LinearMethod, num_in: int, num_out: int, *, bias: bool, dtype: torch.dtype):
+        self.num_in, self.num_out, self.has_bias = num_in, num_out, bias
+        super().__init__(method, num_in, num_out, bias=bias, dtype=dtype)
+
+    def cuts(self, part: str) -> dict[str, Cut]:
+        """All of it."""
+        found = self.method.cuts(Cut((self.num_out, self.num_in), (ALL, ALL)))
+        if self.has_bias:
+            found["bias"] = Cut((self.num_out,), (ALL,))
+        return found

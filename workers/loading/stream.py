@@ -1,0 +1,186 @@
+"""Fill a model: read only this rank's slices, in file order, and prove first that nothing is missing or wrong.
+
+The order matters: names, shapes and dtypes are compared from the headers alone; then memory is allocated; then read.
+"""
+
+import hashlib
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from argosy.cluster.protocol.errors import WeightError
+from argosy.cluster.protocol.model_spec import ModelSpec
+from argosy.placement.plan import RankInfo
+from argosy.workers.loading.checkpoint import LOADABLE_DTYPES, Checkpoint, TensorEntry
+from argosy.workers.loading.names import NameTable
+from argosy.workers.quantization.base import Cut
+
+DUMMY_STD = 0.02  # logits of a few units at any width
+MAX_NAMES_SHOWN = 3
+
+
+class LoadableModel(Protocol):
+    """What loading needs of a model (`models.decoder.Decoder`)."""
+
+    NAMES: NameTable
+    spec: ModelSpec
+    device: torch.device
+
+    def checkpoint_tensors(self) -> Iterable[tuple[str, nn.Module, str, Cut]]:
+        """What this rank reads: (name in the checkpoint, module, its parameter, the cut)."""
+
+    def known_names(self) -> set[str]:
+        """All tensors that a checkpoint of this model may hold."""
+
+    def allocate(self) -> None:
+        """Give the parameters memory."""
+
+    def finish(self) -> None:
+        """All are loaded."""
+
+    def parameters(self) -> Iterable[Tensor]:
+        """All parameters."""
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What loading did on this rank."""
+
+    num_tensors: int
+    num_bytes: int  # of the parameters, in the dtype that is computed in
+    read_bytes: int  # of the slices, in the dtype of the files
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class _Read:
+    """One slice on its way: from a tensor of the checkpoint into a parameter."""
+
+    name: str
+    module: nn.Module
+    parameter: str
+    cut: Cut
+
+
+def load_weights(
+    model: LoadableModel,
+    folder: str | Path,
+    spec: ModelSpec,
+    rank: RankInfo,
+    on_progress: Callable[[float], None] | None = None,
+    *,
+    load_format: str = "auto",
+    seed: int = 0,
+) -> LoadReport:
+    """Allocate and fill the parameters of `model` from `folder`, or with random numbers for `load_format` "dummy".
+
+    Raises `WeightError` before anything is allocated when the checkpoint does not hold exactly this model.
+    """
+    start = time.perf_counter()
+    report = on_progress or (lambda fraction: None)
+    reads = [_Read(*read) for read in model.checkpoint_tensors()]
+    with torch.inference_mode(False), torch.no_grad():
+        if load_format == "dummy":
+            model.allocate()
+            num_read = _fill_randomly(model, reads, seed, report)
+        else:
+            checkpoint = Checkpoint.open(folder)
+            check_checkpoint(checkpoint, model, reads)
+            model.allocate()
+            num_read = _fill(checkpoint, model, reads, report)
+        num_bytes = sum(parameter.nbytes for parameter in model.parameters())
+        model.finish()
+    report(1.0)
+    return LoadReport(len(reads), num_bytes, num_read, time.perf_counter() - start)
+
+
+def check_checkpoint(checkpoint: Checkpoint, model: LoadableModel, reads: list[_Read]) -> None:
+    """Compare names, shapes and dtypes with what `model` needs. Raises `WeightError` with the first that differ."""
+    missing = [read.name for read in reads if read.name not in checkpoint.entries]
+    if missing:
+        hint = "; is tie_word_embeddings wrong in config.json?" if missing == ["lm_head.weight"] else ""
+        raise WeightError(str(checkpoint.folder), _some(missing), f"missing from the safetensors{hint}")
+    known = model.known_names()
+    extra = [name for name in checkpoint.entries if name not in known and not model.NAMES.is_ignored(name)]
+    if extra:
+        file = checkpoint.entries[extra[0]].file.name
+        raise WeightError(file, _some(extra), f"not part of a {model.spec.architecture} with this config.json")
+    for read in reads:
+        entry = checkpoint.entries[read.name]
+        if entry.shape != read.cut.full_shape:
+            raise WeightError(
+                entry.file.name,
+                entry.name,
+                f"has shape {list(entry.shape)}; config.json asks for {list(read.cut.full_shape)}",
+            )
+        if entry.dtype not in LOADABLE_DTYPES:
+            raise WeightError(
+                entry.file.name, entry.name, f"has dtype {entry.dtype}; supported: {', '.join(LOADABLE_DTYPES)}"
+            )
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(sorted(names)[:MAX_NAMES_SHOWN])
+    return shown if len(names) <= MAX_NAMES_SHOWN else f"{shown} and {len(names) - MAX_NAMES_SHOWN} more"
+
+
+def _fill(checkpoint: Checkpoint, model: LoadableModel, reads: list[_Read], report: Callable[[float], None]) -> int:
+    """Read file after file, each from front to back."""
+    by_file: dict[Path, list[tuple[TensorEntry, _Read]]] = {}
+    for read in reads:
+        entry = checkpoint.entries[read.name]
+        by_file.setdefault(entry.file, []).append((entry, read))
+    total, done = max(1, sum(checkpoint.entries[read.name].num_bytes for read in reads)), 0
+    num_read = 0
+    for path in sorted(by_file):
+        try:
+            with safe_open(path, framework="pt", device="cpu") as file:
+                for entry, read in sorted(by_file[path], key=lambda pair: pair[0].offset):
+                    if all(part == slice(None) for part in read.cut.source):
+                        tensor = file.get_tensor(entry.name)
+                    else:
+                        tensor = file.get_slice(entry.name)[read.cut.source]
+                    _target(read).copy_(tensor)
+                    num_read += tensor.nbytes
+                    done += entry.num_bytes
+                    report(done / total)
+        except (SafetensorError, OSError) as error:
+            raise WeightError(path.name, "", f"can't be read: {error}") from error
+    return num_read
+
+
+def _fill_randomly(model: LoadableModel, reads: list[_Read], seed: int, report: Callable[[float], None]) -> int:
+    """Weights that depend on (seed, name) alone.
+
+    On a CPU the full tensor is drawn and cut, so that every layout is the same model. On a GPU this rank's part is
+    drawn on the device, because an 8B model has to be there in about a second.
+    """
+    on_cpu = model.device.type == "cpu"
+    generator = torch.Generator(model.device)
+    for number, read in enumerate(reads):
+        target = _target(read)
+        if len(read.cut.full_shape) == 1 and read.parameter == "weight":  # norms
+            target.fill_(1.0)
+        else:
+            digest = hashlib.blake2b(f"{seed}:{read.name}".encode(), digest_size=8).digest()
+            generator.manual_seed(int.from_bytes(digest, "little") >> 1)
+            if on_cpu:
+                full = torch.empty(read.cut.full_shape).normal_(0.0, DUMMY_STD, generator=generator)
+                target.copy_(full[read.cut.source])
+            else:
+                target.normal_(0.0, DUMMY_STD, generator=generator)
+        report((number + 1) / len(reads))
+    return 0
+
+
+def _target(read: _Read) -> Tensor:
+    parameter: Tensor = getattr(read.module, read.parameter)
+    if read.parameter == "bias" and parameter is None:
+        raise AssertionError(read.name)
+    return parameter.data[read.cut.target_rows]

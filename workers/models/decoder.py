@@ -1,0 +1,189 @@
+"""The pre-norm decoder that most families share. A stage is a contiguous range of its layers.
+
+T = tokens of the step (padding included), D = model width, S = tokens to be sampled.
+
+    first stage                 every stage                                            last stage
+    embed -> residual     for each layer: residual += attention(norm(residual))     norm -> lm_head
+                                          residual += mlp(norm(residual))
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from argosy.cluster.protocol.model_spec import ModelSpec
+from argosy.placement.plan import RankInfo
+from argosy.placement.process_groups import ParallelContext
+from argosy.workers.forward_context import ForwardContext
+from argosy.workers.layers.activation import GATED_ACTIVATIONS
+from argosy.workers.layers.attention import Attention
+from argosy.workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from argosy.workers.layers.linear import MergedColumnParallelLinear, ParallelLinear, RowParallelLinear
+from argosy.workers.layers.norm import RMSNorm
+from argosy.workers.layers.rotary import RotaryEmbedding
+from argosy.workers.loading.names import LLAMA_NAMES, NameTable
+from argosy.workers.quantization.base import Cut, LinearMethod, linear_method_for
+
+
+class GatedMLP(nn.Module):
+    """down(act(gate(x)) * up(x)); one all-reduce at the end."""
+
+    def __init__(self, spec: ModelSpec, parallel: ParallelContext, method: LinearMethod, *, dtype: torch.dtype):
+        super().__init__()
+        width, inner, bias = spec.hidden_size, spec.intermediate_size, spec.mlp_bias
+        self.gate_up_proj = MergedColumnParallelLinear(
+            parallel, method, width, {"gate": inner, "up": inner}, bias=bias, dtype=dtype
+        )
+        self.down_proj = RowParallelLinear(parallel, method, inner, width, bias=bias, dtype=dtype)
+        self.activate = GATED_ACTIVATIONS[spec.activation]
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D]."""
+        return self.down_proj(self.activate(self.gate_up_proj(x_TD)))  # type: ignore[no-any-return]
+
+
+class DecoderLayer(nn.Module):
+    """Attention and MLP, each with its norm before it. The sum of what came before is kept apart, as `residual`."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        parallel: ParallelContext,
+        method: LinearMethod,
+        rotary: RotaryEmbedding,
+        *,
+        layer: int,
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        self.input_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype=dtype)
+        self.attention = Attention(spec, parallel, method, rotary, layer=layer, dtype=dtype)
+        self.mlp_norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype=dtype)
+        self.mlp = GatedMLP(spec, parallel, method, dtype=dtype)
+
+    def forward(self, delta_TD: Tensor | None, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
+        """What is still to be added to `residual_TD`, which this layer updates in place."""
+        norm = self.input_norm
+        x_TD = norm(residual_TD) if delta_TD is None else norm.add(delta_TD, residual_TD)
+        x_TD = self.mlp_norm.add(self.attention(x_TD, positions_T, ctx), residual_TD)
+        return self.mlp(x_TD)  # type: ignore[no-any-return]
+
+
+class Decoder(nn.Module):
+    """This rank's part of a decoder. Its parameters have no memory until `load_weights` found the checkpoint sound."""
+
+    NAMES: NameTable = LLAMA_NAMES
+
+    def __init__(
+        self, spec: ModelSpec, rank: RankInfo, parallel: ParallelContext, dtype: torch.dtype, device: torch.device
+    ):
+        super().__init__()
+        spec.check_layout(rank.tp_size, rank.pp_size)
+        self.spec, self.rank, self.parallel, self.dtype, self.device = spec, rank, parallel, dtype, device
+        method = linear_method_for(None)
+        self.rotary = RotaryEmbedding(spec.rope, spec.head_size, spec.max_position)
+        self.embed = (
+            VocabParallelEmbedding(parallel, spec.vocab_size, spec.hidden_size, dtype=dtype)
+            if rank.is_first_stage
+            else None
+        )
+        # by the global number of the layer, so that names mean the same on every stage
+        self.layers = nn.ModuleDict(
+            {
+                str(layer): DecoderLayer(spec, parallel, method, self.rotary, layer=layer, dtype=dtype)
+                for layer in range(rank.first_layer, rank.last_layer)
+            }
+        )
+        self.norm: RMSNorm | None = None
+        self.lm_head: ParallelLMHead | None = None
+        if rank.is_last_stage:
+            self.norm = RMSNorm(spec.hidden_size, spec.norm_eps, dtype=dtype)
+            self.lm_head = ParallelLMHead(
+                parallel,
+                spec.vocab_size,
+                spec.hidden_size,
+                dtype=dtype,
+                tied_to=self.embed if spec.tied else None,
+            )
+        self._stack = list(self.layers.values())
+
+    def forward(
+        self, token_ids_T: Tensor | None, hidden_TD: Tensor | None, positions_T: Tensor, ctx: ForwardContext
+    ) -> Tensor:
+        """[T, D]: the hidden state for the next stage, or on the last one the normed state for `compute_logits`.
+
+        The first stage gets token ids; the others what the stage before them returned, which is overwritten.
+        """
+        if self.embed is not None:
+            residual_TD: Tensor = self.embed(token_ids_T)
+        else:
+            assert hidden_TD is not None
+            residual_TD = hidden_TD
+        delta_TD: Tensor | None = None
+        for layer in self._stack:
+            delta_TD = layer(delta_TD, residual_TD, positions_T, ctx)
+        assert delta_TD is not None
+        if self.norm is None:
+            return residual_TD.add_(delta_TD)
+        return self.norm.add(delta_TD, residual_TD)
+
+    def compute_logits(self, hidden_SD: Tensor) -> Tensor:
+        """[S, vocabulary] in float32, on every rank of the last stage's group."""
+        assert self.lm_head is not None, "only the last stage has the head"
+        logits_SV: Tensor = self.lm_head(hidden_SD)
+        return logits_SV
+
+    def allocate(self) -> None:
+        """Give the parameters and the rotary table their memory on the device. Padding rows are zero."""
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                empty = torch.zeros if _is_padded(module) else torch.empty
+                memory = empty(parameter.shape, dtype=parameter.dtype, device=self.device)
+                setattr(module, name, nn.Parameter(memory, requires_grad=False))
+        self.rotary.allocate(self.device)
+
+    def finish(self) -> None:
+        """All weights are loaded: let every layer bring its own into shape."""
+        for module in self.modules():
+            if isinstance(module, Attention | ParallelLinear | ParallelLMHead):
+                module.finish()
+
+    def checkpoint_tensors(self) -> Iterator[tuple[str, nn.Module, str, Cut]]:
+        """What this rank reads: (name in the checkpoint, our module, its parameter, the cut)."""
+        tied_away = self.spec.tied and self.embed is None and self.lm_head is not None
+        for theirs, target in self.NAMES.modules(range(self.rank.first_layer, self.rank.last_layer)):
+            found = self._find(target.module)
+            if tied_away and target.module == "embed":
+                found = self.lm_head
+            elif tied_away and target.module == "lm_head":
+                continue
+            if found is None:
+                continue
+            cuts: dict[str, Cut] = found.cuts(target.slot)  # type: ignore[operator]  # every layer of ours has it
+            for suffix, cut in cuts.items():
+                yield f"{theirs}.{suffix}", found, suffix, cut
+
+    def known_names(self) -> set[str]:
+        """All tensors that a checkpoint of this model may hold, of all stages."""
+        own: dict[str, set[str]] = {}
+        for name, _, suffix, _ in self.checkpoint_tensors():
+            module = name.removesuffix(f".{suffix}").replace(f".{self.rank.first_layer}.", ".{}.")
+            own.setdefault(module, set()).add(suffix)
+        names = {"model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"}
+        for row in self.NAMES.rows:
+            for suffix in own.get(row, ()):
+                names.update(f"{row}.{suffix}".format(layer) for layer in range(self.spec.num_layers))
+        return names
+
+    def _find(self, path: str) -> nn.Module | None:
+        module: nn.Module | None = self
+        for part in path.split("."):
+            module = getattr(module, part, None) if not isinstance(module, nn.ModuleDict) else module[part]
+            if module is None:
+                return None
+        return module
+
+
+def _is_padded(module: nn.Module) -> bool:
+    return isinstance(module, VocabParallelEmbedding | ParallelLMHead)
