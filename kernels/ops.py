@@ -11,6 +11,7 @@ Triton files are imported when a CUDA tensor first needs them, so that a CPU hos
 
 from collections.abc import Sequence
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from argosy.kernels import reference, sampling_reference
@@ -18,21 +19,37 @@ from argosy.kernels import reference, sampling_reference
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x²) + eps) · weight over the last axis. x: [..., D], weight: [D]. Returns a new tensor."""
+    if x.is_cuda:
+        from argosy.kernels import rms_norm as kernel
+
+        return kernel.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """`residual += x` in place, then its norm. Returns (normed, residual)."""
+    if x.is_cuda:
+        from argosy.kernels import rms_norm as kernel
+
+        return kernel.add_rms_norm(x, residual, weight, eps)
     return reference.add_rms_norm(x, residual, weight, eps)
 
 
 def silu_and_mul(x: Tensor) -> Tensor:
     """silu(gate) · up for x = [..., gate | up]. Returns half the width."""
+    if x.is_cuda:
+        from argosy.kernels import activation
+
+        return activation.silu_and_mul(x)
     return reference.silu_and_mul(x)
 
 
 def gelu_and_mul(x: Tensor) -> Tensor:
     """gelu(gate) · up, tanh approximation, for x = [..., gate | up]. Returns half the width."""
+    if x.is_cuda:
+        from argosy.kernels import activation
+
+        return activation.gelu_and_mul(x)
     return reference.gelu_and_mul(x)
 
 
@@ -50,6 +67,21 @@ def fused_linear(
 
     One launch for a few tokens on a GPU, where the product is bound by reading W; cuBLAS and separate kernels above.
     """
+    if x_TI.is_cuda:
+        from argosy.kernels import gemv
+
+        if gemv.suits(x_TI, weight_OI):
+            return gemv.fused_linear(
+                x_TI, weight_OI, bias_O, norm_weight_I=norm_weight_I, eps=eps, residual_TO=residual_TO, gated=gated
+            )
+        if norm_weight_I is not None:
+            x_TI = rms_norm(x_TI, norm_weight_I, eps)
+        if residual_TO is not None and bias_O is None and not gated:
+            return residual_TO.addmm_(x_TI, weight_OI.t())  # cuBLAS adds to what stands there: no launch of its own
+        y_TO = F.linear(x_TI, weight_OI, bias_O)
+        if gated:
+            y_TO = silu_and_mul(y_TO)
+        return y_TO if residual_TO is None else residual_TO.add_(y_TO)
     return reference.fused_linear(
         x_TI, weight_OI, bias_O, norm_weight_I=norm_weight_I, eps=eps, residual_TO=residual_TO, gated=gated
     )
@@ -59,11 +91,20 @@ def apply_rotary(
     q_TNH: Tensor, k_TKH: Tensor, positions_T: Tensor, cos_sin_PD: Tensor, *, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
     """Rotate q and k in place. `cos_sin_PD`: row p is [cos | sin], float32, D the rotary dimension (may be < H)."""
+    if q_TNH.is_cuda:
+        from argosy.kernels import rotary
+
+        return rotary.apply_rotary(q_TNH, k_TKH, positions_T, cos_sin_PD, interleaved=interleaved)
     return reference.apply_rotary(q_TNH, k_TKH, positions_T, cos_sin_PD, interleaved=interleaved)
 
 
 def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache_BSKH: Tensor, v_cache_BSKH: Tensor, slots_T: Tensor) -> None:
     """Write token t's key and value to slot slots_T[t] of the caches; slot -1 is padding and is not written."""
+    if k_TKH.is_cuda:
+        from argosy.kernels import kv_cache
+
+        kv_cache.store_kv(k_TKH, v_TKH, k_cache_BSKH, v_cache_BSKH, slots_T)
+        return
     reference.store_kv(k_TKH, v_TKH, k_cache_BSKH, v_cache_BSKH, slots_T)
 
 
@@ -85,7 +126,13 @@ def rope_and_store(
 
     The norms per head are done where weights are given, the rotation where a table is. The k part of qkv is spent.
     """
-    return reference.rope_and_store(
+    if qkv_TD.is_cuda:
+        from argosy.kernels import rotary
+
+        run = rotary.rope_and_store
+    else:
+        run = reference.rope_and_store
+    return run(
         qkv_TD, positions_T, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_T, num_heads=num_heads,
         interleaved=interleaved, q_norm_weight_H=q_norm_weight_H, k_norm_weight_H=k_norm_weight_H, eps=eps,
     )  # fmt: skip
@@ -93,11 +140,16 @@ def rope_and_store(
 
 def copy_blocks(caches: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
     """Copy block a to block b in every cache tensor [B, ...], for each (a, b); as if all pairs were done at once."""
-    reference.copy_blocks(caches, caches, pairs)
+    swap_blocks(caches, caches, pairs)
 
 
 def swap_blocks(sources: Sequence[Tensor], destinations: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
     """Copy block a of sources[i] to block b of destinations[i] for each (a, b), between device and (pinned) host."""
+    if any(x.is_cuda for x in (*sources[:1], *destinations[:1])):
+        from argosy.kernels import kv_cache
+
+        kv_cache.copy_blocks(sources, destinations, pairs)
+        return
     reference.copy_blocks(sources, destinations, pairs)
 
 
@@ -120,6 +172,13 @@ def paged_attention(
     `context_len_R` (int32) counts this step's token; 0 marks a padding row, which gives zeros. `max_context` bounds the
     lengths on the host (default: what the block table can hold); it sizes the launch, never the result.
     """
+    if q_RNH.is_cuda:
+        from argosy.kernels import paged_attention as kernel
+
+        return kernel.paged_attention(
+            q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, max_context=max_context,
+            sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+        )  # fmt: skip
     return reference.paged_attention(
         q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, sliding_window=sliding_window,
         soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
@@ -145,6 +204,13 @@ def prefill_attention(
     Row r has the tokens query_start_R1[r] .. query_start_R1[r+1] - 1, the last of its context_len_R[r] (both int32).
     Many single tokens with long contexts are faster in `paged_attention`, which splits a context over the card.
     """
+    if q_TNH.is_cuda:
+        from argosy.kernels import prefill_attention as kernel
+
+        return kernel.prefill_attention(
+            q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, scale=scale,
+            sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+        )  # fmt: skip
     return reference.prefill_attention(
         q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, scale=scale,
         sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
@@ -168,7 +234,13 @@ def sample_rows(
     Filters in the order temperature, min_p (0: off), top_k (0: off), top_p (1: off). `seed_R` is int64, `position_R`
     counts the tokens of the row. False for `any_random` or `any_filter` promises that no row needs that work.
     """
-    return sampling_reference.sample_rows(
+    if logits_RV.is_cuda:
+        from argosy.kernels import sampling
+
+        run = sampling.sample_rows
+    else:
+        run = sampling_reference.sample_rows
+    return run(
         logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, any_random=any_random,
         any_filter=any_filter,
     )  # fmt: skip

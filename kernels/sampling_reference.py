@@ -29,8 +29,8 @@ def sample_rows(
 ) -> Tensor:
     """One token id (int64) a row. Temperature 0 is argmax; else a draw from the kept part of softmax(logits / t).
 
-    In this order: logits are divided by the temperature; `min_p` drops tokens less probable than min_p times the best
-    (0: off); `top_k` keeps the k largest (0 or less: off); `top_p` keeps the smallest set of largest logits whose
+    In this order: logits are multiplied by 1 / temperature; `min_p` drops tokens less probable than min_p times the
+    best (0: off); `top_k` keeps the k largest (0 or less: off); `top_p` keeps the smallest set of largest logits whose
     share of what is left is at least top_p (1: off). Equal logits are kept or dropped together, so that the answer
     depends on no order. The draw is argmax(logit + gumbel) (Gumbel 1954) with the noise of `gumbel_noise`, hence a
     function of (logits, parameters, seed, position) of the row alone. Ties go to the lowest id.
@@ -41,7 +41,7 @@ def sample_rows(
         any_random = bool(random_R.any())
     if not any_random:
         return logits_RV.argmax(dim=-1)
-    scaled_RV = logits_RV.float() / temperature_R.masked_fill(~random_R, 1.0)[:, None]
+    scaled_RV = logits_RV.float() * temperature_R.masked_fill(~random_R, 1.0).reciprocal()[:, None]
     if any_filter:
         filtered_R = random_R & ((top_k_R > 0) | (top_p_R < 1.0) | (min_p_R > 0.0))
         (rows,) = torch.where(filtered_R)

@@ -1,0 +1,231 @@
+"""Causal attention of ragged rows over the paged cache: prompts, chunks after a cached prefix, single tokens, mixed.
+
+Meaning: `reference.prefill_attention`. A program takes BLOCK_Q query positions of one row with all G query heads of one
+key/value head, as the rows of one matrix: keys are read once for the group, and a row of one token still fills G rows.
+It walks the keys in tiles with an online softmax (Dao et al. 2022), first those that every query sees, then the few at
+the edge that need a mask.
+
+    keys    0 ........................ context - queries ...... context
+            | every query sees these            | edge of the triangle
+            |<--- tiles without a mask -------->|<- masked ->|
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from argosy.kernels import tuning
+
+
+@triton.jit
+def _walk(
+    q, acc, largest, total, begin, end, position, last_key, window, slope, scale, soft_cap,
+    k_base, v_base, table_row,
+    K: tl.constexpr, H: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr, BLOCK_L: tl.constexpr,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ALIBI: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Attend to the keys [begin, end) in tiles; `begin` is a multiple of BLOCK_L."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    dim = tl.arange(0, WIDTH)
+    for start in tl.range(begin, end, BLOCK_L, num_stages=STAGES):
+        key = start + tl.arange(0, BLOCK_L)
+        if S % BLOCK_L == 0:  # the whole tile lies in one block
+            block = tl.load(table_row + start // S).to(tl.int64)
+            place = ((block * S + start % S + tl.arange(0, BLOCK_L)) * K) * H
+        else:
+            block = tl.load(table_row + tl.minimum(key, last_key) // S).to(tl.int64)
+            place = (block * S + key % S) * K * H
+        if MASKED:
+            here = (key <= last_key)[:, None] & (dim < H)[None, :]
+            k = tl.load(k_base + place[:, None] + dim[None, :], here, other=0.0).to(q.dtype)
+            v = tl.load(v_base + place[:, None] + dim[None, :], here, other=0.0).to(q.dtype)
+        elif WIDTH == H:
+            k = tl.load(k_base + place[:, None] + dim[None, :]).to(q.dtype)
+            v = tl.load(v_base + place[:, None] + dim[None, :]).to(q.dtype)
+        else:
+            k = tl.load(k_base + place[:, None] + dim[None, :], (dim < H)[None, :], other=0.0).to(q.dtype)
+            v = tl.load(v_base + place[:, None] + dim[None, :], (dim < H)[None, :], other=0.0).to(q.dtype)
+        logit = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if SOFT_CAP:
+            tanh = 2.0 * tl.sigmoid(2.0 * (logit * scale / soft_cap)) - 1.0
+            logit = tanh * (soft_cap * LOG2E)
+        else:
+            logit *= scale * LOG2E
+        if ALIBI:
+            logit += slope[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
+        if MASKED:
+            seen = key[None, :] <= position[:, None]
+            if WINDOW:
+                seen = seen & (key[None, :] > position[:, None] - window)
+            logit = tl.where(seen, logit, float("-inf"))
+        higher = tl.maximum(largest, tl.max(logit, 1))
+        # a query whose window begins after this tile has seen nothing yet: -inf - -inf must not become nan
+        pivot = tl.where(higher == float("-inf"), 0.0, higher) if WINDOW else higher
+        weight = tl.exp2(logit - pivot[:, None])
+        shrink = tl.exp2(largest - pivot)
+        total = total * shrink + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(q.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        largest = higher
+    return acc, largest, total
+
+
+@triton.jit
+def _prefill_attention_kernel(
+    q_ptr,
+    k_cache_ptr,
+    v_cache_ptr,
+    query_start_ptr,
+    context_ptr,
+    table_ptr,
+    out_ptr,
+    slopes_ptr,
+    sinks_ptr,
+    stride_q,
+    stride_table,
+    scale,
+    soft_cap,
+    window,
+    num_rows,
+    K: tl.constexpr,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    S: tl.constexpr,
+    WIDTH: tl.constexpr,  # power of two >= H
+    BLOCK_M: tl.constexpr,  # rows of the matrix: BLOCK_Q positions times G heads, and perhaps a few unused
+    BLOCK_Q: tl.constexpr,
+    BLOCK_L: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFT_CAP: tl.constexpr,
+    ALIBI: tl.constexpr,
+    SINKS: tl.constexpr,
+    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
+    PDL: tl.constexpr,
+):
+    LOG2E: tl.constexpr = 1.4426950408889634
+    # Tiles are handed out backwards: the last of a row sees the most keys, and the longest work should not start last.
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)
+    kv_head = tl.program_id(1)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    # Row r owns tiles [start_r // BLOCK_Q + r, start_(r+1) // BLOCK_Q + r + 1): enough for its queries, maybe one
+    # too many, and the beginning of each row's tiles can be computed from query_start alone. Find r by halving.
+    low = 0
+    high = num_rows
+    while high - low > 1:
+        middle = (low + high) // 2
+        if tl.load(query_start_ptr + middle) // BLOCK_Q + middle <= tile:
+            low = middle
+        else:
+            high = middle
+    row = low
+    query_start = tl.load(query_start_ptr + row)
+    num_queries = tl.load(query_start_ptr + row + 1) - query_start
+    first_query = (tile - query_start // BLOCK_Q - row) * BLOCK_Q
+    if first_query >= num_queries:
+        return
+    context = tl.load(context_ptr + row)
+
+    line = tl.arange(0, BLOCK_M)
+    query = first_query + line // G
+    head = kv_head * G + line % G
+    dim = tl.arange(0, WIDTH)
+    present = (line < BLOCK_Q * G) & (query < num_queries)
+    in_tile = present[:, None] & (dim < H)[None, :]
+    position = context - num_queries + query
+    token = (query_start + query).to(tl.int64)
+    q = tl.load(q_ptr + (token * stride_q + head * H)[:, None] + dim[None, :], in_tile, other=0.0)
+    slope = tl.zeros((BLOCK_M,), tl.float32)
+    if ALIBI:
+        slope += tl.load(slopes_ptr + head, present, other=0.0).to(tl.float32) * LOG2E
+    largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK_M,), tl.float32)
+    acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+
+    first_position = context - num_queries + first_query
+    last_key = tl.minimum(first_position + BLOCK_Q, context) - 1
+    k_base = k_cache_ptr + kv_head * H
+    v_base = v_cache_ptr + kv_head * H
+    table_row = table_ptr + row.to(tl.int64) * stride_table
+    # The window's lower edge cuts through tiles too, so with a window every tile is masked.
+    begin = tl.maximum(first_position - window + 1, 0) // BLOCK_L * BLOCK_L if WINDOW else 0
+    middle = begin if WINDOW else (first_position + 1) // BLOCK_L * BLOCK_L
+    if not WINDOW:
+        acc, largest, total = _walk(
+            q, acc, largest, total, begin, middle, position, last_key, window, slope, scale, soft_cap, k_base, v_base,
+            table_row, K, H, S, WIDTH, BLOCK_L, False, WINDOW, SOFT_CAP, ALIBI, STAGES, PRECISION,
+        )  # fmt: skip
+    acc, largest, total = _walk(
+        q, acc, largest, total, middle, last_key + 1, position, last_key, window, slope, scale, soft_cap, k_base,
+        v_base, table_row, K, H, S, WIDTH, BLOCK_L, True, WINDOW, SOFT_CAP, ALIBI, STAGES, PRECISION,
+    )  # fmt: skip
+    if SINKS:
+        sink = tl.load(sinks_ptr + head, present, other=0.0).to(tl.float32) * LOG2E
+        higher = tl.maximum(largest, sink)
+        shrink = tl.exp2(largest - higher)
+        total = total * shrink + tl.exp2(sink - higher)
+        acc *= shrink[:, None]
+    out = out_ptr + ((token * K * G + head) * H)[:, None] + dim[None, :]
+    tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), in_tile)
+
+
+def _default_sizes(width: int, mean_queries: int, group: int) -> dict[str, int]:
+    """Tiles for the tensor cores of Hopper when queries are many; small ones when most rows have a token or two."""
+    rows = tuning.next_power_of_two(max(16, mean_queries * group))
+    if rows >= 128:
+        return {"block_m": 128, "block_l": 64 if width <= 128 else 32, "warps": 8, "stages": 3}
+    return {"block_m": max(16, rows), "block_l": 64 if width <= 128 else 32, "warps": 4, "stages": 3}
+
+
+def prefill_attention(
+    q_TNH: Tensor,
+    k_cache_BSKH: Tensor,
+    v_cache_BSKH: Tensor,
+    query_start_R1: Tensor,
+    context_len_R: Tensor,
+    block_table_RB: Tensor,
+    *,
+    scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes_N: Tensor | None = None,
+    sinks_N: Tensor | None = None,
+    sizes: tuning.Sizes | None = None,
+) -> Tensor:
+    """Shapes as in `ops.prefill_attention`; tokens of q may be strided. Tokens past the last row are not written.
+
+    `sizes` overrides what was tuned, for the tuner itself.
+    """
+    num_tokens, num_heads, head_size = q_TNH.shape
+    block_size, num_kv_heads = k_cache_BSKH.shape[1:3]
+    num_rows = context_len_R.shape[0]
+    group = num_heads // num_kv_heads
+    assert q_TNH.stride()[1:] == (head_size, 1)
+    assert block_table_RB.stride(1) == 1
+    assert k_cache_BSKH.is_contiguous() and v_cache_BSKH.is_contiguous()  # noqa: PT018
+    out_TNH = torch.empty((num_tokens, num_heads, head_size), dtype=q_TNH.dtype, device=q_TNH.device)
+    if num_tokens == 0 or num_rows == 0:
+        return out_TNH
+    width = tuning.next_power_of_two(head_size)
+    mean_queries = num_tokens // num_rows
+    kind = "many" if mean_queries * group >= 128 else "few"
+    sizes = sizes or tuning.pick("prefill_attention", f"h{head_size}_{kind}", q_TNH.device)
+    sizes = sizes or _default_sizes(width, mean_queries, group)
+    block_m = max(sizes["block_m"], tuning.next_power_of_two(group))
+    block_q = block_m // group
+    grid = (num_tokens // block_q + num_rows, num_kv_heads)
+    _prefill_attention_kernel[grid](
+        q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, out_TNH,
+        out_TNH if alibi_slopes_N is None else alibi_slopes_N, out_TNH if sinks_N is None else sinks_N,
+        q_TNH.stride(0), block_table_RB.stride(0), scale, soft_cap or 0.0, sliding_window or 0, num_rows,
+        K=num_kv_heads, G=group, H=head_size, S=block_size, WIDTH=width, BLOCK_M=block_m, BLOCK_Q=block_q,
+        BLOCK_L=sizes["block_l"], WINDOW=sliding_window is not None, SOFT_CAP=soft_cap is not None,
+        ALIBI=alibi_slopes_N is not None, SINKS=sinks_N is not None, STAGES=sizes["stages"],
+        PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
+        num_warps=sizes["warps"], **tuning.overlap(q_TNH.device),
+    )  # fmt: skip
+    return out_TNH
