@@ -1,6 +1,6 @@
 """An executor whose ranks are processes behind sockets.
 
-Who starts and ends the processes is not known here: a callable does (`rank_processes.StartRanks`). This file says hello,
+Who starts and ends the processes is not known here: a callable does (`rank_processes.StartRanks`). This file greets,
 agrees on the number of blocks, sends each step, and notices when a rank has gone or gone silent. It lives in the
 driver's thread; the callable, which may take seconds, runs in a thread of its own.
 
@@ -14,12 +14,10 @@ driver's thread; the callable, which may take seconds, runs in a thread of its o
 import contextlib
 import os
 import secrets
-import shutil
-import tempfile
 from collections import deque
 from typing import Any, Final
-from argosy.cluster.clock import Clock
 
+from argosy.cluster.clock import Clock
 from argosy.cluster.connection import Connection
 from argosy.cluster.executor import ExecutorEvent, RanksLost, RanksReady
 from argosy.cluster.poller import READ, WRITE, Poller
@@ -64,18 +62,20 @@ class ChannelExecutor:
         start_ranks: StartRanks,
         poller: Poller,
         clock: Clock,
+        folder: str,
         tcp_host: str = "",
     ):
         self.config, self.clock, self.poller = config, clock, poller
         self.num_ranks = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
         self.status = "stopped"
         self.epoch = -1
+        self.num_blocks = 0
         self.reports: dict[int, WorkerReport] = {}
         self.ready: dict[int, WorkerReady] = {}
         self.progress: dict[int, tuple[str, float]] = {}
         self._start_ranks, self._tcp_host = start_ranks, tcp_host
         self._keeper = RankKeeper()
-        self._folder = ""
+        self._folder = folder  # private to this engine: the ranks' socket is in it
         self._listeners: list[Listener] = []
         self._secret = ""
         self._strangers: set[Connection] = set()
@@ -176,7 +176,7 @@ class ChannelExecutor:
 
     def start_progress(self) -> tuple[str, float]:
         """What the slowest rank is doing, and how much of that is done."""
-        if self.status == "starting":
+        if self.status in ("starting", "stopped"):
             return "starting workers", len(self._ranks) / self.num_ranks
         if self.progress:
             return min(self.progress.values(), key=lambda entry: (_PHASES.get(entry[0], 0), entry[1]))
@@ -192,7 +192,6 @@ class ChannelExecutor:
     def _listen(self) -> None:
         if self._listeners:
             return
-        self._folder = tempfile.mkdtemp(prefix="argosy-")  # mode 0700
         self._listeners = [Listener.bind(f"unix:{self._folder}/ranks")]
         if self._tcp_host:
             self._listeners.append(Listener.bind(format_tcp(self._tcp_host, 0)))
@@ -241,14 +240,14 @@ class ChannelExecutor:
                 self._lose(self.epoch, error)
                 return
             self.status = "allocating"
-            self._num_blocks = num_blocks
+            self.num_blocks = num_blocks
             self._send_all(AllocateCache(num_blocks=num_blocks))
 
     def _on_worker_ready(self, ready: WorkerReady) -> None:
         self.ready[ready.global_rank] = ready
         if self.status == "allocating" and len(self.ready) == self.num_ranks:
             self.status = "ready"
-            self._events.append(RanksReady(self.epoch, self._num_blocks))
+            self._events.append(RanksReady(self.epoch, self.num_blocks))
 
     # --------------------------------------------------------------------------------------------------- the wire
 
@@ -352,9 +351,6 @@ class ChannelExecutor:
             self.poller.unregister(listener.fileno())
             listener.close()
         self._listeners = []
-        if self._folder:
-            shutil.rmtree(self._folder, ignore_errors=True)
-            self._folder = ""
 
     def _drop(self, connection: Connection) -> None:
         self._strangers.discard(connection)
@@ -377,7 +373,9 @@ class ChannelExecutor:
         return report.node if report and report.node else os.uname().nodename
 
     def _here(self) -> set[int]:
-        return set({"starting": self._ranks, "loading": self.reports}.get(self.status, self.ready))
+        if self.status == "starting":
+            return set(self._ranks)
+        return set(self.reports) if self.status == "loading" else set(self.ready)
 
 
 # The order in which ranks go through their phases; an unknown one counts as early.

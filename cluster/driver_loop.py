@@ -20,7 +20,7 @@ from argosy.cluster.connection import Connection
 from argosy.cluster.driver import Driver
 from argosy.cluster.metrics import Metrics
 from argosy.cluster.poller import READ, WRITE, Poller
-from argosy.cluster.protocol.channel import MAX_HELLO_BYTES, Listener, encode_frame, secret_matches
+from argosy.cluster.protocol.channel import MAX_HELLO_BYTES, Listener, encode_frame, format_tcp, secret_matches
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ChannelClosed, ServingError
 from argosy.cluster.protocol.messages import EngineInfo, FromEdge, Hello, Welcome
@@ -49,27 +49,39 @@ class DriverStatus(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class DriverLoop:
-    """Construct, then `run` in a thread of its own. `stop` and `status` may be called from any thread."""
+    """Construct, then `run` in a thread of its own. `stop` and `status` may be called from any thread.
+
+    `folder` is private to this engine and holds the sockets. With a `tcp_host` the door and the ranks' door are open on
+    that address as well as they are in the folder: then edges and ranks of other nodes can come.
+    """
 
     def __init__(
         self,
         config: ServingConfig,
         start_ranks: StartRanks,
         *,
-        address: str,
+        info: EngineInfo,
+        folder: str,
         secret: str,
         tcp_host: str = "",
+        tcp_port: int = 0,
         clock: Clock | None = None,
         metrics: Metrics | None = None,
     ):
         self.clock = clock or MonotonicClock()
+        self._info, self._is_known = info, False  # known: what the ranks measured is in it
         self._secret = secret
         self._poller = Poller()
         self._executor = ChannelExecutor(
-            config=config, start_ranks=start_ranks, poller=self._poller, clock=self.clock, tcp_host=tcp_host
+            config=config,
+            start_ranks=start_ranks,
+            poller=self._poller,
+            clock=self.clock,
+            folder=folder,
+            tcp_host=tcp_host,
         )
-        self.driver = Driver(config, self._executor, self.clock, metrics or Metrics())
-        self._listener = Listener.bind(address)
+        self.driver = Driver(config, self._executor, self.clock, metrics or Metrics(), info=info)
+        self._listener = Listener.bind(format_tcp(tcp_host, tcp_port) if tcp_host else f"unix:{folder}/door")
         self.address = self._listener.address
         self._strangers: dict[Connection, float] = {}  # not yet shown the secret: when they came
         self._edges: dict[int, Connection] = {}
@@ -101,7 +113,7 @@ class DriverLoop:
             state=self._state,
             phase=phase,
             fraction=fraction,
-            info=self.driver.info,
+            info=self._info if self._is_known else None,
             address=self.address,
             error_code=self._error.code if self._error else "",
             error_message=str(self._error) if self._error else "",
@@ -134,8 +146,8 @@ class DriverLoop:
         driver.advance()
         for edge_id, message in driver.take_outbox():
             self._send(edge_id, encode_frame(message))
-        if self._unwelcomed or self._state != "ready":
-            self._welcome()
+        if self._unwelcomed or self._state != "ready" or executor.status != "ready":
+            self._look_at_ranks()
         if self._strangers:
             self._drop_silent_strangers()
 
@@ -147,17 +159,27 @@ class DriverLoop:
             return False
         return self.clock.now() >= self._stop_at or self.driver.is_drained
 
-    def _welcome(self) -> None:
-        """The first moment of readiness; also keeps `status` true while a group is rebuilt."""
+    def _look_at_ranks(self) -> None:
+        """Keep `status` true while a group comes up; when it stands, edges that wait are told of the engine."""
+        executor = self._executor
+        ready = executor.status == "ready"
         if self._stop_at is None:
-            ready = self._executor.status == "ready"
-            self._state = "ready" if ready else "rebuilding" if self.driver.info else "starting"
-        if self.driver.info is None:
-            return
-        frame = encode_frame(Welcome(info=self.driver.info))
-        for edge_id in sorted(self._unwelcomed):
-            self._send(edge_id, frame)
-        self._unwelcomed.clear()
+            self._state = "ready" if ready else "rebuilding" if self._is_known else "starting"
+        if ready and not (self._is_known and self._info.epoch == executor.epoch):
+            reports = executor.reports
+            self._is_known = True
+            self._info = msgspec.structs.replace(
+                self._info,
+                num_blocks=executor.num_blocks,
+                epoch=executor.epoch,
+                device=reports[0].device,
+                weight_bytes=sum(report.weight_bytes for report in reports.values()),
+            )
+        if self._is_known and self._unwelcomed:
+            frame = encode_frame(Welcome(info=self._info))
+            for edge_id in sorted(self._unwelcomed):
+                self._send(edge_id, frame)
+            self._unwelcomed.clear()
 
     # ------------------------------------------------------------------------------------------------- the edges
 

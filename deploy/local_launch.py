@@ -24,6 +24,7 @@ import msgspec
 from argosy.cluster.driver_loop import DriverLoop, DriverStatus
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ChannelClosed, PlacementImpossible
+from argosy.cluster.protocol.messages import EngineInfo
 from argosy.cluster.rank_processes import RankDoor
 from argosy.placement.plan import PlacementPlan
 
@@ -36,6 +37,7 @@ class LocalBoot(msgspec.Struct, frozen=True, kw_only=True):
 
     config: ServingConfig
     plan: PlacementPlan
+    info: EngineInfo
     folder: str  # private to this engine: sockets and logs
     secret: str
     rank_module: str = RANK_MODULE
@@ -114,12 +116,22 @@ class LocalProcesses:
 class LocalDriver:
     """The driver's process, from its owner's side."""
 
-    def __init__(self, config: ServingConfig, plan: PlacementPlan, *, secret: str, rank_module: str = RANK_MODULE):
+    def __init__(
+        self,
+        config: ServingConfig,
+        plan: PlacementPlan,
+        info: EngineInfo,
+        *,
+        secret: str,
+        rank_module: str = RANK_MODULE,
+    ):
         self.folder = tempfile.mkdtemp(prefix="argosy-")  # mode 0700
         self._log = Path(self.folder, "driver.log")
         self._lock = threading.Lock()
         self._process = start_process("argosy.deploy.local_launch", self._log, own_session=True, answers=True)
-        boot = LocalBoot(config=config, plan=plan, folder=self.folder, secret=secret, rank_module=rank_module)
+        boot = LocalBoot(
+            config=config, plan=plan, info=info, folder=self.folder, secret=secret, rank_module=rank_module
+        )
         self._write(boot)
 
     @property
@@ -207,7 +219,7 @@ def main() -> int:
     os.dup2(2, 1)  # whatever a library prints must not be taken for an answer
     boot = msgspec.json.decode(commands.readline(), type=LocalBoot)
     ranks = LocalRanks(boot.config, boot.plan, log_folder=boot.folder, rank_module=boot.rank_module)
-    loop = DriverLoop(boot.config, ranks, address=f"unix:{boot.folder}/door", secret=boot.secret)
+    loop = DriverLoop(boot.config, ranks, info=boot.info, folder=boot.folder, secret=boot.secret)
     thread = threading.Thread(target=loop.run, name="driver-loop")
     thread.start()
     for line in _lines(commands):

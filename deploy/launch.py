@@ -1,0 +1,187 @@
+"""Puts an engine together: what model, which plan, where; then a driver, which starts its ranks.
+
+This is the one place where all rooms meet. `backend="ray"` is the product: a detached driver actor and worker actors in
+a placement group. `backend="local"` runs the same driver and the same ranks as plain processes.
+"""
+
+import secrets
+import shutil
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Final, Literal, Protocol
+
+from argosy.cluster.driver_loop import DriverStatus
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import ChannelClosed, ConfigError, StartupTimeout
+from argosy.cluster.protocol.messages import EngineInfo
+from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.cluster.start_rules import error_from_code
+from argosy.deploy.local_launch import RANK_MODULE, LocalDriver
+from argosy.deploy.model_folder import localize
+from argosy.placement.plan import PlacementPlan, make_plan
+
+if TYPE_CHECKING:
+    from argosy.deploy.ray_session import RaySession
+
+_POLL_SECONDS: Final = 0.1
+_GRACE_SECONDS: Final = 60.0  # for Ray and the driver to come up, beyond the ranks' own start deadline
+OnProgress = Callable[[str, float], None]
+
+
+class RunningDriver(Protocol):
+    """A driver that was started, wherever it runs."""
+
+    def status(self) -> DriverStatus:
+        """How it is. Raises `ChannelClosed` when it has gone."""
+
+    def stop(self, drain_seconds: float = 0.0) -> None:
+        """End it and all its ranks."""
+
+
+class Engine:
+    """A driver with its ranks, ready for edges. `close` leaves nothing behind."""
+
+    def __init__(
+        self,
+        driver: RunningDriver,
+        status: DriverStatus,
+        secret: str,
+        config: ServingConfig,
+        *,
+        name: str = "",
+        session: "RaySession | None" = None,
+        folder: str = "",
+    ):
+        assert status.info is not None
+        self.address, self.secret, self.info = status.address, secret, status.info
+        self.config = config  # with "auto" and None worked out
+        self.name = name
+        self._driver, self._session, self._folder = driver, session, folder
+        self._closed = False
+
+    def status(self) -> DriverStatus:
+        """How the driver is. Raises `ChannelClosed` when it has gone."""
+        return self._driver.status()
+
+    def close(self, drain_seconds: float = 0.0) -> None:
+        """Let what runs end for at most so long, then stop everything. May be called twice."""
+        if self._closed:
+            return
+        self._closed = True
+        _tear_down(self._driver, self._session, self._folder, drain_seconds)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def launch_engine(
+    config: ServingConfig,
+    *,
+    backend: Literal["ray", "local"] = "ray",
+    on_progress: OnProgress | None = None,
+    ray_address: str | None = None,
+    rank_module: str = RANK_MODULE,
+) -> Engine:
+    """Start driver and ranks and wait until steps can run.
+
+    Raises the error that stopped it (`WeightError`, `ConfigError`, `PlacementImpossible`, ...) and leaves nothing behind.
+    With "ray": the session this process has, else the cluster at `ray_address`, else a local cluster of its own.
+    """
+    tell = on_progress or (lambda phase, fraction: None)
+    tell("reading model", 0.0)
+    config, plan, info = resolve(config)
+    secret = secrets.token_hex(32)
+    if backend == "local":
+        driver = LocalDriver(config, plan, info, secret=secret, rank_module=rank_module)
+        return _wait_until_ready(driver, secret, config, tell)
+    tell("starting Ray", 0.0)
+    # Only here: importing Ray takes half a second, and the local backend also runs where it is not installed.
+    from argosy.deploy.ray_launch import start_ray_driver
+
+    started = start_ray_driver(config, plan, info, secret=secret, address=ray_address, rank_module=rank_module)
+    return _wait_until_ready(
+        started.driver, secret, config, tell, name=started.driver.name, session=started.session, folder=started.folder
+    )
+
+
+def resolve(config: ServingConfig) -> tuple[ServingConfig, PlacementPlan, EngineInfo]:
+    """What follows from the model's folder: the length, the plan, the facts for edges. Needs neither torch nor Ray."""
+    config = localize(config)
+    spec = read_model_spec(config.model.model, config.model.hf_overrides)
+    parallel = config.parallel
+    spec.check_layout(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
+    plan = make_plan(
+        spec.num_layers, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.pipeline_layers
+    )
+    max_model_len = config.model.max_model_len or spec.max_position
+    if max_model_len > spec.max_position:
+        raise ConfigError(
+            f"max_model_len={max_model_len} exceeds the {spec.max_position} positions of {config.model.model}; "
+            f"use {spec.max_position} or less"
+        )
+    if not config.scheduler.enable_chunked_prefill and config.scheduler.max_num_batched_tokens < max_model_len:
+        raise ConfigError(
+            f"max_num_batched_tokens={config.scheduler.max_num_batched_tokens} is below max_model_len={max_model_len}: "
+            "without chunked prefill a full prompt would never run; raise it, or enable_chunked_prefill"
+        )
+    config = config.replace(model=config.model.replace(max_model_len=max_model_len))
+    model = config.model
+    info = EngineInfo(
+        model=(model.served_model_name or (model.model,))[0],
+        max_model_len=max_model_len,
+        vocab_size=spec.vocab_size,
+        num_blocks=0,
+        block_size=config.cache.block_size,
+        tensor_parallel_size=parallel.tensor_parallel_size,
+        pipeline_parallel_size=parallel.pipeline_parallel_size,
+        dtype=spec.dtype if model.dtype == "auto" else model.dtype,
+        max_logprobs=model.max_logprobs,
+        max_num_seqs=config.scheduler.max_num_seqs,
+        eos_token_ids=spec.eos_token_ids,
+        layout=plan.describe(),
+    )
+    return config, plan, info
+
+
+def _wait_until_ready(
+    driver: RunningDriver,
+    secret: str,
+    config: ServingConfig,
+    tell: OnProgress,
+    *,
+    name: str = "",
+    session: "RaySession | None" = None,
+    folder: str = "",
+) -> Engine:
+    seconds = config.parallel.start_deadline_seconds + _GRACE_SECONDS
+    deadline = time.monotonic() + seconds
+    try:
+        while True:
+            status = driver.status()
+            if status.error_code:
+                raise error_from_code(status.error_code, status.error_message)
+            if status.state == "ready" and status.info is not None:
+                tell("ready", 1.0)
+                return Engine(driver, status, secret, config, name=name, session=session, folder=folder)
+            if status.state == "stopped":
+                raise ChannelClosed("the driver stopped while it was starting")
+            if time.monotonic() >= deadline:
+                raise StartupTimeout("the engine", seconds)
+            tell(status.phase or status.state, status.fraction)
+            time.sleep(_POLL_SECONDS)
+    except BaseException:  # Ctrl-C as well: whoever gave up waiting must find nothing running
+        _tear_down(driver, session, folder, 0.0)
+        raise
+
+
+def _tear_down(driver: RunningDriver, session: "RaySession | None", folder: str, drain_seconds: float) -> None:
+    try:
+        driver.stop(drain_seconds)
+    finally:
+        if session is not None:
+            session.close()
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)

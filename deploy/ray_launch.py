@@ -1,0 +1,112 @@
+"""The engine on Ray: a driver actor that reserves a bundle for each stage and starts its worker actors in them.
+
+`RayRankStarter` is what the driver is handed, so that its room need not know placement or workers; it runs inside the
+driver's process and does so again after every loss.
+"""
+
+import os
+import secrets
+import tempfile
+from collections.abc import Callable
+from functools import partial
+from typing import Final, NamedTuple
+
+import ray
+
+from argosy.cluster import ray_executor
+from argosy.cluster.driver_actor import DriverBoot, DriverHandle
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.messages import EngineInfo
+from argosy.cluster.rank_processes import RankDoor, RankHandles
+from argosy.deploy.local_launch import free_port
+from argosy.deploy.ray_session import RaySession
+from argosy.placement import ray_cluster
+from argosy.placement.plan import PlacementPlan, RankInfo
+from argosy.workers.worker_actor import WorkerActor, encode_boot
+
+_LOOPBACK: Final = "127.0.0.1"
+
+
+class RayRankStarter:
+    """Starts the ranks of a plan as actors; satisfies `StartRanks`."""
+
+    def __init__(self, config: ServingConfig, plan: PlacementPlan, *, group_name: str, rank_module: str):
+        self.config, self.plan = config, plan
+        self.group_name, self.rank_module = group_name, rank_module
+
+    def __call__(self, door: RankDoor, on_dead: Callable[[int, str], None]) -> RankHandles:
+        """Reserve, create, locate, and let them run."""
+        plan = self.plan
+        per_rank = {"GPU": 1.0} if self._wants_gpus() else {"CPU": 1.0}
+        bundle = {key: amount * plan.tp_size for key, amount in per_rank.items()}
+        reservation = ray_cluster.reserve(self.group_name, plan.pp_size, bundle)
+        try:
+            stages = [rank.pp_rank for rank in plan.ranks]
+            actors = ray_executor.create_rank_actors(WorkerActor, stages, reservation.group, per_rank, epoch=door.epoch)
+            here = ray.get_runtime_context().get_node_id()
+            one_node = len({actor.node_id for actor in actors}) == 1
+            host = _LOOPBACK if one_node else actors[0].host
+            rendezvous = ray_executor.find_rendezvous(actors[0], host, door.epoch)
+            boots = [
+                self._boot(rank, actor.node_id, door, door.unix if actor.node_id == here else door.tcp)
+                for rank, actor in zip(plan.ranks, actors, strict=True)
+            ]
+            return ray_executor.RayRanks(
+                actors,
+                boots,
+                module=self.rank_module,
+                rendezvous=rendezvous,
+                on_dead=on_dead,
+                release=reservation.release,
+            )
+        except BaseException:
+            reservation.release()
+            raise
+
+    def _boot(self, rank: RankInfo, node: str, door: RankDoor, address: str) -> bytes:
+        return encode_boot(rank=rank, config=self.config, driver_address=address, secret=door.secret, node=node)
+
+    def _wants_gpus(self) -> bool:
+        device = self.config.parallel.device
+        return device == "cuda" or (device == "auto" and ray_cluster.discover().num_gpus >= len(self.plan.ranks))
+
+
+class StartedDriver(NamedTuple):
+    """A driver actor and what it stands on."""
+
+    driver: DriverHandle
+    session: RaySession
+    folder: str
+
+
+def start_ray_driver(
+    config: ServingConfig,
+    plan: PlacementPlan,
+    info: EngineInfo,
+    *,
+    secret: str,
+    address: str | None,
+    rank_module: str,
+) -> StartedDriver:
+    """Connect to Ray, or start it, and create the driver actor, which begins at once."""
+    num_cpus = max(os.cpu_count() or 1, len(plan.ranks) + 1)  # logical: a rank must find room on a small machine, too
+    session = RaySession.open(address, num_cpus=num_cpus)
+    try:
+        name = f"argosy-{secrets.token_hex(4)}"
+        many_nodes = len(ray_cluster.discover().nodes) > 1
+        folder = os.path.join(tempfile.gettempdir(), name)
+        boot = DriverBoot(
+            name=name,
+            config=config,
+            info=info,
+            folder=folder,
+            secret=secret,
+            tcp_port=free_port("") if many_nodes else 0,
+        )
+        starter = RayRankStarter(config, plan, group_name=f"{name}-ranks", rank_module=rank_module)
+        driver = DriverHandle.create(boot, starter)
+    except BaseException:
+        session.close()
+        raise
+    driver.on_stopped = partial(ray_cluster.release, starter.group_name)
+    return StartedDriver(driver, session, folder)

@@ -1,0 +1,116 @@
+"""A Ray cluster of our own on this machine, or one that was named: never somebody else's by accident.
+
+Ours has its own temporary folder and free ports, listens on loopback, has no dashboard and asks for a token. It ends
+with this process, however that ends (Ray's processes share its fate).
+"""
+
+import contextlib
+import logging
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, Final
+
+import ray
+from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
+
+from argosy.cluster.driver_actor import NAMESPACE
+from argosy.cluster.protocol.errors import ClusterError
+
+_OBJECT_STORE_BYTES: Final = 100 * 1024 * 1024  # steps and tokens don't travel as Ray objects: the least will do
+_QUIET: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "1"}
+_AUTH: Final = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+
+
+class RaySession:
+    """This process's connection to Ray. `close` undoes only what `open` did."""
+
+    def __init__(self, *, folder: str = "", connected: bool = False, environment: dict[str, str | None] | None = None):
+        self._folder, self._connected = folder, connected
+        self._environment = environment or {}
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the cluster was started here and ends with us."""
+        return bool(self._folder)
+
+    @classmethod
+    def open(cls, address: str | None, *, num_cpus: int, num_gpus: int | None = None) -> "RaySession":
+        """The session this process already has; else the cluster at `address`; else one of our own."""
+        if ray.is_initialized():
+            return cls()
+        if address:
+            try:
+                ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+            except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+                raise ClusterError(f"no Ray cluster can be joined at {address!r}: {_one_line(error)}") from error
+            return cls(connected=True)
+        return cls._start(num_cpus, num_gpus)
+
+    @classmethod
+    def _start(cls, num_cpus: int, num_gpus: int | None) -> "RaySession":
+        folder = tempfile.mkdtemp(prefix="argosy-ray-")  # mode 0700: the token and all logs are in it
+        changes = dict(_QUIET)
+        if "RAY_AUTH_MODE" not in os.environ:  # an explicit choice of the operator stands
+            changes |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_write_token(Path(folder)))}
+        environment = {name: os.environ.get(name) for name in (*changes, *_AUTH)}
+        session = cls(folder=folder, connected=True, environment=environment)
+        os.environ.update(changes)
+        if "RAY_AUTH_TOKEN_PATH" in changes:
+            os.environ.pop("RAY_AUTH_TOKEN", None)  # it would win over our file
+        _forget_cached_auth()
+        try:
+            ray.init(
+                address="local",
+                num_cpus=num_cpus,
+                num_gpus=num_gpus,
+                namespace=NAMESPACE,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                object_store_memory=_OBJECT_STORE_BYTES,
+                _temp_dir=folder,
+                _node_ip_address="127.0.0.1",
+            )
+        except Exception as error:  # whatever stops Ray from starting: undo our part, and say it in one line
+            session.close()
+            raise ClusterError(f"a local Ray cluster could not be started: {_one_line(error)}") from error
+        return session
+
+    def close(self) -> None:
+        """Leave, and end the cluster if it is ours. May be called twice."""
+        if self._connected:
+            self._connected = False
+            ray.shutdown()
+        for name, value in self._environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+        if self._folder:
+            if self._environment:
+                _forget_cached_auth()
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._environment = {}
+
+
+def _write_token(folder: Path) -> Path:
+    path = folder / "auth_token"
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(descriptor, "w") as file:
+        file.write(generate_new_authentication_token())
+    return path
+
+
+def _forget_cached_auth() -> None:
+    """Ray reads mode and token once, possibly when it was imported; make it read again."""
+    with contextlib.suppress(ImportError, AttributeError):
+        raylet: Any = ray._raylet
+        raylet.Config.initialize("")
+        raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _one_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].strip() if lines else type(error).__name__

@@ -1,0 +1,41 @@
+"""The worker as a Ray actor: Ray places, watches and kills it; what it does comes over its own connection.
+
+Nothing here imports torch; the process that owns the GPU does so in `run`, by naming the module to run.
+"""
+
+import os
+import socket
+from importlib import import_module
+from typing import Any
+
+import msgspec
+import ray
+
+
+class WorkerActor:
+    """One rank. Made an actor by `cluster.ray_executor`; `run` holds one thread for the rank's whole life."""
+
+    @ray.method(concurrency_group="control")
+    def where(self) -> tuple[str, str, int]:
+        """This process's node id, its address, and its process id."""
+        address: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray's own
+        return ray.get_runtime_context().get_node_id(), address, os.getpid()
+
+    @ray.method(concurrency_group="control")
+    def free_port(self, host: str) -> int:
+        """A port of this node that was free a moment ago."""
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
+            sock.bind((host, 0))
+            port: int = sock.getsockname()[1]
+            return port
+
+    def run(self, module: str, boot: bytes) -> int:
+        """Be the rank that `boot` (JSON of a `WorkerBoot`) says, until the driver stops it or goes away."""
+        # Imported here: this is the first moment in the process that has the device to itself.
+        status: int = import_module(module).run_boot(boot)
+        return status
+
+
+def encode_boot(**fields: Any) -> bytes:
+    """The JSON that `run` takes."""
+    return msgspec.json.encode(fields)
