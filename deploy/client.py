@@ -384,9 +384,19 @@ def _checked(response: httpx.Response) -> dict[str, Any]:
     except ValueError:
         body = {}
     if response.status_code >= 400 or not isinstance(body, dict):
-        text = body if isinstance(body, dict) and "error" in body else {"error": {"message": response.text[:500]}}
-        raise _error_from_body(text, response.status_code, _retry_after(response))
+        raise error_of(response)
     return body
+
+
+def error_of(response: httpx.Response) -> RemoteError:
+    """What the server said instead of an answer, as an instance of the class that it raised."""
+    try:
+        body = response.json()
+    except ValueError:
+        body = None
+    if not isinstance(body, dict) or "error" not in body:
+        body = {"error": {"message": response.text[:500]}}
+    return _error_from_body(body, response.status_code, _retry_after(response))
 
 
 def _retry_after(response: httpx.Response) -> float | None:

@@ -136,7 +136,7 @@ class LLM:
             self._prepare(
                 [
                     self._gateway.prepare(
-                        prompt.text if prompt.token_ids is None else prompt.token_ids,
+                        prompt.content,
                         chosen,
                         field="prompts" if len(many) == 1 else f"prompts[{place}]",
                         priority=sooner,

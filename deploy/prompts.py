@@ -19,6 +19,11 @@ class Prompt(msgspec.Struct, frozen=True):
     token_ids: list[int] | None
     cache_salt: str = ""
 
+    @property
+    def content(self) -> str | list[int]:
+        """What to continue."""
+        return self.token_ids if self.token_ids is not None else self.text or ""
+
 
 def normalise_prompts(prompts: object) -> list[Prompt]:
     """One prompt or many, in any of the forms. Raises `InvalidRequest` naming the first that is none of them."""

@@ -1,0 +1,95 @@
+"""The HTTP doors as a Ray Serve application: a replica is a process with a tokenizer and a connection to the driver.
+
+Tokens come over that connection in one message a step, never as a Ray object each. `argosy serve` runs it; so does
+anybody with a Ray cluster, by the builder:
+
+    serve run argosy.deploy.serve_app:build model=Qwen/Qwen3-0.6B tensor_parallel_size=2
+
+    applications:                                # or: serve deploy this.yaml
+      - name: argosy
+        route_prefix: /
+        import_path: argosy.deploy.serve_app:build
+        args: {model: Qwen/Qwen3-0.6B, tensor_parallel_size: 2}
+"""
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+from ray import serve
+from ray.serve import Application
+
+from argosy.cluster.driver_client import DriverClient
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import ChannelClosed, StartupTimeout
+from argosy.deploy import settings
+from argosy.deploy.gateway import Gateway
+from argosy.deploy.http_app import build_http_app
+from argosy.deploy.launch import Engine, launch_engine
+from argosy.deploy.model_folder import localize
+from argosy.deploy.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+APP_NAME: Final = "argosy"
+_CONNECT_SECONDS: Final = 30.0
+_HEALTH_PERIOD_SECONDS: Final = 5.0
+
+
+# A replica is a process of its own. Serve asks for the app by a function without arguments, once the replica stands.
+_app_of: dict[str, Any] = {}
+
+
+def _app_of_this_replica() -> Any:
+    return _app_of["this replica"]
+
+
+@serve.deployment(name="Door", health_check_period_s=_HEALTH_PERIOD_SECONDS, graceful_shutdown_timeout_s=60)
+@serve.ingress(_app_of_this_replica)
+class Door:
+    """One replica of the doors."""
+
+    async def __init__(self, config_json: bytes, address: str, secret: str):  # type: ignore[misc]  # Serve awaits it
+        config = msgspec.json.decode(config_json, type=ServingConfig)
+        self._engine: Engine | None = None
+        if not address:
+            # Deployed without `argosy serve`: the first replica starts the engine, the others find it.
+            self._engine = await asyncio.to_thread(launch_engine, config)
+            address, secret = self._engine.address, self._engine.secret
+        self._client = await DriverClient.connect(address, secret, timeout_seconds=_CONNECT_SECONDS)
+        tokenizer = None
+        if not config.model.skip_tokenizer_init:
+            folder = config.model.tokenizer or config.model.model
+            tokenizer = Tokenizer.load(folder, chat_template=config.model.chat_template)
+        _app_of["this replica"] = build_http_app(Gateway(self._client, tokenizer, config), config.server)
+
+    async def check_health(self) -> None:
+        """Raise when this replica can't serve any more: Serve then replaces it, and the new one connects anew."""
+        if self._client.closed:
+            raise ChannelClosed(f"the engine's driver has gone: {self._client.closed_reason}")
+        try:
+            await self._client.stats()
+        except StartupTimeout:
+            # Busy, or rebuilding its ranks: /health says so to those who ask, and a new replica would not help.
+            logger.warning("the driver did not answer a health check in time")
+
+
+def application(config: ServingConfig, address: str, secret: str) -> Application:
+    """The application in front of an engine that runs (`address`), or of one that the replica starts (empty)."""
+    # The driver's bounded queue refuses, since it can say when to come back; Serve's own limit stays above it.
+    most = config.scheduler.max_num_seqs + config.scheduler.max_num_waiting + 64
+    door: Any = Door  # the decorator made a Deployment of it
+    door = door.options(max_ongoing_requests=most, graceful_shutdown_timeout_s=config.server.drain_seconds)
+    bound: Application = door.bind(msgspec.json.encode(config), address, secret)
+    return bound
+
+
+def build(args: Mapping[str, Any]) -> Application:
+    """Builder for `serve run` and `serve deploy`; `args` are the flags of `argosy serve` by name."""
+    given = {"model": settings.default_model(), **args}
+    config, ignored = settings.make_config(given)
+    if text := settings.describe_ignored(ignored):
+        logger.warning(text)
+    return application(localize(config), "", "")

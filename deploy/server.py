@@ -1,0 +1,158 @@
+"""The life of `argosy serve`: check, start an engine and the doors, say how to use them, wait, drain, leave nothing."""
+
+import os
+import signal
+import socket
+import sys
+import tempfile
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Final
+
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import ConfigError
+from argosy.deploy.doctor import is_port_free
+from argosy.deploy.model_folder import localize
+from argosy.deploy.progress import StartProgress
+
+if TYPE_CHECKING:
+    from argosy.deploy.launch import Engine
+
+_STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
+
+def run(config: ServingConfig, *, api_keys: tuple[str, ...] = ()) -> int:
+    """Serve until a signal says to stop; the exit code."""
+    config = localize(config)
+    check_port(config)
+    stop = _StopSignals()
+    with stop, _private_folder() as folder:
+        config = with_api_keys(config, api_keys, folder)
+        _set_environment(folder)
+        # Ray reads its environment when it is imported, so only now.
+        from argosy.deploy.launch import launch_engine
+
+        progress = StartProgress()
+        print(f"Starting {config.model.served_model_name[0]}", file=sys.stderr, flush=True)
+        engine = launch_engine(config, backend="ray", on_progress=progress)
+        try:
+            if not stop.is_set:
+                _serve(config, engine, progress, stop)
+        finally:
+            engine.close()
+    print("Stopped.", file=sys.stderr, flush=True)
+    return 0
+
+
+def check_port(config: ServingConfig) -> None:
+    """Say it before anything else starts."""
+    host, port = config.server.host, config.server.port
+    try:
+        socket.getaddrinfo(host, port)
+    except OSError as error:
+        raise ConfigError(f"host={host!r}: no such address on this machine ({error})") from error
+    if port and not is_port_free(host, port):
+        raise ConfigError(f"port {port} on {host} is taken; stop what listens there, or choose another with --port")
+
+
+def with_api_keys(config: ServingConfig, api_keys: tuple[str, ...], folder: Path) -> ServingConfig:
+    """Keys from flags go into a file that only this user reads: command lines and settings are seen by others."""
+    if not api_keys:
+        return config
+    if config.server.api_keys_file is not None:
+        raise ConfigError("both --api-key and --api-keys-file were given; leave one out")
+    file = folder / "api_keys"
+    file.touch(mode=0o600)
+    file.write_text("".join(f"{key}\n" for key in api_keys), encoding="utf-8")
+    changed: ServingConfig = config.replace(server=config.server.replace(api_keys_file=str(file)))
+    return changed
+
+
+def ready_block(config: ServingConfig, engine: "Engine", seconds: float) -> str:
+    """What to know and to paste once it serves."""
+    info, server = engine.info, config.server
+    name = config.model.served_model_name[0]
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(server.host, server.host)
+    url = f"http://{host}:{server.port}"
+    key = " -H 'Authorization: Bearer <key>'" if server.api_keys_file else ""
+    rows = {
+        "address": f"{url}/v1",
+        "model": f"{name} ({info.dtype} on {info.device}, up to {info.max_model_len} tokens)",
+        "layout": info.layout or f"TP{info.tensor_parallel_size} x PP{info.pipeline_parallel_size}",
+        "KV cache": f"{info.num_blocks} blocks x {info.block_size} = {info.num_blocks * info.block_size} tokens",
+        "stop": "Ctrl-C (running requests may end; a second Ctrl-C stops at once)",
+    }
+    body = f'{{"model": "{name}", "prompt": "Return a list of", "max_tokens": 32}}'
+    lines = [f"\nArgosy is ready after {seconds:.1f} s.\n", *(f"  {label:<9} {text}" for label, text in rows.items())]
+    lines += ["\nTry it:\n", f"  curl {url}/v1/completions{key} \\"]
+    lines += ["    -H 'Content-Type: application/json' \\", f"    -d '{body}'\n"]
+    return "\n".join(lines)
+
+
+class _StopSignals:
+    """The first signal asks for an orderly end, the second for an immediate one."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+        self._before: dict[int, object] = {}
+
+    @property
+    def is_set(self) -> bool:
+        """Whether somebody asked to stop."""
+        return self._event.is_set()
+
+    def wait(self) -> None:
+        """Until somebody asks to stop."""
+        while not self._event.wait(timeout=1.0):  # wakes up, so that signals are seen on every platform
+            pass
+
+    def __enter__(self) -> "_StopSignals":
+        for number in _STOP_SIGNALS:
+            self._before[number] = signal.signal(number, self._on_signal)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]  # it came from there
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._event.is_set():
+            raise KeyboardInterrupt
+        self._event.set()
+        print("\nStopping: no new requests; running ones may end. Again to stop at once.", file=sys.stderr, flush=True)
+
+
+def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, stop: _StopSignals) -> None:
+    # As `launch_engine` above.
+    from ray import serve
+
+    from argosy.deploy.serve_app import APP_NAME, application
+
+    progress("opening the doors", 0.0)
+    serve.start(
+        proxy_location="HeadOnly",
+        http_options={"host": config.server.host, "port": config.server.port, "keep_alive_timeout_s": 75},
+    )
+    try:
+        serve.run(application(config, engine.address, engine.secret), name=APP_NAME, route_prefix="/")
+        progress("opening the doors", 1.0)
+        progress.close()
+        print(ready_block(config, engine, progress.seconds), flush=True)
+        stop.wait()
+    finally:
+        serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
+
+
+@contextmanager
+def _private_folder() -> Iterator[Path]:
+    """For what may not outlive this server; readable by this user only."""
+    with tempfile.TemporaryDirectory(prefix="argosy-serve-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+def _set_environment(folder: Path) -> None:
+    """Before Ray is imported here and starts anything that inherits it."""
+    os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
