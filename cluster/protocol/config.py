@@ -138,7 +138,7 @@ class ServingConfig(_Settings, frozen=True):
             sections.setdefault(_SECTION_OF[key], {})[key] = value
         if "model" not in sections.get("model", {}):
             raise ConfigError("no model given: name a Hugging Face folder or hub name as 'model'")
-        built = {}
+        built: dict[str, Any] = {}
         for section, settings_type in _SECTIONS.items():
             values = sections.get(section, {})
             for key, value in values.items():

@@ -25,8 +25,6 @@
 Errors keep their fields as `args`, so that they survive pickling (Ray) and can be rebuilt on the other side.
 """
 
-from typing import Any
-
 
 class ServingError(Exception):
     """Base of all errors of ours that a user may see. `code` is stable, for programs."""
@@ -255,7 +253,7 @@ class InvariantBroken(AssertionError):
 
 def _short(value: object, limit: int = 200) -> str:
     """The value as text that is safe in a log and an answer: one line, no surrogates, at most `limit` characters."""
-    text: Any = value if isinstance(value, str) else repr(value)
+    text: str = value if isinstance(value, str) else repr(value)
     text = text.encode("utf-8", "backslashreplace").decode("utf-8")
     text = "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text[: limit + 1])
     return text if len(text) <= limit else text[:limit] + "..."

@@ -1,0 +1,73 @@
+"""Which full blocks hold which token prefix.
+
+A block's name is SHA-256 over its parent's name and its token ids; the first parent is the hash of the salt, so tenants
+with different salts can't see each other's prefixes by timing. On a hit the token ids are compared as well.
+"""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from typing import Final, TypeAlias
+
+BlockHash: TypeAlias = tuple[bytes, bytes]
+"""Digest of a full block, and its token ids as bytes."""
+
+_DOMAIN: Final = b"argosy.prefix.1\0"
+
+
+def root_digest(salt: str) -> bytes:
+    """The parent of the first block."""
+    return hashlib.sha256(_DOMAIN + salt.encode("utf-8", "surrogatepass")).digest()
+
+
+def extend_hashes(
+    hashes: list[BlockHash], token_ids: Sequence[int], block_size: int, salt: str, num_blocks: int
+) -> None:
+    """Name further full blocks of `token_ids` until there are `num_blocks` names."""
+    parent = hashes[-1][0] if hashes else root_digest(salt)
+    for start in range(len(hashes) * block_size, num_blocks * block_size, block_size):
+        packed = array("i", token_ids[start : start + block_size]).tobytes()
+        parent = hashlib.sha256(parent + packed).digest()
+        hashes.append((parent, packed))
+
+
+class PrefixCache:
+    """Names to block ids and back. Holds no references: what is free and what is held is the pool's affair."""
+
+    def __init__(self) -> None:
+        self._block_of: dict[bytes, int] = {}
+        self._hash_of: dict[int, BlockHash] = {}
+
+    def __len__(self) -> int:
+        return len(self._block_of)
+
+    def knows(self, block_id: int) -> bool:
+        """Whether the block's content has a name."""
+        return block_id in self._hash_of
+
+    def find(self, hashes: Sequence[BlockHash]) -> list[int]:
+        """The blocks that hold the longest known prefix of `hashes`."""
+        found = []
+        for digest, packed in hashes:
+            block_id = self._block_of.get(digest)
+            if block_id is None or self._hash_of[block_id][1] != packed:
+                break
+            found.append(block_id)
+        return found
+
+    def register(self, block_id: int, block_hash: BlockHash) -> None:
+        """The block now holds what the name says. The first holder of a content stays the one that is found."""
+        if block_hash[0] not in self._block_of and block_id not in self._hash_of:
+            self._block_of[block_hash[0]] = block_id
+            self._hash_of[block_id] = block_hash
+
+    def forget(self, block_id: int) -> None:
+        """The block's content is gone, or not to be trusted."""
+        if (block_hash := self._hash_of.pop(block_id, None)) is not None:
+            del self._block_of[block_hash[0]]
+
+    def check(self) -> None:
+        """Both directions say the same."""
+        assert len(self._block_of) == len(self._hash_of)
+        for digest, block_id in self._block_of.items():
+            assert self._hash_of[block_id][0] == digest, block_id

@@ -1,0 +1,470 @@
+"""What the next step computes, and what became of the last one.
+
+One number drives it: `Request.num_uncomputed_tokens`. A step gives each running request as many of these as the token
+budget allows, then takes in waiting ones. Prefill, chunked prefill, decode, recompute and the forks of n > 1 are this.
+
+    decoding    one token a step each; the loop over them only counts down to the next block boundary
+    prefilling  running, with more than one token to compute
+    queue       waiting, in order of priority and arrival
+
+Several steps may be in flight. With one pipeline stage a request can be in each of them: its unknown token is fed by
+the rank itself. Ranks carry steps out in order, so what a step frees may be given to the next one at once.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+
+from argosy.cluster.block_manager import BlockManager
+from argosy.cluster.clock import Clock
+from argosy.cluster.metrics import Metrics
+from argosy.cluster.outcome import Outcomes
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import InvalidRequest, InvariantBroken, ServingError
+from argosy.cluster.protocol.messages import ModelRunnerOutput, NewRequest, SchedulerOutput, TokenLogprobs
+from argosy.cluster.protocol.sampling import FinishReason
+from argosy.cluster.request import WATCH_ALL, Request, RequestStatus, order_key
+from argosy.cluster.step import Draft, Step
+from argosy.cluster.waiting_queue import WaitingQueue
+
+
+class Scheduler:
+    """Requests of one replica. `schedule` and `update` alternate as steps are sent and answered, in step order."""
+
+    def __init__(self, config: ServingConfig, clock: Clock, metrics: Metrics):
+        scheduler, parallel = config.scheduler, config.parallel
+        self._max_tokens = scheduler.max_num_batched_tokens
+        self._max_rows = scheduler.max_num_seqs
+        self._chunked = scheduler.enable_chunked_prefill
+        self._watermark = scheduler.watermark
+        self._by_priority = scheduler.policy == "priority"
+        self._has_stages = parallel.pipeline_parallel_size > 1
+        self.max_steps_in_flight = parallel.pipeline_parallel_size + int(scheduler.async_scheduling)
+        self._cache, self._clock, self._metrics = config.cache, clock, metrics
+        self.queue = WaitingQueue(by_priority=self._by_priority)
+        self.blocks = BlockManager(0, self._cache.block_size)
+        self.epoch = -1
+        self._decoding: list[Request] = []  # never changed in place: steps in flight hold it
+        self._decode_rows: list[int] = []
+        self._prefilling: list[Request] = []
+        self._running: dict[int, Request] = {}  # by handle
+        self._free_handles = list(range(self._max_rows - 1, -1, -1))
+        self._given_back: list[int] = []  # handles that the ranks have to forget
+        self._waiting_forks: list[Request] = []  # in the queue, and holding blocks of their parents
+        self._in_flight: deque[Step] = deque()
+        self._next_step_id = 0
+        self._applied_step_id = -1
+        self._is_stale = False  # somebody left `_decoding`
+        self._blocked: tuple[Request, int] | None = None  # who didn't fit, and how many blocks were free then
+        groups = 1 if not self._has_stages else self.max_steps_in_flight
+        self.outcomes = Outcomes(clock, metrics, self.end, groups)
+
+    # ------------------------------------------------------------------------------------------------- requests
+
+    @property
+    def ended(self) -> list[Request]:
+        """Requests that ended since the owner last emptied this list."""
+        return self.outcomes.ended
+
+    @property
+    def num_running(self) -> int:
+        """Requests that hold a handle."""
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the queue."""
+        return len(self.queue)
+
+    @property
+    def num_steps_in_flight(self) -> int:
+        """Steps that were scheduled and not answered."""
+        return len(self._in_flight)
+
+    @property
+    def num_free_rows(self) -> int:
+        """How many more requests could run."""
+        return len(self._free_handles)
+
+    @property
+    def capacity(self) -> int:
+        """Tokens that the pool can hold."""
+        return self.blocks.pool.num_blocks * self._cache.block_size
+
+    def add(self, requests: list[Request]) -> None:
+        """Take up the answers of one message, of one prompt: the first computes it, the others wait for its blocks."""
+        if any(request.num_output_tokens for request in requests):  # begun elsewhere: they differ already
+            for request in requests:
+                self._enqueue(request)
+        else:
+            requests[0].forks = requests[1:]
+            self._enqueue(requests[0])
+
+    def _enqueue(self, request: Request) -> None:
+        if self.epoch >= 0 and (error := self._fit(request)) is not None:
+            for one in (*request.forks, request):
+                self.end(one, FinishReason.ERROR, error=error)
+        elif request.num_output_tokens >= request.end - request.num_prompt_tokens:
+            self.end(request, FinishReason.LENGTH)
+        else:
+            self.queue.push(request)
+
+    def _fit(self, request: Request) -> ServingError | None:
+        """Bound the request by the pool, or say that it can never fit."""
+        if request.num_prompt_tokens + 1 > self.capacity:
+            return InvalidRequest(
+                "prompt",
+                f"{request.num_prompt_tokens} tokens",
+                f"the KV cache of this server holds {self.capacity} tokens ({self.blocks.pool.num_blocks} blocks of "
+                f"{self._cache.block_size}), answer included; shorten the prompt or give the server more KV memory",
+            )
+        for one in (request, *request.forks):
+            one.end = min(one.end, self.capacity)
+        return None
+
+    def end(
+        self,
+        request: Request,
+        reason: FinishReason,
+        *,
+        error: ServingError | None = None,
+        stop_token_id: int | None = None,
+        token_ids: tuple[int, ...] = (),
+        logprobs: tuple[TokenLogprobs, ...] = (),
+    ) -> None:
+        """End a request now, wherever it stands. What is in flight for it will be dropped."""
+        if request.status is RequestStatus.RUNNING:
+            if reason is not FinishReason.ERROR:
+                self.blocks.register_full_blocks(request)
+            self.blocks.free(request, trusted=reason is not FinishReason.ERROR)
+            self._give_back(request)
+        else:
+            if request.is_queued:
+                self.queue.forget(request)
+            if request.block_ids:
+                self._waiting_forks.remove(request)
+                self.blocks.free(request)
+        forks, request.forks = [fork for fork in request.forks if not fork.is_finished], []
+        if forks:  # they never saw their prompt's blocks: the first of them computes it now
+            forks[0].forks = forks[1:]
+            self.queue.push(forks[0])
+        self.outcomes.close(request, reason, error, stop_token_id, token_ids, logprobs)
+
+    def _give_back(self, request: Request) -> None:
+        """The request leaves the ranks."""
+        del self._running[request.handle]
+        self._free_handles.append(request.handle)
+        self._given_back.append(request.handle)
+        request.handle = -1
+        if request.is_decoding:
+            request.is_decoding = False
+            self._is_stale = True
+        elif request in self._prefilling:
+            self._prefilling.remove(request)
+
+    def begin_epoch(self, epoch: int, num_blocks: int) -> None:
+        """Ranks with empty blocks are ready; nothing is in flight. All that ran before must have been taken back."""
+        assert not self._running
+        assert not self._in_flight
+        self.epoch = epoch
+        self.blocks = BlockManager(
+            num_blocks, self._cache.block_size, enable_prefix_caching=self._cache.enable_prefix_caching
+        )
+        self._given_back.clear()
+        self._blocked = None
+        for request in list(self.queue):
+            if (error := self._fit(request)) is not None:
+                for one in (*request.forks, request):
+                    self.end(one, FinishReason.ERROR, error=error)
+            elif len(request.token_ids) >= request.end:
+                self.end(request, FinishReason.LENGTH)
+
+    def take_back_all(self) -> list[Request]:
+        """The ranks are gone, with all blocks and all steps in flight: the requests that ran, now in the queue."""
+        self._in_flight.clear()
+        self._applied_step_id = self._next_step_id - 1
+        running = sorted(self._running.values(), key=lambda request: order_key(request, self._by_priority))
+        for request in (*running, *self._waiting_forks):
+            self.blocks.free(request)
+        self._waiting_forks.clear()
+        for request in running:
+            self._give_back(request)
+            self._requeue(request, "lost its ranks")
+            request.num_recoveries += 1
+        self._drop_stale()
+        return running
+
+    # ------------------------------------------------------------------------------------------------ scheduling
+
+    def schedule(self) -> SchedulerOutput | None:
+        """The next step, or None when there is nothing to compute now."""
+        if self._is_stale:
+            self._drop_stale()
+        draft = Draft(self._max_tokens)
+        self._advance_decodes(draft)
+        if self._prefilling:
+            self._advance_prefills(draft)
+        if self.queue:
+            self._admit(draft)
+        if draft.has_preempted:
+            draft.drop_preempted()
+        if not draft.decodes and not draft.prefills:
+            return None
+        return self._complete(draft)
+
+    def _advance_decodes(self, draft: Draft) -> None:
+        """One token for each request that decodes. This loop is the whole work of most steps."""
+        decodes = self._idle_decodes() if self._has_stages else self._decoding
+        at_boundary = []
+        for request in decodes:
+            if request.countdown:
+                request.countdown -= 1
+            else:
+                at_boundary.append(request)
+        draft.decodes = decodes
+        for request in at_boundary:
+            if request.is_decoding:
+                self._cross_boundary(request, draft)
+        if self._is_stale:
+            self._drop_stale()
+            draft.decodes = [r for r in decodes if r.is_decoding] if self._has_stages else self._decoding
+        draft.budget -= len(draft.decodes)
+
+    def _cross_boundary(self, request: Request, draft: Draft) -> None:
+        """The step loop has counted down: a block is full, or the last token was scheduled."""
+        if request.is_fully_scheduled:
+            request.is_decoding = False
+            self._is_stale = True
+            return
+        num_computed = request.num_computed_tokens + 1
+        self.blocks.register_full_blocks(request)
+        if self._make_room(request, num_computed, draft):
+            request.set_computed(num_computed, self._cache.block_size)
+
+    def _idle_decodes(self) -> list[Request]:
+        """With several stages a request is in one step at a time, and each step takes its share of them."""
+        share = -(-len(self._decoding) // self.max_steps_in_flight)
+        idle = [request for request in self._decoding if request.last_step_id <= self._applied_step_id]
+        return idle[:share]
+
+    def _advance_prefills(self, draft: Draft) -> None:
+        """Further chunks for those that have begun. In order, so that who is preempted was not counted in yet."""
+        for request in sorted(self._prefilling, key=lambda r: order_key(r, self._by_priority)):
+            if draft.budget <= 0:
+                return
+            if request.status is not RequestStatus.RUNNING:
+                continue
+            if self._has_stages and request.last_step_id > self._applied_step_id:
+                continue
+            num_tokens = min(request.num_uncomputed_tokens, draft.budget)
+            if self._make_room(request, request.num_computed_tokens + num_tokens, draft):
+                self._take_tokens(request, num_tokens, draft)
+
+    def _admit(self, draft: Draft) -> None:
+        """Take in waiting requests, in order, until the next one doesn't fit."""
+        while draft.budget > 0 and self._free_handles and not draft.has_preempted:
+            request = self.queue.peek()
+            if request is None or request.resume_after_step_id > self._applied_step_id:
+                return  # its tokens in flight come first
+            is_fork = bool(request.block_ids)
+            if not self._running:
+                self._blocked = None
+            elif self._blocked == (request, self.blocks.pool.num_free):
+                return
+            shared = [] if is_fork else self.blocks.find_prefix(request)
+            num_computed = request.num_computed_tokens if is_fork else len(shared) * self._cache.block_size
+            num_tokens = self._chunk(len(request.token_ids) - num_computed, draft)
+            if not num_tokens:
+                return
+            if not self._fits_now(request, shared):
+                if not self._running and self._drop_waiting_forks():
+                    continue
+                self._blocked = (request, self.blocks.pool.num_free)
+                return
+            self._start(request, shared, num_tokens, draft)
+
+    def _chunk(self, num_uncomputed: int, draft: Draft) -> int:
+        """How many of its tokens a new request gets in this step."""
+        if num_uncomputed <= draft.budget:
+            return num_uncomputed
+        fits_a_step = num_uncomputed <= self._max_tokens
+        return 0 if fits_a_step and not self._chunked else draft.budget
+
+    def _fits_now(self, request: Request, shared: list[int]) -> bool:
+        """Whether all its known tokens have room beside what was promised to those that run."""
+        needed = 1 if request.block_ids else self.blocks.blocks_for(len(request.token_ids)) - len(shared)
+        promised = sum(self.blocks.blocks_for(len(r.token_ids)) - len(r.block_ids) for r in self._prefilling)
+        spared = int(self._watermark * self.blocks.pool.num_blocks) if self._running else 0
+        return self.blocks.num_free_after(shared) - promised - needed >= spared
+
+    def _start(self, request: Request, shared: list[int], num_tokens: int, draft: Draft) -> None:
+        """Give a waiting request a handle, its blocks and its first tokens of the step."""
+        self.queue.pop()
+        request.move(RequestStatus.RUNNING, f"started in step {self._next_step_id}")
+        request.handle = self._free_handles.pop()
+        self._running[request.handle] = request
+        is_fork = bool(request.block_ids)
+        if is_fork:
+            self._waiting_forks.remove(request)
+            if self.blocks.needs_own_tail(request):
+                draft.copies.append(self.blocks.own_tail(request))
+        else:
+            self.blocks.begin(request, shared)
+        num_computed = request.num_computed_tokens
+        self.outcomes.note_start(request, num_computed, is_fork=is_fork)
+        added = self.blocks.grow(request, num_computed + num_tokens)
+        assert added is not None, request
+        draft.new.append(
+            NewRequest(
+                handle=request.handle,
+                token_ids=tuple(request.token_ids),
+                num_prompt_tokens=request.num_prompt_tokens,
+                num_computed_tokens=num_computed,
+                block_ids=tuple(request.block_ids),
+                params=request.params,
+            )
+        )
+        self._prefilling.append(request)
+        self._take_tokens(request, num_tokens, draft)
+
+    def _take_tokens(self, request: Request, num_tokens: int, draft: Draft) -> None:
+        """Put a row of a prefilling request into the step."""
+        num_computed = request.num_computed_tokens + num_tokens
+        request.set_computed(num_computed, self._cache.block_size)
+        self.blocks.register_full_blocks(request)
+        is_partial = num_computed < len(request.token_ids)
+        draft.prefills.append((request, num_tokens, is_partial))
+        draft.budget -= num_tokens
+
+    def _complete(self, draft: Draft) -> SchedulerOutput:
+        """The step is settled: number it, remember it, and move on who has its prompt computed."""
+        step_id, self._next_step_id = self._next_step_id, self._next_step_id + 1
+        is_everybody = draft.decodes is self._decoding
+        decode_rows = self._decode_rows if is_everybody else [request.handle for request in draft.decodes]
+        given_back, self._given_back = self._given_back, []
+        output, step = draft.complete(step_id, self.epoch, decode_rows, given_back, has_stages=self._has_stages)
+        self._in_flight.append(step)
+        self._metrics.step_tokens.observe(self._max_tokens - draft.budget)
+        if self._has_stages:
+            for request in step.rows:
+                request.last_step_id = step_id
+        if draft.copies:
+            self._metrics.block_copies += len(draft.copies)
+            self.blocks.end_step()
+        if draft.prefills:
+            self._settle_prefills([request for request, _, is_partial in draft.prefills if not is_partial])
+        return output
+
+    def _settle_prefills(self, computed: list[Request]) -> None:
+        """These have all their tokens computed: they decode from now on, and their forks may share their blocks."""
+        for request in computed:
+            self._prefilling.remove(request)
+            request.is_decoding = not request.is_fully_scheduled
+            for fork in request.forks:
+                if not fork.is_finished:
+                    fork.num_cached_tokens = request.num_cached_tokens
+                    self.blocks.fork(request, fork)
+                    self.queue.push(fork)
+                    if fork.block_ids:
+                        self._waiting_forks.append(fork)
+            request.forks = []
+        joining = [request for request in computed if request.is_decoding]
+        if joining:
+            self._decoding = [*self._decoding, *joining]
+            self._decode_rows = [*self._decode_rows, *(request.handle for request in joining)]
+
+    def update(self, output: ModelRunnerOutput) -> None:
+        """Apply the answer of the oldest step in flight."""
+        step = self._in_flight.popleft()
+        if step.step_id != output.step_id:
+            raise InvariantBroken(f"step {output.step_id} was answered before step {step.step_id}")
+        self._applied_step_id = step.step_id
+        self.outcomes.apply(step, output)
+
+    # ------------------------------------------------------------------------------------------------ making room
+
+    def _make_room(self, request: Request, num_tokens: int, draft: Draft) -> bool:
+        """Grow the request's table, at the cost of who is last in order; False when that is itself."""
+        while (added := self.blocks.grow(request, num_tokens)) is None:
+            if self._drop_waiting_forks():
+                continue
+            candidates = [r for r in (*self._decoding, *self._prefilling) if r.handle >= 0]
+            victim = max(candidates, key=lambda r: order_key(r, self._by_priority))
+            self._preempt(victim)
+            draft.has_preempted = True
+            if victim is request:
+                return False
+        if added:
+            draft.grown.append((request, added))
+        return True
+
+    def _preempt(self, request: Request) -> None:
+        """Send a running request back to the queue, to be recomputed. Its tokens in flight are kept when they come."""
+        self._metrics.preemptions += 1
+        self._metrics.tokens_recomputed += request.num_computed_tokens
+        request.num_preemptions += 1
+        self.blocks.free(request)
+        self._give_back(request)
+        self._requeue(request, f"preempted in step {self._next_step_id}")
+
+    def _requeue(self, request: Request, why: str) -> None:
+        request.move(RequestStatus.WAITING, why)
+        request.watched = WATCH_ALL
+        request.resume_after_step_id = self._next_step_id - 1
+        self.queue.push(request)
+
+    def _drop_waiting_forks(self) -> bool:
+        """Take the blocks from forks that haven't started; they will find what is left in the prefix cache."""
+        for request in self._waiting_forks:
+            self.blocks.free(request)
+        has_any, self._waiting_forks = bool(self._waiting_forks), []
+        return has_any
+
+    def _drop_stale(self) -> None:
+        self._decoding = [request for request in self._decoding if request.is_decoding]
+        self._decode_rows = [request.handle for request in self._decoding]
+        self._is_stale = False
+
+    # -------------------------------------------------------------------------------------------------- figures
+
+    def gauges(self) -> dict[str, float]:
+        """The live figures, by metric name."""
+        pool, block_size = self.blocks.pool, self._cache.block_size
+        num_unused = sum(len(r.block_ids) * block_size - r.num_computed_tokens for r in self._running.values())
+        return {
+            "argosy_requests_running": len(self._running),
+            "argosy_requests_waiting": len(self.queue),
+            "argosy_kv_blocks_total": pool.num_blocks,
+            "argosy_kv_blocks_used": pool.num_held,
+            "argosy_kv_blocks_cached": pool.num_cached,
+            "argosy_kv_usage_ratio": pool.num_held / max(pool.num_blocks, 1),
+            "argosy_kv_waste_ratio": num_unused / max(pool.num_held * block_size, 1),
+            "argosy_steps_in_flight": len(self._in_flight),
+            "argosy_epoch": self.epoch,
+        }
+
+    def known_requests(self) -> Iterator[Request]:
+        """All that run, wait, or wait for the prompt of one of these."""
+        for request in (*self._running.values(), *self.queue):
+            yield request
+            yield from request.forks
+
+    def check(self) -> None:
+        """Blocks, handles and lists agree with each other and with the status of each request."""
+        waiting = list(self.queue)
+        self.queue.check()
+        self.blocks.check([*self._running.values(), *waiting])
+        assert sorted([*self._running, *self._free_handles]) == list(range(self._max_rows)), "a handle is lost"
+        for handle, request in self._running.items():
+            assert request.handle == handle, request
+            assert request.status is RequestStatus.RUNNING, request
+            places = request.is_decoding + (request in self._prefilling)
+            assert places == (0 if request.is_fully_scheduled and not places else 1), request
+        for request in waiting:
+            assert request.status is RequestStatus.WAITING, request
+            assert request.handle < 0, request
+            assert bool(request.block_ids) == (request in self._waiting_forks), request
+        if not self._is_stale:
+            assert self._decode_rows == [request.handle for request in self._decoding]
+            assert all(request.is_decoding for request in self._decoding)
+        assert all(fork in waiting for fork in self._waiting_forks)
+        assert len(self._in_flight) <= self.max_steps_in_flight
