@@ -1,0 +1,224 @@
+"""The HTTP application: routes, who may use them, and one place where errors become answers. Knows nothing of Ray.
+
+Every route needs a key when there are keys, unless the table says that it is public; a path that is not in the table
+needs one too. Handlers raise our typed errors and know no status codes.
+"""
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any, Final, NamedTuple, TypeAlias
+from urllib.parse import unquote
+
+from argosy.cluster.protocol.config import ServerConfig
+from argosy.cluster.protocol.errors import ClusterError, ServingError
+from argosy.cluster.protocol.messages import StatsReply
+from argosy.deploy.gateway import Gateway
+from argosy.deploy.http_auth import ApiKeys
+from argosy.deploy.http_io import ClientGone, HttpRequest, Responder, run_while_client_stays
+from argosy.deploy.http_limits import App, LimitsMiddleware, Receive, Scope, Send
+from argosy.deploy.metrics_export import CONTENT_TYPE, EdgeMetrics, render
+from argosy.deploy.openai.chat import serve_chat
+from argosy.deploy.openai.completions import serve_completions
+from argosy.deploy.openai.errors import (
+    HttpRefusal,
+    error_body,
+    error_bytes,
+    error_headers,
+    log_unexpected,
+    status_of,
+)
+from argosy.deploy.openai.serving import encode
+from argosy.deploy.openai.tokenization import serve_detokenize, serve_tokenize
+
+HEALTH_SECONDS: Final = 1.0  # how old the engine's figures may be that health is judged by
+HEALTH_DEADLINE_SECONDS: Final = 3.0
+
+Ask: TypeAlias = Callable[[HttpRequest, Responder], Awaitable[None]]
+Work: TypeAlias = Callable[[Gateway, Mapping[str, Any], HttpRequest, Responder], Awaitable[None]]
+
+
+class Route(NamedTuple):
+    """One row of the routing table: `ask` answers a GET at once, `work` takes the JSON of a POST."""
+
+    name: str  # also its label in metrics
+    ask: Ask | None = None
+    work: Work | None = None
+    public: bool = False
+
+
+class HttpApp:
+    """The ASGI application behind the limits."""
+
+    def __init__(self, gateway: Gateway, server: ServerConfig, *, public_metrics: bool = False):
+        self.gateway = gateway
+        self.metrics = EdgeMetrics()
+        self._keys = ApiKeys.read(server.api_keys_file)
+        self._engine = _EngineFigures(gateway)
+        self._started = int(time.time())
+        self.routes: dict[str, Route] = {
+            "/v1/completions": Route("completions", work=serve_completions),
+            "/v1/chat/completions": Route("chat_completions", work=serve_chat),
+            "/v1/models": Route("models", ask=self._models),
+            "/tokenize": Route("tokenize", work=serve_tokenize),
+            "/detokenize": Route("detokenize", work=serve_detokenize),
+            "/health": Route("health", ask=self._health, public=True),
+            "/ping": Route("ping", ask=self._health, work=None, public=True),
+            "/version": Route("version", ask=self._version),
+            "/metrics": Route("metrics", ask=self._metrics, public=public_metrics),
+        }
+        self._one_model = Route("model", ask=self._one)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await _live(receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1000})
+            return
+        request = HttpRequest(scope, receive)
+        responder = Responder(send, request.request_id)
+        route = self.routes.get(request.path)
+        if route is None and request.path.startswith("/v1/models/"):
+            route = self._one_model
+        self.metrics.in_flight += 1
+        try:
+            await self._serve(route, request, responder)
+        except ClientGone:
+            self.metrics.disconnects += 1
+        except Exception as error:  # the top of the loop: whatever happens, the client gets an answer
+            await self._answer_error(error, request, responder)
+        finally:
+            self.metrics.in_flight -= 1
+            self.metrics.answered(route.name if route is not None else "other", responder.status)
+
+    async def _serve(self, route: Route | None, request: HttpRequest, responder: Responder) -> None:
+        if route is None or not route.public:
+            request.tenant = self._keys.tenant_of(request.headers.get(b"authorization"))
+        if route is None:
+            raise HttpRefusal(404, "not_found", "there is nothing at this path; see /v1/models and the README")
+        ask, work = route.ask, route.work
+        if ask is not None and request.method in ("GET", "HEAD"):
+            await ask(request, responder)
+        elif work is not None and request.method == "POST":
+            body = await request.json()
+            if not await run_while_client_stays(
+                lambda: work(self.gateway, body, request, responder), request, responder
+            ):
+                self.metrics.disconnects += 1
+        else:
+            allowed = "GET" if ask is not None else "POST"
+            responder.add_header(b"allow", allowed.encode())
+            raise HttpRefusal(405, "method_not_allowed", f"this path takes {allowed} only")
+
+    async def _answer_error(self, error: Exception, request: HttpRequest, responder: Responder) -> None:
+        log_unexpected(error, request.request_id)
+        if responder.ended:
+            return
+        if responder.started:
+            # no [DONE] follows: a stream counts as whole only with it, so the client can tell
+            self.metrics.broken_streams += 1
+            await responder.events(b"event: error\ndata: " + encode(error_body(error, request.request_id)) + b"\n\n")
+            await responder.end()
+            return
+        for name, value in error_headers(error):
+            responder.add_header(name, value)
+        unread = request.method == "POST" and not request.body_was_read
+        await responder.whole(error_bytes(error, request.request_id), status=status_of(error), close=unread)
+
+    # ------------------------------------------------------------------------------------------------ small answers
+
+    async def _models(self, request: HttpRequest, responder: Responder) -> None:
+        await responder.json({"object": "list", "data": [self._card(name) for name in self.gateway.model_names]})
+
+    async def _one(self, request: HttpRequest, responder: Responder) -> None:
+        await responder.json(self._card(self.gateway.check_model(unquote(request.path.removeprefix("/v1/models/")))))
+
+    def _card(self, name: str) -> dict[str, Any]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._started,
+            "owned_by": "argosy",
+            "root": self.gateway.model_names[0],
+            "parent": None,
+            "max_model_len": self.gateway.info.max_model_len,
+            "permission": [],
+        }
+
+    async def _health(self, request: HttpRequest, responder: Responder) -> None:
+        stats = await self._engine.read()
+        healthy = stats is not None and stats.healthy
+        status = stats.status if stats is not None else "no answer from the engine"
+        if not healthy:
+            responder.add_header(b"retry-after", b"1")
+        await responder.json(
+            {
+                "status": status,
+                "healthy": healthy,
+                "step_id": stats.step_id if stats is not None else -1,
+                "seconds_since_progress": round(stats.seconds_since_progress, 3) if stats is not None else None,
+            },
+            status=200 if healthy else 503,
+        )
+
+    async def _version(self, request: HttpRequest, responder: Responder) -> None:
+        await responder.json({"version": _package_version()})
+
+    async def _metrics(self, request: HttpRequest, responder: Responder) -> None:
+        text = render(await self._engine.read(), self.metrics, self.gateway.model_names[0])
+        await responder.whole(text, content_type=(b"content-type", CONTENT_TYPE))
+
+
+class _EngineFigures:
+    """The engine's figures, asked for at most once a second however many ask us, and never waited for too long."""
+
+    def __init__(self, gateway: Gateway):
+        self._gateway = gateway
+        self._last: StatsReply | None = None
+        self._read_at = float("-inf")
+        self._asking: asyncio.Task[StatsReply | None] | None = None
+
+    async def read(self) -> StatsReply | None:
+        """The figures, or None when the engine does not answer."""
+        if self._gateway.client.closed:
+            return None
+        if time.monotonic() - self._read_at < HEALTH_SECONDS:
+            return self._last
+        if self._asking is None:
+            self._asking = asyncio.create_task(self._ask())
+        return await asyncio.shield(self._asking)
+
+    async def _ask(self) -> StatsReply | None:
+        try:
+            async with asyncio.timeout(HEALTH_DEADLINE_SECONDS):
+                self._last = await self._gateway.client.stats()
+        except (TimeoutError, ClusterError, ServingError, OSError):
+            self._last = None
+        finally:
+            self._read_at = time.monotonic()
+            self._asking = None
+        return self._last
+
+
+def build_http_app(gateway: Gateway, server: ServerConfig, *, public_metrics: bool = False) -> App:
+    """The application with the limits in front of it, ready for uvicorn or Ray Serve."""
+    return LimitsMiddleware(
+        HttpApp(gateway, server, public_metrics=public_metrics), max_body_bytes=server.max_body_bytes
+    )
+
+
+async def _live(receive: Receive, send: Send) -> None:
+    while True:
+        kind = (await receive())["type"]
+        await send({"type": f"{kind}.complete"})
+        if kind == "lifespan.shutdown":
+            return
+
+
+def _package_version() -> str:
+    try:
+        return version("argosy")
+    except PackageNotFoundError:
+        return "unknown"
