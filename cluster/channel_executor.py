@@ -30,7 +30,14 @@ from argosy.cluster.protocol.channel import (
     secret_matches,
 )
 from argosy.cluster.protocol.config import ServingConfig
-from argosy.cluster.protocol.errors import ChannelClosed, ServingError, StartupTimeout, WorkerFailed, WorkerLost
+from argosy.cluster.protocol.errors import (
+    ChannelClosed,
+    PlacementImpossible,
+    ServingError,
+    StartupTimeout,
+    WorkerFailed,
+    WorkerLost,
+)
 from argosy.cluster.protocol.messages import (
     AllocateCache,
     FromRank,
@@ -110,7 +117,7 @@ class ChannelExecutor:
                 lost = error
                 self.poller.call_soon(lambda: self._lose(epoch, lost))
             except Exception as error:  # the thread's top: whatever went wrong ends the start, and is told
-                failure = WorkerFailed(-1, "start_failed", f"could not start the ranks: {error!r}")
+                failure = PlacementImpossible(f"could not start the ranks: {error!r}")
                 self.poller.call_soon(lambda: self._lose(epoch, failure))
             else:
                 self._keeper.hold(handles)

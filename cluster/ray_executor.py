@@ -44,13 +44,12 @@ def create_rank_actors(
     actor_class: type, stages: Sequence[int], group: PlacementGroup, resources: Mapping[str, float], *, epoch: int
 ) -> list[RankActor]:
     """One actor for each entry of `stages` (the bundle it belongs to), all up and located, or none."""
-    remote_class: Any = ray.remote(actor_class)
+    remote_class: Any = ray.remote(concurrency_groups={"control": 2})(actor_class)
     actors = []
     for global_rank, stage in enumerate(stages):
         handle = remote_class.options(
             num_cpus=resources.get("CPU", 0.0),
             num_gpus=resources.get("GPU", 0.0),
-            concurrency_groups={"control": 2},
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 placement_group=group,
                 placement_group_bundle_index=stage,

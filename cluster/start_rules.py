@@ -1,5 +1,6 @@
 """What follows from the ranks' first words: how many blocks all have, or why the engine can't start."""
 
+import re
 from collections.abc import Sequence
 
 from argosy.cluster.protocol.config import ServingConfig
@@ -58,6 +59,8 @@ def error_from_code(code: str, message: str, *, global_rank: int = -1, node: str
         return PlacementImpossible(message)
     if code == WorkerLost.code and global_rank >= 0:
         return WorkerLost(global_rank, node, epoch)
+    if code == WorkerFailed.code and (named := re.fullmatch(r"rank (-?\d+): (.*)", message, re.DOTALL)):
+        return WorkerFailed(int(named[1]), code, named[2])
     return WorkerFailed(global_rank, code, message)
 
 

@@ -87,7 +87,7 @@ def launch_engine(
 ) -> Engine:
     """Start driver and ranks and wait until steps can run.
 
-    Raises the error that stopped it (`WeightError`, `ConfigError`, `PlacementImpossible`, ...) and leaves nothing behind.
+    Raises the error that stopped it (`WeightError`, `PlacementImpossible`, ...) and leaves nothing behind.
     With "ray": the session this process has, else the cluster at `ray_address`, else a local cluster of its own.
     """
     tell = on_progress or (lambda phase, fraction: None)
