@@ -18,9 +18,7 @@ from argosy.placement.process_groups import ParallelContext
 class StageTransport:
     """This rank's wires to the stage before and the stage after it. With one stage there are none."""
 
-    def __init__(
-        self, parallel: ParallelContext, hidden_size: int, dtype: torch.dtype, *, timeout_seconds: float
-    ):
+    def __init__(self, parallel: ParallelContext, hidden_size: int, dtype: torch.dtype, *, timeout_seconds: float):
         self._parallel, self._hidden_size, self._dtype = parallel, hidden_size, dtype
         self.timeout_seconds = timeout_seconds
         self._max_under_way = parallel.pp_size + 1

@@ -5,6 +5,7 @@ T tokens of the step, S rows that sample, D model width, V vocabulary.
 
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -16,7 +17,9 @@ from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.cluster.protocol.sampling import TokenParams
 from argosy.placement.process_groups import ParallelContext
 from argosy.placement.stage_transport import StageTransport
-from argosy.workers.attention.selection import make_backend
+from argosy.workers.attention.base import AttentionBackend
+from argosy.workers.attention.torch_backend import TorchBackend
+from argosy.workers.attention.triton_backend import TritonBackend
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.input_batch import InputBatch, StepInputs
 from argosy.workers.kv_cache import KVCache
@@ -111,7 +114,7 @@ class ModelRunner:
         scheduler = config.scheduler
         self.max_model_len = config.model.max_model_len or spec.max_position
         self.model = build_model(spec, self.rank, parallel, dtype, device)
-        self.backend = make_backend(device)
+        self.backend: AttentionBackend = TritonBackend() if device.type == "cuda" else TorchBackend()
         self.transport = StageTransport(
             parallel, spec.hidden_size, dtype, timeout_seconds=config.parallel.start_deadline_seconds
         )
@@ -132,9 +135,12 @@ class ModelRunner:
 
     # ----------------------------------------------------------------------------------------------------- starting
 
-    def load(self, folder: str, on_progress: Callable[[float], None] | None) -> LoadReport:
+    def load(self, folder: Path, on_progress: Callable[[float], None] | None) -> LoadReport:
         """Fill the weights of this rank."""
-        return load_weights(self.model, folder, self.spec, self.rank, on_progress)
+        model = self.config.model
+        return load_weights(
+            self.model, folder, self.spec, self.rank, on_progress, load_format=model.load_format, seed=model.seed
+        )
 
     def allocate(self, num_blocks: int) -> None:
         """Make the KV cache; from now on steps may come."""

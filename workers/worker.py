@@ -40,6 +40,7 @@ from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.placement.plan import RankInfo
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
 from argosy.workers.device import TORCH_DTYPES, choose_device, choose_dtype, describe_device, set_up_device
+from argosy.workers.loading.resolve import resolve_model
 from argosy.workers.memory import MemoryLedger, measure_num_blocks, warm_up_shapes
 from argosy.workers.model_runner import ModelRunner, StepOutcome
 
@@ -148,7 +149,8 @@ class Worker:
         device = choose_device(self.config.parallel.device, self.rank)
         set_up_device(device, _num_threads(self.config, self.rank))
         self._progress("joining the process groups", 0.0)
-        spec = read_model_spec(self.config.model.model, self.config.model.hf_overrides)
+        folder = resolve_model(self.config.model.model)
+        spec = read_model_spec(folder, self.config.model.hf_overrides)
         spec.check_layout(self.rank.tp_size, self.rank.pp_size)
         self.parallel = init_parallel(self.rank, message.rendezvous, device, message.deadline_seconds)
         dtype = choose_dtype(self.config.model.dtype, spec.dtype)
@@ -157,7 +159,7 @@ class Worker:
             self.config, spec, self.parallel, device=device, dtype=dtype,
             cache_dtype=_cache_dtype(self.config.cache.kv_cache_dtype, dtype),
         )  # fmt: skip
-        report = self.runner.load(self._throttled("loading weights"))
+        report = self.runner.load(folder, self._throttled("loading weights"))
         self._progress("loading weights", 1.0)
         self.ledger.weight_bytes = report.num_bytes
         measured = measure_num_blocks(self.runner, self.ledger)

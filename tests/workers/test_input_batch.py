@@ -48,7 +48,13 @@ def naive_step(twins: dict[int, Twin], output: SchedulerOutput) -> dict[str, lis
         if place not in output.partial:
             sampling.append(place)
     return dict(
-        tokens=tokens, positions=positions, slots=slots, starts=starts, lengths=lengths, tables=tables, sampling=sampling
+        tokens=tokens,
+        positions=positions,
+        slots=slots,
+        starts=starts,
+        lengths=lengths,
+        tables=tables,
+        sampling=sampling,
     )
 
 
@@ -64,7 +70,9 @@ def random_step(rng: random.Random, twins: dict[int, Twin], step_id: int) -> Sch
             computed = rng.randrange(len(tokens))
             twins[h] = Twin(tokens, rng.randint(1, len(tokens)), computed)
             twins[h].blocks = [rng.randrange(500) for _ in range(-(-len(tokens) // BLOCK_SIZE))]
-            new_requests.append(NewRequest(h, list(tokens), twins[h].num_prompt, computed, list(twins[h].blocks), PARAMS))
+            new_requests.append(
+                NewRequest(h, list(tokens), twins[h].num_prompt, computed, list(twins[h].blocks), PARAMS)
+            )
     rows = [h for h in twins if rng.random() < 0.8]
     rng.shuffle(rows)
     counts = {h: rng.randint(1, min(7, len(twins[h].tokens) - twins[h].computed)) for h in rows}

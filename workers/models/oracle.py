@@ -6,6 +6,8 @@ hands a hidden state to the next stage. `cluster.oracle` says in plain Python wh
 T tokens, R rows, K heads of this rank, H head size, P positions of the longest context, J parts of the hash.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
@@ -15,6 +17,8 @@ from argosy.kernels import ops
 from argosy.placement.plan import RankInfo
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.forward_context import ForwardContext
+from argosy.workers.loading.names import LLAMA_NAMES, NameTable
+from argosy.workers.quantization.base import Cut
 
 # The same numbers as in `cluster.oracle`, which this room may not import; a test holds the two together.
 MODULUS, PRIME = 4093, 2**31 - 1
@@ -23,6 +27,8 @@ SURE = 30.0  # the logit of the one right token; all others have 0
 
 class OracleForCausalLM(nn.Module):
     """The layers of one stage, the heads of one TP rank."""
+
+    NAMES: NameTable = LLAMA_NAMES  # for the loader's types; no checkpoint has any
 
     def __init__(
         self, spec: ModelSpec, rank: RankInfo, parallel: ParallelContext, dtype: torch.dtype, device: torch.device
@@ -36,6 +42,20 @@ class OracleForCausalLM(nn.Module):
         self.num_heads = spec.num_kv_heads // rank.tp_size
         self.first_head = rank.tp_rank * self.num_heads
         self.num_parts = spec.hidden_size - 1
+
+    def checkpoint_tensors(self) -> Iterable[tuple[str, nn.Module, str, Cut]]:
+        """There is nothing to load."""
+        return ()
+
+    def known_names(self) -> set[str]:
+        """There is nothing to load."""
+        return set()
+
+    def allocate(self) -> None:
+        """There is nothing to load."""
+
+    def finish(self) -> None:
+        """There is nothing to load."""
 
     def forward(
         self, token_ids_T: Tensor | None, hidden_TD: Tensor | None, positions_T: Tensor, ctx: ForwardContext
