@@ -33,6 +33,7 @@ from argosy.placement.plan import RankInfo
 
 MODULUS = 997
 NUM_BLOCKS = 4096
+FIXED_TOKENS = "ARGOSY_FIXED_TOKENS"  # in the environment: every token is 7, so that not even counting costs anything
 
 
 def expected_token(first_token: int, num_tokens: int) -> int:
@@ -49,6 +50,7 @@ class ZeroCostRank:
         self.last_step_id = -1
         self._first: dict[int, int] = {}
         self._computed: dict[int, int] = {}
+        self._is_fixed = FIXED_TOKENS in os.environ
 
     def serve(self) -> int:
         """Answer until told to stop, or until the driver goes away."""
@@ -93,6 +95,8 @@ class ZeroCostRank:
         """The tokens of one step, in row order (none from a rank that does not answer)."""
         if not self.rank.answers:
             return []
+        if self._is_fixed:
+            return [7] * (len(output.rows) - len(output.partial))
         first, computed = self._first, self._computed
         for new in output.new_requests:
             first[new.handle] = new.token_ids[0]
