@@ -119,7 +119,7 @@ class HttpApp:
         if responder.started:
             # no [DONE] follows: a stream counts as whole only with it, so the client can tell
             self.metrics.broken_streams += 1
-            await responder.events(b"event: error\ndata: " + encode(error_body(error, request.request_id)) + b"\n\n")
+            await responder.events(b"data: " + encode(error_body(error, request.request_id)) + b"\n\n")
             await responder.end()
             return
         for name, value in error_headers(error):

@@ -34,6 +34,11 @@ class HttpRequest:
         self.tenant = ""
         self.body_was_read = False
 
+    @property
+    def wants_event_numbers(self) -> bool:
+        """Whether the client speaks of server-sent events by name, and so reads all of their fields."""
+        return b"text/event-stream" in self.headers.get(b"accept", b"")
+
     async def body(self) -> bytes:
         """The whole body; its size is bounded by the limits in front of us."""
         chunks = []

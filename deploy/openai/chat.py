@@ -37,13 +37,15 @@ class ChatRun:
         self.id = f"chatcmpl-{secrets.token_hex(16)}"
         self.created = int(time.time())
         self.model = gateway.check_model(fields.model)
+        self.numbered = False
         self.role = gateway.config.server.response_role
         self.echo = ""
         self.request: PreparedRequest | None = None
 
-    async def prepare(self, tenant: str) -> None:
+    async def prepare(self, request: HttpRequest) -> None:
         """Check everything, render the conversation, tokenise it."""
-        fields, gateway = self.fields, self.gateway
+        fields, gateway, tenant = self.fields, self.gateway, request.tenant
+        self.numbered = request.wants_event_numbers
         fields.check_common()
         _check_not_supported(fields)
         if fields.n > MAX_ANSWERS:
@@ -106,7 +108,7 @@ class ChatRun:
         head = encode({"id": self.id, "object": "chat.completion.chunk", "created": self.created, "model": self.model})
         head = head[:-1] + b',"choices":['
         tail = b'],"usage":null}' if with_usage else b"]}"
-        log, usage = EventLog(), Usage(len(self.request.prompt_token_ids))
+        log, usage = EventLog(numbered=self.numbered), Usage(len(self.request.prompt_token_ids))
         async for place, deltas in merge_streams(self.gateway, [self.request]):
             usage.add(place, deltas)
             events = []
@@ -182,7 +184,7 @@ async def serve_chat(gateway: Gateway, body: Mapping[str, Any], request: HttpReq
     fields, unknown = read_fields(body, ChatFields)
     note_unknown(responder, unknown)
     run = ChatRun(gateway, fields)
-    await run.prepare(request.tenant)
+    await run.prepare(request)
     await (run.run_stream if fields.stream else run.run_whole)(responder)
 
 

@@ -35,14 +35,16 @@ class CompletionRun:
         self.id = f"cmpl-{secrets.token_hex(16)}"
         self.created = int(time.time())
         self.model = gateway.check_model(fields.model)
+        self.numbered = False
         self.requests: list[PreparedRequest] = []
         self.prompt_texts: list[str] = []
         # echo with max_tokens 0 asks for the figures of the prompt alone: one token is made and not shown
         self.prompt_only = fields.echo and fields.max_tokens == 0
 
-    async def prepare(self, tenant: str) -> None:
+    async def prepare(self, request: HttpRequest) -> None:
         """Check everything and tokenise all prompts."""
-        fields, gateway = self.fields, self.gateway
+        fields, gateway, tenant = self.fields, self.gateway, request.tenant
+        self.numbered = request.wants_event_numbers
         fields.check_common()
         if fields.suffix:
             raise InvalidRequest("suffix", fields.suffix, "filling in the middle is not supported; leave it out")
@@ -65,7 +67,7 @@ class CompletionRun:
             more["prompt_logprobs"] = fields.logprobs
         params = fields.sampling_params(gateway.sampling_defaults, **more)
         for prompt in prompts:
-            request = await gateway.prepare(
+            prepared = await gateway.prepare(
                 prompt,
                 params,
                 priority=fields.priority,
@@ -74,8 +76,8 @@ class CompletionRun:
                 truncate_prompt_tokens=fields.truncate_prompt_tokens,
                 truncation_side=fields.truncation_side,
             )
-            self.requests.append(request)
-            self.prompt_texts.append(self._echo_text(request) if fields.echo else "")
+            self.requests.append(prepared)
+            self.prompt_texts.append(self._echo_text(prepared) if fields.echo else "")
 
     async def run_whole(self, responder: Responder) -> None:
         """Answer with one JSON object."""
@@ -105,7 +107,10 @@ class CompletionRun:
         # what is the same in every event is made once: an event costs one join, not one tree of objects
         head = encode({"id": self.id, "object": "text_completion", "created": self.created, "model": self.model})[:-1]
         tail = b'],"usage":null}' if with_usage else b"]}"
-        log, usage = EventLog(), Usage(sum(len(request.prompt_token_ids) for request in self.requests))
+        log, usage = (
+            EventLog(numbered=self.numbered),
+            Usage(sum(len(request.prompt_token_ids) for request in self.requests)),
+        )
         columns = [self._logprob_columns() for _ in range(n * len(self.requests))]
         first_of = set(range(len(columns))) if fields.echo else set()
         async for place, deltas in merge_streams(self.gateway, self.requests):
@@ -220,7 +225,7 @@ async def serve_completions(
     fields, unknown = read_fields(body, CompletionFields)
     note_unknown(responder, unknown)
     run = CompletionRun(gateway, fields)
-    await run.prepare(request.tenant)
+    await run.prepare(request)
     await (run.run_stream if fields.stream else run.run_whole)(responder)
 
 

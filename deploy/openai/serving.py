@@ -104,13 +104,20 @@ def usage_of(outputs: Sequence[RequestOutput], *, without_answers: bool = False)
 
 
 class EventLog:
-    """Numbers the events of one stream (`id: N`), so that a client can see a gap or a repeat."""
+    """Frames the events of one stream; numbered (`id: N`), a client can see a gap or a repeat.
 
-    def __init__(self) -> None:
+    Only a client that asks for `text/event-stream` gets numbers: the load generators of vLLM and SGLang read every line
+    as data and would fail on them.
+    """
+
+    def __init__(self, *, numbered: bool):
+        self._numbered = numbered
         self._next = 0
 
     def event(self, data: bytes) -> bytes:
         """One event."""
+        if not self._numbered:
+            return b"data: " + data + b"\n\n"
         number = self._next
         self._next += 1
         return b"id: %d\ndata: %b\n\n" % (number, data)
