@@ -1,0 +1,81 @@
+"""Random arrivals, aborts, losses and small pools: every answer is that of an undisturbed run, and nothing leaks."""
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from argosy.cluster.protocol.messages import AbortRequest
+from argosy.cluster.protocol.sampling import FinishReason
+
+SHAPES = [
+    {"async_scheduling": False},
+    {"async_scheduling": True},
+    {"async_scheduling": True, "enable_prefix_caching": False},
+    {"async_scheduling": False, "pipeline_parallel_size": 2},
+    {"async_scheduling": True, "pipeline_parallel_size": 2},
+    {"async_scheduling": True, "enable_chunked_prefill": False},
+    {"async_scheduling": True, "policy": "priority"},
+    {"async_scheduling": True, "policy": "priority", "pipeline_parallel_size": 3},
+]
+
+
+def _random_request(rng: random.Random, prefixes: list[list[int]]) -> dict[str, Any]:
+    prompt = rng.choice(prefixes)[: rng.randrange(1, 30)] + [rng.randrange(101) for _ in range(rng.randrange(0, 12))]
+    fields: dict[str, Any] = {"prompt": prompt, "max_tokens": rng.randrange(1, 40), "priority": rng.randrange(3)}
+    if rng.random() < 0.3:
+        fields["n"] = rng.randrange(2, 5)
+    if rng.random() < 0.4:
+        fields["eos_token_ids"] = (rng.randrange(101), 7)
+        fields["stop_token_ids"] = (rng.randrange(101),)
+        fields["min_tokens"] = rng.randrange(0, min(10, fields["max_tokens"] + 1))
+    if rng.random() < 0.2:
+        fields["logprobs"] = 2
+    if rng.random() < 0.1:
+        fields["prompt_logprobs"] = 1
+    if rng.random() < 0.2:
+        fields["cache_salt"] = rng.choice("ab")
+    if rng.random() < 0.2:
+        fields["temperature"] = 0.0
+        fields.pop("n", None)
+    return fields
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(f"{value}" for value in shape.values()))
+@pytest.mark.parametrize("seed", range(6))
+def test_every_answer_is_that_of_an_undisturbed_run(
+    world: Callable[..., Any], shape: dict[str, Any], seed: int
+) -> None:
+    """Blocks run out, owners leave, ranks die, and prompts share prefixes; `check` after each round."""
+    rng = random.Random(seed)
+    here = world(num_blocks=rng.choice([18, 24, 40, 200]), max_recoveries=1000, watermark=rng.choice([0.0, 0.05]),
+                 late_answers=bool(seed % 2), **shape)  # fmt: skip
+    prefixes = [[rng.randrange(101) for _ in range(30)] for _ in range(3)]
+    aborted: set[tuple[int, int]] = set()
+    for _ in range(400):
+        if len(here.sent) < 60 and rng.random() < 0.3:
+            here.ask(**_random_request(rng, prefixes))
+        if here.sent and rng.random() < 0.05:
+            stream_id = rng.choice(list(here.sent))
+            indexes = () if rng.random() < 0.5 else (rng.randrange(here.sent[stream_id].n),)
+            here.send(AbortRequest(stream_id=stream_id, indexes=indexes))
+            aborted |= {(stream_id, index) for index in indexes or range(here.sent[stream_id].n)}
+        if rng.random() < 0.02:
+            here.executor.lose()
+        here.round()
+        here.driver.check()
+    here.run()
+    here.driver.check()
+    for stream_id, message in here.sent.items():
+        for index in range(message.n):
+            ends = here.ends(stream_id, index)
+            assert len(ends) == 1, (stream_id, index, ends)
+            if ends[0].finish_reason is not FinishReason.ABORT:
+                here.assert_exact(stream_id, index)
+            else:
+                assert (stream_id, index) in aborted
+                answer = here.tokens(stream_id, index)
+                assert answer == here.expected(stream_id, index)[0][: len(answer)]
+    assert here.driver.scheduler.blocks.pool.num_held == 0
+    assert here.metrics.generation_tokens == sum(len(here.tokens(*key)) for key in here.deltas)
