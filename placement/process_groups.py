@@ -39,6 +39,7 @@ class ParallelContext:
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the tensor-parallel group, in place. Returns `x`."""
         if self.tp_size > 1:
+            assert x.is_contiguous(), x.stride()  # gloo would take the memory as it lies
             dist.all_reduce(x, group=self.tp_group)
         return x
 
@@ -57,6 +58,7 @@ class ParallelContext:
     def broadcast(self, x: Tensor, src_tp_rank: int = 0) -> Tensor:
         """Everyone in the tensor-parallel group gets the tensor of `src_tp_rank`, in place. Returns `x`."""
         if self.tp_size > 1:
+            assert x.is_contiguous(), x.stride()
             dist.broadcast(x, src=self.global_rank_of(src_tp_rank, self.rank.pp_rank), group=self.tp_group)
         return x
 

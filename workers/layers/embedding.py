@@ -94,4 +94,4 @@ class ParallelLMHead(LinearLayer):
     def forward(self, hidden_SD: Tensor) -> Tensor:
         """[S, V] in float32, on every rank of the group."""
         logits_SW = self.method.apply(self, hidden_SD)
-        return self.parallel.all_gather_last_dim(logits_SW)[:, : self.share.vocab_size].float()
+        return self.parallel.all_gather_last_dim(logits_SW)[:, : self.share.vocab_size].float().contiguous()

@@ -142,11 +142,14 @@ def _fill(checkpoint: Checkpoint, model: LoadableModel, reads: list[_Read], repo
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
                 for entry, read in sorted(by_file[path], key=lambda pair: pair[0].offset):
+                    target = _target(read)
+                    if target is None:
+                        continue
                     if all(part == slice(None) for part in read.cut.source):
                         tensor = file.get_tensor(entry.name)
                     else:
                         tensor = file.get_slice(entry.name)[read.cut.source]
-                    _target(read).copy_(tensor)
+                    target.copy_(tensor)
                     num_read += tensor.nbytes
                     done += entry.num_bytes
                     report(done / total)
@@ -165,6 +168,8 @@ def _fill_randomly(model: LoadableModel, reads: list[_Read], seed: int, report: 
     generator = torch.Generator(model.device)
     for number, read in enumerate(reads):
         target = _target(read)
+        if target is None:
+            continue
         if len(read.cut.full_shape) == 1 and read.parameter == "weight":  # norms
             target.fill_(1.0)
         else:
@@ -179,8 +184,7 @@ def _fill_randomly(model: LoadableModel, reads: list[_Read], seed: int, report: 
     return 0
 
 
-def _target(read: _Read) -> Tensor:
-    parameter: Tensor = getattr(read.module, read.parameter)
-    if read.parameter == "bias" and parameter is None:
-        raise AssertionError(read.name)
-    return parameter.data[read.cut.target_rows]
+def _target(read: _Read) -> Tensor | None:
+    """Where the slice goes. None: checked, but kept by another rank alone (the bias of a row-parallel layer)."""
+    parameter: Tensor | None = getattr(read.module, read.parameter)
+    return None if parameter is None else parameter.data[read.cut.target_rows]
