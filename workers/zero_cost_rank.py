@@ -59,6 +59,8 @@ class ZeroCostRank:
                 self.handle(message)
         except ChannelClosed:
             return 1
+        finally:
+            self.channel.close()
         return 0
 
     def handle(self, message: Any) -> None:
