@@ -188,10 +188,10 @@ class RankHosts:
             process.stdin.close()
         for process in self.processes:
             try:
-                process.wait(timeout=10)
+                process.wait(timeout=2)
             except subprocess.TimeoutExpired:
                 process.kill()
-                process.wait(timeout=10)
+                process.wait(timeout=2)
 
 
 class RemoteRanks:
