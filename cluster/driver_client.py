@@ -9,7 +9,7 @@ import os
 import secrets
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from argosy.cluster.protocol.channel import FrameReader, encode_frame, open_socket, tune_socket
 from argosy.cluster.protocol.errors import ChannelClosed, StartupTimeout
@@ -257,8 +257,7 @@ class _Wire(asyncio.BufferedProtocol):
         self._transport: asyncio.Transport | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
+        self._transport = cast(asyncio.Transport, transport)  # uvloop's transports don't inherit from asyncio's
 
     def get_buffer(self, sizehint: int) -> memoryview:
         return self._reader.space()
