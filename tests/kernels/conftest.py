@@ -1,0 +1,48 @@
+"""Kernels run on the card where there is one, and under Triton's interpreter on CPU tensors where there is none.
+
+The interpreter is chosen when a kernel file is imported, so its switch is set here, before any test imports one. It has
+no tensor core product of bf16; kernels with one are tested in float16 and float32 there, and in bf16 on the card.
+"""
+
+import os
+import zlib
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not HAS_GPU:
+            item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
+
+
+@pytest.fixture
+def device() -> torch.device:
+    return torch.device("cuda" if HAS_GPU else "cpu")
+
+
+@pytest.fixture(autouse=True)
+def fresh_numbers(request: pytest.FixtureRequest) -> None:
+    """Other inputs for every test, the same in every run."""
+    torch.manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture
+def assert_near() -> Callable[[Tensor, Tensor], None]:
+    """‖got - want‖ / ‖want‖ below what the dtype of `got` rounds to; nan never passes."""
+
+    def check(got: Tensor, want: Tensor) -> None:
+        assert got.shape == want.shape
+        bound = {torch.float32: 2e-5, torch.float16: 2e-3, torch.bfloat16: 1.2e-2}[got.dtype]
+        got, want = got.double().cpu(), want.double().cpu()
+        error = float((got - want).norm() / want.norm().clamp(min=1e-30))
+        assert error < bound, f"relative error {error:.2e}"
+
+    return check

@@ -1,0 +1,101 @@
+"""Both attention kernels against the reference: every option, ugly heads, padding rows, splits, strided queries."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from argosy.kernels import paged_attention, prefill_attention, reference, tuning
+
+Near = Callable[[Tensor, Tensor], None]
+OPTIONS = ["none", "window", "soft_cap", "alibi", "sinks"]
+DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+HEADS = [(6, 2, 64), (7, 1, 80)]
+CARD_HEADS = [pytest.param(*heads, marks=pytest.mark.gpu) for heads in (
+    (32, 8, 128), (8, 8, 96), (16, 2, 256), (40, 1, 64), (12, 12, 64)
+)]  # fmt: skip
+
+
+def chosen(option: str, num_heads: int, device: torch.device) -> dict[str, object]:
+    return {
+        "none": {},
+        "window": {"sliding_window": 21},
+        "soft_cap": {"soft_cap": 1.5},
+        "alibi": {"alibi_slopes_N": torch.rand(num_heads, device=device)},
+        "sinks": {"sinks_N": torch.randn(num_heads, device=device)},
+    }[option]
+
+
+def paged(
+    contexts: list[int], block_size: int, num_kv_heads: int, head_size: int, dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Two caches full of noise, a table of shuffled blocks without sharing, and the lengths."""
+    per_row = max(1, -(-max(contexts) // block_size))
+    num_blocks = per_row * len(contexts) + 3
+    caches = [torch.randn(num_blocks, block_size, num_kv_heads, head_size, device=device).to(dtype) for _ in range(2)]
+    table = torch.randperm(num_blocks, device=device)[: per_row * len(contexts)].view(len(contexts), per_row).int()
+    return *caches, table, torch.tensor(contexts, dtype=torch.int32, device=device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size"), HEADS + CARD_HEADS)
+def test_decode(
+    num_heads: int, num_kv_heads: int, head_size: int, option: str, dtype: torch.dtype, device: torch.device,
+    assert_near: Near,
+) -> None:  # fmt: skip
+    contexts = [33, 0, 70, 1] if device.type == "cpu" else [333, 0, 4097, 1, 64, 65, 1000]
+    k_cache, v_cache, table, context = paged(contexts, 16, num_kv_heads, head_size, dtype, device)
+    fused = torch.randn(len(contexts), (num_heads + 2) * head_size, device=device).to(dtype)
+    q = fused[:, : num_heads * head_size].view(len(contexts), num_heads, head_size)
+    options = chosen(option, num_heads, device)
+    want = reference.paged_attention(q, k_cache, v_cache, table, context, scale=0.2, **options)
+    got = paged_attention.paged_attention(q, k_cache, v_cache, table, context, scale=0.2, **options)
+    assert_near(got, want)
+    assert not got[1].any()
+    assert not tuning.counters(device).any(), "counters must be zero again for the next launch"
+
+
+@pytest.mark.parametrize("max_context", [32, 60, None])
+def test_the_host_bound_sizes_the_launch_and_not_the_result(
+    max_context: int | None, device: torch.device, assert_near: Near
+) -> None:
+    """A graph is captured with a bound; lengths below it are on the device alone. Blocks of 48 tokens."""
+    k_cache, v_cache, table, context = paged([32, 5], 48, 2, 64, torch.float32, device)
+    q = torch.randn(2, 4, 64, device=device)
+    want = reference.paged_attention(q, k_cache, v_cache, table, context, scale=0.2)
+    got = paged_attention.paged_attention(q, k_cache, v_cache, table, context, scale=0.2, max_context=max_context)
+    assert_near(got, want)
+
+
+def test_splits_follow_the_card_and_never_outnumber_the_tiles() -> None:
+    assert paged_attention.choose_splits(8, 100_000, 64, 132, 4) == 64
+    assert paged_attention.choose_splits(8, 200, 64, 132, 4) == 4
+    assert paged_attention.choose_splits(512, 100_000, 64, 132, 4) == 1
+    assert paged_attention.choose_splits(4096, 1, 64, 132, 4) == 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size"), HEADS + CARD_HEADS)
+def test_prefill(
+    num_heads: int, num_kv_heads: int, head_size: int, option: str, dtype: torch.dtype, device: torch.device,
+    assert_near: Near,
+) -> None:  # fmt: skip
+    """New prompts, chunks after a prefix, single tokens and an empty row in one step. Blocks below and above a tile."""
+    block_size = 16 if num_kv_heads > 1 else 64
+    queries, contexts = [3, 0, 19, 1, 9], [5, 0, 19, 37, 30]
+    if device.type == "cuda":
+        queries, contexts = [*queries, 500, 129, 1], [*contexts, 500, 1500, 2000]
+    k_cache, v_cache, table, context = paged(contexts, block_size, num_kv_heads, head_size, dtype, device)
+    query_start = torch.tensor([0, *queries], device=device).cumsum(0).int()
+    fused = torch.randn(sum(queries), (num_heads + 2) * head_size, device=device).to(dtype)
+    q = fused[:, : num_heads * head_size].view(-1, num_heads, head_size)
+    sizes = {"block_m": 16, "block_l": 16, "warps": 4, "stages": 1} if device.type == "cpu" else None
+    options = chosen(option, num_heads, device)
+    want = reference.prefill_attention(q, k_cache, v_cache, query_start, context, table, scale=0.2, **options)
+    got = prefill_attention.prefill_attention(
+        q, k_cache, v_cache, query_start, context, table, scale=0.2, sizes=sizes, **options
+    )
+    assert_near(got, want)

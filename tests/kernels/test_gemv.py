@@ -1,0 +1,62 @@
+"""The small linear against the reference: with all that may be fused to it, on widths that no tile divides."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from argosy.kernels import gemv, ops, reference
+
+Near = Callable[[Tensor, Tensor], None]
+DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
+SIZES = [(96, 40), (1024, 24), *(pytest.param(*s, marks=pytest.mark.gpu) for s in ((4096, 6144), (14336, 4096)))]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fused", ["nothing", "norm", "bias", "gate", "residual", "all"])
+@pytest.mark.parametrize("num_tokens", [1, 5, 16])
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), SIZES)
+def test_fused_linear(
+    num_inputs: int, num_outputs: int, num_tokens: int, fused: str, dtype: torch.dtype, device: torch.device,
+    assert_near: Near,
+) -> None:  # fmt: skip
+    x = torch.randn(num_tokens, num_inputs, device=device).to(dtype)
+    weight = (torch.randn(num_outputs, num_inputs, device=device) / num_inputs**0.5).to(dtype)
+    gated = fused in ("gate", "all")
+    bias = torch.randn(num_outputs, device=device).to(dtype) if fused in ("bias", "all") else None
+    norm = torch.randn(num_inputs, device=device).to(dtype) if fused in ("norm", "all") else None
+    residual = None
+    if fused in ("residual", "all"):
+        residual = torch.randn(num_tokens, num_outputs // (2 if gated else 1), device=device).to(dtype)
+    assert gemv.suits(x, weight)
+    exact = [None if y is None else y.double().cpu() for y in (x, weight, bias, norm, residual)]
+    want = reference.fused_linear(*exact[:3], norm_weight_I=exact[3], residual_TO=exact[4], gated=gated)
+    got = gemv.fused_linear(x, weight, bias, norm_weight_I=norm, residual_TO=residual, gated=gated)
+    assert residual is None or got is residual
+    assert_near(got, want)
+
+
+def test_only_a_few_16_bit_tokens_suit() -> None:
+    weight = torch.zeros(8, 64, dtype=torch.float16)
+    assert gemv.suits(torch.zeros(16, 64, dtype=torch.float16), weight)
+    assert not gemv.suits(torch.zeros(17, 64, dtype=torch.float16), weight)
+    assert not gemv.suits(torch.zeros(0, 64, dtype=torch.float16), weight)
+    assert not gemv.suits(torch.zeros(1, 64), weight.float())
+    assert not gemv.suits(torch.zeros(1, 63, dtype=torch.float16), torch.zeros(8, 63, dtype=torch.float16))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 16, 100])
+@pytest.mark.parametrize("with_residual", [False, True])
+def test_the_door_gives_the_same_through_the_library(
+    num_tokens: int, with_residual: bool, device: torch.device, assert_near: Near
+) -> None:
+    x, weight = torch.randn(num_tokens, 512, device=device).bfloat16(), torch.randn(64, 512, device=device).bfloat16()
+    norm = torch.randn(512, device=device).bfloat16()
+    residual = torch.randn(num_tokens, 64, device=device).bfloat16() if with_residual else None
+    want = reference.fused_linear(
+        x.double(), weight.double(), norm_weight_I=norm.double(),
+        residual_TO=None if residual is None else residual.double(),
+    )  # fmt: skip
+    assert_near(ops.fused_linear(x, weight, norm_weight_I=norm, residual_TO=residual), want)

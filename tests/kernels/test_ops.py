@@ -1,0 +1,34 @@
+"""The door: a CPU tensor needs no Triton, and every operation is in the reference under the same name."""
+
+import inspect
+import subprocess
+import sys
+
+from argosy.kernels import ops, reference, sampling_reference, tuning
+
+
+def test_a_cpu_host_loads_no_triton() -> None:
+    program = """
+import sys, torch
+from argosy.kernels import ops
+x = torch.randn(2, 8)
+ops.rms_norm(x, x[0], 1e-6), ops.silu_and_mul(x), ops.fused_linear(x, x)
+assert "triton" not in sys.modules and not any("argosy.kernels.rms_norm" in m for m in sys.modules)
+"""
+    subprocess.run([sys.executable, "-c", program], check=True)
+
+
+def test_each_operation_has_its_meaning_in_the_reference() -> None:
+    for name, operation in inspect.getmembers(ops, inspect.isfunction):
+        if name == "swap_blocks" or operation.__module__ != ops.__name__:
+            continue
+        meaning = getattr(reference, name, None) or getattr(sampling_reference, name)
+        extra = set(inspect.signature(operation).parameters) ^ set(inspect.signature(meaning).parameters)
+        assert extra <= {"max_context", "caches", "sources", "destinations"}, name
+
+
+def test_tuned_files_hold_whole_numbers() -> None:
+    for path in tuning.TUNED.glob("*.json"):
+        for shapes in tuning._tuned(path.stem).values():
+            for sizes in shapes.values():
+                assert all(isinstance(x, int) for x in sizes.values())

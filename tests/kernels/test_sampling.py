@@ -1,0 +1,61 @@
+"""The sampling kernels against the sorted reference: the same thresholds, the same noise, the same tokens."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from argosy.kernels import sampling, sampling_reference, tuning
+
+VOCABULARIES = [50, 5000, pytest.param(151_936, marks=pytest.mark.gpu)]
+
+
+def parameters(num_rows: int, device: torch.device) -> list[Tensor]:
+    """Rows of every kind: plain, greedy, one filter, two, all three; then the same again."""
+    temperature = [1.0, 0.0, 0.7, 1.3, 1.0, 1.0, 0.5, 2.0]
+    top_k = [0, 0, 5, 0, 40, 1_000_000, 3, 0]
+    top_p = [1.0, 1.0, 1.0, 0.9, 0.8, 1.0, 0.5, 0.99]
+    min_p = [0.0, 0.0, 0.0, 0.0, 0.0, 0.1, 0.05, 0.02]
+    columns = [torch.tensor((x * num_rows)[:num_rows]) for x in (temperature, top_k, top_p, min_p)]
+    columns += [torch.randint(-(1 << 62), 1 << 62, (num_rows,)), torch.randint(0, 1 << 20, (num_rows,))]
+    return [x.to(device) for x in columns]
+
+
+@pytest.mark.parametrize("spread", [0.1, 3.0])
+@pytest.mark.parametrize("vocabulary", VOCABULARIES)
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+def test_rows_draw_what_the_reference_draws(
+    vocabulary: int, spread: float, dtype: torch.dtype, device: torch.device
+) -> None:
+    """A filter's last token may hang on the last digit of a sum, and a draw on the last digit of a logarithm."""
+    rows = 8 if device.type == "cpu" else 64
+    logits = (torch.randn(rows, vocabulary, device=device) * spread).to(dtype)
+    columns = parameters(rows, device)
+    for flags in ({}, {"any_filter": False}, {"any_random": False}):
+        want = sampling_reference.sample_rows(logits, *columns, **flags)
+        got = sampling.sample_rows(logits, *columns, **flags)
+        assert got.dtype == torch.int64
+        assert int((got != want).sum()) <= rows // 32
+    assert not tuning.counters(device).any()
+
+
+@pytest.mark.parametrize("capacity", [64, 8192])
+def test_the_threshold_is_exact_whether_candidates_fit_or_not(capacity: int, device: torch.device) -> None:
+    logits = torch.randn(8, 5000, device=device) * 2
+    temperature, top_k, top_p, min_p, _, _ = parameters(8, device)
+    threshold = torch.empty(8, device=device)
+    sampling._threshold_kernel[(8,)](
+        logits, temperature, top_k, top_p, min_p, threshold, torch.empty(8 * capacity, device=device), 5000, 5000,
+        CAPACITY=capacity, BLOCK=2048, PDL=False,
+    )  # fmt: skip
+    scaled = logits * temperature.masked_fill(temperature == 0, 1).reciprocal()[:, None]
+    want = sampling_reference.keep_threshold(scaled, top_k, top_p, min_p)
+    counts, wants = ((scaled >= x[:, None]).sum(1) for x in (threshold, want))
+    assert ((counts - wants).abs() <= 1).tolist() == [True] * 8
+
+
+def test_equal_best_logits_give_the_lowest_id_across_chunks(device: torch.device) -> None:
+    logits = torch.zeros(2, 10_000, device=device)
+    logits[0, [9000, 4097]] = 1.0
+    logits[1, [5000, 17]] = 1.0
+    columns = parameters(2, device)
+    assert sampling.sample_rows(logits, *columns, any_random=False).tolist() == [4097, 17]
