@@ -1,9 +1,9 @@
 """Text to ids and back: the Hugging Face folder of a model through the `tokenizers` library alone.
 
 `transformers` takes seconds to import and is only asked when a folder has no `tokenizer.json`. What it does on top of
-the file is done here as well: special tokens of `tokenizer_config.json` become special, `add_bos_token` and
-`add_eos_token` replace the file's own post-processing, truncation and padding of the file are ignored. No code from a
-model folder is ever run.
+the file is done here as well: special tokens of `tokenizer_config.json` become special; truncation, padding and
+`add_bos_token` are ignored, since the file's own post-processing says where the ends go. No code from a model folder
+is ever run.
 """
 
 import asyncio
@@ -16,7 +16,6 @@ from typing import Any, Final
 
 import tokenizers
 from tokenizers import AddedToken
-from tokenizers.processors import TemplateProcessing
 
 from argosy.cluster.protocol.errors import InvalidRequest, WeightError
 from argosy.deploy.chat_template import ChatTemplate, load_chat_template
@@ -84,7 +83,6 @@ class Tokenizer:
             backend = _backend_from_transformers(folder)
         special_tokens = _special_token_texts(settings, _read_json(folder / "special_tokens_map.json"))
         _register_special_tokens(backend, settings, special_tokens)
-        _apply_bos_and_eos(backend, settings, special_tokens)
         template = load_chat_template(folder, settings, special_tokens, chat_template)
         return cls(backend, special_tokens=special_tokens, chat_template=template)
 
@@ -251,21 +249,6 @@ def _register_special_tokens(
     extra = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or ()
     names = [*special_tokens.values(), *filter(None, map(_text_of_token, extra if isinstance(extra, list) else ()))]
     backend.add_special_tokens([name for name in dict.fromkeys(names) if name not in known])
-
-
-def _apply_bos_and_eos(
-    backend: tokenizers.Tokenizer, settings: Mapping[str, Any], special_tokens: Mapping[str, str]
-) -> None:
-    """An explicit `add_bos_token` or `add_eos_token` replaces the file's post-processing, as in transformers."""
-    explicit = "add_bos_token" in settings or "add_eos_token" in settings
-    if not explicit:
-        return
-    bos = special_tokens.get("bos_token") if settings.get("add_bos_token") else None
-    eos = special_tokens.get("eos_token") if settings.get("add_eos_token") else None
-    ends = [(text, backend.token_to_id(text)) for text in (bos, eos) if text]
-    # the template is given as a list, so that a token with a colon or a space in it needs no escaping
-    single = [*([bos] if bos else []), "$A", *([eos] if eos else [])]
-    backend.post_processor = TemplateProcessing(single=single, special_tokens=ends)
 
 
 def _backend_from_transformers(folder: Path) -> tokenizers.Tokenizer:
