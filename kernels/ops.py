@@ -244,3 +244,53 @@ def sample_rows(
         logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, any_random=any_random,
         any_filter=any_filter,
     )  # fmt: skip
+
+
+def prepare_decode(
+    rows_R: Tensor,
+    new_block_R: Tensor,
+    token_R: Tensor,
+    last_token_N: Tensor,
+    num_computed_N: Tensor,
+    block_table_NB: Tensor,
+    token_ids_R: Tensor,
+    positions_R: Tensor,
+    slots_R: Tensor,
+    context_len_R: Tensor,
+    block_table_RB: Tensor,
+    *,
+    block_size: int,
+) -> None:
+    """The inputs of a decode step from tables by handle (N, remembered on the device) for rows (R).
+
+    In: `rows_R` int32 handles (-1: padding), `new_block_R` int32 block that the row's token opens (-1: none),
+    `token_R` int32 the row's token where the host knows it (-1: take the one last sampled). Out: token ids, positions,
+    slots (int64), context lengths and block table (int32). The tables take over the new block, and each row's computed
+    count grows by one.
+    """
+    if rows_R.is_cuda:
+        from argosy.kernels import decode_inputs
+
+        implementation = decode_inputs.prepare_decode
+    else:
+        implementation = reference.prepare_decode
+    implementation(
+        rows_R, new_block_R, token_R, last_token_N, num_computed_N, block_table_NB, token_ids_R, positions_R, slots_R,
+        context_len_R, block_table_RB, block_size=block_size,
+    )  # fmt: skip
+
+
+def remember_tokens(
+    rows_R: Tensor, token_ids_R: Tensor, logits_RV: Tensor, last_token_N: Tensor, out_R: Tensor
+) -> None:
+    """Keep each row's sampled token for its next step, and judge it by its logit.
+
+    `out_R` gets the token id, -1 where the logit is not a finite number, -2 where it is -inf (nothing was allowed).
+    Rows of handle -1 are padding and are not kept.
+    """
+    if rows_R.is_cuda:
+        from argosy.kernels import decode_inputs
+
+        decode_inputs.remember_tokens(rows_R, token_ids_R, logits_RV, last_token_N, out_R)
+        return
+    reference.remember_tokens(rows_R, token_ids_R, logits_RV, last_token_N, out_R)

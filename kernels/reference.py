@@ -294,3 +294,45 @@ def _attend(
         logits = torch.cat((logits, sinks.float().expand(*logits.shape[:-1], 1)), dim=-1)
     weights = logits.softmax(dim=-1)[..., : k.shape[-2]]
     return torch.matmul(weights.to(v.dtype), v)
+
+
+def prepare_decode(
+    rows_R: Tensor,
+    new_block_R: Tensor,
+    token_R: Tensor,
+    last_token_N: Tensor,
+    num_computed_N: Tensor,
+    block_table_NB: Tensor,
+    token_ids_R: Tensor,
+    positions_R: Tensor,
+    slots_R: Tensor,
+    context_len_R: Tensor,
+    block_table_RB: Tensor,
+    *,
+    block_size: int,
+) -> None:
+    """See `ops.prepare_decode`."""
+    for row, (handle, new_block) in enumerate(zip(rows_R.tolist(), new_block_R.tolist(), strict=True)):
+        if handle < 0:
+            token_ids_R[row], positions_R[row], slots_R[row], context_len_R[row] = 0, 0, -1, 0
+            continue
+        position = int(num_computed_N[handle])
+        place = position // block_size
+        if new_block >= 0:
+            block_table_NB[handle, place] = new_block
+        known = int(token_R[row])
+        token_ids_R[row], positions_R[row] = known if known >= 0 else last_token_N[handle], position
+        slots_R[row] = int(block_table_NB[handle, place]) * block_size + position % block_size
+        context_len_R[row] = position + 1
+        block_table_RB[row, : place + 1] = block_table_NB[handle, : place + 1]
+        num_computed_N[handle] = position + 1
+
+
+def remember_tokens(
+    rows_R: Tensor, token_ids_R: Tensor, logits_RV: Tensor, last_token_N: Tensor, out_R: Tensor
+) -> None:
+    """See `ops.remember_tokens`."""
+    best_R = logits_RV.gather(1, token_ids_R.clamp(min=0)[:, None])[:, 0]
+    out_R.copy_(torch.where(torch.isfinite(best_R), token_ids_R, torch.where(best_R == float("-inf"), -2, -1)))
+    kept = rows_R >= 0
+    last_token_N[rows_R[kept].long()] = token_ids_R[kept].clamp(min=0)
