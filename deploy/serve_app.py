@@ -46,7 +46,15 @@ def _app_of_this_replica() -> Any:
     return _app_of["this replica"]
 
 
-@serve.deployment(name="Door", health_check_period_s=_HEALTH_PERIOD_SECONDS, graceful_shutdown_timeout_s=60)
+def _set_app(app: Any) -> None:
+    # A function, because Ray sends the class below by value: written there, the dict would be a copy of this one.
+    _app_of["this replica"] = app
+
+
+# No CPU is reserved: ranks are placed by the plan, and a small machine must not lack room for its own door.
+@serve.deployment(
+    name="Door", health_check_period_s=_HEALTH_PERIOD_SECONDS, ray_actor_options={"num_cpus": 0}, max_queued_requests=-1
+)
 @serve.ingress(_app_of_this_replica)
 class Door:
     """One replica of the doors."""
@@ -63,7 +71,7 @@ class Door:
         if not config.model.skip_tokenizer_init:
             folder = config.model.tokenizer or config.model.model
             tokenizer = Tokenizer.load(folder, chat_template=config.model.chat_template)
-        _app_of["this replica"] = build_http_app(Gateway(self._client, tokenizer, config), config.server)
+        _set_app(build_http_app(Gateway(self._client, tokenizer, config), config.server))
 
     async def check_health(self) -> None:
         """Raise when this replica can't serve any more: Serve then replaces it, and the new one connects anew."""

@@ -1,5 +1,6 @@
 """The life of `argosy serve`: check, start an engine and the doors, say how to use them, wait, drain, leave nothing."""
 
+import logging
 import os
 import signal
 import socket
@@ -10,10 +11,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from argosy.cluster.protocol.config import ServingConfig
-from argosy.cluster.protocol.errors import ConfigError
+from argosy.cluster.protocol.errors import ClusterError, ConfigError
 from argosy.deploy.doctor import is_port_free
 from argosy.deploy.model_folder import localize
 from argosy.deploy.progress import StartProgress
@@ -131,19 +132,30 @@ def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, sto
 
     from argosy.deploy.serve_app import APP_NAME, application
 
+    logging.getLogger("ray.serve").setLevel(logging.WARNING)
     progress("opening the doors", 0.0)
     serve.start(
         proxy_location="HeadOnly",
         http_options={"host": config.server.host, "port": config.server.port, "keep_alive_timeout_s": 75},
     )
     try:
-        serve.run(application(config, engine.address, engine.secret), name=APP_NAME, route_prefix="/")
+        try:
+            serve.run(application(config, engine.address, engine.secret), name=APP_NAME, route_prefix="/")
+        except RuntimeError as error:  # Serve's word for "the replica did not start"; its status says why
+            raise ClusterError(f"the HTTP doors did not open: {_reason(serve.status())}") from error
         progress("opening the doors", 1.0)
         progress.close()
         print(ready_block(config, engine, progress.seconds), flush=True)
         stop.wait()
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
+
+
+def _reason(status: Any) -> str:
+    """The last line of each message that Serve keeps: the error that stopped a replica."""
+    apps = status.applications.values()
+    messages = [d.message for app in apps for d in app.deployments.values()] + [app.message for app in apps]
+    return "; ".join(text.strip().splitlines()[-1].strip() for text in messages if text.strip()) or "no reason given"
 
 
 @contextmanager

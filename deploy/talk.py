@@ -25,8 +25,10 @@ def main(args: argparse.Namespace) -> int:
 
 def _complete(client: Client, args: argparse.Namespace, params: dict[str, Any]) -> int:
     text = args.text if args.text is not None else sys.stdin.read()
-    print(text, end="", flush=True)
-    for piece in client.stream_complete(text, model=args.model, **params):
+    pieces = client.stream_complete(text, model=args.model, **params)
+    first = next(pieces, "")  # before the text is shown again: a refusal should stand alone
+    print(text + first, end="", flush=True)
+    for piece in pieces:
         print(piece, end="", flush=True)
     print()
     return 0

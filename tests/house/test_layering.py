@@ -29,7 +29,8 @@ RAY_FILES = {
     "cluster/driver_actor.py",
     "placement/ray_cluster.py",
     "workers/worker_actor.py",
-    "deploy/launch.py",
+    "deploy/ray_session.py",
+    "deploy/ray_launch.py",
     "deploy/serve_app.py",
     "deploy/server.py",
 }
