@@ -294,3 +294,15 @@ def remember_tokens(
         decode_inputs.remember_tokens(rows_R, token_ids_R, logits_RV, last_token_N, out_R)
         return
     reference.remember_tokens(rows_R, token_ids_R, logits_RV, last_token_N, out_R)
+
+
+def argmax_rows(logits_RV: Tensor) -> Tensor:
+    """The most likely token of each row (int64), the first of equals. Rows may be strided."""
+    if logits_RV.is_cuda:
+        from argosy.kernels import sampling
+
+        unused = logits_RV
+        return sampling.sample_rows(
+            logits_RV, unused, unused, unused, unused, unused, unused, any_random=False, any_filter=False
+        )
+    return logits_RV.argmax(dim=-1)

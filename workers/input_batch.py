@@ -10,6 +10,7 @@ one copy. A token that was sampled by a step still in flight on a GPU is not kno
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +21,7 @@ from argosy.cluster.protocol.messages import NewRequest, SchedulerOutput
 from argosy.workers.attention.base import AttentionMetadata
 
 IntArray = npt.NDArray[np.int64]
+MAX_LAYOUTS = 256  # shapes of steady batches whose views are kept
 NUM_STAGING_BUFFERS = 3  # steps whose copy to the device may be under way at once
 
 
@@ -60,6 +62,14 @@ class StepInputs:
         return self.end_R if self.sample_rows_S is None else self.end_R[self.sample_rows_S]
 
 
+class _Layout(NamedTuple):
+    """Where the parts of a step with so many rows and blocks lie: host arrays and device tensors."""
+
+    arrays: tuple[npt.NDArray[np.int64], ...]
+    num_bytes: int
+    tensors: list[Tensor]
+
+
 class Staging:
     """Host memory for one step's inputs, packed, and its twin on the device. On a CPU both are the same memory."""
 
@@ -68,9 +78,11 @@ class Staging:
         self._host = torch.zeros(capacity_bytes, dtype=torch.uint8, pin_memory=not self.is_shared)
         self._device = self._host if self.is_shared else torch.zeros(capacity_bytes, dtype=torch.uint8, device=device)
         self._bytes = self._host.numpy()
-        self._copied = None if self.is_shared else torch.cuda.Event()
+        self._copied = None if self.is_shared else torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
         self._used = 0
         self._parts: list[tuple[int, int, torch.dtype]] = []
+        self._layouts: dict[tuple[int, int], _Layout] = {}
+        self._tensors: list[Tensor] | None = None  # of the layout in use, if it is one of those kept
 
     def begin(self) -> None:
         """Start a new step; waits until the previous contents have left for the device."""
@@ -78,6 +90,7 @@ class Staging:
             self._copied.synchronize()
         self._used = 0
         self._parts.clear()
+        self._tensors = None
 
     def take(self, count: int, is_long: bool) -> npt.NDArray[np.int64]:
         """Room for `count` integers (64 bit if `is_long`, else 32), to be filled before `send`."""
@@ -86,13 +99,30 @@ class Staging:
         self._parts.append((start, start + size, torch.int64 if is_long else torch.int32))
         return self._bytes[start : start + size].view(np.int64 if is_long else np.int32)
 
+    def layout(self, num_rows: int, num_blocks: int) -> tuple[npt.NDArray[np.int64], ...]:
+        """The parts of a step with one token a row, as `InputBatch._stage_rows` takes them; kept for the next one."""
+        found = self._layouts.get((num_rows, num_blocks))
+        if found is None:
+            if len(self._layouts) >= MAX_LAYOUTS:
+                self._layouts.clear()
+            tokens, positions, slots = (self.take(num_rows, True) for _ in range(3))
+            lengths = self.take(num_rows, False)
+            table = self.take(num_rows * num_blocks, False).reshape(num_rows, num_blocks)
+            handles = self.take(0 if self.is_shared else num_rows, True)
+            found = _Layout((tokens, positions, slots, lengths, table, handles), self._used, self._views())
+            self._layouts[num_rows, num_blocks] = found
+        self._used, self._tensors = found.num_bytes, found.tensors
+        return found.arrays
+
     def send(self) -> list[Tensor]:
         """All parts on the device, in the order they were taken."""
         if self._copied is not None:
             self._device[: self._used].copy_(self._host[: self._used], non_blocking=True)
             self._copied.record()
-        memory = self._device
-        return [memory[start:end].view(dtype) for start, end, dtype in self._parts]
+        return self._tensors if self._tensors is not None else self._views()
+
+    def _views(self) -> list[Tensor]:
+        return [self._device[start:end].view(dtype) for start, end, dtype in self._parts]
 
 
 class InputBatch:
@@ -192,13 +222,24 @@ class InputBatch:
         return self._build_mixed(output, self._last_handles, staging)
 
     def _build_decode(self, handles_R: IntArray, staging: Staging, same_rows: bool) -> StepInputs:
-        num_rows = len(handles_R)
+        """One token a row: the path of most steps, so the views of a steady batch are made once."""
+        num_rows, size = len(handles_R), self.block_size
         start_R = self.num_computed_N[handles_R]
         end_R = start_R + 1
-        tokens_T, positions_T = staging.take(num_rows, True), staging.take(num_rows, True)
-        self._gather_tokens(tokens_T, handles_R, start_R)
+        max_context = int(end_R.max())
+        parts = staging.layout(num_rows, -(-max_context // size))
+        tokens_T, positions_T, slots_T, lengths_R, table_RB, handles_out_R = parts
+        token_base_R, block_base_R = handles_R * self.token_ids_NL.shape[1], handles_R * self.max_blocks
+        tokens_T[:] = self._flat_tokens[token_base_R + start_R]
+        if self.lives_on_device:
+            tokens_T[start_R >= self.num_known_N[handles_R]] = -1
+            handles_out_R[:] = handles_R
         positions_T[:] = start_R
-        max_context = self._stage_rows(staging, handles_R, handles_R, start_R, end_R)
+        block_R, offset_R = np.divmod(start_R, size)
+        np.multiply(self._flat_blocks[block_base_R + block_R], size, out=slots_T)
+        slots_T += offset_R
+        lengths_R[:] = end_R
+        table_RB[:] = self.block_table_NB[handles_R, : table_RB.shape[1]]
         return self._inputs(staging, max_context, handles_R, None, end_R, 1, num_rows, None, same_rows)
 
     def _build_mixed(self, output: SchedulerOutput, handles_R: IntArray, staging: Staging) -> StepInputs:
@@ -251,8 +292,7 @@ class InputBatch:
         staging.take(len(end_R) * num_blocks, False).reshape(len(end_R), num_blocks)[:] = self.block_table_NB[
             handles_R, :num_blocks
         ]
-        if self.lives_on_device:
-            staging.take(len(handles_R), True)[:] = handles_R
+        staging.take(len(handles_R) if self.lives_on_device else 0, True)[:] = handles_R if self.lives_on_device else ()
         return max_context
 
     def _inputs(
@@ -270,13 +310,12 @@ class InputBatch:
         tensors = staging.send()
         token_ids_T, positions_T, slots_T, context_len_R, block_table = tensors[:5]
         num_rows = len(handles_R)
-        rest = tensors[5:]
-        handles_device_R = rest.pop(0) if self.lives_on_device else None
+        handles_device_R = tensors[5] if self.lives_on_device else None
         if handles_device_R is not None:
             # only rows of one token can wait for a token that is still on the device
             head = token_ids_T[:num_decode_rows]
             head.copy_(torch.where(head < 0, self.last_token_N[handles_device_R[:num_decode_rows]], head))
-        query_start_R1 = self._query_start_R1[: num_rows + 1] if num_tokens_R is None else rest[0]
+        query_start_R1 = self._query_start_R1[: num_rows + 1] if num_tokens_R is None else tensors[6]
         metadata = AttentionMetadata(
             num_rows=num_rows,
             num_decode_rows=num_decode_rows,
@@ -296,10 +335,14 @@ class InputBatch:
             positions_T=positions_T,
             metadata=metadata,
             sample_rows_S=sample_rows_S,
-            hidden_rows_S=None if num_tokens_R is None else rest[1],
+            hidden_rows_S=None if num_tokens_R is None else tensors[7],
             handles_device_R=handles_device_R,
             same_rows=same_rows,
         )
+
+    def forget_rows(self) -> None:
+        """A step was run that was not built here: the next one's rows are not those of the one before it."""
+        self._last_rows, self._last_was_decode = (), False
 
     def advance(self, inputs: StepInputs) -> None:
         """The step's tokens are computed."""

@@ -17,9 +17,10 @@ from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.cluster.protocol.sampling import TokenParams
 from argosy.placement.process_groups import ParallelContext
 from argosy.placement.stage_transport import StageTransport
-from argosy.workers.attention.base import AttentionBackend
+from argosy.workers.attention.base import AttentionBackend, AttentionMetadata
 from argosy.workers.attention.torch_backend import TorchBackend
 from argosy.workers.attention.triton_backend import TritonBackend
+from argosy.workers.cuda_graphs import CUDAGraphRunner
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.input_batch import InputBatch, StepInputs
 from argosy.workers.kv_cache import KVCache
@@ -129,6 +130,7 @@ class ModelRunner:
         )
         self.sampler = Sampler(scheduler.max_num_seqs, spec.vocab_size, device, gives_logprobs=self.rank.answers)
         self.kv_cache: KVCache | None = None
+        self.graphs: CUDAGraphRunner | None = None
         self.last_step_id = -1
         self._prompt_logprobs: dict[int, int] = {}  # handle -> how many, for requests that asked
         self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" and self.rank.answers else None
@@ -188,6 +190,34 @@ class ModelRunner:
             torch.cuda.synchronize(self.device)
         self.last_step_id = -1
 
+    def record_graphs(self, on_progress: Callable[[float], None] | None = None) -> None:
+        """Record decode steps as CUDA graphs, on a GPU and unless `enforce_eager`. After `allocate` and `warm_up`."""
+        parallel = self.config.parallel
+        if self.device.type != "cuda" or parallel.enforce_eager:
+            return
+        assert self.kv_cache is not None
+        cache = self.kv_cache
+
+        def forward(
+            token_ids_T: Tensor | None, hidden_TD: Tensor | None, positions_T: Tensor, metadata: AttentionMetadata
+        ) -> Tensor:
+            hidden: Tensor = self.model(
+                token_ids_T, hidden_TD, positions_T, ForwardContext(self.backend, cache, metadata)
+            )
+            return hidden
+
+        self.graphs = CUDAGraphRunner(
+            self.batch,
+            forward,
+            self.model.compute_logits if self.rank.is_last_stage else None,
+            max_rows=min(self.config.scheduler.max_num_seqs, parallel.max_cuda_graph_batch),
+            max_model_len=self.max_model_len,
+            hidden_size=self.spec.hidden_size,
+            dtype=self.dtype,
+            is_first_stage=self.rank.is_first_stage,
+        )
+        self.graphs.record(on_progress)
+
     # -------------------------------------------------------------------------------------------------------- a step
 
     @torch.inference_mode()
@@ -201,12 +231,18 @@ class ModelRunner:
         if not len(output.rows):
             self.last_step_id = output.step_id
             return self._empty(output, started)
-        inputs = self.batch.build(output)
-        context = ForwardContext(self.backend, self.kv_cache, inputs.metadata)
-        hidden_TD = self._forward(inputs, context)
         outcome = None
-        if self.rank.is_last_stage:
-            outcome = self._sample(output, inputs, hidden_TD, started)
+        inputs = self.graphs.begin(output) if self.graphs is not None and not self._prompt_logprobs else None
+        if inputs is not None:
+            outcome = self._replay(output, inputs, started)
+        else:
+            inputs = self.batch.build(output)
+            context = ForwardContext(self.backend, self.kv_cache, inputs.metadata)
+            hidden_TD = self._forward(inputs, context)
+            if self.rank.is_last_stage:
+                outcome = self._sample(output, inputs, hidden_TD, started)
+            if self.graphs is not None:
+                self.graphs.take_over(inputs)
         self.batch.advance(inputs)
         self.last_step_id = output.step_id
         return outcome if self.rank.answers else None
@@ -231,6 +267,27 @@ class ModelRunner:
             self.transport.send(hidden_TD)
         return hidden_TD
 
+    def _replay(self, output: SchedulerOutput, inputs: StepInputs, started: float) -> StepOutcome | None:
+        """A decode step by its recorded graph; the draw as well where all rows take the most likely token."""
+        assert self.graphs is not None
+        self.batch.forget_rows()
+        num_rows = inputs.num_rows
+        if not self.rank.is_first_stage:
+            self.graphs.hidden_RD[:num_rows].copy_(self.transport.receive(num_rows))
+        result = self.graphs.run(num_rows)
+        if not self.rank.is_last_stage:
+            self.transport.send(result.clone())  # the next replay writes there again
+            return None
+        if self.sampler.is_greedy:
+            sampled = Sampled(self.graphs.run_greedy(num_rows).clone())
+        else:
+            sampled = self.sampler.sample(
+                result, inputs.handles_R, inputs.end_R, self._history, same_rows=inputs.same_rows
+            )
+            inputs.handles_device_R = self.graphs.handles_R[:num_rows].long()
+            self._remember(inputs, sampled.token_ids_S)
+        return self._outcome(output, inputs, sampled, [], started)
+
     def _sample(
         self, output: SchedulerOutput, inputs: StepInputs, hidden_TD: Tensor, started: float
     ) -> StepOutcome | None:
@@ -245,6 +302,16 @@ class ModelRunner:
                 same_rows=inputs.same_rows,
             )  # fmt: skip
             self._remember(inputs, sampled.token_ids_S)
+        return self._outcome(output, inputs, sampled, prompt_logprobs, started)
+
+    def _outcome(
+        self,
+        output: SchedulerOutput,
+        inputs: StepInputs,
+        sampled: Sampled | None,
+        prompt_logprobs: list[tuple[int, int, LogprobTensors]],
+        started: float,
+    ) -> StepOutcome | None:
         if not self.rank.answers:
             return None
         poisoned = {} if not self.batch.poisoned else dict(self.batch.poisoned)

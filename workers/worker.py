@@ -187,6 +187,7 @@ class Worker:
         self.ledger.kv_bytes = self.runner.kv_cache.num_bytes
         self._progress("warming up", 0.0)
         self.runner.warm_up(warm_up_shapes(self.runner))
+        self.runner.record_graphs(self._throttled("recording graphs"))
         if self.runner.device.type != "cpu" and self.rank.answers:
             self._answers = _AnswerThread(self.channel.send, self._tell_failure)
         self.channel.send(

@@ -1,0 +1,283 @@
+"""Decode steps as CUDA graphs: recorded once for a ladder of batch sizes, replayed with one small copy from the host.
+
+R rows of a step, padded to a recorded size; N handles; B blocks a row; V vocabulary.
+
+What a decode step needs to know of a request lives on the device, in tables by handle: its last token, how many of its
+tokens are computed, its blocks. The host sends which handles are in the step and which new block each row opens; the
+first kernel of the graph makes all inputs from that. Steps of another kind run eagerly and leave the tables up to date.
+The device could do this without recording as well (`enforce_eager`); a graph saves the launches, several milliseconds a
+step for a model of 32 layers.
+"""
+
+import gc
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from argosy.cluster.protocol.messages import SchedulerOutput
+from argosy.kernels import ops
+from argosy.workers.attention.base import AttentionMetadata
+from argosy.workers.input_batch import InputBatch, StepInputs
+
+NUM_CONTROL_BUFFERS = 4  # steps whose control may be on its way to the device at once
+Forward = Callable[[Tensor | None, Tensor | None, Tensor, AttentionMetadata], Tensor]
+
+
+def ladder(max_rows: int) -> list[int]:
+    """Batch sizes to record: fine steps where a padded row costs a noticeable share, coarse ones above."""
+    sizes = [1, 2, 4, *range(8, 129, 8), *range(144, 257, 16), *range(288, 1025, 32)]
+    below = [size for size in sizes if size < max_rows]
+    return [*below, max_rows]
+
+
+@dataclass(slots=True)
+class RecordedStep:
+    """One batch size: what is replayed, and the tensors it leaves its results in."""
+
+    graph: "torch.cuda.CUDAGraph | None"
+    greedy_graph: "torch.cuda.CUDAGraph | None"
+    metadata: AttentionMetadata
+    result: Tensor  # logits [R, V] on the last stage, hidden states [R, D] before it
+
+
+class DecodeTables:
+    """What the device remembers of each request, and the fixed tensors that decode steps read and write."""
+
+    def __init__(self, batch: InputBatch, max_rows: int):
+        device, num = batch.device, len(batch.num_computed_N)
+        self.batch, self.max_rows = batch, max_rows
+        self.num_computed_N = torch.zeros(num, dtype=torch.int32, device=device)
+        self.block_table_NB = torch.zeros((num, batch.max_blocks), dtype=torch.int32, device=device)
+        pinned = device.type == "cuda"
+        # rows: handles | new blocks | tokens the host knows
+        self._controls = [
+            torch.full((3, max_rows), -1, dtype=torch.int32, pin_memory=pinned) for _ in range(NUM_CONTROL_BUFFERS)
+        ]
+        self._sent = [torch.cuda.Event() for _ in self._controls] if pinned else []
+        self._turn = 0
+        self.control_3R = torch.full((3, max_rows), -1, dtype=torch.int32, device=device)
+        self.token_ids_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self.positions_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self.slots_R = torch.full((max_rows,), -1, dtype=torch.int64, device=device)
+        self.context_len_R = torch.zeros(max_rows, dtype=torch.int32, device=device)
+        self.block_table_RB = torch.zeros((max_rows, batch.max_blocks), dtype=torch.int32, device=device)
+        self.sampled_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
+        self.query_start_R1 = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
+        self._row_of_N = np.zeros(num, dtype=np.int64)
+
+    def new_blocks(self, output: SchedulerOutput, handles_R: np.ndarray) -> np.ndarray | None:
+        """The block each row opens with this step's token, -1 for none; None if blocks came in any other way."""
+        blocks_R = np.full(len(handles_R), -1, dtype=np.int32)
+        if not output.new_blocks:
+            return blocks_R
+        self._row_of_N[handles_R] = np.arange(len(handles_R))
+        size, batch = self.batch.block_size, self.batch
+        for handle, block_ids in output.new_blocks:
+            row = self._row_of_N[handle]
+            opens = batch.num_computed_N[handle] // size
+            if len(block_ids) != 1 or handles_R[row] != handle or batch.num_blocks_N[handle] - 1 != opens:
+                return None
+            blocks_R[row] = block_ids[0]
+        return blocks_R
+
+    def send(self, handles_R: np.ndarray, blocks_R: np.ndarray, tokens_R: np.ndarray | None, num_padded: int) -> None:
+        """One copy to the device, in stream order."""
+        turn = self._turn = (self._turn + 1) % len(self._controls)
+        if self._sent:
+            self._sent[turn].synchronize()
+        control, count = self._controls[turn], len(handles_R)
+        host = control.numpy()
+        host[0, :count] = handles_R
+        host[0, count:num_padded] = -1
+        host[1, :count] = blocks_R
+        host[2, :count] = -1 if tokens_R is None else tokens_R
+        self.control_3R.copy_(control, non_blocking=True)
+        if self._sent:
+            self._sent[turn].record()
+
+    def prepare(self, num_rows: int) -> None:
+        """Inputs of a step of so many (padded) rows, from the control and the tables."""
+        rows = slice(0, num_rows)
+        ops.prepare_decode(
+            self.control_3R[0, rows], self.control_3R[1, rows], self.control_3R[2, rows], self.batch.last_token_N,
+            self.num_computed_N, self.block_table_NB, self.token_ids_R[rows], self.positions_R[rows],
+            self.slots_R[rows], self.context_len_R[rows], self.block_table_RB[rows],
+            block_size=self.batch.block_size,
+        )  # fmt: skip
+
+    def metadata(self, num_rows: int, max_context_len: int) -> AttentionMetadata:
+        """Of a decode step of so many rows, in the fixed tensors."""
+        return AttentionMetadata(
+            num_rows=num_rows,
+            num_decode_rows=num_rows,
+            query_start_R1=self.query_start_R1[: num_rows + 1],
+            context_len_R=self.context_len_R[:num_rows],
+            block_table_RB=self.block_table_RB[:num_rows],
+            slot_mapping_T=self.slots_R[:num_rows],
+            max_query_len=1,
+            max_context_len=max_context_len,
+        )
+
+    def take_over(self, inputs: StepInputs) -> None:
+        """After a step that was built on the host: its rows' counts and blocks."""
+        handles = inputs.handles_device_R
+        assert handles is not None
+        metadata = inputs.metadata
+        self.num_computed_N.index_copy_(0, handles, metadata.context_len_R)
+        self.block_table_NB[handles, : metadata.block_table_RB.shape[1]] = metadata.block_table_RB
+
+
+class CUDAGraphRunner:
+    """Runs the steps in which every row computes one token and samples one."""
+
+    def __init__(
+        self,
+        batch: InputBatch,
+        forward: Forward,
+        compute_logits: Callable[[Tensor], Tensor] | None,
+        *,
+        max_rows: int,
+        max_model_len: int,
+        hidden_size: int,
+        dtype: torch.dtype,
+        is_first_stage: bool,
+    ):
+        """`forward`: (tokens, hidden, positions, metadata) -> hidden. No `compute_logits` before the last stage."""
+        self.batch, self.forward, self.compute_logits = batch, forward, compute_logits
+        self.max_rows, self.max_model_len = max_rows, max_model_len
+        self.tables = DecodeTables(batch, max_rows)
+        self.is_first_stage = is_first_stage
+        self.hidden_RD = torch.zeros((max_rows, hidden_size), dtype=dtype, device=batch.device)
+        self.sizes = ladder(max_rows)
+        self._recorded: dict[int, RecordedStep] = {}
+        self._size_of = np.zeros(max_rows + 1, dtype=np.int64)
+        for size in reversed(self.sizes):
+            self._size_of[: size + 1] = size
+        self._last_rows: object = ()
+        self._last_handles = np.zeros(0, dtype=np.int64)
+
+    # ------------------------------------------------------------------------------------------------- recording
+
+    @torch.inference_mode()
+    def record(self, on_progress: Callable[[float], None] | None = None) -> None:
+        """Record all sizes, largest first, so that the smaller ones reuse its memory. Takes seconds.
+
+        All rows are padding while recording: nothing is written to the cache.
+        """
+        self.tables.control_3R.fill_(-1)
+        pool = torch.cuda.graph_pool_handle()
+        stream = torch.cuda.Stream(self.batch.device)
+        torch.cuda.synchronize(self.batch.device)
+        gc.collect()
+        gc.disable()  # a collection in mid-record would free device memory, which is not allowed then
+        try:
+            with torch.cuda.stream(stream):
+                for done, size in enumerate(reversed(self.sizes)):
+                    self._record_size(size, pool, stream)
+                    if on_progress is not None:
+                        on_progress((done + 1) / len(self.sizes))
+        finally:
+            gc.enable()
+        torch.cuda.synchronize(self.batch.device)
+
+    def _record_size(self, size: int, pool: tuple[int, int], stream: "torch.cuda.Stream") -> None:
+        metadata = self.tables.metadata(size, self.max_model_len)
+        result = self._compute(size, metadata)  # compiles what this size needs
+        if self.compute_logits is not None:
+            self._sample_greedy(size, result)
+        stream.synchronize()
+        metadata.scratch.clear()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=pool, stream=stream):
+            result = self._compute(size, metadata)
+        greedy = None
+        if self.compute_logits is not None:
+            greedy = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(greedy, pool=pool, stream=stream):
+                self._sample_greedy(size, result)
+        self._recorded[size] = RecordedStep(graph, greedy, metadata, result)
+
+    def _compute(self, size: int, metadata: AttentionMetadata) -> Tensor:
+        tables = self.tables
+        tables.prepare(size)
+        tokens = tables.token_ids_R[:size] if self.is_first_stage else None
+        hidden = None if self.is_first_stage else self.hidden_RD[:size]
+        hidden_RD = self.forward(tokens, hidden, tables.positions_R[:size], metadata)
+        return hidden_RD if self.compute_logits is None else self.compute_logits(hidden_RD)
+
+    def _sample_greedy(self, size: int, logits_RV: Tensor) -> None:
+        self.remember(logits_RV, ops.argmax_rows(logits_RV), size)
+
+    def remember(self, logits_RV: Tensor, token_ids_R: Tensor, num_rows: int) -> Tensor:
+        """Keep what was sampled for the next step. Returns the ids, those of failed rows below 0."""
+        out_R = self.tables.sampled_R[:num_rows]
+        ops.remember_tokens(
+            self.tables.control_3R[0, :num_rows], token_ids_R, logits_RV, self.batch.last_token_N, out_R
+        )
+        return out_R
+
+    # --------------------------------------------------------------------------------------------------- a step
+
+    def begin(self, output: SchedulerOutput) -> StepInputs | None:
+        """Send the step's control, if it is one of ours; None: run it another way. Call after `batch.apply`."""
+        count = len(output.rows)
+        if (
+            output.new_requests
+            or output.partial
+            or not 0 < count <= self.max_rows
+            or (output.num_tokens and sum(output.num_tokens) != len(output.num_tokens))
+        ):
+            return None
+        same_rows = output.rows == self._last_rows
+        if not same_rows:
+            self._last_handles, self._last_rows = np.asarray(output.rows, dtype=np.int64), output.rows
+        handles_R, batch = self._last_handles, self.batch
+        blocks_R = self.tables.new_blocks(output, handles_R)
+        if blocks_R is None:
+            return None
+        start_R = batch.num_computed_N[handles_R]
+        tokens_R = None
+        if batch.keeps_new_tokens:
+            tokens_R = batch.token_ids_NL[handles_R, start_R]
+        size = int(self._size_of[count])
+        self.tables.send(handles_R, blocks_R, tokens_R, size)
+        return StepInputs(
+            handles_R=handles_R,
+            num_tokens_R=None,
+            end_R=start_R + 1,
+            num_tokens=count,
+            token_ids_T=self.tables.token_ids_R[:count],
+            positions_T=self.tables.positions_R[:count],
+            metadata=self._recorded[size].metadata,
+            sample_rows_S=None,
+            hidden_rows_S=None,
+            handles_device_R=None,
+            same_rows=same_rows,
+        )
+
+    def take_over(self, inputs: StepInputs) -> None:
+        """After a step that was run another way: bring the device's tables up to date."""
+        self._last_rows = ()
+        self.tables.take_over(inputs)
+
+    @property
+    def handles_R(self) -> Tensor:
+        """Handles of the step in progress, on the device (int32); -1 is padding."""
+        return self.tables.control_3R[0]
+
+    def run(self, num_rows: int) -> Tensor:
+        """Replay the forward pass. Logits or hidden states of the rows; they last until the next step."""
+        recorded = self._recorded[int(self._size_of[num_rows])]
+        assert recorded.graph is not None
+        recorded.graph.replay()
+        return recorded.result[:num_rows]
+
+    def run_greedy(self, num_rows: int) -> Tensor:
+        """After `run`: replay the choice of the most likely tokens. Ids, below 0 where a row failed."""
+        recorded = self._recorded[int(self._size_of[num_rows])]
+        assert recorded.greedy_graph is not None
+        recorded.greedy_graph.replay()
+        return self.tables.sampled_R[:num_rows]
