@@ -88,7 +88,7 @@ def oracle_continuation(token_ids: Sequence[int], num_tokens: int, vocab_size: i
 
 
 def write_oracle_model(folder: Path, *, vocab_size: int = 997, max_position: int = 2048) -> Path:
-    """A model folder (`config.json` only, for `load_format: dummy`) that is served by the oracle. Returns the folder."""
+    """A folder with a `config.json` alone, for `load_format: dummy`, that is served by the oracle. Returns it."""
     folder.mkdir(parents=True, exist_ok=True)
     config = {
         "architectures": [ARCHITECTURE],

@@ -94,7 +94,7 @@ class Penalties:
             return
         rows, places = self._on_device(rows_K), self._on_device(places_S[rows_K])
         logits_KV, count_KV, factors_K3 = logits_SV[rows], self._count_PV[places], self._factors_P3[places]
-        repetition_K1, frequency_K1, presence_K1 = factors_K3.split(1, dim=1)
+        repetition_K1, frequency_K1, presence_K1 = factors_K3[:, :1], factors_K3[:, 1:2], factors_K3[:, 2:]
         generated_KV = count_KV > 0
         scaled_KV = torch.where(logits_KV > 0, logits_KV / repetition_K1, logits_KV * repetition_K1)
         logits_KV = torch.where(generated_KV | self._in_prompt_PV[places], scaled_KV, logits_KV)

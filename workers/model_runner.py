@@ -50,7 +50,7 @@ class StepOutcome:
         self._token_ids: Tensor | None = None if sampled is None else sampled.token_ids_S
         self._copied: torch.cuda.Event | None = None
         if side_stream is not None and self._token_ids is not None:
-            computed = torch.cuda.Event()
+            computed = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
             computed.record()
             with torch.cuda.stream(side_stream):
                 side_stream.wait_event(computed)
@@ -58,7 +58,7 @@ class StepOutcome:
                 self._token_ids = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
                 self._token_ids.copy_(on_device, non_blocking=True)
                 on_device.record_stream(side_stream)
-                self._copied = torch.cuda.Event()
+                self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
                 self._copied.record()
 
     def result(self) -> ModelRunnerOutput:
@@ -133,7 +133,9 @@ class ModelRunner:
         self.graphs: CUDAGraphRunner | None = None
         self.last_step_id = -1
         self._prompt_logprobs: dict[int, int] = {}  # handle -> how many, for requests that asked
-        self._side_stream = torch.cuda.Stream(device) if device.type == "cuda" and self.rank.answers else None
+        self._side_stream: torch.cuda.Stream | None = None
+        if device.type == "cuda" and self.rank.answers:
+            self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
 
     # ----------------------------------------------------------------------------------------------------- starting
 
@@ -262,10 +264,10 @@ class ModelRunner:
     def _forward(self, inputs: StepInputs, context: ForwardContext) -> Tensor:
         hidden_TD = None if self.rank.is_first_stage else self.transport.receive(inputs.num_tokens)
         token_ids_T = inputs.token_ids_T if self.rank.is_first_stage else None
-        hidden_TD = self.model(token_ids_T, hidden_TD, inputs.positions_T, context)
+        made_TD: Tensor = self.model(token_ids_T, hidden_TD, inputs.positions_T, context)
         if not self.rank.is_last_stage:
-            self.transport.send(hidden_TD)
-        return hidden_TD
+            self.transport.send(made_TD)
+        return made_TD
 
     def _replay(self, output: SchedulerOutput, inputs: StepInputs, started: float) -> StepOutcome | None:
         """A decode step by its recorded graph; the draw as well where all rows take the most likely token."""

@@ -108,7 +108,7 @@ class Sampler:
         self._has_filter_N = np.zeros(num, dtype=np.bool_)
         self._wants_logprobs: dict[int, tuple[int, Sequence[int]]] = {}
         self._random: dict[int, None] = {}
-        self._gathered: tuple[Tensor, ...] | None = None
+        self._gathered: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
         self._any_random = self._any_filter = False
 
     def add(self, request: NewRequest) -> None:
@@ -160,7 +160,9 @@ class Sampler:
             self.processor.count(handles_S, token_ids_S.clamp(min=0))
         if raw_LV is None:
             return Sampled(token_ids_S)
-        rows, num_top, wanted_ids = ([want[i] for want in wants] for i in range(3))
+        rows = [row for row, _, _ in wants]
+        num_top = [count for _, count, _ in wants]
+        wanted_ids = [ids for _, _, ids in wants]
         token_ids_L = token_ids_S[torch.tensor(rows, device=self.device)].clamp(min=0)
         return Sampled(token_ids_S, gather_logprobs(raw_LV, token_ids_L, rows, num_top, wanted_ids))
 
@@ -173,7 +175,8 @@ class Sampler:
     def _draw(self, logits_SV: Tensor, handles_S: IntArray, positions_S: IntArray, same_rows: bool) -> Tensor:
         if self._gathered is None or not same_rows:
             tables = (self._temperature_N, self._top_k_N, self._top_p_N, self._min_p_N, self._seed_N)
-            self._gathered = tuple(torch.from_numpy(table[handles_S]).to(self.device) for table in tables)
+            temperature, top_k, top_p, min_p, seed = (torch.from_numpy(t[handles_S]).to(self.device) for t in tables)
+            self._gathered = (temperature, top_k, top_p, min_p, seed)
             random_S = self._temperature_N[handles_S] > 0.0
             self._any_random = bool(random_S.any())
             self._any_filter = bool((random_S & self._has_filter_N[handles_S]).any())

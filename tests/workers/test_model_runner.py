@@ -32,7 +32,7 @@ def ragged_prompts(count: int = 6) -> list[list[int]]:
     """Lengths around block and chunk borders; two share a prefix of several blocks."""
     rng = random.Random(5)
     prompts = [[rng.randrange(VOCAB) for _ in range(length)] for length in (1, 4, 7, 16, 21, 37)[:count]]
-    prompts.append(prompts[-1][:18] + [3, 1, 4])
+    prompts.append([*prompts[-1][:18], 3, 1, 4])
     return prompts
 
 

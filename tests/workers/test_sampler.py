@@ -68,16 +68,21 @@ def naive_process(logits: list[float], r: NewRequest) -> list[float]:
 
 
 RULES = [
-    dict(repetition_penalty=1.7),
-    dict(presence_penalty=1.5, frequency_penalty=-0.7),
-    dict(repetition_penalty=0.6, presence_penalty=-1.0, frequency_penalty=0.3),
-    dict(min_tokens=9, eos_token_ids=(3,), stop_token_ids=(5, 7, 400)),
-    dict(min_tokens=2, eos_token_ids=(3,)),
-    dict(logit_bias=((4, 3.5), (9, -100.0), (2, 100.0), (77, 1.0))),
-    dict(allowed_token_ids=(1, 8, 30)),
-    dict(bad_word_ids=((6,), (11, 12), (5, 11, 13), (9, 14), (4, 5, 11, 15, 16))),
-    dict(allowed_token_ids=(1, 8, 30, 31), bad_word_ids=((30,),), logit_bias=((31, 5.0),), repetition_penalty=1.3),
-    dict(),
+    {"repetition_penalty": 1.7},
+    {"presence_penalty": 1.5, "frequency_penalty": -0.7},
+    {"repetition_penalty": 0.6, "presence_penalty": -1.0, "frequency_penalty": 0.3},
+    {"min_tokens": 9, "eos_token_ids": (3,), "stop_token_ids": (5, 7, 400)},
+    {"min_tokens": 2, "eos_token_ids": (3,)},
+    {"logit_bias": ((4, 3.5), (9, -100.0), (2, 100.0), (77, 1.0))},
+    {"allowed_token_ids": (1, 8, 30)},
+    {"bad_word_ids": ((6,), (11, 12), (5, 11, 13), (9, 14), (4, 5, 11, 15, 16))},
+    {
+        "allowed_token_ids": (1, 8, 30, 31),
+        "bad_word_ids": ((30,),),
+        "logit_bias": ((31, 5.0),),
+        "repetition_penalty": 1.3,
+    },
+    {},
 ]
 
 
@@ -101,7 +106,7 @@ def test_logits_are_changed_as_the_fields_say() -> None:
 def test_penalties_follow_what_is_drawn() -> None:
     """Counts are kept from step to step; after some steps they are what a fresh start from the tokens would give."""
     torch.manual_seed(1)
-    params = dict(repetition_penalty=1.4, frequency_penalty=0.9, presence_penalty=0.4, temperature=0.0)
+    params = {"repetition_penalty": 1.4, "frequency_penalty": 0.9, "presence_penalty": 0.4, "temperature": 0.0}
     bench = Bench(*(request(h, [1, 2, h], **params) for h in range(6)), request(9, [1], temperature=0.0))
     for step in range(12):
         handles = [0, 2, 9, 5, 1] if step % 2 else [5, 4, 3, 9]
@@ -137,7 +142,7 @@ def test_draws_have_the_distribution_asked_for(temperature: float, top_k: int, t
     torch.manual_seed(2)
     logits = torch.randn(VOCAB) * 1.5
     rows, rounds = (1000, 100) if top_p == 1.0 else (200, 100)  # the reference does top_p row by row
-    params = dict(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    params = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p}
     bench = Bench(*(request(h, [1], seed=h * 7919, **params) for h in range(rows)), max_num_seqs=rows)
     batch = logits.expand(rows, VOCAB)
     counts = np.zeros(VOCAB)
@@ -155,7 +160,7 @@ def test_draws_have_the_distribution_asked_for(temperature: float, top_k: int, t
 def test_a_request_draws_the_same_with_any_batch_mates() -> None:
     """The same seed, position and logits: alone, in a crowd, in another row, after being sent again."""
     torch.manual_seed(3)
-    wish = dict(temperature=0.9, top_p=0.95, seed=2**40 + 17)
+    wish = {"temperature": 0.9, "top_p": 0.95, "seed": 2**40 + 17}
     logits = torch.randn(8, VOCAB)
     alone = [Bench(request(0, [1] * n, **wish)).sample(logits[n : n + 1], [0]).token_ids_S.item() for n in range(1, 8)]
     others = [request(h, [2, 3], temperature=0.5 * h, seed=h, repetition_penalty=1.0 + h / 10) for h in range(1, 6)]
