@@ -1,7 +1,6 @@
 """A stand-in for the driver, for tests of doors: answers by a script, and remembers what it was asked."""
 
 import asyncio
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -47,7 +46,7 @@ class ScriptedStream:
 
     def __init__(self, submitted: Submitted, steps: Iterable[list[TokenDelta]], gate: asyncio.Event | None):
         self.submitted = submitted
-        self._steps = deque(steps)
+        self._steps = iter(steps)
         self._gate = gate
 
     def __aiter__(self) -> "ScriptedStream":
@@ -57,10 +56,11 @@ class ScriptedStream:
         if self._gate is not None and self.submitted.num_taken:
             await self._gate.wait()
         await asyncio.sleep(0)
-        if not self._steps:
+        step = next(self._steps, None)
+        if step is None:
             raise StopAsyncIteration
         self.submitted.num_taken += 1
-        return self._steps.popleft()
+        return step
 
     def abort(self, index: int | None = None) -> None:
         """Remember it."""
