@@ -1,0 +1,74 @@
+"""Whether the engine on a GPU says what transformers says: tiny models of each family, float32, greedy, ragged prompts.
+
+python benchmarks/gpu/check_gpu.py            recorded graphs and eager steps; exit code 1 on a difference
+"""
+
+import random
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+import transformers
+
+from argosy import LLM, SamplingParams
+
+FAMILIES = {
+    "llama": (transformers.LlamaConfig, {}),
+    "mistral": (transformers.MistralConfig, {"sliding_window": 24}),
+    "qwen2": (transformers.Qwen2Config, {}),
+    "qwen3": (transformers.Qwen3Config, {"head_dim": 64}),
+}
+SHAPE = {
+    "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
+    "intermediate_size": 512, "vocab_size": 1024, "max_position_embeddings": 512,
+}  # fmt: skip
+
+
+def reference(folder: str, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
+    """Greedy continuations by transformers, one prompt at a time, in float32 on the CPU."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    answers = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt])
+        out = model.generate(ids, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers
+
+
+def main() -> int:
+    """All families, with and without graphs."""
+    rng, failures = random.Random(7), 0
+    for family, (config_type, extra) in FAMILIES.items():
+        with tempfile.TemporaryDirectory(prefix="argosy-check-") as parent:
+            folder = str(Path(parent, family))
+            torch.manual_seed(1)
+            config = config_type(**{**SHAPE, **extra}, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
+            transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+            prompts = [[rng.randrange(3, 1000) for _ in range(n)] for n in (1, 5, 16, 17, 33, 64, 100, 130)]
+            want = reference(folder, prompts, 24)
+            for eager in (False, True):
+                with LLM(
+                    folder, dtype="float32", skip_tokenizer_init=True, distributed_executor_backend="local",
+                    enforce_eager=eager, max_num_seqs=8, max_num_batched_tokens=64, gpu_memory_utilization=0.2,
+                ) as llm:  # fmt: skip
+                    params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, detokenize=False)
+                    outputs = llm.generate(prompts, params, use_tqdm=False)
+                    got = [list(o.outputs[0].token_ids) for o in outputs]
+                    draws = []
+                    drawing = SamplingParams(temperature=0.9, top_p=0.9, seed=5, max_tokens=16, ignore_eos=True, n=3,
+                                             detokenize=False)  # fmt: skip
+                    for _ in range(2):
+                        outputs = llm.generate(prompts, drawing, use_tqdm=False)
+                        draws.append([[list(c.token_ids) for c in o.outputs] for o in outputs])
+                same = sum(a == b for a, b in zip(got, want, strict=True))
+                drawn = draws[0] == draws[1]
+                print(
+                    f"{family:8} {'eager' if eager else 'graphs':7} {same}/{len(want)} as transformers; draws {drawn}"
+                )
+                failures += same != len(want) or not drawn
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
