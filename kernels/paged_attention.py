@@ -161,10 +161,12 @@ def paged_attention(
     soft_cap: float | None = None,
     alibi_slopes_N: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    sizes: tuning.Sizes | None = None,
 ) -> Tensor:
     """Shapes as in `ops.paged_attention`; tokens of q may be strided (a view of the fused projection).
 
-    Must have run once on a device before it is captured there, and not on two streams at the same time.
+    Must have run once on a device before it is captured there, and not on two streams at the same time. `sizes`
+    overrides what was tuned, for the tuner itself.
     """
     num_rows, num_heads, head_size = q_RNH.shape
     block_size, num_kv_heads = k_cache_BSKH.shape[1:3]
@@ -182,8 +184,10 @@ def paged_attention(
     bound = bound if sliding_window is None else min(bound, sliding_window)
     facts = tuning.device_facts(device)
     width = tuning.next_power_of_two(head_size)
-    sizes = tuning.pick("paged_attention", f"h{head_size}", device) or {
-        "block_l": 64 if width <= 128 else 32, "warps": 4, "stages": 3, "per_sm": 4,
+    if sizes is None and q_RNH.element_size() == 2:
+        sizes = tuning.pick("paged_attention", f"h{head_size}", device)
+    sizes = sizes or {
+        "block_l": 64 if width * q_RNH.element_size() <= 256 else 32, "warps": 4, "stages": 3, "per_sm": 4,
     }  # fmt: skip
     block_l = sizes["block_l"] if facts.slug != "interpreter" else 16
     groups = num_rows * num_kv_heads

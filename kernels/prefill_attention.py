@@ -173,8 +173,10 @@ def _prefill_attention_kernel(
     tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), in_tile)
 
 
-def _default_sizes(width: int, mean_queries: int, group: int) -> dict[str, int]:
+def _default_sizes(width: int, mean_queries: int, group: int, dtype: torch.dtype) -> dict[str, int]:
     """Tiles for the tensor cores of Hopper when queries are many; small ones when most rows have a token or two."""
+    if dtype == torch.float32:  # exact products have no tensor core, and tiles of twice the bytes fill shared memory
+        return {"block_m": 16, "block_l": 32, "warps": 4, "stages": 1}
     rows = tuning.next_power_of_two(max(16, mean_queries * group))
     if rows >= 128:
         return {"block_m": 128, "block_l": 64 if width <= 128 else 32, "warps": 8, "stages": 3}
@@ -213,8 +215,9 @@ def prefill_attention(
     width = tuning.next_power_of_two(head_size)
     mean_queries = num_tokens // num_rows
     kind = "many" if mean_queries * group >= 128 else "few"
-    sizes = sizes or tuning.pick("prefill_attention", f"h{head_size}_{kind}", q_TNH.device)
-    sizes = sizes or _default_sizes(width, mean_queries, group)
+    if sizes is None and q_TNH.element_size() == 2:
+        sizes = tuning.pick("prefill_attention", f"h{head_size}_{kind}", q_TNH.device)
+    sizes = sizes or _default_sizes(width, mean_queries, group, q_TNH.dtype)
     block_m = max(sizes["block_m"], tuning.next_power_of_two(group))
     block_q = block_m // group
     grid = (num_tokens // block_q + num_rows, num_kv_heads)

@@ -10,11 +10,14 @@ from argosy.kernels import paged_attention, prefill_attention, reference, tuning
 
 Near = Callable[[Tensor, Tensor], None]
 OPTIONS = ["none", "window", "soft_cap", "alibi", "sinks"]
-DTYPES = [torch.float32, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-HEADS = [(6, 2, 64), (7, 1, 80)]
-CARD_HEADS = [pytest.param(*heads, marks=pytest.mark.gpu) for heads in (
-    (32, 8, 128), (8, 8, 96), (16, 2, 256), (40, 1, 64), (12, 12, 64)
-)]  # fmt: skip
+HEADS = [
+    (6, 2, 64, torch.float32),
+    (7, 1, 80, torch.float32),
+    *(
+        pytest.param(*heads, torch.bfloat16, marks=pytest.mark.gpu)
+        for heads in ((32, 8, 128), (7, 1, 80), (8, 8, 96), (16, 2, 256), (40, 1, 64), (12, 12, 64))
+    ),
+]
 
 
 def chosen(option: str, num_heads: int, device: torch.device) -> dict[str, object]:
@@ -38,9 +41,8 @@ def paged(
     return *caches, table, torch.tensor(contexts, dtype=torch.int32, device=device)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size"), HEADS + CARD_HEADS)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size", "dtype"), HEADS)
 def test_decode(
     num_heads: int, num_kv_heads: int, head_size: int, option: str, dtype: torch.dtype, device: torch.device,
     assert_near: Near,
@@ -76,9 +78,8 @@ def test_splits_follow_the_card_and_never_outnumber_the_tiles() -> None:
     assert paged_attention.choose_splits(4096, 1, 64, 132, 4) == 1
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("option", OPTIONS)
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size"), HEADS + CARD_HEADS)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size", "dtype"), HEADS)
 def test_prefill(
     num_heads: int, num_kv_heads: int, head_size: int, option: str, dtype: torch.dtype, device: torch.device,
     assert_near: Near,

@@ -1,0 +1,277 @@
+"""Our kernels against the libraries' best on the same card: `python benchmarks/kernels/bench_kernels.py [part ...]`.
+
+Prints a JSON line a measurement and a table last; `--out FILE` appends the lines to a file. Parts: linear, decode,
+prefill, small, sampling, blocks, step. "step" chains the kernels of a whole decode step with weights of the real size.
+"""
+
+# ruff: noqa: B023 - every closure here is called within the turn of the loop that made it
+import argparse
+import math
+
+import torch
+import torch.nn.functional as F
+from timing import Report, copies_for, microseconds
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from argosy.kernels import gemv, ops
+
+BF16 = torch.bfloat16
+LINEARS = {
+    "8b qkv": (4096, 6144, False), "8b o": (4096, 4096, False), "8b gate_up": (4096, 28672, True),
+    "8b down": (14336, 4096, False), "8b lm_head": (4096, 128256, False),
+    "06b qkv": (1024, 4096, False), "06b o": (2048, 1024, False), "06b gate_up": (1024, 6144, True),
+    "06b down": (3072, 1024, False), "06b lm_head": (1024, 151936, False),
+}  # fmt: skip
+STEPS = {  # hidden, layers, query heads, key/value heads, MLP width, vocabulary, norm of q and k
+    "8b": (4096, 32, 32, 8, 14336, 128256, False),
+    "06b": (1024, 28, 16, 8, 3072, 151936, True),
+}
+
+
+def rand(*shape: int) -> Tensor:
+    return torch.randn(shape, device="cuda", dtype=BF16)
+
+
+def linear(report: Report) -> None:
+    """x W^T alone, and with the norm before and the gate or residual after, against cuBLAS and separate kernels."""
+    for name, (num_in, num_out, gated) in LINEARS.items():
+        size = num_in * num_out * 2
+        weights = [rand(num_out, num_in) / 64 for _ in range(copies_for(size, 40))]
+        norm = rand(num_in)
+        for tokens in (1, 8, 16, 64):
+            x = rand(tokens, num_in)
+            residual = rand(tokens, num_out)
+
+            def library(w: Tensor) -> object:
+                y = F.linear(ops.rms_norm(x, norm, 1e-6), w)
+                return ops.silu_and_mul(y) if gated else residual.add_(y)
+
+            def door(w: Tensor) -> object:
+                return ops.fused_linear(
+                    x, w, norm_weight_I=norm, eps=1e-6, gated=gated, residual_TO=None if gated else residual
+                )  # fmt: skip
+
+            runs = {"cublas": lambda w: F.linear(x, w), "cublas + separate": library, "fused_linear": door}
+            if gemv.suits(x, weights[0]):
+                runs["gemv"] = lambda w: gemv.fused_linear(x, w)
+            for label, run in runs.items():
+                us, spread = microseconds([lambda w=w, run=run: run(w) for w in weights])
+                report.add(
+                    label, f"{name} {num_in}x{num_out} tokens {tokens}", us, spread, TBps=round(size / us / 1e6, 2)
+                )
+
+
+def decode(report: Report) -> None:
+    """Paged decode attention against SDPA over dense keys of the same lengths."""
+    for heads, kv_heads, size in ((32, 8, 128), (16, 8, 128), (14, 2, 64)):
+        for rows, context in ((1, 256), (1, 4096), (8, 1024), (64, 384), (64, 1024), (256, 384), (256, 1024)):
+            moved = rows * context * kv_heads * size * 4
+            sets = copies_for(moved, 16)
+            calls, dense = [], []
+            per_row = context // 16
+            for _ in range(sets):
+                k_cache, v_cache = rand(rows * per_row, 16, kv_heads, size), rand(rows * per_row, 16, kv_heads, size)
+                table = torch.randperm(rows * per_row, device="cuda").view(rows, per_row).int()
+                lengths = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+                q = rand(rows, heads, size)
+                calls.append(
+                    lambda a=(q, k_cache, v_cache, table, lengths): ops.paged_attention(*a, scale=0.1, max_context=8192)
+                )
+                k, v = (x.view(rows, context, kv_heads, size).transpose(1, 2) for x in (k_cache, v_cache))
+                dense.append(
+                    lambda a=(q[:, :, None], k, v): F.scaled_dot_product_attention(*a, scale=0.1, enable_gqa=True)
+                )
+            case = f"{heads}/{kv_heads}x{size} rows {rows} context {context}"
+            us, spread = microseconds(calls)
+            report.add("paged_attention", case, us, spread, TBps=round(moved / us / 1e6, 2))
+            if context >= 384 and rows >= 8 and size == 128:
+                us, spread = microseconds(dense)
+                report.add("SDPA dense", case, us, spread, TBps=round(moved / us / 1e6, 2))
+
+
+def prefill(report: Report) -> None:
+    """New prompts, and a chunk after a long prefix, against SDPA (cuDNN) over dense keys."""
+    for heads, kv_heads, size in ((32, 8, 128), (16, 8, 128)):
+        for rows, queries, context in (
+            (16, 512, 512),
+            (4, 2048, 2048),
+            (1, 8192, 8192),
+            (4, 512, 4096),
+            (64, 16, 1024),
+        ):
+            per_row = context // 16
+            calls = []
+            pairs = rows * (queries * (context - queries) + queries * (queries + 1) / 2)
+            flops = 4 * pairs * heads * size
+            for _ in range(4):
+                k_cache, v_cache = rand(rows * per_row, 16, kv_heads, size), rand(rows * per_row, 16, kv_heads, size)
+                table = torch.randperm(rows * per_row, device="cuda").view(rows, per_row).int()
+                lengths = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+                starts = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * queries
+                q = rand(rows * queries, heads, size)
+                calls.append(
+                    lambda a=(q, k_cache, v_cache, starts, lengths, table): ops.prefill_attention(*a, scale=0.1)
+                )
+            case = f"{heads}/{kv_heads}x{size} {rows} x {queries} of {context}"
+            us, spread = microseconds(calls)
+            report.add("prefill_attention", case, us, spread, TFLOPs=round(flops / us / 1e6))
+            if queries == context:
+                q4 = rand(rows, queries, heads, size).transpose(1, 2)
+                k4, v4 = (rand(rows, context, kv_heads, size).transpose(1, 2) for _ in range(2))
+                for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION):
+                    with sdpa_kernel(backend):
+                        us, spread = microseconds(
+                            [lambda a=(q4, k4, v4): F.scaled_dot_product_attention(*a, is_causal=True, enable_gqa=True)]
+                        )
+                    report.add(f"SDPA {backend.name[:5]}", case, us, spread, TFLOPs=round(flops / us / 1e6))
+
+
+def small(report: Report) -> None:
+    """Norms, gates, rotation with KV write: microseconds for few tokens, bandwidth for many."""
+    for tokens in (1, 64, 8192):
+        sets = 2 if tokens < 8192 else 4
+        x = [rand(tokens, 4096) for _ in range(sets)]
+        y = [rand(tokens, 4096) for _ in range(sets)]
+        wide = [rand(tokens, 28672) for _ in range(sets)]
+        weight = rand(4096)
+        qkv = [rand(tokens, 6144) for _ in range(sets)]
+        caches = [rand(1024, 16, 8, 128), rand(1024, 16, 8, 128)]
+        table = torch.randn(8192, 128, device="cuda")
+        positions, slots = torch.arange(tokens, device="cuda"), torch.randperm(16384, device="cuda")[:tokens]
+        head_weight = rand(128)
+        plain = {"num_heads": 32}
+        normed = plain | {"q_norm_weight_H": head_weight, "k_norm_weight_H": head_weight}
+        cases = {
+            "rms_norm 4096": (2 * 8192, [lambda a=a: ops.rms_norm(a, weight, 1e-6) for a in x]),
+            "add_rms_norm 4096": (4 * 8192, [
+                lambda a=a, b=b: ops.add_rms_norm(a, b, weight, 1e-6) for a, b in zip(x, y, strict=True)]),
+            "silu_and_mul 2x14336": (3 * 28672, [lambda a=a: ops.silu_and_mul(a) for a in wide]),
+            "rope_and_store 32/8x128": (2 * 12288, [
+                lambda a=a: ops.rope_and_store(a, positions, table, *caches, slots, **plain) for a in qkv]),
+            "rope_and_store 32/8x128 + qk norm": (2 * 12288, [
+                lambda a=a: ops.rope_and_store(a, positions, table, *caches, slots, **normed) for a in qkv]),
+        }  # fmt: skip
+        for name, (bytes_a_token, calls) in cases.items():
+            us, spread = microseconds(calls)
+            report.add("small", f"{name} tokens {tokens}", us, spread, TBps=round(bytes_a_token * tokens / us / 1e6, 2))
+
+
+def sampling(report: Report) -> None:
+    for vocabulary in (128256, 151936):
+        for rows in (1, 64, 256):
+            logits = [rand(rows, vocabulary) * 2 for _ in range(copies_for(rows * vocabulary * 2, 8))]
+            zeros, ones = torch.zeros(rows, device="cuda"), torch.ones(rows, device="cuda")
+            off = torch.zeros(rows, device="cuda", dtype=torch.int32)
+            seeds, positions = torch.arange(rows, device="cuda"), torch.arange(rows, device="cuda")
+            columns = {
+                "greedy": ((zeros, off, ones, zeros), {"any_random": False}),
+                "random": ((ones, off, ones, zeros), {"any_filter": False}),
+                "top_k 50": ((ones, off + 50, ones, zeros), {}),
+                "top_p 0.9": ((ones, off, ones * 0.9, zeros), {}),
+                "top_k 20 top_p 0.95 t 0.6": ((ones * 0.6, off + 20, ones * 0.95, zeros), {}),
+            }
+            for name, (parameters, flags) in columns.items():
+                us, spread = microseconds(
+                    [lambda a=a, p=parameters, f=flags: ops.sample_rows(a, *p, seeds, positions, **f) for a in logits]
+                )
+                report.add("sample_rows", f"{name} rows {rows} vocabulary {vocabulary}", us, spread)
+            us, spread = microseconds([lambda a=a: a.argmax(-1) for a in logits])
+            report.add("torch argmax", f"rows {rows} vocabulary {vocabulary}", us, spread)
+
+
+def blocks(report: Report) -> None:
+    """Copy and swap of blocks through the 64 tensors of an 8b model. Not captured: host lists, wall of one call."""
+    caches = [rand(512, 16, 8, 128) for _ in range(64)]
+    host = [torch.zeros(256, 16, 8, 128, dtype=BF16).pin_memory() for _ in caches]
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    for count in (1, 16, 128):
+        pairs = [(2 * i, 2 * i + 1) for i in range(count)]
+        halves = [(2 * i, i) for i in range(count)]
+        back = [(b, a) for a, b in halves]
+        for name, call in {
+            "copy": lambda p=pairs: ops.copy_blocks(caches, p),
+            "to host": lambda p=halves: ops.swap_blocks(caches, host, p),
+            "from host": lambda p=back: ops.swap_blocks(host, caches, p),
+        }.items():
+            call()
+            torch.cuda.synchronize()
+            times = []
+            for _ in range(5):
+                start.record()
+                call()
+                end.record()
+                torch.cuda.synchronize()
+                times.append(start.elapsed_time(end) * 1000)
+            us = sorted(times)[2]
+            moved = count * 64 * 32768
+            report.add("blocks", f"{name} {count} blocks x 64 tensors", us, 0.0, GBps=round(moved / us / 1e3, 1))
+
+
+def step(report: Report) -> None:
+    for name, shape in STEPS.items():
+        step_of(report, name, *shape)
+        torch.cuda.empty_cache()
+
+
+def step_of(
+    report: Report, name: str, hidden: int, layers: int, heads: int, kv_heads: int, wide: int, vocabulary: int,
+    qk_norm: bool,
+) -> None:  # fmt: skip
+    """All kernels of a decode step in one graph: norms, projections, attention over 256 tokens, head, argmax."""
+    size, context, per_row = 128, 256, 512 // 16
+    weights = [
+        (rand((heads + 2 * kv_heads) * size, hidden) / math.sqrt(hidden), rand(hidden, heads * size) / 64,
+         rand(2 * wide, hidden) / math.sqrt(hidden), rand(hidden, wide) / math.sqrt(wide))
+        for _ in range(layers)
+    ]  # fmt: skip
+    head, embedding, norm = rand(vocabulary, hidden) / math.sqrt(hidden), rand(vocabulary, hidden), rand(hidden)
+    head_norm = {"q_norm_weight_H": rand(size), "k_norm_weight_H": rand(size)} if qk_norm else {}
+    table = torch.randn(8192, size, device="cuda")
+    moved = 2 * (head.numel() + sum(w.numel() for layer in weights for w in layer))
+    for rows in (1, 8, 16, 64, 256):
+        caches = [[rand(rows * per_row, 16, kv_heads, size) for _ in range(2)] for _ in range(layers)]
+        blocks_RB = torch.arange(rows * per_row, device="cuda").view(rows, per_row).int()
+        lengths = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+        positions = lengths.long() - 1
+        slots = blocks_RB[:, (context - 1) // 16].long() * 16 + (context - 1) % 16
+        tokens = torch.arange(rows, device="cuda")
+        unused = torch.zeros(rows, device="cuda")
+
+        def run() -> Tensor:
+            h = F.embedding(tokens, embedding)
+            for (qkv_w, o_w, gate_up_w, down_w), cache in zip(weights, caches, strict=True):
+                qkv = ops.fused_linear(h, qkv_w, norm_weight_I=norm)
+                q = ops.rope_and_store(qkv, positions, table, *cache, slots, num_heads=heads, **head_norm)
+                a = ops.paged_attention(q, *cache, blocks_RB, lengths, scale=0.1, max_context=8192)
+                ops.fused_linear(a.view(rows, -1), o_w, residual_TO=h)
+                act = ops.fused_linear(h, gate_up_w, norm_weight_I=norm, gated=True)
+                ops.fused_linear(act, down_w, residual_TO=h)
+            logits = ops.fused_linear(h, head, norm_weight_I=norm)
+            return ops.sample_rows(
+                logits, unused, unused, unused, unused, positions, positions, any_random=False
+            )  # fmt: skip
+
+        us, spread = microseconds([run], launches=1)
+        report.add("step", f"{name} rows {rows} context {context}", us, spread, weights_TBps=round(moved / us / 1e6, 2))
+
+
+PARTS = {"linear": linear, "decode": decode, "prefill": prefill, "small": small, "sampling": sampling, "blocks": blocks,
+         "step": step}  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which parts; all without")
+    parser.add_argument("--out", help="append the JSON lines to this file")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    report = Report(arguments.out)
+    for part in arguments.parts or PARTS:
+        PARTS[part](report)
+        torch.cuda.empty_cache()
+    report.table()
+
+
+if __name__ == "__main__":
+    main()

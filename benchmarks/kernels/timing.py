@@ -1,0 +1,75 @@
+"""How a kernel is timed: inside a CUDA graph, over enough input sets that none is found in a cache."""
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+
+import torch
+import triton
+
+L2_BYTES = 60 << 20
+
+
+def copies_for(bytes_each: int, at_most: int = 64) -> int:
+    """Input sets to rotate among so that together they are four times the second-level cache."""
+    return max(2, min(at_most, -(-4 * L2_BYTES // max(1, bytes_each))))
+
+
+def microseconds(calls: Sequence[Callable[[], object]], *, launches: int = 0, replays: int = 7) -> tuple[float, float]:
+    """Time of one call in microseconds (median of replays) and the spread (max - min) / median.
+
+    The calls are captured one after the other, repeated until there are `launches` of them (default: about 2 ms by a
+    first look), and the graph is replayed.
+    """
+    for call in calls[:2]:
+        call()
+    torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    if not launches:
+        start.record()
+        for call in calls[:4]:
+            call()
+        end.record()
+        torch.cuda.synchronize()
+        each = max(2.0, start.elapsed_time(end) * 1000 / len(calls[:4]))
+        launches = max(len(calls), min(200, round(2000 / each)))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(launches):
+            calls[i % len(calls)]()
+    graph.replay()
+    times = []
+    for _ in range(replays):
+        start.record()
+        graph.replay()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / launches)
+    del graph
+    median = statistics.median(times)
+    return median, (max(times) - min(times)) / median
+
+
+class Report:
+    """Prints one JSON line a measurement as it comes, and the table at the end."""
+
+    def __init__(self, path: str | None = None):
+        self._rows: list[dict[str, object]] = []
+        self._file = open(path, "a") if path else None  # noqa: SIM115 - lives as long as the report
+        self._facts = {
+            "gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        }  # fmt: skip
+
+    def add(self, kernel: str, case: str, us: float, spread: float, **more: object) -> None:
+        row = {"kernel": kernel, "case": case, "us": round(us, 2), "spread": round(spread, 3), **more}
+        self._rows.append(row)
+        line = json.dumps(row | self._facts)
+        print(line, flush=True)
+        if self._file:
+            print(line, file=self._file, flush=True)
+
+    def table(self) -> None:
+        print()
+        for row in self._rows:
+            rest = "  ".join(f"{k}={v}" for k, v in row.items() if k not in ("kernel", "case", "us", "spread"))
+            print(f"{row['kernel']:<18}{row['case']:<44}{row['us']:>10} us  {rest}")

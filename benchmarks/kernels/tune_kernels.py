@@ -1,0 +1,202 @@
+"""Measure block sizes on this card and write them: `python benchmarks/kernels/tune_kernels.py --out FILE`.
+
+The file belongs in `kernels/tuned/<gpu>.json`. Every size is compiled first, in as many processes as there are cores;
+the timing afterwards finds the compiled kernels in Triton's cache.
+"""
+
+# ruff: noqa: B023 - every closure here is called within the turn of the loop that made it
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Mapping
+
+import torch
+import torch.nn.functional as F
+from bench_kernels import LINEARS, rand
+from timing import copies_for, microseconds
+
+from argosy.kernels import gemv, ops, paged_attention, prefill_attention, tuning
+
+Sizes = dict[str, int]
+Table = dict[str, dict[str, Sizes]]
+SHARED_BYTES = 200 << 10
+
+
+class Part:
+    """The turns of one process when sizes are only compiled: every n-th, run once instead of timed."""
+
+    def __init__(self, index: int, of: int):
+        self._index, self._of, self._turn = index, of, -1
+
+    def time(self, calls: list[Callable[[], object]]) -> float:
+        self._turn += 1
+        if self._of == 0:
+            return microseconds(calls, launches=max(len(calls), 60), replays=3)[0]
+        if self._turn % self._of == self._index:
+            calls[0]()
+        return 1.0
+
+
+def linear_sizes(tokens: int, num_inputs: int, gated: bool) -> Iterator[Sizes]:
+    rows = 2 if gated else 1
+    if tokens == 1:
+        for block_o in (1, 2, 4, 8, 16):
+            for block_i in (512, 1024, 2048, 4096):
+                for warps in (4, 8):
+                    each = rows * block_o * block_i // (32 * warps)
+                    for stages in (1, 3) if 16 <= each <= 64 and num_inputs % block_i == 0 else ():
+                        yield {"matrix": 0, "block_o": block_o, "block_i": block_i, "stages": stages, "warps": warps}
+    for block_o in (8, 16, 32, 64):
+        for block_i in (128, 256, 512):
+            for stages in (3, 5):
+                bytes_ = stages * (rows * block_o + 16) * block_i * 2
+                for warps in (4,) if tokens == 1 else (2, 4, 8):
+                    if num_inputs % block_i == 0 and 16 << 10 <= bytes_ <= SHARED_BYTES:
+                        yield {"matrix": 1, "block_o": block_o, "block_i": block_i, "stages": stages, "warps": warps}
+
+
+def tune_linear(part: Part) -> Mapping[str, Sizes]:
+    """Each layer as a decoder runs it: qkv, gate_up and head with the norm, o and down with the residual."""
+    best: dict[str, Sizes] = {}
+    for name, (num_in, num_out, gated) in LINEARS.items():
+        weights = [rand(num_out, num_in) / 64 for _ in range(copies_for(num_in * num_out * 2, 30))]
+        for tokens, label in ((1, 1), (8, gemv.MAX_TOKENS)):
+            x, norm = rand(tokens, num_in), rand(num_in)
+            adds = name.endswith((" o", "down"))
+            residual = rand(tokens, num_out) if adds else None
+            options = {"norm_weight_I": None if adds else norm, "residual_TO": residual, "gated": gated}
+            times = {}
+            for sizes in linear_sizes(tokens, num_in, gated):
+                sizes |= {"prefetch": 2048}
+                calls = [lambda w=w, s=sizes: gemv.fused_linear(x, w, sizes=s, **options) for w in weights]
+                try:
+                    times[json.dumps(sizes)] = part.time(calls)
+                except Exception as error:  # a size that does not fit is no failure of the search
+                    print("skipped", sizes, str(error)[:80])
+
+            def library(w: torch.Tensor) -> object:
+                if adds:
+                    return residual.addmm_(x, w.t())
+                y = F.linear(ops.rms_norm(x, norm, 1e-6), w)
+                return ops.silu_and_mul(y) if gated else y
+
+            by_library = part.time([lambda w=w: library(w) for w in weights])
+            ranked = sorted(times, key=times.__getitem__)
+            first = json.loads(ranked[0])
+            first["library"] = int(by_library < times[ranked[0]])
+            best[f"{num_in}x{num_out}x{label}"] = first
+            print(name, tokens, f"library {by_library:.2f}", *(f"{times[r]:.2f} {r}" for r in ranked[:4]), sep="\n    ")
+    return best
+
+
+def tune_decode(part: Part) -> Mapping[str, Sizes]:
+    """One size for each head size, the best geometric mean over batches from 1 to 256."""
+    best: dict[str, Sizes] = {}
+    for heads, kv_heads, size in ((32, 8, 128), (14, 2, 64)):
+        scores: dict[str, list[float]] = {}
+        for rows, context in ((1, 256), (1, 4096), (8, 1024), (64, 384), (64, 1024), (256, 384)):
+            per_row = context // 16
+            inputs = []
+            for _ in range(copies_for(rows * context * kv_heads * size * 4, 8)):
+                caches = [rand(rows * per_row, 16, kv_heads, size) for _ in range(2)]
+                table = torch.randperm(rows * per_row, device="cuda").view(rows, per_row).int()
+                lengths = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+                inputs.append((rand(rows, heads, size), *caches, table, lengths))
+            for block_l in (32, 64, 128):
+                for warps in (2, 4, 8):
+                    for stages in (2, 3, 5):
+                        for per_sm in (2, 4, 8):
+                            if 2 * block_l * size * 2 * max(1, stages - 2) > SHARED_BYTES // 2:
+                                continue
+                            sizes = {"block_l": block_l, "warps": warps, "stages": stages, "per_sm": per_sm}
+                            us = part.time([
+                                lambda a=a, s=sizes: paged_attention.paged_attention(
+                                    *a, scale=0.1, max_context=8192, sizes=s)
+                                for a in inputs
+                            ])  # fmt: skip
+                            scores.setdefault(json.dumps(sizes), []).append(us)
+            ranked = sorted(scores, key=lambda s: scores[s][-1])
+            print("decode", (heads, kv_heads, size, rows, context), *(f"{scores[r][-1]:.2f} {r}" for r in ranked[:4]),
+                  sep="\n    ")  # fmt: skip
+        ranked = sorted(scores, key=lambda s: math.prod(scores[s]))
+        best[f"h{size}"] = json.loads(ranked[0])
+        print("decode overall", size, *(f"{[round(x, 1) for x in scores[r]]} {r}" for r in ranked[:4]), sep="\n    ")
+    return best
+
+
+def tune_prefill(part: Part) -> Mapping[str, Sizes]:
+    """Tiles when rows have many queries, and when they have few (speculation, the ends of prompts)."""
+    best: dict[str, Sizes] = {}
+    cases = {"many": ((16, 512, 512), (2, 4096, 4096)), "few": ((64, 16, 1024), (128, 2, 1024))}
+    for heads, kv_heads, size in ((32, 8, 128), (14, 2, 64)):
+        for kind, shapes in cases.items():
+            scores: dict[str, list[float]] = {}
+            for rows, queries, context in shapes:
+                per_row = context // 16
+                caches = [rand(rows * per_row, 16, kv_heads, size) for _ in range(2)]
+                table = torch.randperm(rows * per_row, device="cuda").view(rows, per_row).int()
+                lengths = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+                starts = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * queries
+                q = rand(rows * queries, heads, size)
+                for block_m in (64, 128) if kind == "many" else (16, 32, 64):
+                    for block_l in (32, 64, 128):
+                        for warps in (4, 8):
+                            for stages in (2, 3, 5):
+                                if warps * 16 > block_m * 2 or block_m * block_l > 8192 * warps // 4:
+                                    continue
+                                sizes = {"block_m": block_m, "block_l": block_l, "warps": warps, "stages": stages}
+                                call = lambda s=sizes: prefill_attention.prefill_attention(  # noqa: E731
+                                    q, *caches, starts, lengths, table, scale=0.1, sizes=s
+                                )  # fmt: skip
+                                try:
+                                    us = part.time([call])
+                                except Exception as error:  # does not fit
+                                    print("skipped", sizes, str(error)[:80])
+                                    us = math.inf
+                                scores.setdefault(json.dumps(sizes), []).append(us)
+                ranked = sorted(scores, key=lambda s: scores[s][-1])
+                print("prefill", (heads, kv_heads, size, rows, queries, context),
+                      *(f"{scores[r][-1]:.1f} {r}" for r in ranked[:4]), sep="\n    ")  # fmt: skip
+            best[f"h{size}_{kind}"] = json.loads(min(scores, key=lambda s: math.prod(scores[s])))
+    return best
+
+
+TUNERS = {"gemv": tune_linear, "paged_attention": tune_decode, "prefill_attention": tune_prefill}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="file to write; kept entries of kernels that are not tuned now")
+    parser.add_argument("--only", choices=TUNERS, action="append", help="tune only this kernel")
+    parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": be one of the compiling processes
+    arguments = parser.parse_args()
+    names = arguments.only or list(TUNERS)
+    if arguments.compile_part:
+        index, of = map(int, arguments.compile_part.split("/"))
+        for name in names:
+            TUNERS[name](Part(index, of))
+        return
+    workers = min(14, os.cpu_count() or 1)
+    others = [
+        subprocess.Popen([sys.executable, *sys.argv, "--compile-part", f"{i}/{workers}"], stdout=subprocess.DEVNULL)
+        for i in range(workers)
+    ]
+    for other in others:
+        other.wait()
+    print(f"compiled for {tuning.device_facts(torch.device('cuda', 0)).slug}", flush=True)
+    table: Table = {}
+    if os.path.exists(arguments.out):
+        with open(arguments.out) as file:
+            table = json.load(file)
+    for name in names:
+        table.setdefault(name, {}).update(TUNERS[name](Part(0, 0)))
+        with open(arguments.out, "w") as file:
+            json.dump(table, file, indent=1, sort_keys=True)
+        torch.cuda.empty_cache()
+
+
+if __name__ == "__main__":
+    main()
