@@ -222,7 +222,7 @@ class ChannelExecutor:
         """Whether the peer may stay."""
         fits = hello.role == "rank" and 0 <= hello.global_rank < self.num_ranks and hello.global_rank not in self._ranks
         if self.status != "starting" or not fits or not secret_matches(hello, self._secret):
-            self._drop(connection)
+            self._on_closed(connection, ChannelClosed("a hello that does not fit"))
             return False
         self._strangers.discard(connection)
         self._ranks[hello.global_rank] = connection
@@ -288,14 +288,15 @@ class ChannelExecutor:
     def _on_start_message(self, message: Any) -> None:
         if isinstance(message, WorkerProgress):
             self.progress[message.global_rank] = (message.phase, message.fraction)
+        elif isinstance(message, WorkerError):  # of this epoch, as its connection is: a relay does not know the number
+            node = self._node_of(message.global_rank)
+            self._lose(self.epoch, error_of_rank(message, node, self.epoch))
         elif message.epoch != self.epoch:
             return
         elif isinstance(message, WorkerReport):
             self._on_report(message)
         elif isinstance(message, WorkerReady):
             self._on_worker_ready(message)
-        elif isinstance(message, WorkerError):
-            self._lose(self.epoch, error_of_rank(message, self._node_of(message.global_rank)))
 
     def _send_all(self, message: object) -> None:
         frame = encode_frame(message)

@@ -44,7 +44,8 @@ def create_rank_actors(
     actor_class: type, stages: Sequence[int], group: PlacementGroup, resources: Mapping[str, float], *, epoch: int
 ) -> list[RankActor]:
     """One actor for each entry of `stages` (the bundle it belongs to), all up and located, or none."""
-    remote_class: Any = ray.remote(concurrency_groups={"control": 2})(actor_class)
+    remote: Any = ray.remote  # its annotations don't know of concurrency groups
+    remote_class = remote(concurrency_groups={"control": 2})(actor_class)
     actors = []
     for global_rank, stage in enumerate(stages):
         handle = remote_class.options(

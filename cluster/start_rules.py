@@ -42,9 +42,9 @@ def agree_on_num_blocks(reports: Sequence[WorkerReport], config: ServingConfig) 
     return num_blocks
 
 
-def error_of_rank(error: WorkerError, node: str) -> ServingError:
+def error_of_rank(error: WorkerError, node: str, epoch: int) -> ServingError:
     """A rank's last word as one of our errors, with the text it gave."""
-    return error_from_code(error.code, error.message, global_rank=error.global_rank, node=node, epoch=error.epoch)
+    return error_from_code(error.code, error.message, global_rank=error.global_rank, node=node, epoch=epoch)
 
 
 def error_from_code(code: str, message: str, *, global_rank: int = -1, node: str = "", epoch: int = 0) -> ServingError:

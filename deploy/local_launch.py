@@ -63,7 +63,8 @@ class LocalRanks:
         try:
             for rank in self.plan.ranks:
                 boot = {
-                    "rank": rank,
+                    # Without a GPU the index means nothing; with some, each rank has its own.
+                    "rank": msgspec.structs.replace(rank, gpu=rank.global_rank),
                     "config": self.config,
                     "driver_address": door.unix,
                     "secret": door.secret,

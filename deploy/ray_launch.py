@@ -7,7 +7,7 @@ driver's process and does so again after every loss.
 import os
 import secrets
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, NamedTuple
 
@@ -15,13 +15,14 @@ import ray
 
 from argosy.cluster import ray_executor
 from argosy.cluster.driver_actor import DriverBoot, DriverHandle
+from argosy.cluster.protocol.channel import RELAY
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.messages import EngineInfo
 from argosy.cluster.rank_processes import RankDoor, RankHandles
 from argosy.deploy.local_launch import free_port
 from argosy.deploy.ray_session import RaySession
 from argosy.placement import ray_cluster
-from argosy.placement.plan import PlacementPlan, RankInfo
+from argosy.placement.plan import PlacementPlan
 from argosy.workers.worker_actor import WorkerActor, encode_boot
 
 _LOOPBACK: Final = "127.0.0.1"
@@ -37,7 +38,8 @@ class RayRankStarter:
     def __call__(self, door: RankDoor, on_dead: Callable[[int, str], None]) -> RankHandles:
         """Reserve, create, locate, and let them run."""
         plan = self.plan
-        per_rank = {"GPU": 1.0} if self._wants_gpus() else {"CPU": 1.0}
+        device = self._device()
+        per_rank = {"GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
         bundle = {key: amount * plan.tp_size for key, amount in per_rank.items()}
         reservation = ray_cluster.reserve(self.group_name, plan.pp_size, bundle)
         try:
@@ -47,9 +49,11 @@ class RayRankStarter:
             one_node = len({actor.node_id for actor in actors}) == 1
             host = _LOOPBACK if one_node else actors[0].host
             rendezvous = ray_executor.find_rendezvous(actors[0], host, door.epoch)
+            config = self.config.replace(parallel=self.config.parallel.replace(device=device))
+            addresses = driver_addresses(door, here, [actor.node_id for actor in actors], self.group_name)
             boots = [
-                self._boot(rank, actor.node_id, door, door.unix if actor.node_id == here else door.tcp)
-                for rank, actor in zip(plan.ranks, actors, strict=True)
+                encode_boot(rank=rank, config=config, driver_address=address, secret=door.secret, node=actor.host)
+                for rank, actor, address in zip(plan.ranks, actors, addresses, strict=True)
             ]
             return ray_executor.RayRanks(
                 actors,
@@ -63,12 +67,27 @@ class RayRankStarter:
             reservation.release()
             raise
 
-    def _boot(self, rank: RankInfo, node: str, door: RankDoor, address: str) -> bytes:
-        return encode_boot(rank=rank, config=self.config, driver_address=address, secret=door.secret, node=node)
-
-    def _wants_gpus(self) -> bool:
+    def _device(self) -> str:
+        """What "auto" means here: GPUs wherever there are any, so that none is idle by mistake."""
         device = self.config.parallel.device
-        return device == "cuda" or (device == "auto" and ray_cluster.discover().num_gpus >= len(self.plan.ranks))
+        return device if device != "auto" else "cuda" if ray_cluster.discover().num_gpus else "cpu"
+
+
+def driver_addresses(door: RankDoor, here: str, node_ids: Sequence[str], name: str) -> list[str]:
+    """Where each rank connects. The first rank of every other node relays for the ones that share that node with it."""
+    relays: dict[str, str] = {}
+    addresses = []
+    for node_id in node_ids:
+        if node_id == here:
+            addresses.append(door.unix)
+        elif node_id in relays:
+            addresses.append(relays[node_id])
+        elif node_ids.count(node_id) == 1:
+            addresses.append(door.tcp)
+        else:
+            relays[node_id] = f"unix:/tmp/{name}-{len(relays)}/relay"  # not TMPDIR: that of the node may differ
+            addresses.append(f"{door.tcp}{RELAY}{relays[node_id]}")
+    return addresses
 
 
 class StartedDriver(NamedTuple):

@@ -68,7 +68,7 @@ def reserve(
     if slots < num_stages:
         raise PlacementImpossible(
             f"the plan needs {asked}; the cluster has {topology.describe()}. "
-            "Add nodes, or use a smaller --tensor-parallel-size or --pipeline-parallel-size"
+            "Add nodes, use a smaller --tensor-parallel-size or --pipeline-parallel-size, or --device cpu"
         )
     strategy = "STRICT_SPREAD" if num_stages > 1 and len(fitting) >= num_stages else "PACK"
     group = placement_group([bundle] * num_stages, strategy=strategy, name=name)
