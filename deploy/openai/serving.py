@@ -167,7 +167,7 @@ def chat_logprobs(
     content = []
     for token_id, position in zip(token_ids, figures, strict=True):
         ranked = [(f.rank, other) for other, f in position.items() if f.rank is not None and f.rank <= num_top]
-        best = [entry(other, position) for _, other in sorted(ranked)]
+        best = [entry(other, position) for _, other in sorted(ranked)[:num_top]]
         content.append({**entry(token_id, position), "top_logprobs": best})
     return {"content": content, "refusal": None}
 
