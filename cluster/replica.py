@@ -17,6 +17,7 @@ from argosy.cluster.protocol.errors import (
     InvariantBroken,
     PlacementImpossible,
     ServingError,
+    StartupTimeout,
     WeightError,
     WorkerFailed,
 )
@@ -122,7 +123,7 @@ class ReplicaState:
             self._num_failed_starts += 1
         first_start = self.status is ReplicaStatus.STARTING
         hopeless = isinstance(error, ConfigError | WeightError | PlacementImpossible)  # the same again next time
-        if first_start and (hopeless or isinstance(error, WorkerFailed)):
+        if first_start and (hopeless or isinstance(error, WorkerFailed | StartupTimeout)):
             return self._fail(error)
         if not was_ready and (hopeless or self._num_failed_starts >= MAX_FAILED_STARTS):
             return self._fail(error)

@@ -54,7 +54,7 @@ class Scheduler:
         self._next_step_id = 0
         self._applied_step_id = -1
         self._is_stale = False  # somebody left `_decoding`
-        self._blocked: tuple[Request, int] | None = None  # who didn't fit, and how many blocks were free then
+        self._blocked: tuple[Request, int, int] | None = None  # who did not fit, and what there was then
         groups = 1 if not self._has_stages else self.max_steps_in_flight
         self.outcomes = Outcomes(clock, metrics, self.end, groups)
 
@@ -268,7 +268,7 @@ class Scheduler:
             is_fork = bool(request.block_ids)
             if not self._running:
                 self._blocked = None
-            elif self._blocked == (request, self.blocks.pool.num_free):
+            elif self._blocked == (request, self.blocks.pool.num_free, len(self._prefilling)):
                 return
             shared = [] if is_fork else self.blocks.find_prefix(request)
             num_computed = request.num_computed_tokens if is_fork else len(shared) * self._cache.block_size
@@ -278,7 +278,7 @@ class Scheduler:
             if not self._fits_now(request, shared):
                 if not self._running and self._drop_waiting_forks():
                     continue
-                self._blocked = (request, self.blocks.pool.num_free)
+                self._blocked = (request, self.blocks.pool.num_free, len(self._prefilling))
                 return
             self._start(request, shared, num_tokens, draft)
 

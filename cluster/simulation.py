@@ -188,7 +188,9 @@ class SimulatedExecutor:
 
     def submit(self, output: SchedulerOutput) -> None:
         """Carry out a step at once; its answer can be had after `step_seconds`."""
-        if self._ranks is None or output.epoch != self.epoch:
+        if self._ranks is None:
+            return  # lost a moment ago: `RanksLost` is on the way, and the step with it
+        if output.epoch != self.epoch:
             raise InvariantBroken(f"a step of epoch {output.epoch} came to the ranks of epoch {self.epoch}")
         if self.keeps_outputs:
             self.outputs.append(output)
@@ -234,7 +236,8 @@ class Simulation:
         self.driver.on_edge_message(self.EDGE, message)
 
     def round(self, timeout_seconds: float = 1.0) -> None:
-        """One round of the loop: events, decisions, messages."""
+        """One round of the loop: decisions, events, decisions, messages."""
+        self.driver.advance()
         wait = min(timeout_seconds, self.driver.next_deadline_seconds())
         for event in self.executor.poll(wait):
             self.driver.on_executor_event(event)
