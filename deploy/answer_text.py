@@ -28,7 +28,7 @@ class AnswerText:
         )
         self._ends = frozenset((*token_params.eos_token_ids, *token_params.stop_token_ids))
         self._keep_end = params.include_stop_str_in_output
-        self._num_logprobs = params.logprobs
+        self._num_logprobs = 0 if params.logprobs is None and params.logprob_token_ids else params.logprobs
         self._num_prompt_logprobs = params.prompt_logprobs
         self._min_tokens = params.min_tokens
         self._num_tokens = 0

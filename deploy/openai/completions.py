@@ -1,5 +1,6 @@
 """`/v1/completions`: prompts as text or ids, one or many; whole or streamed."""
 
+import asyncio
 import secrets
 import time
 from collections.abc import Mapping, Sequence
@@ -77,6 +78,7 @@ class CompletionRun:
                 truncation_side=fields.truncation_side,
             )
             self.requests.append(prepared)
+            await asyncio.sleep(0)  # many prompts together may be long: other streams get their turn
             self.prompt_texts.append(self._echo_text(prepared) if fields.echo else "")
 
     async def run_whole(self, responder: Responder) -> None:

@@ -17,7 +17,7 @@ from argosy.cluster.protocol.errors import (
     RequestLost,
     UnknownModel,
 )
-from argosy.cluster.protocol.messages import TokenDelta
+from argosy.cluster.protocol.messages import TokenDelta, TokenLogprobs
 from argosy.cluster.protocol.sampling import FinishReason, SamplingParams, TokenParams
 from argosy.deploy.gateway import Gateway
 from argosy.deploy.outputs import RequestOutput
@@ -266,3 +266,13 @@ def test_the_models_own_sampling_defaults_are_read() -> None:
     config = ServingConfig.from_mapping({"model": str(MODEL)})
     assert Gateway(client, TOKENIZER, config).default_sampling_params().temperature == 0.7
     assert gateway(client).default_sampling_params() == SamplingParams()
+
+
+def test_figures_of_chosen_tokens_come_without_those_of_the_best() -> None:
+    """`logprob_token_ids` alone: the sampled token and the chosen ones, which have no rank."""
+
+    def script(asked: Submitted) -> Iterable[list[TokenDelta]]:
+        yield [delta(0, [7], logprobs=[TokenLogprobs(3, [7, 9], [-1.0, -2.0])], finish_reason=FinishReason.LENGTH)]
+
+    answer = complete(ScriptedClient(script), logprob_token_ids=[9]).outputs[0]
+    assert answer.logprobs == [{7: (-1.0, 3, TOKENIZER.token_text(7)), 9: (-2.0, None, TOKENIZER.token_text(9))}]

@@ -153,11 +153,11 @@ def test_chat_whole_streamed_and_with_several_answers(client: openai.OpenAI) -> 
     texts = [choice.message.content for choice in whole.choices]
     assert len(texts) == 3
     assert all(choice.message.role == "assistant" for choice in whole.choices)
-    content = whole.choices[0].logprobs.content  # type: ignore[union-attr]
+    content = whole.choices[0].logprobs.content
     assert content is not None
     assert all(len(entry.top_logprobs) == 2 and entry.bytes is not None for entry in content)
     joined = ["", "", ""]
-    reasons = {}
+    reasons: dict[int, str | None] = {}
     for piece in client.chat.completions.create(**asked, stream=True):
         for choice in piece.choices:
             joined[choice.index] += choice.delta.content or ""
@@ -178,7 +178,7 @@ def test_a_stop_string_ends_the_answer(client: openai.OpenAI, server: Server) ->
         else:
             choice = client.completions.create(**asked, stop=stop).choices[0]
             got = choice.text
-            assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)  # type: ignore[attr-defined]
+            assert (choice.finish_reason, choice.stop_reason) == ("stop", stop)
         assert got == before
     assert_at_rest(server)
 
