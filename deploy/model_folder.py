@@ -8,6 +8,7 @@ from typing import Final
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import WeightError
 from argosy.deploy import settings
+from argosy.deploy.tokenizer import Tokenizer
 
 _HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # everything but other formats of the same weights
@@ -40,6 +41,14 @@ def model_folder(name: str) -> str:
     if not _HUB_NAME.fullmatch(name):
         raise WeightError(name, "", "no such folder, and no hub name such as Qwen/Qwen3-0.6B either")
     return _fetch(name)
+
+
+def load_tokenizer(config: ServingConfig) -> Tokenizer | None:
+    """The tokenizer of a localized config; none when it is to be left out."""
+    model = config.model
+    if model.skip_tokenizer_init:
+        return None
+    return Tokenizer.load(model.tokenizer or model.model, chat_template=model.chat_template)
 
 
 def _public_name(name: str) -> str:

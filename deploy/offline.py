@@ -26,7 +26,7 @@ from argosy.cluster.protocol.sampling import SamplingParams
 from argosy.deploy import prompts as forms
 from argosy.deploy import settings
 from argosy.deploy.gateway import Gateway, PreparedRequest
-from argosy.deploy.model_folder import localize
+from argosy.deploy.model_folder import load_tokenizer, localize
 from argosy.deploy.outputs import RequestOutput
 from argosy.deploy.progress import StartProgress
 from argosy.deploy.tokenizer import Tokenizer
@@ -300,11 +300,7 @@ class _LoopThread:
 
 async def _connect(engine: "Engine", config: ServingConfig) -> Gateway:
     client = await DriverClient.connect(engine.address, engine.secret, timeout_seconds=_CONNECT_SECONDS)
-    tokenizer = None
-    if not config.model.skip_tokenizer_init:
-        folder = config.model.tokenizer or config.model.model
-        tokenizer = Tokenizer.load(folder, chat_template=config.model.chat_template)
-    return Gateway(client, tokenizer, config)
+    return Gateway(client, load_tokenizer(config), config)
 
 
 def _close(loop: _LoopThread, engine: "Engine") -> None:

@@ -28,8 +28,7 @@ from argosy.deploy import settings
 from argosy.deploy.gateway import Gateway
 from argosy.deploy.http_app import build_http_app
 from argosy.deploy.launch import Engine, launch_engine
-from argosy.deploy.model_folder import localize
-from argosy.deploy.tokenizer import Tokenizer
+from argosy.deploy.model_folder import load_tokenizer, localize
 
 logger = logging.getLogger(__name__)
 
@@ -67,11 +66,7 @@ class Door:
             self._engine = await asyncio.to_thread(launch_engine, config)
             address, secret = self._engine.address, self._engine.secret
         self._client = await DriverClient.connect(address, secret, timeout_seconds=_CONNECT_SECONDS)
-        tokenizer = None
-        if not config.model.skip_tokenizer_init:
-            folder = config.model.tokenizer or config.model.model
-            tokenizer = Tokenizer.load(folder, chat_template=config.model.chat_template)
-        _set_app(build_http_app(Gateway(self._client, tokenizer, config), config.server))
+        _set_app(build_http_app(Gateway(self._client, load_tokenizer(config), config), config.server))
 
     async def check_health(self) -> None:
         """Raise when this replica can't serve any more: Serve then replaces it, and the new one connects anew."""

@@ -1,5 +1,6 @@
 """The life of `argosy serve`: check, start an engine and the doors, say how to use them, wait, drain, leave nothing."""
 
+import asyncio
 import logging
 import os
 import signal
@@ -7,21 +8,28 @@ import socket
 import sys
 import tempfile
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
+from argosy.cluster.driver_client import DriverClient
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ClusterError, ConfigError
 from argosy.deploy.doctor import is_port_free
-from argosy.deploy.model_folder import localize
+from argosy.deploy.http_auth import ApiKeys
+from argosy.deploy.model_folder import load_tokenizer, localize
 from argosy.deploy.progress import StartProgress
 
 if TYPE_CHECKING:
     from argosy.deploy.launch import Engine
 
+_LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
+_UNFINISHED: Final = ("argosy_requests_running", "argosy_requests_waiting")
+_POLL_SECONDS: Final = 0.1
+_LAST_BYTES_SECONDS: Final = 0.3  # from the driver's last token to the client's socket, through the doors
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
 
@@ -32,6 +40,7 @@ def run(config: ServingConfig, *, api_keys: tuple[str, ...] = ()) -> int:
     stop = _StopSignals()
     with stop, _private_folder() as folder:
         config = with_api_keys(config, api_keys, folder)
+        check_doors(config)
         _set_environment(folder)
         # Ray reads its environment when it is imported, so only now.
         from argosy.deploy.launch import launch_engine
@@ -39,6 +48,7 @@ def run(config: ServingConfig, *, api_keys: tuple[str, ...] = ()) -> int:
         progress = StartProgress()
         print(f"Starting {config.model.served_model_name[0]}", file=sys.stderr, flush=True)
         engine = launch_engine(config, backend="ray", on_progress=progress)
+        stop.install()  # Ray puts its own handler for SIGTERM in place when it starts
         try:
             if not stop.is_set:
                 _serve(config, engine, progress, stop)
@@ -57,6 +67,18 @@ def check_port(config: ServingConfig) -> None:
         raise ConfigError(f"host={host!r}: no such address on this machine ({error})") from error
     if port and not is_port_free(host, port):
         raise ConfigError(f"port {port} on {host} is taken; stop what listens there, or choose another with --port")
+
+
+def check_doors(config: ServingConfig) -> None:
+    """Read now what each replica of the doors will read, so that a mistake costs a second and not a start."""
+    keys = ApiKeys.read(config.server.api_keys_file)
+    load_tokenizer(config)
+    if not keys and config.server.host not in _LOOPBACK:
+        print(
+            f"argosy: anybody who reaches {config.server.host}:{config.server.port} may use this server; "
+            "--api-keys-file names a file of keys",
+            file=sys.stderr,
+        )
 
 
 def with_api_keys(config: ServingConfig, api_keys: tuple[str, ...], folder: Path) -> ServingConfig:
@@ -93,6 +115,23 @@ def ready_block(config: ServingConfig, engine: "Engine", seconds: float) -> str:
     return "\n".join(lines)
 
 
+async def drain(address: str, secret: str, seconds: float) -> bool:
+    """Have the driver refuse new requests and wait until those it has are answered; False when time ran out first."""
+    deadline = time.monotonic() + seconds
+    try:
+        client = await DriverClient.connect(address, secret, timeout_seconds=min(5.0, seconds))
+        client.drain()
+        while time.monotonic() < deadline:
+            values = (await client.stats()).values
+            if not any(values.get(name, 0.0) for name in _UNFINISHED):
+                await asyncio.sleep(_LAST_BYTES_SECONDS)
+                return True
+            await asyncio.sleep(_POLL_SECONDS)
+    except ClusterError:  # no driver, nothing to wait for
+        return False
+    return False
+
+
 class _StopSignals:
     """The first signal asks for an orderly end, the second for an immediate one."""
 
@@ -110,9 +149,14 @@ class _StopSignals:
         while not self._event.wait(timeout=1.0):  # wakes up, so that signals are seen on every platform
             pass
 
-    def __enter__(self) -> "_StopSignals":
+    def install(self) -> None:
+        """Be the one who hears of signals, whoever was so before."""
         for number in _STOP_SIGNALS:
-            self._before[number] = signal.signal(number, self._on_signal)
+            before = signal.signal(number, self._on_signal)
+            self._before.setdefault(number, before)
+
+    def __enter__(self) -> "_StopSignals":
+        self.install()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -147,6 +191,8 @@ def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, sto
         progress.close()
         print(ready_block(config, engine, progress.seconds), flush=True)
         stop.wait()
+        if config.server.drain_seconds > 0:
+            asyncio.run(drain(engine.address, engine.secret, config.server.drain_seconds))
     finally:
         serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
 
