@@ -26,7 +26,8 @@ class HttpRequest:
     """The request as handlers see it. `request_id` is a label for people: the client's own, or a random one."""
 
     def __init__(self, scope: Scope, receive: Receive):
-        self.path: str = scope["path"]
+        prefix: str = scope.get("root_path", "")  # where the application is mounted
+        self.path: str = scope["path"].removeprefix(prefix) if prefix != "/" else scope["path"]
         self.method: str = scope["method"]
         self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # of several the first counts
         self.request_id = _label(self.headers.get(b"x-request-id")) or secrets.token_hex(16)
