@@ -45,6 +45,23 @@ class BlockManager:
         counts = self.pool.ref_counts
         return self.pool.num_free - sum(1 for block_id in shared if counts[block_id] == 0)
 
+    def num_missing(self, request: Request) -> int:
+        """Blocks that its known tokens need beyond those it has; a fork needs one to write to in any case."""
+        missing = self.blocks_for(len(request.token_ids)) - len(request.block_ids)
+        return max(missing, 1) if request.block_ids and request.handle < 0 else missing
+
+    def gauges(self, requests: Iterable[Request]) -> dict[str, float]:
+        """The live figures of the blocks. Waste is the part of the held slots in which `requests` keep no token."""
+        pool = self.pool
+        num_unused = sum(len(one.block_ids) * self.block_size - one.num_computed_tokens for one in requests)
+        return {
+            "argosy_kv_blocks_total": pool.num_blocks,
+            "argosy_kv_blocks_used": pool.num_held,
+            "argosy_kv_blocks_cached": pool.num_cached,
+            "argosy_kv_usage_ratio": pool.num_held / max(pool.num_blocks, 1),
+            "argosy_kv_waste_ratio": num_unused / max(pool.num_held * self.block_size, 1),
+        }
+
     # ----------------------------------------------------------------------------------------------- changing
 
     def begin(self, request: Request, shared: list[int]) -> None:

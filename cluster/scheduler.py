@@ -23,6 +23,7 @@ from argosy.cluster.protocol.errors import InvalidRequest, InvariantBroken, Serv
 from argosy.cluster.protocol.messages import ModelRunnerOutput, NewRequest, SchedulerOutput, TokenLogprobs
 from argosy.cluster.protocol.sampling import FinishReason
 from argosy.cluster.request import WATCH_ALL, Request, RequestStatus, order_key
+from argosy.cluster.running import RunningSet
 from argosy.cluster.step import Draft, Step
 from argosy.cluster.waiting_queue import WaitingQueue
 
@@ -33,7 +34,6 @@ class Scheduler:
     def __init__(self, config: ServingConfig, clock: Clock, metrics: Metrics):
         scheduler, parallel = config.scheduler, config.parallel
         self._max_tokens = scheduler.max_num_batched_tokens
-        self._max_rows = scheduler.max_num_seqs
         self._chunked = scheduler.enable_chunked_prefill
         self._watermark = scheduler.watermark
         self._by_priority = scheduler.policy == "priority"
@@ -43,17 +43,11 @@ class Scheduler:
         self.queue = WaitingQueue(by_priority=self._by_priority)
         self.blocks = BlockManager(0, self._cache.block_size)
         self.epoch = -1
-        self._decoding: list[Request] = []  # never changed in place: steps in flight hold it
-        self._decode_rows: list[int] = []
-        self._prefilling: list[Request] = []
-        self._running: dict[int, Request] = {}  # by handle
-        self._free_handles = list(range(self._max_rows - 1, -1, -1))
-        self._given_back: list[int] = []  # handles that the ranks have to forget
+        self._running = RunningSet(scheduler.max_num_seqs)
         self._waiting_forks: list[Request] = []  # in the queue, and holding blocks of their parents
         self._in_flight: deque[Step] = deque()
         self._next_step_id = 0
         self._applied_step_id = -1
-        self._is_stale = False  # somebody left `_decoding`
         self._blocked: tuple[Request, int, int] | None = None  # who did not fit, and what there was then
         groups = 1 if not self._has_stages else self.max_steps_in_flight
         self.outcomes = Outcomes(clock, metrics, self.end, groups)
@@ -83,7 +77,7 @@ class Scheduler:
     @property
     def num_free_rows(self) -> int:
         """How many more requests could run."""
-        return len(self._free_handles)
+        return self._running.num_free
 
     @property
     def capacity(self) -> int:
@@ -136,7 +130,7 @@ class Scheduler:
             if reason is not FinishReason.ERROR:
                 self.blocks.register_full_blocks(request)
             self.blocks.free(request, trusted=reason is not FinishReason.ERROR)
-            self._give_back(request)
+            self._running.give_back(request)
         else:
             if request.is_queued:
                 self.queue.forget(request)
@@ -149,18 +143,6 @@ class Scheduler:
             self.queue.push(forks[0])
         self.outcomes.close(request, reason, error, stop_token_id, token_ids, logprobs)
 
-    def _give_back(self, request: Request) -> None:
-        """The request leaves the ranks."""
-        del self._running[request.handle]
-        self._free_handles.append(request.handle)
-        self._given_back.append(request.handle)
-        request.handle = -1
-        if request.is_decoding:
-            request.is_decoding = False
-            self._is_stale = True
-        elif request in self._prefilling:
-            self._prefilling.remove(request)
-
     def begin_epoch(self, epoch: int, num_blocks: int) -> None:
         """Ranks with empty blocks are ready; nothing is in flight. All that ran before must have been taken back."""
         assert not self._running
@@ -169,7 +151,7 @@ class Scheduler:
         self.blocks = BlockManager(
             num_blocks, self._cache.block_size, enable_prefix_caching=self._cache.enable_prefix_caching
         )
-        self._given_back.clear()
+        self._running.take_given_back()  # those ranks are gone
         self._blocked = None
         for request in list(self.queue):
             if (error := self._fit(request)) is not None:
@@ -182,26 +164,26 @@ class Scheduler:
         """The ranks are gone, with all blocks and all steps in flight: the requests that ran, now in the queue."""
         self._in_flight.clear()
         self._applied_step_id = self._next_step_id - 1
-        running = sorted(self._running.values(), key=lambda request: order_key(request, self._by_priority))
+        running = sorted(self._running.by_handle.values(), key=lambda request: order_key(request, self._by_priority))
         for request in (*running, *self._waiting_forks):
             self.blocks.free(request)
         self._waiting_forks.clear()
         for request in running:
-            self._give_back(request)
+            self._running.give_back(request)
             self._requeue(request, "lost its ranks")
             request.num_recoveries += 1
-        self._drop_stale()
+        self._running.drop_stale()
         return running
 
     # ------------------------------------------------------------------------------------------------ scheduling
 
     def schedule(self) -> SchedulerOutput | None:
         """The next step, or None when there is nothing to compute now."""
-        if self._is_stale:
-            self._drop_stale()
+        if self._running.is_stale:
+            self._running.drop_stale()
         draft = Draft(self._max_tokens)
         self._advance_decodes(draft)
-        if self._prefilling:
+        if self._running.prefilling:
             self._advance_prefills(draft)
         if self.queue:
             self._admit(draft)
@@ -213,7 +195,7 @@ class Scheduler:
 
     def _advance_decodes(self, draft: Draft) -> None:
         """One token for each request that decodes. This loop is the whole work of most steps."""
-        decodes = self._idle_decodes() if self._has_stages else self._decoding
+        decodes = self._idle_decodes() if self._has_stages else self._running.decoding
         at_boundary = []
         for request in decodes:
             if request.countdown:
@@ -224,16 +206,15 @@ class Scheduler:
         for request in at_boundary:
             if request.is_decoding:
                 self._cross_boundary(request, draft)
-        if self._is_stale:
-            self._drop_stale()
-            draft.decodes = [r for r in decodes if r.is_decoding] if self._has_stages else self._decoding
+        if self._running.is_stale:
+            self._running.drop_stale()
+            draft.decodes = [r for r in decodes if r.is_decoding] if self._has_stages else self._running.decoding
         draft.budget -= len(draft.decodes)
 
     def _cross_boundary(self, request: Request, draft: Draft) -> None:
         """The step loop has counted down: a block is full, or the last token was scheduled."""
         if request.is_fully_scheduled:
-            request.is_decoding = False
-            self._is_stale = True
+            self._running.stop_decoding(request)
             return
         num_computed = request.num_computed_tokens + 1
         self.blocks.register_full_blocks(request)
@@ -242,13 +223,13 @@ class Scheduler:
 
     def _idle_decodes(self) -> list[Request]:
         """With several stages a request is in one step at a time, and each step takes its share of them."""
-        share = -(-len(self._decoding) // self.max_steps_in_flight)
-        idle = [request for request in self._decoding if request.last_step_id <= self._applied_step_id]
+        share = -(-len(self._running.decoding) // self.max_steps_in_flight)
+        idle = [request for request in self._running.decoding if request.last_step_id <= self._applied_step_id]
         return idle[:share]
 
     def _advance_prefills(self, draft: Draft) -> None:
         """Further chunks for those that have begun. In order, so that who is preempted was not counted in yet."""
-        for request in sorted(self._prefilling, key=lambda r: order_key(r, self._by_priority)):
+        for request in sorted(self._running.prefilling, key=lambda r: order_key(r, self._by_priority)):
             if draft.budget <= 0:
                 return
             if request.status is not RequestStatus.RUNNING:
@@ -261,14 +242,14 @@ class Scheduler:
 
     def _admit(self, draft: Draft) -> None:
         """Take in waiting requests, in order, until the next one doesn't fit."""
-        while draft.budget > 0 and self._free_handles and not draft.has_preempted:
+        while draft.budget > 0 and self._running.num_free and not draft.has_preempted:
             request = self.queue.peek()
             if request is None or request.resume_after_step_id > self._applied_step_id:
                 return  # its tokens in flight come first
             is_fork = bool(request.block_ids)
             if not self._running:
                 self._blocked = None
-            elif self._blocked == (request, self.blocks.pool.num_free, len(self._prefilling)):
+            elif self._blocked == (request, self.blocks.pool.num_free, len(self._running.prefilling)):
                 return
             shared = [] if is_fork else self.blocks.find_prefix(request)
             num_computed = request.num_computed_tokens if is_fork else len(shared) * self._cache.block_size
@@ -278,7 +259,7 @@ class Scheduler:
             if not self._fits_now(request, shared):
                 if not self._running and self._drop_waiting_forks():
                     continue
-                self._blocked = (request, self.blocks.pool.num_free, len(self._prefilling))
+                self._blocked = (request, self.blocks.pool.num_free, len(self._running.prefilling))
                 return
             self._start(request, shared, num_tokens, draft)
 
@@ -291,17 +272,16 @@ class Scheduler:
 
     def _fits_now(self, request: Request, shared: list[int]) -> bool:
         """Whether all its known tokens have room beside what was promised to those that run."""
-        needed = 1 if request.block_ids else self.blocks.blocks_for(len(request.token_ids)) - len(shared)
-        promised = sum(self.blocks.blocks_for(len(r.token_ids)) - len(r.block_ids) for r in self._prefilling)
+        promised = sum(self.blocks.num_missing(one) for one in self._running.prefilling)
         spared = int(self._watermark * self.blocks.pool.num_blocks) if self._running else 0
+        needed = self.blocks.num_missing(request) - len(shared)
         return self.blocks.num_free_after(shared) - promised - needed >= spared
 
     def _start(self, request: Request, shared: list[int], num_tokens: int, draft: Draft) -> None:
         """Give a waiting request a handle, its blocks and its first tokens of the step."""
         self.queue.pop()
         request.move(RequestStatus.RUNNING, f"started in step {self._next_step_id}")
-        request.handle = self._free_handles.pop()
-        self._running[request.handle] = request
+        self._running.take(request)
         is_fork = bool(request.block_ids)
         if is_fork:
             self._waiting_forks.remove(request)
@@ -323,7 +303,6 @@ class Scheduler:
                 params=request.params,
             )
         )
-        self._prefilling.append(request)
         self._take_tokens(request, num_tokens, draft)
 
     def _take_tokens(self, request: Request, num_tokens: int, draft: Draft) -> None:
@@ -338,9 +317,9 @@ class Scheduler:
     def _complete(self, draft: Draft) -> SchedulerOutput:
         """The step is settled: number it, remember it, and move on who has its prompt computed."""
         step_id, self._next_step_id = self._next_step_id, self._next_step_id + 1
-        is_everybody = draft.decodes is self._decoding
-        decode_rows = self._decode_rows if is_everybody else [request.handle for request in draft.decodes]
-        given_back, self._given_back = self._given_back, []
+        is_everybody = draft.decodes is self._running.decoding
+        decode_rows = self._running.decode_rows if is_everybody else [request.handle for request in draft.decodes]
+        given_back = self._running.take_given_back()
         output, step = draft.complete(step_id, self.epoch, decode_rows, given_back, has_stages=self._has_stages)
         self._in_flight.append(step)
         self._metrics.step_tokens.observe(self._max_tokens - draft.budget)
@@ -357,8 +336,6 @@ class Scheduler:
     def _settle_prefills(self, computed: list[Request]) -> None:
         """These have all their tokens computed: they decode from now on, and their forks may share their blocks."""
         for request in computed:
-            self._prefilling.remove(request)
-            request.is_decoding = not request.is_fully_scheduled
             for fork in request.forks:
                 if not fork.is_finished:
                     fork.num_cached_tokens = request.num_cached_tokens
@@ -367,10 +344,7 @@ class Scheduler:
                     if fork.block_ids:
                         self._waiting_forks.append(fork)
             request.forks = []
-        joining = [request for request in computed if request.is_decoding]
-        if joining:
-            self._decoding = [*self._decoding, *joining]
-            self._decode_rows = [*self._decode_rows, *(request.handle for request in joining)]
+        self._running.start_decoding(computed)
 
     def update(self, output: ModelRunnerOutput) -> None:
         """Apply the answer of the oldest step in flight."""
@@ -387,7 +361,7 @@ class Scheduler:
         while (added := self.blocks.grow(request, num_tokens)) is None:
             if self._drop_waiting_forks():
                 continue
-            candidates = [r for r in (*self._decoding, *self._prefilling) if r.handle >= 0]
+            candidates = [r for r in (*self._running.decoding, *self._running.prefilling) if r.handle >= 0]
             victim = max(candidates, key=lambda r: order_key(r, self._by_priority))
             self._preempt(victim)
             draft.has_preempted = True
@@ -403,7 +377,7 @@ class Scheduler:
         self._metrics.tokens_recomputed += request.num_computed_tokens
         request.num_preemptions += 1
         self.blocks.free(request)
-        self._give_back(request)
+        self._running.give_back(request)
         self._requeue(request, f"preempted in step {self._next_step_id}")
 
     def _requeue(self, request: Request, why: str) -> None:
@@ -419,32 +393,21 @@ class Scheduler:
         has_any, self._waiting_forks = bool(self._waiting_forks), []
         return has_any
 
-    def _drop_stale(self) -> None:
-        self._decoding = [request for request in self._decoding if request.is_decoding]
-        self._decode_rows = [request.handle for request in self._decoding]
-        self._is_stale = False
-
     # -------------------------------------------------------------------------------------------------- figures
 
     def gauges(self) -> dict[str, float]:
         """The live figures, by metric name."""
-        pool, block_size = self.blocks.pool, self._cache.block_size
-        num_unused = sum(len(r.block_ids) * block_size - r.num_computed_tokens for r in self._running.values())
         return {
             "argosy_requests_running": len(self._running),
             "argosy_requests_waiting": len(self.queue),
-            "argosy_kv_blocks_total": pool.num_blocks,
-            "argosy_kv_blocks_used": pool.num_held,
-            "argosy_kv_blocks_cached": pool.num_cached,
-            "argosy_kv_usage_ratio": pool.num_held / max(pool.num_blocks, 1),
-            "argosy_kv_waste_ratio": num_unused / max(pool.num_held * block_size, 1),
             "argosy_steps_in_flight": len(self._in_flight),
             "argosy_epoch": self.epoch,
+            **self.blocks.gauges(self._running.by_handle.values()),
         }
 
     def known_requests(self) -> Iterator[Request]:
         """All that run, wait, or wait for the prompt of one of these."""
-        for request in (*self._running.values(), *self.queue):
+        for request in (*self._running.by_handle.values(), *self.queue):
             yield request
             yield from request.forks
 
@@ -452,19 +415,11 @@ class Scheduler:
         """Blocks, handles and lists agree with each other and with the status of each request."""
         waiting = list(self.queue)
         self.queue.check()
-        self.blocks.check([*self._running.values(), *waiting])
-        assert sorted([*self._running, *self._free_handles]) == list(range(self._max_rows)), "a handle is lost"
-        for handle, request in self._running.items():
-            assert request.handle == handle, request
-            assert request.status is RequestStatus.RUNNING, request
-            places = request.is_decoding + (request in self._prefilling)
-            assert places == (0 if request.is_fully_scheduled and not places else 1), request
+        self.blocks.check([*self._running.by_handle.values(), *waiting])
+        self._running.check()
         for request in waiting:
             assert request.status is RequestStatus.WAITING, request
             assert request.handle < 0, request
             assert bool(request.block_ids) == (request in self._waiting_forks), request
-        if not self._is_stale:
-            assert self._decode_rows == [request.handle for request in self._decoding]
-            assert all(request.is_decoding for request in self._decoding)
         assert all(fork in waiting for fork in self._waiting_forks)
         assert len(self._in_flight) <= self.max_steps_in_flight

@@ -263,9 +263,18 @@ def test_the_watermark_keeps_blocks_for_those_that_run() -> None:
     desk = Desk(num_blocks=10, watermark=0.2)
     desk.add(8)
     desk.step()
-    desk.add(30)
+    desk.add(26)
     assert len(desk.step().rows) == 1
     assert desk.scheduler.num_waiting == 1
+
+
+def test_blocks_that_a_half_computed_prompt_still_needs_are_not_given_to_others() -> None:
+    """Ten blocks for the first, four of them taken so far; the second would fit only until the first goes on."""
+    desk = Desk(num_blocks=12, pipeline_parallel_size=2)
+    desk.add(40)
+    desk.add(16)
+    assert len(desk.schedule().rows) == 1
+    assert desk.scheduler.schedule() is None
 
 
 def test_the_same_arrivals_give_the_same_steps() -> None:
