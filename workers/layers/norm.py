@@ -1,10 +1,18 @@
-"""RMSNorm, alone and together with the addition before it. T = tokens, D = width."""
+"""RMSNorm, alone and together with the addition before it. T = tokens, D = width.
+
+On a CPU torch's own `rms_norm` is six operations of which each costs a microsecond or more; there are two norms a
+layer. Microseconds on one core of a Zen 4, torch's -> ours: float32 (1, 256) 9.3 -> 6.1, (512, 896) 1323 -> 112;
+bfloat16 (1, 256) 12.2 -> 6.3, (32, 256) 16.4 -> 13.8; from 32 x 896 on torch's is faster in bfloat16.
+"""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from argosy.kernels import ops
 from argosy.workers.quantization.base import Cut, empty_parameter
+
+MAX_MIRRORED = 8192  # numbers up to which the layer norm of (x, -x) is faster in 16 bits
 
 
 class RMSNorm(nn.Module):
@@ -12,17 +20,37 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width: int, eps: float, *, dtype: torch.dtype):
         super().__init__()
-        self.eps = eps
+        self.width, self.eps = width, eps
         self.weight = empty_parameter(width, dtype=dtype)
+        self._eps: Tensor | None = None  # both on a CPU only
+        self._weight_twice: Tensor | None = None
 
     def cuts(self, part: str) -> dict[str, Cut]:
         """All of it, on every rank."""
-        return {"weight": Cut(tuple(self.weight.shape), (slice(None),))}
+        return {"weight": Cut((self.width,), (slice(None),))}
+
+    def finish(self) -> None:
+        """The weight is there."""
+        if self.weight.device.type == "cpu":
+            self._eps = torch.tensor(self.eps, dtype=torch.float32)
+            self._weight_twice = torch.cat((self.weight, self.weight))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """A new tensor."""
-        return ops.rms_norm(x_TD, self.weight, self.eps)
+        if self._eps is None:
+            return ops.rms_norm(x_TD, self.weight, self.eps)
+        if x_TD.dtype == torch.float32:
+            length_T1 = torch.linalg.vector_norm(x_TD, 2, -1, True)
+            scale_T1 = torch.addcmul(self._eps, length_T1, length_T1, value=1.0 / self.width).rsqrt_()
+            return (x_TD * scale_T1).mul_(self.weight)
+        if x_TD.numel() <= MAX_MIRRORED:
+            # (x, -x) has mean 0 and variance mean(x^2): the one fused norm that torch has for CPUs
+            mirrored = torch.cat((x_TD, -x_TD), -1)
+            return F.layer_norm(mirrored, (2 * self.width,), self._weight_twice, None, self.eps)[..., : self.width]
+        return F.rms_norm(x_TD, (self.width,), self.weight, self.eps)
 
     def add(self, x_TD: Tensor, residual_TD: Tensor) -> Tensor:
         """`residual += x` in place, then its norm."""
-        return ops.add_rms_norm(x_TD, residual_TD, self.weight, self.eps)[0]
+        if self._eps is None:
+            return ops.add_rms_norm(x_TD, residual_TD, self.weight, self.eps)[0]
+        return self.forward(residual_TD.add_(x_TD))

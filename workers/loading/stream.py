@@ -22,6 +22,7 @@ from argosy.workers.loading.names import NameTable
 from argosy.workers.quantization.base import Cut
 
 DUMMY_STD = 0.02  # logits of a few units at any width
+POOL_SIZE = 1_048_573  # a prime: rows of a matrix start at different places
 MAX_NAMES_SHOWN = 3
 
 
@@ -161,27 +162,40 @@ def _fill(checkpoint: Checkpoint, model: LoadableModel, reads: list[_Read], repo
 def _fill_randomly(model: LoadableModel, reads: list[_Read], seed: int, report: Callable[[float], None]) -> int:
     """Weights that depend on (seed, name) alone.
 
-    On a CPU the full tensor is drawn and cut, so that every layout is the same model. On a GPU this rank's part is
-    drawn on the device, because an 8B model has to be there in about a second.
+    On a CPU the full tensor is made and cut, so that every layout is the same model; its numbers are a window of one
+    pool of draws, since drawing each anew takes seconds for half a billion. On a GPU this rank's part is drawn on the
+    device, because an 8B model has to be there in about a second.
     """
     on_cpu = model.device.type == "cpu"
     generator = torch.Generator(model.device)
+    pool = torch.empty(POOL_SIZE if on_cpu else 0, device=model.device)
+    pool.normal_(0.0, DUMMY_STD, generator=generator.manual_seed(seed & (2**63 - 1)))
     for number, read in enumerate(reads):
         target = _target(read)
         if target is None:
             continue
+        digest = hashlib.blake2b(f"{seed}:{read.name}".encode(), digest_size=8).digest()
+        own_seed = int.from_bytes(digest, "little") >> 1
         if len(read.cut.full_shape) == 1 and read.parameter == "weight":  # norms
             target.fill_(1.0)
+        elif on_cpu:
+            pool = pool.to(target.dtype)
+            target.copy_(_window(pool, own_seed % POOL_SIZE, read.cut.full_shape)[read.cut.source])
         else:
-            digest = hashlib.blake2b(f"{seed}:{read.name}".encode(), digest_size=8).digest()
-            generator.manual_seed(int.from_bytes(digest, "little") >> 1)
-            if on_cpu:
-                full = torch.empty(read.cut.full_shape).normal_(0.0, DUMMY_STD, generator=generator)
-                target.copy_(full[read.cut.source])
-            else:
-                target.normal_(0.0, DUMMY_STD, generator=generator)
+            target.normal_(0.0, DUMMY_STD, generator=generator.manual_seed(own_seed))
         report((number + 1) / len(reads))
     return 0
+
+
+def _window(pool: Tensor, first: int, shape: tuple[int, ...]) -> Tensor:
+    """A tensor filled from place `first` of the pool on, round and round."""
+    full = torch.empty(shape, dtype=pool.dtype)
+    flat, at = full.view(-1), 0
+    while at < flat.numel():
+        piece = pool[first : first + flat.numel() - at]
+        flat[at : at + piece.numel()] = piece
+        at, first = at + piece.numel(), 0
+    return full
 
 
 def _target(read: _Read) -> Tensor | None:

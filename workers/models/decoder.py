@@ -146,7 +146,7 @@ class Decoder(nn.Module):
     def finish(self) -> None:
         """All weights are loaded: let every layer bring its own into shape."""
         for module in self.modules():
-            if isinstance(module, Attention | ParallelLinear | ParallelLMHead):
+            if isinstance(module, Attention | ParallelLinear | ParallelLMHead | RMSNorm):
                 module.finish()
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, nn.Module, str, Cut]]:
