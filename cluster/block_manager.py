@@ -74,16 +74,17 @@ class BlockManager:
         request.set_computed(len(shared) * self.block_size, self.block_size)
 
     def grow(self, request: Request, num_tokens: int) -> list[int] | None:
-        """Make room for `num_tokens`; the blocks that were added, or None (and no change) when too few are free."""
-        num_more = self.blocks_for(num_tokens) - len(request.block_ids)
+        """Make room for `num_tokens`; the blocks that were added, or None (and no change) when too few are free.
+
+        `Request.set_computed` has to follow: it knows where the longer table ends.
+        """
+        num_more = -(-num_tokens // self.block_size) - len(request.block_ids)
         if num_more <= 0:
             return []
         if num_more > self.pool.num_free:
             return None
         added = [self.pool.allocate() for _ in range(num_more)]
-        num_computed = request.num_computed_tokens
         request.block_ids += added
-        request.set_computed(num_computed, self.block_size)
         return added
 
     def fork(self, parent: Request, child: Request) -> None:
@@ -124,7 +125,7 @@ class BlockManager:
 
     def register_full_blocks(self, request: Request) -> None:
         """Let others find the blocks whose tokens are all known and computed."""
-        num_full = min(request.num_computed_tokens, len(request.token_ids)) // self.block_size
+        num_full = min(request.boundary - request.countdown, len(request.token_ids)) // self.block_size
         if num_full <= request.num_registered_blocks or not self._enable_prefix_caching:
             return
         if len(request.block_hashes) < num_full:

@@ -213,10 +213,10 @@ class Scheduler:
 
     def _cross_boundary(self, request: Request, draft: Draft) -> None:
         """The step loop has counted down: a block is full, or the last token was scheduled."""
-        if request.is_fully_scheduled:
+        num_computed = request.boundary + 1
+        if num_computed >= request.end:
             self._running.stop_decoding(request)
             return
-        num_computed = request.num_computed_tokens + 1
         self.blocks.register_full_blocks(request)
         if self._make_room(request, num_computed, draft):
             request.set_computed(num_computed, self._cache.block_size)
@@ -242,6 +242,8 @@ class Scheduler:
 
     def _admit(self, draft: Draft) -> None:
         """Take in waiting requests, in order, until the next one doesn't fit."""
+        # who is started below has all its blocks at once, or takes the rest of the budget
+        promised = sum(self.blocks.num_missing(one) for one in self._running.prefilling)
         while draft.budget > 0 and self._running.num_free and not draft.has_preempted:
             request = self.queue.peek()
             if request is None or request.resume_after_step_id > self._applied_step_id:
@@ -256,7 +258,7 @@ class Scheduler:
             num_tokens = self._chunk(len(request.token_ids) - num_computed, draft)
             if not num_tokens:
                 return
-            if not self._fits_now(request, shared):
+            if not self._fits_now(request, shared, promised):
                 if not self._running and self._drop_waiting_forks():
                     continue
                 self._blocked = (request, self.blocks.pool.num_free, len(self._running.prefilling))
@@ -270,9 +272,8 @@ class Scheduler:
         fits_a_step = num_uncomputed <= self._max_tokens
         return 0 if fits_a_step and not self._chunked else draft.budget
 
-    def _fits_now(self, request: Request, shared: list[int]) -> bool:
-        """Whether all its known tokens have room beside what was promised to those that run."""
-        promised = sum(self.blocks.num_missing(one) for one in self._running.prefilling)
+    def _fits_now(self, request: Request, shared: list[int], promised: int) -> bool:
+        """Whether all its known tokens have room beside the blocks that are promised to those that run."""
         spared = int(self._watermark * self.blocks.pool.num_blocks) if self._running else 0
         needed = self.blocks.num_missing(request) - len(shared)
         return self.blocks.num_free_after(shared) - promised - needed >= spared
