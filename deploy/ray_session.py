@@ -19,7 +19,13 @@ from argosy.cluster.driver_actor import NAMESPACE
 from argosy.cluster.protocol.errors import ClusterError
 
 _OBJECT_STORE_BYTES: Final = 100 * 1024 * 1024  # steps and tokens don't travel as Ray objects: the least will do
-_QUIET: Final = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0", "RAY_DEDUP_LOGS": "1"}
+_OWN_CLUSTER: Final = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    # Ray replaces a loopback address by the machine's outward one and then listens on every interface, except where it
+    # takes itself to be confined to one machine. That switch is named after the systems that it was made for.
+    "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+}
 _AUTH: Final = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -51,7 +57,7 @@ class RaySession:
     @classmethod
     def _start(cls, num_cpus: int, num_gpus: int | None) -> "RaySession":
         folder = tempfile.mkdtemp(prefix="argosy-ray-")  # mode 0700: the token and all logs are in it
-        changes = dict(_QUIET)
+        changes = dict(_OWN_CLUSTER)
         if "RAY_AUTH_MODE" not in os.environ:  # an explicit choice of the operator stands
             changes |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_write_token(Path(folder)))}
         environment = {name: os.environ.get(name) for name in (*changes, *_AUTH)}
@@ -60,6 +66,7 @@ class RaySession:
         if "RAY_AUTH_TOKEN_PATH" in changes:
             os.environ.pop("RAY_AUTH_TOKEN", None)  # it would win over our file
         _forget_cached_auth()
+        _confine_to_loopback(True)
         try:
             ray.init(
                 address="local",
@@ -91,6 +98,7 @@ class RaySession:
         if self._folder:
             if self._environment:
                 _forget_cached_auth()
+                _confine_to_loopback(False)
             shutil.rmtree(self._folder, ignore_errors=True)
         self._environment = {}
 
@@ -109,6 +117,13 @@ def _forget_cached_auth() -> None:
         raylet: Any = ray._raylet
         raylet.Config.initialize("")
         raylet.AuthenticationTokenLoader.instance().reset_cache()
+
+
+def _confine_to_loopback(confined: bool) -> None:
+    """The switch above, for this process, which may have imported Ray before it was set."""
+    with contextlib.suppress(ImportError, AttributeError):
+        constants: Any = ray._private.ray_constants
+        constants.ENABLE_RAY_CLUSTER = not confined
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,0 +1,65 @@
+"""A person starts an engine with its own Ray cluster and presses Ctrl-C: nothing may be left of it."""
+
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+MODEL = Path(__file__).parents[2] / "argosy" / "default_model"
+SCRIPT = """
+import sys, time
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.deploy.launch import launch_engine
+
+config = ServingConfig.from_mapping({"model": sys.argv[1], "max_model_len": 512, "tensor_parallel_size": 2})
+try:
+    with launch_engine(config, rank_module="argosy.workers.zero_cost_rank") as engine:
+        print("ready", engine.address, flush=True)
+        time.sleep(120)
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+@pytest.fixture
+def short_tmp() -> Iterator[str]:
+    folder = tempfile.mkdtemp(prefix="t", dir="/tmp")  # a socket's path has at most 107 bytes
+    yield folder
+    assert os.listdir(folder) == []
+    os.rmdir(folder)
+
+
+def test_ctrl_c_leaves_no_process_no_file_and_no_shared_memory(short_tmp: str) -> None:
+    """Own cluster, own token, own folder; somebody else's cluster at RAY_ADDRESS is not even asked."""
+    shared = set(os.listdir("/dev/shm"))
+    environment = {**os.environ, "TMPDIR": short_tmp, "PYTHONSAFEPATH": "1", "RAY_ADDRESS": "127.0.0.1:1"}
+    environment.pop("RAY_AUTH_MODE", None)
+    owner = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, str(MODEL)], stdout=subprocess.PIPE, env=environment, start_new_session=True
+    )
+    assert owner.stdout is not None
+    try:
+        assert owner.stdout.readline().startswith(b"ready unix:")
+        processes = psutil.Process(owner.pid).children(recursive=True)
+        names = [" ".join(process.cmdline()) for process in processes]
+        assert sum("ray::WorkerActor" in name for name in names) == 2
+        assert sum("ray::DriverActor" in name for name in names) == 1
+        (token,) = Path(short_tmp).glob("argosy-ray-*/auth_token")
+        assert token.stat().st_mode & 0o777 == 0o600
+        sockets = [c for process in processes for c in process.net_connections("inet") if c.status == "LISTEN"]
+        assert {c.laddr.ip.removeprefix("::ffff:") for c in sockets} == {"127.0.0.1"}
+        owner.send_signal(signal.SIGINT)
+        assert owner.wait(60.0) == 130
+        assert psutil.wait_procs(processes, timeout=20.0)[1] == []
+        assert set(os.listdir("/dev/shm")) - shared == set()
+    finally:
+        owner.stdout.close()
+        if owner.poll() is None:
+            os.killpg(owner.pid, signal.SIGKILL)
+            owner.wait()
