@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# Keys gathered at once by `paged_attention`. Larger pieces leave the cache and, above 32 MiB, glibc maps and unmaps
-# each one: 8 rows of 1024 tokens (8 heads of 128, float32) then took 51 ms to gather instead of 6.
-GATHER_BYTES = 4 << 20
+# Keys gathered at once by `paged_attention`. Larger pieces leave the cache, and glibc hands their memory back to the
+# system after each one, to be mapped again page by page for the next.
+GATHER_BYTES = 1 << 20
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -84,9 +84,10 @@ def _rotate(x_TNH: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, interleaved: bool) 
     else:
         first, second = x_TNH[..., :half], x_TNH[..., half : 2 * half]
     # float32 cos and sin promote bf16 products to float32; one rounding happens in copy_
-    rotated = first * cos_T1D - second * sin_T1D
-    second.copy_(second * cos_T1D + first * sin_T1D)
-    first.copy_(rotated)
+    rotated_first = (first * cos_T1D).addcmul_(second, sin_T1D, value=-1)
+    rotated_second = (second * cos_T1D).addcmul_(first, sin_T1D)
+    first.copy_(rotated_first)
+    second.copy_(rotated_second)
 
 
 def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache_BSKH: Tensor, v_cache_BSKH: Tensor, slots_T: Tensor) -> None:
@@ -161,39 +162,39 @@ def paged_attention(
     """
     num_rows, num_heads, head_size = q_RNH.shape
     block_size, num_kv_heads = k_cache_BSKH.shape[1:3]
-    group = num_heads // num_kv_heads
-    out_RNH = torch.empty((num_rows, num_heads, head_size), dtype=q_RNH.dtype, device=q_RNH.device)
+    heads = (num_kv_heads, num_heads // num_kv_heads)
     lengths = context_len_R.tolist()
+    longest = max(lengths, default=0)
     token_bytes = num_kv_heads * head_size * k_cache_BSKH.element_size()
-    rows_at_once = max(1, GATHER_BYTES // max(1, token_bytes * max(lengths, default=0)))
+    rows_at_once = max(1, GATHER_BYTES // max(1, token_bytes * longest))
+    pieces = []
     for start in range(0, num_rows, rows_at_once):
         rows = slice(start, min(start + rows_at_once, num_rows))
-        num_blocks = max(1, -(-max(lengths[rows]) // block_size))
+        length = max(1, *lengths[rows]) if num_rows > 1 else max(1, longest)
+        num_blocks = -(-length // block_size)
         ids = block_table_RB[rows, :num_blocks].reshape(-1)
-        k_RLKH, v_RLKH = (
-            cache.index_select(0, ids).view(-1, num_blocks * block_size, num_kv_heads, head_size).to(q_RNH.dtype)
+        k_RKLH, v_RKLH = (
+            cache.index_select(0, ids).view(-1, num_blocks * block_size, num_kv_heads, head_size)[:, :length]
+            .to(q_RNH.dtype).transpose(1, 2)
             for cache in (k_cache_BSKH, v_cache_BSKH)
-        )
-        last_R1 = context_len_R[rows, None] - 1
-        key_L = torch.arange(num_blocks * block_size, device=q_RNH.device)
-        seen_RL = key_L <= last_R1
-        if sliding_window is not None:
-            seen_RL &= key_L > last_R1 - sliding_window
-        slopes_1KG1 = None if alibi_slopes_N is None else alibi_slopes_N.view(1, num_kv_heads, group, 1)
-        distance_RL = (key_L - last_R1)[:, None, None, :]
-        out_RNH[rows] = _attend(
-            q_RNH[rows].reshape(-1, num_kv_heads, group, head_size),
-            k_RLKH.transpose(1, 2),
-            v_RLKH.transpose(1, 2),
-            seen_RL[:, None, None, :],
-            scale=scale,
-            soft_cap=soft_cap,
-            bias=None if slopes_1KG1 is None else slopes_1KG1 * distance_RL,
-            sinks=None if sinks_N is None else sinks_N.view(1, num_kv_heads, group, 1),
-        ).reshape(-1, num_heads, head_size)
+        )  # fmt: skip
+        seen = bias = None
+        if sliding_window is not None or alibi_slopes_N is not None or min(lengths[rows]) < length:
+            key_L = torch.arange(length, device=q_RNH.device)
+            last_R111 = context_len_R[rows].view(-1, 1, 1, 1) - 1
+            seen = key_L <= last_R111
+            if sliding_window is not None:
+                seen &= key_L > last_R111 - sliding_window
+            if alibi_slopes_N is not None:
+                bias = alibi_slopes_N.view(1, *heads, 1) * (key_L - last_R111)
+        out = _attend(
+            q_RNH[rows].reshape(-1, *heads, head_size), k_RKLH, v_RKLH, seen, scale=scale, soft_cap=soft_cap,
+            bias=bias, sinks=None if sinks_N is None else sinks_N.view(1, *heads, 1),
+        ).reshape(-1, num_heads, head_size)  # fmt: skip
         if min(lengths[rows]) == 0:
-            out_RNH[rows].masked_fill_((context_len_R[rows] == 0)[:, None, None], 0.0)
-    return out_RNH
+            out = out.masked_fill((context_len_R[rows] == 0)[:, None, None], 0.0)
+        pieces.append(out)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces or [torch.empty_like(q_RNH)])
 
 
 def prefill_attention(
@@ -269,7 +270,7 @@ def _attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    seen: Tensor,
+    seen: Tensor | None,
     *,
     scale: float,
     soft_cap: float | None,
@@ -278,18 +279,18 @@ def _attend(
 ) -> Tensor:
     """Attention of q [X, K, Q, H] over k, v [X, K, L, H]; `seen`, `bias` and `sinks` broadcast to [X, K, Q, L]."""
     if soft_cap is None and sinks is None:
-        # ALiBi stays float32 whatever q is: in bf16 a distance of 1000 would be off by 4
-        mask_dtype = q.dtype if bias is None else torch.float32
-        mask = torch.zeros(seen.shape, dtype=mask_dtype, device=q.device).masked_fill_(~seen, float("-inf"))
+        mask = seen
         if bias is not None:
-            mask = bias.float() + mask
+            # ALiBi stays float32 whatever q is: in bf16 a distance of 1000 would be off by 4
+            mask = bias.float() if seen is None else bias.float().masked_fill(~seen, float("-inf"))
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     logits = torch.matmul(q, k.transpose(-1, -2)).float() * scale
     if soft_cap is not None:
         logits = soft_cap * torch.tanh(logits / soft_cap)
     if bias is not None:
         logits = logits + bias
-    logits = logits.masked_fill(~seen, float("-inf"))
+    if seen is not None:
+        logits = logits.masked_fill(~seen, float("-inf"))
     if sinks is not None:
         logits = torch.cat((logits, sinks.float().expand(*logits.shape[:-1], 1)), dim=-1)
     weights = logits.softmax(dim=-1)[..., : k.shape[-2]]
