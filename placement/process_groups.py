@@ -6,6 +6,7 @@ has the deadline given at the start: a peer that went away is an error after tha
 
 import contextlib
 import math
+import socket
 from collections.abc import Iterator
 from datetime import timedelta
 
@@ -91,8 +92,15 @@ def init_parallel(rank: RankInfo, rendezvous: str, device: torch.device, timeout
     deadline = timedelta(seconds=timeout_seconds)
     what = f"process groups of {world_size} ranks at {rendezvous}"
     with _map_distributed_errors(rank, what, timeout_seconds):
+        is_master = rank.global_rank == 0
         store = dist.TCPStore(  # type: ignore[attr-defined]  # public, but not in torch's __all__
-            host, int(port), world_size, is_master=rank.global_rank == 0, timeout=deadline, wait_for_workers=True
+            host,
+            int(port),
+            world_size,
+            is_master=is_master,
+            timeout=deadline,
+            wait_for_workers=True,
+            master_listen_fd=_listen(host, int(port)) if is_master else None,
         )
         backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(
@@ -121,12 +129,24 @@ def destroy_parallel(ctx: ParallelContext) -> None:
     ctx.world = ctx.tp_group = None
 
 
+def _listen(host: str, port: int) -> int:
+    """A listening socket on that address alone: by itself the store would listen on every network of the machine."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    with socket.socket(family, kind, protocol) as listener:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen()
+        return listener.detach()
+
+
 @contextlib.contextmanager
 def _map_distributed_errors(rank: RankInfo, what: str, timeout_seconds: float) -> Iterator[None]:
     try:
         yield
     except dist.DistStoreError as error:
         raise StartupTimeout(what, math.ceil(timeout_seconds)) from error
+    except OSError as error:
+        raise WorkerFailed(rank.global_rank, "cluster_error", f"{what}: {error}") from error
     except RuntimeError as error:
         first_line = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "timed out" in first_line.lower() or "timeout" in first_line.lower():

@@ -76,7 +76,9 @@ class TritonBackend:
         rows = slice(first_row, metadata.num_rows)
         starts_R1 = metadata.query_start_R1[first_row : metadata.num_rows + 1]
         if first_row:
-            starts_R1 = metadata.scratch.setdefault("prefill_starts", starts_R1 - first_row)
+            if "prefill_starts" not in metadata.scratch:
+                metadata.scratch["prefill_starts"] = starts_R1 - first_row
+            starts_R1 = metadata.scratch["prefill_starts"]
         return ops.prefill_attention(
             q_TNH,
             kv_cache[0],
