@@ -28,6 +28,14 @@ BLOCK_SIZE = 16
 MAX_NUM_SEQS = 256
 
 
+def cpu_name() -> str:
+    """The processor as the system names it."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return "unknown"
+
+
 def length_mix(num_requests: int, seed: int) -> list[tuple[int, int]]:
     """Prompt and answer lengths like those of shared chats: medians of about 90 and 200 tokens, long tails."""
     rng = random.Random(seed)
@@ -109,6 +117,7 @@ def main() -> None:
     lengths = length_mix(arguments.requests, arguments.seed)
     about = {
         "benchmark": "kv_waste",
+        "cpu": cpu_name(),
         "python": sys.version.split()[0],
         "requests": len(lengths),
         "mean_prompt": round(sum(prompt for prompt, _ in lengths) / len(lengths), 1),
