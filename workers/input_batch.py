@@ -78,7 +78,7 @@ class Staging:
         self._host = torch.zeros(capacity_bytes, dtype=torch.uint8, pin_memory=not self.is_shared)
         self._device = self._host if self.is_shared else torch.zeros(capacity_bytes, dtype=torch.uint8, device=device)
         self._bytes = self._host.numpy()
-        self._copied = None if self.is_shared else torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
+        self._copied = None if self.is_shared else torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]  # torch's own
         self._used = 0
         self._parts: list[tuple[int, int, torch.dtype]] = []
         self._layouts: dict[tuple[int, int], _Layout] = {}
@@ -95,7 +95,7 @@ class Staging:
     def take(self, count: int, is_long: bool) -> npt.NDArray[np.int64]:
         """Room for `count` integers (64 bit if `is_long`, else 32), to be filled before `send`."""
         start, size = self._used, count * (8 if is_long else 4)
-        self._used = (start + size + 7) & ~7
+        self._used = (start + size + 15) & ~15
         self._parts.append((start, start + size, torch.int64 if is_long else torch.int32))
         return self._bytes[start : start + size].view(np.int64 if is_long else np.int32)
 

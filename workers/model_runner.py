@@ -50,7 +50,7 @@ class StepOutcome:
         self._token_ids: Tensor | None = None if sampled is None else sampled.token_ids_S
         self._copied: torch.cuda.Event | None = None
         if side_stream is not None and self._token_ids is not None:
-            computed = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
+            computed = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]  # torch's own
             computed.record()
             with torch.cuda.stream(side_stream):
                 side_stream.wait_event(computed)
@@ -58,7 +58,7 @@ class StepOutcome:
                 self._token_ids = torch.empty(on_device.shape, dtype=on_device.dtype, pin_memory=True)
                 self._token_ids.copy_(on_device, non_blocking=True)
                 on_device.record_stream(side_stream)
-                self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]  # torch's own
+                self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]  # torch's own
                 self._copied.record()
 
     def result(self) -> ModelRunnerOutput:
@@ -135,7 +135,7 @@ class ModelRunner:
         self._prompt_logprobs: dict[int, int] = {}  # handle -> how many, for requests that asked
         self._side_stream: torch.cuda.Stream | None = None
         if device.type == "cuda" and self.rank.answers:
-            self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]  # torch's own
+            self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]  # torch's own
 
     # ----------------------------------------------------------------------------------------------------- starting
 

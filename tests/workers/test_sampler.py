@@ -75,7 +75,8 @@ RULES = [
     {"min_tokens": 2, "eos_token_ids": (3,)},
     {"logit_bias": ((4, 3.5), (9, -100.0), (2, 100.0), (77, 1.0))},
     {"allowed_token_ids": (1, 8, 30)},
-    {"bad_word_ids": ((6,), (11, 12), (5, 11, 13), (9, 14), (4, 5, 11, 15, 16))},
+    # the last word begins in the prompt: only the output counts
+    {"bad_word_ids": ((6,), (11, 12), (5, 11, 13), (9, 14), (9, 9, 15), (11, 2, 9, 9, 21))},
     {
         "allowed_token_ids": (1, 8, 30, 31),
         "bad_word_ids": ((30,),),
