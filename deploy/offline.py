@@ -128,6 +128,7 @@ class LLM:
         A prompt is a text, a list of token ids, `{"prompt": ...}` or `{"prompt_token_ids": [...]}`; one of them or a
         list. All are checked before any runs: the first wrong one raises.
         """
+        self._check_open()
         _refuse_lora(lora_request)
         many = forms.normalise_prompts(prompts)
         params = forms.normalise_params(sampling_params, self.get_default_sampling_params(), len(many))
@@ -163,6 +164,7 @@ class LLM:
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answer a conversation (a list of messages) or several, by the model's chat template."""
+        self._check_open()
         _refuse_lora(lora_request)
         if chat_template is not None:
             raise InvalidRequest("chat_template", chat_template, "give it to LLM(..., chat_template=...) instead")
@@ -206,11 +208,13 @@ class LLM:
 
     def get_metrics(self) -> list[Metric]:
         """The engine's live figures by name."""
+        self._check_open()
         reply = self._run(self._gateway.client.stats())
         return [Metric(name, value) for name, value in sorted(reply.values.items())]
 
     def reset_prefix_cache(self) -> bool:
         """Forget all cached prefixes; False when running requests hold some."""
+        self._check_open()
         return self._run(self._gateway.client.reset_prefix_cache())
 
     # ------------------------------------------------------------------------------------------------------ ending
@@ -227,10 +231,11 @@ class LLM:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+    def _check_open(self) -> None:
         if not self._finalizer.alive:
-            work.close()
             raise RequestAborted("this LLM was closed")
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._loop.run(work)
 
     async def _prepare(self, checks: Iterable[Coroutine[Any, Any, PreparedRequest]]) -> list[PreparedRequest]:

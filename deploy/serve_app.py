@@ -68,6 +68,11 @@ class Door:
         self._client = await DriverClient.connect(address, secret, timeout_seconds=_CONNECT_SECONDS)
         _set_app(build_http_app(Gateway(self._client, load_tokenizer(config), config), config.server))
 
+    async def __del__(self) -> None:
+        """Serve calls it when the replica is to go: the engine that it started goes with it."""
+        if engine := getattr(self, "_engine", None):
+            await asyncio.to_thread(engine.close)
+
     async def check_health(self) -> None:
         """Raise when this replica can't serve any more: Serve then replaces it, and the new one connects anew."""
         if self._client.closed:

@@ -1,0 +1,48 @@
+"""The figures' frame: what a row says besides its figure, and the table people read."""
+
+from pathlib import Path
+
+import pytest
+
+from argosy.cluster.protocol.errors import WeightError
+from argosy.deploy import bench, bench_models
+
+
+def row(engine: str, rate: float) -> dict[str, object]:
+    """One measured row, as short as the table allows."""
+    return {
+        "model": "tiny", "dtype": "float32", "workload": "cpu64", "engine": engine, "output_tokens_per_second": rate,
+        "machine": "a machine", "cores": 2,
+    }  # fmt: skip
+
+
+def test_the_ratio_is_to_the_peers_best_mode() -> None:
+    """Beating its slowest mode proves nothing."""
+    text = bench.table(
+        [row("argosy", 300.0), row("transformers one by one", 50.0), row("transformers static batch", 100.0)]
+    )
+    ours = next(line for line in text.splitlines() if " argosy " in line)
+    assert ours.rstrip().endswith("3.00")
+    assert "a machine, 2 cores" in text
+
+
+def test_a_row_names_machine_versions_and_commit() -> None:
+    """A figure without them can't be compared with anything."""
+    about = bench.describe_machine()
+    assert about["machine"]
+    assert about["argosy"]
+    assert {"python", "commit", "versions", "gpus", "cores", "time"} <= set(about)
+
+
+@pytest.mark.parametrize("name", ["tiny", "small"])
+def test_the_random_shapes_are_those_the_peers_were_measured_with(name: str, tmp_path: Path) -> None:
+    """The names stand for exact shapes."""
+    folder, options = bench_models.make_folder(name, tmp_path)
+    assert options == {"load_format": "dummy", "skip_tokenizer_init": True}
+    assert bench_models.vocab_size(folder) == {"tiny": 4096, "small": 32000}[name]
+
+
+def test_a_folder_is_taken_as_it_is_and_a_typo_is_not(tmp_path: Path) -> None:
+    """`--model tny` is no shape, and no folder either."""
+    with pytest.raises(WeightError):
+        bench_models.make_folder("tny", tmp_path)

@@ -1,0 +1,51 @@
+"""The doctor says what is missing and how to mend it, and never fails itself."""
+
+import json
+import socket
+
+import pytest
+
+from argosy.deploy import cli, doctor
+from argosy.deploy.doctor import Finding
+
+
+def test_this_machine_is_examined_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
+    """As a new user runs it."""
+    cli.main(["doctor", "--port", "0"])
+    shown = capsys.readouterr().out
+    for name in ("Python", "torch", "ray", "memory", "/dev/shm", "port 0", "model"):
+        assert name in shown
+
+
+def test_programs_get_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    """Every finding has a state; whatever is not ok says how to mend it."""
+    cli.main(["doctor", "--json"])
+    findings = json.loads(capsys.readouterr().out)
+    assert {finding["state"] for finding in findings} <= {"ok", "warn", "fail"}
+    assert all(finding["fix"] for finding in findings if finding["state"] != "ok")
+
+
+def test_a_broken_model_folder_fails(capsys: pytest.CaptureFixture[str], tmp_path: object) -> None:
+    """An empty folder is no model."""
+    assert cli.main(["doctor", str(tmp_path)]) == 1
+    assert "config.json" in capsys.readouterr().out
+
+
+def test_a_missing_or_old_package_names_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Too old fails like missing."""
+    monkeypatch.setattr(doctor, "_version", lambda name: None)
+    assert doctor._package("torch") == Finding(
+        "torch", "fail", "not installed; needed for the models", "pip install 'torch>=2.11'"
+    )
+    monkeypatch.setattr(doctor, "_version", lambda name: "2.9.1+cpu")
+    assert doctor._package("torch").state == "fail"
+    monkeypatch.setattr(doctor, "_version", lambda name: "2.11.0")
+    assert doctor._package("torch").state == "ok"
+
+
+def test_a_taken_port_is_seen() -> None:
+    """Somebody else's server."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        assert doctor._port(other.getsockname()[1]).state == "warn"

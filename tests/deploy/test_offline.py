@@ -1,0 +1,137 @@
+"""`LLM` over an engine that is a few lines long: order, forms, refusals, ends."""
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator, Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from argosy import LLM, SamplingParams
+from argosy.cluster.protocol.errors import ConfigError, ContextTooLong, InvalidRequest, RequestAborted
+from argosy.cluster.protocol.messages import EngineInfo, StatsReply, TokenDelta
+from argosy.cluster.protocol.sampling import FinishReason, TokenParams
+from argosy.deploy import launch, offline
+
+INFO = EngineInfo(
+    model="m", max_model_len=64, vocab_size=4096, num_blocks=9, block_size=16, tensor_parallel_size=1,
+    pipeline_parallel_size=1, dtype="float32", max_logprobs=20, max_num_seqs=4,
+)  # fmt: skip
+
+
+class EchoStream:
+    """Answers with the prompt's first token, as often as asked for; the shortest prompts come last."""
+
+    def __init__(self, prompt: Sequence[int], params: TokenParams):
+        self.prompt, self.params = prompt, params
+
+    async def __aiter__(self) -> AsyncIterator[list[TokenDelta]]:
+        await asyncio.sleep(0.02 / len(self.prompt))
+        token_ids = [self.prompt[0]] * self.params.max_tokens
+        yield [TokenDelta(1, 0, token_ids, FinishReason.LENGTH)]
+
+    def abort(self, index: int | None = None) -> None:
+        """Nothing runs."""
+
+
+class EchoClient:
+    """What `LLM` needs of `DriverClient`."""
+
+    info, closed = INFO, False
+
+    def __init__(self) -> None:
+        self.submitted: list[list[int]] = []
+
+    def submit(self, prompt: Sequence[int], params: TokenParams, **options: object) -> EchoStream:
+        self.submitted.append(list(prompt))
+        return EchoStream(prompt, params)
+
+    async def stats(self) -> StatsReply:
+        return StatsReply(values={"argosy_requests_running": 0.0})
+
+    async def reset_prefix_cache(self) -> bool:
+        return True
+
+
+@pytest.fixture
+def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """No processes: a client that echoes, and an engine that remembers being closed."""
+    client, closed = EchoClient(), []
+
+    async def connect(address: str, secret: str, *, timeout_seconds: float) -> Any:
+        return client
+
+    fake = SimpleNamespace(address="", secret="", info=INFO, close=lambda: closed.append(True), client=client)
+    fake.closed = closed
+    monkeypatch.setattr(offline.DriverClient, "connect", connect)
+    monkeypatch.setattr(launch, "launch_engine", lambda config, **options: fake)
+    yield fake
+    assert closed, "an LLM left its engine running"
+
+
+def test_results_come_in_the_order_of_the_prompts(engine: SimpleNamespace) -> None:
+    """The second ends first."""
+    with LLM() as llm:
+        outputs = llm.generate([[5], [6, 6, 6, 6]], SamplingParams(max_tokens=2), use_tqdm=False)
+    assert [list(output.outputs[0].token_ids) for output in outputs] == [[5, 5], [6, 6]]
+    assert all(output.finished for output in outputs)
+
+
+def test_one_wrong_prompt_and_none_runs(engine: SimpleNamespace) -> None:
+    """The last of three is too long: nothing was submitted for the first two."""
+    with LLM() as llm:
+        with pytest.raises(ContextTooLong):
+            llm.generate([[5], [6], [7] * 64], use_tqdm=False)
+        with pytest.raises(InvalidRequest, match=r"prompts\[1\]"):
+            llm.generate(["fine", 3], use_tqdm=False)
+        with pytest.raises(InvalidRequest, match="adapters"):
+            llm.generate("fine", lora_request=object())
+    assert engine.client.submitted == []
+
+
+def test_params_one_each_and_many_prompts_than_the_engine_holds(engine: SimpleNamespace) -> None:
+    """More prompts than the engine's queue takes wait on this side."""
+    with LLM(max_num_seqs=1, max_num_waiting=1) as llm:
+        params = [SamplingParams(max_tokens=1 + place % 3) for place in range(40)]
+        outputs = llm.generate([[place + 1] for place in range(40)], params, use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [1 + place % 3 for place in range(40)]
+
+
+def test_chat_goes_through_the_template(engine: SimpleNamespace) -> None:
+    """The model that ships has one."""
+    with LLM() as llm:
+        output = llm.chat([{"role": "user", "content": "hi"}], SamplingParams(max_tokens=1), use_tqdm=False)[0]
+        assert "hi" in (output.prompt or "")
+        tokenizer = llm.get_tokenizer()
+        assert tokenizer.decode(tokenizer.encode("hello there"), skip_special_tokens=True) == "hello there"
+        assert llm.reset_prefix_cache()
+        assert llm.get_metrics()[0].name == "argosy_requests_running"
+        assert llm.get_world_size() == 1
+
+
+def test_it_works_where_a_loop_already_runs(engine: SimpleNamespace) -> None:
+    """A notebook."""
+
+    async def cell() -> int:
+        with LLM() as llm:
+            return len(llm.generate("hello", SamplingParams(max_tokens=3), use_tqdm=False)[0].outputs[0].token_ids)
+
+    assert asyncio.run(cell()) == 3
+
+
+def test_after_the_end_it_says_so(engine: SimpleNamespace) -> None:
+    """Closing twice is fine; asking after is a sentence, not a hang."""
+    llm = LLM()
+    llm.close()
+    llm.shutdown()
+    with pytest.raises(RequestAborted, match="aborted"):
+        llm.generate([[1]], use_tqdm=False)
+    assert engine.closed == [True]
+
+
+def test_arguments_are_checked_before_anything_starts() -> None:
+    """Typos, unknown backends."""
+    with pytest.raises(ConfigError, match="did you mean 'max_model_len'"):
+        LLM(max_model_length=4)
+    with pytest.raises(ConfigError, match="'ray' or 'mp'"):
+        LLM(distributed_executor_backend="mpi")

@@ -1,0 +1,115 @@
+"""What `argosy serve` checks before it starts anything, and what it says when it is ready."""
+
+import socket
+import stat
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import ConfigError, WeightError
+from argosy.cluster.protocol.messages import EngineInfo, StatsReply
+from argosy.deploy import model_folder, server, settings
+
+
+def config(**given: object) -> ServingConfig:
+    """Settings for the model that ships."""
+    made, _ = settings.make_config({"model": settings.default_model(), **given})
+    return model_folder.localize(made)
+
+
+def test_a_taken_port_is_said_in_one_line_before_anything_starts() -> None:
+    """The second server on a machine."""
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 is taken"):
+            server.check_port(config(port=port))
+    server.check_port(config(port=port))
+
+
+def test_an_address_of_another_machine_is_refused() -> None:
+    """A typo in --host."""
+    with pytest.raises(ConfigError, match="no such address"):
+        server.check_port(config(host="no.such.host.invalid"))
+
+
+def test_keys_from_flags_are_kept_in_a_private_file(tmp_path: Path) -> None:
+    """Settings are printed and sent around; keys are not."""
+    changed = server.with_api_keys(config(), ("first-key", "second-key"), tmp_path)
+    file = Path(str(changed.server.api_keys_file))
+    assert file.read_text() == "first-key\nsecond-key\n"
+    assert stat.S_IMODE(file.stat().st_mode) == 0o600
+    with pytest.raises(ConfigError, match="leave one out"):
+        server.with_api_keys(changed, ("third-key",), tmp_path)
+
+
+def test_what_the_doors_will_read_is_read_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A short key or a missing template costs a second, not a start."""
+    keys = tmp_path / "keys"
+    keys.write_text("short\n")
+    with pytest.raises(ConfigError, match="at least 8"):
+        server.check_doors(config(api_keys_file=str(keys)))
+    server.check_doors(config(host="0.0.0.0"))
+    assert "anybody who reaches" in capsys.readouterr().err
+
+
+def test_the_ready_block_can_be_pasted() -> None:
+    """Address, model, layout, memory, a curl line, how to stop."""
+    info = EngineInfo(
+        model="m", max_model_len=2048, vocab_size=9, num_blocks=100, block_size=16, tensor_parallel_size=2,
+        pipeline_parallel_size=1, dtype="bfloat16", max_logprobs=20, max_num_seqs=8, layout="TP2 x PP1, layers 0-7",
+    )  # fmt: skip
+    engine: Any = SimpleNamespace(info=info)
+    text = server.ready_block(config(port=8123, host="0.0.0.0"), engine, 12.34)
+    assert "http://127.0.0.1:8123/v1" in text
+    assert "TP2 x PP1" in text
+    assert "100 blocks x 16 = 1600 tokens" in text
+    assert "curl http://127.0.0.1:8123/v1/completions" in text
+    assert "ready after 12.3 s" in text
+    assert '"model": "argosy-default"' in text
+
+
+@pytest.mark.anyio
+async def test_draining_waits_for_the_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two questions find a request running, the third none."""
+    running = [2.0, 1.0, 0.0]
+    told = []
+
+    class Client:
+        def drain(self) -> None:
+            told.append("drain")
+
+        async def stats(self) -> StatsReply:
+            return StatsReply(values={"argosy_requests_running": running.pop(0)})
+
+    async def connect(address: str, secret: str, *, timeout_seconds: float) -> Client:
+        return Client()
+
+    monkeypatch.setattr(server.DriverClient, "connect", connect)
+    monkeypatch.setattr(server, "_POLL_SECONDS", 0.0)
+    monkeypatch.setattr(server, "_LAST_BYTES_SECONDS", 0.0)
+    assert await server.drain("address", "secret", 5.0)
+    assert (told, running) == (["drain"], [])
+
+
+@pytest.fixture
+def anyio_backend() -> str:
+    """asyncio is what we run on."""
+    return "asyncio"
+
+
+def test_a_model_is_a_folder_a_hub_name_or_a_mistake(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Requests go on using the name that was given; the model that ships has a short one."""
+    assert config().model.served_model_name == (model_folder.DEFAULT_MODEL_NAME,)
+    assert model_folder.model_folder(str(tmp_path)) == str(tmp_path.resolve())
+    (tmp_path / "file").touch()
+    with pytest.raises(WeightError, match="is a file"):
+        model_folder.model_folder(str(tmp_path / "file"))
+    with pytest.raises(WeightError, match="no such folder"):
+        model_folder.model_folder("./missing")
+    monkeypatch.setattr(model_folder, "_fetch", lambda name: str(tmp_path))
+    assert model_folder.model_folder("org/model") == str(tmp_path)

@@ -1,0 +1,52 @@
+"""The command line grows on purpose: a new flag is a line here, and a setting in the config."""
+
+import pytest
+
+from argosy.deploy import cli
+
+SHARED = ["--help", "-h"]
+EXPECTED = {
+    "serve": """
+        --api-key --api-keys-file --async-scheduling --block-size --chat-template --config --cpu-threads --device
+        --disable-log-stats --drain-seconds --dtype --enable-chunked-prefill --enable-prefix-caching --enforce-eager
+        --generation-config --gpu-memory-utilization --hf-overrides --host --kv-cache-dtype --kv-cache-memory-bytes
+        --load-format --max-body-bytes --max-logprobs --max-model-len --max-num-batched-tokens --max-num-seqs
+        --max-num-waiting --model --num-gpu-blocks-override --pipeline-layers --pipeline-parallel-size --port
+        --quantization --request-deadline-seconds --response-role --scheduling-policy --seed --served-model-name
+        --skip-tokenizer-init --start-deadline-seconds --step-deadline-seconds --tensor-parallel-size --tokenizer
+        -pp -q -tp
+    """,
+    "chat": "--api-key --max-tokens --model --seed --stop --system --temperature --url",
+    "complete": "--api-key --max-tokens --model --seed --stop --temperature --url",
+    "doctor": "--json --port",
+    "bench": """
+        --api-key --backend --cold-start --concurrency --dtype --max-num-seqs --model --output --peer
+        --pipeline-parallel-size --repeats --tensor-parallel-size --url --workload -pp -tp
+    """,
+}
+
+
+@pytest.mark.parametrize("command", sorted(EXPECTED))
+def test_the_command_line_grows_on_purpose(command: str) -> None:
+    """Negations (--no-x) follow from their switch and are not listed."""
+    flags = [flag for flag in cli.flags_of(cli.build_parser(), command) if not flag.startswith("--no-")]
+    assert flags == sorted([*SHARED, *EXPECTED[command].split()])
+
+
+def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
+    """The first thing a new user types."""
+    assert cli.main([]) == 0
+    assert "argosy serve" in capsys.readouterr().out
+    for command in EXPECTED:
+        with pytest.raises(SystemExit, match="0"):
+            cli.main([command, "--help"])
+        shown = capsys.readouterr().out
+        assert shown.startswith(f"usage: argosy {command}")
+        assert len(shown.splitlines()) < 130
+
+
+def test_a_mistake_is_one_line_and_exit_code_two(capsys: pytest.CaptureFixture[str]) -> None:
+    """No traceback for a typo."""
+    assert cli.main(["serve", "--max-num-seq", "3"]) == 2
+    shown = capsys.readouterr().err
+    assert shown == "argosy: unknown flag --max-num-seq; did you mean --max-num-seqs?\n"
