@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from argosy.cluster.driver_client import DriverClient
 from argosy.cluster.protocol.config import ServingConfig
-from argosy.cluster.protocol.errors import ConfigError, InvalidRequest, RequestAborted
+from argosy.cluster.protocol.errors import ChannelClosed, ConfigError, InvalidRequest, RequestAborted
 from argosy.cluster.protocol.sampling import SamplingParams
 from argosy.deploy import prompts as forms
 from argosy.deploy import settings
@@ -233,7 +233,7 @@ class LLM:
 
     def _check_open(self) -> None:
         if not self._finalizer.alive:
-            raise RequestAborted("this LLM was closed")
+            raise ChannelClosed("this LLM was closed; make a new one")
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
         return self._loop.run(work)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from argosy import LLM, SamplingParams
-from argosy.cluster.protocol.errors import ConfigError, ContextTooLong, InvalidRequest, RequestAborted
+from argosy.cluster.protocol.errors import ChannelClosed, ConfigError, ContextTooLong, InvalidRequest
 from argosy.cluster.protocol.messages import EngineInfo, StatsReply, TokenDelta
 from argosy.cluster.protocol.sampling import FinishReason, TokenParams
 from argosy.deploy import launch, offline
@@ -124,7 +124,7 @@ def test_after_the_end_it_says_so(engine: SimpleNamespace) -> None:
     llm = LLM()
     llm.close()
     llm.shutdown()
-    with pytest.raises(RequestAborted, match="aborted"):
+    with pytest.raises(ChannelClosed, match="was closed"):
         llm.generate([[1]], use_tqdm=False)
     assert engine.closed == [True]
 
