@@ -41,33 +41,33 @@ class LimitsMiddleware:
             await self._app(scope, receive, send)
             return
         try:
-            headers = self._check_head(scope)
+            headers = check_head(scope, self._max_body_bytes)
         except (HttpRefusal, PayloadTooLarge) as error:
             await refuse(error, send)
             return
         body = _LimitedBody(receive, self._max_body_bytes, self._body_seconds)
         await self._app({**scope, "headers": headers}, body.receive, send)
 
-    def _check_head(self, scope: Scope) -> list[tuple[bytes, bytes]]:
-        headers: list[tuple[bytes, bytes]] = list(scope["headers"])
-        if len(headers) > MAX_HEADERS:
-            raise HttpRefusal(431, "headers_too_large", f"there are more than {MAX_HEADERS} header fields; send fewer")
-        if sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
-            raise HttpRefusal(
-                431, "headers_too_large", f"the header is larger than {MAX_HEADER_BYTES} bytes; send less"
-            )
-        if len(scope.get("raw_path") or scope["path"]) + len(scope.get("query_string", b"")) > MAX_URL_BYTES:
-            raise HttpRefusal(414, "url_too_long", f"the URL is longer than {MAX_URL_BYTES} bytes")
-        for name, value in headers:
-            if name == b"content-length" and (not value.isdigit() or int(value[:20]) > self._max_body_bytes):
-                raise PayloadTooLarge("body", self._max_body_bytes)
-            if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
-                raise HttpRefusal(400, "encoded_body", "send the body as it is, without Content-Encoding")
-        return [
-            (name, value)
-            for name, value in headers
-            if name not in _FORBIDDEN_HEADERS and not name.startswith(_FORBIDDEN_PREFIXES)
-        ]
+
+def check_head(scope: Scope, max_body_bytes: int) -> list[tuple[bytes, bytes]]:
+    """The header without what is only ours to set. Raises when it, the URL or the declared body is too large."""
+    headers: list[tuple[bytes, bytes]] = list(scope["headers"])
+    if len(headers) > MAX_HEADERS:
+        raise HttpRefusal(431, "headers_too_large", f"there are more than {MAX_HEADERS} header fields; send fewer")
+    if sum(len(name) + len(value) for name, value in headers) > MAX_HEADER_BYTES:
+        raise HttpRefusal(431, "headers_too_large", f"the header is larger than {MAX_HEADER_BYTES} bytes; send less")
+    if len(scope.get("raw_path") or scope["path"]) + len(scope.get("query_string", b"")) > MAX_URL_BYTES:
+        raise HttpRefusal(414, "url_too_long", f"the URL is longer than {MAX_URL_BYTES} bytes")
+    for name, value in headers:
+        if name == b"content-length" and (not value.isdigit() or int(value[:20]) > max_body_bytes):
+            raise PayloadTooLarge("body", max_body_bytes)
+        if name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
+            raise HttpRefusal(400, "encoded_body", "send the body as it is, without Content-Encoding")
+    return [
+        (name, value)
+        for name, value in headers
+        if name not in _FORBIDDEN_HEADERS and not name.startswith(_FORBIDDEN_PREFIXES)
+    ]
 
 
 class _LimitedBody:
