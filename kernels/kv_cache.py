@@ -16,7 +16,7 @@ from argosy.kernels import tuning
 COPY_BYTES = 16384  # of a block that one program copies: 128 threads with eight 16-byte loads in flight each
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])  # as in `rotary`
 def _store_kv_kernel(
     k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, stride_k, stride_v,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,

@@ -305,4 +305,4 @@ def argmax_rows(logits_RV: Tensor) -> Tensor:
         return sampling.sample_rows(
             logits_RV, unused, unused, unused, unused, unused, unused, any_random=False, any_filter=False
         )
-    return logits_RV.argmax(dim=-1)
+    return sampling_reference.argmax_rows(logits_RV)

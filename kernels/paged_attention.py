@@ -4,6 +4,10 @@ Meaning: `reference.paged_attention`. A program takes one row, one key/value hea
 rows of a matrix of 16 or more, so that the tensor cores multiply it), and one piece of the context. Online softmax:
 Milakov and Gimelshein 2018. The piece that finishes last joins the pieces of its row and head, so that there is no
 second launch. How many pieces there may be follows from host facts; how long each is, from the length on the device.
+
+`decode_attention` also does what `rope_and_store` would have done before: every program rotates its own queries, and
+the first of a row writes the new key and value and attends to them from registers, so that no program waits for the
+cache of the token that this step adds.
 """
 
 import torch
@@ -16,8 +20,39 @@ from argosy.kernels import tuning
 
 
 @triton.jit
+def _turn(x_ptr, norm_ptr, inside, dim, partner, cos, sin, eps, H: tl.constexpr, NORM: tl.constexpr):
+    """Norm and rotate heads: x_ptr [X, 1] points at heads, `partner` [W] is the other dimension of each pair. [X, W]."""
+    x = tl.load(x_ptr + dim[None, :], inside, other=0.0).to(tl.float32)
+    other = tl.load(x_ptr + partner[None, :], inside, other=0.0).to(tl.float32)
+    if NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / H + eps)
+        x *= scale[:, None] * tl.load(norm_ptr + dim, dim < H, other=0.0).to(tl.float32)[None, :]
+        other *= scale[:, None] * tl.load(norm_ptr + partner, dim < H, other=0.0).to(tl.float32)[None, :]
+    return x * cos[None, :] + other * sin[None, :]
+
+
+@triton.jit
+def _prefetch(address, BYTES: tl.constexpr):
+    size = tl.full(address.shape, BYTES, tl.int32)
+    tl.inline_asm_elementwise(
+        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [address.to(tl.int64), size],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+# Lengths, and addresses inside a packed buffer, differ from step to step: a compiled variant for each divisibility by
+# 16 would be a stall of half a second in the middle of serving.
+@triton.jit(
+    do_not_specialize=["stride_table", "window", "num_splits"],
+    do_not_specialize_on_alignment=["context_ptr", "table_ptr", "positions_ptr", "slots_ptr"],
+)
 def _paged_attention_kernel(
-    q_ptr,
+    q_ptr,  # queries, or when NEW the fused projection [q | k | v]
+    positions_ptr,
+    rotation_ptr,
+    q_norm_ptr,
+    k_norm_ptr,
+    slots_ptr,
     k_cache_ptr,
     v_cache_ptr,
     table_ptr,
@@ -33,6 +68,7 @@ def _paged_attention_kernel(
     scale,
     soft_cap,
     window,
+    eps,
     num_splits,
     K: tl.constexpr,
     G: tl.constexpr,
@@ -46,6 +82,12 @@ def _paged_attention_kernel(
     ALIBI: tl.constexpr,
     SINKS: tl.constexpr,
     SPLIT: tl.constexpr,
+    NEW: tl.constexpr,  # the last token comes from the projection and goes to the cache
+    ROTARY: tl.constexpr,  # dimensions that are rotated when NEW
+    INTERLEAVED: tl.constexpr,
+    NORM_Q: tl.constexpr,
+    NORM_K: tl.constexpr,
+    EARLY: tl.constexpr,  # only the projection comes from the kernel before
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
@@ -58,28 +100,78 @@ def _paged_attention_kernel(
     dim = tl.arange(0, WIDTH)
     in_group = head < G
     in_tile = in_group[:, None] & (dim < H)[None, :]
-    if PDL:
+    if PDL and not EARLY:
         gdc_wait()
         gdc_launch_dependents()
 
     context = tl.load(context_ptr + row)
     first = tl.maximum(context - window, 0) if WINDOW else 0
-    length = context - first
+    cached = context - 1 if NEW else context  # how many tokens are read from the cache
+    length = tl.maximum(cached - first, 0)
     # Pieces of whole tiles, of equal length; the last may be short and some of the grid may have none.
     piece = tl.cdiv(tl.cdiv(length, num_splits), BLOCK_L) * BLOCK_L
     pieces = tl.cdiv(length, tl.maximum(piece, 1))
+    if NEW:
+        pieces = tl.maximum(pieces, tl.minimum(context, 1))  # a new token is work even with nothing before it
     begin = first + split * piece
-    end = tl.minimum(begin + piece, context)
+    end = tl.minimum(begin + piece, cached)
+    if PDL and EARLY:
+        if split < pieces:
+            token = begin + tl.arange(0, BLOCK_L)
+            block = tl.load(table_ptr + row * stride_table + token // S, token < end, other=0).to(tl.int64)
+            place = ((block * S + token % S) * K + kv_head) * H
+            _prefetch(k_cache_ptr + place, H * k_cache_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            _prefetch(v_cache_ptr + place, H * v_cache_ptr.dtype.element_ty.primitive_bitwidth // 8)
+        gdc_wait()
+        gdc_launch_dependents()
     out_head = out_ptr + (row * K + kv_head) * G * H + head[:, None] * H + dim[None, :]
     if split >= pieces:
         if (split == 0) & (context <= 0):  # padding
             tl.store(out_head, tl.zeros((GROUP, WIDTH), out_ptr.dtype.element_ty), in_tile)
         return
 
-    q = tl.load(q_ptr + row * stride_q + (kv_head * G + head[:, None]) * H + dim[None, :], in_tile, other=0.0)
+    q_head = q_ptr + row * stride_q + (kv_head * G + head[:, None]) * H
     largest = tl.full((GROUP,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP,), tl.float32)
     acc = tl.zeros((GROUP, WIDTH), tl.float32)
+    if NEW:
+        partner = dim
+        cos = tl.full((WIDTH,), 1.0, tl.float32)
+        sin = tl.zeros((WIDTH,), tl.float32)
+        if ROTARY > 0:
+            HALF: tl.constexpr = ROTARY // 2
+            turns = dim < ROTARY
+            if INTERLEAVED:
+                partner = tl.where(turns, dim ^ 1, dim)
+                pair = dim // 2
+            else:
+                partner = tl.where(turns, tl.where(dim < HALF, dim + HALF, dim - HALF), dim)
+                pair = dim % HALF
+            angles = rotation_ptr + tl.load(positions_ptr + row).to(tl.int64) * ROTARY
+            cos = tl.load(angles + pair, turns, other=1.0)
+            sin = tl.load(angles + HALF + pair, turns, other=0.0)
+            sin = tl.where(partner > dim, -sin, sin)
+        q = _turn(q_head, q_norm_ptr, in_tile, dim, partner, cos, sin, eps, H, NORM_Q).to(out_ptr.dtype.element_ty)
+        if split == 0:
+            one = tl.zeros((1, 1), tl.int64)
+            new_k = q_ptr + row * stride_q + (K * G + kv_head) * H + one
+            k_row = _turn(new_k, k_norm_ptr, (dim < H)[None, :], dim, partner, cos, sin, eps, H, NORM_K)
+            k_row = k_row.to(k_cache_ptr.dtype.element_ty)
+            v_row = tl.load(new_k + K * H + dim[None, :], (dim < H)[None, :], other=0.0)
+            v_row = v_row.to(v_cache_ptr.dtype.element_ty)
+            slot = tl.load(slots_ptr + row).to(tl.int64)
+            here = (slot * K + kv_head) * H + dim[None, :] + one
+            tl.store(k_cache_ptr + here, k_row, (dim < tl.where(slot >= 0, H, 0))[None, :])
+            tl.store(v_cache_ptr + here, v_row, (dim < tl.where(slot >= 0, H, 0))[None, :])
+            largest = tl.sum(q.to(tl.float32) * k_row.to(tl.float32), 1)
+            if SOFT_CAP:
+                largest = (2.0 * tl.sigmoid(2.0 * (largest * scale / soft_cap)) - 1.0) * (soft_cap * LOG2E)
+            else:
+                largest *= scale * LOG2E
+            total += 1.0
+            acc += v_row.to(tl.float32)
+    else:
+        q = tl.load(q_head + dim[None, :], in_tile, other=0.0)
     if ALIBI:
         slope = tl.load(slopes_ptr + kv_head * G + head, in_group, other=0.0).to(tl.float32) * LOG2E
     for start in tl.range(begin, end, BLOCK_L, num_stages=STAGES):
@@ -148,6 +240,77 @@ def choose_splits(num_groups: int, max_context: int, block_l: int, num_sms: int,
     return max(1, min(wanted, -(-max_context // block_l), 64))
 
 
+def _launch(
+    q_RD: Tensor,
+    num_heads: int,
+    k_cache_BSKH: Tensor,
+    v_cache_BSKH: Tensor,
+    block_table_RB: Tensor,
+    context_len_R: Tensor,
+    *,
+    scale: float,
+    max_context: int | None,
+    sliding_window: int | None,
+    soft_cap: float | None,
+    alibi_slopes_N: Tensor | None,
+    sinks_N: Tensor | None,
+    sizes: tuning.Sizes | None,
+    out_RNH: Tensor | None = None,
+    new: dict[str, object] | None = None,
+) -> Tensor:
+    """`q_RD`: rows of queries, or with `new` (the kernel's arguments about the last token) of the fused projection."""
+    num_rows = q_RD.shape[0]
+    block_size, num_kv_heads, head_size = k_cache_BSKH.shape[1:]
+    group = num_heads // num_kv_heads
+    assert block_table_RB.stride(1) == 1
+    assert k_cache_BSKH.is_contiguous()
+    assert v_cache_BSKH.is_contiguous()
+    device = q_RD.device
+    if out_RNH is None:
+        out_RNH = torch.empty((num_rows, num_heads, head_size), dtype=q_RD.dtype, device=device)
+    assert out_RNH.is_contiguous()
+    if num_rows == 0:
+        return out_RNH
+    bound = block_table_RB.shape[1] * block_size
+    bound = bound if max_context is None else min(bound, max_context)
+    bound = bound if sliding_window is None else min(bound, sliding_window)
+    facts = tuning.device_facts(device)
+    width = tuning.next_power_of_two(head_size)
+    groups = num_rows * num_kv_heads
+    if sizes is None and q_RD.element_size() == 2:
+        kind = "few" if groups < facts.num_sms else "many"
+        sizes = tuning.pick("paged_attention", f"h{head_size}_{kind}", device)
+    sizes = sizes or {
+        "block_l": 64 if width * q_RD.element_size() <= 256 else 32, "warps": 4, "stages": 3, "per_sm": 2,
+    }  # fmt: skip
+    block_l = sizes["block_l"] if facts.slug != "interpreter" else 16
+    splits = 1
+    if groups <= tuning.MAX_COUNTERS:
+        splits = choose_splits(groups, bound, block_l, facts.num_sms, sizes["per_sm"])
+    part = stats = counters = out_RNH
+    if splits > 1:
+        part = torch.empty(groups * splits * group * head_size, dtype=torch.float32, device=device)
+        stats = torch.empty(groups * splits * group * 2, dtype=torch.float32, device=device)
+        counters = tuning.counters(device)
+    about_new = {
+        "positions_ptr": context_len_R, "rotation_ptr": out_RNH, "q_norm_ptr": out_RNH, "k_norm_ptr": out_RNH,
+        "slots_ptr": context_len_R, "eps": 0.0, "NEW": False, "ROTARY": 0, "INTERLEAVED": False, "NORM_Q": False,
+        "NORM_K": False, "EARLY": False,
+    } | (new or {})  # fmt: skip
+    _paged_attention_kernel[(num_rows, num_kv_heads, splits)](
+        q_ptr=q_RD, k_cache_ptr=k_cache_BSKH, v_cache_ptr=v_cache_BSKH, table_ptr=block_table_RB,
+        context_ptr=context_len_R, out_ptr=out_RNH, slopes_ptr=out_RNH if alibi_slopes_N is None else alibi_slopes_N,
+        sinks_ptr=out_RNH if sinks_N is None else sinks_N, part_ptr=part, stats_ptr=stats, counter_ptr=counters,
+        stride_q=q_RD.stride(0), stride_table=block_table_RB.stride(0), scale=scale, soft_cap=soft_cap or 0.0,
+        window=sliding_window or 0, num_splits=splits, K=num_kv_heads, G=group, H=head_size, S=block_size,
+        GROUP=max(16, tuning.next_power_of_two(group)), WIDTH=width, BLOCK_L=block_l, WINDOW=sliding_window is not None,
+        SOFT_CAP=soft_cap is not None, ALIBI=alibi_slopes_N is not None, SINKS=sinks_N is not None, SPLIT=splits > 1,
+        STAGES=sizes["stages"], PRECISION="ieee" if q_RD.dtype == torch.float32 else "tf32",
+        num_warps=sizes["warps"], **about_new, **tuning.overlap(device),
+    )  # fmt: skip
+    return out_RNH
+
+
 def paged_attention(
     q_RNH: Tensor,
     k_cache_BSKH: Tensor,
@@ -161,6 +324,7 @@ def paged_attention(
     soft_cap: float | None = None,
     alibi_slopes_N: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    out_RNH: Tensor | None = None,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
     """Shapes as in `ops.paged_attention`; tokens of q may be strided (a view of the fused projection).
@@ -168,46 +332,52 @@ def paged_attention(
     Must have run once on a device before it is captured there, and not on two streams at the same time. `sizes`
     overrides what was tuned, for the tuner itself.
     """
-    num_rows, num_heads, head_size = q_RNH.shape
-    block_size, num_kv_heads = k_cache_BSKH.shape[1:3]
-    group = num_heads // num_kv_heads
-    assert q_RNH.stride()[1:] == (head_size, 1)
-    assert block_table_RB.stride(1) == 1
-    assert k_cache_BSKH.is_contiguous()
-    assert v_cache_BSKH.is_contiguous()
-    device = q_RNH.device
-    out_RNH = torch.empty((num_rows, num_heads, head_size), dtype=q_RNH.dtype, device=device)
-    if num_rows == 0:
-        return out_RNH
-    bound = block_table_RB.shape[1] * block_size
-    bound = bound if max_context is None else min(bound, max_context)
-    bound = bound if sliding_window is None else min(bound, sliding_window)
-    facts = tuning.device_facts(device)
-    width = tuning.next_power_of_two(head_size)
-    if sizes is None and q_RNH.element_size() == 2:
-        sizes = tuning.pick("paged_attention", f"h{head_size}", device)
-    sizes = sizes or {
-        "block_l": 64 if width * q_RNH.element_size() <= 256 else 32, "warps": 4, "stages": 3, "per_sm": 4,
-    }  # fmt: skip
-    block_l = sizes["block_l"] if facts.slug != "interpreter" else 16
-    groups = num_rows * num_kv_heads
-    splits = 1
-    if groups <= tuning.MAX_COUNTERS:
-        splits = choose_splits(groups, bound, block_l, facts.num_sms, sizes["per_sm"])
-    part = stats = counters = out_RNH
-    if splits > 1:
-        part = torch.empty(groups * splits * group * head_size, dtype=torch.float32, device=device)
-        stats = torch.empty(groups * splits * group * 2, dtype=torch.float32, device=device)
-        counters = tuning.counters(device)
-    _paged_attention_kernel[(num_rows, num_kv_heads, splits)](
-        q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, out_RNH,
-        out_RNH if alibi_slopes_N is None else alibi_slopes_N, out_RNH if sinks_N is None else sinks_N,
-        part, stats, counters, q_RNH.stride(0), block_table_RB.stride(0),
-        scale, soft_cap or 0.0, sliding_window or 0, splits,
-        K=num_kv_heads, G=group, H=head_size, S=block_size, GROUP=max(16, tuning.next_power_of_two(group)), WIDTH=width,
-        BLOCK_L=block_l, WINDOW=sliding_window is not None, SOFT_CAP=soft_cap is not None,
-        ALIBI=alibi_slopes_N is not None, SINKS=sinks_N is not None, SPLIT=splits > 1, STAGES=sizes["stages"],
-        PRECISION="ieee" if q_RNH.dtype == torch.float32 else "tf32",
-        num_warps=sizes["warps"], **tuning.overlap(device),
+    assert q_RNH.stride()[1:] == (q_RNH.shape[2], 1)
+    return _launch(
+        q_RNH, q_RNH.shape[1], k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale,
+        max_context=max_context, sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N,
+        sinks_N=sinks_N, sizes=sizes, out_RNH=out_RNH,
     )  # fmt: skip
-    return out_RNH
+
+
+def decode_attention(
+    qkv_RD: Tensor,
+    positions_R: Tensor,
+    cos_sin_PD: Tensor | None,
+    k_cache_BSKH: Tensor,
+    v_cache_BSKH: Tensor,
+    slots_R: Tensor,
+    block_table_RB: Tensor,
+    context_len_R: Tensor,
+    *,
+    num_heads: int,
+    scale: float,
+    interleaved: bool = False,
+    q_norm_weight_H: Tensor | None = None,
+    k_norm_weight_H: Tensor | None = None,
+    eps: float = 1e-6,
+    max_context: int | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes_N: Tensor | None = None,
+    sinks_N: Tensor | None = None,
+    inputs_early: bool = False,
+    sizes: tuning.Sizes | None = None,
+) -> Tensor:
+    """`rope_and_store` and `paged_attention` in one launch; see `ops.decode_attention`. qkv is only read."""
+    num_kv_heads, head_size = k_cache_BSKH.shape[2:]
+    assert qkv_RD.shape[1] == (num_heads + 2 * num_kv_heads) * head_size
+    assert qkv_RD.stride(1) == 1
+    assert cos_sin_PD is None or cos_sin_PD.is_contiguous()
+    new = {
+        "positions_ptr": positions_R, "rotation_ptr": qkv_RD if cos_sin_PD is None else cos_sin_PD,
+        "q_norm_ptr": qkv_RD if q_norm_weight_H is None else q_norm_weight_H,
+        "k_norm_ptr": qkv_RD if k_norm_weight_H is None else k_norm_weight_H, "slots_ptr": slots_R, "eps": eps,
+        "NEW": True, "ROTARY": 0 if cos_sin_PD is None else cos_sin_PD.shape[1], "INTERLEAVED": interleaved,
+        "NORM_Q": q_norm_weight_H is not None, "NORM_K": k_norm_weight_H is not None, "EARLY": inputs_early,
+    }  # fmt: skip
+    return _launch(
+        qkv_RD, num_heads, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale,
+        max_context=max_context, sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N,
+        sinks_N=sinks_N, sizes=sizes, new=new,
+    )  # fmt: skip

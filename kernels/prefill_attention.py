@@ -72,7 +72,12 @@ def _walk(
     return acc, largest, total
 
 
-@triton.jit
+# Lengths, and addresses inside a packed buffer, differ from step to step: a compiled variant for each divisibility by
+# 16 would be a stall of half a second in the middle of serving.
+@triton.jit(
+    do_not_specialize=["stride_table", "window", "num_rows"],
+    do_not_specialize_on_alignment=["query_start_ptr", "context_ptr", "table_ptr"],
+)
 def _prefill_attention_kernel(
     q_ptr,
     k_cache_ptr,

@@ -11,7 +11,9 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from argosy.kernels import tuning
 
 
-@triton.jit
+# Addresses inside a packed buffer, differ from step to step: a compiled variant for each divisibility by 16
+# would be a stall of half a second in the middle of serving.
+@triton.jit(do_not_specialize_on_alignment=["positions_ptr", "slots_ptr"])
 def _rotate_kernel(
     x_ptr,  # [T, heads, H] with token stride `stride_x`; heads are [q | k | v] when STORE
     positions_ptr,

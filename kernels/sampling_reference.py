@@ -163,3 +163,8 @@ def _mix(x: Tensor) -> Tensor:
     x *= _int32(0x846CA68B)
     x ^= (x >> 16).bitwise_and_(0xFFFF)
     return x
+
+
+def argmax_rows(logits_RV: Tensor) -> Tensor:
+    """See `ops.argmax_rows`."""
+    return logits_RV.argmax(dim=-1)

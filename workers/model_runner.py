@@ -211,7 +211,7 @@ class ModelRunner:
         self.graphs = CUDAGraphRunner(
             self.batch,
             forward,
-            self.model.compute_logits if self.rank.is_last_stage else None,
+            getattr(self.model, "compute_raw_logits", self.model.compute_logits) if self.rank.is_last_stage else None,
             max_rows=min(self.config.scheduler.max_num_seqs, parallel.max_cuda_graph_batch),
             max_model_len=self.max_model_len,
             hidden_size=self.spec.hidden_size,
@@ -284,7 +284,7 @@ class ModelRunner:
             sampled = Sampled(self.graphs.run_greedy(num_rows).clone())
         else:
             sampled = self.sampler.sample(
-                result, inputs.handles_R, inputs.end_R, self._history, same_rows=inputs.same_rows
+                result.float(), inputs.handles_R, inputs.end_R, self._history, same_rows=inputs.same_rows
             )
             inputs.handles_device_R = self.graphs.handles_R[:num_rows].long()
             self._remember(inputs, sampled.token_ids_S)

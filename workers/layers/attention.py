@@ -48,12 +48,18 @@ class Attention(nn.Module):
     def finish(self) -> None:
         """All weights are there."""
         if self.q_norm is not None and self.k_norm is not None:
-            self._norm = QKNorm(self.q_norm.weight, self.k_norm.weight, self.q_norm.eps)
+            q_weight_H, k_weight_H = self.q_norm.weight, self.k_norm.weight
+            both = [q_weight_H.expand(self.shape.num_heads, -1), k_weight_H.expand(self.shape.num_kv_heads, -1)]
+            self._norm = QKNorm(q_weight_H, k_weight_H, self.q_norm.eps, torch.cat(both))
 
     def forward(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """[T, D]."""
+        return self.o_proj(self.attend(self.qkv_proj(x_TD), positions_T, ctx))  # type: ignore[no-any-return]
+
+    def attend(self, qkv_TX: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
+        """From the product of q, k and v to what the heads saw, [T, N * H]."""
         kv_cache = ctx.kv_cache.layers[self.cache_index]
         q_TNH = ctx.backend.rotate_and_store(
-            self.qkv_proj(x_TD), positions_T, self.rotary.cos_sin_PH, kv_cache, ctx.metadata, self.shape, self._norm
+            qkv_TX, positions_T, self.rotary.cos_sin_PH, kv_cache, ctx.metadata, self.shape, self._norm
         )
-        return self.o_proj(ctx.backend.attend(q_TNH, kv_cache, ctx.metadata, self.shape))  # type: ignore[no-any-return]
+        return ctx.backend.attend(q_TNH, kv_cache, ctx.metadata, self.shape)

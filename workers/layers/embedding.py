@@ -92,6 +92,6 @@ class ParallelLMHead(LinearLayer):
         self.method.finish(self)
 
     def forward(self, hidden_SD: Tensor) -> Tensor:
-        """[S, V] in float32, on every rank of the group."""
+        """[S, V] on every rank of the group; rows may be strided."""
         logits_SW = self.method.apply(self, hidden_SD)
-        return self.parallel.all_gather_last_dim(logits_SW)[:, : self.share.vocab_size].float().contiguous()
+        return self.parallel.all_gather_last_dim(logits_SW)[:, : self.share.vocab_size]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from argosy.placement.process_groups import ParallelContext
-from argosy.workers.quantization.base import Cut, LinearLayer, LinearMethod
+from argosy.workers.quantization.base import Cut, Fusion, LinearLayer, LinearMethod
 
 ALL = slice(None)
 
@@ -35,6 +35,10 @@ class ParallelLinear(LinearLayer):
     def forward(self, x_TI: Tensor) -> Tensor:
         """x W^T + bias, of this rank's part."""
         return self.method.apply(self, x_TI)
+
+    def fused(self, x_TI: Tensor, fusion: Fusion) -> Tensor:
+        """The same, with what stands before and after it in one launch; no sum over the group."""
+        return self.method.apply_fused(self, x_TI, fusion)
 
 
 class MergedColumnParallelLinear(ParallelLinear):

@@ -10,6 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from argosy.cluster.protocol.errors import UnsupportedModel
+from argosy.kernels import ops
+
+MAX_FUSED_TOKENS = 16  # above it cuBLAS is at the card's bandwidth and launches hide behind each other
 
 
 class Cut(NamedTuple):
@@ -33,6 +36,15 @@ class LinearLayer(nn.Module):
     packed_weight: Tensor | None
 
 
+class Fusion(NamedTuple):
+    """What a product for a few tokens does besides: `ops.fused_linear`."""
+
+    norm_weight_I: Tensor | None = None
+    eps: float = 1e-6
+    residual_TO: Tensor | None = None
+    gated: bool = False
+
+
 class LinearMethod(Protocol):
     """One weight format."""
 
@@ -47,6 +59,12 @@ class LinearMethod(Protocol):
 
     def apply(self, layer: LinearLayer, x_TI: Tensor) -> Tensor:
         """x W^T + bias."""
+
+    def fuses(self, layer: LinearLayer, x_TI: Tensor) -> bool:
+        """Whether `apply_fused` is the faster way for these inputs."""
+
+    def apply_fused(self, layer: LinearLayer, x_TI: Tensor, fusion: Fusion) -> Tensor:
+        """x W^T + bias together with what stands before and after it; only where `fuses`."""
 
 
 class UnquantizedMethod:
@@ -79,6 +97,23 @@ class UnquantizedMethod:
             return product
         assert layer.weight is not None
         return F.linear(x_TI, layer.weight, layer.bias)
+
+    def fuses(self, layer: LinearLayer, x_TI: Tensor) -> bool:
+        """A few tokens on a GPU, in 16 bits: reading the weight is all the time there is, launches cost as much."""
+        return x_TI.is_cuda and x_TI.shape[0] <= MAX_FUSED_TOKENS and x_TI.element_size() == 2
+
+    def apply_fused(self, layer: LinearLayer, x_TI: Tensor, fusion: Fusion) -> Tensor:
+        """One launch, with the norm before it and the gate or the addition after it."""
+        assert layer.weight is not None
+        return ops.fused_linear(
+            x_TI,
+            layer.weight,
+            layer.bias,
+            norm_weight_I=fusion.norm_weight_I,
+            eps=fusion.eps,
+            residual_TO=fusion.residual_TO,
+            gated=fusion.gated,
+        )
 
 
 _NO_SCALARS: list[float] = []

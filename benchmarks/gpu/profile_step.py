@@ -1,0 +1,142 @@
+"""Where the time of a step goes on a GPU: a rank of its own in this process, no driver.
+
+    python benchmarks/gpu/profile_step.py --model 8b --batch 1 8 64 256 --context 256
+
+Prints, for each batch, the graph's time a replay and the kernels of the eager step by their share; JSON lines first.
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+from bench_gpu import COMMON, SHAPES
+from torch.profiler import ProfilerActivity, profile
+
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.messages import NewRequest, SchedulerOutput
+from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.cluster.protocol.sampling import TokenParams
+from argosy.placement.plan import make_plan
+from argosy.placement.process_groups import init_parallel
+from argosy.workers.device import set_up_device
+from argosy.workers.model_runner import ModelRunner
+
+
+def make_runner(model: str, max_num_seqs: int, context: int) -> ModelRunner:
+    """A rank with random weights and room for the largest batch at this context."""
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps({**COMMON, **SHAPES[model]}))
+        config = ServingConfig.from_mapping(
+            {"model": folder, "load_format": "dummy", "max_num_seqs": max_num_seqs, "max_model_len": 4096,
+             "max_num_batched_tokens": 8192, "max_cuda_graph_batch": max_num_seqs}
+        )  # fmt: skip
+        spec = read_model_spec(folder)
+        device = torch.device("cuda", 0)
+        set_up_device(device, 4)
+        parallel = init_parallel(make_plan(spec.num_layers, 1, 1).ranks[0], "127.0.0.1:0", device, 60.0)
+        runner = ModelRunner(config, spec, parallel, device=device, dtype=torch.bfloat16, cache_dtype=torch.bfloat16)
+        runner.load(Path(folder), None)
+    runner.allocate(max_num_seqs * (context // 16 + 4))
+    return runner
+
+
+def start_rows(runner: ModelRunner, batch: int, context: int) -> SchedulerOutput:
+    """The mixed step that takes up `batch` requests with `context` tokens computed."""
+    per_row = context // 16 + 4
+    requests = [
+        NewRequest(row, [5] * (context + 1), context + 1, context, list(range(row * per_row, (row + 1) * per_row)),
+                   TokenParams(max_tokens=1000, temperature=0.0))
+        for row in range(batch)
+    ]  # fmt: skip
+    return SchedulerOutput(
+        step_id=0,
+        epoch=0,
+        rows=list(range(batch)),
+        new_requests=requests,
+        finished=list(range(len(runner.batch.active))),
+    )
+
+
+def decode(batch: int, step: int) -> SchedulerOutput:
+    """One decode step of all rows."""
+    return SchedulerOutput(step_id=step, epoch=0, rows=list(range(batch)))
+
+
+def timed(run: object, count: int) -> tuple[float, float]:
+    """(device milliseconds, host milliseconds) a call."""
+    torch.cuda.synchronize()
+    start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+    began = time.perf_counter()
+    start.record()
+    for _ in range(count):
+        run()
+    end.record()
+    host = (time.perf_counter() - began) / count
+    torch.cuda.synchronize()
+    return start.elapsed_time(end) / count, 1e3 * host
+
+
+def main() -> None:
+    """Profile each batch size."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(SHAPES), default="8b")
+    parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--prefill", type=int, default=0, help="also a step of so many prompt tokens, rows of 512")
+    parser.add_argument("--top", type=int, default=12)
+    args = parser.parse_args()
+    runner = make_runner(args.model, max(args.batch), args.context)
+    runner.warm_up([(1, 32), *((size, 1) for size in args.batch)])
+    began = time.perf_counter()
+    runner.record_graphs()
+    graphs = runner.graphs
+    assert graphs is not None
+    print(f"recorded {len(graphs.sizes)} sizes in {time.perf_counter() - began:.1f} s")
+    if args.prefill:
+        rows, per_row = args.prefill // 512, 512 // 16
+        output = SchedulerOutput(
+            step_id=1, epoch=0, rows=list(range(rows)), num_tokens=[512] * rows,
+            new_requests=[
+                NewRequest(row, [7] * 512, 512, 0, list(range(row * per_row, (row + 1) * per_row)),
+                           TokenParams(max_tokens=8, temperature=0.0))
+                for row in range(rows)
+            ],
+        )  # fmt: skip
+        runner.execute(output)
+        device_ms, host_ms = timed(lambda: runner.execute(output), 5)
+        print(json.dumps({"model": args.model, "prefill_tokens": args.prefill, "device_ms": round(device_ms, 3),
+                          "host_ms": round(host_ms, 3)}))  # fmt: skip
+        show(lambda: runner.execute(output), args.top)
+    for batch in args.batch:
+        runner.execute(start_rows(runner, batch, args.context))
+        for step in range(3):
+            runner.execute(decode(batch, step))
+        step_ms, host_ms = timed(lambda batch=batch: runner.execute(decode(batch, 9)), 20)
+        replay_ms, _ = timed(lambda batch=batch: graphs.run(batch), 20)
+        row = {"model": args.model, "batch": batch, "context": args.context, "step_ms": round(step_ms, 4),
+               "replay_ms": round(replay_ms, 4), "host_ms": round(host_ms, 4)}  # fmt: skip
+        print(json.dumps(row), flush=True)
+        show(lambda batch=batch: (graphs.run(batch), graphs.run_greedy(batch)), args.top)
+
+
+def show(run: object, top: int) -> None:
+    """Kernels of one call by device time."""
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    events = sorted(found.key_averages(), key=lambda e: -e.self_device_time_total)
+    total = sum(e.self_device_time_total for e in events)
+    for e in events[:top]:
+        share = e.self_device_time_total / max(total, 1)
+        each = e.self_device_time_total / e.count
+        print(f"   {share:6.1%} {e.self_device_time_total:9.0f} us {e.count:5} x {each:8.2f}  {e.key[:90]}")
+    print(f"   kernels together {total:.0f} us", flush=True)
+
+
+if __name__ == "__main__":
+    main()
