@@ -12,6 +12,7 @@ driver's thread; the callable, which may take seconds, runs in a thread of its o
 """
 
 import contextlib
+import logging
 import os
 import secrets
 from collections import deque
@@ -55,6 +56,7 @@ from argosy.cluster.protocol.messages import (
 from argosy.cluster.rank_processes import RankDoor, RankKeeper, StartRanks
 from argosy.cluster.start_rules import agree_on_num_blocks, error_of_rank
 
+_log = logging.getLogger(__name__)
 _STOP_SECONDS: Final = 3.0  # for ranks to leave by themselves before they are killed
 _MAX_PENDING_BYTES: Final = 2 * MAX_FRAME_BYTES
 
@@ -332,6 +334,7 @@ class ChannelExecutor:
     def _on_dead(self, epoch: int, global_rank: int, why: str) -> None:
         if epoch != self.epoch or self.status in ("stopped", "stopping"):
             return
+        _log.warning("rank %d ended: %s", global_rank, why)
         if self.status == "ready":
             self._lose(epoch, WorkerLost(global_rank, self._node_of(global_rank), epoch))
         else:
@@ -341,6 +344,7 @@ class ChannelExecutor:
         """The group can't go on: end all of it (a peer of a dead rank hangs in its collectives), and say so once."""
         if epoch != self.epoch or self.status in ("stopped", "stopping"):
             return
+        _log.warning("epoch %d is over: %s", epoch, error)
         self._close()
         self._keeper.do(self._keeper.kill_held)
         self._events.append(RanksLost(epoch, error))

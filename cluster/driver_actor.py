@@ -6,6 +6,7 @@ see the connection end and hear of it.
 """
 
 import contextlib
+import logging
 import os
 import shutil
 import stat
@@ -26,6 +27,8 @@ from argosy.cluster.rank_processes import StartRanks
 NAMESPACE: Final = "argosy"
 _ANSWER_SECONDS: Final = 30.0
 _EXIT_SECONDS: Final = 30.0
+_REST_SECONDS: Final = 2.0  # between two lives, so that a driver that fails at once does not spin
+_log = logging.getLogger(__name__)
 
 
 class DriverBoot(msgspec.Struct, frozen=True, kw_only=True):
@@ -54,8 +57,19 @@ class DriverActor:
             tcp_host=_node_address() if self.boot.tcp_port else "",
             tcp_port=self.boot.tcp_port,
         )
-        self._thread = threading.Thread(target=self._loop.run, name="driver-loop", daemon=True)
+        self._is_stopping = False
+        self._thread = threading.Thread(target=self._run, name="driver-loop", daemon=True)
         self._thread.start()
+
+    def _run(self) -> None:
+        self._loop.run()
+        status = self._loop.status()
+        if status.error_code and status.info is not None and not self._is_stopping:
+            # It served and can't any more. What stopped it may be gone later (a node that comes back): begin anew, as
+            # after the death of this process. An engine that never got ready stays, so that its launcher reads why.
+            _log.error("the driver begins anew after: %s", status.error_message)
+            time.sleep(_REST_SECONDS)
+            os._exit(1)
 
     def status(self) -> bytes:
         """How the driver is."""
@@ -67,6 +81,7 @@ class DriverActor:
 
     def stop(self, drain_seconds: float) -> None:
         """Stop the loop and all ranks; returns when they are gone."""
+        self._is_stopping = True
         self._loop.stop(drain_seconds)
         self._thread.join(timeout=drain_seconds + _EXIT_SECONDS)
         shutil.rmtree(self.boot.folder, ignore_errors=True)

@@ -113,7 +113,7 @@ def start_ray_driver(
     try:
         name = f"argosy-{secrets.token_hex(4)}"
         many_nodes = len(ray_cluster.discover().nodes) > 1
-        folder = os.path.join(tempfile.gettempdir(), name)
+        folder = os.path.join(session.folder or tempfile.gettempdir(), name)
         boot = DriverBoot(
             name=name,
             config=config,

@@ -12,6 +12,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, Final
 
+import psutil
 import ray
 from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
 
@@ -26,6 +27,8 @@ _OWN_CLUSTER: Final = {
     # takes itself to be confined to one machine. That switch is named after the systems that it was made for.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
+_PREFIX: Final = "argosy-ray-"
+_OWNER: Final = "owner"
 _AUTH: Final = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -40,6 +43,11 @@ class RaySession:
     def is_own(self) -> bool:
         """Whether the cluster was started here and ends with us."""
         return bool(self._folder)
+
+    @property
+    def folder(self) -> str:
+        """Our own cluster's private folder, removed at the end; empty for a cluster that isn't ours."""
+        return self._folder
 
     @classmethod
     def open(cls, address: str | None, *, num_cpus: int, num_gpus: int | None = None) -> "RaySession":
@@ -56,7 +64,9 @@ class RaySession:
 
     @classmethod
     def _start(cls, num_cpus: int, num_gpus: int | None) -> "RaySession":
-        folder = tempfile.mkdtemp(prefix="argosy-ray-")  # mode 0700: the token and all logs are in it
+        _remove_abandoned()
+        folder = tempfile.mkdtemp(prefix=_PREFIX)  # mode 0700: the token and all logs are in it
+        Path(folder, _OWNER).write_text(_myself())
         changes = dict(_OWN_CLUSTER)
         if "RAY_AUTH_MODE" not in os.environ:  # an explicit choice of the operator stands
             changes |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_write_token(Path(folder)))}
@@ -101,6 +111,24 @@ class RaySession:
                 _confine_to_loopback(False)
             shutil.rmtree(self._folder, ignore_errors=True)
         self._environment = {}
+
+
+def _myself() -> str:
+    """This process, so that a later one with the same number is not taken for it."""
+    return f"{os.getpid()} {psutil.Process().create_time()}"
+
+
+def _remove_abandoned() -> None:
+    """The folders of owners that were killed: with kill -9 nobody is left to do it."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        with contextlib.suppress(OSError, ValueError):
+            if folder.lstat().st_uid != os.getuid():
+                continue
+            pid, created = (folder / _OWNER).read_text().split()
+            with contextlib.suppress(psutil.NoSuchProcess):
+                if psutil.Process(int(pid)).create_time() == float(created):
+                    continue
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_token(folder: Path) -> Path:
