@@ -145,7 +145,7 @@ def read_model_spec(folder: str | Path, overrides: Mapping[str, Any] | None = No
     folder = Path(folder)
     if not folder.is_dir():
         raise WeightError(str(folder), "", "is not a folder")
-    config = {**_read_json(folder / CONFIG_FILE), **(overrides or {})}
+    config = _override(_read_json(folder / CONFIG_FILE), overrides or {})
     read = _Reader(CONFIG_FILE, config)
     architecture = _architecture(config)
     family = FAMILIES[architecture]
@@ -190,6 +190,17 @@ def read_model_spec(folder: str | Path, overrides: Mapping[str, Any] | None = No
         bos_token_id=bos,
         eos_token_ids=eos,
     )
+
+
+def _override(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """The config with some keys replaced. The older rotary spelling in `overrides` wins over the newer in the file."""
+    inner = config.get("rope_parameters")
+    if isinstance(inner, dict) and "rope_parameters" not in overrides:
+        if "rope_scaling" in overrides:
+            config = {**config, "rope_parameters": None, "rope_theta": inner.get("rope_theta")}
+        elif "rope_theta" in overrides:
+            config = {**config, "rope_parameters": {**inner, "rope_theta": overrides["rope_theta"]}}
+    return {**config, **overrides}
 
 
 class _Reader:

@@ -67,3 +67,15 @@ def test_the_length_of_a_scaled_model_is_what_the_scaling_reaches(tmp_path: Path
     config |= {"rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert read_model_spec(tmp_path).max_position == 131072
+
+
+def test_an_override_in_the_old_spelling_wins_over_the_new_one_in_the_file(tmp_path: Path) -> None:
+    """A folder saved by transformers 5, and advice from a model card that is older than it."""
+    config = {"architectures": ["Qwen2ForCausalLM"], "hidden_size": 64, "num_hidden_layers": 1, "vocab_size": 9}
+    config |= {"num_attention_heads": 2, "intermediate_size": 8, "max_position_embeddings": 1024}
+    config |= {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert read_model_spec(tmp_path, {"rope_theta": 5e5}).rope.theta == 5e5
+    spec = read_model_spec(tmp_path, {"rope_scaling": {"rope_type": "yarn", "factor": 2.0}})
+    assert (spec.rope.rope_type, spec.rope.factor, spec.rope.theta) == ("yarn", 2.0, 1e6)
+    assert spec.max_position == 2048

@@ -47,6 +47,7 @@ class QKNorm:
     q_weight_H: Tensor
     k_weight_H: Tensor
     eps: float
+    weight_XH: Tensor  # the same for each of the X = N + K heads in a row, to norm q and k together
 
 
 class AttentionBackend(Protocol):

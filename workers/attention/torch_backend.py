@@ -121,14 +121,13 @@ class TorchBackend:
         qkv = qkv_TD.view(-1, num_rotated + num_kv_heads, size)
         qk = qkv[:, :num_rotated]
         if norm is not None:
-            q = F.rms_norm(qkv[:, :num_heads], (size,), norm.q_weight_H, norm.eps)
-            k = F.rms_norm(qkv[:, num_heads:num_rotated], (size,), norm.k_weight_H, norm.eps)
-            qk = torch.cat((q, k), dim=1)
+            qk = _norm_heads(qk, norm)
         cos, minus_sin, sin = _rotation(plan, positions_T, cos_sin_PH, qk.dtype)
-        half = size // 2
         rotated = qk * cos
-        rotated[..., :half].addcmul_(qk[..., half:], minus_sin)
-        rotated[..., half:].addcmul_(qk[..., :half], sin)
+        first, second = qk.split(size // 2, -1)
+        rotated_first, rotated_second = rotated.split(size // 2, -1)
+        rotated_first.addcmul_(second, minus_sin)
+        rotated_second.addcmul_(first, sin)
         k_TKH, v_TKH = rotated[:, num_heads:], qkv[:, num_rotated:]
         if plan.kept_T is not None:
             k_TKH, v_TKH = k_TKH[plan.kept_T], v_TKH[plan.kept_T]
@@ -154,6 +153,16 @@ class TorchBackend:
         for row in plan.prefills:
             out_TD[row.first : row.last] = _prefill(q_TNH[row.first : row.last], kv_cache, row, shape)
         return out_TD
+
+
+def _norm_heads(qk_TXH: Tensor, norm: QKNorm) -> Tensor:
+    """RMS norm of each head. In float32 by length, which is half of the operations that torch's `rms_norm` takes."""
+    size = qk_TXH.shape[-1]
+    if qk_TXH.dtype == torch.float32:
+        length = torch.linalg.vector_norm(qk_TXH, 2, -1, True)
+        scale = length.square_().mul_(1.0 / size).add_(norm.eps).rsqrt_()
+        return (qk_TXH * scale).mul_(norm.weight_XH)
+    return F.rms_norm(qk_TXH, (size,), None, norm.eps).mul_(norm.weight_XH)
 
 
 def _plan(metadata: AttentionMetadata, kv_cache: tuple[Tensor, Tensor]) -> _Plan:
@@ -183,7 +192,9 @@ def _decode(q_RNH: Tensor, kv_cache: tuple[Tensor, Tensor], group: _DecodeGroup,
     v_RLKH = v_cache.index_select(0, group.block_ids).view(group.num_rows, group.num_keys, num_kv_heads, size)
     window = shape.sliding_window
     if group.length is not None and (window is None or group.length <= window):
-        k_RLKH, v_RLKH, mask = k_RLKH[:, : group.length], v_RLKH[:, : group.length], None
+        mask = None
+        if group.length < group.num_keys:
+            k_RLKH, v_RLKH = k_RLKH[:, : group.length], v_RLKH[:, : group.length]
     else:
         mask = group.mask_R11L.get(window)
         if mask is None:
