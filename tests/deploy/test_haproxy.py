@@ -1,0 +1,57 @@
+"""What Ray leaves open in HAProxy's configuration is closed before HAProxy reads it."""
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from argosy.deploy import haproxy
+
+AS_RAY_WRITES_IT = """frontend prometheus
+    bind :9101
+    mode http
+frontend http_frontend
+    bind 127.0.0.1:8000
+    acl routes path -i /-/routes
+listen stats
+  bind *:8404
+  stats enable
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A private folder with a stand-in for HAProxy that prints what it was given to read."""
+    real = tmp_path / "real"
+    real.write_text('#!/bin/sh\nfor last; do :; done\ncat "$last"\n')
+    real.chmod(0o700)
+    monkeypatch.setattr(haproxy, "find", lambda: str(real))
+    return tmp_path
+
+
+def test_every_port_listens_on_loopback_unless_it_is_the_door(folder: Path) -> None:
+    """Two ports for figures were open to every network; the door's own address stays as it was asked for."""
+    settings = haproxy.environment(folder)
+    config = folder / "haproxy.cfg"
+    config.write_text(AS_RAY_WRITES_IT)
+    program = settings["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    run = subprocess.run([program, "-db", "-f", config], capture_output=True, text=True, timeout=10, check=True)
+    binds = [line.strip() for line in run.stdout.splitlines() if line.strip().startswith("bind ")]
+    assert binds == ["bind 127.0.0.1:9101", "bind 127.0.0.1:8000", "bind 127.0.0.1:8404"]
+    assert "del-header x-request-timeout-seconds" in run.stdout
+    assert "timeout http-request 30s" in run.stdout
+
+
+def test_nothing_lies_where_another_server_would_look(folder: Path) -> None:
+    """Ray's defaults are one folder for all users of a machine."""
+    settings = haproxy.environment(folder)
+    paths = [value for value in settings.values() if value.startswith(os.sep)]
+    assert len(paths) == 6
+    assert all(Path(path).is_relative_to(folder) for path in paths)
+
+
+def test_without_the_program_serve_keeps_its_own_proxy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """There is no such package for every platform."""
+    monkeypatch.setattr(haproxy, "find", lambda: None)
+    assert haproxy.environment(tmp_path) == {}
