@@ -45,7 +45,7 @@ def find() -> str | None:
 
 
 def environment(folder: Path) -> dict[str, str]:
-    """What the environment must hold before Ray starts, so that it runs HAProxy from `folder`; empty without HAProxy."""
+    """What the environment must hold before Ray starts, so that it runs HAProxy from `folder`; empty without it."""
     real = find()
     if real is None:
         return {}
