@@ -1,9 +1,9 @@
 """A linear layer for a few tokens (1 to 16), bound by reading its weight, fused with what stands before and after it.
 
-Meaning: `reference.fused_linear`. A program owns BLOCK_O outputs and walks once along their weight rows; the norm of
-the input costs it nothing but arithmetic (every program sums the squares of the few inputs it reads anyway), and so do
-bias, gate and residual, whose outputs it owns. While the kernel before drains, the program already asks for its first
-weights into the second-level cache: they depend on nobody.
+Meaning: `reference.fused_linear`. Every program sums over whole weight rows, so bias, gate and residual are its own to
+add, and for one token it norms the input itself. With a gate, row i of the first half and row i of the second are
+neighbours in a tile. While the kernel before drains, a program already asks for its first weights into the
+second-level cache: they depend on nobody.
 """
 
 import torch
@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from argosy.kernels import tuning
+from argosy.kernels import rms_norm, tuning
 
 MAX_TOKENS = 16  # the smallest tile of the tensor cores; above it cuBLAS is at the bandwidth of the card
 
@@ -30,138 +30,153 @@ def _prefetch_rows(row_ptr, BYTES: tl.constexpr, PARTS: tl.constexpr):
 
 
 @triton.jit
-def _finish(
-    y, y_up, token, out, num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_residual, stride_out,
-    BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """y, y_up: [tokens, outputs] float32 sums; adds the bias, gates, adds to the residual in place or stores."""
-    inside = (token < num_tokens)[:, None] & (out < num_outputs)[None, :]
-    if BIAS:
-        y += tl.load(bias_ptr + out, out < num_outputs, other=0.0).to(tl.float32)[None, :]
-    if GATED:
-        if BIAS:
-            y_up += tl.load(bias_ptr + num_outputs + out, out < num_outputs, other=0.0).to(tl.float32)[None, :]
-        y = y * tl.sigmoid(y) * y_up
-    if RESIDUAL:
-        here = residual_ptr + token.to(tl.int64)[:, None] * stride_residual + out[None, :]
-        y += tl.load(here, inside, other=0.0).to(tl.float32)
-        tl.store(here, y.to(residual_ptr.dtype.element_ty), inside)
-    else:
-        here = out_ptr + token.to(tl.int64)[:, None] * stride_out + out[None, :]
-        tl.store(here, y.to(out_ptr.dtype.element_ty), inside)
+def _weight_rows(tile, num_outputs, ROWS: tl.constexpr, GATED: tl.constexpr):
+    """The weight rows of a tile: its outputs, or in turn the gate and the up row of half as many."""
+    row = tile * ROWS + tl.arange(0, ROWS)
+    half = tl.minimum(row // 2, num_outputs - 1) + row % 2 * num_outputs
+    return (half if GATED else tl.minimum(row, num_outputs - 1)).to(tl.int64)
 
 
 @triton.jit
+def _finish(
+    y, row, tile, token, num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_out,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+):  # fmt: skip
+    """y: [TOKENS, ROWS] sums in float32; adds the bias, gates, adds to the residual in place or stores."""
+    if BIAS:
+        y += tl.load(bias_ptr + row).to(tl.float32)[None, :]
+    if GATED:
+        gate, up = tl.split(tl.reshape(y, (TOKENS, ROWS // 2, 2)))
+        y = gate * tl.sigmoid(gate) * up
+        out = tile * (ROWS // 2) + tl.arange(0, ROWS // 2)
+    else:
+        out = tile * ROWS + tl.arange(0, ROWS)
+    inside = (token < num_tokens)[:, None] & (out < num_outputs)[None, :]
+    place = token.to(tl.int64)[:, None] * stride_out + out[None, :]
+    if RESIDUAL:
+        y += tl.load(residual_ptr + place, inside, other=0.0).to(tl.float32)
+        tl.store(residual_ptr + place, y.to(residual_ptr.dtype.element_ty), inside)
+    else:
+        tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
 def _vector_kernel(
     x_ptr, weight_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr,
-    num_tokens, num_inputs, num_outputs, stride_x, stride_weight, stride_residual, stride_out, eps,
-    TOKENS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    num_tokens, num_inputs, num_outputs, stride_x, stride_weight, stride_out, eps,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
     PARTS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token by multiply and add: no tile is padded, and a program may own as few outputs as fill the card."""
-    out = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    column = tl.arange(0, BLOCK_I)
-    row = weight_ptr + tl.minimum(out, num_outputs - 1).to(tl.int64) * stride_weight
-    up = num_outputs.to(tl.int64) * stride_weight
+    """One token, which stays in registers while a program walks over its tiles of whole weight rows."""
+    column = tl.arange(0, WIDTH)
+    inside = column < num_inputs
+    num_tiles = tl.cdiv(num_outputs * (2 if GATED else 1), ROWS)
     if PDL:
         if PREFETCH > 0:
-            _prefetch_rows(row, PREFETCH, PARTS)
-            if GATED:
-                _prefetch_rows(row + up, PREFETCH, PARTS)
+            first = _weight_rows(tl.program_id(0), num_outputs, ROWS, GATED)
+            _prefetch_rows(weight_ptr + first * stride_weight, PREFETCH, PARTS)
         gdc_wait()
         gdc_launch_dependents()
-    acc = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    acc_up = tl.zeros((BLOCK_O, BLOCK_I), tl.float32)
-    squares = tl.zeros((BLOCK_I,), tl.float32)
-    for start in tl.range(0, num_inputs, BLOCK_I, num_stages=STAGES):
+    x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
+    if NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / num_inputs + eps)
+        x *= scale * tl.load(norm_ptr + column, inside, other=0.0).to(tl.float32)
+    for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=STAGES):
+        row = _weight_rows(tile, num_outputs, ROWS, GATED)
+        if EVEN:
+            w = tl.load(weight_ptr + row[:, None] * stride_weight + column[None, :])
+        else:
+            w = tl.load(weight_ptr + row[:, None] * stride_weight + column[None, :], inside[None, :], other=0.0)
+        y = tl.sum(w.to(tl.float32) * x[None, :], 1)[None, :]
+        _finish(
+            y, row, tile, tl.arange(0, 1), num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_out,
+            1, ROWS, BIAS, GATED, RESIDUAL,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def _tiled_vector_kernel(
+    x_ptr, weight_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr,
+    num_tokens, num_inputs, num_outputs, stride_x, stride_weight, stride_out, eps,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+    PARTS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token, a program a tile, walking along its rows in steps of WIDTH."""
+    tile = tl.program_id(0)
+    column = tl.arange(0, WIDTH)
+    row = _weight_rows(tile, num_outputs, ROWS, GATED)
+    if PDL:
+        if PREFETCH > 0:
+            _prefetch_rows(weight_ptr + row * stride_weight, PREFETCH, PARTS)
+        gdc_wait()
+        gdc_launch_dependents()
+    acc = tl.zeros((ROWS, WIDTH), tl.float32)
+    squares = tl.zeros((WIDTH,), tl.float32)
+    for start in tl.range(0, num_inputs, WIDTH, num_stages=STAGES):
+        inside = start + column < num_inputs
         if EVEN:
             x = tl.load(x_ptr + start + column).to(tl.float32)
-            w = tl.load(row[:, None] + (start + column)[None, :])
-            if GATED:
-                w_up = tl.load(row[:, None] + up + (start + column)[None, :])
-            if NORM:
-                norm = tl.load(norm_ptr + start + column).to(tl.float32)
+            w = tl.load(weight_ptr + row[:, None] * stride_weight + (start + column)[None, :])
         else:
-            inside = start + column < num_inputs
             x = tl.load(x_ptr + start + column, inside, other=0.0).to(tl.float32)
-            w = tl.load(row[:, None] + (start + column)[None, :], inside[None, :], other=0.0)
-            if GATED:
-                w_up = tl.load(row[:, None] + up + (start + column)[None, :], inside[None, :], other=0.0)
-            if NORM:
-                norm = tl.load(norm_ptr + start + column, inside, other=0.0).to(tl.float32)
+            w = tl.load(
+                weight_ptr + row[:, None] * stride_weight + (start + column)[None, :], inside[None, :], other=0.0
+            )  # fmt: skip
         if NORM:
             squares += x * x
-            x *= norm
+            x *= tl.load(norm_ptr + start + column, inside, other=0.0).to(tl.float32)
         acc += w.to(tl.float32) * x[None, :]
-        if GATED:
-            acc_up += w_up.to(tl.float32) * x[None, :]
     y = tl.sum(acc, 1)[None, :]
-    y_up = tl.sum(acc_up, 1)[None, :]
     if NORM:
-        scale = 1.0 / tl.sqrt(tl.sum(squares, 0) / num_inputs + eps)
-        y *= scale
-        y_up *= scale
+        y *= 1.0 / tl.sqrt(tl.sum(squares, 0) / num_inputs + eps)
     _finish(
-        y, y_up, tl.arange(0, 1), out, num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_residual,
-        stride_out, BIAS, GATED, RESIDUAL,
+        y, row, tile, tl.arange(0, 1), num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_out,
+        1, ROWS, BIAS, GATED, RESIDUAL,
     )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def _matrix_kernel(
     x_ptr, weight_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr,
-    num_tokens, num_inputs, num_outputs, stride_x, stride_weight, stride_residual, stride_out, eps,
-    TOKENS: tl.constexpr, BLOCK_O: tl.constexpr, BLOCK_I: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    num_tokens, num_inputs, num_outputs, stride_x, stride_weight, stride_out, eps,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
     PARTS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Up to 16 tokens as the rows of one tensor core tile."""
-    out = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O)
-    token = tl.arange(0, TOKENS)
-    column = tl.arange(0, BLOCK_I)
-    row = weight_ptr + tl.minimum(out, num_outputs - 1).to(tl.int64) * stride_weight
-    up = num_outputs.to(tl.int64) * stride_weight
+    """Up to 16 tokens as the rows of one tensor core tile, a program a tile of weight rows. The input comes normed:
+    to norm 16 tokens in every program took longer (28 us) than to read the weight (11)."""
+    tile = tl.program_id(0)
+    token = tl.arange(0, 16)
+    column = tl.arange(0, WIDTH)
+    row = _weight_rows(tile, num_outputs, ROWS, GATED)
     x_row = x_ptr + token.to(tl.int64) * stride_x
     present = (token < num_tokens)[:, None]
     if PDL:
         if PREFETCH > 0:
-            _prefetch_rows(row, PREFETCH, PARTS)
-            if GATED:
-                _prefetch_rows(row + up, PREFETCH, PARTS)
+            _prefetch_rows(weight_ptr + row * stride_weight, PREFETCH, PARTS)
         gdc_wait()
         gdc_launch_dependents()
-    acc = tl.zeros((TOKENS, BLOCK_O), tl.float32)
-    acc_up = tl.zeros((TOKENS, BLOCK_O), tl.float32)
-    squares = tl.zeros((TOKENS,), tl.float32)
-    for start in tl.range(0, num_inputs, BLOCK_I, num_stages=STAGES):
-        inside = start + column < num_inputs
-        seen = present if EVEN else present & inside[None, :]
-        x = tl.load(x_row[:, None] + (start + column)[None, :], seen, other=0.0)
+    acc = tl.zeros((16, ROWS), tl.float32)
+    for start in tl.range(0, num_inputs, WIDTH, num_stages=STAGES):
         if EVEN:
-            w = tl.load(row[:, None] + (start + column)[None, :])
-            if GATED:
-                w_up = tl.load(row[:, None] + up + (start + column)[None, :])
+            x = tl.load(x_row[:, None] + (start + column)[None, :], present, other=0.0)
+            w = tl.load(weight_ptr + row[:, None] * stride_weight + (start + column)[None, :])
         else:
-            w = tl.load(row[:, None] + (start + column)[None, :], inside[None, :], other=0.0)
-            if GATED:
-                w_up = tl.load(row[:, None] + up + (start + column)[None, :], inside[None, :], other=0.0)
-        if NORM:
-            norm = tl.load(norm_ptr + start + column, inside, other=0.0).to(tl.float32)
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-            x = (wide * norm[None, :]).to(x.dtype)
+            inside = start + column < num_inputs
+            x = tl.load(x_row[:, None] + (start + column)[None, :], present & inside[None, :], other=0.0)
+            w = tl.load(
+                weight_ptr + row[:, None] * stride_weight + (start + column)[None, :], inside[None, :], other=0.0
+            )  # fmt: skip
         acc = tl.dot(x, tl.trans(w), acc)
-        if GATED:
-            acc_up = tl.dot(x, tl.trans(w_up), acc_up)
-    if NORM:
-        scale = 1.0 / tl.sqrt(squares / num_inputs + eps)
-        acc *= scale[:, None]
-        acc_up *= scale[:, None]
     _finish(
-        acc, acc_up, token, out, num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_residual,
-        stride_out, BIAS, GATED, RESIDUAL,
+        acc, row, tile, token, num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_out,
+        16, ROWS, BIAS, GATED, RESIDUAL,
     )  # fmt: skip
+
+
+KERNELS = (_vector_kernel, _matrix_kernel, _tiled_vector_kernel)  # as `kernel` in the tuned sizes counts them
 
 
 def suits(x_TI: Tensor, weight_OI: Tensor) -> bool:
@@ -180,14 +195,17 @@ def _key(num_tokens: int, weight_OI: Tensor) -> str:
     return f"{num_inputs}x{num_outputs}x{1 if num_tokens == 1 else MAX_TOKENS}"
 
 
-def _default_sizes(num_tokens: int, num_outputs: int, num_sms: int) -> dict[str, int]:
-    """As many outputs a program as leave every multiprocessor three programs, so that loads of some hide others."""
-    matrix = num_tokens > 1
-    block_o = 32 if matrix else 8
-    while block_o > (8 if matrix else 1) and num_outputs < block_o * num_sms * 3:
-        block_o //= 2
-    return {"matrix": int(matrix), "block_o": block_o, "block_i": 256 if matrix else 1024, "stages": 4 if matrix else 2,
-            "warps": 4, "prefetch": 2048}  # fmt: skip
+def _default_sizes(num_tokens: int, num_inputs: int, num_rows: int, num_sms: int) -> dict[str, int]:
+    """Sizes near those that measured best on an H200 over ten shapes."""
+    if num_tokens == 1:
+        width = tuning.next_power_of_two(num_inputs)
+        rows = max(2, min(16, 8192 // width))
+        return {"kernel": 0, "rows": rows, "width": width, "stages": 3, "warps": 8 if width <= 8192 else 16,
+                "per_sm": 2, "prefetch": 2048}  # fmt: skip
+    rows = 32
+    while rows > 8 and num_rows < rows * num_sms * 2:
+        rows //= 2
+    return {"kernel": 1, "rows": rows, "width": 256, "stages": 5, "warps": 4, "per_sm": 0, "prefetch": 2048}
 
 
 def fused_linear(
@@ -201,29 +219,35 @@ def fused_linear(
     gated: bool = False,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
-    """One launch; see `ops.fused_linear`. `sizes` overrides what was tuned, for the tuner itself."""
+    """One launch for one token, else one more for the norm; see `ops.fused_linear`.
+
+    `sizes` overrides what was tuned, for the tuner itself.
+    """
     num_tokens, num_inputs = x_TI.shape
-    rows = weight_OI.shape[0]
-    num_outputs = rows // 2 if gated else rows
+    num_rows = weight_OI.shape[0]
+    num_outputs = num_rows // 2 if gated else num_rows
     assert weight_OI.shape[1] == num_inputs
     assert residual_TO is None or residual_TO.shape == (num_tokens, num_outputs)
     facts = tuning.device_facts(x_TI.device)
     sizes = sizes or tuning.pick("gemv", _key(num_tokens, weight_OI), x_TI.device)
-    sizes = sizes or _default_sizes(num_tokens, num_outputs, facts.num_sms)
+    sizes = sizes or _default_sizes(num_tokens, num_inputs, num_rows, facts.num_sms)
+    kernel, rows, width = KERNELS[sizes["kernel"]], sizes["rows"], sizes["width"]
+    if num_tokens > 1 and norm_weight_I is not None:
+        x_TI, norm_weight_I = rms_norm.rms_norm(x_TI, norm_weight_I, eps), None
     out_TO = residual_TO
     if out_TO is None:
         out_TO = torch.empty((num_tokens, num_outputs), dtype=x_TI.dtype, device=x_TI.device)
     assert out_TO.stride(1) == 1
-    matrix = bool(sizes["matrix"]) or num_tokens > 1
+    programs = triton.cdiv(num_rows, rows)
+    if kernel is _vector_kernel:
+        programs = min(programs, facts.num_sms * sizes["per_sm"])
     prefetch = min(sizes["prefetch"], tuning.next_power_of_two(num_inputs + 1) // 2 * weight_OI.element_size())
-    kernel = _matrix_kernel if matrix else _vector_kernel
-    kernel[(triton.cdiv(num_outputs, sizes["block_o"]),)](
+    kernel[(programs,)](
         x_TI, weight_OI, out_TO if bias_O is None else bias_O, out_TO if norm_weight_I is None else norm_weight_I,
-        out_TO, out_TO, num_tokens, num_inputs, num_outputs, x_TI.stride(0), weight_OI.stride(0), out_TO.stride(0),
-        out_TO.stride(0), eps, TOKENS=MAX_TOKENS if matrix else 1, BLOCK_O=sizes["block_o"], BLOCK_I=sizes["block_i"],
-        STAGES=sizes["stages"], EVEN=num_inputs % sizes["block_i"] == 0, NORM=norm_weight_I is not None,
+        out_TO, out_TO, num_tokens, num_inputs, num_outputs, x_TI.stride(0), weight_OI.stride(0), out_TO.stride(0), eps,
+        WIDTH=width, ROWS=rows, STAGES=sizes["stages"], EVEN=num_inputs % width == 0, NORM=norm_weight_I is not None,
         BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual_TO is not None,
-        PARTS=max(1, min(32 * sizes["warps"] // sizes["block_o"], prefetch // 16)), PREFETCH=prefetch,
+        PARTS=max(1, min(32 * sizes["warps"] // rows, prefetch // 16)), PREFETCH=prefetch,
         num_warps=sizes["warps"], **tuning.overlap(x_TI.device),
     )  # fmt: skip
     return out_TO

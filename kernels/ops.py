@@ -166,11 +166,13 @@ def paged_attention(
     soft_cap: float | None = None,
     alibi_slopes_N: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    out_RNH: Tensor | None = None,
 ) -> Tensor:
     """Decode: one query token a row, the last of its context, against the paged cache. Returns [R, N, H].
 
     `context_len_R` (int32) counts this step's token; 0 marks a padding row, which gives zeros. `max_context` bounds the
-    lengths on the host (default: what the block table can hold); it sizes the launch, never the result.
+    lengths on the host (default: what the block table can hold); it sizes the launch, never the result. `out_RNH`:
+    where to write, contiguous (part of the output of a mixed step).
     """
     if q_RNH.is_cuda:
         from argosy.kernels import paged_attention as kernel
@@ -178,10 +180,58 @@ def paged_attention(
         return kernel.paged_attention(
             q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, max_context=max_context,
             sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+            out_RNH=out_RNH,
         )  # fmt: skip
-    return reference.paged_attention(
+    attended = reference.paged_attention(
         q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, sliding_window=sliding_window,
         soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+    )  # fmt: skip
+    return attended if out_RNH is None else out_RNH.copy_(attended)
+
+
+def decode_attention(
+    qkv_RD: Tensor,
+    positions_R: Tensor,
+    cos_sin_PD: Tensor | None,
+    k_cache_BSKH: Tensor,
+    v_cache_BSKH: Tensor,
+    slots_R: Tensor,
+    block_table_RB: Tensor,
+    context_len_R: Tensor,
+    *,
+    num_heads: int,
+    scale: float,
+    interleaved: bool = False,
+    q_norm_weight_H: Tensor | None = None,
+    k_norm_weight_H: Tensor | None = None,
+    eps: float = 1e-6,
+    max_context: int | None = None,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes_N: Tensor | None = None,
+    sinks_N: Tensor | None = None,
+    inputs_early: bool = False,
+) -> Tensor:
+    """A decode step from the fused projection to the heads' outputs: `rope_and_store`, then `paged_attention`.
+
+    One launch on a GPU. What qkv holds afterwards is undefined. `inputs_early` promises that on the device nothing but
+    `qkv_RD` comes from the kernel launched just before: positions, slots, table, lengths and the cache's older tokens
+    were written before that one, and may be read while it still runs. True for any layer of a captured step.
+    """
+    if qkv_RD.is_cuda:
+        from argosy.kernels import paged_attention as kernel
+
+        return kernel.decode_attention(
+            qkv_RD, positions_R, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_R, block_table_RB, context_len_R,
+            num_heads=num_heads, scale=scale, interleaved=interleaved, q_norm_weight_H=q_norm_weight_H,
+            k_norm_weight_H=k_norm_weight_H, eps=eps, max_context=max_context, sliding_window=sliding_window,
+            soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, inputs_early=inputs_early,
+        )  # fmt: skip
+    return reference.decode_attention(
+        qkv_RD, positions_R, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_R, block_table_RB, context_len_R,
+        num_heads=num_heads, scale=scale, interleaved=interleaved, q_norm_weight_H=q_norm_weight_H,
+        k_norm_weight_H=k_norm_weight_H, eps=eps, sliding_window=sliding_window, soft_cap=soft_cap,
+        alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
     )  # fmt: skip
 
 
@@ -198,11 +248,13 @@ def prefill_attention(
     soft_cap: float | None = None,
     alibi_slopes_N: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    out_TNH: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of ragged rows (any mix of prompts, chunks and single tokens) over the paged cache. [T, N, H].
 
     Row r has the tokens query_start_R1[r] .. query_start_R1[r+1] - 1, the last of its context_len_R[r] (both int32).
-    Many single tokens with long contexts are faster in `paged_attention`, which splits a context over the card.
+    Tokens past the last row are undefined. Many single tokens with long contexts are faster in `paged_attention`, which
+    splits a context over the card; `out_TNH` (contiguous) lets both write into one output.
     """
     if q_TNH.is_cuda:
         from argosy.kernels import prefill_attention as kernel
@@ -210,11 +262,13 @@ def prefill_attention(
         return kernel.prefill_attention(
             q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, scale=scale,
             sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+            out_TNH=out_TNH,
         )  # fmt: skip
-    return reference.prefill_attention(
+    attended = reference.prefill_attention(
         q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, scale=scale,
         sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
     )  # fmt: skip
+    return attended if out_TNH is None else out_TNH.copy_(attended)
 
 
 def sample_rows(

@@ -21,7 +21,7 @@ from argosy.kernels import tuning
 
 @triton.jit
 def _turn(x_ptr, norm_ptr, inside, dim, partner, cos, sin, eps, H: tl.constexpr, NORM: tl.constexpr):
-    """Norm and rotate heads: x_ptr [X, 1] points at heads, `partner` [W] is the other dimension of each pair. [X, W]."""
+    """Norm and rotate heads: x_ptr [X, 1] points at them, `partner` [W] is the other dimension of a pair. [X, W]."""
     x = tl.load(x_ptr + dim[None, :], inside, other=0.0).to(tl.float32)
     other = tl.load(x_ptr + partner[None, :], inside, other=0.0).to(tl.float32)
     if NORM:

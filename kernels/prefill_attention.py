@@ -201,6 +201,7 @@ def prefill_attention(
     soft_cap: float | None = None,
     alibi_slopes_N: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    out_TNH: Tensor | None = None,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
     """Shapes as in `ops.prefill_attention`; tokens of q may be strided. Tokens past the last row are not written.
@@ -214,7 +215,9 @@ def prefill_attention(
     assert q_TNH.stride()[1:] == (head_size, 1)
     assert block_table_RB.stride(1) == 1
     assert k_cache_BSKH.is_contiguous() and v_cache_BSKH.is_contiguous()  # noqa: PT018
-    out_TNH = torch.empty((num_tokens, num_heads, head_size), dtype=q_TNH.dtype, device=q_TNH.device)
+    if out_TNH is None:
+        out_TNH = torch.empty((num_tokens, num_heads, head_size), dtype=q_TNH.dtype, device=q_TNH.device)
+    assert out_TNH.is_contiguous()
     if num_tokens == 0 or num_rows == 0:
         return out_TNH
     width = tuning.next_power_of_two(head_size)

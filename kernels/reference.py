@@ -197,6 +197,38 @@ def paged_attention(
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces or [torch.empty_like(q_RNH)])
 
 
+def decode_attention(
+    qkv_RD: Tensor,
+    positions_R: Tensor,
+    cos_sin_PD: Tensor | None,
+    k_cache_BSKH: Tensor,
+    v_cache_BSKH: Tensor,
+    slots_R: Tensor,
+    block_table_RB: Tensor,
+    context_len_R: Tensor,
+    *,
+    num_heads: int,
+    scale: float,
+    interleaved: bool = False,
+    q_norm_weight_H: Tensor | None = None,
+    k_norm_weight_H: Tensor | None = None,
+    eps: float = 1e-6,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    alibi_slopes_N: Tensor | None = None,
+    sinks_N: Tensor | None = None,
+) -> Tensor:
+    """`rope_and_store`, then `paged_attention`."""
+    q_RNH = rope_and_store(
+        qkv_RD, positions_R, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_R, num_heads=num_heads,
+        interleaved=interleaved, q_norm_weight_H=q_norm_weight_H, k_norm_weight_H=k_norm_weight_H, eps=eps,
+    )  # fmt: skip
+    return paged_attention(
+        q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, sliding_window=sliding_window,
+        soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+    )  # fmt: skip
+
+
 def prefill_attention(
     q_TNH: Tensor,
     k_cache_BSKH: Tensor,
@@ -278,7 +310,8 @@ def _attend(
     sinks: Tensor | None,
 ) -> Tensor:
     """Attention of q [X, K, Q, H] over k, v [X, K, L, H]; `seen`, `bias` and `sinks` broadcast to [X, K, Q, L]."""
-    if soft_cap is None and sinks is None:
+    # on CUDA, torch takes no float32 mask for a 16-bit query
+    if soft_cap is None and sinks is None and (bias is None or q.device.type == "cpu"):
         mask = seen
         if bias is not None:
             # ALiBi stays float32 whatever q is: in bf16 a distance of 1000 would be off by 4

@@ -59,6 +59,41 @@ def test_decode(
     assert not tuning.counters(device).any(), "counters must be zero again for the next launch"
 
 
+@pytest.mark.parametrize("rotation", ["none", "half", "partial", "interleaved"])
+@pytest.mark.parametrize("option", [*OPTIONS, "norms"])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size", "dtype"), [HEADS[0], *HEADS[2:4]])
+def test_decode_with_rotation_and_store_inside(
+    num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype, option: str, rotation: str,
+    device: torch.device, assert_near: Near,
+) -> None:  # fmt: skip
+    """A long row, padding, a row with only its new token, one that opens a block."""
+    contexts = [35, 0, 1, 17] if device.type == "cpu" else [2035, 0, 1, 17, 300]
+    k_cache, v_cache, table, context = paged(contexts, 16, num_kv_heads, head_size, dtype, device)
+    positions = (context.long() - 1).clamp(min=0)
+    slots = torch.where(context > 0, table.gather(1, positions[:, None] // 16)[:, 0] * 16 + positions % 16, -1)
+    rotary_size = {"none": 0, "half": head_size, "partial": head_size // 2, "interleaved": head_size}[rotation]
+    angles = torch.randn(max(contexts), rotary_size // 2, device=device)
+    rotations = torch.cat((angles.cos(), angles.sin()), -1) if rotary_size else None
+    qkv = torch.randn(len(contexts), (num_heads + 2 * num_kv_heads) * head_size, device=device).to(dtype)
+    options = {"num_heads": num_heads, "scale": 0.2, "interleaved": rotation == "interleaved"}
+    if option == "norms":
+        weights = torch.randn(2, head_size, device=device).to(dtype)
+        options |= {"q_norm_weight_H": weights[0], "k_norm_weight_H": weights[1]}
+    else:
+        options |= chosen(option, num_heads, device)
+    want_caches = k_cache.clone(), v_cache.clone()
+    want = reference.decode_attention(
+        qkv.clone(), positions, rotations, *want_caches, slots, table, context, **options
+    )  # fmt: skip
+    got = paged_attention.decode_attention(
+        qkv, positions, rotations, k_cache, v_cache, slots, table, context, inputs_early=option == "none", **options
+    )
+    assert_near(got, want)
+    assert_near(k_cache, want_caches[0])
+    assert torch.equal(v_cache, want_caches[1])
+    assert not tuning.counters(device).any()
+
+
 @pytest.mark.parametrize("max_context", [32, 60, None])
 def test_the_host_bound_sizes_the_launch_and_not_the_result(
     max_context: int | None, device: torch.device, assert_near: Near
