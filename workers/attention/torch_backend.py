@@ -124,8 +124,8 @@ class TorchBackend:
             qk = _norm_heads(qk, norm)
         cos, minus_sin, sin = _rotation(plan, positions_T, cos_sin_PH, qk.dtype)
         rotated = qk * cos
-        first, second = qk.split(size // 2, -1)
-        rotated_first, rotated_second = rotated.split(size // 2, -1)
+        first, second = qk.chunk(2, -1)
+        rotated_first, rotated_second = rotated.chunk(2, -1)
         rotated_first.addcmul_(second, minus_sin)
         rotated_second.addcmul_(first, sin)
         k_TKH, v_TKH = rotated[:, num_heads:], qkv[:, num_rotated:]
@@ -161,8 +161,10 @@ def _norm_heads(qk_TXH: Tensor, norm: QKNorm) -> Tensor:
     if qk_TXH.dtype == torch.float32:
         length = torch.linalg.vector_norm(qk_TXH, 2, -1, True)
         scale = length.square_().mul_(1.0 / size).add_(norm.eps).rsqrt_()
-        return (qk_TXH * scale).mul_(norm.weight_XH)
-    return F.rms_norm(qk_TXH, (size,), None, norm.eps).mul_(norm.weight_XH)
+        normed: Tensor = qk_TXH * scale
+        return normed.mul_(norm.weight_XH)
+    normed = F.rms_norm(qk_TXH, (size,), None, norm.eps)
+    return normed.mul_(norm.weight_XH)
 
 
 def _plan(metadata: AttentionMetadata, kv_cache: tuple[Tensor, Tensor]) -> _Plan:

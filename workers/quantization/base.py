@@ -125,9 +125,7 @@ def _is_better_packed(weight: Tensor) -> bool:
     One core of a Zen 4, microseconds plain -> packed: bf16 (9728, 896) 1 row 1743 -> 916, 32 rows 4051 -> 2879;
     (768, 256) 1 row 30 -> 19. float32 (9728, 896) 1 row 2410 -> 1836, 8 rows 5009 -> 3588, but (768, 256) 17 -> 26.
     """
-    if weight.device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
+    if weight.device.type != "cpu" or not hasattr(torch.ops.mkldnn, "_reorder_linear_weight"):
         return False
     if weight.dtype == torch.bfloat16:
         return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
