@@ -60,6 +60,8 @@ def _check_params(params: TokenParams, vocab_size: int, max_logprobs: int) -> No
         if len(token_ids) > limit:
             raise InvalidRequest(field, f"{len(token_ids)} ids", f"at most {limit} ids")
         check_token_ids(field, token_ids, vocab_size)
+    if not -(2**63) <= params.seed < 2**63:
+        raise InvalidRequest("seed", params.seed, "must fit 64 bits, signed")
     for field, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
         if count is not None and not -1 <= count <= max_logprobs:
             raise InvalidRequest(field, count, f"at most {max_logprobs} (the server's --max-logprobs)")

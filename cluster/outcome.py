@@ -150,6 +150,7 @@ class Outcomes:
         now: float = 0.0,
     ) -> TokenDelta:
         is_first, request.is_first_delta = request.is_first_delta, False
+        prompt_logprobs, request.prompt_logprobs = request.prompt_logprobs, None  # told once; prefixes may be read now
         timing: tuple[float, ...] = ()
         if reason is not None and request.first_token_seconds >= 0:
             moments = (request.first_scheduled_seconds, request.first_token_seconds, now)
@@ -162,7 +163,7 @@ class Outcomes:
             stop_token_id=stop_token_id,
             logprobs=logprobs,
             num_cached_tokens=max(request.num_cached_tokens, 0) if is_first else None,
-            prompt_logprobs=request.prompt_logprobs if is_first else None,
+            prompt_logprobs=prompt_logprobs,
             error_code=error.code if error is not None else "",
             error_message=str(error) if error is not None else "",
             error_status=error.http_status if error is not None else 0,
@@ -173,7 +174,7 @@ class Outcomes:
 
     def _keep_prompt_logprobs(self, step: Step, output: ModelRunnerOutput) -> None:
         """Figures of prompt positions come chunk by chunk, and go out with the first token."""
-        by_handle = {request.handle: request for request in step.rows if request.prompt_logprobs is not None}
+        by_handle = dict(zip(step.handles, step.rows, strict=True))
         for handle, first, figures in output.prompt_logprobs:
             request = by_handle.get(handle)
             if request is None or request.prompt_logprobs is None or not request.is_first_delta:

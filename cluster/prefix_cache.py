@@ -25,8 +25,10 @@ def extend_hashes(
 ) -> None:
     """Name further full blocks of `token_ids` until there are `num_blocks` names."""
     parent = hashes[-1][0] if hashes else root_digest(salt)
-    for start in range(len(hashes) * block_size, num_blocks * block_size, block_size):
-        packed = array("i", token_ids[start : start + block_size]).tobytes()
+    new_ids = array("i", token_ids[len(hashes) * block_size : num_blocks * block_size])
+    block_bytes, all_bytes = new_ids.itemsize * block_size, new_ids.tobytes()
+    for start in range(0, len(all_bytes), block_bytes):
+        packed = all_bytes[start : start + block_bytes]
         parent = hashlib.sha256(parent + packed).digest()
         hashes.append((parent, packed))
 

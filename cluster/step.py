@@ -7,12 +7,16 @@ from argosy.cluster.request import Request, RequestStatus
 
 
 class Step:
-    """A step in flight: whose row is where, and who gets a token."""
+    """A step in flight: whose row is where, and who gets a token.
 
-    __slots__ = ("num_decodes", "rows", "sampling", "step_id")
+    `handles` are those of the rows when the step was made; meanwhile they may belong to others.
+    """
 
-    def __init__(self, step_id: int, rows: Sequence[Request], sampling: Sequence[Request], num_decodes: int):
-        self.step_id, self.rows, self.sampling, self.num_decodes = step_id, rows, sampling, num_decodes
+    __slots__ = ("handles", "num_decodes", "rows", "sampling", "step_id")
+
+    def __init__(self, output: SchedulerOutput, rows: Sequence[Request], sampling: Sequence[Request], num_decodes: int):
+        self.step_id, self.handles = output.step_id, output.rows
+        self.rows, self.sampling, self.num_decodes = rows, sampling, num_decodes
 
 
 class Draft:
@@ -52,7 +56,7 @@ class Draft:
                 finished=given_back,
                 send_new_tokens=has_stages,
             )
-            return output, Step(step_id, self.decodes, self.decodes, len(self.decodes))
+            return output, Step(output, self.decodes, self.decodes, len(self.decodes))
         prefills = sorted(self.prefills, key=lambda row: row[1] > 1)  # rows of one token first
         num_decodes = len(self.decodes)
         rows = [*self.decodes, *(request for request, _, _ in prefills)]
@@ -71,4 +75,4 @@ class Draft:
             send_new_tokens=has_stages,
         )
         sampling = [*self.decodes, *(request for request, _, is_partial in prefills if not is_partial)]
-        return output, Step(step_id, rows, sampling, num_decodes)
+        return output, Step(output, rows, sampling, num_decodes)

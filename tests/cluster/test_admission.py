@@ -43,6 +43,7 @@ def check(prompt: list[int], **fields: Any) -> None:
         ("bad_words", {"bad_word_ids": ((1, 2), (3, 100))}),
         ("logprob_token_ids", {"logprob_token_ids": (101,)}),
         ("logprobs", {"logprobs": 6}),
+        ("seed", {"seed": 2**63}),
         ("prompt_logprobs", {"prompt_logprobs": -2}),
         ("generated_token_ids", {"generated_token_ids": [[1], [2]]}),
         ("generated_token_ids", {"generated_token_ids": [[100]]}),

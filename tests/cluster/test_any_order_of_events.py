@@ -42,6 +42,17 @@ def _random_request(rng: random.Random, prefixes: list[list[int]]) -> dict[str, 
     return fields
 
 
+def assert_figures_are_complete(here: Any, stream_id: int, index: int) -> None:
+    """Each token has its figures if they were asked for, and so has each prompt token with the first answer."""
+    message, deltas = here.sent[stream_id], here.deltas[stream_id, index]
+    if message.params.logprobs is not None:
+        assert all(delta.logprobs[0].top_ids[0] == delta.token_ids[0] for delta in deltas)
+    if message.params.prompt_logprobs is not None and index == 0:
+        first, *others = deltas[0].prompt_logprobs
+        assert first is None
+        assert [figure.top_ids[0] for figure in others] == list(message.prompt_token_ids[1:])
+
+
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(f"{value}" for value in shape.values()))
 @pytest.mark.parametrize("seed", range(6))
 def test_every_answer_is_that_of_an_undisturbed_run(
@@ -73,6 +84,7 @@ def test_every_answer_is_that_of_an_undisturbed_run(
             assert len(ends) == 1, (stream_id, index, ends)
             if ends[0].finish_reason is not FinishReason.ABORT:
                 here.assert_exact(stream_id, index)
+                assert_figures_are_complete(here, stream_id, index)
             else:
                 assert (stream_id, index) in aborted
                 answer = here.tokens(stream_id, index)
