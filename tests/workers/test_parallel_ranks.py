@@ -26,7 +26,7 @@ from rig import (
     write_family,
 )
 
-from argosy.cluster.oracle import oracle_continuation
+from argosy.cluster.oracle import oracle_continuation, oracle_next_token
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ChannelClosed
 from argosy.cluster.protocol.messages import NewRequest, Ping, Pong, SchedulerOutput, WorkerError
@@ -98,8 +98,8 @@ def test_every_layout_says_what_transformers_says(
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
 def test_the_oracle_stays_exact_in_every_layout(layout: str, hosts: RankHosts, tmp_path: Path) -> None:
-    """Random load with aborts and preemptions, through the TP sum and from stage to stage; penalties keep their count
-    on the rank that draws."""
+    """Random load with aborts and preemptions, through the TP sum and from stage to stage. One request also asks for
+    the figures of its prompt, which comes in chunks."""
     rng = random.Random(3)
     tp_size, pp_size = LAYOUTS[layout]
     config = oracle_config(
@@ -109,6 +109,9 @@ def test_the_oracle_stays_exact_in_every_layout(layout: str, hosts: RankHosts, t
     ranks = start(hosts, config, num_blocks, tmp_path)
     run = Run(ranks, config, num_blocks)
     prefix = [rng.randrange(997) for _ in range(19)]
+    scored_prompt = [rng.randrange(997) for _ in range(40)]
+    wishes = {"prompt_logprobs": 1, "logprobs": 0, "read_prefix_cache": False}
+    (scored,) = run.add(greedy(scored_prompt, 6, **wishes))
     while len(run.requests) < 60:
         if rng.random() < 0.3:
             prompt = (prefix if rng.random() < 0.5 else []) + [rng.randrange(997) for _ in range(rng.randint(1, 20))]
@@ -123,6 +126,11 @@ def test_the_oracle_stays_exact_in_every_layout(layout: str, hosts: RankHosts, t
         expected = oracle_continuation(request.token_ids[: request.num_prompt_tokens], len(output), 997)
         assert output == expected, (request, request.story)
     assert run.metrics.preemptions > 0
+    assert scored.prompt_logprobs is not None
+    for position, figure in enumerate(scored.prompt_logprobs[1:], start=1):
+        likely = oracle_next_token(scored_prompt[:position], 997)
+        assert figure is not None
+        assert figure.top_ids == [scored_prompt[position], likely]
     ranks.channels[0].send(Ping(nonce=17))
     pong = ranks.wait_for(0, Pong)
     assert (pong.nonce, pong.step_id) == (17, run.num_steps - 1)
