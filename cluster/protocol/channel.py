@@ -30,6 +30,7 @@ MAX_UNIX_PATH_BYTES: Final = 100  # Linux takes 107
 RELAY: Final = "|relay="
 _HEADER: Final = struct.Struct("<I")
 _FIRST_BUFFER_BYTES: Final = 64 * 1024
+_KEPT_BUFFER_BYTES: Final = 4 * 1024 * 1024
 _UNIX_BUFFER_BYTES: Final = 1024 * 1024
 # A cut cable sends no EOF. Ten seconds of silence to unacknowledged data, or of unanswered probes, count as one.
 _KEEPALIVE: Final = ((socket.TCP_KEEPIDLE, 4), (socket.TCP_KEEPINTVL, 2), (socket.TCP_KEEPCNT, 3))
@@ -70,6 +71,9 @@ class FrameReader:
         """Where the next bytes may be written. It grows as a large frame arrives, never by its word alone."""
         if self._start == self._end:
             self._start = self._end = 0
+            if len(self._buffer) > _KEPT_BUFFER_BYTES:  # one huge prompt must not cost its size for ever
+                self._buffer = bytearray(_FIRST_BUFFER_BYTES)
+                self._view = memoryview(self._buffer)
         elif self._end == len(self._buffer):
             kept = self._end - self._start
             larger = self._buffer if kept * 2 <= len(self._buffer) else bytearray(len(self._buffer) * 2)

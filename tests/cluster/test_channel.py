@@ -74,6 +74,14 @@ def test_a_frame_larger_than_the_first_buffer_arrives_whole() -> None:
     assert same(messages_of(bytes(encode_frame(Ping(nonce=1)) + encode_frame(output))), [Ping(nonce=1), output])
 
 
+def test_one_huge_message_does_not_keep_its_room() -> None:
+    """An edge sends one prompt of a million tokens and then small ones for a month."""
+    reader = FrameReader(ToRank)
+    reader.feed(bytes(encode_frame(SchedulerOutput(step_id=1, epoch=0, rows=[70_000] * 2_000_000))))
+    assert reader.next() is not None
+    assert len(reader.space()) < 1_000_000
+
+
 def test_a_frame_that_announces_too_much_is_refused_before_it_is_read() -> None:
     """Otherwise four bytes of a stranger would make us take memory."""
     reader = FrameReader(ToRank, max_frame_bytes=100)

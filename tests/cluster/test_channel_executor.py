@@ -302,6 +302,23 @@ def test_strangers_stay_outside(start: Start) -> None:
     assert isinstance(next_event(executor), ModelRunnerOutput)
 
 
+def test_nobody_takes_a_ranks_place_without_the_secret(start: Start) -> None:
+    """Rank 1 is late; whoever says to be it is asked for the secret of this very epoch."""
+    ranks = ThreadRanks(2)
+    ranks.silent = {1}
+    executor = start(ranks, config(2))
+    while executor.start_progress()[1] < 0.5:
+        executor.poll(0.1)
+    assert ranks.door is not None
+    stranger = Channel.connect(ranks.door.unix, ToRank)
+    stranger.send(Hello(role="rank", secret="0" * 64, global_rank=1))
+    for _ in range(5):
+        assert executor.poll(0.05) == []
+    assert executor.start_progress()[1] == 0.5
+    with pytest.raises(ChannelClosed):
+        stranger.recv(5.0)
+
+
 def test_stop_lets_ranks_leave_and_gives_back_what_they_held(start: Start) -> None:
     """First by word, then the handles are told to clean up; a second stop does nothing."""
     ranks = ThreadRanks(2)
