@@ -126,7 +126,7 @@ class LocalDriver:
         secret: str,
         rank_module: str = RANK_MODULE,
     ):
-        self.folder = tempfile.mkdtemp(prefix="argosy-")  # mode 0700
+        self.folder = tempfile.mkdtemp(prefix="argosy-", dir=short_temp_folder(50))  # mode 0700
         self._log = Path(self.folder, "driver.log")
         self._lock = threading.Lock()
         self._process = start_process("argosy.deploy.local_launch", self._log, own_session=True, answers=True)
@@ -189,6 +189,12 @@ def start_process(
             env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"},
             start_new_session=own_session,
         )
+
+
+def short_temp_folder(most_bytes: int) -> str:
+    """TMPDIR, or /tmp when that is too long: a socket's path has at most 107 bytes, the names below it included."""
+    folder = tempfile.gettempdir()
+    return folder if len(os.fsencode(folder)) <= most_bytes else "/tmp"
 
 
 def free_port(host: str) -> int:

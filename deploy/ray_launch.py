@@ -6,7 +6,6 @@ driver's process and does so again after every loss.
 
 import os
 import secrets
-import tempfile
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Final, NamedTuple
@@ -19,7 +18,7 @@ from argosy.cluster.protocol.channel import RELAY
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.messages import EngineInfo
 from argosy.cluster.rank_processes import RankDoor, RankHandles
-from argosy.deploy.local_launch import free_port
+from argosy.deploy.local_launch import free_port, short_temp_folder
 from argosy.deploy.ray_session import RaySession
 from argosy.placement import ray_cluster
 from argosy.placement.plan import PlacementPlan
@@ -113,7 +112,7 @@ def start_ray_driver(
     try:
         name = f"argosy-{secrets.token_hex(4)}"
         many_nodes = len(ray_cluster.discover().nodes) > 1
-        folder = os.path.join(session.folder or tempfile.gettempdir(), name)
+        folder = os.path.join(session.folder or short_temp_folder(50), name)
         boot = DriverBoot(
             name=name,
             config=config,

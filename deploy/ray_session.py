@@ -18,6 +18,7 @@ from ray._private.authentication.authentication_token_generator import generate_
 
 from argosy.cluster.driver_actor import NAMESPACE
 from argosy.cluster.protocol.errors import ClusterError
+from argosy.deploy.local_launch import short_temp_folder
 
 _OBJECT_STORE_BYTES: Final = 100 * 1024 * 1024  # steps and tokens don't travel as Ray objects: the least will do
 _OWN_CLUSTER: Final = {
@@ -29,6 +30,7 @@ _OWN_CLUSTER: Final = {
 }
 _PREFIX: Final = "argosy-ray-"
 _OWNER: Final = "owner"
+_MOST_TEMP_BYTES: Final = 18  # Ray adds 88: .../argosy-ray-xxxxxxxx/session_<date>_<pid>/sockets/plasma_store
 _AUTH: Final = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -65,7 +67,9 @@ class RaySession:
     @classmethod
     def _start(cls, num_cpus: int, num_gpus: int | None) -> "RaySession":
         _remove_abandoned()
-        folder = tempfile.mkdtemp(prefix=_PREFIX)  # mode 0700: the token and all logs are in it
+        folder = tempfile.mkdtemp(
+            prefix=_PREFIX, dir=short_temp_folder(_MOST_TEMP_BYTES)
+        )  # mode 0700: the token and all logs are in it
         Path(folder, _OWNER).write_text(_myself())
         changes = dict(_OWN_CLUSTER)
         if "RAY_AUTH_MODE" not in os.environ:  # an explicit choice of the operator stands
@@ -90,8 +94,12 @@ class RaySession:
                 _temp_dir=folder,
                 _node_ip_address="127.0.0.1",
             )
-        except Exception as error:  # whatever stops Ray from starting: undo our part, and say it in one line
+        except (
+            BaseException
+        ) as error:  # whatever stops Ray from starting, Ctrl-C too: undo our part, say it in one line
             session.close()
+            if not isinstance(error, Exception):
+                raise
             raise ClusterError(f"a local Ray cluster could not be started: {_one_line(error)}") from error
         return session
 
@@ -120,7 +128,7 @@ def _myself() -> str:
 
 def _remove_abandoned() -> None:
     """The folders of owners that were killed: with kill -9 nobody is left to do it."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+    for folder in Path(short_temp_folder(_MOST_TEMP_BYTES)).glob(f"{_PREFIX}*"):
         with contextlib.suppress(OSError, ValueError):
             if folder.lstat().st_uid != os.getuid():
                 continue
