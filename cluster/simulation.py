@@ -29,7 +29,7 @@ from argosy.cluster.protocol.messages import (
 from argosy.cluster.protocol.sampling import TokenParams
 
 NextToken: TypeAlias = Callable[[Sequence[int], TokenParams], int]
-"""All token ids of a request so far, and how it wants its tokens chosen: the next token id."""
+"""All token ids of a request so far, and how it wants its tokens chosen: the next token id, or -1: the row fails."""
 
 _EMPTY: Final = -1
 
@@ -84,6 +84,7 @@ class PagedTokens:
         token_ids: list[int] = []
         logprobs: list[tuple[int, TokenLogprobs]] = []
         prompt_logprobs: list[tuple[int, int, Sequence[TokenLogprobs]]] = []
+        failed: list[tuple[int, str]] = []
         for place, (handle, count) in enumerate(zip(output.rows, counts, strict=True)):
             row = self._rows[handle]
             if row.params.prompt_logprobs is not None and row.num_computed < row.num_prompt:
@@ -93,8 +94,10 @@ class PagedTokens:
                 _require(row.num_computed < len(row.token_ids), "a partial row has no more tokens", output)
                 continue
             token_id = self._next_token(self._read(row), row.params)
+            if token_id < 0:
+                failed.append((place, "it was told to fail"))
             if not output.send_new_tokens:
-                row.token_ids.append(token_id)  # fed by the rank itself
+                row.token_ids.append(max(token_id, 0))  # fed by the rank itself
             if row.params.logprobs is not None:
                 logprobs.append((len(token_ids), _figures(token_id, row.params.logprobs)))
             token_ids.append(token_id)
@@ -104,6 +107,7 @@ class PagedTokens:
             token_ids=token_ids,
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
+            failed=failed,
         )
 
     def _take_up(self, output: SchedulerOutput) -> None:

@@ -20,17 +20,24 @@ class World(Simulation):
     """One replica with one edge. Settings are given by their flat names."""
 
     def __init__(
-        self, *, num_blocks: int = 64, step_seconds: float = 0.01, late_answers: bool = False, **settings: Any
+        self,
+        *,
+        num_blocks: int = 64,
+        step_seconds: float = 0.01,
+        late_answers: bool = False,
+        fails: Callable[[], bool] = lambda: False,
+        **settings: Any,
     ) -> None:
         given = {"model": "m", "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32, **settings}
         self.config = ServingConfig.from_mapping(given)
         self.clock, self.metrics = ManualClock(), Metrics()
+        draw = hash_token(VOCAB_SIZE)
         executor = SimulatedExecutor(
             self.config,
             self.clock,
             num_blocks=num_blocks,
             step_seconds=step_seconds,
-            vocab_size=VOCAB_SIZE,
+            next_token=lambda token_ids, params: -1 if fails() else draw(token_ids, params),
             late_answers=late_answers,
         )
         executor.keeps_outputs = True

@@ -58,10 +58,10 @@ def assert_figures_are_complete(here: Any, stream_id: int, index: int) -> None:
 def test_every_answer_is_that_of_an_undisturbed_run(
     world: Callable[..., Any], shape: dict[str, Any], seed: int
 ) -> None:
-    """Blocks run out, owners leave, ranks die, and prompts share prefixes; `check` after each round."""
+    """Blocks run out, owners leave, rows fail, ranks die, and prompts share prefixes; `check` after each round."""
     rng = random.Random(seed)
     here = world(num_blocks=rng.choice([18, 24, 40, 200]), max_recoveries=1000, watermark=rng.choice([0.0, 0.05]),
-                 late_answers=bool(seed % 2), **shape)  # fmt: skip
+                 late_answers=bool(seed % 2), fails=lambda: rng.random() < 0.001, **shape)  # fmt: skip
     prefixes = [[rng.randrange(101) for _ in range(30)] for _ in range(3)]
     aborted: set[tuple[int, int]] = set()
     for _ in range(400):
@@ -82,7 +82,10 @@ def test_every_answer_is_that_of_an_undisturbed_run(
         for index in range(message.n):
             ends = here.ends(stream_id, index)
             assert len(ends) == 1, (stream_id, index, ends)
-            if ends[0].finish_reason is not FinishReason.ABORT:
+            if ends[0].error_code == "row_failed":
+                answer = here.tokens(stream_id, index)
+                assert answer == here.expected(stream_id, index)[0][: len(answer)]
+            elif ends[0].finish_reason is not FinishReason.ABORT:
                 here.assert_exact(stream_id, index)
                 assert_figures_are_complete(here, stream_id, index)
             else:
