@@ -4,6 +4,7 @@ Meaning: `reference.store_kv`, `reference.copy_blocks`.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import triton
@@ -71,34 +72,38 @@ def _copy_blocks_kernel(
     tl.store(destination + word, tl.load(source + word, word < words), word < words)
 
 
+@lru_cache(maxsize=16)
+def _addresses(pointers: tuple[int, ...], device: torch.device) -> Tensor:
+    """Where tensors begin, on the device. The caches of a model are few and never move, so one upload serves."""
+    return torch.tensor(pointers, device=device)
+
+
 def copy_blocks(sources: Sequence[Tensor], destinations: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
     """All pairs of all tensors in one launch on the current device and stream.
 
     Tensors are contiguous [blocks, ...] with blocks of one size in bytes, a multiple of 16. Those on the host must be
-    pinned: the kernel reads and writes them over the link by their address, so that a swap of one block through 64
-    tensors is one launch and not 64 copies. A chain (a block that is both read and written) is done tensor by tensor.
+    pinned (not checked: asking costs more than the copy): the kernel reads and writes them over the link by their
+    address, so that a swap of one block through 64 tensors is one launch and not 64 copies. A chain (a block that is
+    both read and written) is done tensor by tensor.
     """
     if not pairs or not sources:
         return
     tensors = [*sources, *destinations]
-    device = next((x.device for x in tensors if x.is_cuda), sources[0].device)
-    block_bytes = sources[0][0].numel() * sources[0].element_size()
-    same = all(a.data_ptr() == b.data_ptr() for a, b in zip(sources, destinations, strict=True))
-    if same and {a for a, _ in pairs} & {b for _, b in pairs}:
-        ids_P2 = torch.tensor(list(pairs)).to(device, non_blocking=True)
-        for source, destination in zip(sources, destinations, strict=True):
-            destination.index_copy_(0, ids_P2[:, 1], source.index_select(0, ids_P2[:, 0]))
-        return
-    for x in tensors:
-        assert x.is_contiguous()
-        assert x.device == device or x.is_pinned(), "blocks on the host must be pinned memory"
-        assert x[0].numel() * x.element_size() == block_bytes
-        assert block_bytes % 16 == 0
-    # one pinned upload for both lists: the addresses, then the pairs
-    upload = torch.tensor([x.data_ptr() for x in tensors] + [i for pair in pairs for i in pair])
+    device = next((x.device for x in (sources[0], destinations[0]) if x.is_cuda), sources[0].device)
+    pointers = tuple(x.data_ptr() for x in tensors)
+    half = len(sources)
+    ids = torch.tensor(pairs, dtype=torch.int64)
     if device.type == "cuda":
-        upload = upload.pin_memory().to(device, non_blocking=True)
-    addresses, flat_pairs = upload.split((len(tensors), 2 * len(pairs)))
+        ids = ids.pin_memory().to(device, non_blocking=True)
+    if pointers[:half] == pointers[half:] and not {a for a, _ in pairs}.isdisjoint(b for _, b in pairs):
+        for source, destination in zip(sources, destinations, strict=True):
+            destination.index_copy_(0, ids[:, 1], source.index_select(0, ids[:, 0]))
+        return
+    block_bytes = sources[0].stride(0) * sources[0].element_size()
+    assert block_bytes % 16 == 0
+    assert all(x.is_contiguous() and x.stride(0) * x.element_size() == block_bytes for x in tensors)
     words = block_bytes // 4
-    grid = (len(pairs), len(sources), triton.cdiv(words, COPY_BYTES // 4))
-    _copy_blocks_kernel[grid](addresses, flat_pairs, len(sources), words, WORDS=COPY_BYTES // 4, num_warps=4)
+    grid = (len(pairs), half, triton.cdiv(words, COPY_BYTES // 4))
+    _copy_blocks_kernel[grid](
+        _addresses(pointers, device), ids, half, words, WORDS=COPY_BYTES // 4, num_warps=4
+    )  # fmt: skip

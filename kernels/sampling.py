@@ -1,8 +1,10 @@
 """One token a row without sorting the vocabulary: a threshold by counting, then a draw by argmax.
 
-Meaning: `sampling_reference.sample_rows`. The threshold that min_p, top_k and top_p leave is searched as a value: each
-pass over the row weighs what lies above sixteen pivots at once. Two passes narrow it down, one gathers what is left
-into a scratch row if it fits, and the rest of the search, exact to the last bit of a float, reads only that.
+Meaning: `sampling_reference.sample_rows`. The threshold that min_p, top_k and top_p leave is searched as a value. Each
+pass weighs what lies above sixteen pivots at once and leaves a sixteenth of the bracket; seven passes bring it from 40
+(e^-40 of the best: beyond that, a vocabulary weighs less than the last digit of the total) below the last digit of a
+float. A pass is a launch over all rows and chunks; the last program of a row joins its chunks and moves the bracket.
+(One program a row, with all passes in one launch, took 250 to 700 us where this takes some tens.)
 """
 
 import torch
@@ -13,8 +15,10 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
 
-CANDIDATES = 8192  # of a row that are gathered; a flatter distribution is searched where it stands
 CHUNK = 4096  # tokens that one program of the draw looks at
+PASSES = 7
+STATE = 8  # floats a row: largest logit, threshold, bracket by count (low, step), bracket by mass (low, step), mass
+LARGEST, THRESHOLD, COUNT_LOW, COUNT_STEP, MASS_LOW, MASS_STEP, MASS = (tl.constexpr(i) for i in range(7))
 
 
 @triton.jit
@@ -47,158 +51,123 @@ def _gumbel(seed, position, token):
 
 
 @triton.jit
-def _ordered(x):
-    """float32 as int32 of the same order."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
+def _is_last(counter_ptr, num_chunks):
+    """Whether all chunks of the row have come here; the stores of all threads before are visible to the last."""
+    tl.debug_barrier()
+    done = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
+    if done == num_chunks - 1:
+        tl.atomic_xchg(counter_ptr, 0, sem="relaxed")  # ready for the next launch
+    return done == num_chunks - 1
 
 
 @triton.jit
-def _unordered(key):
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _load_scaled(logits_row, scratch_row, index, size, gathered, inverse):
-    """Logits over temperature: from the scratch row once it holds the candidates, else from the logits."""
-    old = tl.load(logits_row + index, index < tl.where(gathered, 0, size), other=float("-inf")).to(tl.float32) * inverse
-    new = tl.load(scratch_row + index, index < tl.where(gathered, size, 0), other=float("-inf"))
-    return tl.where(gathered, new, old)
-
-
-@triton.jit
-def _weigh(logits_row, scratch_row, size, gathered, inverse, largest, by_mass, pivots, BLOCK: tl.constexpr):
-    """For each of 16 pivots (ordered int32), the number or the mass of the logits at or above it."""
-    acc = tl.zeros((16, BLOCK), tl.float32)
-    for start in tl.range(0, size, BLOCK, num_stages=3):
-        index = start + tl.arange(0, BLOCK)
-        z = _load_scaled(logits_row, scratch_row, index, size, gathered, inverse)
-        weight = tl.where(index < size, tl.where(by_mass, tl.exp(z - largest), 1.0), 0.0)
-        acc += tl.where(_ordered(z)[None, :] >= pivots[:, None], weight[None, :], 0.0)
-    return tl.sum(acc, 1)
-
-
-@triton.jit
-def _search(
-    logits_row, scratch_row, size, gathered, inverse, largest, by_mass, wanted, low, high, BLOCK: tl.constexpr
+def _begin_kernel(
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, state_ptr, part_ptr, counter_ptr,
+    stride_logits, vocabulary, num_chunks,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The largest key in [low, high) at or above which there is enough; `low` is enough, `high` is not."""
-    while high - low > 1:
-        step = (high - low + 15) // 16
-        pivots = low + step * tl.arange(0, 16).to(tl.int64)
-        pivots = tl.minimum(pivots, high)
-        sums = _weigh(
-            logits_row, scratch_row, size, gathered, inverse, largest, by_mass, pivots.to(tl.int32), BLOCK
-        )  # fmt: skip
-        enough = tl.maximum(tl.sum(((sums >= wanted) & (pivots < high)).to(tl.int32), 0), 1)
-        low = low + step * (enough - 1)
-        high = tl.minimum(low + step, high)
-    return low
-
-
-@triton.jit
-def _narrow(logits_row, scratch_row, size, inverse, largest, by_mass, wanted, low, BLOCK: tl.constexpr):
-    """A value at or above which there is enough, by two passes of evenly spaced pivots over [low, largest]."""
-    step = (largest - low) / 16
-    for _ in range(2):
-        pivots = low + step * tl.arange(0, 16).to(tl.float32)
-        sums = _weigh(logits_row, scratch_row, size, False, inverse, largest, by_mass, _ordered(pivots), BLOCK)
-        enough = tl.maximum(tl.sum((sums >= wanted).to(tl.int32), 0), 1)
-        low = low + step * (enough - 1).to(tl.float32)
-        step = step / 16
-    return low
-
-
-@triton.jit
-def _threshold_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, threshold_ptr, scratch_ptr,
-    stride_logits, vocabulary, CAPACITY: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
+    """The largest logit of each row, and the brackets to begin with. A row without filters gets empty ones."""
     row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    token = chunk * CHUNK + tl.arange(0, CHUNK)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     temperature = tl.load(temperature_ptr + row).to(tl.float32)
-    top_k = tl.load(top_k_ptr + row).to(tl.int32)
+    top_k = tl.load(top_k_ptr + row)
     top_p = tl.load(top_p_ptr + row).to(tl.float32)
     min_p = tl.load(min_p_ptr + row).to(tl.float32)
-    counts = (top_k > 0) & (top_k < vocabulary)
-    weighs = top_p < 1.0
-    threshold = float("-inf")
-    if (temperature <= 0.0) | ((min_p <= 0.0) & (weighs == 0) & (counts == 0)):
-        tl.store(threshold_ptr + row, threshold)
+    random = temperature > 0.0
+    counts = random & (top_k > 0) & (top_k < vocabulary)
+    weighs = random & (top_p < 1.0)
+    part = part_ptr + row * CHUNKS
+    if counts | weighs | (random & (min_p > 0.0)):
+        z = tl.load(logits_ptr + row * stride_logits + token, token < vocabulary, other=float("-inf")).to(tl.float32)
+        tl.store(part + chunk, tl.max(z, 0) * tl.div_rn(1.0, temperature))
+    if _is_last(counter_ptr + row, num_chunks):
+        state = state_ptr + row * STATE
+        nothing = float("-inf")
+        tl.store(state + THRESHOLD, nothing)
+        tl.store(state + COUNT_LOW, nothing)
+        tl.store(state + COUNT_STEP, 0.0)
+        tl.store(state + MASS_LOW, nothing)
+        tl.store(state + MASS_STEP, 0.0)
+        if counts | weighs | (random & (min_p > 0.0)):
+            other = tl.arange(0, CHUNKS)
+            largest = tl.max(tl.load(part + other, other < num_chunks, other=nothing, cache_modifier=".cg"), 0)
+            threshold = largest + tl.log(tl.maximum(min_p, 1e-38))
+            low = tl.maximum(threshold, largest - 40.0)
+            tl.store(state + LARGEST, largest)
+            if min_p > 0.0:
+                tl.store(state + THRESHOLD, threshold)
+            if counts:
+                tl.store(state + COUNT_LOW, low)
+                tl.store(state + COUNT_STEP, (largest - low) / 16)
+            if weighs:
+                tl.store(state + MASS_LOW, low)
+                tl.store(state + MASS_STEP, (largest - low) / 16)
+
+
+@triton.jit
+def _narrow_kernel(
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, state_ptr, part_ptr, counter_ptr,
+    stride_logits, vocabulary, num_chunks,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, STATE: tl.constexpr,
+    BY_MASS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One pass: a bracket [low, low + 16 step) becomes one of its sixteen parts, the highest with enough above it."""
+    row = tl.program_id(0).to(tl.int64)
+    chunk = tl.program_id(1)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    state = state_ptr + row * STATE
+    low = tl.load(state + (MASS_LOW if BY_MASS else COUNT_LOW))
+    step = tl.load(state + (MASS_STEP if BY_MASS else COUNT_STEP))
+    if step <= 0.0:
         return
-    inverse = tl.div_rn(1.0, temperature)
-    logits_row = logits_ptr + row * stride_logits
-    scratch_row = scratch_ptr + row * CAPACITY
-
-    maxima = tl.full((BLOCK,), float("-inf"), tl.float32)
-    sums = tl.zeros((BLOCK,), tl.float32)
-    for start in tl.range(0, vocabulary, BLOCK, num_stages=3):
-        index = start + tl.arange(0, BLOCK)
-        z = _load_scaled(logits_row, scratch_row, index, vocabulary, False, inverse)
-        higher = tl.maximum(maxima, z)
-        pivot = tl.where(higher == float("-inf"), 0.0, higher)
-        sums = sums * tl.exp(maxima - pivot) + tl.exp(z - pivot)
-        maxima = higher
-    largest = tl.max(maxima, 0)
-    mass = tl.sum(sums * tl.exp(maxima - largest), 0)
-    if min_p > 0.0:
-        threshold = largest + tl.log(min_p)
-
-    # Below e^-40 of the largest, a whole vocabulary weighs less than the last digit of the total: dropped unseen.
-    floor = tl.maximum(threshold, largest - 40.0)
-    start_value = threshold
-    if counts:
-        start_value = _narrow(
-            logits_row, scratch_row, vocabulary, inverse, largest, False, top_k.to(tl.float32), floor, BLOCK
-        )  # fmt: skip
-    else:
-        if min_p > 0.0:
-            kept = tl.zeros((16,), tl.int32) + _ordered(threshold)
-            mass = tl.max(_weigh(logits_row, scratch_row, vocabulary, False, inverse, largest, True, kept, BLOCK), 0)
-        if weighs:
-            start_value = _narrow(
-                logits_row, scratch_row, vocabulary, inverse, largest, True, top_p * mass, floor, BLOCK
-            )  # fmt: skip
-    size = 0
-    if counts | weighs:
-        for start in tl.range(0, vocabulary, BLOCK):
-            index = start + tl.arange(0, BLOCK)
-            z = _load_scaled(logits_row, scratch_row, index, vocabulary, False, inverse)
-            chosen = ((z >= start_value) & (index < vocabulary)).to(tl.int32)
-            place = size + tl.cumsum(chosen, 0) - 1
-            tl.store(scratch_row + place, z, (chosen > 0) & (place < CAPACITY))
-            size += tl.sum(chosen, 0)
-        tl.debug_barrier()  # what other threads wrote is read below
-    gathered = size <= CAPACITY
-    size = tl.where(gathered, size, vocabulary)
-
-    above = _ordered(largest).to(tl.int64) + 1
-    if counts:
-        key = _search(
-            logits_row, scratch_row, size, gathered, inverse, largest, False, top_k.to(tl.float32),
-            _ordered(start_value).to(tl.int64), above, BLOCK,
-        )  # fmt: skip
-        threshold = tl.maximum(threshold, _unordered(key.to(tl.int32)))
-        start_value = threshold
-        if weighs:
-            kept = tl.zeros((16,), tl.int32) + _ordered(threshold)
-            mass = tl.max(_weigh(logits_row, scratch_row, size, gathered, inverse, largest, True, kept, BLOCK), 0)
-    if weighs:
-        key = _search(
-            logits_row, scratch_row, size, gathered, inverse, largest, True, top_p * mass,
-            _ordered(start_value).to(tl.int64), above, BLOCK,
-        )  # fmt: skip
-        threshold = tl.maximum(threshold, _unordered(key.to(tl.int32)))
-    tl.store(threshold_ptr + row, threshold)
+    largest = tl.load(state + LARGEST)
+    inverse = tl.div_rn(1.0, tl.load(temperature_ptr + row).to(tl.float32))
+    index = tl.arange(0, 16)
+    pivots = low + step * index.to(tl.float32)
+    acc = tl.zeros((16, BLOCK), tl.float32)
+    for start in tl.range(0, CHUNK, BLOCK):
+        token = chunk * CHUNK + start + tl.arange(0, BLOCK)
+        z = tl.load(logits_ptr + row * stride_logits + token, token < vocabulary, other=float("-inf"))
+        z = z.to(tl.float32) * inverse
+        weight = tl.exp(z - largest) if BY_MASS else tl.where(token < vocabulary, 1.0, 0.0)
+        acc += tl.where(z[None, :] >= pivots[:, None], weight[None, :], 0.0)
+    part = part_ptr + row * CHUNKS * 16
+    tl.store(part + chunk * 16 + index, tl.sum(acc, 1))
+    if _is_last(counter_ptr + row, num_chunks):
+        other = tl.arange(0, CHUNKS)[:, None]
+        parts = tl.load(part + other * 16 + index[None, :], other < num_chunks, other=0.0, cache_modifier=".cg")
+        sums = tl.sum(parts, 0)
+        if BY_MASS:
+            if FIRST:
+                # min_p and top_k have raised `low` already, so what is above it is what top_p takes its share of
+                wanted = tl.load(top_p_ptr + row).to(tl.float32) * tl.max(sums, 0)
+                tl.store(state + MASS, wanted)
+            else:
+                wanted = tl.load(state + MASS)
+        else:
+            wanted = tl.load(top_k_ptr + row).to(tl.float32)
+        enough = tl.maximum(tl.sum((sums >= wanted).to(tl.int32), 0), 1)
+        low = tl.max(tl.where(index == enough - 1, pivots, float("-inf")), 0)  # the very pivot that was weighed
+        tl.store(state + (MASS_LOW if BY_MASS else COUNT_LOW), low)
+        tl.store(state + (MASS_STEP if BY_MASS else COUNT_STEP), step / 16)
+        if LAST and not BY_MASS:  # noqa: SIM102 - known when compiling, the next only when running
+            if tl.load(top_p_ptr + row).to(tl.float32) < 1.0:
+                tl.store(state + MASS_LOW, low)
+                tl.store(state + MASS_STEP, (largest - low) / 16)
 
 
 @triton.jit
 def _draw_kernel(
-    logits_ptr, temperature_ptr, threshold_ptr, seed_ptr, position_ptr, out_ptr, best_ptr, best_id_ptr, counter_ptr,
+    logits_ptr, temperature_ptr, state_ptr, seed_ptr, position_ptr, out_ptr, best_ptr, best_id_ptr, counter_ptr,
     stride_logits, vocabulary, num_chunks,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, RANDOM: tl.constexpr, FILTER: tl.constexpr, PDL: tl.constexpr,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STATE: tl.constexpr, RANDOM: tl.constexpr, FILTER: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -213,7 +182,10 @@ def _draw_kernel(
         if temperature > 0.0:
             score *= tl.div_rn(1.0, temperature)
             if FILTER:
-                score = tl.where(score >= tl.load(threshold_ptr + row), score, float("-inf"))
+                state = state_ptr + row * STATE
+                threshold = tl.maximum(tl.load(state + THRESHOLD), tl.load(state + COUNT_LOW))
+                threshold = tl.maximum(threshold, tl.load(state + MASS_LOW))
+                score = tl.where(score >= threshold, score, float("-inf"))
             seed = tl.load(seed_ptr + row + tl.zeros((1,), tl.int32)).to(tl.int64)
             position = tl.load(position_ptr + row + tl.zeros((1,), tl.int32)).to(tl.int64)
             score += _gumbel(seed, position, token)
@@ -224,17 +196,39 @@ def _draw_kernel(
         return
     tl.store(best_ptr + row * num_chunks + chunk, best)
     tl.store(best_id_ptr + row * num_chunks + chunk, best_id)
-    tl.debug_barrier()  # both stores come before the release below
-    done = tl.atomic_add(counter_ptr + row, 1, sem="acq_rel")
-    if done < num_chunks - 1:
-        return
-    tl.atomic_xchg(counter_ptr + row, 0, sem="relaxed")
-    other = tl.arange(0, CHUNKS)
-    there = other < num_chunks
-    bests = tl.load(best_ptr + row * num_chunks + other, there, other=float("-inf"), cache_modifier=".cg")
-    ids = tl.load(best_id_ptr + row * num_chunks + other, there, other=vocabulary - 1, cache_modifier=".cg")
-    winner = tl.min(tl.where(bests == tl.max(bests, 0), ids, vocabulary - 1), 0)
-    tl.store(out_ptr + row, winner.to(tl.int64))
+    if _is_last(counter_ptr + row, num_chunks):
+        other = tl.arange(0, CHUNKS)
+        there = other < num_chunks
+        bests = tl.load(best_ptr + row * num_chunks + other, there, other=float("-inf"), cache_modifier=".cg")
+        ids = tl.load(best_id_ptr + row * num_chunks + other, there, other=vocabulary - 1, cache_modifier=".cg")
+        winner = tl.min(tl.where(bests == tl.max(bests, 0), ids, vocabulary - 1), 0)
+        tl.store(out_ptr + row, winner.to(tl.int64))
+
+
+def find_thresholds(
+    logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor
+) -> Tensor:
+    """Fifteen launches. Returns the state of the search, [R, STATE]; a row keeps what is at least the largest of its
+    THRESHOLD, COUNT_LOW and MASS_LOW."""
+    num_rows, vocabulary = logits_RV.shape
+    device = logits_RV.device
+    chunk = 2048 if num_rows <= 16 else 4096
+    num_chunks = triton.cdiv(vocabulary, chunk)
+    chunks = tuning.next_power_of_two(num_chunks)
+    state = torch.empty((num_rows, STATE), dtype=torch.float32, device=device)
+    part = torch.empty(num_rows * chunks * 16, dtype=torch.float32, device=device)
+    grid = (num_rows, num_chunks)
+    options = {"CHUNK": chunk, "CHUNKS": chunks, "STATE": STATE, "num_warps": 8, **tuning.overlap(device)}
+    tail = (logits_RV.stride(0), vocabulary, num_chunks)
+    counters = tuning.counters(device)
+    _begin_kernel[grid](logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, state, part, counters, *tail, **options)
+    for by_mass in (False, True):
+        for turn in range(PASSES):
+            _narrow_kernel[grid](
+                logits_RV, temperature_R, top_k_R, top_p_R, state, part, counters, *tail, BLOCK=1024,
+                BY_MASS=by_mass, FIRST=turn == 0, LAST=turn == PASSES - 1, **options,
+            )  # fmt: skip
+    return state
 
 
 def sample_rows(
@@ -249,8 +243,11 @@ def sample_rows(
     any_random: bool = True,
     any_filter: bool = True,
 ) -> Tensor:
-    """One launch, or two with filters. Rows may be strided. Tokens less probable than e^-40 of the best are not drawn
-    under top_k or top_p, whatever these say; see `ops.sample_rows` for the rest."""
+    """One launch, and with filters those of `find_thresholds`. Rows may be strided.
+
+    Tokens less probable than e^-40 of the best are not drawn under top_k or top_p, whatever these say; see
+    `ops.sample_rows` for the rest.
+    """
     num_rows, vocabulary = logits_RV.shape
     device = logits_RV.device
     assert logits_RV.stride(1) == 1
@@ -258,22 +255,16 @@ def sample_rows(
     out_R = torch.empty(num_rows, dtype=torch.int64, device=device)
     if num_rows == 0:
         return out_R
-    overlap = tuning.overlap(device)
     any_filter = any_filter and any_random
-    threshold_R = temperature_R
+    state = temperature_R
     if any_filter:
-        threshold_R = torch.empty(num_rows, dtype=torch.float32, device=device)
-        scratch = torch.empty(num_rows * CANDIDATES, dtype=torch.float32, device=device)
-        _threshold_kernel[(num_rows,)](
-            logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, threshold_R, scratch, logits_RV.stride(0), vocabulary,
-            CAPACITY=CANDIDATES, BLOCK=2048, num_warps=16, **overlap,
-        )  # fmt: skip
+        state = find_thresholds(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R)
     num_chunks = triton.cdiv(vocabulary, CHUNK)
     best = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=device)
     best_id = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=device)
     _draw_kernel[(num_rows, num_chunks)](
-        logits_RV, temperature_R, threshold_R, seed_R, position_R, out_R, best, best_id, tuning.counters(device),
+        logits_RV, temperature_R, state, seed_R, position_R, out_R, best, best_id, tuning.counters(device),
         logits_RV.stride(0), vocabulary, num_chunks, CHUNK=CHUNK, CHUNKS=tuning.next_power_of_two(num_chunks),
-        RANDOM=any_random, FILTER=any_filter, num_warps=8, **overlap,
+        STATE=STATE, RANDOM=any_random, FILTER=any_filter, num_warps=8, **tuning.overlap(device),
     )  # fmt: skip
     return out_R

@@ -63,18 +63,26 @@ def linear(report: Report) -> None:
 
 
 def decode(report: Report) -> None:
-    """Paged decode attention against SDPA over dense keys of the same lengths."""
+    """Paged decode attention, alone and with rotation and KV write inside, against SDPA over dense keys."""
+    rotations = torch.randn(8192, 128, device="cuda")
     for heads, kv_heads, size in ((32, 8, 128), (16, 8, 128), (14, 2, 64)):
         for rows, context in ((1, 256), (1, 4096), (8, 1024), (64, 384), (64, 1024), (256, 384), (256, 1024)):
             moved = rows * context * kv_heads * size * 4
             sets = copies_for(moved, 16)
-            calls, dense = [], []
+            calls, fused, dense = [], [], []
             per_row = context // 16
             for _ in range(sets):
                 k_cache, v_cache = rand(rows * per_row, 16, kv_heads, size), rand(rows * per_row, 16, kv_heads, size)
                 table = torch.randperm(rows * per_row, device="cuda").view(rows, per_row).int()
                 lengths = torch.full((rows,), context, device="cuda", dtype=torch.int32)
                 q = rand(rows, heads, size)
+                qkv = rand(rows, (heads + 2 * kv_heads) * size)
+                positions = lengths.long() - 1
+                fused.append(
+                    lambda a=(qkv, positions, rotations[:, :size].contiguous(), k_cache, v_cache, positions, table,
+                              lengths): ops.decode_attention(
+                        *a, num_heads=heads, scale=0.1, max_context=8192, inputs_early=True)
+                )  # fmt: skip
                 calls.append(
                     lambda a=(q, k_cache, v_cache, table, lengths): ops.paged_attention(*a, scale=0.1, max_context=8192)
                 )
@@ -85,6 +93,8 @@ def decode(report: Report) -> None:
             case = f"{heads}/{kv_heads}x{size} rows {rows} context {context}"
             us, spread = microseconds(calls)
             report.add("paged_attention", case, us, spread, TBps=round(moved / us / 1e6, 2))
+            us, spread = microseconds(fused)
+            report.add("decode_attention", case, us, spread, TBps=round(moved / us / 1e6, 2))
             if context >= 384 and rows >= 8 and size == 128:
                 us, spread = microseconds(dense)
                 report.add("SDPA dense", case, us, spread, TBps=round(moved / us / 1e6, 2))
@@ -242,8 +252,10 @@ def step_of(
             h = F.embedding(tokens, embedding)
             for (qkv_w, o_w, gate_up_w, down_w), cache in zip(weights, caches, strict=True):
                 qkv = ops.fused_linear(h, qkv_w, norm_weight_I=norm)
-                q = ops.rope_and_store(qkv, positions, table, *cache, slots, num_heads=heads, **head_norm)
-                a = ops.paged_attention(q, *cache, blocks_RB, lengths, scale=0.1, max_context=8192)
+                a = ops.decode_attention(
+                    qkv, positions, table, *cache, slots, blocks_RB, lengths, num_heads=heads, scale=0.1,
+                    max_context=8192, inputs_early=True, **head_norm,
+                )  # fmt: skip
                 ops.fused_linear(a.view(rows, -1), o_w, residual_TO=h)
                 act = ops.fused_linear(h, gate_up_w, norm_weight_I=norm, gated=True)
                 ops.fused_linear(act, down_w, residual_TO=h)
@@ -252,6 +264,9 @@ def step_of(
                 logits, unused, unused, unused, unused, positions, positions, any_random=False
             )  # fmt: skip
 
+        if report.profiles:
+            report.profile(f"{name} rows {rows}", run)
+            continue
         us, spread = microseconds([run], launches=1)
         report.add("step", f"{name} rows {rows} context {context}", us, spread, weights_TBps=round(moved / us / 1e6, 2))
 
@@ -264,9 +279,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which parts; all without")
     parser.add_argument("--out", help="append the JSON lines to this file")
+    parser.add_argument("--profile", action="store_true", help="of a step: where its time goes, kernel by kernel")
     arguments = parser.parse_args()
     torch.manual_seed(0)
-    report = Report(arguments.out)
+    report = Report(arguments.out, profiles=arguments.profile)
     for part in arguments.parts or PARTS:
         PARTS[part](report)
         torch.cuda.empty_cache()

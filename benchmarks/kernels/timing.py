@@ -53,7 +53,8 @@ def microseconds(calls: Sequence[Callable[[], object]], *, launches: int = 0, re
 class Report:
     """Prints one JSON line a measurement as it comes, and the table at the end."""
 
-    def __init__(self, path: str | None = None):
+    def __init__(self, path: str | None = None, *, profiles: bool = False):
+        self.profiles = profiles
         self._rows: list[dict[str, object]] = []
         self._file = open(path, "a") if path else None  # noqa: SIM115 - lives as long as the report
         self._facts = {
@@ -67,6 +68,31 @@ class Report:
         print(line, flush=True)
         if self._file:
             print(line, file=self._file, flush=True)
+
+    def profile(self, title: str, run: Callable[[], object]) -> None:
+        """Print the kernels of one replay of `run` as a graph: count, total and mean time of each."""
+        run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        graph.replay()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+            graph.replay()
+            torch.cuda.synchronize()
+        kernels = [e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA]
+        begin, end = min(e.time_range.start for e in kernels), max(e.time_range.end for e in kernels)
+        print(f"\n{title}: {end - begin:.0f} us from the first kernel to the last, {len(kernels)} kernels")
+        by_name: dict[str, list[float]] = {}
+        for event in kernels:
+            by_name.setdefault(event.name[:70], []).append(event.time_range.elapsed_us())
+        for name, times in sorted(by_name.items(), key=lambda item: -sum(item[1]))[:12]:
+            print(f"    {sum(times):9.1f} us  {len(times):5} x {sum(times) / len(times):7.2f}  {name}")
+        one_layer = sorted(kernels, key=lambda e: e.time_range.start)[len(kernels) // 2 :][:14]
+        for event in one_layer:
+            print(f"    {event.time_range.start - one_layer[0].time_range.start:9.2f} +{event.time_range.elapsed_us():7.2f}  "
+                  f"{event.name[:60]}")  # fmt: skip
 
     def table(self) -> None:
         print()

@@ -41,21 +41,30 @@ class Part:
 
 
 def linear_sizes(tokens: int, num_inputs: int, gated: bool) -> Iterator[Sizes]:
-    rows = 2 if gated else 1
-    if tokens == 1:
-        for block_o in (1, 2, 4, 8, 16):
-            for block_i in (512, 1024, 2048, 4096):
-                for warps in (4, 8):
-                    each = rows * block_o * block_i // (32 * warps)
-                    for stages in (1, 3) if 16 <= each <= 64 and num_inputs % block_i == 0 else ():
-                        yield {"matrix": 0, "block_o": block_o, "block_i": block_i, "stages": stages, "warps": warps}
-    for block_o in (8, 16, 32, 64):
-        for block_i in (128, 256, 512):
-            for stages in (3, 5):
-                bytes_ = stages * (rows * block_o + 16) * block_i * 2
-                for warps in (4,) if tokens == 1 else (2, 4, 8):
-                    if num_inputs % block_i == 0 and 16 << 10 <= bytes_ <= SHARED_BYTES:
-                        yield {"matrix": 1, "block_o": block_o, "block_i": block_i, "stages": stages, "warps": warps}
+    """`kernel` 0: one token in registers over whole rows; 2: one token in steps along rows; 1: tensor cores."""
+    if tokens > 1:
+        for rows in (8, 16, 32, 64):
+            for width in (128, 256, 512):
+                for stages in (3, 5):
+                    for warps in (2, 4):
+                        if num_inputs % width == 0 and 16 << 10 <= stages * (rows + 16) * width * 2 <= SHARED_BYTES:
+                            yield {"kernel": 1, "rows": rows, "width": width, "stages": stages, "warps": warps}
+        return
+    width = tuning.next_power_of_two(num_inputs)
+    for rows in (1, 2, 4, 8, 16):
+        for warps in (4, 8, 16):
+            for stages in (1, 2, 3, 4) if rows > 1 or not gated else ():
+                for per_sm in (1, 2, 3, 4, 6):
+                    each = rows * width // (32 * warps)
+                    held = stages * rows * width * 2 * per_sm if stages > 1 else 0
+                    if 8 <= each <= 64 and held <= SHARED_BYTES and 8 <= warps * per_sm <= 32 and each * per_sm >= 32:
+                        yield {"kernel": 0, "rows": rows, "width": width, "stages": stages, "warps": warps,
+                               "per_sm": per_sm}  # fmt: skip
+    for rows in (4, 8, 16):
+        for width in (512, 1024):
+            for warps in (4, 8):
+                for stages in (1, 3) if 16 <= rows * width // (32 * warps) <= 64 and num_inputs % width == 0 else ():
+                    yield {"kernel": 2, "rows": rows, "width": width, "stages": stages, "warps": warps}
 
 
 def tune_linear(part: Part) -> Mapping[str, Sizes]:
@@ -70,7 +79,7 @@ def tune_linear(part: Part) -> Mapping[str, Sizes]:
             options = {"norm_weight_I": None if adds else norm, "residual_TO": residual, "gated": gated}
             times = {}
             for sizes in linear_sizes(tokens, num_in, gated):
-                sizes |= {"prefetch": 2048}
+                sizes = {"per_sm": 0, "prefetch": 4096} | sizes
                 calls = [lambda w=w, s=sizes: gemv.fused_linear(x, w, sizes=s, **options) for w in weights]
                 try:
                     times[json.dumps(sizes)] = part.time(calls)
@@ -93,37 +102,44 @@ def tune_linear(part: Part) -> Mapping[str, Sizes]:
 
 
 def tune_decode(part: Part) -> Mapping[str, Sizes]:
-    """One size for each head size, the best geometric mean over batches from 1 to 256."""
+    """For each head size, the best geometric mean over cases with fewer programs than multiprocessors, and with more."""
     best: dict[str, Sizes] = {}
+    cases = {
+        "few": ((1, 256), (1, 4096), (8, 1024)), "many": ((32, 384), (64, 384), (64, 1024), (256, 384), (256, 1024)),
+    }  # fmt: skip
+    rotations = torch.randn(8192, 128, device="cuda")
     for heads, kv_heads, size in ((32, 8, 128), (14, 2, 64)):
-        scores: dict[str, list[float]] = {}
-        for rows, context in ((1, 256), (1, 4096), (8, 1024), (64, 384), (64, 1024), (256, 384)):
-            per_row = context // 16
-            inputs = []
-            for _ in range(copies_for(rows * context * kv_heads * size * 4, 8)):
-                caches = [rand(rows * per_row, 16, kv_heads, size) for _ in range(2)]
-                table = torch.randperm(rows * per_row, device="cuda").view(rows, per_row).int()
-                lengths = torch.full((rows,), context, device="cuda", dtype=torch.int32)
-                inputs.append((rand(rows, heads, size), *caches, table, lengths))
-            for block_l in (32, 64, 128):
-                for warps in (2, 4, 8):
-                    for stages in (2, 3, 5):
-                        for per_sm in (2, 4, 8):
-                            if 2 * block_l * size * 2 * max(1, stages - 2) > SHARED_BYTES // 2:
-                                continue
-                            sizes = {"block_l": block_l, "warps": warps, "stages": stages, "per_sm": per_sm}
-                            us = part.time([
-                                lambda a=a, s=sizes: paged_attention.paged_attention(
-                                    *a, scale=0.1, max_context=8192, sizes=s)
-                                for a in inputs
-                            ])  # fmt: skip
-                            scores.setdefault(json.dumps(sizes), []).append(us)
-            ranked = sorted(scores, key=lambda s: scores[s][-1])
-            print("decode", (heads, kv_heads, size, rows, context), *(f"{scores[r][-1]:.2f} {r}" for r in ranked[:4]),
-                  sep="\n    ")  # fmt: skip
-        ranked = sorted(scores, key=lambda s: math.prod(scores[s]))
-        best[f"h{size}"] = json.loads(ranked[0])
-        print("decode overall", size, *(f"{[round(x, 1) for x in scores[r]]} {r}" for r in ranked[:4]), sep="\n    ")
+        for kind, shapes in cases.items():
+            scores: dict[str, list[float]] = {}
+            for rows, context in shapes:
+                per_row = context // 16
+                inputs = []
+                for _ in range(copies_for(rows * context * kv_heads * size * 4, 8)):
+                    caches = [rand(rows * per_row, 16, kv_heads, size) for _ in range(2)]
+                    table = torch.randperm(rows * per_row, device="cuda").view(rows, per_row).int()
+                    lengths = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+                    positions = lengths.long() - 1
+                    qkv = rand(rows, (heads + 2 * kv_heads) * size)
+                    inputs.append(
+                        (qkv, positions, rotations[:, :size].contiguous(), *caches, positions, table, lengths)
+                    )
+                for block_l in (32, 64, 128):
+                    for warps in (2, 4, 8):
+                        for stages in (2, 3, 5):
+                            for per_sm in (1, 2, 4):
+                                if 2 * block_l * size * 2 * max(1, stages - 2) > SHARED_BYTES // 2:
+                                    continue
+                                sizes = {"block_l": block_l, "warps": warps, "stages": stages, "per_sm": per_sm}
+                                us = part.time([
+                                    lambda a=a, s=sizes: paged_attention.decode_attention(
+                                        *a, num_heads=heads, scale=0.1, max_context=8192, inputs_early=True, sizes=s)
+                                    for a in inputs
+                                ])  # fmt: skip
+                                scores.setdefault(json.dumps(sizes), []).append(us)
+            ranked = sorted(scores, key=lambda s: math.prod(scores[s]))
+            best[f"h{size}_{kind}"] = json.loads(ranked[0])
+            print("decode", kind, size, shapes, [round(min(x), 1) for x in zip(*scores.values(), strict=True)],
+                  *(f"{[round(x, 1) for x in scores[r]]} {r}" for r in ranked[:5]), sep="\n    ")  # fmt: skip
     return best
 
 
