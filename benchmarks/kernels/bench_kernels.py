@@ -70,6 +70,7 @@ def decode(report: Report) -> None:
             moved = rows * context * kv_heads * size * 4
             sets = copies_for(moved, 16)
             calls, fused, dense = [], [], []
+            turns = rotations[:, :size].contiguous()
             per_row = context // 16
             for _ in range(sets):
                 k_cache, v_cache = rand(rows * per_row, 16, kv_heads, size), rand(rows * per_row, 16, kv_heads, size)
@@ -79,7 +80,7 @@ def decode(report: Report) -> None:
                 qkv = rand(rows, (heads + 2 * kv_heads) * size)
                 positions = lengths.long() - 1
                 fused.append(
-                    lambda a=(qkv, positions, rotations[:, :size].contiguous(), k_cache, v_cache, positions, table,
+                    lambda a=(qkv, positions, turns, k_cache, v_cache, positions, table,
                               lengths): ops.decode_attention(
                         *a, num_heads=heads, scale=0.1, max_context=8192, inputs_early=True)
                 )  # fmt: skip

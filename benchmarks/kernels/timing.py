@@ -91,8 +91,8 @@ class Report:
             print(f"    {sum(times):9.1f} us  {len(times):5} x {sum(times) / len(times):7.2f}  {name}")
         one_layer = sorted(kernels, key=lambda e: e.time_range.start)[len(kernels) // 2 :][:14]
         for event in one_layer:
-            print(f"    {event.time_range.start - one_layer[0].time_range.start:9.2f} +{event.time_range.elapsed_us():7.2f}  "
-                  f"{event.name[:60]}")  # fmt: skip
+            since = event.time_range.start - one_layer[0].time_range.start
+            print(f"    {since:9.2f} +{event.time_range.elapsed_us():7.2f}  {event.name[:60]}")
 
     def table(self) -> None:
         print()

@@ -102,7 +102,7 @@ def tune_linear(part: Part) -> Mapping[str, Sizes]:
 
 
 def tune_decode(part: Part) -> Mapping[str, Sizes]:
-    """For each head size, the best geometric mean over cases with fewer programs than multiprocessors, and with more."""
+    """For each head size, the best geometric mean over cases of few rows and over cases of many."""
     best: dict[str, Sizes] = {}
     cases = {
         "few": ((1, 256), (1, 4096), (8, 1024)), "many": ((32, 384), (64, 384), (64, 1024), (256, 384), (256, 1024)),
