@@ -255,6 +255,7 @@ class CUDAGraphRunner:
             sample_rows_S=None,
             hidden_rows_S=None,
             handles_device_R=None,
+            sample_handles_device_S=None,
             same_rows=same_rows,
         )
 

@@ -39,6 +39,7 @@ class StepInputs:
     sample_rows_S: IntArray | None  # places in the step's rows that sample; None: all of them
     hidden_rows_S: Tensor | None  # their last tokens' places among T; None: token i is row i
     handles_device_R: Tensor | None  # only where last tokens live on the device
+    sample_handles_device_S: Tensor | None  # the same
     same_rows: bool  # the same handles as in the step before, all of them sampling
 
     @property
@@ -264,6 +265,9 @@ class InputBatch:
         sample_rows_S = np.flatnonzero(sampling) if output.partial else None
         hidden_rows = query_end_R if sample_rows_S is None else query_end_R[sample_rows_S]
         staging.take(len(hidden_rows), True)[:] = hidden_rows - 1
+        if self.lives_on_device:
+            sampling_R = handles_R if sample_rows_S is None else handles_R[sample_rows_S]
+            staging.take(len(sampling_R), True)[:] = sampling_R
         is_longer = num_tokens_R > 1
         num_decode_rows = int(is_longer.argmax()) if is_longer.any() else num_rows
         return self._inputs(
@@ -337,6 +341,7 @@ class InputBatch:
             sample_rows_S=sample_rows_S,
             hidden_rows_S=None if num_tokens_R is None else tensors[7],
             handles_device_R=handles_device_R,
+            sample_handles_device_S=tensors[8] if len(tensors) > 8 else handles_device_R,
             same_rows=same_rows,
         )
 
@@ -356,11 +361,8 @@ class InputBatch:
 
     def append_sampled_device(self, inputs: StepInputs, token_ids_S: Tensor) -> None:
         """Remember what the step sampled, on the device; the host does not learn it here."""
-        handles = inputs.handles_device_R
-        assert handles is not None
-        if inputs.sample_rows_S is not None:
-            handles = handles[torch.from_numpy(inputs.sample_rows_S).to(self.device, non_blocking=True)]
-        self.last_token_N.index_copy_(0, handles, token_ids_S)
+        assert inputs.sample_handles_device_S is not None
+        self.last_token_N.index_copy_(0, inputs.sample_handles_device_S, token_ids_S)
 
     def check(self) -> None:
         """Counts agree: what is computed has tokens and blocks."""

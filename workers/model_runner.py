@@ -286,7 +286,7 @@ class ModelRunner:
             sampled = self.sampler.sample(
                 result.float(), inputs.handles_R, inputs.end_R, self._history, same_rows=inputs.same_rows
             )
-            inputs.handles_device_R = self.graphs.handles_R[:num_rows].long()
+            inputs.sample_handles_device_S = self.graphs.handles_R[:num_rows].long()
             self._remember(inputs, sampled.token_ids_S)
         return self._outcome(output, inputs, sampled, [], started)
 

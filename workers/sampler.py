@@ -6,6 +6,7 @@ token in its request), so the same request draws the same in any batch and after
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -175,7 +176,7 @@ class Sampler:
     def _draw(self, logits_SV: Tensor, handles_S: IntArray, positions_S: IntArray, same_rows: bool) -> Tensor:
         if self._gathered is None or not same_rows:
             tables = (self._temperature_N, self._top_k_N, self._top_p_N, self._min_p_N, self._seed_N)
-            temperature, top_k, top_p, min_p, seed = (torch.from_numpy(t[handles_S]).to(self.device) for t in tables)
+            temperature, top_k, top_p, min_p, seed = (to_device(t[handles_S], self.device) for t in tables)
             self._gathered = (temperature, top_k, top_p, min_p, seed)
             random_S = self._temperature_N[handles_S] > 0.0
             self._any_random = bool(random_S.any())
@@ -183,11 +184,17 @@ class Sampler:
         if not self._any_random:
             return _greedy(logits_SV)
         best_S = logits_SV.amax(dim=-1)
-        position_S = torch.from_numpy(np.ascontiguousarray(positions_S)).to(self.device)
+        position_S = to_device(np.ascontiguousarray(positions_S), self.device)
         token_ids_S = ops.sample_rows(
             logits_SV, *self._gathered, position_S, any_random=True, any_filter=self._any_filter
         )
         return _mark_failures(token_ids_S, best_S)
+
+
+def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
+    """The array as a tensor. To a GPU through pinned memory: from pageable memory the copy would wait for the step."""
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
 
 def _greedy(logits_SV: Tensor) -> Tensor:

@@ -8,13 +8,14 @@ a driver and its ranks without Ray, unless `--backend ray`.
 
 import argparse
 import json
+import os
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from argosy.deploy import bench, workload
+from argosy.deploy import bench, launch, workload
 from argosy.deploy.offline import LLM
 
 SHAPES = {
@@ -86,6 +87,7 @@ def main() -> int:
     parser.add_argument("--enforce-eager", action="store_true")
     parser.add_argument("--backend", default="local", choices=("local", "ray"))
     parser.add_argument("--note", default="")
+    parser.add_argument("--trace", help="write what the rank's host did in each step to this file (local backend)")
     parser.add_argument("--output", help="append the JSON lines to this file")
     args = parser.parse_args()
     about = {key: value for key, value in bench.describe_machine().items() if key != "cores"}
@@ -93,6 +95,9 @@ def main() -> int:
         f"xPP{args.pipeline_parallel_size}" if args.pipeline_parallel_size > 1 else ""
     )
     peers = json.loads(PEERS.read_text()).get(f"{args.model} {args.dtype} {layout}", {})
+    if args.trace:
+        os.environ["ARGOSY_TRACE"] = os.path.abspath(args.trace)
+        launch.launch_engine.__kwdefaults__["rank_module"] = "traced_rank"
     rows = []
     with tempfile.TemporaryDirectory(prefix="argosy-bench-") as folder:
         Path(folder, "config.json").write_text(json.dumps({**COMMON, **SHAPES[args.model]}))
