@@ -16,6 +16,7 @@ from argosy.cluster.protocol.errors import (
     Overloaded,
     RequestLost,
     UnknownModel,
+    WeightError,
 )
 from argosy.cluster.protocol.messages import TokenDelta, TokenLogprobs
 from argosy.cluster.protocol.sampling import FinishReason, SamplingParams, TokenParams
@@ -276,3 +277,11 @@ def test_figures_of_chosen_tokens_come_without_those_of_the_best() -> None:
 
     answer = complete(ScriptedClient(script), logprob_token_ids=[9]).outputs[0]
     assert answer.logprobs == [{7: (-1.0, 3, TOKENIZER.token_text(7)), 9: (-2.0, None, TOKENIZER.token_text(9))}]
+
+
+def test_defaults_that_can_not_be_served_are_refused_at_start(tmp_path: Path) -> None:
+    """A generation_config.json with a negative temperature would refuse every request that says nothing."""
+    (tmp_path / "generation_config.json").write_text('{"temperature": -1.0}')
+    config = ServingConfig.from_mapping({"model": str(tmp_path)})
+    with pytest.raises(WeightError, match=r"generation_config\.json: temperature: -1\.0"):
+        Gateway(ScriptedClient(), TOKENIZER, config)

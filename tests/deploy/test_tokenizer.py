@@ -161,6 +161,13 @@ def test_a_template_is_a_program_in_a_sandbox(folder: Callable[..., Path]) -> No
         Tokenizer.load(folder(), chat_template=changing).apply_chat_template([{"role": "user", "content": "x"}])
 
 
+def test_what_a_template_refuses_is_the_senders_mistake(folder: Callable[..., Path]) -> None:
+    """Many templates want the roles to alternate, and say so."""
+    strict = "{% if messages[0].role != 'user' %}{{ raise_exception('user first') }}{% endif %}"
+    with pytest.raises(InvalidRequest, match="user first"):
+        Tokenizer.load(folder(), chat_template=strict).apply_chat_template([{"role": "system", "content": "x"}])
+
+
 def test_template_sources_and_arguments(folder: Callable[..., Path], tmp_path: Path) -> None:
     """The operator's file wins over the folder's, a jinja file over tokenizer_config.json; tools pick "tool_use"."""
     messages = [{"role": "user", "content": "x"}]
