@@ -51,7 +51,19 @@ class QKNorm:
 
 
 class AttentionBackend(Protocol):
-    """Attention of one layer over the paged cache, in two moves."""
+    """Attention of one layer over the paged cache: `forward`, or its two moves."""
+
+    def forward(
+        self,
+        qkv_TD: Tensor,
+        positions_T: Tensor,
+        cos_sin_PH: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+        shape: AttentionShape,
+        norm: QKNorm | None,
+    ) -> Tensor:
+        """From the product of q, k, v to what the heads saw, [T, N * H]. Spends `qkv_TD`."""
 
     def rotate_and_store(
         self,

@@ -104,6 +104,20 @@ class _Plan:
 class TorchBackend:
     """Rows of one token together, longer rows one by one."""
 
+    def forward(
+        self,
+        qkv_TD: Tensor,
+        positions_T: Tensor,
+        cos_sin_PH: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+        shape: AttentionShape,
+        norm: QKNorm | None,
+    ) -> Tensor:
+        """The one after the other."""
+        q_TNH = self.rotate_and_store(qkv_TD, positions_T, cos_sin_PH, kv_cache, metadata, shape, norm)
+        return self.attend(q_TNH, kv_cache, metadata, shape)
+
     def rotate_and_store(
         self,
         qkv_TD: Tensor,

@@ -12,6 +12,40 @@ from argosy.workers.attention.base import AttentionMetadata, AttentionShape, QKN
 class TritonBackend:
     """Decode rows by the split kernel, longer rows by the ragged one."""
 
+    def forward(
+        self,
+        qkv_TD: Tensor,
+        positions_T: Tensor,
+        cos_sin_PH: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+        shape: AttentionShape,
+        norm: QKNorm | None,
+    ) -> Tensor:
+        """A step of decode rows alone is one kernel from the product of q, k, v to the heads' outputs."""
+        if metadata.num_decode_rows < metadata.num_rows:
+            q_TNH = self.rotate_and_store(qkv_TD, positions_T, cos_sin_PH, kv_cache, metadata, shape, norm)
+            return self.attend(q_TNH, kv_cache, metadata, shape)
+        num_rows = qkv_TD.shape[0]
+        return ops.decode_attention(
+            qkv_TD,
+            positions_T,
+            cos_sin_PH,
+            kv_cache[0],
+            kv_cache[1],
+            metadata.slot_mapping_T,
+            metadata.block_table_RB[:num_rows],
+            metadata.context_len_R[:num_rows],
+            num_heads=shape.num_heads,
+            scale=shape.scale,
+            q_norm_weight_H=None if norm is None else norm.q_weight_H,
+            k_norm_weight_H=None if norm is None else norm.k_weight_H,
+            eps=1e-6 if norm is None else norm.eps,
+            max_context=metadata.max_context_len,
+            sliding_window=shape.sliding_window,
+            inputs_early=True,
+        ).flatten(1)
+
     def rotate_and_store(
         self,
         qkv_TD: Tensor,
@@ -46,12 +80,17 @@ class TritonBackend:
         if num_decodes == 0:
             return self._prefill(q_TNH, kv_cache, metadata, shape, 0).flatten(1)
         out_TNH = q_TNH.new_empty(q_TNH.shape)
-        out_TNH[:num_decodes] = self._decode(q_TNH[:num_decodes], kv_cache, metadata, shape)
-        out_TNH[num_decodes:] = self._prefill(q_TNH[num_decodes:], kv_cache, metadata, shape, num_decodes)
+        self._decode(q_TNH[:num_decodes], kv_cache, metadata, shape, out_TNH[:num_decodes])
+        self._prefill(q_TNH[num_decodes:], kv_cache, metadata, shape, num_decodes, out_TNH[num_decodes:])
         return out_TNH.flatten(1)
 
     def _decode(
-        self, q_RNH: Tensor, kv_cache: tuple[Tensor, Tensor], metadata: AttentionMetadata, shape: AttentionShape
+        self,
+        q_RNH: Tensor,
+        kv_cache: tuple[Tensor, Tensor],
+        metadata: AttentionMetadata,
+        shape: AttentionShape,
+        out_RNH: Tensor | None = None,
     ) -> Tensor:
         num_rows = q_RNH.shape[0]
         return ops.paged_attention(
@@ -63,6 +102,7 @@ class TritonBackend:
             scale=shape.scale,
             max_context=metadata.max_context_len,
             sliding_window=shape.sliding_window,
+            out_RNH=out_RNH,
         )
 
     def _prefill(
@@ -72,6 +112,7 @@ class TritonBackend:
         metadata: AttentionMetadata,
         shape: AttentionShape,
         first_row: int,
+        out_TNH: Tensor | None = None,
     ) -> Tensor:
         rows = slice(first_row, metadata.num_rows)
         starts_R1 = metadata.query_start_R1[first_row : metadata.num_rows + 1]
@@ -88,4 +129,5 @@ class TritonBackend:
             metadata.block_table_RB[rows],
             scale=shape.scale,
             sliding_window=shape.sliding_window,
+            out_TNH=out_TNH,
         )

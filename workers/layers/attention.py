@@ -59,7 +59,6 @@ class Attention(nn.Module):
     def attend(self, qkv_TX: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """From the product of q, k and v to what the heads saw, [T, N * H]."""
         kv_cache = ctx.kv_cache.layers[self.cache_index]
-        q_TNH = ctx.backend.rotate_and_store(
+        return ctx.backend.forward(
             qkv_TX, positions_T, self.rotary.cos_sin_PH, kv_cache, ctx.metadata, self.shape, self._norm
         )
-        return ctx.backend.attend(q_TNH, kv_cache, ctx.metadata, self.shape)
