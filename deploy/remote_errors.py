@@ -9,8 +9,8 @@ from argosy.cluster.protocol.errors import (
     InvalidRequest,
     Overloaded,
     RequestAborted,
-    RequestError,
     RequestLost,
+    ServingError,
 )
 from argosy.cluster.protocol.messages import TokenDelta
 
@@ -28,7 +28,7 @@ class _Told:
         return self.message
 
 
-class _ToldError(_Told, RequestError):
+class _ToldError(_Told, ServingError):
     pass
 
 
@@ -66,11 +66,11 @@ _TOLD: Mapping[str, type[Any]] = {
 }
 
 
-def rebuild_error(delta: TokenDelta) -> RequestError:
+def rebuild_error(delta: TokenDelta) -> ServingError:
     """The error behind a last delta with an error code."""
     kind = _TOLD.get(delta.error_code, _ToldError)
     status = delta.error_status or (500 if kind is _ToldError else 0)
-    error: RequestError = kind(
+    error: ServingError = kind(
         delta.error_code, delta.error_message or delta.error_code, status, delta.retry_after_seconds
     )
     return error

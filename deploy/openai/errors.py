@@ -43,9 +43,11 @@ def status_of(error: BaseException) -> int:
 def error_body(error: BaseException, request_id: str = "") -> dict[str, Any]:
     """`{"error": {message, type, param, code}}`. An error that is not ours gives a fixed sentence and the id."""
     status = status_of(error)
-    if isinstance(error, ServingError):
-        message, code = str(error), error.code
-        param = getattr(error, "param", None)
+    if isinstance(error, RequestError):
+        message, code, param = str(error), error.code, error.param
+    elif isinstance(error, ServingError):  # of the machines: its text names them, which is for the log
+        code, param = error.code, None
+        message = f"the engine can't answer now; the server's log has the reason under request {request_id}"
     else:
         code, param = "internal_error", None
         message = f"something went wrong here; the server's log has the reason under request {request_id}"
@@ -77,7 +79,10 @@ def error_headers(error: BaseException) -> list[tuple[bytes, bytes]]:
 
 def log_unexpected(error: BaseException, request_id: str) -> None:
     """What is not ours is logged as type and place only: its text may hold a prompt."""
+    if isinstance(error, RequestError):
+        return
     if isinstance(error, ServingError):
+        log.error("request %s failed: %s: %s", request_id, error.code, error)
         return
     frame = error.__traceback__
     places = []

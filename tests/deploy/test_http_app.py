@@ -14,7 +14,7 @@ import pytest
 
 import argosy
 from argosy.cluster.protocol.config import ServingConfig
-from argosy.cluster.protocol.errors import ConfigError
+from argosy.cluster.protocol.errors import ConfigError, WorkerLost
 from argosy.cluster.protocol.messages import StatsReply, TokenDelta
 from argosy.cluster.protocol.sampling import FinishReason
 from argosy.deploy import http_io
@@ -351,6 +351,18 @@ def test_our_own_mistakes_say_nothing_of_themselves(stream: bool, caplog: pytest
     assert "r-1" in answer.text
     assert "canary" not in caplog.text
     assert "RuntimeError" in caplog.text
+
+
+def test_trouble_of_the_machines_is_told_without_their_names(caplog: pytest.LogCaptureFixture) -> None:
+    """503 and our code for the client, node and rank for the log."""
+
+    def script(asked: Submitted) -> Iterable[list[TokenDelta]]:
+        raise WorkerLost(3, "node-of-ours", 1)
+
+    answer = call(app_of(ScriptedClient(script)), "POST", TEXT, json={"prompt": "Hi"})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "worker_lost")
+    assert "node-of-ours" not in answer.text
+    assert "node-of-ours" in caplog.text
 
 
 class Wire:
