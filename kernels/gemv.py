@@ -3,7 +3,9 @@
 Meaning: `reference.fused_linear`. Every program sums over whole weight rows, so bias, gate and residual are its own to
 add, and for one token it norms the input itself. With a gate, row i of the first half and row i of the second are
 neighbours in a tile. While the kernel before drains, a program already asks for its first weights into the
-second-level cache: they depend on nobody.
+second-level cache: they depend on nobody. It lets its own successor start only when it is done with its weights: the
+programs of an early successor hold shared memory, and those of a kernel that walks over tiles then crowd on the
+multiprocessors that are left (8b gate_up took 87 us in a step and 56 alone).
 """
 
 import torch
@@ -18,13 +20,11 @@ MAX_TOKENS = 16  # the smallest tile of the tensor cores; above it cuBLAS is at 
 
 
 @triton.jit
-def _prefetch_rows(row_ptr, BYTES: tl.constexpr, PARTS: tl.constexpr):
-    """Ask for the first BYTES of each row into the second-level cache, a request of BYTES / PARTS a thread."""
-    part = tl.arange(0, PARTS) * (BYTES // PARTS)
-    address = row_ptr.to(tl.int64)[:, None] + part[None, :]
-    size = tl.full(address.shape, BYTES // PARTS, tl.int32)
+def _prefetch_rows(row_ptr, BYTES: tl.constexpr):
+    """Ask for the first BYTES of each row into the second-level cache, 128 of them a request."""
+    line = tl.arange(0, BYTES // 128) * 128
     tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [address, size],
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [row_ptr.to(tl.int64)[:, None] + line[None, :]],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -66,7 +66,7 @@ def _vector_kernel(
     num_tokens, num_inputs, num_outputs, stride_x, stride_weight, stride_out, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-    PARTS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token, which stays in registers while a program walks over its tiles of whole weight rows."""
     column = tl.arange(0, WIDTH)
@@ -75,9 +75,10 @@ def _vector_kernel(
     if PDL:
         if PREFETCH > 0:
             first = _weight_rows(tl.program_id(0), num_outputs, ROWS, GATED)
-            _prefetch_rows(weight_ptr + first * stride_weight, PREFETCH, PARTS)
+            _prefetch_rows(weight_ptr + first * stride_weight, PREFETCH)
         gdc_wait()
-        gdc_launch_dependents()
+        if EARLY:
+            gdc_launch_dependents()
     x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
     if NORM:
         scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / num_inputs + eps)
@@ -93,6 +94,8 @@ def _vector_kernel(
             y, row, tile, tl.arange(0, 1), num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_out,
             1, ROWS, BIAS, GATED, RESIDUAL,
         )  # fmt: skip
+    if PDL and not EARLY:
+        gdc_launch_dependents()
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -101,7 +104,7 @@ def _tiled_vector_kernel(
     num_tokens, num_inputs, num_outputs, stride_x, stride_weight, stride_out, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-    PARTS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token, a program a tile, walking along its rows in steps of WIDTH."""
     tile = tl.program_id(0)
@@ -109,9 +112,10 @@ def _tiled_vector_kernel(
     row = _weight_rows(tile, num_outputs, ROWS, GATED)
     if PDL:
         if PREFETCH > 0:
-            _prefetch_rows(weight_ptr + row * stride_weight, PREFETCH, PARTS)
+            _prefetch_rows(weight_ptr + row * stride_weight, PREFETCH)
         gdc_wait()
-        gdc_launch_dependents()
+        if EARLY:
+            gdc_launch_dependents()
     acc = tl.zeros((ROWS, WIDTH), tl.float32)
     squares = tl.zeros((WIDTH,), tl.float32)
     for start in tl.range(0, num_inputs, WIDTH, num_stages=STAGES):
@@ -128,6 +132,8 @@ def _tiled_vector_kernel(
             squares += x * x
             x *= tl.load(norm_ptr + start + column, inside, other=0.0).to(tl.float32)
         acc += w.to(tl.float32) * x[None, :]
+    if PDL and not EARLY:
+        gdc_launch_dependents()
     y = tl.sum(acc, 1)[None, :]
     if NORM:
         y *= 1.0 / tl.sqrt(tl.sum(squares, 0) / num_inputs + eps)
@@ -143,7 +149,7 @@ def _matrix_kernel(
     num_tokens, num_inputs, num_outputs, stride_x, stride_weight, stride_out, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-    PARTS: tl.constexpr, PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Up to 16 tokens as the rows of one tensor core tile, a program a tile of weight rows. The input comes normed:
     to norm 16 tokens in every program took longer (28 us) than to read the weight (11)."""
@@ -155,9 +161,10 @@ def _matrix_kernel(
     present = (token < num_tokens)[:, None]
     if PDL:
         if PREFETCH > 0:
-            _prefetch_rows(weight_ptr + row * stride_weight, PREFETCH, PARTS)
+            _prefetch_rows(weight_ptr + row * stride_weight, PREFETCH)
         gdc_wait()
-        gdc_launch_dependents()
+        if EARLY:
+            gdc_launch_dependents()
     acc = tl.zeros((16, ROWS), tl.float32)
     for start in tl.range(0, num_inputs, WIDTH, num_stages=STAGES):
         if EVEN:
@@ -170,13 +177,64 @@ def _matrix_kernel(
                 weight_ptr + row[:, None] * stride_weight + (start + column)[None, :], inside[None, :], other=0.0
             )  # fmt: skip
         acc = tl.dot(x, tl.trans(w), acc)
+    if PDL and not EARLY:
+        gdc_launch_dependents()
     _finish(
         acc, row, tile, token, num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_out,
         16, ROWS, BIAS, GATED, RESIDUAL,
     )  # fmt: skip
 
 
-KERNELS = (_vector_kernel, _matrix_kernel, _tiled_vector_kernel)  # as `kernel` in the tuned sizes counts them
+@triton.jit(do_not_specialize=["num_tokens"])
+def _walking_matrix_kernel(
+    x_ptr, weight_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr,
+    num_tokens, num_inputs, num_outputs, stride_x, stride_weight, stride_out, eps,
+    WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """As `_matrix_kernel`, but programs stay and walk over tiles, in one loop whose loads never run dry between two."""
+    token = tl.arange(0, 16)
+    column = tl.arange(0, WIDTH)
+    x_row = x_ptr + token.to(tl.int64) * stride_x
+    present = (token < num_tokens)[:, None]
+    first, programs = tl.program_id(0), tl.num_programs(0)
+    if PDL:
+        if PREFETCH > 0:
+            _prefetch_rows(weight_ptr + _weight_rows(first, num_outputs, ROWS, GATED) * stride_weight, PREFETCH)
+        gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
+    num_steps = tl.cdiv(num_inputs, WIDTH)
+    num_tiles = tl.cdiv(tl.cdiv(num_outputs * (2 if GATED else 1), ROWS) - first, programs)
+    acc = tl.zeros((16, ROWS), tl.float32)
+    for step in tl.range(0, num_tiles * num_steps, num_stages=STAGES):
+        tile = first + step // num_steps * programs
+        start = step % num_steps * WIDTH
+        row = _weight_rows(tile, num_outputs, ROWS, GATED)
+        if EVEN:
+            x = tl.load(x_row[:, None] + (start + column)[None, :], present, other=0.0)
+            w = tl.load(weight_ptr + row[:, None] * stride_weight + (start + column)[None, :])
+        else:
+            inside = start + column < num_inputs
+            x = tl.load(x_row[:, None] + (start + column)[None, :], present & inside[None, :], other=0.0)
+            w = tl.load(
+                weight_ptr + row[:, None] * stride_weight + (start + column)[None, :], inside[None, :], other=0.0
+            )  # fmt: skip
+        acc = tl.dot(x, tl.trans(w), acc)
+        if step % num_steps == num_steps - 1:
+            _finish(
+                acc, row, tile, token, num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_out,
+                16, ROWS, BIAS, GATED, RESIDUAL,
+            )  # fmt: skip
+            acc = tl.zeros((16, ROWS), tl.float32)
+    if PDL and not EARLY:
+        gdc_launch_dependents()
+
+
+# as `kernel` in the tuned sizes counts them
+KERNELS = (_vector_kernel, _matrix_kernel, _tiled_vector_kernel, _walking_matrix_kernel)
+WALKING = (_vector_kernel, _walking_matrix_kernel)
 
 
 def suits(x_TI: Tensor, weight_OI: Tensor) -> bool:
@@ -201,11 +259,11 @@ def _default_sizes(num_tokens: int, num_inputs: int, num_rows: int, num_sms: int
         width = tuning.next_power_of_two(num_inputs)
         rows = max(2, min(16, 8192 // width))
         return {"kernel": 0, "rows": rows, "width": width, "stages": 3, "warps": 8 if width <= 8192 else 16,
-                "per_sm": 2, "prefetch": 2048}  # fmt: skip
+                "per_sm": 2, "prefetch": 2048, "early": 0}  # fmt: skip
     rows = 32
     while rows > 8 and num_rows < rows * num_sms * 2:
         rows //= 2
-    return {"kernel": 1, "rows": rows, "width": 256, "stages": 5, "warps": 4, "per_sm": 0, "prefetch": 2048}
+    return {"kernel": 1, "rows": rows, "width": 256, "stages": 5, "warps": 4, "per_sm": 0, "prefetch": 2048, "early": 0}
 
 
 def fused_linear(
@@ -239,7 +297,7 @@ def fused_linear(
         out_TO = torch.empty((num_tokens, num_outputs), dtype=x_TI.dtype, device=x_TI.device)
     assert out_TO.stride(1) == 1
     programs = triton.cdiv(num_rows, rows)
-    if kernel is _vector_kernel:
+    if kernel in WALKING:
         programs = min(programs, facts.num_sms * sizes["per_sm"])
     prefetch = min(sizes["prefetch"], tuning.next_power_of_two(num_inputs + 1) // 2 * weight_OI.element_size())
     kernel[(programs,)](
@@ -247,7 +305,7 @@ def fused_linear(
         out_TO, out_TO, num_tokens, num_inputs, num_outputs, x_TI.stride(0), weight_OI.stride(0), out_TO.stride(0), eps,
         WIDTH=width, ROWS=rows, STAGES=sizes["stages"], EVEN=num_inputs % width == 0, NORM=norm_weight_I is not None,
         BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual_TO is not None,
-        PARTS=max(1, min(32 * sizes["warps"] // rows, prefetch // 16)), PREFETCH=prefetch,
+        PREFETCH=prefetch, EARLY=bool(sizes["early"]),
         num_warps=sizes["warps"], **tuning.overlap(x_TI.device),
     )  # fmt: skip
     return out_TO

@@ -20,22 +20,24 @@ from argosy.kernels import tuning
 
 
 @triton.jit
-def _turn(x_ptr, norm_ptr, inside, dim, partner, cos, sin, eps, H: tl.constexpr, NORM: tl.constexpr):
+def _turn(x_ptr, inside, dim, partner, weight, other_weight, cos, sin, eps, H: tl.constexpr, NORM: tl.constexpr):
     """Norm and rotate heads: x_ptr [X, 1] points at them, `partner` [W] is the other dimension of a pair. [X, W]."""
     x = tl.load(x_ptr + dim[None, :], inside, other=0.0).to(tl.float32)
     other = tl.load(x_ptr + partner[None, :], inside, other=0.0).to(tl.float32)
     if NORM:
         scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / H + eps)
-        x *= scale[:, None] * tl.load(norm_ptr + dim, dim < H, other=0.0).to(tl.float32)[None, :]
-        other *= scale[:, None] * tl.load(norm_ptr + partner, dim < H, other=0.0).to(tl.float32)[None, :]
+        x *= scale[:, None] * weight[None, :]
+        other *= scale[:, None] * other_weight[None, :]
     return x * cos[None, :] + other * sin[None, :]
 
 
 @triton.jit
-def _prefetch(address, BYTES: tl.constexpr):
-    size = tl.full(address.shape, BYTES, tl.int32)
+def _prefetch(row_ptr, BYTES: tl.constexpr):
+    """Ask for BYTES at each address into the second-level cache."""
+    LINES: tl.constexpr = (BYTES + 127) // 128
+    line = tl.arange(0, 1 if LINES <= 1 else (2 if LINES <= 2 else 4)) * 128
     tl.inline_asm_elementwise(
-        "cp.async.bulk.prefetch.L2.global [$1], $2; mov.u32 $0, 0;", "=r,l,r", [address.to(tl.int64), size],
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [row_ptr.to(tl.int64)[:, None] + line[None, :]],
         dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
 
@@ -88,6 +90,7 @@ def _paged_attention_kernel(
     NORM_Q: tl.constexpr,
     NORM_K: tl.constexpr,
     EARLY: tl.constexpr,  # only the projection comes from the kernel before
+    JOIN: tl.constexpr,  # pieces that are joined at once
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
@@ -115,6 +118,34 @@ def _paged_attention_kernel(
         pieces = tl.maximum(pieces, tl.minimum(context, 1))  # a new token is work even with nothing before it
     begin = first + split * piece
     end = tl.minimum(begin + piece, cached)
+    if NEW:  # all that does not hang on the projection
+        partner = dim
+        cos = tl.full((WIDTH,), 1.0, tl.float32)
+        sin = tl.zeros((WIDTH,), tl.float32)
+        if ROTARY > 0:
+            HALF: tl.constexpr = ROTARY // 2
+            turns = dim < ROTARY
+            if INTERLEAVED:
+                partner = tl.where(turns, dim ^ 1, dim)
+                pair = dim // 2
+            else:
+                partner = tl.where(turns, tl.where(dim < HALF, dim + HALF, dim - HALF), dim)
+                pair = dim % HALF
+            angles = rotation_ptr + tl.load(positions_ptr + row).to(tl.int64) * ROTARY
+            cos = tl.load(angles + pair, turns, other=1.0)
+            sin = tl.load(angles + HALF + pair, turns, other=0.0)
+            sin = tl.where(partner > dim, -sin, sin)
+        slot = tl.load(slots_ptr + row).to(tl.int64)
+        q_weight = tl.zeros((WIDTH,), tl.float32)
+        q_other = q_weight
+        k_weight = q_weight
+        k_other = q_weight
+        if NORM_Q:
+            q_weight = tl.load(q_norm_ptr + dim, dim < H, other=0.0).to(tl.float32)
+            q_other = tl.load(q_norm_ptr + partner, dim < H, other=0.0).to(tl.float32)
+        if NORM_K:
+            k_weight = tl.load(k_norm_ptr + dim, dim < H, other=0.0).to(tl.float32)
+            k_other = tl.load(k_norm_ptr + partner, dim < H, other=0.0).to(tl.float32)
     if PDL and EARLY:
         if split < pieces:
             token = begin + tl.arange(0, BLOCK_L)
@@ -135,31 +166,15 @@ def _paged_attention_kernel(
     total = tl.zeros((GROUP,), tl.float32)
     acc = tl.zeros((GROUP, WIDTH), tl.float32)
     if NEW:
-        partner = dim
-        cos = tl.full((WIDTH,), 1.0, tl.float32)
-        sin = tl.zeros((WIDTH,), tl.float32)
-        if ROTARY > 0:
-            HALF: tl.constexpr = ROTARY // 2
-            turns = dim < ROTARY
-            if INTERLEAVED:
-                partner = tl.where(turns, dim ^ 1, dim)
-                pair = dim // 2
-            else:
-                partner = tl.where(turns, tl.where(dim < HALF, dim + HALF, dim - HALF), dim)
-                pair = dim % HALF
-            angles = rotation_ptr + tl.load(positions_ptr + row).to(tl.int64) * ROTARY
-            cos = tl.load(angles + pair, turns, other=1.0)
-            sin = tl.load(angles + HALF + pair, turns, other=0.0)
-            sin = tl.where(partner > dim, -sin, sin)
-        q = _turn(q_head, q_norm_ptr, in_tile, dim, partner, cos, sin, eps, H, NORM_Q).to(out_ptr.dtype.element_ty)
+        q = _turn(q_head, in_tile, dim, partner, q_weight, q_other, cos, sin, eps, H, NORM_Q)
+        q = q.to(out_ptr.dtype.element_ty)
         if split == 0:
             one = tl.zeros((1, 1), tl.int64)
             new_k = q_ptr + row * stride_q + (K * G + kv_head) * H + one
-            k_row = _turn(new_k, k_norm_ptr, (dim < H)[None, :], dim, partner, cos, sin, eps, H, NORM_K)
+            k_row = _turn(new_k, (dim < H)[None, :], dim, partner, k_weight, k_other, cos, sin, eps, H, NORM_K)
             k_row = k_row.to(k_cache_ptr.dtype.element_ty)
             v_row = tl.load(new_k + K * H + dim[None, :], (dim < H)[None, :], other=0.0)
             v_row = v_row.to(v_cache_ptr.dtype.element_ty)
-            slot = tl.load(slots_ptr + row).to(tl.int64)
             here = (slot * K + kv_head) * H + dim[None, :] + one
             tl.store(k_cache_ptr + here, k_row, (dim < tl.where(slot >= 0, H, 0))[None, :])
             tl.store(v_cache_ptr + here, v_row, (dim < tl.where(slot >= 0, H, 0))[None, :])
@@ -214,17 +229,27 @@ def _paged_attention_kernel(
             largest = tl.full((GROUP,), float("-inf"), tl.float32)
             total = tl.zeros((GROUP,), tl.float32)
             acc = tl.zeros((GROUP, WIDTH), tl.float32)
-            for other in range(pieces):
-                # .cg: past the first-level cache, which does not see what other processors wrote
-                its_largest = tl.load(stats + other * 2 * G, in_group, other=0.0, cache_modifier=".cg")
-                its_total = tl.load(stats + other * 2 * G + G, in_group, other=1.0, cache_modifier=".cg")
-                its_acc = tl.load(part + other * G * H, in_tile, other=0.0, cache_modifier=".cg")
-                higher = tl.maximum(largest, its_largest)
-                shrink = tl.exp2(largest - higher)
-                its_shrink = tl.exp2(its_largest - higher)
-                total = total * shrink + its_total * its_shrink
-                acc = acc * shrink[:, None] + its_acc * its_shrink[:, None]
+            for start in range(0, pieces, JOIN):
+                # several at once, so that their loads do not wait for each other; .cg: past the first-level cache,
+                # which does not see what other multiprocessors wrote
+                other = start + tl.arange(0, JOIN)
+                there = (other < pieces)[:, None] & in_group[None, :]
+                stat = stats_ptr + group_index * num_splits * 2 * G + other[:, None] * 2 * G + head[None, :]
+                its_largest = tl.load(stat, there, other=float("-inf"), cache_modifier=".cg")
+                its_total = tl.load(stat + G, there, other=0.0, cache_modifier=".cg")
+                its_part = part_ptr + (group_index * num_splits + other[:, None, None]) * G * H
+                its_part += head[None, :, None] * H + dim[None, None, :]
+                its_acc = tl.load(
+                    its_part, there[:, :, None] & (dim < H)[None, None, :], other=0.0, cache_modifier=".cg"
+                )  # fmt: skip
+                higher = tl.maximum(largest, tl.max(its_largest, 0))
+                pivot = tl.where(in_group, higher, 0.0)
+                shrink = tl.exp2(largest - pivot)
+                its_shrink = tl.exp2(its_largest - pivot[None, :])
+                total = total * shrink + tl.sum(its_total * its_shrink, 0)
+                acc = acc * shrink[:, None] + tl.sum(its_acc * its_shrink[:, :, None], 0)
                 largest = higher
+            total = tl.where(in_group, total, 1.0)
     if SINKS:
         sink = tl.load(sinks_ptr + kv_head * G + head, in_group, other=0.0).to(tl.float32) * LOG2E
         higher = tl.maximum(largest, sink)
@@ -305,7 +330,8 @@ def _launch(
         window=sliding_window or 0, num_splits=splits, K=num_kv_heads, G=group, H=head_size, S=block_size,
         GROUP=max(16, tuning.next_power_of_two(group)), WIDTH=width, BLOCK_L=block_l, WINDOW=sliding_window is not None,
         SOFT_CAP=soft_cap is not None, ALIBI=alibi_slopes_N is not None, SINKS=sinks_N is not None, SPLIT=splits > 1,
-        STAGES=sizes["stages"], PRECISION="ieee" if q_RD.dtype == torch.float32 else "tf32",
+        JOIN=min(4, tuning.next_power_of_two(splits)), STAGES=sizes["stages"],
+        PRECISION="ieee" if q_RD.dtype == torch.float32 else "tf32",
         num_warps=sizes["warps"], **about_new, **tuning.overlap(device),
     )  # fmt: skip
     return out_RNH

@@ -113,7 +113,7 @@ def _narrow_kernel(
     logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, state_ptr, part_ptr, counter_ptr,
     stride_logits, vocabulary, num_chunks,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, STATE: tl.constexpr,
-    BY_MASS: tl.constexpr, FIRST: tl.constexpr, LAST: tl.constexpr, PDL: tl.constexpr,
+    BY_MASS: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One pass: a bracket [low, low + 16 step) becomes one of its sixteen parts, the highest with enough above it."""
     row = tl.program_id(0).to(tl.int64)
@@ -135,8 +135,9 @@ def _narrow_kernel(
         token = chunk * CHUNK + start + tl.arange(0, BLOCK)
         z = tl.load(logits_ptr + row * stride_logits + token, token < vocabulary, other=float("-inf"))
         z = z.to(tl.float32) * inverse
-        weight = tl.exp(z - largest) if BY_MASS else tl.where(token < vocabulary, 1.0, 0.0)
-        acc += tl.where(z[None, :] >= pivots[:, None], weight[None, :], 0.0)
+        if tl.max(z, 0) >= low:  # as the bracket closes, most of a vocabulary lies below it
+            weight = tl.exp(z - largest) if BY_MASS else tl.where(token < vocabulary, 1.0, 0.0)
+            acc += tl.where(z[None, :] >= pivots[:, None], weight[None, :], 0.0)
     part = part_ptr + row * CHUNKS * 16
     tl.store(part + chunk * 16 + index, tl.sum(acc, 1))
     if _is_last(counter_ptr + row, num_chunks):
@@ -153,10 +154,16 @@ def _narrow_kernel(
         else:
             wanted = tl.load(top_k_ptr + row).to(tl.float32)
         enough = tl.maximum(tl.sum((sums >= wanted).to(tl.int32), 0), 1)
-        low = tl.max(tl.where(index == enough - 1, pivots, float("-inf")), 0)  # the very pivot that was weighed
-        tl.store(state + (MASS_LOW if BY_MASS else COUNT_LOW), low)
-        tl.store(state + (MASS_STEP if BY_MASS else COUNT_STEP), step / 16)
-        if LAST and not BY_MASS:  # noqa: SIM102 - known when compiling, the next only when running
+        chosen = index == enough - 1
+        low = tl.max(tl.where(chosen, pivots, float("-inf")), 0)  # the very pivot that was weighed
+        step = step / 16
+        if BY_MASS:
+            tl.store(state + MASS_LOW, low)
+            tl.store(state + MASS_STEP, step)
+        else:
+            just = tl.max(tl.where(chosen, sums, 0.0), 0) == wanted
+            tl.store(state + COUNT_LOW, low)
+            tl.store(state + COUNT_STEP, tl.where(just, 0.0, step))  # these and no others: the passes left have nothing
             if tl.load(top_p_ptr + row).to(tl.float32) < 1.0:
                 tl.store(state + MASS_LOW, low)
                 tl.store(state + MASS_STEP, (largest - low) / 16)
@@ -225,8 +232,8 @@ def find_thresholds(
     for by_mass in (False, True):
         for turn in range(PASSES):
             _narrow_kernel[grid](
-                logits_RV, temperature_R, top_k_R, top_p_R, state, part, counters, *tail, BLOCK=1024,
-                BY_MASS=by_mass, FIRST=turn == 0, LAST=turn == PASSES - 1, **options,
+                logits_RV, temperature_R, top_k_R, top_p_R, state, part, counters, *tail, BLOCK=512,
+                BY_MASS=by_mass, FIRST=turn == 0, **options,
             )  # fmt: skip
     return state
 
