@@ -147,10 +147,11 @@ def _in_process(args: argparse.Namespace) -> Iterator[Row]:
             "max_num_batched_tokens": max(2048, args.max_num_seqs),
             "tensor_parallel_size": args.tensor_parallel_size,
             "pipeline_parallel_size": args.pipeline_parallel_size,
+            **({"cpu_threads": args.cpu_threads} if args.cpu_threads else {}),
             **options,
         }
         vocab = bench_models.vocab_size(folder)
-        base = {"model": args.model, "dtype": args.dtype, "backend": args.backend}
+        base = {"model": args.model, "dtype": args.dtype, "backend": args.backend, "cpu_threads": args.cpu_threads}
         answers: dict[str, list[list[int]]] = {}
         config, _ = settings.make_config(given)
         with LLM.from_config(config, backend=args.backend) as llm:
@@ -215,7 +216,12 @@ def _measure_peer(
     is_random = options.get("load_format") == "dummy"
     num_tokens = sum(request.max_tokens for request in requests)
     for found in bench_peers.run_transformers(
-        str(folder), requests, dtype=args.dtype, random_weights=is_random, batch=args.max_num_seqs
+        str(folder),
+        requests,
+        dtype=args.dtype,
+        random_weights=is_random,
+        batch=args.max_num_seqs,
+        cpu_threads=args.cpu_threads,
     ):
         same = [mine == theirs for mine, theirs in zip(ours, found["token_ids"], strict=True)]
         yield {

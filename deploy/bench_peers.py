@@ -17,7 +17,7 @@ _LONGEST_SECONDS: Final = 3600.0
 
 
 def run_transformers(
-    folder: str, workload: Workload, *, dtype: str, random_weights: bool, batch: int
+    folder: str, workload: Workload, *, dtype: str, random_weights: bool, batch: int, cpu_threads: int | None = None
 ) -> list[dict[str, Any]]:
     """One row for each way of running it: seconds, output tokens, and the token ids for a comparison."""
     job = {
@@ -25,6 +25,7 @@ def run_transformers(
         "dtype": dtype,
         "random_weights": random_weights,
         "batch": batch,
+        "cpu_threads": cpu_threads,
         "requests": [[request.prompt, request.max_tokens] for request in workload],
     }
     command = [sys.executable, "-P", "-m", "argosy.deploy.bench_peers"]
@@ -50,6 +51,8 @@ def _measure(job: dict[str, Any]) -> Iterator[dict[str, Any]]:
     from transformers import AutoConfig, AutoModelForCausalLM
 
     torch.manual_seed(0)
+    if job["cpu_threads"]:
+        torch.set_num_threads(job["cpu_threads"])
     dtype = getattr(torch, job["dtype"])
     if job["random_weights"]:
         make: Any = AutoModelForCausalLM.from_config  # untyped over there

@@ -20,7 +20,7 @@ EXPECTED = {
     "complete": "--api-key --max-tokens --model --seed --stop --temperature --url",
     "doctor": "--json --port",
     "bench": """
-        --api-key --backend --cold-start --concurrency --dtype --max-num-seqs --model --output --peer
+        --api-key --backend --cold-start --concurrency --cpu-threads --dtype --max-num-seqs --model --output --peer
         --pipeline-parallel-size --repeats --tensor-parallel-size --url --workload -pp -tp
     """,
 }
