@@ -108,7 +108,7 @@ def test_prompt_logprobs_are_those_of_one_whole_pass(families: dict[str, tuple[P
     run.add(greedy(prompts[2], NUM_TOKENS))
     (request,) = run.add(greedy(prompts[5], 3, stream_id=1, prompt_logprobs=2, logprobs=1, read_prefix_cache=False))
     run.finish()
-    figures = request.prompt_logprobs
+    figures = request.deltas[0].prompt_logprobs
     assert figures is not None
     assert figures[0] is None
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()

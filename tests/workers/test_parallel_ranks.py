@@ -126,8 +126,9 @@ def test_the_oracle_stays_exact_in_every_layout(layout: str, hosts: RankHosts, t
         expected = oracle_continuation(request.token_ids[: request.num_prompt_tokens], len(output), 997)
         assert output == expected, (request, request.story)
     assert run.metrics.preemptions > 0
-    assert scored.prompt_logprobs is not None
-    for position, figure in enumerate(scored.prompt_logprobs[1:], start=1):
+    figures = scored.deltas[0].prompt_logprobs
+    assert figures is not None
+    for position, figure in enumerate(figures[1:], start=1):
         likely = oracle_next_token(scored_prompt[:position], 997)
         assert figure is not None
         assert figure.top_ids == [scored_prompt[position], likely]
