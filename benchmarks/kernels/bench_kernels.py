@@ -7,6 +7,7 @@ prefill, small, sampling, blocks, step. "step" chains the kernels of a whole dec
 # ruff: noqa: B023 - every closure here is called within the turn of the loop that made it
 import argparse
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -219,57 +220,68 @@ def blocks(report: Report) -> None:
             report.add("blocks", f"{name} {count} blocks x 64 tensors", us, 0.0, GBps=round(moved / us / 1e3, 1))
 
 
-def step(report: Report) -> None:
-    for name, shape in STEPS.items():
-        step_of(report, name, *shape)
-        torch.cuda.empty_cache()
+class Step:
+    """All kernels of a decode step of a model's shape, with random weights: norms, projections, attention over 256
+    tokens, head, argmax."""
 
+    def __init__(
+        self, hidden: int, layers: int, heads: int, kv_heads: int, wide: int, vocabulary: int, qk_norm: bool
+    ):  # fmt: skip
+        self.layers, self.heads, self.kv_heads, self.size = layers, heads, kv_heads, 128
+        self.shapes = {
+            "qkv": (hidden, (heads + 2 * kv_heads) * self.size), "o": (heads * self.size, hidden),
+            "gate_up": (hidden, 2 * wide), "down": (wide, hidden), "head": (hidden, vocabulary),
+        }  # fmt: skip
+        names = ("qkv", "o", "gate_up", "down")
+        self.weights = [[self._weight(name) for name in names] for _ in range(layers)]
+        self.head, self.embedding, self.norm = self._weight("head"), rand(vocabulary, hidden), rand(hidden)
+        self.head_norm = {"q_norm_weight_H": rand(128), "k_norm_weight_H": rand(128)} if qk_norm else {}
+        self.rotations = torch.randn(8192, 128, device="cuda")
+        self.bytes = 2 * (self.head.numel() + sum(w.numel() for layer in self.weights for w in layer))
 
-def step_of(
-    report: Report, name: str, hidden: int, layers: int, heads: int, kv_heads: int, wide: int, vocabulary: int,
-    qk_norm: bool,
-) -> None:  # fmt: skip
-    """All kernels of a decode step in one graph: norms, projections, attention over 256 tokens, head, argmax."""
-    size, context, per_row = 128, 256, 512 // 16
-    weights = [
-        (rand((heads + 2 * kv_heads) * size, hidden) / math.sqrt(hidden), rand(hidden, heads * size) / 64,
-         rand(2 * wide, hidden) / math.sqrt(hidden), rand(hidden, wide) / math.sqrt(wide))
-        for _ in range(layers)
-    ]  # fmt: skip
-    head, embedding, norm = rand(vocabulary, hidden) / math.sqrt(hidden), rand(vocabulary, hidden), rand(hidden)
-    head_norm = {"q_norm_weight_H": rand(size), "k_norm_weight_H": rand(size)} if qk_norm else {}
-    table = torch.randn(8192, size, device="cuda")
-    moved = 2 * (head.numel() + sum(w.numel() for layer in weights for w in layer))
-    for rows in (1, 8, 16, 64, 256):
-        caches = [[rand(rows * per_row, 16, kv_heads, size) for _ in range(2)] for _ in range(layers)]
+    def _weight(self, name: str) -> Tensor:
+        num_in, num_out = self.shapes[name]
+        return rand(num_out, num_in) / math.sqrt(num_in)
+
+    def of(self, rows: int, context: int = 256) -> Callable[[], Tensor]:
+        """A step of `rows` rows, ready to be captured."""
+        per_row = 512 // 16
+        caches = [[rand(rows * per_row, 16, self.kv_heads, self.size) for _ in range(2)] for _ in range(self.layers)]
         blocks_RB = torch.arange(rows * per_row, device="cuda").view(rows, per_row).int()
         lengths = torch.full((rows,), context, device="cuda", dtype=torch.int32)
         positions = lengths.long() - 1
         slots = blocks_RB[:, (context - 1) // 16].long() * 16 + (context - 1) % 16
         tokens = torch.arange(rows, device="cuda")
-        unused = torch.zeros(rows, device="cuda")
+        attention = {"num_heads": self.heads, "scale": 0.1, "max_context": 8192, "inputs_early": True, **self.head_norm}
 
         def run() -> Tensor:
-            h = F.embedding(tokens, embedding)
-            for (qkv_w, o_w, gate_up_w, down_w), cache in zip(weights, caches, strict=True):
-                qkv = ops.fused_linear(h, qkv_w, norm_weight_I=norm)
+            h = F.embedding(tokens, self.embedding)
+            for (qkv_w, o_w, gate_up_w, down_w), cache in zip(self.weights, caches, strict=True):
+                qkv = ops.fused_linear(h, qkv_w, norm_weight_I=self.norm)
                 a = ops.decode_attention(
-                    qkv, positions, table, *cache, slots, blocks_RB, lengths, num_heads=heads, scale=0.1,
-                    max_context=8192, inputs_early=True, **head_norm,
+                    qkv, positions, self.rotations, *cache, slots, blocks_RB, lengths, **attention
                 )  # fmt: skip
                 ops.fused_linear(a.view(rows, -1), o_w, residual_TO=h)
-                act = ops.fused_linear(h, gate_up_w, norm_weight_I=norm, gated=True)
+                act = ops.fused_linear(h, gate_up_w, norm_weight_I=self.norm, gated=True)
                 ops.fused_linear(act, down_w, residual_TO=h)
-            logits = ops.fused_linear(h, head, norm_weight_I=norm)
-            return ops.sample_rows(
-                logits, unused, unused, unused, unused, positions, positions, any_random=False
-            )  # fmt: skip
+            return ops.argmax_rows(ops.fused_linear(h, self.head, norm_weight_I=self.norm))
 
-        if report.profiles:
-            report.profile(f"{name} rows {rows}", run)
-            continue
-        us, spread = microseconds([run], launches=1)
-        report.add("step", f"{name} rows {rows} context {context}", us, spread, weights_TBps=round(moved / us / 1e6, 2))
+        return run
+
+
+def step(report: Report) -> None:
+    for name, shape in STEPS.items():
+        chain = Step(*shape)
+        for rows in (1, 8, 16, 64, 256):
+            if report.profiles:
+                report.profile(f"{name} rows {rows}", chain.of(rows))
+                continue
+            us, spread = microseconds([chain.of(rows)], launches=1)
+            report.add(
+                "step", f"{name} rows {rows} context 256", us, spread, weights_TBps=round(chain.bytes / us / 1e6, 2)
+            )
+        del chain
+        torch.cuda.empty_cache()
 
 
 PARTS = {"linear": linear, "decode": decode, "prefill": prefill, "small": small, "sampling": sampling, "blocks": blocks,

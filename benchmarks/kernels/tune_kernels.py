@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
-from bench_kernels import LINEARS, rand
+from bench_kernels import LINEARS, STEPS, Step, rand
 from timing import copies_for, microseconds
 
 from argosy.kernels import gemv, ops, paged_attention, prefill_attention, tuning
@@ -41,23 +41,29 @@ class Part:
 
 
 def linear_sizes(tokens: int, num_inputs: int, gated: bool) -> Iterator[Sizes]:
-    """`kernel` 0: one token in registers over whole rows; 2: one token in steps along rows; 1: tensor cores."""
+    """By `kernel`, an index of `gemv.KERNELS`."""
     if tokens > 1:
         for rows in (8, 16, 32, 64):
             for width in (128, 256, 512):
                 for stages in (3, 5):
                     for warps in (2, 4):
-                        if num_inputs % width == 0 and 16 << 10 <= stages * (rows + 16) * width * 2 <= SHARED_BYTES:
-                            yield {"kernel": 1, "rows": rows, "width": width, "stages": stages, "warps": warps}
+                        held = stages * (rows + 16) * width * 2
+                        if num_inputs % width or not 16 << 10 <= held <= SHARED_BYTES:
+                            continue
+                        sizes = {"rows": rows, "width": width, "stages": stages, "warps": warps}
+                        yield {"kernel": 1} | sizes
+                        for per_sm in (1, 2, 3) if rows > 8 and width > 128 else ():
+                            if SHARED_BYTES // 4 <= held * per_sm <= SHARED_BYTES:
+                                yield {"kernel": 3, "per_sm": per_sm} | sizes
         return
     width = tuning.next_power_of_two(num_inputs)
-    for rows in (1, 2, 4, 8, 16):
-        for warps in (4, 8, 16):
-            for stages in (1, 2, 3, 4) if rows > 1 or not gated else ():
+    for rows in (1, 2, 4, 8):
+        for warps in (4, 8) if width < 16384 else (8, 16):
+            for stages in (2, 3, 4) if rows > 1 or not gated else ():
                 for per_sm in (1, 2, 3, 4, 6):
                     each = rows * width // (32 * warps)
-                    held = stages * rows * width * 2 * per_sm if stages > 1 else 0
-                    if 8 <= each <= 64 and held <= SHARED_BYTES and 8 <= warps * per_sm <= 32 and each * per_sm >= 32:
+                    held = stages * rows * width * 2 * per_sm
+                    if 16 <= each <= 64 and SHARED_BYTES // 6 <= held <= SHARED_BYTES:
                         yield {"kernel": 0, "rows": rows, "width": width, "stages": stages, "warps": warps,
                                "per_sm": per_sm}  # fmt: skip
     for rows in (4, 8, 16):
@@ -65,6 +71,9 @@ def linear_sizes(tokens: int, num_inputs: int, gated: bool) -> Iterator[Sizes]:
             for warps in (4, 8):
                 for stages in (1, 3) if 16 <= rows * width // (32 * warps) <= 64 and num_inputs % width == 0 else ():
                     yield {"kernel": 2, "rows": rows, "width": width, "stages": stages, "warps": warps}
+
+
+RANKED: dict[str, list[Sizes]] = {}  # by key, the best sizes of each layer alone, for `tune_step` to choose from
 
 
 def tune_linear(part: Part) -> Mapping[str, Sizes]:
@@ -79,7 +88,7 @@ def tune_linear(part: Part) -> Mapping[str, Sizes]:
             options = {"norm_weight_I": None if adds else norm, "residual_TO": residual, "gated": gated}
             times = {}
             for sizes in linear_sizes(tokens, num_in, gated):
-                sizes = {"per_sm": 0, "prefetch": 4096} | sizes
+                sizes = {"per_sm": 0, "prefetch": 4096, "early": 0, "library": 0} | sizes
                 calls = [lambda w=w, s=sizes: gemv.fused_linear(x, w, sizes=s, **options) for w in weights]
                 try:
                     times[json.dumps(sizes)] = part.time(calls)
@@ -95,8 +104,11 @@ def tune_linear(part: Part) -> Mapping[str, Sizes]:
             by_library = part.time([lambda w=w: library(w) for w in weights])
             ranked = sorted(times, key=times.__getitem__)
             first = json.loads(ranked[0])
-            first["library"] = int(by_library < times[ranked[0]])
-            best[f"{num_in}x{num_out}x{label}"] = first
+            key = f"{num_in}x{num_out}x{label}"
+            # the best of each kernel, and the best of all
+            kinds = {json.loads(r)["kernel"]: json.loads(r) for r in reversed(ranked)}
+            RANKED[key] = [*(json.loads(r) for r in ranked[:4]), *kinds.values(), first | {"library": 1}]
+            best[key] = first | {"library": int(by_library < times[ranked[0]])}
             print(name, tokens, f"library {by_library:.2f}", *(f"{times[r]:.2f} {r}" for r in ranked[:4]), sep="\n    ")
     return best
 
@@ -126,7 +138,7 @@ def tune_decode(part: Part) -> Mapping[str, Sizes]:
                 for block_l in (32, 64, 128):
                     for warps in (2, 4, 8):
                         for stages in (2, 3, 5):
-                            for per_sm in (1, 2, 4):
+                            for per_sm in (1, 2) if kind == "few" else (1, 4):
                                 if 2 * block_l * size * 2 * max(1, stages - 2) > SHARED_BYTES // 2:
                                     continue
                                 sizes = {"block_l": block_l, "warps": warps, "stages": stages, "per_sm": per_sm}
@@ -180,6 +192,50 @@ def tune_prefill(part: Part) -> Mapping[str, Sizes]:
     return best
 
 
+def tune_step(part: Part) -> Mapping[str, Sizes]:
+    """Choose among the best of each layer alone by the time of a whole step, where neighbours share the card.
+
+    A kernel that is fast alone may hold what its neighbour needs, or keep nothing for it to overlap with.
+    """
+    chosen: dict[str, Sizes] = dict(tuning._tuned(tuning.device_facts(torch.device("cuda", 0)).slug).get("gemv", {}))
+    chosen.update({key: sizes[0] for key, sizes in RANKED.items()})
+    tuning.pick = lambda kernel, key, device: (  # type: ignore[assignment]
+        chosen.get(key) if kernel == "gemv" else ATTENTION.get(key)
+    )
+    for name, (hidden, _, *shape) in STEPS.items():
+        chain = Step(hidden, 6, *shape)
+        for rows in (1, 8):
+            run = chain.of(rows)
+            now = microseconds([run], launches=1)[0]
+            print(f"step {name} rows {rows}: {now:.1f} us of 6 layers with the best alone", flush=True)
+            for layer, (num_in, num_out) in chain.shapes.items():
+                key = f"{num_in}x{num_out}x{1 if rows == 1 else gemv.MAX_TOKENS}"
+                for sizes in RANKED.get(key, []):
+                    before, chosen[key] = chosen[key], sizes
+                    us = microseconds([run], launches=1)[0]
+                    if us < now * 0.998:
+                        now = us
+                        print(f"    {layer} {us:.1f} us with {sizes}", flush=True)
+                    else:
+                        chosen[key] = before
+            if rows == 1:
+                for change in ({"prefetch": 0}, {"early": 1}, {"prefetch": 1024}):
+                    before_all = dict(chosen)
+                    for num_in, num_out in chain.shapes.values():
+                        chosen[f"{num_in}x{num_out}x1"] = chosen[f"{num_in}x{num_out}x1"] | change
+                    us = microseconds([run], launches=1)[0]
+                    print(f"    {us:.1f} us with {change} everywhere", flush=True)
+                    if us < now * 0.998:
+                        now = us
+                    else:
+                        chosen.clear()
+                        chosen.update(before_all)
+        del chain, run
+        torch.cuda.empty_cache()
+    return chosen
+
+
+ATTENTION: dict[str, Sizes] = {}
 TUNERS = {"gemv": tune_linear, "paged_attention": tune_decode, "prefill_attention": tune_prefill}
 
 
@@ -212,6 +268,11 @@ def main() -> None:
         with open(arguments.out, "w") as file:
             json.dump(table, file, indent=1, sort_keys=True)
         torch.cuda.empty_cache()
+    if "gemv" in names:
+        ATTENTION.update(table.get("paged_attention", {}))
+        table["gemv"].update(tune_step(Part(0, 0)))
+        with open(arguments.out, "w") as file:
+            json.dump(table, file, indent=1, sort_keys=True)
 
 
 if __name__ == "__main__":
