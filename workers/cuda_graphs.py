@@ -190,13 +190,14 @@ class CUDAGraphRunner:
             self._sample_greedy(size, result)
         stream.synchronize()
         metadata.scratch.clear()
+        # thread_local: NCCL's own thread looks at events meanwhile, which a global record would take for an error
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream):
+        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
             result = self._compute(size, metadata)
         greedy = None
         if self.compute_logits is not None:
             greedy = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(greedy, pool=pool, stream=stream):
+            with torch.cuda.graph(greedy, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._sample_greedy(size, result)
         self._recorded[size] = RecordedStep(graph, greedy, metadata, result)
 

@@ -3,6 +3,8 @@
 python benchmarks/gpu/check_gpu.py            recorded graphs and eager steps; exit code 1 on a difference
 """
 
+import argparse
+import itertools
 import random
 import sys
 import tempfile
@@ -38,8 +40,14 @@ def reference(folder: str, prompts: list[list[int]], num_tokens: int) -> list[li
 
 def main() -> int:
     """All families, with and without graphs."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--family", nargs="+", choices=sorted(FAMILIES), default=sorted(FAMILIES))
+    parser.add_argument("--layout", nargs="+", default=["1x1"], help="tensor x pipeline parallel, such as 2x1 1x2 2x2")
+    parser.add_argument("--backend", default="local", choices=("local", "ray"))
+    args = parser.parse_args()
     rng, failures = random.Random(7), 0
-    for family, (config_type, extra) in FAMILIES.items():
+    for family in args.family:
+        config_type, extra = FAMILIES[family]
         with tempfile.TemporaryDirectory(prefix="argosy-check-") as parent:
             folder = str(Path(parent, family))
             torch.manual_seed(1)
@@ -47,9 +55,13 @@ def main() -> int:
             transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
             prompts = [[rng.randrange(3, 1000) for _ in range(n)] for n in (1, 5, 16, 17, 33, 64, 100, 130)]
             want = reference(folder, prompts, 24)
-            for eager in (False, True):
+            for layout, eager in itertools.product(args.layout, (False, True)):
+                tp_size, pp_size = map(int, layout.split("x"))
+                if eager and layout != "1x1":
+                    continue
                 with LLM(
-                    folder, dtype="float32", skip_tokenizer_init=True, distributed_executor_backend="local",
+                    folder, tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size,
+                    dtype="float32", skip_tokenizer_init=True, distributed_executor_backend=args.backend,
                     enforce_eager=eager, max_num_seqs=8, max_num_batched_tokens=64, gpu_memory_utilization=0.2,
                 ) as llm:  # fmt: skip
                     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, detokenize=False)
@@ -63,9 +75,8 @@ def main() -> int:
                         draws.append([[list(c.token_ids) for c in o.outputs] for o in outputs])
                 same = sum(a == b for a, b in zip(got, want, strict=True))
                 drawn = draws[0] == draws[1]
-                print(
-                    f"{family:8} {'eager' if eager else 'graphs':7} {same}/{len(want)} as transformers; draws {drawn}"
-                )
+                how = "eager" if eager else "graphs"
+                print(f"{family:8} {layout} {how:7} {same}/{len(want)} as transformers; draws {drawn}", flush=True)
                 failures += same != len(want) or not drawn
     return 1 if failures else 0
 
