@@ -16,6 +16,7 @@ from torch import Tensor
 
 from argosy.cluster.protocol.errors import ConfigError, StartupTimeout, WorkerFailed
 from argosy.placement.plan import RankInfo
+from argosy.placement.symmetric_memory import SymmetricAllReduce, open_symmetric
 
 
 class ParallelContext:
@@ -36,11 +37,16 @@ class ParallelContext:
         self.rank, self.device, self.timeout_seconds = rank, device, timeout_seconds
         self.world, self.tp_group = world, tp_group
         self.tp_size, self.pp_size = rank.tp_size, rank.pp_size
+        self._symmetric: SymmetricAllReduce | None = None
+        if tp_group is not None and device.type == "cuda":
+            self._symmetric = open_symmetric(tp_group, device)
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum over the tensor-parallel group, in place. Returns `x`."""
         if self.tp_size > 1:
             assert x.is_contiguous(), x.stride()  # gloo would take the memory as it lies
+            if self._symmetric is not None and self._symmetric.takes(x):
+                return self._symmetric(x)
             dist.all_reduce(x, group=self.tp_group)
         return x
 
@@ -126,7 +132,7 @@ def destroy_parallel(ctx: ParallelContext) -> None:
     if ctx.world is not None and dist.is_initialized():
         with contextlib.suppress(RuntimeError):  # a peer that is gone can't be asked to agree to our leaving
             dist.destroy_process_group()
-    ctx.world = ctx.tp_group = None
+    ctx.world = ctx.tp_group = ctx._symmetric = None
 
 
 def _listen(host: str, port: int) -> int:

@@ -21,7 +21,7 @@ MAY_IMPORT = {
 }
 # rooms and files that may know a heavy library; everything else must work without it
 TORCH_ROOMS = ("kernels", "workers")
-TORCH_FILES = {"placement/process_groups.py", "placement/stage_transport.py"}
+TORCH_FILES = {"placement/process_groups.py", "placement/stage_transport.py", "placement/symmetric_memory.py"}
 # deploy asks torch nothing about requests; these measure or describe the machine, inside functions
 TORCH_FILES |= {"deploy/bench_peers.py", "deploy/bench_models.py"}
 RAY_FILES = {
