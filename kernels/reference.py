@@ -6,6 +6,7 @@ Arithmetic that is sensitive (norms, rotations, softmax, sampling) is float32 wh
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -129,7 +130,8 @@ def rope_and_store(
         cos_T1D, sin_T1D = cos_sin_PD[positions_T].unsqueeze(1).chunk(2, dim=-1)
         _rotate(qkv[:, : num_heads + num_kv_heads], cos_T1D, sin_T1D, interleaved)  # q and k lie side by side
     store_kv(k_TKH, v_TKH, k_cache_BSKH, v_cache_BSKH, slots_T)
-    return q_TNH
+    queries: Tensor = q_TNH
+    return queries
 
 
 def copy_blocks(sources: Sequence[Tensor], destinations: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
@@ -253,7 +255,7 @@ def prefill_attention(
     starts, lengths = query_start_R1.tolist(), context_len_R.tolist()
     num_heads, head_size = q_TNH.shape[1:]
     block_size, num_kv_heads = k_cache_BSKH.shape[1:3]
-    options = {"scale": scale, "soft_cap": soft_cap}
+    options: dict[str, Any] = {"scale": scale, "soft_cap": soft_cap}
     out_TNH = torch.zeros((q_TNH.shape[0], num_heads, head_size), dtype=q_TNH.dtype, device=q_TNH.device)
     singles = [r for r in range(len(lengths)) if starts[r + 1] - starts[r] == 1]
     if singles:

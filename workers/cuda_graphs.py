@@ -12,6 +12,7 @@ step for a model of 32 layers.
 import gc
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -56,7 +57,8 @@ class DecodeTables:
         self._controls = [
             torch.full((3, max_rows), -1, dtype=torch.int32, pin_memory=pinned) for _ in range(NUM_CONTROL_BUFFERS)
         ]
-        self._sent = [torch.cuda.Event() for _ in self._controls] if pinned else []
+        event: Any = torch.cuda.Event  # torch gives it no types
+        self._sent = [event() for _ in self._controls] if pinned else []
         self._turn = 0
         self.control_3R = torch.full((3, max_rows), -1, dtype=torch.int32, device=device)
         self.token_ids_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
@@ -169,7 +171,8 @@ class CUDAGraphRunner:
         """
         self.tables.control_3R.fill_(-1)
         pool = torch.cuda.graph_pool_handle()
-        stream = torch.cuda.Stream(self.batch.device)
+        make_stream: Any = torch.cuda.Stream  # torch gives it no types
+        stream = make_stream(self.batch.device)
         torch.cuda.synchronize(self.batch.device)
         gc.collect()
         gc.disable()  # a collection in mid-record would free device memory, which is not allowed then
@@ -183,7 +186,7 @@ class CUDAGraphRunner:
             gc.enable()
         torch.cuda.synchronize(self.batch.device)
 
-    def _record_size(self, size: int, pool: tuple[int, int], stream: "torch.cuda.Stream") -> None:
+    def _record_size(self, size: int, pool: Any, stream: "torch.cuda.Stream") -> None:
         metadata = self.tables.metadata(size, self.max_model_len)
         result = self._compute(size, metadata)  # compiles what this size needs
         if self.compute_logits is not None:
