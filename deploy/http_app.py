@@ -87,6 +87,9 @@ class HttpApp:
             await self._serve(route, request, responder)
         except ClientGone:
             self.metrics.disconnects += 1
+        except asyncio.CancelledError:  # how Ray Serve says that the client has left
+            self.metrics.disconnects += 1
+            raise
         except Exception as error:  # the top of the loop: whatever happens, the client gets an answer
             await self._answer_error(error, request, responder)
         finally:

@@ -392,23 +392,35 @@ class Wire:
         await self.reads.wait()
 
 
+@pytest.mark.parametrize("told_by", ["a message", "cancelling"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_its_work(stream: bool) -> None:
-    """It closes its connection in mid-answer: the request is aborted at the driver within a turn of the loop."""
+def test_a_client_that_leaves_frees_its_work(stream: bool, told_by: str) -> None:
+    """It closes its connection in mid-answer: the request is aborted at the driver within a turn of the loop.
 
-    async def main() -> ScriptedClient:
+    ASGI servers say it by a message, Ray Serve by cancelling our task. Both are counted.
+    """
+
+    async def main() -> tuple[ScriptedClient, bytes]:
         client = ScriptedClient(tokens_script(WORDS * 10))
         client.gate = asyncio.Event()
+        app = app_of(client)
         wire = Wire(json.dumps({"prompt": ["Hi", "Ho"], "max_tokens": 30, "stream": stream}).encode())
-        serving = asyncio.create_task(app_of(client)(wire.scope, wire.receive, wire.send))
+        serving = asyncio.create_task(app(wire.scope, wire.receive, wire.send))
         while not (len(client.submitted) == 2 and all(asked.num_taken for asked in client.submitted)):
             await asyncio.sleep(0)
-        wire.left.set()
-        await serving
-        return client
+        if told_by == "a message":
+            wire.left.set()
+        else:
+            serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        asking = Wire(b" ", path="/metrics", headers=[])
+        await app({**asking.scope, "method": "GET"}, asking.receive, asking.send)
+        return client, b"".join(message.get("body", b"") for message in asking.sent)
 
-    client = asyncio.run(asyncio.wait_for(main(), 10))
+    client, metrics = asyncio.run(asyncio.wait_for(main(), 10))
     assert [asked.aborted for asked in client.submitted] == [[None], [None]]
+    (count,) = [line for line in metrics.splitlines() if line.startswith(b"argosy_http_disconnects_total{")]
+    assert count.endswith(b" 1.0")
 
 
 def test_a_reader_who_stops_reading_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
