@@ -13,6 +13,8 @@ import socket
 from pathlib import Path
 from typing import Final
 
+# HAProxy takes 97 bytes for a socket's path, and Ray puts a folder of 56 letters above its name of one letter
+MOST_FOLDER_BYTES: Final = 97 - len("/") - 56 - len("/a")
 _REAL: Final = "@HAPROXY@"
 _SCRIPT: Final = r"""#!/bin/sh
 # Stands in for HAProxy; see argosy/deploy/haproxy.py.
@@ -56,8 +58,8 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
-        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "a"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),

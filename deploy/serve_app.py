@@ -13,11 +13,13 @@ anybody with a Ray cluster, by the builder:
 """
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final
 
 import msgspec
+import ray
 from ray import serve
 from ray.serve import Application
 
@@ -50,6 +52,26 @@ def _set_app(app: Any) -> None:
     _app_of["this replica"] = app
 
 
+def confine_replica() -> None:
+    """Have this replica take calls of other replicas at its node's own address alone.
+
+    When its class stands, Serve opens a port for them on every network of the machine and unpickles what comes; a token
+    is all that guards it. Where Ray has other code in that place nothing is changed.
+    """
+    with contextlib.suppress(ImportError, AttributeError):
+        from ray.serve._private import replica
+
+        module: Any = replica
+        listen: Callable[[Any, str], int] = module.add_port_to_grpc_server
+        node: str = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]  # Ray's
+        host = f"[{node}]" if ":" in node else node
+
+        def listen_here(server: Any, address: str) -> int:
+            return listen(server, address.replace("[::]:", f"{host}:", 1))
+
+        module.add_port_to_grpc_server = listen_here
+
+
 # No CPU is reserved: ranks are placed by the plan, and a small machine must not lack room for its own door.
 @serve.deployment(
     name="Door", health_check_period_s=_HEALTH_PERIOD_SECONDS, ray_actor_options={"num_cpus": 0}, max_queued_requests=-1
@@ -60,6 +82,7 @@ class Door:
 
     async def __init__(self, config_json: bytes, address: str, secret: str):  # type: ignore[misc]  # Serve awaits it
         config = msgspec.json.decode(config_json, type=ServingConfig)
+        confine_replica()
         self._engine: Engine | None = None
         if not address:
             # Deployed without `argosy serve`: the first replica starts the engine, the others find it.

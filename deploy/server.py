@@ -1,6 +1,7 @@
 """The life of `argosy serve`: check, start an engine and the doors, say how to use them, wait, drain, leave nothing."""
 
 import asyncio
+import importlib
 import logging
 import os
 import signal
@@ -21,6 +22,7 @@ from argosy.cluster.protocol.errors import ClusterError, ConfigError
 from argosy.deploy import haproxy, proxy_guard
 from argosy.deploy.doctor import is_port_free
 from argosy.deploy.http_auth import ApiKeys
+from argosy.deploy.local_launch import short_temp_folder
 from argosy.deploy.model_folder import load_tokenizer, localize
 from argosy.deploy.progress import StartProgress
 
@@ -29,6 +31,8 @@ if TYPE_CHECKING:
 
 _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 _UNFINISHED: Final = ("argosy_requests_running", "argosy_requests_waiting")
+_PREFIX: Final = "argosy-serve-"
+_RANDOM_BYTES: Final = 8  # that tempfile adds
 _POLL_SECONDS: Final = 0.1
 _LAST_BYTES_SECONDS: Final = 0.3  # from the driver's last token to the client's socket, through the doors
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
@@ -174,16 +178,20 @@ class _StopSignals:
 def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, stop: _StopSignals) -> None:
     # As `launch_engine` above.
     from ray import serve
+    from ray.exceptions import RayError
 
     from argosy.deploy.serve_app import APP_NAME, application
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     progress("opening the doors", 0.0)
-    serve.start(
-        proxy_location="HeadOnly",
-        http_options={"host": config.server.host, "port": config.server.port, "keep_alive_timeout_s": 75},
-    )
     try:
+        try:
+            serve.start(
+                proxy_location="HeadOnly",
+                http_options={"host": config.server.host, "port": config.server.port, "keep_alive_timeout_s": 75},
+            )
+        except (RuntimeError, RayError) as error:  # the proxy did not start: its own words are many lines long
+            raise ClusterError(f"the HTTP doors did not open: {_last_line(str(error))}") from error
         try:
             serve.run(application(config, engine.address, engine.secret), name=APP_NAME, route_prefix="/")
         except RuntimeError as error:  # Serve's word for "the replica did not start"; its status says why
@@ -195,6 +203,7 @@ def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, sto
         if config.server.drain_seconds > 0:
             asyncio.run(drain(engine.address, engine.secret, config.server.drain_seconds))
     finally:
+        _hush_ray()
         serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
 
 
@@ -202,13 +211,26 @@ def _reason(status: Any) -> str:
     """The last line of each message that Serve keeps: the error that stopped a replica."""
     apps = status.applications.values()
     messages = [d.message for app in apps for d in app.deployments.values()] + [app.message for app in apps]
-    return "; ".join(text.strip().splitlines()[-1].strip() for text in messages if text.strip()) or "no reason given"
+    return "; ".join(_last_line(text) for text in messages if text.strip()) or "no reason given"
+
+
+def _last_line(text: str) -> str:
+    """The last line that names an error, or else the last one at all."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"]
+    return next((line for line in reversed(lines) if "Error: " in line), lines[-1])
+
+
+def _hush_ray() -> None:
+    """Ray says on our standard output that tasks of actors failed which are being ended on purpose."""
+    worker: Any = importlib.import_module("ray._private.worker")
+    worker._worker_logs_enabled = False
 
 
 @contextmanager
 def _private_folder() -> Iterator[Path]:
     """For what may not outlive this server; readable by this user only."""
-    with tempfile.TemporaryDirectory(prefix="argosy-serve-", ignore_cleanup_errors=True) as name:
+    parent = short_temp_folder(haproxy.MOST_FOLDER_BYTES - len(f"/{_PREFIX}") - _RANDOM_BYTES)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True) as name:
         yield Path(name)
 
 

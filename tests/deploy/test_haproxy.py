@@ -2,11 +2,12 @@
 
 import os
 import subprocess
+import tempfile
 from pathlib import Path
 
 import pytest
 
-from argosy.deploy import haproxy
+from argosy.deploy import haproxy, server
 
 AS_RAY_WRITES_IT = """frontend prometheus
     bind :9101
@@ -49,6 +50,19 @@ def test_nothing_lies_where_another_server_would_look(folder: Path) -> None:
     paths = [value for value in settings.values() if value.startswith(os.sep)]
     assert len(paths) == 6
     assert all(Path(path).is_relative_to(folder) for path in paths)
+
+
+def test_its_sockets_have_room_for_their_names(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """HAProxy takes 97 bytes, Ray puts 57 between folder and name: beyond that no door opened at all."""
+    long = tmp_path / ("x" * 80)
+    long.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    monkeypatch.setattr(haproxy, "find", lambda: "/bin/true")
+    with server._private_folder() as folder:
+        settings = haproxy.environment(folder)
+        for name in ("RAY_SERVE_HAPROXY_SOCKET_PATH", "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH"):
+            socket = Path(settings[name])
+            assert len(os.fsencode(socket.parent / ("0" * 56) / socket.name)) <= 97
 
 
 def test_without_the_program_serve_keeps_its_own_proxy(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
