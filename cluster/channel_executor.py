@@ -55,6 +55,7 @@ from argosy.cluster.protocol.messages import (
 )
 from argosy.cluster.rank_processes import RankDoor, RankKeeper, StartRanks
 from argosy.cluster.start_rules import agree_on_num_blocks, error_of_rank
+from argosy.cluster.step_deadline import StepDeadline
 
 _log = logging.getLogger(__name__)
 _STOP_SECONDS: Final = 3.0  # for ranks to leave by themselves before they are killed
@@ -75,6 +76,7 @@ class ChannelExecutor:
         tcp_host: str = "",
     ):
         self.config, self.clock, self.poller = config, clock, poller
+        self._patience = StepDeadline(config.parallel.step_deadline_seconds)
         self.num_ranks = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
         self.status = "stopped"
         self.epoch = -1
@@ -92,7 +94,7 @@ class ChannelExecutor:
         self._fan_out: list[Connection] = []  # each connection once
         self._rendezvous = ""
         self._events: list[ExecutorEvent] = []
-        self._steps: deque[tuple[int, float]] = deque()  # steps in flight and when each was sent
+        self._steps: deque[tuple[int, float, int]] = deque()  # steps in flight: when each was sent, its tokens
         self._answered_at = 0.0
         self._start_deadline = 0.0
 
@@ -134,7 +136,7 @@ class ChannelExecutor:
         frame = encode_frame(output)
         if not self._steps:
             self._answered_at = self.clock.now()
-        self._steps.append((output.step_id, self.clock.now()))
+        self._steps.append((output.step_id, self.clock.now(), output.num_scheduled_tokens))
         for connection in self._fan_out:
             self._send(connection, frame)
 
@@ -275,8 +277,10 @@ class ChannelExecutor:
     def _on_message(self, connection: Connection, message: Any) -> None:
         if isinstance(message, ModelRunnerOutput):
             if message.epoch == self.epoch and self._steps and self._steps[0][0] == message.step_id:
-                self._steps.popleft()
-                self._answered_at = self.clock.now()
+                _, sent_at, num_tokens = self._steps.popleft()
+                now = self.clock.now()
+                self._patience.observe(now - max(sent_at, self._answered_at), num_tokens)
+                self._answered_at = now
                 self._events.append(message)
         elif isinstance(message, Hello):
             if self._on_hello(connection, message):
@@ -377,8 +381,8 @@ class ChannelExecutor:
         return (self.config.parallel.pipeline_parallel_size - 1) * self.config.parallel.tensor_parallel_size
 
     def _step_deadline(self) -> float:
-        sent_at = self._steps[0][1]
-        return max(sent_at, self._answered_at) + self.config.parallel.step_deadline_seconds
+        _, sent_at, num_tokens = self._steps[0]
+        return max(sent_at, self._answered_at) + self._patience.allowed_seconds(num_tokens)
 
     def _node_of(self, global_rank: int) -> str:
         report = self.reports.get(global_rank)
