@@ -105,6 +105,7 @@ class ChannelExecutor:
         assert self.status == "stopped", self.status
         self.status, self.epoch = "starting", epoch
         self.reports, self.ready, self.progress, self._rendezvous = {}, {}, {}, ""
+        self._patience = StepDeadline(self.config.parallel.step_deadline_seconds)  # fresh ranks are slow at first
         self._start_deadline = self.clock.now() + self.config.parallel.start_deadline_seconds
         self._secret = secrets.token_hex(32)  # of this epoch only: a late rank of an older one stays outside
         self._listen()
