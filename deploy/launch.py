@@ -110,6 +110,7 @@ def launch_engine(
 def resolve(config: ServingConfig) -> tuple[ServingConfig, PlacementPlan, EngineInfo]:
     """What follows from the model's folder: the length, the plan, the facts for edges. Needs neither torch nor Ray."""
     config = localize(config)
+    _refuse_not_yet(config)
     spec = read_model_spec(config.model.model, config.model.hf_overrides)
     parallel = config.parallel
     spec.check_layout(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
@@ -144,6 +145,14 @@ def resolve(config: ServingConfig) -> tuple[ServingConfig, PlacementPlan, Engine
         layout=plan.describe(),
     )
     return config, plan, info
+
+
+def _refuse_not_yet(config: ServingConfig) -> None:
+    """What has a name and no code behind it is said now, and not by a rank after all has been started."""
+    if (wanted := config.model.quantization) is not None:
+        raise ConfigError(f"quantization={wanted!r}: quantised weights are not supported yet; leave it out")
+    if (wanted := config.cache.kv_cache_dtype) == "fp8_e4m3":
+        raise ConfigError(f"kv_cache_dtype={wanted!r}: is not supported yet; use auto, float32, bfloat16 or float16")
 
 
 def _wait_until_ready(

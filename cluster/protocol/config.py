@@ -4,9 +4,10 @@
 What is "auto" or None here is worked out later into a new value (`replace`), never by mutation.
 """
 
+import math
 from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import msgspec
 
@@ -110,7 +111,14 @@ class ServingConfig(_Settings, frozen=True):
         check.at_least("max_num_batched_tokens", scheduler.max_num_batched_tokens, 1)
         check.at_least("max_num_waiting", scheduler.max_num_waiting, 0)
         check.between("watermark", scheduler.watermark, 0.0, 0.5)
-        check.at_least("request_deadline_seconds", scheduler.request_deadline_seconds, 0.001)
+        check.at_least("max_recoveries", scheduler.max_recoveries, 0)
+        check.seconds("request_deadline_seconds", scheduler.request_deadline_seconds, 0.001)
+        check.seconds("start_deadline_seconds", parallel.start_deadline_seconds, 0.001)
+        check.seconds("step_deadline_seconds", parallel.step_deadline_seconds, 0.001)
+        check.seconds("drain_seconds", self.server.drain_seconds, 0.0)
+        check.at_least("cpu_threads", parallel.cpu_threads, 1)
+        check.at_least("max_body_bytes", self.server.max_body_bytes, 1)
+        check.at_least("max_logprobs", self.model.max_logprobs, -1)
         check.at_least("tensor_parallel_size", parallel.tensor_parallel_size, 1)
         check.at_least("pipeline_parallel_size", parallel.pipeline_parallel_size, 1)
         check.at_least("max_model_len", self.model.max_model_len, 1)
@@ -165,12 +173,21 @@ _SECTIONS: dict[str, type[_Settings]] = {
 }
 _SECTION_OF = {field: section for section, kind in _SECTIONS.items() for field in kind.__struct_fields__}
 
+_CHOICES = {
+    field: get_args(kind)
+    for section in _SECTIONS.values()
+    for field, kind in get_type_hints(section).items()
+    if get_origin(kind) is Literal
+}
+
 
 def _explain(error: msgspec.ValidationError, values: Mapping[str, object]) -> str:
     text = str(error)
     for key, value in values.items():
         if f"$.{key}" in text:
-            return f"{key}={value!r}: {text.split(' - at')[0]}"
+            choices = _CHOICES.get(key)
+            problem = f"must be one of {', '.join(choices)}" if choices else text.split(" - at")[0]
+            return f"{key}={value!r}: {problem}"
     return text
 
 
@@ -179,6 +196,11 @@ class _Checks:
     def at_least(name: str, value: float | None, low: float) -> None:
         if value is not None and not value >= low:
             raise ConfigError(f"{name}={value}: must be at least {low}")
+
+    @staticmethod
+    def seconds(name: str, value: float, low: float) -> None:
+        if not low <= value < math.inf:
+            raise ConfigError(f"{name}={value}: must be a finite number, at least {low:g}")
 
     @staticmethod
     def between(name: str, value: float, low: float, high: float) -> None:
