@@ -66,7 +66,7 @@ def _vector_kernel(
     num_tokens, num_inputs, num_outputs, stride_x, stride_weight, stride_out, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token, which stays in registers while a program walks over its tiles of whole weight rows."""
     column = tl.arange(0, WIDTH)
@@ -74,8 +74,10 @@ def _vector_kernel(
     num_tiles = tl.cdiv(num_outputs * (2 if GATED else 1), ROWS)
     if PDL:
         if PREFETCH > 0:
-            first = _weight_rows(tl.program_id(0), num_outputs, ROWS, GATED)
-            _prefetch_rows(weight_ptr + first * stride_weight, PREFETCH)
+            for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
+                if tile < tl.num_programs(0) * AHEAD:
+                    row = _weight_rows(tile, num_outputs, ROWS, GATED)
+                    _prefetch_rows(weight_ptr + row * stride_weight, PREFETCH)
         gdc_wait()
         if EARLY:
             gdc_launch_dependents()
@@ -104,7 +106,7 @@ def _tiled_vector_kernel(
     num_tokens, num_inputs, num_outputs, stride_x, stride_weight, stride_out, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token, a program a tile, walking along its rows in steps of WIDTH."""
     tile = tl.program_id(0)
@@ -149,7 +151,7 @@ def _matrix_kernel(
     num_tokens, num_inputs, num_outputs, stride_x, stride_weight, stride_out, eps,
     WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
     NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Up to 16 tokens as the rows of one tensor core tile, a program a tile of weight rows. The input comes normed:
     to norm 16 tokens in every program took longer (28 us) than to read the weight (11)."""
@@ -185,56 +187,8 @@ def _matrix_kernel(
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def _walking_matrix_kernel(
-    x_ptr, weight_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr,
-    num_tokens, num_inputs, num_outputs, stride_x, stride_weight, stride_out, eps,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """As `_matrix_kernel`, but programs stay and walk over tiles, in one loop whose loads never run dry between two."""
-    token = tl.arange(0, 16)
-    column = tl.arange(0, WIDTH)
-    x_row = x_ptr + token.to(tl.int64) * stride_x
-    present = (token < num_tokens)[:, None]
-    first, programs = tl.program_id(0), tl.num_programs(0)
-    if PDL:
-        if PREFETCH > 0:
-            _prefetch_rows(weight_ptr + _weight_rows(first, num_outputs, ROWS, GATED) * stride_weight, PREFETCH)
-        gdc_wait()
-        if EARLY:
-            gdc_launch_dependents()
-    num_steps = tl.cdiv(num_inputs, WIDTH)
-    num_tiles = tl.cdiv(tl.cdiv(num_outputs * (2 if GATED else 1), ROWS) - first, programs)
-    acc = tl.zeros((16, ROWS), tl.float32)
-    for step in tl.range(0, num_tiles * num_steps, num_stages=STAGES):
-        tile = first + step // num_steps * programs
-        start = step % num_steps * WIDTH
-        row = _weight_rows(tile, num_outputs, ROWS, GATED)
-        if EVEN:
-            x = tl.load(x_row[:, None] + (start + column)[None, :], present, other=0.0)
-            w = tl.load(weight_ptr + row[:, None] * stride_weight + (start + column)[None, :])
-        else:
-            inside = start + column < num_inputs
-            x = tl.load(x_row[:, None] + (start + column)[None, :], present & inside[None, :], other=0.0)
-            w = tl.load(
-                weight_ptr + row[:, None] * stride_weight + (start + column)[None, :], inside[None, :], other=0.0
-            )  # fmt: skip
-        acc = tl.dot(x, tl.trans(w), acc)
-        if step % num_steps == num_steps - 1:
-            _finish(
-                acc, row, tile, token, num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_out,
-                16, ROWS, BIAS, GATED, RESIDUAL,
-            )  # fmt: skip
-            acc = tl.zeros((16, ROWS), tl.float32)
-    if PDL and not EARLY:
-        gdc_launch_dependents()
-
-
 # as `kernel` in the tuned sizes counts them
-KERNELS = (_vector_kernel, _matrix_kernel, _tiled_vector_kernel, _walking_matrix_kernel)
-WALKING = (_vector_kernel, _walking_matrix_kernel)
+KERNELS = (_vector_kernel, _matrix_kernel, _tiled_vector_kernel)
 
 
 def suits(x_TI: Tensor, weight_OI: Tensor) -> bool:
@@ -297,7 +251,7 @@ def fused_linear(
         out_TO = torch.empty((num_tokens, num_outputs), dtype=x_TI.dtype, device=x_TI.device)
     assert out_TO.stride(1) == 1
     programs = triton.cdiv(num_rows, rows)
-    if kernel in WALKING:
+    if kernel is _vector_kernel:
         programs = min(programs, facts.num_sms * sizes["per_sm"])
     prefetch = min(sizes["prefetch"], tuning.next_power_of_two(num_inputs + 1) // 2 * weight_OI.element_size())
     kernel[(programs,)](
@@ -305,7 +259,7 @@ def fused_linear(
         out_TO, out_TO, num_tokens, num_inputs, num_outputs, x_TI.stride(0), weight_OI.stride(0), out_TO.stride(0), eps,
         WIDTH=width, ROWS=rows, STAGES=sizes["stages"], EVEN=num_inputs % width == 0, NORM=norm_weight_I is not None,
         BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual_TO is not None,
-        PREFETCH=prefetch, EARLY=bool(sizes["early"]),
+        PREFETCH=prefetch, AHEAD=sizes.get("ahead", 1), EARLY=bool(sizes["early"]),
         num_warps=sizes["warps"], **tuning.overlap(x_TI.device),
     )  # fmt: skip
     return out_TO

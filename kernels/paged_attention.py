@@ -17,35 +17,13 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
-
-
-@triton.jit
-def _turn(x_ptr, inside, dim, partner, weight, other_weight, cos, sin, eps, H: tl.constexpr, NORM: tl.constexpr):
-    """Norm and rotate heads: x_ptr [X, 1] points at them, `partner` [W] is the other dimension of a pair. [X, W]."""
-    x = tl.load(x_ptr + dim[None, :], inside, other=0.0).to(tl.float32)
-    other = tl.load(x_ptr + partner[None, :], inside, other=0.0).to(tl.float32)
-    if NORM:
-        scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / H + eps)
-        x *= scale[:, None] * weight[None, :]
-        other *= scale[:, None] * other_weight[None, :]
-    return x * cos[None, :] + other * sin[None, :]
-
-
-@triton.jit
-def _prefetch(row_ptr, BYTES: tl.constexpr):
-    """Ask for BYTES at each address into the second-level cache."""
-    LINES: tl.constexpr = (BYTES + 127) // 128
-    line = tl.arange(0, 1 if LINES <= 1 else (2 if LINES <= 2 else 4)) * 128
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [row_ptr.to(tl.int64)[:, None] + line[None, :]],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
+from argosy.kernels.attention_parts import join, prefetch, turn
 
 
 # Lengths, and addresses inside a packed buffer, differ from step to step: a compiled variant for each divisibility by
 # 16 would be a stall of half a second in the middle of serving.
 @triton.jit(
-    do_not_specialize=["stride_table", "window", "num_splits"],
+    do_not_specialize=["stride_table", "window", "num_splits", "min_piece"],
     do_not_specialize_on_alignment=["context_ptr", "table_ptr", "positions_ptr", "slots_ptr"],
 )
 def _paged_attention_kernel(
@@ -72,6 +50,7 @@ def _paged_attention_kernel(
     window,
     eps,
     num_splits,
+    min_piece,  # tokens, a multiple of BLOCK_L: below it a piece costs more to join than to walk
     K: tl.constexpr,
     G: tl.constexpr,
     H: tl.constexpr,
@@ -90,12 +69,14 @@ def _paged_attention_kernel(
     NORM_Q: tl.constexpr,
     NORM_K: tl.constexpr,
     EARLY: tl.constexpr,  # only the projection comes from the kernel before
+    HEADS: tl.constexpr,  # power of two >= G
     JOIN: tl.constexpr,  # pieces that are joined at once
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
+    PREFETCHED: tl.constexpr = 512  # tokens of a piece
     row = tl.program_id(0).to(tl.int64)
     kv_head = tl.program_id(1)
     split = tl.program_id(2)
@@ -112,7 +93,7 @@ def _paged_attention_kernel(
     cached = context - 1 if NEW else context  # how many tokens are read from the cache
     length = tl.maximum(cached - first, 0)
     # Pieces of whole tiles, of equal length; the last may be short and some of the grid may have none.
-    piece = tl.cdiv(tl.cdiv(length, num_splits), BLOCK_L) * BLOCK_L
+    piece = tl.maximum(tl.cdiv(tl.cdiv(length, num_splits), BLOCK_L) * BLOCK_L, min_piece)
     pieces = tl.cdiv(length, tl.maximum(piece, 1))
     if NEW:
         pieces = tl.maximum(pieces, tl.minimum(context, 1))  # a new token is work even with nothing before it
@@ -147,12 +128,12 @@ def _paged_attention_kernel(
             k_weight = tl.load(k_norm_ptr + dim, dim < H, other=0.0).to(tl.float32)
             k_other = tl.load(k_norm_ptr + partner, dim < H, other=0.0).to(tl.float32)
     if PDL and EARLY:
-        if split < pieces:
-            token = begin + tl.arange(0, BLOCK_L)
+        for start in range(begin, tl.minimum(end, begin + PREFETCHED), BLOCK_L):
+            token = start + tl.arange(0, BLOCK_L)
             block = tl.load(table_ptr + row * stride_table + token // S, token < end, other=0).to(tl.int64)
             place = ((block * S + token % S) * K + kv_head) * H
-            _prefetch(k_cache_ptr + place, H * k_cache_ptr.dtype.element_ty.primitive_bitwidth // 8)
-            _prefetch(v_cache_ptr + place, H * v_cache_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            prefetch(k_cache_ptr + place, H * k_cache_ptr.dtype.element_ty.primitive_bitwidth // 8)
+            prefetch(v_cache_ptr + place, H * v_cache_ptr.dtype.element_ty.primitive_bitwidth // 8)
         gdc_wait()
         gdc_launch_dependents()
     out_head = out_ptr + (row * K + kv_head) * G * H + head[:, None] * H + dim[None, :]
@@ -166,12 +147,12 @@ def _paged_attention_kernel(
     total = tl.zeros((GROUP,), tl.float32)
     acc = tl.zeros((GROUP, WIDTH), tl.float32)
     if NEW:
-        q = _turn(q_head, in_tile, dim, partner, q_weight, q_other, cos, sin, eps, H, NORM_Q)
+        q = turn(q_head, in_tile, dim, partner, q_weight, q_other, cos, sin, eps, H, NORM_Q)
         q = q.to(out_ptr.dtype.element_ty)
         if split == 0:
             one = tl.zeros((1, 1), tl.int64)
             new_k = q_ptr + row * stride_q + (K * G + kv_head) * H + one
-            k_row = _turn(new_k, (dim < H)[None, :], dim, partner, k_weight, k_other, cos, sin, eps, H, NORM_K)
+            k_row = turn(new_k, (dim < H)[None, :], dim, partner, k_weight, k_other, cos, sin, eps, H, NORM_K)
             k_row = k_row.to(k_cache_ptr.dtype.element_ty)
             v_row = tl.load(new_k + K * H + dim[None, :], (dim < H)[None, :], other=0.0)
             v_row = v_row.to(v_cache_ptr.dtype.element_ty)
@@ -216,40 +197,20 @@ def _paged_attention_kernel(
     if SPLIT:  # noqa: SIM102 - known when compiling, pieces only when running
         if pieces > 1:
             group_index = row * K + kv_head
-            part = part_ptr + group_index * num_splits * G * H + head[:, None] * H + dim[None, :]
-            stats = stats_ptr + group_index * num_splits * 2 * G + head
-            tl.store(part + split * G * H, acc, in_tile)
-            tl.store(stats + split * 2 * G, largest, in_group)
-            tl.store(stats + split * 2 * G + G, total, in_group)
+            part = part_ptr + group_index * num_splits * G * H
+            stats = stats_ptr + group_index * num_splits * 2 * G
+            tl.store(part + split * G * H + head[:, None] * H + dim[None, :], acc, in_tile)
+            tl.store(stats + split * 2 * G + head, largest, in_group)
+            tl.store(stats + split * 2 * G + G + head, total, in_group)
             tl.debug_barrier()  # every thread's stores come before the one thread's release below
             done = tl.atomic_add(counter_ptr + group_index, 1, sem="acq_rel")
-            if done < pieces - 1:
-                return
-            tl.atomic_xchg(counter_ptr + group_index, 0, sem="relaxed")  # ready for the next launch
-            largest = tl.full((GROUP,), float("-inf"), tl.float32)
-            total = tl.zeros((GROUP,), tl.float32)
-            acc = tl.zeros((GROUP, WIDTH), tl.float32)
-            for start in range(0, pieces, JOIN):
-                # several at once, so that their loads do not wait for each other; .cg: past the first-level cache,
-                # which does not see what other multiprocessors wrote
-                other = start + tl.arange(0, JOIN)
-                there = (other < pieces)[:, None] & in_group[None, :]
-                stat = stats_ptr + group_index * num_splits * 2 * G + other[:, None] * 2 * G + head[None, :]
-                its_largest = tl.load(stat, there, other=float("-inf"), cache_modifier=".cg")
-                its_total = tl.load(stat + G, there, other=0.0, cache_modifier=".cg")
-                its_part = part_ptr + (group_index * num_splits + other[:, None, None]) * G * H
-                its_part += head[None, :, None] * H + dim[None, None, :]
-                its_acc = tl.load(
-                    its_part, there[:, :, None] & (dim < H)[None, None, :], other=0.0, cache_modifier=".cg"
+            if done == pieces - 1:
+                tl.atomic_xchg(counter_ptr + group_index, 0, sem="relaxed")  # ready for the next launch
+                join(
+                    part, stats, out_ptr + group_index * G * H, sinks_ptr + kv_head * G, pieces, G, H, HEADS, WIDTH,
+                    JOIN, SINKS,
                 )  # fmt: skip
-                higher = tl.maximum(largest, tl.max(its_largest, 0))
-                pivot = tl.where(in_group, higher, 0.0)
-                shrink = tl.exp2(largest - pivot)
-                its_shrink = tl.exp2(its_largest - pivot[None, :])
-                total = total * shrink + tl.sum(its_total * its_shrink, 0)
-                acc = acc * shrink[:, None] + tl.sum(its_acc * its_shrink[:, :, None], 0)
-                largest = higher
-            total = tl.where(in_group, total, 1.0)
+            return
     if SINKS:
         sink = tl.load(sinks_ptr + kv_head * G + head, in_group, other=0.0).to(tl.float32) * LOG2E
         higher = tl.maximum(largest, sink)
@@ -259,10 +220,10 @@ def _paged_attention_kernel(
     tl.store(out_head, (acc / total[:, None]).to(out_ptr.dtype.element_ty), in_tile)
 
 
-def choose_splits(num_groups: int, max_context: int, block_l: int, num_sms: int, per_sm: int) -> int:
-    """Pieces a context may be cut into, so that `per_sm` programs a multiprocessor have work, each a tile at least."""
+def choose_splits(num_groups: int, max_context: int, min_piece: int, num_sms: int, per_sm: int) -> int:
+    """Pieces a context may be cut into, so that `per_sm` programs a multiprocessor have work worth a piece each."""
     wanted = max(1, num_sms * per_sm // num_groups)
-    return max(1, min(wanted, -(-max_context // block_l), 64))
+    return max(1, min(wanted, -(-max_context // min_piece), 64))
 
 
 def _launch(
@@ -309,9 +270,10 @@ def _launch(
         "block_l": 64 if width * q_RD.element_size() <= 256 else 32, "warps": 4, "stages": 3, "per_sm": 2,
     }  # fmt: skip
     block_l = sizes["block_l"] if facts.slug != "interpreter" else 16
+    min_piece = max(block_l, sizes.get("min_piece", 0) if facts.slug != "interpreter" else 0)
     splits = 1
     if groups <= tuning.MAX_COUNTERS:
-        splits = choose_splits(groups, bound, block_l, facts.num_sms, sizes["per_sm"])
+        splits = choose_splits(groups, bound, min_piece, facts.num_sms, sizes["per_sm"])
     part = stats = counters = out_RNH
     if splits > 1:
         part = torch.empty(groups * splits * group * head_size, dtype=torch.float32, device=device)
@@ -330,7 +292,8 @@ def _launch(
         window=sliding_window or 0, num_splits=splits, K=num_kv_heads, G=group, H=head_size, S=block_size,
         GROUP=max(16, tuning.next_power_of_two(group)), WIDTH=width, BLOCK_L=block_l, WINDOW=sliding_window is not None,
         SOFT_CAP=soft_cap is not None, ALIBI=alibi_slopes_N is not None, SINKS=sinks_N is not None, SPLIT=splits > 1,
-        JOIN=min(4, tuning.next_power_of_two(splits)), STAGES=sizes["stages"],
+        min_piece=min_piece, HEADS=tuning.next_power_of_two(group),
+        JOIN=max(2, min(16, 4096 // (tuning.next_power_of_two(group) * width))), STAGES=sizes["stages"],
         PRECISION="ieee" if q_RD.dtype == torch.float32 else "tf32",
         num_warps=sizes["warps"], **about_new, **tuning.overlap(device),
     )  # fmt: skip

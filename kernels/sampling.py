@@ -62,7 +62,7 @@ def _is_last(counter_ptr, num_chunks):
 
 @triton.jit
 def _begin_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, state_ptr, part_ptr, counter_ptr,
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, state_ptr, best_ptr, counter_ptr,
     stride_logits, vocabulary, num_chunks,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STATE: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -80,10 +80,10 @@ def _begin_kernel(
     random = temperature > 0.0
     counts = random & (top_k > 0) & (top_k < vocabulary)
     weighs = random & (top_p < 1.0)
-    part = part_ptr + row * CHUNKS
+    best = best_ptr + row * CHUNKS
     if counts | weighs | (random & (min_p > 0.0)):
         z = tl.load(logits_ptr + row * stride_logits + token, token < vocabulary, other=float("-inf")).to(tl.float32)
-        tl.store(part + chunk, tl.max(z, 0) * tl.div_rn(1.0, temperature))
+        tl.store(best + chunk, tl.max(z, 0) * tl.div_rn(1.0, temperature))
     if _is_last(counter_ptr + row, num_chunks):
         state = state_ptr + row * STATE
         nothing = float("-inf")
@@ -94,7 +94,7 @@ def _begin_kernel(
         tl.store(state + MASS_STEP, 0.0)
         if counts | weighs | (random & (min_p > 0.0)):
             other = tl.arange(0, CHUNKS)
-            largest = tl.max(tl.load(part + other, other < num_chunks, other=nothing, cache_modifier=".cg"), 0)
+            largest = tl.max(tl.load(best + other, other < num_chunks, other=nothing, cache_modifier=".cg"), 0)
             threshold = largest + tl.log(tl.maximum(min_p, 1e-38))
             low = tl.maximum(threshold, largest - 40.0)
             tl.store(state + LARGEST, largest)
@@ -110,7 +110,7 @@ def _begin_kernel(
 
 @triton.jit
 def _narrow_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, state_ptr, part_ptr, counter_ptr,
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, state_ptr, best_ptr, part_ptr, counter_ptr,
     stride_logits, vocabulary, num_chunks,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, STATE: tl.constexpr,
     BY_MASS: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
@@ -131,13 +131,14 @@ def _narrow_kernel(
     index = tl.arange(0, 16)
     pivots = low + step * index.to(tl.float32)
     acc = tl.zeros((16, BLOCK), tl.float32)
-    for start in tl.range(0, CHUNK, BLOCK):
+    # as the bracket closes, whole chunks lie below it; the pipeline hides the loads of the others
+    end = tl.where(tl.load(best_ptr + row * CHUNKS + chunk) >= low, CHUNK, 0)
+    for start in tl.range(0, end, BLOCK, num_stages=4):
         token = chunk * CHUNK + start + tl.arange(0, BLOCK)
         z = tl.load(logits_ptr + row * stride_logits + token, token < vocabulary, other=float("-inf"))
         z = z.to(tl.float32) * inverse
-        if tl.max(z, 0) >= low:  # as the bracket closes, most of a vocabulary lies below it
-            weight = tl.exp(z - largest) if BY_MASS else tl.where(token < vocabulary, 1.0, 0.0)
-            acc += tl.where(z[None, :] >= pivots[:, None], weight[None, :], 0.0)
+        weight = tl.exp(z - largest) if BY_MASS else tl.where(token < vocabulary, 1.0, 0.0)
+        acc += tl.where(z[None, :] >= pivots[:, None], weight[None, :], 0.0)
     part = part_ptr + row * CHUNKS * 16
     tl.store(part + chunk * 16 + index, tl.sum(acc, 1))
     if _is_last(counter_ptr + row, num_chunks):
@@ -223,16 +224,17 @@ def find_thresholds(
     num_chunks = triton.cdiv(vocabulary, chunk)
     chunks = tuning.next_power_of_two(num_chunks)
     state = torch.empty((num_rows, STATE), dtype=torch.float32, device=device)
+    best = torch.empty(num_rows * chunks, dtype=torch.float32, device=device)
     part = torch.empty(num_rows * chunks * 16, dtype=torch.float32, device=device)
     grid = (num_rows, num_chunks)
     options = {"CHUNK": chunk, "CHUNKS": chunks, "STATE": STATE, "num_warps": 8, **tuning.overlap(device)}
     tail = (logits_RV.stride(0), vocabulary, num_chunks)
     counters = tuning.counters(device)
-    _begin_kernel[grid](logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, state, part, counters, *tail, **options)
+    _begin_kernel[grid](logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, state, best, counters, *tail, **options)
     for by_mass in (False, True):
         for turn in range(PASSES):
             _narrow_kernel[grid](
-                logits_RV, temperature_R, top_k_R, top_p_R, state, part, counters, *tail, BLOCK=512,
+                logits_RV, temperature_R, top_k_R, top_p_R, state, best, part, counters, *tail, BLOCK=1024,
                 BY_MASS=by_mass, FIRST=turn == 0, **options,
             )  # fmt: skip
     return state

@@ -50,11 +50,7 @@ def linear_sizes(tokens: int, num_inputs: int, gated: bool) -> Iterator[Sizes]:
                         held = stages * (rows + 16) * width * 2
                         if num_inputs % width or not 16 << 10 <= held <= SHARED_BYTES:
                             continue
-                        sizes = {"rows": rows, "width": width, "stages": stages, "warps": warps}
-                        yield {"kernel": 1} | sizes
-                        for per_sm in (1, 2, 3) if rows > 8 and width > 128 else ():
-                            if SHARED_BYTES // 4 <= held * per_sm <= SHARED_BYTES:
-                                yield {"kernel": 3, "per_sm": per_sm} | sizes
+                        yield {"kernel": 1, "rows": rows, "width": width, "stages": stages, "warps": warps}
         return
     width = tuning.next_power_of_two(num_inputs)
     for rows in (1, 2, 4, 8):
@@ -113,6 +109,19 @@ def tune_linear(part: Part) -> Mapping[str, Sizes]:
     return best
 
 
+def attention_sizes(kind: str, size: int) -> Iterator[Sizes]:
+    few = kind == "few"
+    for block_l in (64, 128, 256) if few else (32, 64, 128):
+        for warps in (4, 8) if few else (2, 4, 8):
+            for stages in (2, 3, 5):
+                if 2 * block_l * size * 2 * max(1, stages - 3) > SHARED_BYTES:
+                    continue
+                for min_piece in (128, 256, 512) if few else (128,):
+                    for per_sm in (1,) if few else (1, 4):
+                        yield {"block_l": block_l, "warps": warps, "stages": stages, "per_sm": per_sm,
+                               "min_piece": min_piece}  # fmt: skip
+
+
 def tune_decode(part: Part) -> Mapping[str, Sizes]:
     """For each head size, the best geometric mean over cases of few rows and over cases of many."""
     best: dict[str, Sizes] = {}
@@ -135,21 +144,16 @@ def tune_decode(part: Part) -> Mapping[str, Sizes]:
                     inputs.append(
                         (qkv, positions, rotations[:, :size].contiguous(), *caches, positions, table, lengths)
                     )
-                for block_l in (32, 64, 128):
-                    for warps in (2, 4, 8):
-                        for stages in (2, 3, 5):
-                            for per_sm in (1, 2) if kind == "few" else (1, 4):
-                                if 2 * block_l * size * 2 * max(1, stages - 2) > SHARED_BYTES // 2:
-                                    continue
-                                sizes = {"block_l": block_l, "warps": warps, "stages": stages, "per_sm": per_sm}
-                                us = part.time([
-                                    lambda a=a, s=sizes: paged_attention.decode_attention(
-                                        *a, num_heads=heads, scale=0.1, max_context=8192, inputs_early=True, sizes=s)
-                                    for a in inputs
-                                ])  # fmt: skip
-                                scores.setdefault(json.dumps(sizes), []).append(us)
+                for sizes in attention_sizes(kind, size):
+                    us = part.time([
+                        lambda a=a, s=sizes: paged_attention.decode_attention(
+                            *a, num_heads=heads, scale=0.1, max_context=8192, inputs_early=True, sizes=s)
+                        for a in inputs
+                    ])  # fmt: skip
+                    scores.setdefault(json.dumps(sizes), []).append(us)
             ranked = sorted(scores, key=lambda s: math.prod(scores[s]))
             best[f"h{size}_{kind}"] = json.loads(ranked[0])
+            RANKED[f"h{size}_{kind}"] = [json.loads(r) for r in ranked[:6]]
             print("decode", kind, size, shapes, [round(min(x), 1) for x in zip(*scores.values(), strict=True)],
                   *(f"{[round(x, 1) for x in scores[r]]} {r}" for r in ranked[:5]), sep="\n    ")  # fmt: skip
     return best
@@ -192,50 +196,43 @@ def tune_prefill(part: Part) -> Mapping[str, Sizes]:
     return best
 
 
-def tune_step(part: Part) -> Mapping[str, Sizes]:
-    """Choose among the best of each layer alone by the time of a whole step, where neighbours share the card.
+CHANGES: dict[str, tuple[Sizes, ...]] = {  # what a layer's neighbour may like: attention follows qkv and precedes o
+    "qkv": ({"early": 1},), "o": ({"prefetch": 8192}, {"prefetch": 8192, "ahead": 8}), "gate_up": ({"prefetch": 0},),
+}  # fmt: skip
+
+
+def tune_step(table: Table) -> None:
+    """Choose among the best of each kernel alone by the time of a whole step, where neighbours share the card.
 
     A kernel that is fast alone may hold what its neighbour needs, or keep nothing for it to overlap with.
     """
-    chosen: dict[str, Sizes] = dict(tuning._tuned(tuning.device_facts(torch.device("cuda", 0)).slug).get("gemv", {}))
-    chosen.update({key: sizes[0] for key, sizes in RANKED.items()})
-    tuning.pick = lambda kernel, key, device: (  # type: ignore[assignment]
-        chosen.get(key) if kernel == "gemv" else ATTENTION.get(key)
-    )
+    tuning.pick = lambda kernel, key, device: table.get(kernel, {}).get(key)  # type: ignore[assignment]
     for name, (hidden, _, *shape) in STEPS.items():
         chain = Step(hidden, 6, *shape)
         for rows in (1, 8):
             run = chain.of(rows)
             now = microseconds([run], launches=1)[0]
             print(f"step {name} rows {rows}: {now:.1f} us of 6 layers with the best alone", flush=True)
+            tries = []
             for layer, (num_in, num_out) in chain.shapes.items():
                 key = f"{num_in}x{num_out}x{1 if rows == 1 else gemv.MAX_TOKENS}"
-                for sizes in RANKED.get(key, []):
-                    before, chosen[key] = chosen[key], sizes
-                    us = microseconds([run], launches=1)[0]
-                    if us < now * 0.998:
-                        now = us
-                        print(f"    {layer} {us:.1f} us with {sizes}", flush=True)
-                    else:
-                        chosen[key] = before
-            if rows == 1:
-                for change in ({"prefetch": 0}, {"early": 1}, {"prefetch": 1024}):
-                    before_all = dict(chosen)
-                    for num_in, num_out in chain.shapes.values():
-                        chosen[f"{num_in}x{num_out}x1"] = chosen[f"{num_in}x{num_out}x1"] | change
-                    us = microseconds([run], launches=1)[0]
-                    print(f"    {us:.1f} us with {change} everywhere", flush=True)
-                    if us < now * 0.998:
-                        now = us
-                    else:
-                        chosen.clear()
-                        chosen.update(before_all)
+                tries += [("gemv", key, layer, sizes) for sizes in RANKED.get(key, [])]
+                tries += [("gemv", key, layer, change) for change in CHANGES.get(layer, ())]
+            tries += [("paged_attention", "h128_few", "attention", sizes) for sizes in RANKED.get("h128_few", [])]
+            for kernel, key, layer, sizes in tries:
+                before = table[kernel][key]
+                table[kernel][key] = before | sizes
+                us = microseconds([run], launches=1, replays=9)[0]
+                kept = us < now * 0.997
+                print(f"    {layer} {us:.1f} us with {sizes}{' kept' if kept else ''}", flush=True)
+                if kept:
+                    now = us
+                else:
+                    table[kernel][key] = before
         del chain, run
         torch.cuda.empty_cache()
-    return chosen
 
 
-ATTENTION: dict[str, Sizes] = {}
 TUNERS = {"gemv": tune_linear, "paged_attention": tune_decode, "prefill_attention": tune_prefill}
 
 
@@ -268,11 +265,9 @@ def main() -> None:
         with open(arguments.out, "w") as file:
             json.dump(table, file, indent=1, sort_keys=True)
         torch.cuda.empty_cache()
-    if "gemv" in names:
-        ATTENTION.update(table.get("paged_attention", {}))
-        table["gemv"].update(tune_step(Part(0, 0)))
-        with open(arguments.out, "w") as file:
-            json.dump(table, file, indent=1, sort_keys=True)
+    tune_step(table)
+    with open(arguments.out, "w") as file:
+        json.dump(table, file, indent=1, sort_keys=True)
 
 
 if __name__ == "__main__":

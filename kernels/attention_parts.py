@@ -1,0 +1,64 @@
+"""Parts of the decode kernel that make sense alone: norm and rotation of heads, asking ahead, joining pieces."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def turn(x_ptr, inside, dim, partner, weight, other_weight, cos, sin, eps, H: tl.constexpr, NORM: tl.constexpr):
+    """Norm and rotate heads: x_ptr [X, 1] points at them, `partner` [W] is the other dimension of a pair. [X, W]."""
+    x = tl.load(x_ptr + dim[None, :], inside, other=0.0).to(tl.float32)
+    other = tl.load(x_ptr + partner[None, :], inside, other=0.0).to(tl.float32)
+    if NORM:
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / H + eps)
+        x *= scale[:, None] * weight[None, :]
+        other *= scale[:, None] * other_weight[None, :]
+    return x * cos[None, :] + other * sin[None, :]
+
+
+@triton.jit
+def prefetch(row_ptr, BYTES: tl.constexpr):
+    """Ask for BYTES at each address into the second-level cache."""
+    LINES: tl.constexpr = (BYTES + 127) // 128
+    line = tl.arange(0, 1 if LINES <= 1 else (2 if LINES <= 2 else 4)) * 128
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [row_ptr.to(tl.int64)[:, None] + line[None, :]],
+        dtype=tl.int32, is_pure=False, pack=1,
+    )  # fmt: skip
+
+
+@triton.jit
+def join(
+    part_ptr, stats_ptr, out_ptr, sinks_ptr, pieces,
+    G: tl.constexpr, H: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, JOIN: tl.constexpr, SINKS: tl.constexpr,
+):  # fmt: skip
+    """Join the pieces of one row and key/value head, JOIN of them a load, so that few loads wait for each other."""
+    head = tl.arange(0, HEADS)
+    dim = tl.arange(0, WIDTH)
+    in_tile = (head < G)[:, None] & (dim < H)[None, :]
+    largest = tl.full((HEADS,), float("-inf"), tl.float32)
+    total = tl.zeros((HEADS,), tl.float32)
+    acc = tl.zeros((HEADS, WIDTH), tl.float32)
+    for start in range(0, pieces, JOIN):
+        piece = start + tl.arange(0, JOIN)
+        # what is not there weighs nothing; .cg: past the first-level cache, which does not see others' stores
+        there = (piece < pieces)[:, None] & (head < G)[None, :]
+        stat = stats_ptr + piece[:, None] * 2 * G + head[None, :]
+        its_largest = tl.load(stat, there, other=-1e30, cache_modifier=".cg")
+        its_total = tl.load(stat + G, there, other=0.0, cache_modifier=".cg")
+        its_part = part_ptr + piece[:, None, None] * G * H + head[None, :, None] * H + dim[None, None, :]
+        its_acc = tl.load(its_part, there[:, :, None] & (dim < H)[None, None, :], other=0.0, cache_modifier=".cg")
+        higher = tl.maximum(largest, tl.max(its_largest, 0))
+        shrink = tl.exp2(largest - higher)
+        its_shrink = tl.exp2(its_largest - higher[None, :])
+        total = total * shrink + tl.sum(its_total * its_shrink, 0)
+        acc = acc * shrink[:, None] + tl.sum(its_acc * its_shrink[:, :, None], 0)
+        largest = higher
+    if SINKS:
+        sink = tl.load(sinks_ptr + head, head < G, other=0.0).to(tl.float32) * 1.4426950408889634
+        higher = tl.maximum(largest, sink)
+        shrink = tl.exp2(largest - higher)
+        total = total * shrink + tl.exp2(sink - higher)
+        acc *= shrink[:, None]
+    total = tl.where(head < G, total, 1.0)
+    tl.store(out_ptr + head[:, None] * H + dim[None, :], (acc / total[:, None]).to(out_ptr.dtype.element_ty), in_tile)
