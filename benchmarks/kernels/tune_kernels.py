@@ -69,6 +69,7 @@ def linear_sizes(tokens: int, num_inputs: int, gated: bool) -> Iterator[Sizes]:
                     yield {"kernel": 2, "rows": rows, "width": width, "stages": stages, "warps": warps}
 
 
+KINDS = ["few", "many"]  # of rows, as asked for
 RANKED: dict[str, list[Sizes]] = {}  # by key, the best sizes of each layer alone, for `tune_step` to choose from
 
 
@@ -131,6 +132,8 @@ def tune_decode(part: Part) -> Mapping[str, Sizes]:
     rotations = torch.randn(8192, 128, device="cuda")
     for heads, kv_heads, size in ((32, 8, 128), (14, 2, 64)):
         for kind, shapes in cases.items():
+            if kind not in KINDS:
+                continue
             scores: dict[str, list[float]] = {}
             for rows, context in shapes:
                 per_row = context // 16
@@ -240,9 +243,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="file to write; kept entries of kernels that are not tuned now")
     parser.add_argument("--only", choices=TUNERS, action="append", help="tune only this kernel")
+    parser.add_argument("--kind", choices=KINDS, help="decode attention for this kind of batch only")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": be one of the compiling processes
     arguments = parser.parse_args()
     names = arguments.only or list(TUNERS)
+    KINDS[:] = [arguments.kind] if arguments.kind else KINDS
     if arguments.compile_part:
         index, of = map(int, arguments.compile_part.split("/"))
         for name in names:
