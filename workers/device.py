@@ -6,6 +6,9 @@ import torch
 from argosy.cluster.protocol.errors import ConfigError
 from argosy.placement.plan import RankInfo
 
+_READ_BYTES_PER_SECOND = 2e10
+_FLOPS_PER_SECOND = 1e11
+_WORTH_SHARING_SECONDS = 300e-6
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -35,6 +38,23 @@ def set_up_device(device: torch.device, num_threads: int | None = None) -> None:
         torch.cuda.set_device(device)
     elif num_threads is not None:
         torch.set_num_threads(num_threads)
+
+
+class ThreadChoice:
+    """How many of this CPU rank's threads a step is worth: waking the others and waiting for them costs 10 to 50 us a
+    product, more where other programs want the cores. Small steps run on one thread and leave the rest to the driver.
+    """
+
+    def __init__(self, most: int, num_products: int, num_weights: int, itemsize: int):
+        """`num_weights` is over all products of a step; figures of one core of a Zen 4 beside busy neighbours."""
+        self._most = most
+        self._seconds_to_read = num_weights * itemsize / _READ_BYTES_PER_SECOND / num_products
+        self._seconds_a_token = 2 * num_weights / _FLOPS_PER_SECOND / num_products
+
+    def choose(self, num_tokens: int) -> None:
+        """Set torch's threads for a step of so many tokens (0.2 us)."""
+        seconds = max(self._seconds_to_read, num_tokens * self._seconds_a_token)
+        torch.set_num_threads(self._most if seconds >= _WORTH_SHARING_SECONDS else 1)
 
 
 def measure_free_bytes(device: torch.device) -> int:

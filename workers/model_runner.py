@@ -21,11 +21,13 @@ from argosy.workers.attention.base import AttentionBackend, AttentionMetadata
 from argosy.workers.attention.torch_backend import TorchBackend
 from argosy.workers.attention.triton_backend import TritonBackend
 from argosy.workers.cuda_graphs import CUDAGraphRunner
+from argosy.workers.device import ThreadChoice
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.input_batch import InputBatch, StepInputs
 from argosy.workers.kv_cache import KVCache
 from argosy.workers.loading.stream import LoadReport, load_weights
 from argosy.workers.models.registry import build_model
+from argosy.workers.quantization.base import count_products
 from argosy.workers.sampler import FAILURES, LogprobTensors, Sampled, Sampler, gather_logprobs
 
 PROMPT_LOGPROB_ROWS = 256  # prompt positions whose logits exist at once
@@ -131,6 +133,7 @@ class ModelRunner:
         self.sampler = Sampler(scheduler.max_num_seqs, spec.vocab_size, device, gives_logprobs=self.rank.answers)
         self.kv_cache: KVCache | None = None
         self.graphs: CUDAGraphRunner | None = None
+        self._threads: ThreadChoice | None = None  # on a CPU
         self.last_step_id = -1
         self._prompt_logprobs: dict[int, int] = {}  # handle -> how many, for requests that asked
         self._side_stream: torch.cuda.Stream | None = None
@@ -142,9 +145,13 @@ class ModelRunner:
     def load(self, folder: Path, on_progress: Callable[[float], None] | None) -> LoadReport:
         """Fill the weights of this rank."""
         model = self.config.model
-        return load_weights(
+        report = load_weights(
             self.model, folder, self.spec, self.rank, on_progress, load_format=model.load_format, seed=model.seed
         )
+        num_products, num_weights = count_products(self.model)
+        if self.device.type == "cpu" and num_products:
+            self._threads = ThreadChoice(torch.get_num_threads(), num_products, num_weights, self.dtype.itemsize)
+        return report
 
     def allocate(self, num_blocks: int) -> None:
         """Make the KV cache; from now on steps may come."""
@@ -239,6 +246,8 @@ class ModelRunner:
             outcome = self._replay(output, inputs, started)
         else:
             inputs = self.batch.build(output)
+            if self._threads is not None:
+                self._threads.choose(inputs.num_tokens)
             context = ForwardContext(self.backend, self.kv_cache, inputs.metadata)
             hidden_TD = self._forward(inputs, context)
             if self.rank.is_last_stage:

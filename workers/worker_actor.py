@@ -31,9 +31,17 @@ class WorkerActor:
 
     def run(self, module: str, boot: bytes) -> int:
         """Be the rank that `boot` (JSON of a `WorkerBoot`) says, until the driver stops it or goes away."""
+        _drop_thread_limit()
         # Imported here: this is the first moment in the process that has the device to itself.
         status: int = import_module(module).run_boot(boot)
         return status
+
+
+def _drop_thread_limit() -> None:
+    """Ray sets OMP_NUM_THREADS to the CPUs that it reserved. Ours is one, a place: the rank knows its share itself."""
+    reserved = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
+    if os.environ.get("OMP_NUM_THREADS") == str(max(int(reserved), 1)):
+        del os.environ["OMP_NUM_THREADS"]
 
 
 def encode_boot(**fields: Any) -> bytes:

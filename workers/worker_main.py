@@ -7,6 +7,7 @@ import sys
 
 import msgspec
 
+import argosy.workers.openmp  # noqa: F401  # before torch: it sets what OpenMP reads when it is loaded
 from argosy.workers.worker import WorkerBoot, run_worker
 
 

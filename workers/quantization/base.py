@@ -119,6 +119,13 @@ class UnquantizedMethod:
 _NO_SCALARS: list[float] = []
 
 
+def count_products(model: nn.Module) -> tuple[int, int]:
+    """(linear layers, numbers in their weights) of a model that is loaded."""
+    layers = [layer for layer in model.modules() if isinstance(layer, LinearLayer)]
+    weights = [layer.weight if layer.packed_weight is None else layer.packed_weight for layer in layers]
+    return len(layers), sum(weight.numel() for weight in weights if weight is not None)
+
+
 def _is_better_packed(weight: Tensor) -> bool:
     """Whether oneDNN's blocked layout beats rows on this CPU tensor.
 
