@@ -221,6 +221,16 @@ def decode_attention(
     if qkv_RD.is_cuda:
         from argosy.kernels import paged_attention as kernel
 
+        num_groups, normed = qkv_RD.shape[0] * k_cache_BSKH.shape[2], q_norm_weight_H is not None
+        if not kernel.fusing_pays(num_groups, normed, qkv_RD.device):
+            q_RNH = rope_and_store(
+                qkv_RD, positions_R, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_R, num_heads=num_heads,
+                interleaved=interleaved, q_norm_weight_H=q_norm_weight_H, k_norm_weight_H=k_norm_weight_H, eps=eps,
+            )  # fmt: skip
+            return paged_attention(
+                q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, max_context=max_context,
+                sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+            )  # fmt: skip
         return kernel.decode_attention(
             qkv_RD, positions_R, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_R, block_table_RB, context_len_R,
             num_heads=num_heads, scale=scale, interleaved=interleaved, q_norm_weight_H=q_norm_weight_H,

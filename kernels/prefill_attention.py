@@ -222,7 +222,7 @@ def prefill_attention(
         return out_TNH
     width = tuning.next_power_of_two(head_size)
     mean_queries = num_tokens // num_rows
-    kind = "many" if mean_queries * group >= 128 else "few"
+    kind = "long" if mean_queries >= 1024 else "many" if mean_queries * group >= 128 else "few"
     if sizes is None and q_TNH.element_size() == 2:
         sizes = tuning.pick("prefill_attention", f"h{head_size}_{kind}", q_TNH.device)
     sizes = sizes or _default_sizes(width, mean_queries, group, q_TNH.dtype)
