@@ -27,6 +27,7 @@ from argosy.cluster.rank_processes import StartRanks
 NAMESPACE: Final = "argosy"
 _ANSWER_SECONDS: Final = 30.0
 _EXIT_SECONDS: Final = 30.0
+_LOOK_SECONDS: Final = 0.1
 _REST_SECONDS: Final = 2.0  # between two lives, so that a driver that fails at once does not spin
 _log = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ class DriverHandle:
     def __init__(self, actor: Any, name: str):
         self._actor, self.name = actor, name
         self.on_stopped: Callable[[], None] = lambda: None  # what to give back once nothing runs any more
+        self.is_cut_off: Callable[[], bool] = lambda: False  # whether the cluster under it ends, and answers nothing
 
     @classmethod
     def create(cls, boot: DriverBoot, start_ranks: StartRanks) -> "DriverHandle":
@@ -132,7 +134,14 @@ class DriverHandle:
     def stop(self, drain_seconds: float = 0.0) -> None:
         """Stop driver and ranks. May be called twice."""
         with contextlib.suppress(ChannelClosed):
-            self._get(self._actor.stop.remote(drain_seconds), drain_seconds + _EXIT_SECONDS + _ANSWER_SECONDS)
+            reference = self._actor.stop.remote(drain_seconds)
+            deadline = time.monotonic() + drain_seconds + _EXIT_SECONDS + _ANSWER_SECONDS
+            while time.monotonic() < deadline and not self.is_cut_off():
+                if ray.wait([reference], timeout=_LOOK_SECONDS)[0]:
+                    self._get(reference, _ANSWER_SECONDS)
+                    break
+        if self.is_cut_off():
+            return  # it ends with its cluster
         with contextlib.suppress(ray.exceptions.RayError):
             ray.kill(self._actor, no_restart=True)
         deadline = time.monotonic() + _EXIT_SECONDS

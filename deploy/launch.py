@@ -63,6 +63,11 @@ class Engine:
         """How the driver is. Raises `ChannelClosed` when it has gone."""
         return self._driver.status()
 
+    @property
+    def is_ending(self) -> bool:
+        """Whether our own Ray cluster ends by itself: then it can't be asked for anything."""
+        return self._session is not None and self._session.is_ending
+
     def close(self, drain_seconds: float = 0.0) -> None:
         """Let what runs end for at most so long, then stop everything. May be called twice."""
         if self._closed:

@@ -26,6 +26,7 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ChannelClosed, PlacementImpossible
 from argosy.cluster.protocol.messages import EngineInfo
 from argosy.cluster.rank_processes import RankDoor
+from argosy.deploy.owned_folder import short_temp_folder
 from argosy.placement.plan import PlacementPlan
 
 RANK_MODULE: Final = "argosy.workers.worker_main"
@@ -189,12 +190,6 @@ def start_process(
             env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"},
             start_new_session=own_session,
         )
-
-
-def short_temp_folder(most_bytes: int) -> str:
-    """TMPDIR, or /tmp when that is too long: a socket's path has at most 107 bytes, the names below it included."""
-    folder = tempfile.gettempdir()
-    return folder if len(os.fsencode(folder)) <= most_bytes else "/tmp"
 
 
 def free_port(host: str) -> int:

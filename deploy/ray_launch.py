@@ -18,7 +18,8 @@ from argosy.cluster.protocol.channel import RELAY
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.messages import EngineInfo
 from argosy.cluster.rank_processes import RankDoor, RankHandles
-from argosy.deploy.local_launch import free_port, short_temp_folder
+from argosy.deploy.local_launch import free_port
+from argosy.deploy.owned_folder import short_temp_folder
 from argosy.deploy.ray_session import RaySession
 from argosy.placement import ray_cluster
 from argosy.placement.plan import PlacementPlan
@@ -126,5 +127,6 @@ def start_ray_driver(
     except BaseException:
         session.close()
         raise
+    driver.is_cut_off = lambda: session.is_ending
     driver.on_stopped = partial(ray_cluster.release, starter.group_name)
     return StartedDriver(driver, session, folder)

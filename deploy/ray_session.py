@@ -8,17 +8,15 @@ import contextlib
 import logging
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any, Final
 
-import psutil
 import ray
 from ray._private.authentication.authentication_token_generator import generate_new_authentication_token
 
 from argosy.cluster.driver_actor import NAMESPACE
 from argosy.cluster.protocol.errors import ClusterError
-from argosy.deploy.local_launch import short_temp_folder
+from argosy.deploy.owned_folder import make_owned_folder
 
 _OBJECT_STORE_BYTES: Final = 100 * 1024 * 1024  # steps and tokens don't travel as Ray objects: the least will do
 _OWN_CLUSTER: Final = {
@@ -29,8 +27,7 @@ _OWN_CLUSTER: Final = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 _PREFIX: Final = "argosy-ray-"
-_OWNER: Final = "owner"
-_MOST_TEMP_BYTES: Final = 18  # Ray adds 88: .../argosy-ray-xxxxxxxx/session_<date>_<pid>/sockets/plasma_store
+_MOST_FOLDER_BYTES: Final = 38  # Ray adds 68: .../session_<date>_<pid>/sockets/plasma_store
 _AUTH: Final = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -45,6 +42,16 @@ class RaySession:
     def is_own(self) -> bool:
         """Whether the cluster was started here and ends with us."""
         return bool(self._folder)
+
+    @property
+    def is_ending(self) -> bool:
+        """Whether parts of our own cluster have ended by themselves.
+
+        So it is when a signal goes to the whole process group, as service managers and `timeout` send it. The rest of
+        the cluster answers nothing any more, which takes Ray a minute to notice, and only has to be ended.
+        """
+        node: Any = ray._private.worker._global_node
+        return self.is_own and (node is None or bool(node.dead_processes()))
 
     @property
     def folder(self) -> str:
@@ -66,11 +73,7 @@ class RaySession:
 
     @classmethod
     def _start(cls, num_cpus: int, num_gpus: int | None) -> "RaySession":
-        _remove_abandoned()
-        folder = tempfile.mkdtemp(
-            prefix=_PREFIX, dir=short_temp_folder(_MOST_TEMP_BYTES)
-        )  # mode 0700: the token and all logs are in it
-        Path(folder, _OWNER).write_text(_myself())
+        folder = make_owned_folder(_PREFIX, _MOST_FOLDER_BYTES)  # mode 0700: the token and all logs are in it
         changes = dict(_OWN_CLUSTER)
         if "RAY_AUTH_MODE" not in os.environ:  # an explicit choice of the operator stands
             changes |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_write_token(Path(folder)))}
@@ -119,24 +122,6 @@ class RaySession:
                 _confine_to_loopback(False)
             shutil.rmtree(self._folder, ignore_errors=True)
         self._environment = {}
-
-
-def _myself() -> str:
-    """This process, so that a later one with the same number is not taken for it."""
-    return f"{os.getpid()} {psutil.Process().create_time()}"
-
-
-def _remove_abandoned() -> None:
-    """The folders of owners that were killed: with kill -9 nobody is left to do it."""
-    for folder in Path(short_temp_folder(_MOST_TEMP_BYTES)).glob(f"{_PREFIX}*"):
-        with contextlib.suppress(OSError, ValueError):
-            if folder.lstat().st_uid != os.getuid():
-                continue
-            pid, created = (folder / _OWNER).read_text().split()
-            with contextlib.suppress(psutil.NoSuchProcess):
-                if psutil.Process(int(pid)).create_time() == float(created):
-                    continue
-            shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write_token(folder: Path) -> Path:

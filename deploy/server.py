@@ -4,10 +4,10 @@ import asyncio
 import importlib
 import logging
 import os
+import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -22,8 +22,8 @@ from argosy.cluster.protocol.errors import ClusterError, ConfigError
 from argosy.deploy import haproxy, proxy_guard
 from argosy.deploy.doctor import is_port_free
 from argosy.deploy.http_auth import ApiKeys
-from argosy.deploy.local_launch import short_temp_folder
 from argosy.deploy.model_folder import load_tokenizer, localize
+from argosy.deploy.owned_folder import make_owned_folder
 from argosy.deploy.progress import StartProgress
 
 if TYPE_CHECKING:
@@ -31,8 +31,6 @@ if TYPE_CHECKING:
 
 _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 _UNFINISHED: Final = ("argosy_requests_running", "argosy_requests_waiting")
-_PREFIX: Final = "argosy-serve-"
-_RANDOM_BYTES: Final = 8  # that tempfile adds
 _POLL_SECONDS: Final = 0.1
 _LAST_BYTES_SECONDS: Final = 0.3  # from the driver's last token to the client's socket, through the doors
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
@@ -204,7 +202,8 @@ def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, sto
             asyncio.run(drain(engine.address, engine.secret, config.server.drain_seconds))
     finally:
         _hush_ray()
-        serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
+        if not engine.is_ending:
+            serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
 
 
 def _reason(status: Any) -> str:
@@ -229,9 +228,11 @@ def _hush_ray() -> None:
 @contextmanager
 def _private_folder() -> Iterator[Path]:
     """For what may not outlive this server; readable by this user only."""
-    parent = short_temp_folder(haproxy.MOST_FOLDER_BYTES - len(f"/{_PREFIX}") - _RANDOM_BYTES)
-    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=parent, ignore_cleanup_errors=True) as name:
+    name = make_owned_folder("argosy-serve-", haproxy.MOST_FOLDER_BYTES)
+    try:
         yield Path(name)
+    finally:
+        shutil.rmtree(name, ignore_errors=True)
 
 
 def _set_environment(folder: Path) -> None:

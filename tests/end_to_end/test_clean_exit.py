@@ -13,13 +13,14 @@ import pytest
 
 MODEL = Path(__file__).parents[2] / "argosy" / "default_model"
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.deploy.launch import launch_engine
 
 config = ServingConfig.from_mapping({"model": sys.argv[1], "max_model_len": 512, "tensor_parallel_size": 2})
 try:
     with launch_engine(config, rank_module="argosy.workers.zero_cost_rank") as engine:
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # Ray has put its own handler there
         print("ready", engine.address, flush=True)
         time.sleep(120)
 except KeyboardInterrupt:
@@ -35,8 +36,18 @@ def short_tmp() -> Iterator[str]:
     os.rmdir(folder)
 
 
-def test_ctrl_c_leaves_no_process_no_file_and_no_shared_memory(short_tmp: str) -> None:
-    """Own cluster, own token, own folder; somebody else's cluster at RAY_ADDRESS is not even asked."""
+@pytest.mark.parametrize(
+    ("number", "to_group", "code"),
+    [(signal.SIGINT, False, 130), (signal.SIGTERM, True, 143)],
+    ids=["Ctrl-C", "terminated with all processes of the group"],
+)
+def test_whoever_is_stopped_leaves_no_process_no_file_and_no_shared_memory(
+    short_tmp: str, number: signal.Signals, to_group: bool, code: int
+) -> None:
+    """Own cluster, own token, own folder; somebody else's cluster at RAY_ADDRESS is not even asked.
+
+    Service managers and `timeout` signal Ray's processes as well; waiting for those to answer took more than a minute.
+    """
     shared = set(os.listdir("/dev/shm"))
     environment = {**os.environ, "TMPDIR": short_tmp, "PYTHONSAFEPATH": "1", "RAY_ADDRESS": "127.0.0.1:1"}
     environment.pop("RAY_AUTH_MODE", None)
@@ -54,8 +65,11 @@ def test_ctrl_c_leaves_no_process_no_file_and_no_shared_memory(short_tmp: str) -
         assert token.stat().st_mode & 0o777 == 0o600
         sockets = [c for process in processes for c in process.net_connections("inet") if c.status == "LISTEN"]
         assert {c.laddr.ip.removeprefix("::ffff:") for c in sockets} == {"127.0.0.1"}
-        owner.send_signal(signal.SIGINT)
-        assert owner.wait(60.0) == 130
+        if to_group:
+            os.killpg(owner.pid, number)
+        else:
+            owner.send_signal(number)
+        assert owner.wait(45.0) == code
         assert psutil.wait_procs(processes, timeout=20.0)[1] == []
         assert set(os.listdir("/dev/shm")) - shared == set()
     finally:
