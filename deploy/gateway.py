@@ -18,7 +18,6 @@ from argosy.cluster.protocol.errors import (
     ContextTooLong,
     InvalidRequest,
     UnknownModel,
-    WeightError,
 )
 from argosy.cluster.protocol.messages import EngineInfo, StatsReply, TokenDelta
 from argosy.cluster.protocol.sampling import SamplingParams, TokenParams
@@ -87,10 +86,6 @@ class Gateway:
         self.config = config
         generation = read_generation_config(config.model.model, config.model.generation_config)
         self._builder = TokenParamsBuilder(client.info, tokenizer, generation)
-        try:
-            self.default_sampling_params()
-        except InvalidRequest as error:  # refused at start, not with every request
-            raise WeightError("generation_config.json", error.field, f"{error.value}: {error.fix}") from error
         self.model_names: tuple[str, ...] = config.model.served_model_name or (config.model.model,)
 
     @property

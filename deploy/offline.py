@@ -29,6 +29,7 @@ from argosy.deploy.gateway import Gateway, PreparedRequest
 from argosy.deploy.model_folder import load_tokenizer, localize
 from argosy.deploy.outputs import RequestOutput
 from argosy.deploy.progress import StartProgress
+from argosy.deploy.token_params import read_generation_config
 from argosy.deploy.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -100,6 +101,8 @@ class LLM:
         from argosy.deploy.launch import launch_engine
 
         self.config = config
+        tokenizer = load_tokenizer(config)  # this and the next before anything starts: a mistake costs a second
+        read_generation_config(config.model.model, config.model.generation_config)
         progress = StartProgress(is_quiet=not sys.stderr.isatty())
         self._engine = launch_engine(config, backend=backend, on_progress=progress)
         progress.close()
@@ -107,7 +110,7 @@ class LLM:
         # Also when nobody closes it: at exit, or when the last reference goes.
         self._finalizer = weakref.finalize(self, _close, self._loop, self._engine)
         try:
-            self._gateway = self._loop.run(_connect(self._engine, config))
+            self._gateway = self._loop.run(_connect(self._engine, tokenizer, config))
         except BaseException:
             self.close()
             raise
@@ -303,9 +306,9 @@ class _LoopThread:
             self.loop.close()
 
 
-async def _connect(engine: "Engine", config: ServingConfig) -> Gateway:
+async def _connect(engine: "Engine", tokenizer: Tokenizer | None, config: ServingConfig) -> Gateway:
     client = await DriverClient.connect(engine.address, engine.secret, timeout_seconds=_CONNECT_SECONDS)
-    return Gateway(client, load_tokenizer(config), config)
+    return Gateway(client, tokenizer, config)
 
 
 def _close(loop: _LoopThread, engine: "Engine") -> None:

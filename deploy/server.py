@@ -25,6 +25,7 @@ from argosy.deploy.http_auth import ApiKeys
 from argosy.deploy.model_folder import load_tokenizer, localize
 from argosy.deploy.owned_folder import make_owned_folder
 from argosy.deploy.progress import StartProgress
+from argosy.deploy.token_params import read_generation_config
 
 if TYPE_CHECKING:
     from argosy.deploy.launch import Engine
@@ -76,6 +77,7 @@ def check_doors(config: ServingConfig) -> None:
     """Read now what each replica of the doors will read, so that a mistake costs a second and not a start."""
     keys = ApiKeys.read(config.server.api_keys_file)
     load_tokenizer(config)
+    read_generation_config(config.model.model, config.model.generation_config)
     if not keys and config.server.host not in _LOOPBACK:
         print(
             f"argosy: anybody who reaches {config.server.host}:{config.server.port} may use this server; "

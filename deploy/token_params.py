@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from argosy.cluster.protocol.errors import ContextTooLong, InvalidRequest, WeightError
+from argosy.cluster.protocol.errors import ConfigError, ContextTooLong, InvalidRequest, WeightError
 from argosy.cluster.protocol.messages import EngineInfo
 from argosy.cluster.protocol.sampling import SamplingParams, TokenParams
 from argosy.deploy.tokenizer import Tokenizer, check_text
@@ -31,11 +31,7 @@ class TokenParamsBuilder:
         self.info = info
         self._tokenizer = tokenizer
         self.num_usable_ids = min(info.vocab_size, tokenizer.vocab_size) if tokenizer else info.vocab_size
-        self.sampling_defaults = {
-            ours: generation_config[theirs]
-            for theirs, ours in _GENERATION_DEFAULTS.items()
-            if generation_config.get(theirs) is not None
-        }
+        self.sampling_defaults = _sampling_defaults(generation_config)
         given = generation_config.get("eos_token_id")
         ends = [*(given if isinstance(given, list) else [given]), *info.eos_token_ids]
         if tokenizer is not None:
@@ -130,12 +126,17 @@ class TokenParamsBuilder:
 
 
 def read_generation_config(folder: str | Path, choice: str = "auto") -> dict[str, Any]:
-    """`generation_config.json` of a model folder; nothing when the operator said "vllm" or there is none."""
+    """`generation_config.json` of a model folder; nothing when the operator said "vllm" or there is none.
+
+    Raises `WeightError` where its defaults would refuse every request that says nothing.
+    """
     if choice == "vllm":
         return {}
     path = Path(folder if choice == "auto" else choice) / "generation_config.json"
     if not path.is_file():
-        return {}
+        if choice == "auto":
+            return {}
+        raise ConfigError(f"generation_config={choice!r}: must be 'auto', 'vllm', or a folder with {path.name}")
     try:
         value = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError) as error:
@@ -146,4 +147,16 @@ def read_generation_config(folder: str | Path, choice: str = "auto") -> dict[str
         number = value.get(key)
         if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):
             raise WeightError(path.name, key, f"must be a number, not {number!r}")
+    try:
+        SamplingParams(**_sampling_defaults(value))
+    except InvalidRequest as error:
+        raise WeightError(path.name, error.field, f"{error.value}: {error.fix}") from error
     return value
+
+
+def _sampling_defaults(generation_config: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        ours: generation_config[theirs]
+        for theirs, ours in _GENERATION_DEFAULTS.items()
+        if generation_config.get(theirs) is not None
+    }

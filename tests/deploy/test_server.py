@@ -53,6 +53,11 @@ def test_what_the_doors_will_read_is_read_first(tmp_path: Path, capsys: pytest.C
     keys.write_text("short\n")
     with pytest.raises(ConfigError, match="at least 8"):
         server.check_doors(config(api_keys_file=str(keys)))
+    (tmp_path / "generation_config.json").write_text('{"top_p": 7}')
+    with pytest.raises(WeightError, match=r"generation_config\.json: top_p: 7"):
+        server.check_doors(config(generation_config=str(tmp_path)))
+    with pytest.raises(ConfigError, match="generation_config='nowhere'"):
+        server.check_doors(config(generation_config="nowhere"))
     server.check_doors(config(host="0.0.0.0"))
     assert "anybody who reaches" in capsys.readouterr().err
 
