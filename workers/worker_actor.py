@@ -39,7 +39,8 @@ class WorkerActor:
 
 def _drop_thread_limit() -> None:
     """Ray sets OMP_NUM_THREADS to the CPUs that it reserved. Ours is one, a place: the rank knows its share itself."""
-    reserved = ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0)
+    resources = ray.get_runtime_context().get_assigned_resources()  # type: ignore[no-untyped-call]  # Ray's own
+    reserved = resources.get("CPU", 1.0)
     if os.environ.get("OMP_NUM_THREADS") == str(max(int(reserved), 1)):
         del os.environ["OMP_NUM_THREADS"]
 
