@@ -4,9 +4,10 @@ Measured on two busy cores, the same engine behind both at the same time: time t
 streams 883 tokens/s against 432, a request that does nothing 1.7 ms against 8.2.
 
 Ray writes HAProxy's configuration. It puts its files at one place for all users of a machine, opens two ports for its
-own figures on every network, tells everybody which applications run, and lets a header of the client set Serve's
-timeouts. Files and ports are settings; the rest is mended by a small script that stands in for the program, changes
-the configuration before HAProxy reads it, and sees to it that HAProxy does not outlive Ray.
+own figures on every network, tells everybody which applications run, and lets headers of a client set Serve's timeouts,
+choose a replica, or be answered with 500 when they are no text. Files and ports are settings; the rest is mended by a
+small script that stands in for the program, changes the configuration before HAProxy reads it, and sees to it that
+HAProxy does not outlive Ray.
 """
 
 import socket
@@ -25,7 +26,11 @@ for file; do
       -e '/^frontend http_frontend/a\    timeout http-request 30s\
     http-request del-header x-request-timeout-seconds\
     http-request del-header x-request-disconnect-disabled\
+    http-request del-header x-session-id\
     http-request del-header serve_ -m beg\
+    http-request del-header serve- -m beg\
+    http-request del-header x-request-id unless { req.fhdr(x-request-id) -m reg ^[!-~]*$ }\
+    http-request del-header traceparent unless { req.fhdr(traceparent) -m reg ^[!-~]*$ }\
     http-request return status 404 if { path -i /-/routes }' "$file" ;;
   esac
 done

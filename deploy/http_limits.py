@@ -24,7 +24,10 @@ MAX_URL_BYTES: Final = 8 * 1024
 MAX_BODY_CHUNKS: Final = 65_536
 BODY_SECONDS: Final = 30.0  # for the whole body, and
 BODY_BYTES_PER_SECOND: Final = 1024  # one second more for each so many bytes that did arrive
-_FORBIDDEN_HEADERS: Final = frozenset({b"x-request-timeout-seconds", b"x-request-disconnect-disabled"})
+_FORBIDDEN_HEADERS: Final = frozenset(
+    {b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"x-session-id"}  # the last one chooses a replica
+)
+_TEXT_HEADERS: Final = frozenset({b"x-request-id", b"traceparent"})  # Ray Serve answers 500 when they are none
 _FORBIDDEN_PREFIXES: Final = (b"serve_", b"serve-", b"x-argosy-")
 
 
@@ -66,7 +69,9 @@ def check_head(scope: Scope, max_body_bytes: int) -> list[tuple[bytes, bytes]]:
     return [
         (name, value)
         for name, value in headers
-        if name not in _FORBIDDEN_HEADERS and not name.startswith(_FORBIDDEN_PREFIXES)
+        if name not in _FORBIDDEN_HEADERS
+        and not name.startswith(_FORBIDDEN_PREFIXES)
+        and (value.isascii() or name not in _TEXT_HEADERS)
     ]
 
 

@@ -40,7 +40,9 @@ def test_every_port_listens_on_loopback_unless_it_is_the_door(folder: Path) -> N
     run = subprocess.run([program, "-db", "-f", config], capture_output=True, text=True, timeout=10, check=True)
     binds = [line.strip() for line in run.stdout.splitlines() if line.strip().startswith("bind ")]
     assert binds == ["bind 127.0.0.1:9101", "bind 127.0.0.1:8000", "bind 127.0.0.1:8404"]
-    assert "del-header x-request-timeout-seconds" in run.stdout
+    for name in ("x-request-timeout-seconds", "x-request-disconnect-disabled", "x-session-id", "serve_ -m beg"):
+        assert f"http-request del-header {name}\n" in run.stdout
+    assert "del-header x-request-id unless { req.fhdr(x-request-id) -m reg ^[!-~]*$ }" in run.stdout
     assert "timeout http-request 30s" in run.stdout
 
 

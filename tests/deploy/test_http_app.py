@@ -487,6 +487,7 @@ def test_headers_that_only_our_machines_may_set_are_taken_away() -> None:
         seen.extend(name for name, _ in scope["headers"])
 
     names = [b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"serve_multiplexed_model_id", b"accept"]
+    names += [b"x-session-id", b"serve-multiplexed-model-id", b"x-request-id", b"traceparent"]
     wire = {"type": "http", "path": "/", "headers": [(name, b"nan\xff") for name in names], "query_string": b""}
     asyncio.run(LimitsMiddleware(inner, max_body_bytes=10)(wire, None, None))  # type: ignore[arg-type]
     assert seen == [b"accept"]
