@@ -109,6 +109,14 @@ _IGNORED_VALUES = """
     max_long_partial_prefills long_prefill_token_threshold num_lookahead_slots stream_interval
     pt_load_map_location prefix_caching_hash_algo
 """
+# and those that would change what is served, and can't yet: never ignored, never mistaken for a neighbour
+_NOT_YET = """
+    enable_lora lora_modules max_loras max_lora_rank max_cpu_loras speculative_config spec_method spec_model spec_tokens
+    structured_outputs_config reasoning_parser tool_call_parser enable_auto_tool_choice kv_transfer_config
+    kv_events_config enable_sleep_mode override_generation_config logits_processors uds ssl_keyfile ssl_certfile
+    ssl_ca_certs allowed_origins root_path middleware
+"""
+NOT_YET: Final[frozenset[str]] = frozenset(_NOT_YET.split())
 IGNORED: Final[frozenset[str]] = frozenset(_IGNORED_SWITCHES.split() + _IGNORED_VALUES.split())
 
 _DTYPES = {"half": "float16", "float": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
@@ -161,9 +169,15 @@ def refuse_unknown(rest: Sequence[str], known_flags: Iterable[str] = ()) -> None
         if not word.startswith("-"):
             raise ConfigError(f"unexpected argument {word!r}; the model comes first, then flags")
         name = word.split("=")[0]
+        _refuse_not_yet(name, name.lstrip("-").replace("-", "_"))
         flags = [*known_flags, *(f"--{ignored.replace('_', '-')}" for ignored in sorted(IGNORED))]
         near = get_close_matches(name, flags, n=1)
         raise ConfigError(f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _refuse_not_yet(written: str, name: str) -> None:
+    if name in NOT_YET:
+        raise ConfigError(f"{written} is not supported yet; leave it out")
 
 
 def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
@@ -179,6 +193,7 @@ def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
         elif name in settings:
             known[name] = _clean(name, value)
         else:
+            _refuse_not_yet(key, name)
             near = get_close_matches(name, [*settings, "scheduling_policy", *sorted(IGNORED)], n=1)
             raise ConfigError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     return ServingConfig.from_mapping(known), ignored

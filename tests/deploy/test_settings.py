@@ -50,6 +50,8 @@ def test_flags_without_effect_are_named_once_and_their_values_are_not_taken_for_
     [
         (("m", "--max-modl-len", "3"), "did you mean --max-model-len"),
         (("m", "n"), "unexpected argument 'n'"),
+        (("m", "--enable-lora"), "--enable-lora is not supported yet"),
+        (("m", "--speculative-config={}"), "--speculative-config is not supported yet"),
         (("m", "--model", "n"), "two models"),
         (("m", "--block-size", "sixteen"), "must be a whole number"),
         (("m", "--max-num-batched-tokens", "1"), "below max_num_seqs"),
@@ -105,3 +107,6 @@ def test_every_setting_has_a_flag_or_a_reason() -> None:
     file_only = set(ServingConfig.known_settings()) - {flag.field for flag in settings.SETTING_FLAGS} - {"model"}
     assert file_only == {"max_recoveries", "watermark", "max_cuda_graph_batch"}
     assert not settings.IGNORED & set(ServingConfig.known_settings())
+    assert not settings.NOT_YET & (settings.IGNORED | set(ServingConfig.known_settings()))
+    with pytest.raises(ConfigError, match="enable_lora is not supported yet"):
+        settings.config_from_kwargs("m", {"enable_lora": True})
