@@ -22,6 +22,7 @@ import psutil
 from argosy.cluster.protocol.errors import ServingError
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.deploy import settings
+from argosy.deploy.model_folder import is_hub_name, model_folder
 
 _GIB: Final = 1 << 30
 _PACKAGES: Final = {  # name: (least version, needed for)
@@ -79,10 +80,12 @@ def table(findings: list[Finding]) -> str:
     lines = [f"{f.state:<5} {f.name:<{width}}  {f.found}" + (f"\n      -> {f.fix}" if f.fix else "") for f in findings]
     num_failed = sum(f.state == "fail" for f in findings)
     num_warned = sum(f.state == "warn" for f in findings)
+    port_is_taken = any(f.name.startswith("port ") and f.state != "ok" for f in findings)
     if num_failed:
         lines.append(f"\n{num_failed} to mend before 'argosy serve' can work.")
     else:
-        lines.append(f"\nReady: 'argosy serve' should work here{f' ({num_warned} warnings)' if num_warned else ''}.")
+        warned = f" ({num_warned} warning{'s' if num_warned > 1 else ''})" if num_warned else ""
+        lines.append(f"\nReady: 'argosy serve' should work here{', on another port' if port_is_taken else ''}{warned}.")
     return "\n".join(lines)
 
 
@@ -197,6 +200,8 @@ def _model(model: str | None) -> Finding:
     try:
         folder = Path(model or settings.default_model())
         if not folder.is_dir():
+            if not settings.is_hub_name(str(model)):
+                return Finding("model", "fail", f"{model} is no folder here", "name a folder, or a model on the hub")
             return Finding("model", "warn", f"{model} is no folder here", "a hub name is fetched by 'argosy serve'")
         spec = read_model_spec(folder)
     except ServingError as error:

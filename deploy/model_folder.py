@@ -1,7 +1,6 @@
 """From a model's name to a folder on this machine: a path as it is, a hub name fetched once into the hub's cache."""
 
 import os
-import re
 from pathlib import Path
 from typing import Final
 
@@ -10,7 +9,6 @@ from argosy.cluster.protocol.errors import WeightError
 from argosy.deploy import settings
 from argosy.deploy.tokenizer import Tokenizer
 
-_HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 # everything but other formats of the same weights
 _FILES: Final = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")
 DEFAULT_MODEL_NAME: Final = "argosy-default"
@@ -38,7 +36,7 @@ def model_folder(name: str) -> str:
         return str(path.resolve())
     if path.exists():
         raise WeightError(name, "", "is a file; name the folder that holds config.json and *.safetensors")
-    if not _HUB_NAME.fullmatch(name):
+    if not settings.is_hub_name(name):
         raise WeightError(name, "", "no such folder, and no hub name such as Qwen/Qwen3-0.6B either")
     return _fetch(name)
 

@@ -6,6 +6,7 @@ with the nearest that we do. Nothing here needs torch or Ray.
 
 import argparse
 import json
+import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -129,6 +130,11 @@ def default_model() -> str:
     if not (folder / "config.json").is_file():
         raise ConfigError(f"the model that ships with Argosy is not at {folder}; name a model: argosy serve <model>")
     return str(folder)
+
+
+def is_hub_name(model: str) -> bool:
+    """Whether it may be the name of a model on the hub, such as Qwen/Qwen3-0.6B."""
+    return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) is not None
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

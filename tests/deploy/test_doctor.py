@@ -31,6 +31,13 @@ def test_a_broken_model_folder_fails(capsys: pytest.CaptureFixture[str], tmp_pat
     assert "config.json" in capsys.readouterr().out
 
 
+def test_a_folder_that_is_not_there_is_no_hub_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """It was said to be fetched later, and everything to be fine."""
+    assert cli.main(["doctor", "/no/such/folder"]) == 1
+    assert "/no/such/folder is no folder here" in capsys.readouterr().out
+    assert doctor._model("Qwen/Qwen3-0.6B").state == "warn"
+
+
 def test_a_missing_or_old_package_names_its_cure(monkeypatch: pytest.MonkeyPatch) -> None:
     """Too old fails like missing."""
     monkeypatch.setattr(doctor, "_version", lambda name: None)
