@@ -22,7 +22,6 @@ import psutil
 from argosy.cluster.protocol.errors import ServingError
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.deploy import settings
-from argosy.deploy.model_folder import is_hub_name, model_folder
 
 _GIB: Final = 1 << 30
 _PACKAGES: Final = {  # name: (least version, needed for)
