@@ -197,7 +197,7 @@ def _port(port: int) -> Finding:
 def _model(model: str | None) -> Finding:
     """The config is read and the files are counted; weights are checked by the server when it loads them."""
     try:
-        folder = Path(model or settings.default_model())
+        folder = Path(model or settings.default_model()).expanduser()
         if not folder.is_dir():
             if not settings.is_hub_name(str(model)):
                 return Finding("model", "fail", f"{model} is no folder here", "name a folder, or a model on the hub")
@@ -208,6 +208,9 @@ def _model(model: str | None) -> Finding:
     weights = sum(path.stat().st_size for path in folder.glob("*.safetensors"))
     if not weights:
         return Finding("model", "fail", f"{folder} has no *.safetensors", "fetch the weights in safetensors form")
+    if not any((folder / name).is_file() for name in settings.TOKENIZER_FILES):
+        fix = "fetch tokenizer.json as well, or name the folder of a tokenizer with 'argosy serve --tokenizer'"
+        return Finding("model", "fail", f"{folder} has no tokenizer", fix)
     found = f"{folder.name}: {spec.architecture}, {spec.num_layers} layers, {weights / _GIB:.2f} GiB of weights"
     if weights > psutil.virtual_memory().available and not read_gpus():
         return Finding("model", "warn", found, "the weights don't fit this machine's free memory")

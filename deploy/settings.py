@@ -120,6 +120,9 @@ _NOT_YET = """
 NOT_YET: Final[frozenset[str]] = frozenset(_NOT_YET.split())
 IGNORED: Final[frozenset[str]] = frozenset(_IGNORED_SWITCHES.split() + _IGNORED_VALUES.split())
 
+# any of these makes a tokenizer; all but the first are converted by transformers
+TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
 _DTYPES = {"half": "float16", "float": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 

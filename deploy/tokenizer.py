@@ -19,6 +19,7 @@ from tokenizers import AddedToken
 
 from argosy.cluster.protocol.errors import InvalidRequest, WeightError
 from argosy.deploy.chat_template import ChatTemplate, load_chat_template
+from argosy.deploy.settings import TOKENIZER_FILES
 
 LARGE_TEXT_CHARS: Final = 8192  # from here on encoding takes over 1 ms and leaves the event loop
 NAMED_SPECIAL_TOKENS: Final = (
@@ -255,7 +256,7 @@ def _backend_from_transformers(folder: Path) -> tokenizers.Tokenizer:
     """Folders with only `vocab.json`/`merges.txt` or a SentencePiece file: transformers knows how to convert them."""
     if not folder.is_dir():
         raise WeightError(str(folder), "", "is not a folder")
-    if not any((folder / name).is_file() for name in ("tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise WeightError(folder.name, "tokenizer.json", "is missing: the folder holds no tokenizer")
     from transformers import AutoTokenizer  # here, because importing it takes seconds
 

@@ -1,12 +1,15 @@
 """The doctor says what is missing and how to mend it, and never fails itself."""
 
 import json
+import shutil
 import socket
+from pathlib import Path
 
 import pytest
 
 from argosy.deploy import cli, doctor
 from argosy.deploy.doctor import Finding
+from argosy.deploy.settings import default_model
 
 
 def test_this_machine_is_examined_in_a_table(capsys: pytest.CaptureFixture[str]) -> None:
@@ -56,3 +59,19 @@ def test_a_taken_port_is_seen() -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         assert doctor._port(other.getsockname()[1]).state == "warn"
+
+
+def test_a_folder_without_a_tokenizer_fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """The server refuses it, so the doctor does as well."""
+    folder = tmp_path / "model"
+    shutil.copytree(default_model(), folder)
+    (folder / "tokenizer.json").unlink()
+    assert cli.main(["doctor", str(folder)]) == 1
+    assert "has no tokenizer" in capsys.readouterr().out
+
+
+def test_the_last_line_is_true_where_the_port_is_taken() -> None:
+    """As it stands 'argosy serve' would end at once there; one warning is no plural."""
+    taken = Finding("port 8000", "warn", "taken", "argosy serve --port 8001")
+    assert doctor.table([taken]).endswith("Ready: 'argosy serve' should work here, on another port (1 warning).")
+    assert doctor.table([taken._replace(state="ok")]).endswith("Ready: 'argosy serve' should work here.")
