@@ -40,7 +40,7 @@ examples:
 """
 
 
-_USAGE = {"serve": "[MODEL]", "chat": "[TEXT]", "complete": "[TEXT]", "doctor": "[MODEL]", "bench": ""}
+_USAGE = {"serve": ["[MODEL]"], "chat": ["[TEXT]"], "complete": ["[TEXT]"], "doctor": ["[MODEL]"], "bench": []}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -132,7 +132,7 @@ def _command(
 ) -> argparse.ArgumentParser:
     return commands.add_parser(
         name,
-        usage=f"argosy {name} {_USAGE[name]} [flags]",
+        usage=" ".join(["argosy", name, *_USAGE[name], "[flags]"]),
         help=text,
         description=text[0].upper() + text[1:] + ".",
         epilog=examples,
@@ -175,7 +175,7 @@ def _add_talk(
 def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     bench = _command(commands, "bench", "measure: one JSON line a figure, a table last", _BENCH_EXAMPLES)
     bench.add_argument("--model", default="default", help="default, tiny, small (random weights), or a folder")
-    bench.add_argument("--workload", nargs="+", default=["cpu64"], metavar="NAME", help="default: %(default)s")
+    bench.add_argument("--workload", nargs="+", default=["cpu64"], metavar="NAME", help="default: cpu64")
     bench.add_argument("--dtype", default="float32", help="default: %(default)s")
     bench.add_argument("--url", help="measure this server instead of an engine in process")
     bench.add_argument("--api-key", default=os.environ.get("ARGOSY_API_KEY"), help="default: $ARGOSY_API_KEY")

@@ -353,6 +353,7 @@ class _Events:
 
 def _http_options(url: str, api_key: str | None, timeout_seconds: float) -> dict[str, Any]:
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    url = url if "://" in url else f"http://{url}"  # as curl reads "localhost:8000"
     # A local server is never behind the proxy that the environment names for the rest of the world.
     is_local = httpx.URL(url).host in ("127.0.0.1", "localhost", "::1")
     base_url = url.rstrip("/").removesuffix("/v1")

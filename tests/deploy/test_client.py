@@ -136,6 +136,18 @@ def test_patience_ends() -> None:
     assert caught.value.retry_after_seconds == 60  # type: ignore[attr-defined]  # RemoteError's
 
 
+def test_an_address_without_a_scheme_is_http() -> None:
+    """As people type it, and as curl reads it; it was told that no server was running."""
+    asked: list[str] = []
+
+    def server(request: httpx.Request) -> httpx.Response:
+        asked.append(str(request.url))
+        return httpx.Response(200, json={"data": [{"id": "m"}]})
+
+    assert Client("localhost:8000", transport=httpx.MockTransport(server)).models() == ["m"]
+    assert asked == ["http://localhost:8000/v1/models"]
+
+
 def test_a_request_that_may_have_run_is_not_sent_twice() -> None:
     """A 500 or a broken connection says nothing about what happened before."""
     asked = []
