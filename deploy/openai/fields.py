@@ -167,6 +167,9 @@ class ChatFields(GenerateFields, kw_only=True):
 
 Fields = TypeVar("Fields", bound=msgspec.Struct)
 _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
+# what the library calls a kind, and what JSON does
+_JSON_KINDS: Final = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
+_PYTHON_KIND = re.compile(rf"\b({'|'.join(_JSON_KINDS)})\b")
 _PATH = re.compile(r" - at `\$(?P<path>[^`]*)`$")
 
 
@@ -190,8 +193,9 @@ def _explain(error: msgspec.ValidationError, given: Mapping[str, Any]) -> Invali
     sentence = _PATH.sub("", text).replace("`", "")
     if not path or path.startswith("["):  # in the keys or values of a mapping with names of the user's own
         path = path or "body"
-    found = sentence.rpartition(", got ")
-    return InvalidRequest(path[:80], found[2] or "value", found[0].lower().replace("expected", "must be") or sentence)
+    found = _PYTHON_KIND.sub(lambda kind: _JSON_KINDS[kind[0]], sentence).rpartition(", got ")
+    wanted = found[0].lower().replace("expected", "must be").replace(" | ", " or ")
+    return InvalidRequest(path[:80], found[2] or "value", wanted or sentence)
 
 
 _warned: set[str] = set()

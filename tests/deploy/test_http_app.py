@@ -315,6 +315,14 @@ def failing(after: int, code: str, status: int, **more: Any) -> ScriptedClient:
     return ScriptedClient(script)
 
 
+def test_a_value_of_the_wrong_kind_is_refused_in_the_words_of_json() -> None:
+    """Whoever wrote the request may not know Python's `float | null`."""
+    answer = call(app_of(), "POST", CHAT, json={"messages": USER, "temperature": "hot"})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "temperature"
+    assert answer.json()["error"]["message"] == "temperature=string: must be number or null"
+
+
 @pytest.mark.parametrize("stream", [False, True])
 def test_overload_is_a_503_that_says_when_to_come_back(stream: bool) -> None:
     """Also for a stream: the status is not sent before the first token is there."""
