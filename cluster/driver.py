@@ -327,7 +327,8 @@ class Driver:
         return StatsReply(
             values=self.metrics.values(gauges),
             histograms=self.metrics.histograms(),
-            healthy=self.replica.is_ready and waited <= self.config.parallel.step_deadline_seconds,
+            # draining: still at work for those who are here, but nobody new should be sent
+            healthy=self.status == "ready" and waited <= self.config.parallel.step_deadline_seconds,
             status=self.status,
             step_id=self._step_id,
             seconds_since_progress=waited,

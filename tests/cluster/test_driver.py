@@ -284,6 +284,18 @@ def test_figures_and_the_cache_can_be_asked_for(world: MakeWorld) -> None:
     assert here.driver.scheduler.blocks.pool.num_cached == 0
 
 
+def test_a_draining_driver_is_not_healthy(world: MakeWorld) -> None:
+    """A load balancer should send nobody new, while those who are here get their answers."""
+    here = world()
+    one = here.ask([1, 2, 3], max_tokens=4)
+    here.round()
+    here.driver.drain()
+    stats = here.driver.stats()
+    assert (stats.healthy, stats.status) == (False, "draining")
+    here.run()
+    assert here.last(one).finish_reason is FinishReason.LENGTH
+
+
 def test_ranks_that_are_silent_make_the_driver_unhealthy(world: MakeWorld) -> None:
     """A step takes longer than its deadline."""
     here = world(step_seconds=500.0, step_deadline_seconds=60.0)

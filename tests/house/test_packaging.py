@@ -90,4 +90,5 @@ def test_a_wheel_holds_the_rooms_and_the_default_model(tmp_path: Path) -> None:
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
     for name in ("cluster/protocol/messages.py", "deploy/cli.py", "py.typed", "default_model/config.json"):
         assert f"argosy/{name}" in names
+    assert "argosy/kernels/tuned/nvidia_h200.json" in names
     assert any(n.startswith("argosy/default_model/") and n.endswith(".safetensors") for n in names)
