@@ -7,7 +7,7 @@
 import math
 from collections.abc import Mapping, Sequence
 from enum import IntEnum, StrEnum
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 
@@ -20,6 +20,15 @@ MAX_STOP_STRING_CHARS = 1024
 MAX_LOGIT_BIAS = 1024
 MAX_TOKEN_LIST = 4096
 MIN_TEMPERATURE = 0.01  # below it, logits / temperature overflows in half precision
+
+
+_NOT_YET: Final[Mapping[str, object]] = {
+    "structured_outputs": None,
+    "thinking_token_budget": None,
+    "repetition_detection": None,
+    "flat_logprobs": False,
+    "routed_experts_prompt_start": 0,
+}
 
 
 class FinishReason(StrEnum):
@@ -73,6 +82,13 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
     bad_words: Sequence[str] | None = None
     skip_reading_prefix_cache: bool | None = None
     extra_args: Mapping[str, Any] | None = None
+    # vLLM's, known by name so that scripts load: their defaults are taken, anything else is refused (`_NOT_YET`)
+    structured_outputs: Any = None
+    thinking_token_budget: int | None = None
+    repetition_detection: Any = None
+    flat_logprobs: bool = False
+    routed_experts_prompt_start: int = 0
+    skip_clone: bool = False  # nothing is cloned here anyway
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -93,6 +109,9 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
                 _integer(name, value, -1, 2**31 - 1, hint="-1 means the whole vocabulary")
+        for name, default in _NOT_YET.items():
+            if getattr(self, name) != default:
+                raise InvalidRequest(name, getattr(self, name), "is not supported yet; leave it out")
         self._check_stop()
         self._check_ids()
         if self.temperature == 0.0 and self.n > 1:

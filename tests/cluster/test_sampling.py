@@ -1,0 +1,85 @@
+"""What `SamplingParams` takes, changes and refuses: vLLM's names, defaults and rules."""
+
+import math
+
+import msgspec
+import pytest
+
+from argosy import SamplingParams
+from argosy.cluster.protocol.errors import InvalidRequest
+from argosy.cluster.protocol.sampling import MAX_LOGIT_BIAS, MAX_N, MIN_TEMPERATURE, TokenParams
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("n", 0), ("n", MAX_N + 1), ("n", True), ("n", 1.5),
+        ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "hot"),
+        ("top_p", 0.0), ("top_p", 1.01), ("top_k", -2), ("min_p", 1.5),
+        ("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("repetition_penalty", 0.0),
+        ("seed", 2**63), ("max_tokens", 0), ("min_tokens", -1), ("min_tokens", 17),
+        ("stop", [""]), ("stop", 5), ("stop", ["a", 1]), ("stop_token_ids", [-1]), ("stop_token_ids", "12"),
+        ("allowed_token_ids", []), ("logit_bias", {"a": 1.0}), ("logit_bias", {1: math.nan}), ("logit_bias", [1]),
+        ("logit_bias", dict.fromkeys(range(MAX_LOGIT_BIAS + 1), 1.0)),
+        ("bad_words", [""]), ("logprobs", -2), ("prompt_logprobs", 1.0),
+        ("structured_outputs", {"json": {}}), ("flat_logprobs", True), ("thinking_token_budget", 5),
+    ],
+)  # fmt: skip
+def test_a_value_that_cannot_be_served_is_named(field: str, value: object) -> None:
+    """The error says which field, what was given and what would do."""
+    with pytest.raises(InvalidRequest) as caught:
+        SamplingParams(**{field: value})
+    assert caught.value.field == field
+    assert caught.value.fix
+
+
+def test_values_are_brought_into_one_form() -> None:
+    """A lone stop string, -1 for "none", keys of JSON, tiny temperatures, and greedy without filters."""
+    params = SamplingParams(stop="end", top_k=-1, seed=-1, temperature=0.001, logit_bias={"7": 300})
+    assert params.stop == ("end",)
+    assert (params.top_k, params.seed, params.temperature) == (0, None, MIN_TEMPERATURE)
+    assert params.logit_bias == {7: 100.0}
+    greedy = SamplingParams(temperature=0, top_p=0.5, top_k=3, min_p=0.2)
+    assert greedy.is_greedy
+    assert (greedy.top_p, greedy.top_k, greedy.min_p) == (1.0, 0, 0.0)
+
+
+def test_greedy_answers_are_one() -> None:
+    """Several would all be equal."""
+    with pytest.raises(InvalidRequest, match="n=2"):
+        SamplingParams(temperature=0, n=2)
+
+
+def test_stop_strings_need_text() -> None:
+    """Without detokenizing there is nothing to find them in."""
+    with pytest.raises(InvalidRequest, match="detokenize"):
+        SamplingParams(stop="x", detokenize=False)
+
+
+def test_names_of_vllm_with_their_defaults_load() -> None:
+    """A script that spells out what it does not use runs."""
+    assert SamplingParams(structured_outputs=None, flat_logprobs=False, skip_clone=True) == SamplingParams(
+        skip_clone=True
+    )
+
+
+def test_a_copy_with_changes_is_checked_again() -> None:
+    """`replace` is a door like any other."""
+    params = SamplingParams(max_tokens=5)
+    assert params.replace(max_tokens=7).max_tokens == 7
+    with pytest.raises(InvalidRequest):
+        params.replace(top_p=7)
+
+
+def test_both_forms_survive_the_wire() -> None:
+    """msgpack there and back."""
+    for params in (SamplingParams(stop=["a", "b"], logit_bias={3: 1.5}), TokenParams(max_tokens=3, seed=9, min_p=0.5)):
+        data = msgspec.msgpack.encode(params)
+        assert msgspec.msgpack.decode(data, type=type(params)) == params
+
+
+def test_only_untouched_logits_are_plain() -> None:
+    """What the ranks' fast path asks."""
+    assert TokenParams(max_tokens=1).is_plain
+    assert not TokenParams(max_tokens=1, min_tokens=1).is_plain
+    assert not TokenParams(max_tokens=1, logit_bias=((3, 1.0),)).is_plain
