@@ -41,6 +41,7 @@ examples:
 
 
 _USAGE = {"serve": ["[MODEL]"], "chat": ["[TEXT]"], "complete": ["[TEXT]"], "doctor": ["[MODEL]"], "bench": []}
+_KEY_NAMES = ("ARGOSY_API_KEY", "VLLM_API_KEY")  # the second so that a server of vLLM can be replaced as it stands
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -106,7 +107,8 @@ def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
         case "serve":
             from argosy.deploy import server  # Ray: only when a server starts
 
-            return server.run(serving_config(words, args), api_keys=tuple(args.api_key or ()))
+            config = serving_config(words, args)
+            return server.run(config, api_keys=serve_keys(args.api_key, config.server.api_keys_file))
         case "doctor":
             from argosy.deploy import doctor  # imports torch and Ray to ask their versions
 
@@ -119,6 +121,19 @@ def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
             from argosy.deploy import talk  # httpx
 
             return talk.main(args)
+
+
+def serve_keys(given: list[str] | None, keys_file: str | None) -> tuple[str, ...]:
+    """The keys that a server asks for: of its flag or of the environment, which nobody else can read.
+
+    They leave the environment here, so that no process of the server inherits them.
+    """
+    from_environment = [key for key in (os.environ.pop(name, "") for name in _KEY_NAMES) if key]
+    if given:
+        hint = "ARGOSY_API_KEY or --api-keys-file keeps it private"
+        print(f"argosy: a key on the command line is shown to all who can list processes; {hint}", file=sys.stderr)
+        return tuple(given)
+    return () if keys_file else tuple(dict.fromkeys(from_environment))
 
 
 def flags_of(parser: argparse.ArgumentParser, command: str) -> list[str]:
@@ -150,7 +165,7 @@ def _add_serve(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         "--api-key",
         action="append",
         metavar="KEY",
-        help="accept only requests with this key; may be given several times",
+        help="accept only requests with this key; may be given several times (default: $ARGOSY_API_KEY)",
     )
     settings.add_flags(serve)
 
