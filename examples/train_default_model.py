@@ -11,15 +11,16 @@ import json
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, Self
 
 import torch
 from default_model_chats import conversations
 from default_model_text import Document, read_documents, sections
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -43,7 +44,7 @@ CHAT_TEMPLATE: Final = (
 )
 
 # Heads, KV heads, vocabulary and MLP width divide by 4: the model must split over 2 and 4 ranks.
-SHAPE: Final[dict[str, object]] = {
+SHAPE: Final[dict[str, Any]] = {
     "architectures": ["LlamaForCausalLM"],
     "model_type": "llama",
     "vocab_size": 4096,
@@ -67,6 +68,15 @@ SHAPE: Final[dict[str, object]] = {
     "torch_dtype": "bfloat16",
     "use_cache": True,
 }
+# Peaks. Held-out loss after a run of 80 steps, by rate of (matrices, embedding): 5.44 at (0.003, 0.003), 5.34 at
+# (0.01, 0.003), 5.22 at (0.003, 0.01). The matrices stay below 0.01 because the real run is many times as long.
+MATRIX_RATE: Final = 6e-3
+EMBEDDING_RATE: Final = 1e-2
+# Attention is two fifths of a step at 512 tokens, so most windows are short; each eighth step trains the positions
+# behind them, throughout and not only at the end, where the rate is too low to learn anything new.
+LONG_EVERY: Final = 8
+LONG_FACTOR: Final = 4
+
 PROMPTS: Final = (
     "The module provides a function",
     "If the file does not exist,",
@@ -85,6 +95,22 @@ class Split:
     num_chats: int
     num_characters: int
     tokens_T: Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """What training came to so far, over all runs that began where another had ended."""
+
+    num_runs: int = 0
+    num_steps: int = 0
+    num_tokens: int = 0
+    minutes: float = 0.0
+
+    @classmethod
+    def of(cls, weights: Path) -> Self:
+        with safe_open(weights, framework="pt") as opened:
+            told = json.loads(opened.metadata()["training"])
+        return cls(**told)
 
 
 # ----------------------------------------------------------------------------------------------- tokenizer and tokens
@@ -158,58 +184,60 @@ def held_out_loss(model: nn.Module, tokens_T: Tensor, *, context: int = 512, num
     return total / inputs.numel()
 
 
-def optimizers(model: nn.Module, *, learning_rate: float) -> list[torch.optim.Optimizer]:
+def optimizers(model: nn.Module) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the layers, which learns more from each token here, AdamW for embedding and norms."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
     return [
-        torch.optim.Muon(matrices, lr=learning_rate, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=learning_rate, weight_decay=0.0, betas=(0.9, 0.95), fused=True),
+        torch.optim.Muon(matrices, lr=MATRIX_RATE, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=EMBEDDING_RATE, weight_decay=0.0, betas=(0.9, 0.95), fused=True),
     ]
 
 
-def rate_at(step: int, num_steps: int) -> float:
-    """Linear warm-up over the first 2 %, then a cosine down to 2 % of the peak."""
-    num_warmup = max(10, num_steps // 50)
-    if step < num_warmup:
-        return (step + 1) / num_warmup
-    progress = (step - num_warmup) / max(1, num_steps - num_warmup)
-    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress))
+def rate_at(share: float) -> float:
+    """Linear warm-up over the first 2 % of the run, then a cosine down to 2 % of the peak."""
+    if share < 0.02:
+        return max(share, 0.001) / 0.02
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * (share - 0.02) / 0.98))
 
 
-def train(
-    model: LlamaForCausalLM,
-    tokens_T: Tensor,
-    arguments: argparse.Namespace,
-    save: Callable[[int], None],
-) -> int:
-    """Train for `--steps`, the last tenth on windows of four times the length; return how many tokens were read."""
+def train(model: nn.Module, tokens_T: Tensor, before: Run, arguments: argparse.Namespace) -> Iterator[Run]:
+    """Train for `--steps`, or for `--minutes` if they end first; either way the rate has come down by then.
+
+    Yields what was done when it is time to save, and once at the end.
+    """
     device = next(model.parameters()).device
-    num_long = arguments.steps // 10
-    short = batches(tokens_T, num_rows=arguments.rows, context=arguments.context, seed=arguments.seed)
-    long_rows, long_context = max(1, arguments.rows // 4), min(arguments.context * 4, 2048)
-    long = batches(tokens_T, num_rows=long_rows, context=long_context, seed=arguments.seed + 1)
-    stepping = optimizers(model, learning_rate=arguments.learning_rate)
-    num_read, smoothed, saved_at = 0, float("nan"), time.monotonic()
-    progress = tqdm(range(arguments.steps), desc="training", unit="step", mininterval=5.0)
-    for step in progress:
-        inputs, targets = next(short if step < arguments.steps - num_long else long)
-        loss = loss_of(model, inputs.to(device), targets.to(device))
-        loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in stepping:
-            for group in optimizer.param_groups:
-                group["lr"] = arguments.learning_rate * rate_at(step, arguments.steps)
-            optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-        num_read += inputs.numel()
-        nats = float(loss.detach())
-        smoothed = nats if math.isnan(smoothed) else 0.95 * smoothed + 0.05 * nats
-        progress.set_postfix(loss=f"{smoothed:.3f}", refresh=False)
-        if time.monotonic() - saved_at > 60 * arguments.save_minutes:
-            save(step + 1)
-            saved_at = time.monotonic()
-    return num_read
+    rows, context, seed = arguments.rows, arguments.context, arguments.seed + 2 * before.num_runs
+    short = batches(tokens_T, num_rows=rows, context=context, seed=seed)
+    long = batches(tokens_T, num_rows=max(1, rows // LONG_FACTOR), context=context * LONG_FACTOR, seed=seed + 1)
+    stepping = optimizers(model)
+    num_steps, num_tokens, smoothed, share, num_saved = 0, 0, float("nan"), 0.0, 0
+    since = time.monotonic()
+    with tqdm(total=arguments.steps, desc="training", unit="step", mininterval=5.0) as progress:
+        while share < 1.0:
+            inputs, targets = next(long if num_steps % LONG_EVERY == LONG_EVERY - 1 else short)
+            loss = loss_of(model, inputs.to(device), targets.to(device))
+            loss.backward()
+            nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            for optimizer in stepping:
+                for group in optimizer.param_groups:
+                    group["lr"] = optimizer.defaults["lr"] * rate_at(share)
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            num_steps, num_tokens, nats = num_steps + 1, num_tokens + inputs.numel(), float(loss.detach())
+            smoothed = nats if math.isnan(smoothed) else 0.95 * smoothed + 0.05 * nats
+            progress.set_postfix(loss=f"{smoothed:.3f}", done=f"{share:.0%}", refresh=False)
+            progress.update()
+            minutes = (time.monotonic() - since) / 60
+            share = max(num_steps / arguments.steps, minutes / arguments.minutes)
+            if share >= 1.0 or minutes // arguments.save_minutes > num_saved:
+                num_saved = int(minutes // arguments.save_minutes)
+                yield Run(
+                    num_runs=before.num_runs + 1,
+                    num_steps=before.num_steps + num_steps,
+                    num_tokens=before.num_tokens + num_tokens,
+                    minutes=before.minutes + minutes,
+                )
 
 
 # ---------------------------------------------------------------------------------------------------------- the folder
@@ -244,7 +272,7 @@ def write_tokenizer(out: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     _write_json(out / "special_tokens_map.json", markers)
 
 
-def write_model(out: Path, model: LlamaForCausalLM) -> None:
+def write_model(out: Path, model: LlamaForCausalLM, run: Run) -> None:
     """Weights in bf16; the output head is the embedding and is not stored twice."""
     _write_json(out / "config.json", SHAPE)
     _write_json(
@@ -258,7 +286,8 @@ def write_model(out: Path, model: LlamaForCausalLM) -> None:
         if name != "lm_head.weight"
     }
     half_written = out / "model.safetensors.part"
-    save_file(weights, half_written, metadata={"format": "pt"})
+    save_file(weights, half_written, metadata={"format": "pt", "training": json.dumps(asdict(run))})
+    half_written.chmod(0o644)  # it is made readable to its owner alone, and would be installed so
     half_written.replace(out / "model.safetensors")
 
 
@@ -269,19 +298,17 @@ def _write_json(path: Path, value: object) -> None:
 def continuations(out: Path) -> str:
     """What the folder says when loaded as anyone would load it: five greedy prompts and four chats."""
     tokenizer = AutoTokenizer.from_pretrained(out)
-    model = AutoModelForCausalLM.from_pretrained(out)
+    model: Any = AutoModelForCausalLM.from_pretrained(out)
     prompts = [tokenizer(prompt, return_tensors="pt")["input_ids"] for prompt in PROMPTS]
     for question in QUESTIONS:
         chat = [{"role": "user", "content": question}]
         text = tokenizer.apply_chat_template(chat, add_generation_prompt=True, tokenize=False)
         prompts.append(tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"])
     told = [model.generate(ids, max_new_tokens=60, do_sample=False, temperature=None, top_p=None) for ids in prompts]
-    return "\n\n".join(tokenizer.decode(ids[0]) for ids in told)
+    return "\n\n".join(str(tokenizer.decode(ids[0])) for ids in told)
 
 
-def write_card(
-    out: Path, arguments: argparse.Namespace, train: Split, held: Split, num_read: int, since: float
-) -> None:
+def write_card(out: Path, arguments: argparse.Namespace, train: Split, held: Split, run: Run) -> None:
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.bfloat16).to(arguments.device)
     loss = held_out_loss(model, held.tokens_T)
     device = "a CPU" if arguments.device == "cpu" else torch.cuda.get_device_name()
@@ -301,16 +328,15 @@ def write_card(
         held=held,
         train_tokens=len(train.tokens_T),
         held_tokens=len(held.tokens_T),
-        steps=arguments.steps,
+        run=run,
         step_tokens=arguments.rows * arguments.context,
-        num_read=num_read,
-        passes=num_read / len(train.tokens_T),
+        passes=run.num_tokens / len(train.tokens_T),
         context=arguments.context,
-        long_context=min(arguments.context * 4, 2048),
-        learning_rate=arguments.learning_rate,
+        long_every=LONG_EVERY,
+        long_context=arguments.context * LONG_FACTOR,
+        matrix_rate=MATRIX_RATE,
+        embedding_rate=EMBEDDING_RATE,
         seed=arguments.seed,
-        minutes=(time.monotonic() - since) / 60,
-        threads=arguments.threads,
         device=device,
         loss=loss,
         perplexity=math.exp(loss),
@@ -330,10 +356,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--docs", action="append", default=[], type=Path, metavar="DIR", help="folder of .rst files")
     parser.add_argument("--out", type=Path, default=Path("argosy/default_model"), metavar="DIR", help="(%(default)s)")
-    parser.add_argument("--steps", type=int, default=2000, help="optimizer steps; 2000 take 45 minutes on two cores")
-    parser.add_argument("--rows", type=int, default=8, help="windows in a step (%(default)s)")
-    parser.add_argument("--context", type=int, default=512, help="tokens in a window (%(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="its peak (%(default)s)")
+    parser.add_argument("--steps", type=int, default=2000, help="at most this many steps (%(default)s)")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="or as many as fit (no limit)")
+    parser.add_argument("--resume", action="store_true", help="begin with the weights in --out, on new batches")
+    parser.add_argument("--rows", type=int, default=16, help="windows in a step (%(default)s)")
+    parser.add_argument("--context", type=int, default=256, help="tokens in most windows (%(default)s)")
     parser.add_argument("--seed", type=int, default=7, help="of weights, order and chats (%(default)s)")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (%(default)s)")
     parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
@@ -354,16 +381,16 @@ def main() -> None:
     held = encode(tokenizer, [document for document in documents if document.held_out], seed=arguments.seed)
     print(f"{len(seen.tokens_T):,} tokens to train on, {len(held.tokens_T):,} held out", flush=True)
 
-    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="sdpa")).float().to(arguments.device)
-    since = time.monotonic()
-
-    def save(step: int) -> None:
-        write_model(arguments.out, model)
-        tqdm.write(f"step {step}: held out {held_out_loss(model, held.tokens_T[:16385]):.3f}", file=sys.stderr)
-
-    num_read = train(model, seen.tokens_T, arguments, save)
-    write_model(arguments.out, model)
-    write_card(arguments.out, arguments, seen, held, num_read, since)
+    model = LlamaForCausalLM(LlamaConfig(**SHAPE, attn_implementation="sdpa")).float()
+    before = Run()
+    if arguments.resume:
+        model.load_state_dict(load_file(arguments.out / "model.safetensors"), strict=False)
+        before = Run.of(arguments.out / "model.safetensors")
+    model.to(arguments.device)
+    for run in train(model, seen.tokens_T, before, arguments):
+        write_model(arguments.out, model, run)
+        tqdm.write(f"step {run.num_steps}: held out {held_out_loss(model, held.tokens_T[:16385]):.3f}", file=sys.stderr)
+    write_card(arguments.out, arguments, seen, held, run)
     print(continuations(arguments.out))
 
 
