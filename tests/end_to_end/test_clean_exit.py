@@ -14,6 +14,8 @@ import pytest
 MODEL = Path(__file__).parents[2] / "argosy" / "default_model"
 SCRIPT = """
 import signal, sys, time
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job is started with Ctrl-C ignored
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.deploy.launch import launch_engine
 
