@@ -140,7 +140,7 @@ def test_a_large_text_is_encoded_off_the_event_loop(tokenizer: Tokenizer) -> Non
 
     ids, ticks = asyncio.run(main())
     assert ids == tokenizer.encode(text)
-    assert ticks > 10
+    assert ticks > 1  # on the loop itself it would be none at all; how many, is up to the machine
 
 
 def test_bytes_and_lower_bound_are_true(tokenizer: Tokenizer) -> None:
