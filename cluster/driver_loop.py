@@ -23,7 +23,7 @@ from argosy.cluster.poller import READ, WRITE, Poller
 from argosy.cluster.protocol.channel import MAX_HELLO_BYTES, Listener, encode_frame, format_tcp, secret_matches
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ChannelClosed, ServingError
-from argosy.cluster.protocol.messages import EngineInfo, FromEdge, Hello, Welcome
+from argosy.cluster.protocol.messages import EngineInfo, FromEdge, Hello, Welcome, WorkerReady
 from argosy.cluster.rank_processes import StartRanks
 
 _log = logging.getLogger(__name__)
@@ -46,6 +46,7 @@ class DriverStatus(msgspec.Struct, frozen=True, kw_only=True):
     error_message: str = ""
     seconds_since_beat: float = 0.0
     epoch: int = 0
+    ranks: tuple[WorkerReady, ...] = ()  # of the group that is ready: where each one's bytes and seconds went
 
 
 class DriverLoop:
@@ -119,6 +120,7 @@ class DriverLoop:
             error_message=str(self._error) if self._error else "",
             seconds_since_beat=max(self.clock.now() - self._beat, 0.0),
             epoch=self._executor.epoch,
+            ranks=tuple(self._executor.ready.values()) if self._state == "ready" else (),
         )
 
     # -------------------------------------------------------------------------------------------------- the loop

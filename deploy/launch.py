@@ -54,6 +54,7 @@ class Engine:
     ):
         assert status.info is not None
         self.address, self.secret, self.info = status.address, secret, status.info
+        self.ranks = status.ranks  # what each rank said when it was ready: its bytes and the seconds of its start
         self.config = config  # with "auto" and None worked out
         self.name = name
         self._driver, self._session, self._folder = driver, session, folder

@@ -43,6 +43,7 @@ from argosy.workers.device import TORCH_DTYPES, choose_device, choose_dtype, des
 from argosy.workers.loading.resolve import resolve_model
 from argosy.workers.memory import MemoryLedger, measure_num_blocks, warm_up_shapes
 from argosy.workers.model_runner import ModelRunner, StepOutcome
+from argosy.workers.start_clock import StartClock
 
 GRACE_SECONDS = 1.0  # between the driver's going away and our own end, for an orderly one
 EXIT_DRIVER_GONE = 3
@@ -100,6 +101,8 @@ class Worker:
         self.runner: ModelRunner | None = None
         self.parallel: ParallelContext | None = None
         self.ledger = MemoryLedger()
+        self._clock = StartClock()
+        self._clock.mark("Python and imports")
         self._answers: _AnswerThread | None = None
 
     def serve(self) -> int:
@@ -145,6 +148,7 @@ class Worker:
 
     def _start(self, message: StartWorker) -> None:
         self.epoch = message.epoch
+        self._clock.skip()
         started = time.monotonic()
         device = choose_device(self.config.parallel.device, self.rank)
         set_up_device(device, _num_threads(self.config, self.rank))
@@ -152,17 +156,22 @@ class Worker:
         folder = resolve_model(self.config.model.model)
         spec = read_model_spec(folder, self.config.model.hf_overrides)
         spec.check_layout(self.rank.tp_size, self.rank.pp_size)
+        self._clock.mark("device")
         self.parallel = init_parallel(self.rank, message.rendezvous, device, message.deadline_seconds)
+        self._clock.mark("process groups")
         dtype = choose_dtype(self.config.model.dtype, spec.dtype)
         self._progress("loading weights", 0.0)
         self.runner = ModelRunner(
             self.config, spec, self.parallel, device=device, dtype=dtype,
             cache_dtype=_cache_dtype(self.config.cache.kv_cache_dtype, dtype),
         )  # fmt: skip
+        self._clock.mark("buffers")
         report = self.runner.load(folder, self._throttled("loading weights"))
+        self._clock.mark("weights")
         self._progress("loading weights", 1.0)
         self.ledger.weight_bytes = report.num_bytes
         measured = measure_num_blocks(self.runner, self.ledger)
+        self._clock.mark("measuring memory")
         self.channel.send(
             WorkerReport(
                 global_rank=self.rank.global_rank,
@@ -181,13 +190,17 @@ class Worker:
 
     def _allocate(self, message: AllocateCache) -> None:
         assert self.runner is not None
+        self._clock.skip()
         started = time.monotonic()
         self.runner.allocate(message.num_blocks)
+        self._clock.mark("KV cache")
         assert self.runner.kv_cache is not None
         self.ledger.kv_bytes = self.runner.kv_cache.num_bytes
         self._progress("warming up", 0.0)
         self.runner.warm_up(warm_up_shapes(self.runner))
+        self._clock.mark("warm-up")
         self.runner.record_graphs(self._throttled("recording graphs"))
+        self._clock.mark("graphs")
         if self.runner.device.type != "cpu" and self.rank.answers:
             self._answers = _AnswerThread(self.channel.send, self._tell_failure)
         self.channel.send(
@@ -196,6 +209,7 @@ class Worker:
                 epoch=self.epoch,
                 warm_up_seconds=time.monotonic() - started,
                 ledger=self.ledger.entries(),
+                phases=dict(self._clock.phases),
             )
         )
 

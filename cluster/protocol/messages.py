@@ -214,6 +214,7 @@ class WorkerReady(_Message, frozen=True):
     epoch: int
     warm_up_seconds: float
     ledger: dict[str, int] = {}
+    phases: dict[str, float] = {}  # seconds of each part of the start, from the start of its process
 
 
 class WorkerError(_Message, frozen=True):
