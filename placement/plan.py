@@ -1,5 +1,8 @@
 """Who runs which layers where, as a value that can be printed, saved and compared."""
 
+from collections.abc import Sequence
+from typing import Any
+
 import msgspec
 
 from argosy.cluster.protocol.errors import ConfigError
@@ -49,11 +52,54 @@ class PlacementPlan(msgspec.Struct, frozen=True, kw_only=True):
         """Pipeline stages."""
         return self.ranks[0].pp_size
 
+    @property
+    def layer_counts(self) -> tuple[int, ...]:
+        """Layers of each stage: what the setting `pipeline_layers` takes."""
+        return tuple(r.last_layer - r.first_layer for r in self.ranks if r.tp_rank == 0)
+
+    def stage(self, pp_rank: int) -> tuple[RankInfo, ...]:
+        """The ranks of one stage, in order of `tp_rank`."""
+        return self.ranks[pp_rank * self.tp_size : (pp_rank + 1) * self.tp_size]
+
+    def placed(self, seats: Sequence[tuple[str, int | None]]) -> "PlacementPlan":
+        """The same ranks on devices: (node id, GPU index there) for each, in order of `global_rank`."""
+        return PlacementPlan(
+            ranks=tuple(
+                msgspec.structs.replace(rank, node=node, gpu=gpu)
+                for rank, (node, gpu) in zip(self.ranks, seats, strict=True)
+            )
+        )
+
     def describe(self) -> str:
         """One line for people, such as 'TP2 x PP2, layers 0-15 | 16-31'."""
         stages = [r for r in self.ranks if r.tp_rank == 0]
         layers = " | ".join(f"{r.first_layer}-{r.last_layer - 1}" for r in stages)
         return f"TP{self.tp_size} x PP{self.pp_size}, layers {layers}"
+
+
+class ClusterPlan(msgspec.Struct, frozen=True, kw_only=True):
+    """All replicas of one model on one cluster; no device sits in two of them."""
+
+    replicas: tuple[PlacementPlan, ...]
+
+    @property
+    def num_ranks(self) -> int:
+        """Devices in use."""
+        return sum(len(replica.ranks) for replica in self.replicas)
+
+    def settings(self) -> dict[str, Any]:
+        """The parallel settings of one replica, by the flat names of `ServingConfig.from_mapping`."""
+        first = self.replicas[0]
+        return {
+            "tensor_parallel_size": first.tp_size,
+            "pipeline_parallel_size": first.pp_size,
+            "pipeline_layers": first.layer_counts if first.pp_size > 1 else (),
+        }
+
+    def describe(self) -> str:
+        """One line for people: '2 replicas of TP2 x PP2, layers 0-15 | 16-31'."""
+        many = f"{len(self.replicas)} replicas of " if len(self.replicas) > 1 else ""
+        return many + self.replicas[0].describe()
 
 
 def make_plan(num_layers: int, tp_size: int, pp_size: int, pipeline_layers: tuple[int, ...] = ()) -> PlacementPlan:
