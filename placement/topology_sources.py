@@ -24,7 +24,7 @@ from typing import Any, Final
 import yaml
 
 from argosy.cluster.protocol.errors import ConfigError
-from argosy.placement.data_sheets import DATA_SHEETS, DRIVER_MIB, MIB, DataSheet, find_data_sheet
+from argosy.placement.data_sheets import DATA_SHEETS, DataSheet, find_data_sheet
 from argosy.placement.topology import NETWORK_25G, ClusterTopology, Gpu, Link, Node, NodeLink, NodeProbe
 
 MAX_NODES: Final = 4096
