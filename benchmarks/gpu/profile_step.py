@@ -43,11 +43,13 @@ def make_runner(model: str, max_num_seqs: int, context: int) -> ModelRunner:
     return runner
 
 
-def start_rows(runner: ModelRunner, batch: int, context: int) -> SchedulerOutput:
-    """The mixed step that takes up `batch` requests with `context` tokens computed."""
+def start_rows(runner: ModelRunner, batch: int, context: int, shared: int = 0) -> SchedulerOutput:
+    """The mixed step that takes up `batch` requests with `context` tokens computed, the first `shared` in common."""
     per_row = context // 16 + 4
+    common = list(range(shared // 16))
     requests = [
-        NewRequest(row, [5] * (context + 1), context + 1, context, list(range(row * per_row, (row + 1) * per_row)),
+        NewRequest(row, [5] * (context + 1), context + 1, context,
+                   [*common, *range(row * per_row + len(common), (row + 1) * per_row)],
                    TokenParams(max_tokens=1000, temperature=0.0))
         for row in range(batch)
     ]  # fmt: skip
@@ -58,6 +60,21 @@ def start_rows(runner: ModelRunner, batch: int, context: int) -> SchedulerOutput
         new_requests=requests,
         finished=list(range(len(runner.batch.active))),
     )
+
+
+def mixed(batch: int, context: int, prompt_tokens: int) -> SchedulerOutput:
+    """A step of `batch` decode rows that are known already, and new prompts of 512 tokens."""
+    count, per_row = prompt_tokens // 512, context // 16 + 4
+    assert per_row >= 32, "prompts borrow the blocks of rows that stay away"
+    rows = list(range(batch + count))
+    return SchedulerOutput(
+        step_id=2, epoch=0, rows=rows, num_tokens=[1] * batch + [512] * count,
+        new_requests=[
+            NewRequest(row, [7] * 512, 512, 0, list(range(row * per_row, row * per_row + 32)),
+                       TokenParams(max_tokens=8, temperature=0.0))
+            for row in rows[batch:]
+        ],
+    )  # fmt: skip
 
 
 def decode(batch: int, step: int) -> SchedulerOutput:
@@ -86,9 +103,16 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--prefill", type=int, default=0, help="also a step of so many prompt tokens, rows of 512")
+    parser.add_argument(
+        "--mixed", type=int, default=0, help="also a step of the largest batch and so many prompt tokens"
+    )
+    parser.add_argument(
+        "--shared", type=int, default=0, help="tokens at the front that all rows share, in blocks of 16"
+    )
     parser.add_argument("--top", type=int, default=12)
     args = parser.parse_args()
-    runner = make_runner(args.model, max(args.batch), args.context)
+    extra = args.mixed // 512
+    runner = make_runner(args.model, max(args.batch) + extra, args.context)
     runner.warm_up([(1, 32), *((size, 1) for size in args.batch)])
     began = time.perf_counter()
     runner.record_graphs()
@@ -111,7 +135,7 @@ def main() -> None:
                           "host_ms": round(host_ms, 3)}))  # fmt: skip
         show(lambda: runner.execute(output), args.top)
     for batch in args.batch:
-        runner.execute(start_rows(runner, batch, args.context))
+        runner.execute(start_rows(runner, batch, args.context, args.shared))
         for step in range(3):
             runner.execute(decode(batch, step))
         step_ms, host_ms = timed(lambda batch=batch: runner.execute(decode(batch, 9)), 20)
@@ -120,6 +144,15 @@ def main() -> None:
                "replay_ms": round(replay_ms, 4), "host_ms": round(host_ms, 4)}  # fmt: skip
         print(json.dumps(row), flush=True)
         show(lambda batch=batch: (graphs.run(batch), graphs.run_greedy(batch)), args.top)
+    if args.mixed:
+        batch = max(args.batch)
+        output = mixed(batch, args.context, args.mixed)
+        runner.execute(output)
+        device_ms, host_ms = timed(lambda: runner.execute(output), 5)
+        row = {"model": args.model, "mixed_rows": batch, "prompt_tokens": args.mixed, "context": args.context,
+               "device_ms": round(device_ms, 3), "host_ms": round(host_ms, 3)}  # fmt: skip
+        print(json.dumps(row), flush=True)
+        show(lambda: runner.execute(output), args.top)
 
 
 def show(run: object, top: int) -> None:
