@@ -7,6 +7,7 @@ no tensor core product of bf16; kernels with one are tested in float16 and float
 import os
 import zlib
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,9 +18,15 @@ if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m gpu` chooses
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With a card all tests of this room run on it, and count as such."""
     for item in items:
-        if item.get_closest_marker("gpu") and not HAS_GPU:
+        if Path(__file__).parent not in item.path.parents:
+            continue
+        if HAS_GPU:
+            item.add_marker(pytest.mark.gpu)
+        elif item.get_closest_marker("gpu"):
             item.add_marker(pytest.mark.skip(reason="needs an NVIDIA GPU"))
 
 

@@ -1,0 +1,192 @@
+"""On real GPUs, engine and all: each family says what transformers says, graphs what eager steps say, and every layout
+what one card says. `pytest -m gpu` runs these and the kernels' own tests; layouts that need more cards are left out.
+"""
+
+import itertools
+import os
+import random
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "workers"))
+from rig import FAMILIES, SHAPE
+
+from argosy import LLM, SamplingParams
+
+DEVICE = os.environ.get("ARGOSY_TEST_DEVICE", "cuda")  # "cpu" tries the tests themselves where there is no card
+NUM_CARDS = torch.cuda.device_count() if DEVICE == "cuda" else 4
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.timeout(300),
+    pytest.mark.skipif(DEVICE == "cuda" and not NUM_CARDS, reason="needs an NVIDIA GPU"),
+]
+WIDE = {
+    "hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 64,
+    "vocab_size": 1024, "max_position_embeddings": 512, "initializer_range": 0.15,
+}  # fmt: skip  # heads of a size that models have
+NUM_NEW = 24
+Scores = list[list[float]]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A random model of every family in bfloat16, saved by transformers."""
+    import transformers
+
+    parent = tmp_path_factory.mktemp("families")
+    for number, (family, (name, extra)) in enumerate(FAMILIES.items()):
+        torch.manual_seed(number)
+        config = getattr(transformers, f"{name}Config")(**{**SHAPE, **WIDE, **extra, "head_dim": 64})
+        model = getattr(transformers, f"{name}ForCausalLM")(config).to(torch.bfloat16)
+        for module_name, parameter in model.named_parameters():
+            if parameter.ndim == 1:  # norms and biases that do something
+                torch.nn.init.normal_(parameter, mean=1.0 if "norm" in module_name else 0.0, std=0.2)
+        model.save_pretrained(parent / family)
+    return {family: parent / family for family in FAMILIES}
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    """Ragged, around the borders of blocks, chunks and tiles."""
+    rng = random.Random(7)
+    return [[rng.randrange(3, 1000) for _ in range(length)] for length in (1, 5, 16, 17, 33, 64, 100, 130)]
+
+
+@contextmanager
+def engine(folder: Path, **settings: Any) -> Iterator[LLM]:
+    """Small numbers, so that prompts are cut and rows come and go."""
+    small = {
+        "device": DEVICE, "distributed_executor_backend": "mp", "skip_tokenizer_init": True, "max_num_seqs": 8,
+        "max_num_batched_tokens": 64, "num_gpu_blocks_override": 256, "cpu_threads": 1,
+    }  # fmt: skip
+    with LLM(str(folder), **{**small, **settings}) as llm:
+        yield llm
+
+
+def answer(llm: LLM, prompts: Sequence[Sequence[int]]) -> tuple[list[list[int]], Scores]:
+    """Greedy: token ids, and the log probability of every token after the first, of prompts and answers."""
+    params = SamplingParams(
+        temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True, detokenize=False, logprobs=0, prompt_logprobs=0
+    )
+    tokens, scores = [], []
+    for prompt, output in zip(prompts, llm.generate(list(prompts), params, use_tqdm=False), strict=True):
+        (made,) = output.outputs
+        assert made.logprobs is not None
+        assert output.prompt_logprobs is not None
+        places = [*zip(prompt[1:], output.prompt_logprobs[1:], strict=True)]
+        places += [*zip(made.token_ids, made.logprobs, strict=True)]
+        tokens.append(list(made.token_ids))
+        scores.append([figures[token].logprob for token, figures in places if figures is not None])
+    return tokens, scores
+
+
+def score(folder: Path, sequences: Sequence[Sequence[int]], dtype: torch.dtype) -> tuple[Scores, Scores]:
+    """By transformers: the log probability of every token after the first, and that of the most likely one there."""
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(DEVICE).eval()
+    given, best = [], []
+    with torch.inference_mode():
+        for sequence in sequences:
+            ids = torch.tensor([list(sequence)], device=DEVICE)
+            logprobs = model(ids).logits[0, :-1].float().log_softmax(-1)
+            given.append(logprobs.gather(1, ids[0, 1:, None])[:, 0].tolist())
+            best.append(logprobs.max(-1).values.tolist())
+    return given, best
+
+
+def distance(first: Scores, second: Scores) -> float:
+    """Root mean square difference over all positions."""
+    pairs = [(a, b) for one, other in zip(first, second, strict=True) for a, b in zip(one, other, strict=True)]
+    return (sum((a - b) ** 2 for a, b in pairs) / len(pairs)) ** 0.5
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_in_bfloat16_is_as_near_to_exact_numbers_as_transformers_is(
+    family: str, folders: dict[str, Path], prompts: list[list[int]]
+) -> None:
+    """Judged by the same weights in float32: prompts in pieces, decode steps in graphs, all rows at once."""
+    with engine(folders[family], dtype="bfloat16") as llm:
+        tokens, ours = answer(llm, prompts)
+    sequences = [[*prompt, *made] for prompt, made in zip(prompts, tokens, strict=True)]
+    exact, best = score(folders[family], sequences, torch.float32)
+    theirs, _ = score(folders[family], sequences, torch.bfloat16)
+    bound = 1.5 * distance(theirs, exact) + 0.01
+    assert distance(ours, exact) < bound, (distance(ours, exact), distance(theirs, exact))
+    regret = [b[-NUM_NEW + i] - e[-NUM_NEW + i] for e, b in zip(exact, best, strict=True) for i in range(NUM_NEW)]
+    assert max(regret) < 8 * bound, "a token was chosen that is not nearly the most likely one"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_graphs_and_eager_steps_give_transformers_tokens_in_float32(
+    family: str, folders: dict[str, Path], prompts: list[list[int]]
+) -> None:
+    """Greedy choices equal one by one; where two are nearly as likely, either may be taken."""
+    made = []
+    for enforce_eager in (False, True):
+        with engine(folders[family], dtype="float32", enforce_eager=enforce_eager) as llm:
+            made.append(answer(llm, prompts))
+    (tokens, scores), (eager_tokens, eager_scores) = made
+    assert tokens == eager_tokens
+    assert distance(scores, eager_scores) < 1e-3
+    sequences = [[*prompt, *new] for prompt, new in zip(prompts, tokens, strict=True)]
+    exact, best = score(folders[family], sequences, torch.float32)
+    assert distance(scores, exact) < 1e-3
+    regret = [b[-NUM_NEW + i] - e[-NUM_NEW + i] for e, b in zip(exact, best, strict=True) for i in range(NUM_NEW)]
+    assert max(regret) < 1e-3
+
+
+def test_drawn_tokens_are_the_same_again(folders: dict[str, Path], prompts: list[list[int]]) -> None:
+    """A seed, whatever else runs beside."""
+    params = SamplingParams(temperature=0.9, top_p=0.9, seed=5, max_tokens=16, ignore_eos=True, n=3, detokenize=False)
+    with engine(folders["llama"], dtype="float32") as llm:  # rows beside it change the last bit, not the draw
+        first = llm.generate(prompts, params, use_tqdm=False)
+        llm.reset_prefix_cache()
+        second = llm.generate(prompts[::-1], params, use_tqdm=False)[::-1]
+    drawn = [[[list(one.token_ids) for one in output.outputs] for output in outputs] for outputs in (first, second)]
+    assert drawn[0] == drawn[1]
+    assert any(a != b for answers in drawn[0] for a, b in itertools.pairwise(answers)), "all three draws are the same"
+
+
+LAYOUTS = [
+    pytest.param(tp, pp, marks=pytest.mark.skipif(tp * pp > NUM_CARDS, reason=f"needs {tp * pp} cards"))
+    for tp, pp in ((2, 1), (1, 2), (4, 1), (2, 2), (1, 3))
+]
+
+
+@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_layout_says_what_one_card_says(
+    family: str, tp: int, pp: int, folders: dict[str, Path], prompts: list[list[int]]
+) -> None:
+    """In float32 the same tokens, in bfloat16 as near to exact numbers as one card."""
+    sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
+    with engine(folders[family], dtype="float32") as llm:
+        tokens, scores = answer(llm, prompts)
+    with engine(folders[family], dtype="float32", **sizes) as llm:
+        spread_tokens, spread_scores = answer(llm, prompts)
+    assert spread_tokens == tokens
+    assert distance(spread_scores, scores) < 1e-3
+    with engine(folders[family], dtype="bfloat16", **sizes) as llm:
+        tokens, scores = answer(llm, prompts)
+    sequences = [[*prompt, *new] for prompt, new in zip(prompts, tokens, strict=True)]
+    exact, _ = score(folders[family], sequences, torch.float32)
+    theirs, _ = score(folders[family], sequences, torch.bfloat16)
+    assert distance(scores, exact) < 1.5 * distance(theirs, exact) + 0.01
+
+
+def test_the_ledger_adds_up_to_what_the_driver_reports(folders: dict[str, Path]) -> None:
+    """Weights, cache, graphs, activations, workspace and what is free, to within two in a hundred."""
+    with engine(folders["llama"], dtype="bfloat16", num_gpu_blocks_override=None, gpu_memory_utilization=0.5) as llm:
+        (rank,) = llm._engine.ranks
+    ledger = dict(rank.ledger)
+    total = ledger.pop("total", 0)
+    if DEVICE == "cuda":
+        assert abs(sum(ledger.values()) - total) < 0.02 * total, rank.ledger
+    assert sum(rank.phases.values()) > 0
