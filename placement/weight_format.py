@@ -1,0 +1,104 @@
+"""How many bytes a matrix takes in each weight format, scales and zero points included."""
+
+from collections.abc import Mapping
+from typing import Any, Final
+
+import msgspec
+
+from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel
+
+
+class WeightFormat(msgspec.Struct, frozen=True, kw_only=True):
+    """How the linear layers of a model are stored. `bits` 16 stands for the model's own dtype."""
+
+    name: str = "none"
+    bits: int = 16
+    block: tuple[int, int] | None = None  # FP8 blocks of outputs x inputs, one float32 scale each
+    group: int = 0  # inputs that share a scale (and a zero point); 0: one scale a tensor or a row
+    row_scales: bool = False  # one scale an output
+    scale_bytes: int = 4
+    zero_bits: int = 0
+    order_bytes: int = 0  # an entry for each input (GPTQ's group index)
+
+    @property
+    def smallest_share(self) -> int:
+        """A rank's share of a matrix must be a multiple of this."""
+        return self.block[0] if self.block else max(self.group, 1)
+
+    @property
+    def computes_in_fp8(self) -> bool:
+        """Whether products run on the FP8 units."""
+        return self.bits == 8 and self.name.startswith("fp8")
+
+    def matrix_bytes(self, num_out: int, num_in: int, dtype_bytes: int) -> int:
+        """Bytes of one matrix without its bias."""
+        if self.bits == 16:
+            return num_out * num_in * dtype_bytes
+        size = (num_out * num_in * self.bits + 7) // 8
+        if self.block:
+            return size + self.scale_bytes * -(-num_out // self.block[0]) * -(-num_in // self.block[1])
+        if self.group:
+            groups = -(-num_in // self.group)
+            return (
+                size
+                + groups * num_out * self.scale_bytes
+                + groups * num_out * self.zero_bits // 8
+                + (num_in * self.order_bytes)
+            )
+        return size + self.scale_bytes * (num_out if self.row_scales else 1)
+
+
+FORMATS: Final[Mapping[str, WeightFormat]] = {
+    "none": WeightFormat(),
+    "fp8": WeightFormat(name="fp8", bits=8, row_scales=True),
+    "fp8-block": WeightFormat(name="fp8-block", bits=8, block=(128, 128)),
+    "int8": WeightFormat(name="int8", bits=8, row_scales=True),
+    "gptq": WeightFormat(name="gptq", bits=4, group=128, scale_bytes=2, zero_bits=4, order_bytes=4),
+    "awq": WeightFormat(name="awq", bits=4, group=128, scale_bytes=2, zero_bits=4),
+}
+
+
+def format_by_name(name: str) -> WeightFormat:
+    """The format that `--quantization` names. Raises `ConfigError`."""
+    if name not in FORMATS:
+        raise ConfigError(f"quantization={name!r}: must be one of {', '.join(FORMATS)}")
+    return FORMATS[name]
+
+
+def format_from_config(config: Mapping[str, Any]) -> WeightFormat:
+    """The format of a checkpoint from its `quantization_config`. Raises `UnsupportedModel`."""
+    given = config.get("quantization_config")
+    if not isinstance(given, Mapping):
+        return FORMATS["none"]
+    method = str(given.get("quant_method", "")).lower()
+    if method in ("fp8", "fbgemm_fp8"):
+        block = given.get("weight_block_size")
+        if isinstance(block, list) and len(block) == 2:
+            return msgspec.structs.replace(FORMATS["fp8-block"], block=(int(block[0]), int(block[1])))
+        return msgspec.structs.replace(FORMATS["fp8"], row_scales=method == "fbgemm_fp8")
+    if method in ("gptq", "awq"):
+        bits, group = int(given.get("bits", 4)), int(given.get("group_size", 128))
+        return msgspec.structs.replace(FORMATS[method], bits=bits, zero_bits=bits, group=max(group, 0))
+    if method == "compressed-tensors":
+        return _compressed(given)
+    if method == "bitsandbytes" and given.get("load_in_8bit"):
+        return FORMATS["int8"]
+    raise UnsupportedModel(
+        "config.json",
+        "quantization_config",
+        f"{method!r:.80}: can't be sized; known: fp8, fbgemm_fp8, gptq, awq, compressed-tensors",
+    )
+
+
+def _compressed(given: Mapping[str, Any]) -> WeightFormat:
+    groups = given.get("config_groups")
+    first: Any = next(iter(groups.values()), {}) if isinstance(groups, Mapping) else {}
+    weights = first.get("weights") if isinstance(first, Mapping) else None
+    if isinstance(weights, Mapping):
+        bits, kind = int(weights.get("num_bits", 8)), str(weights.get("type", "int"))
+        if bits == 8:
+            base = FORMATS["fp8" if kind == "float" else "int8"]
+            return msgspec.structs.replace(base, row_scales=weights.get("strategy") != "tensor")
+        if bits == 4:
+            return msgspec.structs.replace(FORMATS["awq"], name="int4", group=int(weights.get("group_size") or 128))
+    raise UnsupportedModel("config.json", "quantization_config", "compressed-tensors without a known weight scheme")
