@@ -16,6 +16,7 @@ from argosy.cluster import ray_executor
 from argosy.cluster.driver_actor import DriverBoot, DriverHandle
 from argosy.cluster.protocol.channel import RELAY
 from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import PlacementImpossible
 from argosy.cluster.protocol.messages import EngineInfo
 from argosy.cluster.rank_processes import RankDoor, RankHandles
 from argosy.deploy.local_launch import free_port
@@ -23,6 +24,7 @@ from argosy.deploy.owned_folder import short_temp_folder
 from argosy.deploy.ray_session import RaySession
 from argosy.placement import ray_cluster
 from argosy.placement.plan import PlacementPlan
+from argosy.placement.seating import StageRoom
 from argosy.workers.worker_actor import WorkerActor, encode_boot
 
 _LOOPBACK: Final = "127.0.0.1"
@@ -41,10 +43,12 @@ class RayRankStarter:
         device = self._device()
         per_rank = {"GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
         bundle = {key: amount * plan.tp_size for key, amount in per_rank.items()}
-        reservation = ray_cluster.reserve(self.group_name, plan.pp_size, bundle)
+        rooms = [StageRoom(resources=bundle, node_id=plan.stage(stage)[0].node) for stage in range(plan.pp_size)]
+        reservation = ray_cluster.reserve(self.group_name, rooms)
         try:
             stages = [rank.pp_rank for rank in plan.ranks]
             actors = ray_executor.create_rank_actors(WorkerActor, stages, reservation.group, per_rank, epoch=door.epoch)
+            _check_seats(actors, [reservation.stage_node_ids[stage] for stage in stages])
             here = ray.get_runtime_context().get_node_id()
             one_node = len({actor.node_id for actor in actors}) == 1
             host = _LOOPBACK if one_node else actors[0].host
@@ -71,6 +75,14 @@ class RayRankStarter:
         """What "auto" means here: GPUs wherever there are any, so that none is idle by mistake."""
         device = self.config.parallel.device
         return device if device != "auto" else "cuda" if ray_cluster.discover().num_gpus else "cpu"
+
+
+def _check_seats(actors: Sequence[ray_executor.RankActor], node_ids: Sequence[str]) -> None:
+    """Each rank runs where the plan put it, or none does."""
+    for actor, node_id in zip(actors, node_ids, strict=True):
+        if actor.node_id != node_id:
+            ray_executor.kill_actors(actors)
+            raise PlacementImpossible(f"rank {actor.global_rank} came up on {actor.host}, and not where its plan says")
 
 
 def driver_addresses(door: RankDoor, here: str, node_ids: Sequence[str], name: str) -> list[str]:

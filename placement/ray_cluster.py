@@ -1,12 +1,12 @@
 """The cluster as Ray sees it: what nodes there are, and placement groups reserved and given back.
 
 A group has one bundle for each pipeline stage, so that the ranks of a tensor-parallel group share a node by
-construction. Groups outlive the actor that made them; they are named, and whoever comes next with the same name
-removes what its predecessor left.
+construction, and each bundle is tied to the node that the plan names. Groups outlive the actor that made them; they are
+named, and whoever comes next with the same name removes what its predecessor left.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 import ray
@@ -18,10 +18,15 @@ from ray.util.placement_group import (
 )
 
 from argosy.cluster.protocol.errors import PlacementImpossible
-from argosy.placement.topology import ClusterTopology, Node
+from argosy.placement.seating import Offer, StageRoom, describe_stages, seat_stages
+from argosy.placement.topology import NETWORK_25G, ClusterTopology, Link, NodeLink, NodeProbe
+from argosy.placement.topology_sources import topology_from_ray
 
 RESERVE_SECONDS: Final = 15.0
 _REMOVE_SECONDS: Final = 10.0
+_TRY_SECONDS: Final = 2.0  # for Ray to grant bundles that its own figures call free
+_LOOK_SECONDS: Final = 0.2
+_NODE_LABEL: Final = "ray.io/node-id"  # Ray gives it to each node
 
 
 class Reservation:
@@ -35,52 +40,70 @@ class Reservation:
         _remove([self.group])
 
 
-def discover() -> ClusterTopology:
-    """The nodes that are alive."""
-    nodes = [
-        Node(
+def discover(
+    probes: Mapping[str, NodeProbe] | None = None, *, network: Link = NETWORK_25G, links: Sequence[NodeLink] = ()
+) -> ClusterTopology:
+    """The nodes that are alive, with what probes found on them."""
+    return topology_from_ray(_ray_nodes(), probes, network=network, links=links)
+
+
+def offers() -> list[Offer]:
+    """What each node that is alive has, what of it is free, and which placement groups hold some."""
+    private: Any = ray._private  # the only place that says what is free node by node
+    free: Mapping[str, Mapping[str, float]] = private.state.available_resources_per_node()
+    holders: dict[str, set[str]] = {}
+    for row in placement_group_table().values():
+        if row["state"] == "CREATED":
+            for node_id in row["bundles_to_node_id"].values():
+                holders.setdefault(node_id, set()).add(row["name"] or "an unnamed placement group")
+    return [
+        Offer(
             node_id=node["NodeID"],
             address=node["NodeManagerAddress"],
-            num_cpus=node["Resources"].get("CPU", 0.0),
-            num_gpus=node["Resources"].get("GPU", 0.0),
-            memory_bytes=int(node["Resources"].get("memory", 0)),
-            labels=dict(node.get("Labels") or {}),
+            total=dict(node["Resources"]),
+            free=dict(free.get(node["NodeID"], {})),
+            holders=tuple(sorted(holders.get(node["NodeID"], ()))),
         )
-        for node in ray.nodes()  # type: ignore[no-untyped-call]  # Ray's own
+        for node in _ray_nodes()
         if node["Alive"]
     ]
-    return ClusterTopology(nodes=tuple(sorted(nodes, key=lambda node: node.node_id)))
 
 
-def reserve(
-    name: str, num_stages: int, bundle: dict[str, float], *, deadline_seconds: float = RESERVE_SECONDS
-) -> Reservation:
-    """Reserve `bundle` for each stage, on a node each where there are enough nodes.
+def reserve(name: str, stages: Sequence[StageRoom], *, deadline_seconds: float = RESERVE_SECONDS) -> Reservation:
+    """Reserve a bundle for each stage, on the node that `seat_stages` gives it.
 
-    Raises `PlacementImpossible`, at once when no node is large enough and after the deadline when others hold the
-    room; it says what was asked for and what there is. Ray itself would wait for ever.
+    Raises `PlacementImpossible`, at once when an idle cluster would not hold it and after the deadline when others hold
+    the room; it says what was asked for and what each node has. Ray itself would wait for ever. Leaves nothing behind.
     """
     release(name)
-    topology = discover()
-    fitting = [node for node in topology.nodes if _fits(node, bundle)]
-    asked = f"{num_stages} x {_describe(bundle)}, each within one node"
-    slots = sum(_num_fitting(node, bundle) for node in fitting)
-    if slots < num_stages:
-        raise PlacementImpossible(
-            f"the plan needs {asked}; the cluster has {topology.describe()}. "
-            "Add nodes, use a smaller --tensor-parallel-size or --pipeline-parallel-size, or --device cpu"
+    seat_stages(stages, offers(), by_total=True)
+    deadline = time.monotonic() + deadline_seconds
+    while True:
+        try:
+            seats = seat_stages(stages, offers())
+        except PlacementImpossible as error:
+            if time.monotonic() >= deadline:
+                raise PlacementImpossible(f"after {deadline_seconds:g} s of waiting, {error}") from None
+            time.sleep(_LOOK_SECONDS)
+            continue
+        group = placement_group(
+            [dict(stage.resources) for stage in stages],
+            strategy="PACK",  # says nothing: each bundle is tied to its node by the label
+            name=name,
+            bundle_label_selector=[{_NODE_LABEL: node_id} for node_id in seats],
         )
-    strategy = "STRICT_SPREAD" if num_stages > 1 and len(fitting) >= num_stages else "PACK"
-    group = placement_group([bundle] * num_stages, strategy=strategy, name=name)
-    if not group.wait(deadline_seconds):
+        try:
+            if group.wait(_TRY_SECONDS):
+                return _checked(name, group, seats)
+        except BaseException:
+            _remove([group])
+            raise
         _remove([group])
-        free = {key: value for key, value in sorted(_available().items()) if key in ("CPU", "GPU")}
-        raise PlacementImpossible(
-            f"the plan needs {asked}; after {deadline_seconds:g} s only {_describe(free)} of {topology.describe()} is "
-            "free: something else holds the rest"
-        )
-    nodes = placement_group_table(group)["bundles_to_node_id"]
-    return Reservation(name, group, [nodes[stage] for stage in range(num_stages)])
+        if time.monotonic() >= deadline:
+            raise PlacementImpossible(
+                f"Ray did not grant {describe_stages(stages)} within {deadline_seconds:g} s, though its own figures "
+                f"call it free on {', '.join(sorted(set(seats)))}: see 'ray status'"
+            )
 
 
 def release(name: str) -> None:
@@ -88,6 +111,15 @@ def release(name: str) -> None:
     table = placement_group_table()
     found = [key for key, row in table.items() if row["name"] == name and row["state"] != "REMOVED"]
     _remove([PlacementGroup(ray.PlacementGroupID.from_hex(key)) for key in found])
+
+
+def _checked(name: str, group: PlacementGroup, seats: Sequence[str]) -> Reservation:
+    """The reservation, if it is where it was asked to be."""
+    placed = placement_group_table(group)["bundles_to_node_id"]
+    found = [placed[stage] for stage in range(len(seats))]
+    if found != list(seats):
+        raise PlacementImpossible(f"Ray put stages on nodes {found} and the plan on {list(seats)}")
+    return Reservation(name, group, found)
 
 
 def _remove(groups: Sequence[PlacementGroup]) -> None:
@@ -99,19 +131,6 @@ def _remove(groups: Sequence[PlacementGroup]) -> None:
             time.sleep(0.01)
 
 
-def _available() -> dict[str, float]:
-    free: dict[str, float] = ray.available_resources()  # type: ignore[no-untyped-call]  # Ray's own
-    return free
-
-
-def _fits(node: Node, bundle: dict[str, float]) -> bool:
-    return _num_fitting(node, bundle) > 0
-
-
-def _num_fitting(node: Node, bundle: dict[str, float]) -> int:
-    offered = {"CPU": node.num_cpus, "GPU": node.num_gpus}
-    return min((int(offered.get(key, 0.0) // amount) for key, amount in bundle.items() if amount > 0), default=1)
-
-
-def _describe(resources: dict[str, Any]) -> str:
-    return " + ".join(f"{value:g} {key}" for key, value in resources.items()) or "nothing"
+def _ray_nodes() -> list[dict[str, Any]]:
+    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray's own
+    return nodes
