@@ -55,7 +55,16 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag(
             "pipeline-parallel-size", "int", "stages of consecutive layers, one node each where possible", short="-pp"
         ),
+        Flag("data-parallel-size", "int", "replicas of the whole model, behind one address", short="-dp"),
         Flag("pipeline-layers", "json", "layers of each stage as a JSON list, such as [10,14] (default: even)"),
+        Flag(
+            "layout", "text", "auto or given (default: auto when none of the sizes above is given: see 'argosy plan')"
+        ),
+        Flag(
+            "ray-address",
+            "text",
+            "host:port or auto: a Ray cluster to run in (default: $RAY_ADDRESS, or one of our own)",
+        ),
         Flag("device", "text", "auto, cpu or cuda"),
         Flag("cpu-threads", "int", "threads of each rank on a CPU (default: cores divided by ranks)"),
         Flag("enforce-eager", "switch", "no CUDA graphs"),
@@ -100,7 +109,7 @@ _IGNORED_SWITCHES = """
     return_tokens_as_token_ids calculate_kv_scales disable_sliding_window use_tqdm_on_load
 """
 _IGNORED_VALUES = """
-    distributed_executor_backend nnodes node_rank master_addr master_port data_parallel_size runner convert
+    distributed_executor_backend nnodes node_rank master_addr master_port runner convert
     tokenizer_mode revision tokenizer_revision download_dir code_revision hf_token hf_config_path swap_space
     cpu_offload_gb compilation_config optimization_level performance_mode attention_config attention_backend
     profiler_config kv_offloading_size kv_offloading_backend max_log_len otlp_traces_endpoint uvicorn_log_level

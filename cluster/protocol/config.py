@@ -71,12 +71,17 @@ class ParallelConfig(_Settings, frozen=True):
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     pipeline_layers: tuple[int, ...] = ()  # layers of each stage; empty: as even as can be
+    data_parallel_size: int = 1  # replicas of the whole, each with an engine of its own
     start_deadline_seconds: float = 600.0
     step_deadline_seconds: float = 60.0
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: int | None = None  # a CPU rank's threads; None: cores divided by ranks
     enforce_eager: bool = False
     max_cuda_graph_batch: int = 512
+    layout: Literal["given", "auto"] = (
+        "given"  # auto: the planner chooses the sizes above for the cluster that is there
+    )
+    ray_address: str | None = None  # of a Ray cluster that runs; None: one of our own
 
 
 class ServerConfig(_Settings, frozen=True):
@@ -121,6 +126,7 @@ class ServingConfig(_Settings, frozen=True):
         check.at_least("max_logprobs", self.model.max_logprobs, -1)
         check.at_least("tensor_parallel_size", parallel.tensor_parallel_size, 1)
         check.at_least("pipeline_parallel_size", parallel.pipeline_parallel_size, 1)
+        check.at_least("data_parallel_size", parallel.data_parallel_size, 1)
         check.at_least("max_model_len", self.model.max_model_len, 1)
         check.between("port", self.server.port, 0, 65535)
         if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
@@ -134,6 +140,11 @@ class ServingConfig(_Settings, frozen=True):
                 f"pipeline_layers={list(stages)} must name at least one layer for each of the "
                 f"{parallel.pipeline_parallel_size} stages"
             )
+
+    @property
+    def max_steps_in_flight(self) -> int:
+        """Steps that may be sent and not answered: one for each stage, and one that waits on the ranks already."""
+        return self.parallel.pipeline_parallel_size + int(self.scheduler.async_scheduling)
 
     @classmethod
     def from_mapping(cls, given: Mapping[str, object]) -> "ServingConfig":

@@ -7,14 +7,15 @@ from argosy.deploy import cli
 SHARED = ["--help", "-h"]
 EXPECTED = {
     "serve": """
-        --api-key --api-keys-file --async-scheduling --block-size --chat-template --config --cpu-threads --device
+        --api-key --api-keys-file --async-scheduling --block-size --chat-template --config --cpu-threads
+        --data-parallel-size --device
         --disable-log-stats --drain-seconds --dtype --enable-chunked-prefill --enable-prefix-caching --enforce-eager
         --generation-config --gpu-memory-utilization --hf-overrides --host --kv-cache-dtype --kv-cache-memory-bytes
-        --load-format --max-body-bytes --max-logprobs --max-model-len --max-num-batched-tokens --max-num-seqs
+        --layout --load-format --max-body-bytes --max-logprobs --max-model-len --max-num-batched-tokens --max-num-seqs
         --max-num-waiting --model --num-gpu-blocks-override --pipeline-layers --pipeline-parallel-size --port
-        --quantization --request-deadline-seconds --response-role --scheduling-policy --seed --served-model-name
+        --quantization --ray-address --request-deadline-seconds --response-role --scheduling-policy --seed --served-model-name
         --skip-tokenizer-init --start-deadline-seconds --step-deadline-seconds --tensor-parallel-size --tokenizer
-        -pp -q -tp
+        -dp -pp -q -tp
     """,
     "chat": "--api-key --max-tokens --model --seed --stop --system --temperature --url",
     "complete": "--api-key --max-tokens --model --seed --stop --temperature --url",
