@@ -40,6 +40,9 @@ class _Everything:
 WATCH_ALL: Final = _Everything()
 """As `Request.watched`: look closely at whatever token comes next."""
 
+BATCH_PRIORITY: Final = 1 << 20
+"""From this priority on a request belongs to a job that nobody waits for; it goes behind all others in any policy."""
+
 _SEED_SPAN: Final = 2**64
 
 
@@ -209,8 +212,9 @@ def make_requests(
 
 
 def order_key(request: Request, by_priority: bool) -> tuple[int, int, int]:
-    """Who goes first: the smaller."""
-    return (request.priority if by_priority else 0), request.arrival, request.index
+    """Who goes first: the smaller. First come, first served means among people: items of jobs come behind them all."""
+    priority = request.priority if by_priority else int(request.priority >= BATCH_PRIORITY)
+    return priority, request.arrival, request.index
 
 
 def _params_of_sample(params: TokenParams, index: int) -> TokenParams:

@@ -4,7 +4,7 @@ import pytest
 
 from argosy.cluster.protocol.messages import GenerateRequest
 from argosy.cluster.protocol.sampling import TokenParams
-from argosy.cluster.request import Request, RequestStatus
+from argosy.cluster.request import BATCH_PRIORITY, Request, RequestStatus
 from argosy.cluster.waiting_queue import WaitingQueue
 
 
@@ -33,6 +33,14 @@ def test_first_come_first_served_knows_no_priority() -> None:
         queue.push(request(arrival, priority))
     queue.check()
     assert drain(queue) == [1, 2, 3]
+
+
+def test_items_of_jobs_come_behind_people_also_where_the_first_is_served_first() -> None:
+    """A job of ten thousand items was there before somebody asks a question."""
+    queue = WaitingQueue(by_priority=False)
+    for arrival, priority in ((1, BATCH_PRIORITY), (2, BATCH_PRIORITY + 7), (3, 0)):
+        queue.push(request(arrival, priority))
+    assert drain(queue) == [3, 1, 2]
 
 
 def test_lower_priority_numbers_go_first_and_arrival_breaks_ties() -> None:
