@@ -31,13 +31,22 @@ class AttentionMetadata:
 
 @dataclass(frozen=True, slots=True)
 class AttentionShape:
-    """What is the same in every step of one layer: heads of this rank, scale and window."""
+    """What is the same in every step of one layer: heads of this rank, scale and window, and what logits go through."""
 
     num_heads: int
     num_kv_heads: int
     head_size: int
     scale: float
     sliding_window: int | None = None
+    interleaved: bool = False  # rotated pairs are (0, 1), (2, 3) ..
+    soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
+    alibi_slopes_N: Tensor | None = None  # then slope * (key - query) is added
+    sinks_N: Tensor | None = None  # then a logit of its own joins the softmax, without a value
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether logits go to the softmax as they are."""
+        return self.soft_cap is None and self.alibi_slopes_N is None and self.sinks_N is None
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,13 +60,16 @@ class QKNorm:
 
 
 class AttentionBackend(Protocol):
-    """Attention of one layer over the paged cache: `forward`, or its two moves."""
+    """Attention of one layer over the paged cache: `forward`, or its two moves.
+
+    The table of rotations may be narrower than a head, which leaves the rest of it alone; None rotates nothing.
+    """
 
     def forward(
         self,
         qkv_TD: Tensor,
         positions_T: Tensor,
-        cos_sin_PH: Tensor,
+        cos_sin_PH: Tensor | None,
         kv_cache: tuple[Tensor, Tensor],
         metadata: AttentionMetadata,
         shape: AttentionShape,
@@ -69,7 +81,7 @@ class AttentionBackend(Protocol):
         self,
         qkv_TD: Tensor,
         positions_T: Tensor,
-        cos_sin_PH: Tensor,
+        cos_sin_PH: Tensor | None,
         kv_cache: tuple[Tensor, Tensor],
         metadata: AttentionMetadata,
         shape: AttentionShape,

@@ -111,7 +111,7 @@ class TorchBackend:
         self,
         qkv_TD: Tensor,
         positions_T: Tensor,
-        cos_sin_PH: Tensor,
+        cos_sin_PH: Tensor | None,
         kv_cache: tuple[Tensor, Tensor],
         metadata: AttentionMetadata,
         shape: AttentionShape,
@@ -125,7 +125,7 @@ class TorchBackend:
         self,
         qkv_TD: Tensor,
         positions_T: Tensor,
-        cos_sin_PH: Tensor,
+        cos_sin_PH: Tensor | None,
         kv_cache: tuple[Tensor, Tensor],
         metadata: AttentionMetadata,
         shape: AttentionShape,
@@ -139,12 +139,9 @@ class TorchBackend:
         qk = qkv[:, :num_rotated]
         if norm is not None:
             qk = _norm_heads(qk, norm)
-        cos, minus_sin, sin = _rotation(plan, positions_T, cos_sin_PH, qk.dtype)
-        rotated = qk * cos
-        first, second = qk.chunk(2, -1)
-        rotated_first, rotated_second = rotated.chunk(2, -1)
-        rotated_first.addcmul_(second, minus_sin)
-        rotated_second.addcmul_(first, sin)
+        rotated = (
+            qk if cos_sin_PH is None else _rotate(qk, plan, positions_T, cos_sin_PH, interleaved=shape.interleaved)
+        )
         k_TKH, v_TKH = rotated[:, num_heads:], qkv[:, num_rotated:]
         if plan.kept_T is not None:
             k_TKH, v_TKH = k_TKH[plan.kept_T], v_TKH[plan.kept_T]
@@ -170,6 +167,32 @@ class TorchBackend:
         for row in plan.prefills:
             out_TD[row.first : row.last] = _prefill(q_TNH[row.first : row.last], kv_cache, row, shape)
         return out_TD
+
+
+def _rotate(qk_TXH: Tensor, plan: _Plan, positions_T: Tensor, cos_sin_PH: Tensor, *, interleaved: bool) -> Tensor:
+    """A new tensor. What lies beyond the table's width in each head is copied as it is."""
+    width = cos_sin_PH.shape[-1]
+    cos, minus_sin, sin = _rotation(plan, positions_T, cos_sin_PH, qk_TXH.dtype)
+    if width == qk_TXH.shape[-1] and not interleaved:
+        rotated = qk_TXH * cos
+        first, second = qk_TXH.chunk(2, -1)
+        rotated_first, rotated_second = rotated.chunk(2, -1)
+    else:
+        rotated, cos = qk_TXH.clone(), cos[..., : width // 2]
+        if interleaved:
+            pairs, rotated_pairs = (
+                qk_TXH[..., :width].unflatten(-1, (-1, 2)),
+                rotated[..., :width].unflatten(-1, (-1, 2)),
+            )
+            (first, second), (rotated_first, rotated_second) = pairs.unbind(-1), rotated_pairs.unbind(-1)
+        else:
+            first, second = qk_TXH[..., :width].chunk(2, -1)
+            rotated_first, rotated_second = rotated[..., :width].chunk(2, -1)
+        rotated_first.mul_(cos)
+        rotated_second.mul_(cos)
+    rotated_first.addcmul_(second, minus_sin)
+    rotated_second.addcmul_(first, sin)
+    return rotated
 
 
 def _norm_heads(qk_TXH: Tensor, norm: QKNorm) -> Tensor:
@@ -210,6 +233,8 @@ def _decode(q_RNH: Tensor, kv_cache: tuple[Tensor, Tensor], group: _DecodeGroup,
     k_RLKH = k_cache.index_select(0, group.block_ids).view(group.num_rows, group.num_keys, num_kv_heads, size)
     v_RLKH = v_cache.index_select(0, group.block_ids).view(group.num_rows, group.num_keys, num_kv_heads, size)
     window = shape.sliding_window
+    if not shape.is_plain:
+        return _decode_special(q_RNH, k_RLKH, v_RLKH, group, shape)
     if group.length is not None and (window is None or group.length <= window):
         mask = None
         if group.length < group.num_keys:
@@ -234,6 +259,39 @@ def _decode(q_RNH: Tensor, kv_cache: tuple[Tensor, Tensor], group: _DecodeGroup,
     return out_RKGH.reshape(group.num_rows, -1)
 
 
+def _decode_special(
+    q_RNH: Tensor, k_RLKH: Tensor, v_RLKH: Tensor, group: _DecodeGroup, shape: AttentionShape
+) -> Tensor:
+    """One token a row, where logits are capped, biased or joined by a sink. float32."""
+    q_RKGH = (q_RNH.float() * shape.scale).reshape(group.num_rows, shape.num_kv_heads, -1, shape.head_size)
+    logits_RKGL = q_RKGH @ k_RLKH.permute(0, 2, 3, 1).float()
+    behind_RL = torch.arange(group.num_keys) - group.last_R1
+    seen_RL = behind_RL <= 0
+    if shape.sliding_window is not None:
+        seen_RL &= behind_RL > -shape.sliding_window
+    _cap_and_bias(logits_RKGL, shape, behind_RL[:, None, None], (shape.num_kv_heads, -1, 1))
+    logits_RKGL.masked_fill_(~seen_RL[:, None, None], float("-inf"))
+    weights_RKGL = _softmax(logits_RKGL, shape.sinks_N, (shape.num_kv_heads, -1, 1))
+    out_RKGH = weights_RKGL @ v_RLKH.transpose(1, 2).float()
+    return out_RKGH.reshape(group.num_rows, -1).to(q_RNH.dtype)
+
+
+def _cap_and_bias(logits: Tensor, shape: AttentionShape, behind: Tensor, by_head: tuple[int, ...]) -> None:
+    """In place. `behind`: key position - query position; `by_head`: the shape that spreads numbers over heads."""
+    if shape.soft_cap is not None:
+        logits.mul_(1.0 / shape.soft_cap).tanh_().mul_(shape.soft_cap)
+    if shape.alibi_slopes_N is not None:
+        logits.add_(shape.alibi_slopes_N.view(by_head) * behind)
+
+
+def _softmax(logits: Tensor, sinks_N: Tensor | None, by_head: tuple[int, ...]) -> Tensor:
+    """Over the keys, which may share it with one sink a head."""
+    if sinks_N is None:
+        return torch.softmax(logits, -1)
+    sinks = sinks_N.float().view(by_head).expand(*logits.shape[:-1], 1)
+    return torch.softmax(torch.cat((logits, sinks), -1), -1)[..., :-1]
+
+
 def _prefill(q_QNH: Tensor, kv_cache: tuple[Tensor, Tensor], row: _PrefillRow, shape: AttentionShape) -> Tensor:
     """One row of several tokens."""
     num_kv_heads, size = shape.num_kv_heads, shape.head_size
@@ -243,10 +301,19 @@ def _prefill(q_QNH: Tensor, kv_cache: tuple[Tensor, Tensor], row: _PrefillRow, s
     window = shape.sliding_window
     if window is not None and window >= row.length:
         window = None
-    return _attend_in_chunks(q_QNH, k_LKH, v_LKH, scale=shape.scale, window=window)
+    special = None if shape.is_plain else shape
+    return _attend_in_chunks(q_QNH, k_LKH, v_LKH, scale=shape.scale, window=window, special=special)
 
 
-def _attend_in_chunks(q_QNH: Tensor, k_LKH: Tensor, v_LKH: Tensor, *, scale: float, window: int | None) -> Tensor:
+def _attend_in_chunks(
+    q_QNH: Tensor,
+    k_LKH: Tensor,
+    v_LKH: Tensor,
+    *,
+    scale: float,
+    window: int | None,
+    special: AttentionShape | None = None,
+) -> Tensor:
     """Causal attention of the last Q of L positions, some queries at a time and each only to the keys it may see.
 
     Logits and softmax are float32, and stay in the cache. One core of a Zen 4, 512 queries and keys, torch's fused
@@ -267,11 +334,18 @@ def _attend_in_chunks(q_QNH: Tensor, k_LKH: Tensor, v_LKH: Tensor, *, scale: flo
         q_KXH = q_QKGH[start:stop].permute(1, 2, 0, 3).reshape(num_kv_heads, group * count, size)
         logits_KXL = torch.bmm(q_KXH, k_KLH[:, begin:end].transpose(1, 2))
         logits_KGCL = logits_KXL.view(num_kv_heads, group, count, end - begin)
+        if special is not None:
+            behind_CL = torch.arange(begin, end) - torch.arange(first + start, end)[:, None]
+            _cap_and_bias(logits_KGCL, special, behind_CL, (num_kv_heads, -1, 1, 1))
         logits_KGCL[..., first + start - begin :] += _above_diagonal()[:count, :count]
         if window is not None and first + stop - 1 - window >= begin:
             query_C1 = torch.arange(first + start, end)[:, None]
             logits_KGCL.masked_fill_(torch.arange(begin, end) <= query_C1 - window, float("-inf"))
-        out_KXH = torch.bmm(torch.softmax(logits_KXL, -1), v_KLH[:, begin:end])
+        if special is None:
+            weights_KXL = torch.softmax(logits_KXL, -1)
+        else:
+            weights_KXL = _softmax(logits_KGCL, special.sinks_N, (num_kv_heads, -1, 1, 1)).reshape(logits_KXL.shape)
+        out_KXH = torch.bmm(weights_KXL, v_KLH[:, begin:end])
         out_QKGH[start:stop] = out_KXH.view(num_kv_heads, group, count, size).permute(2, 0, 1, 3)
     return out_QKGH.view(num_queries, -1)
 
