@@ -79,11 +79,13 @@ def prepare_decode(
 
 
 @triton.jit
-def _remember_kernel(rows_ptr, token_ids_ptr, logits_ptr, last_token_ptr, out_ptr, stride_logits):
+def _remember_kernel(
+    rows_ptr, token_ids_ptr, logits_ptr, last_token_ptr, out_ptr, stride_logits, CHOSEN: tl.constexpr
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     handle = tl.load(rows_ptr + row).to(tl.int64)
     token = tl.load(token_ids_ptr + row)
-    best = tl.load(logits_ptr + row * stride_logits + tl.maximum(token, 0)).to(tl.float32)
+    best = tl.load(logits_ptr + row * stride_logits + (0 if CHOSEN else tl.maximum(token, 0))).to(tl.float32)
     finite = (best == best) & (tl.abs(best) != float("inf"))
     tl.store(out_ptr + row, tl.where(finite, token, tl.where(best == float("-inf"), -2, -1)))
     if handle >= 0:
@@ -95,5 +97,6 @@ def remember_tokens(
 ) -> None:
     """One launch; shapes as in `ops.remember_tokens`."""
     _remember_kernel[(rows_R.shape[0],)](
-        rows_R, token_ids_R, logits_RV, last_token_N, out_R, logits_RV.stride(0), num_warps=1
-    )
+        rows_R, token_ids_R, logits_RV, last_token_N, out_R, logits_RV.stride(0), CHOSEN=logits_RV.ndim == 1,
+        num_warps=1,
+    )  # fmt: skip

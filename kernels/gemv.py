@@ -229,6 +229,7 @@ def fused_linear(
     eps: float = 1e-6,
     residual_TO: Tensor | None = None,
     gated: bool = False,
+    out_TO: Tensor | None = None,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
     """One launch for one token, else one more for the norm; see `ops.fused_linear`.
@@ -246,7 +247,8 @@ def fused_linear(
     kernel, rows, width = KERNELS[sizes["kernel"]], sizes["rows"], sizes["width"]
     if num_tokens > 1 and norm_weight_I is not None:
         x_TI, norm_weight_I = rms_norm.rms_norm(x_TI, norm_weight_I, eps), None
-    out_TO = residual_TO
+    assert residual_TO is None or out_TO is None
+    out_TO = residual_TO if out_TO is None else out_TO
     if out_TO is None:
         out_TO = torch.empty((num_tokens, num_outputs), dtype=x_TI.dtype, device=x_TI.device)
     assert out_TO.stride(1) == 1

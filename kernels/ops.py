@@ -11,6 +11,7 @@ Triton files are imported when a CUDA tensor first needs them, so that a CPU hos
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -62,29 +63,53 @@ def fused_linear(
     eps: float = 1e-6,
     residual_TO: Tensor | None = None,
     gated: bool = False,
+    out_TO: Tensor | None = None,
 ) -> Tensor:
     """RMS norm of the input (if given a weight), x W^T + bias, silu(gate) · up (if `gated`), added to the residual.
 
-    One launch for a few tokens on a GPU, where the product is bound by reading W; cuBLAS and separate kernels above.
+    `out_TO`: where to, if there is no residual. One launch for a few tokens on a GPU, where the product is bound by
+    reading W; cuBLAS and separate kernels above.
     """
     if x_TI.is_cuda:
         from argosy.kernels import gemv
 
         if gemv.suits(x_TI, weight_OI):
             return gemv.fused_linear(
-                x_TI, weight_OI, bias_O, norm_weight_I=norm_weight_I, eps=eps, residual_TO=residual_TO, gated=gated
-            )
+                x_TI, weight_OI, bias_O, norm_weight_I=norm_weight_I, eps=eps, residual_TO=residual_TO, gated=gated,
+                out_TO=out_TO,
+            )  # fmt: skip
         if norm_weight_I is not None:
             x_TI = rms_norm(x_TI, norm_weight_I, eps)
         if residual_TO is not None and bias_O is None and not gated:
             return residual_TO.addmm_(x_TI, weight_OI.t())  # cuBLAS adds to what stands there: no launch of its own
+        if out_TO is not None and not gated:
+            return linear_into(x_TI, weight_OI, bias_O, out_TO)
         y_TO = F.linear(x_TI, weight_OI, bias_O)
         if gated:
             y_TO = silu_and_mul(y_TO)
+        if out_TO is not None:
+            return out_TO.copy_(y_TO)
         return y_TO if residual_TO is None else residual_TO.add_(y_TO)
-    return reference.fused_linear(
+    y_TO = reference.fused_linear(
         x_TI, weight_OI, bias_O, norm_weight_I=norm_weight_I, eps=eps, residual_TO=residual_TO, gated=gated
     )
+    return y_TO if out_TO is None else out_TO.copy_(y_TO)
+
+
+def linear_into(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_TO: Tensor) -> Tensor:
+    """x W^T + bias, written to `out_TO`."""
+    if bias_O is None:
+        return torch.mm(x_TI, weight_OI.t(), out=out_TO)
+    return torch.addmm(bias_O, x_TI, weight_OI.t(), out=out_TO)
+
+
+def embed_share(token_ids_T: Tensor, weight_WD: Tensor, first_id: int, out_TD: Tensor) -> Tensor:
+    """Rows of a table that holds the tokens from `first_id` on; zeros for tokens of other ranks. Into `out_TD`."""
+    if token_ids_T.is_cuda:
+        from argosy.kernels import embedding
+
+        return embedding.embed_share(token_ids_T, weight_WD, first_id, out_TD)
+    return reference.embed_share(token_ids_T, weight_WD, first_id, out_TD)
 
 
 def apply_rotary(
@@ -350,7 +375,7 @@ def remember_tokens(
     """Keep each row's sampled token for its next step, and judge it by its logit.
 
     `out_R` gets the token id, -1 where the logit is not a finite number, -2 where it is -inf (nothing was allowed).
-    Rows of handle -1 are padding and are not kept.
+    Rows of handle -1 are padding and are not kept. `logits_RV` may be [R]: only the logits of the tokens.
     """
     if rows_R.is_cuda:
         from argosy.kernels import decode_inputs

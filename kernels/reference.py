@@ -368,7 +368,14 @@ def remember_tokens(
     rows_R: Tensor, token_ids_R: Tensor, logits_RV: Tensor, last_token_N: Tensor, out_R: Tensor
 ) -> None:
     """See `ops.remember_tokens`."""
-    best_R = logits_RV.gather(1, token_ids_R.clamp(min=0)[:, None])[:, 0]
+    best_R = logits_RV if logits_RV.ndim == 1 else logits_RV.gather(1, token_ids_R.clamp(min=0)[:, None])[:, 0]
     out_R.copy_(torch.where(torch.isfinite(best_R), token_ids_R, torch.where(best_R == float("-inf"), -2, -1)))
     kept = rows_R >= 0
     last_token_N[rows_R[kept].long()] = token_ids_R[kept].clamp(min=0)
+
+
+def embed_share(token_ids_T: Tensor, weight_WD: Tensor, first_id: int, out_TD: Tensor) -> Tensor:
+    """See `ops.embed_share`."""
+    local_T = token_ids_T - first_id
+    foreign_T = (local_T < 0) | (local_T >= weight_WD.shape[0])
+    return out_TD.copy_(weight_WD[local_T.masked_fill(foreign_T, 0)].masked_fill(foreign_T[:, None], 0.0))

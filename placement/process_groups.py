@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from argosy.cluster.protocol.errors import ConfigError, StartupTimeout, WorkerFailed
+from argosy.placement.network import choose_interface
 from argosy.placement.plan import RankInfo
-from argosy.placement.symmetric_memory import SymmetricAllReduce, open_symmetric
+from argosy.placement.symmetric_memory import SymmetricAllReduce, SymmetricBuffer, open_symmetric
 
 
 class ParallelContext:
@@ -49,6 +50,16 @@ class ParallelContext:
                 return self._symmetric(x)
             dist.all_reduce(x, group=self.tp_group)
         return x
+
+    @property
+    def shares_memory(self) -> bool:
+        """Whether the GPUs of the tensor-parallel group can address each other."""
+        return self._symmetric is not None
+
+    def shared_buffer(self, num_bytes: int) -> SymmetricBuffer:
+        """Zeroed bytes on each GPU of the group, for all of them; only where `shares_memory`. Collective."""
+        assert self.tp_group is not None
+        return SymmetricBuffer(self.tp_group, self.device, num_bytes)
 
     def all_gather_last_dim(self, x: Tensor) -> Tensor:
         """The parts of all tensor-parallel ranks side by side along the last axis, on every rank."""
@@ -95,6 +106,7 @@ def init_parallel(rank: RankInfo, rendezvous: str, device: torch.device, timeout
     host, _, port = rendezvous.rpartition(":")
     if not host or not port.isdigit():
         raise ConfigError(f"rendezvous={rendezvous!r}: must be 'host:port'")
+    choose_interface(host)
     deadline = timedelta(seconds=timeout_seconds)
     what = f"process groups of {world_size} ranks at {rendezvous}"
     with _map_distributed_errors(rank, what, timeout_seconds):

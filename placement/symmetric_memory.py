@@ -20,6 +20,21 @@ TWO_SHOT_BYTES: Final = 4 * 1024 * 1024  # above it NCCL is as fast, and needs n
 _ALIGNMENT: Final = 16  # bytes that the kernels load at once
 
 
+class SymmetricBuffer:
+    """Zeroed bytes on each GPU of a group that all of them can address. Making one is collective."""
+
+    def __init__(self, group: "dist.ProcessGroup", device: torch.device, num_bytes: int):
+        # Here, since it registers kernels that no CPU rank needs, which costs every process its start.
+        import torch.distributed._symmetric_memory as symmetric
+
+        self.local: Tensor = symmetric.empty(num_bytes, dtype=torch.uint8, device=device)
+        self.local.zero_()
+        torch.cuda.synchronize(device)
+        self._handle: Any = symmetric.rendezvous(self.local, group=group.group_name)
+        self.addresses_W = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
+        dist.barrier(group)  # all have zeroed theirs before anyone writes
+
+
 class SymmetricAllReduce:
     """One shared buffer a group. All ranks call it with the same shapes, in the same order, on one stream."""
 

@@ -23,7 +23,7 @@ from argosy.kernels import ops
 from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.input_batch import InputBatch, StepInputs
 
-NUM_CONTROL_BUFFERS = 4  # steps whose control may be on its way to the device at once
+NUM_CONTROL_BUFFERS = 4  # steps whose control may be on its way to the device at once, at least
 Forward = Callable[[Tensor | None, Tensor | None, Tensor, AttentionMetadata], Tensor]
 
 
@@ -53,10 +53,9 @@ class DecodeTables:
         self.num_computed_N = torch.zeros(num, dtype=torch.int32, device=device)
         self.block_table_NB = torch.zeros((num, batch.max_blocks), dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
-        # rows: handles | new blocks | tokens the host knows
-        self._controls = [
-            torch.full((3, max_rows), -1, dtype=torch.int32, pin_memory=pinned) for _ in range(NUM_CONTROL_BUFFERS)
-        ]
+        # rows: handles | new blocks | tokens that aren't the last ones sampled (none so far)
+        count = max(NUM_CONTROL_BUFFERS, batch.max_steps_in_flight + 1)
+        self._controls = [torch.full((3, max_rows), -1, dtype=torch.int32, pin_memory=pinned) for _ in range(count)]
         event: Any = torch.cuda.Event  # torch gives it no types
         self._sent = [event() for _ in self._controls] if pinned else []
         self._turn = 0
@@ -85,7 +84,7 @@ class DecodeTables:
             blocks_R[row] = block_ids[0]
         return blocks_R
 
-    def send(self, handles_R: np.ndarray, blocks_R: np.ndarray, tokens_R: np.ndarray | None, num_padded: int) -> None:
+    def send(self, handles_R: np.ndarray, blocks_R: np.ndarray, num_padded: int) -> None:
         """One copy to the device, in stream order."""
         turn = self._turn = (self._turn + 1) % len(self._controls)
         if self._sent:
@@ -95,7 +94,6 @@ class DecodeTables:
         host[0, :count] = handles_R
         host[0, count:num_padded] = -1
         host[1, :count] = blocks_R
-        host[2, :count] = -1 if tokens_R is None else tokens_R
         self.control_3R.copy_(control, non_blocking=True)
         if self._sent:
             self._sent[turn].record()
@@ -146,10 +144,14 @@ class CUDAGraphRunner:
         hidden_size: int,
         dtype: torch.dtype,
         is_first_stage: bool,
+        choose: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
     ):
-        """`forward`: (tokens, hidden, positions, metadata) -> hidden. No `compute_logits` before the last stage."""
+        """`forward`: (tokens, hidden, positions, metadata) -> hidden. No `compute_logits` before the last stage.
+
+        `choose`: from a rank's share of the logits to (ids, their logits), where nobody gathers all of them.
+        """
         self.batch, self.forward, self.compute_logits = batch, forward, compute_logits
-        self.max_rows, self.max_model_len = max_rows, max_model_len
+        self.max_rows, self.max_model_len, self.choose = max_rows, max_model_len, choose
         self.tables = DecodeTables(batch, max_rows)
         self.is_first_stage = is_first_stage
         self.hidden_RD = torch.zeros((max_rows, hidden_size), dtype=dtype, device=batch.device)
@@ -159,7 +161,6 @@ class CUDAGraphRunner:
         for size in reversed(self.sizes):
             self._size_of[: size + 1] = size
         self._last_rows: object = ()
-        self._last_handles = np.zeros(0, dtype=np.int64)
 
     # ------------------------------------------------------------------------------------------------- recording
 
@@ -213,7 +214,11 @@ class CUDAGraphRunner:
         return hidden_RD if self.compute_logits is None else self.compute_logits(hidden_RD)
 
     def _sample_greedy(self, size: int, logits_RV: Tensor) -> None:
-        self.remember(logits_RV, ops.argmax_rows(logits_RV), size)
+        if self.choose is None:
+            self.remember(logits_RV, ops.argmax_rows(logits_RV), size)
+        else:
+            ids_R, values_R = self.choose(logits_RV)
+            self.remember(values_R, ids_R, size)
 
     def remember(self, logits_RV: Tensor, token_ids_R: Tensor, num_rows: int) -> Tensor:
         """Keep what was sampled for the next step. Returns the ids, those of failed rows below 0."""
@@ -235,19 +240,15 @@ class CUDAGraphRunner:
             or (output.num_tokens and sum(output.num_tokens) != len(output.num_tokens))
         ):
             return None
-        same_rows = output.rows == self._last_rows
-        if not same_rows:
-            self._last_handles, self._last_rows = np.asarray(output.rows, dtype=np.int64), output.rows
-        handles_R, batch = self._last_handles, self.batch
+        same_rows, self._last_rows = output.rows == self._last_rows, output.rows
+        batch = self.batch
+        handles_R = batch.handles_of(output.rows)
         blocks_R = self.tables.new_blocks(output, handles_R)
         if blocks_R is None:
             return None
         start_R = batch.num_computed_N[handles_R]
-        tokens_R = None
-        if batch.keeps_new_tokens:
-            tokens_R = batch.token_ids_NL[handles_R, start_R]
         size = int(self._size_of[count])
-        self.tables.send(handles_R, blocks_R, tokens_R, size)
+        self.tables.send(handles_R, blocks_R, size)
         return StepInputs(
             handles_R=handles_R,
             num_tokens_R=None,

@@ -28,7 +28,8 @@ from argosy.workers.kv_cache import KVCache
 from argosy.workers.loading.stream import LoadReport, load_weights
 from argosy.workers.models.registry import build_model
 from argosy.workers.quantization.base import count_products
-from argosy.workers.sampler import FAILURES, LogprobTensors, Sampled, Sampler, gather_logprobs
+from argosy.workers.token_return import TokenReturn
+from argosy.workers.sampler import FAILURES, LogprobTensors, Sampled, Sampler, gather_logprobs, mark_failures
 
 PROMPT_LOGPROB_ROWS = 256  # prompt positions whose logits exist at once
 WARM_UP_EPOCH = -1
@@ -119,7 +120,11 @@ class ModelRunner:
         self.model = build_model(spec, self.rank, parallel, dtype, device)
         self.backend: AttentionBackend = TritonBackend() if device.type == "cuda" else TorchBackend()
         self.transport = StageTransport(
-            parallel, spec.hidden_size, dtype, timeout_seconds=config.parallel.start_deadline_seconds
+            parallel,
+            spec.hidden_size,
+            dtype,
+            timeout_seconds=config.parallel.start_deadline_seconds,
+            max_steps_in_flight=config.max_steps_in_flight,
         )
         self.batch = InputBatch(
             max_num_seqs=scheduler.max_num_seqs,
@@ -128,8 +133,11 @@ class ModelRunner:
             block_size=config.cache.block_size,
             vocab_size=spec.vocab_size,
             device=device,
-            keeps_new_tokens=not self.rank.is_last_stage,
+            max_steps_in_flight=config.max_steps_in_flight,
         )
+        self._token_return: TokenReturn | None = None
+        if self.rank.pp_size > 1 and (self.rank.is_first_stage or self.rank.is_last_stage):
+            self._token_return = TokenReturn(self.batch, self.transport)
         self.sampler = Sampler(scheduler.max_num_seqs, spec.vocab_size, device, gives_logprobs=self.rank.answers)
         self.kv_cache: KVCache | None = None
         self.graphs: CUDAGraphRunner | None = None
@@ -148,6 +156,11 @@ class ModelRunner:
         report = load_weights(
             self.model, folder, self.spec, self.rank, on_progress, load_format=model.load_format, seed=model.seed
         )
+        if hasattr(self.model, "open_group_sum"):
+            scheduler = self.config.scheduler
+            self.model.open_group_sum(
+                max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs), scheduler.max_num_seqs
+            )
         num_products, num_weights = count_products(self.model)
         if self.device.type == "cpu" and num_products:
             self._threads = ThreadChoice(torch.get_num_threads(), num_products, num_weights, self.dtype.itemsize)
@@ -158,6 +171,11 @@ class ModelRunner:
         self.kv_cache = KVCache.allocate(
             self.spec, self.rank, num_blocks, self.config.cache.block_size, self.cache_dtype, self.device
         )
+
+    @property
+    def _chooses_over_group(self) -> bool:
+        """Whether the model finds the most likely token without gathering the logits of all ranks."""
+        return getattr(self.model, "chooses_over_group", False)
 
     @property
     def block_bytes(self) -> int:
@@ -190,6 +208,7 @@ class ModelRunner:
             if outcome is not None:
                 outcome.result()
         self.execute(SchedulerOutput(step_id=-1, epoch=WARM_UP_EPOCH, rows=[], finished=sorted(self.batch.active)))
+        self.take_tokens()
         self.transport.flush()
         self.transport.timeout_seconds = self.config.parallel.step_deadline_seconds
         for k_cache, v_cache in self.kv_cache.layers:
@@ -215,10 +234,15 @@ class ModelRunner:
             )
             return hidden
 
+        chooses = self.rank.is_last_stage and self._chooses_over_group
+        compute_logits = getattr(self.model, "compute_raw_logits", self.model.compute_logits)
+        if chooses:
+            compute_logits = self.model.compute_own_logits
         self.graphs = CUDAGraphRunner(
             self.batch,
             forward,
-            getattr(self.model, "compute_raw_logits", self.model.compute_logits) if self.rank.is_last_stage else None,
+            compute_logits if self.rank.is_last_stage else None,
+            choose=self.model.choose if chooses else None,
             max_rows=min(self.config.scheduler.max_num_seqs, parallel.max_cuda_graph_batch),
             max_model_len=self.max_model_len,
             hidden_size=self.spec.hidden_size,
@@ -240,6 +264,8 @@ class ModelRunner:
         if not len(output.rows):
             self.last_step_id = output.step_id
             return self._empty(output, started)
+        if self._token_return is not None and self.rank.is_first_stage:
+            self._token_return.prepare(self.batch.handles_of(output.rows))
         outcome = None
         inputs = self.graphs.begin(output) if self.graphs is not None and not self._prompt_logprobs else None
         if inputs is not None:
@@ -255,8 +281,20 @@ class ModelRunner:
             if self.graphs is not None:
                 self.graphs.take_over(inputs)
         self.batch.advance(inputs)
+        if self._token_return is not None and self.rank.is_first_stage:
+            self._token_return.note(inputs)
         self.last_step_id = output.step_id
         return outcome if self.rank.answers else None
+
+    @property
+    def has_tokens_to_take(self) -> bool:
+        """Whether this is the first of several stages, and the last one has sent tokens that no step needed yet."""
+        return self._token_return is not None and self._token_return.is_outstanding
+
+    def take_tokens(self) -> None:
+        """Take all tokens that were sent to us. On a GPU it only queues that; a sender must not wait for ever."""
+        while self._token_return is not None and self._token_return.is_outstanding:
+            self._token_return.take()
 
     def _apply(self, output: SchedulerOutput) -> None:
         self.batch.apply(output)
@@ -284,14 +322,17 @@ class ModelRunner:
         self.batch.forget_rows()
         num_rows = inputs.num_rows
         if not self.rank.is_first_stage:
-            self.graphs.hidden_RD[:num_rows].copy_(self.transport.receive(num_rows))
+            self.transport.receive(num_rows, self.graphs.hidden_RD[:num_rows])
         result = self.graphs.run(num_rows)
         if not self.rank.is_last_stage:
             self.transport.send(result.clone())  # the next replay writes there again
             return None
         if self.sampler.is_greedy:
             sampled = Sampled(self.graphs.run_greedy(num_rows).clone())
+            self._hand_back()
         else:
+            if self._chooses_over_group:
+                result = self.model.gather_logits(result)
             sampled = self.sampler.sample(
                 result.float(), inputs.handles_R, inputs.end_R, self._history, same_rows=inputs.same_rows
             )
@@ -307,11 +348,13 @@ class ModelRunner:
         sampled = None
         if inputs.num_sampled:
             hidden_SD = hidden_TD if inputs.hidden_rows_S is None else hidden_TD[inputs.hidden_rows_S]
-            logits_SV = self.model.compute_logits(hidden_SD)
-            sampled = self.sampler.sample(
-                logits_SV, inputs.sample_handles_S, inputs.sample_positions_S, self._history,
-                same_rows=inputs.same_rows,
-            )  # fmt: skip
+            if self._chooses_over_group and self.sampler.is_greedy:
+                sampled = Sampled(mark_failures(*self.model.choose(self.model.compute_own_logits(hidden_SD))))
+            else:
+                sampled = self.sampler.sample(
+                    self.model.compute_logits(hidden_SD), inputs.sample_handles_S, inputs.sample_positions_S,
+                    self._history, same_rows=inputs.same_rows,
+                )  # fmt: skip
             self._remember(inputs, sampled.token_ids_S)
         return self._outcome(output, inputs, sampled, prompt_logprobs, started)
 

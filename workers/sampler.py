@@ -108,6 +108,7 @@ class Sampler:
         self._seed_N = np.zeros(num, dtype=np.int64)
         self._has_filter_N = np.zeros(num, dtype=np.bool_)
         self._wants_logprobs: dict[int, tuple[int, Sequence[int]]] = {}
+        self._needs_logits: dict[int, None] = {}
         self._random: dict[int, None] = {}
         self._gathered: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
         self._any_random = self._any_filter = False
@@ -124,8 +125,10 @@ class Sampler:
         self._has_filter_N[handle] = params.top_k > 0 or params.top_p < 1.0 or params.min_p > 0.0
         if params.temperature > 0.0:
             self._random[handle] = None
-        if self._gives_logprobs and (params.logprobs is not None or params.logprob_token_ids):
-            self._wants_logprobs[handle] = (params.logprobs or 0, params.logprob_token_ids)
+        if params.logprobs is not None or params.logprob_token_ids:
+            self._needs_logits[handle] = None
+            if self._gives_logprobs:
+                self._wants_logprobs[handle] = (params.logprobs or 0, params.logprob_token_ids)
         self.processor.add(request)
 
     def forget(self, handle: int) -> None:
@@ -133,12 +136,16 @@ class Sampler:
         self._gathered = None
         self._random.pop(handle, None)
         self._wants_logprobs.pop(handle, None)
+        self._needs_logits.pop(handle, None)
         self.processor.forget(handle)
 
     @property
     def is_greedy(self) -> bool:
-        """Whether every known request takes the most likely token of logits as they are, and wants nothing else."""
-        return not self._random and self.processor.is_idle and not self._wants_logprobs
+        """Whether every known request takes the most likely token of logits as they are, and wants nothing else.
+
+        The same on all ranks of a group, also those that give no logprobs: they choose together, or gather the logits.
+        """
+        return not self._random and self.processor.is_idle and not self._needs_logits
 
     def sample(
         self,
@@ -188,7 +195,7 @@ class Sampler:
         token_ids_S = ops.sample_rows(
             logits_SV, *self._gathered, position_S, any_random=True, any_filter=self._any_filter
         )
-        return _mark_failures(token_ids_S, best_S)
+        return mark_failures(token_ids_S, best_S)
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
@@ -201,7 +208,7 @@ def _greedy(logits_SV: Tensor) -> Tensor:
     """The most likely token of each row, the first of equals; `FAILURES` where there is none."""
     if logits_SV.device.type != "cpu":
         best_S, token_ids_S = logits_SV.max(dim=-1)
-        return _mark_failures(token_ids_S, best_S)
+        return mark_failures(token_ids_S, best_S)
     # numpy finds 32 maxima of 8192 in 19 us where torch's max and argmax take 220 to 260 on one core (torch 2.13)
     logits: npt.NDArray[np.float32] = logits_SV.numpy()
     ids = logits.argmax(axis=1)
@@ -212,6 +219,6 @@ def _greedy(logits_SV: Tensor) -> Tensor:
     return torch.from_numpy(ids)
 
 
-def _mark_failures(token_ids_S: Tensor, best_S: Tensor) -> Tensor:
+def mark_failures(token_ids_S: Tensor, best_S: Tensor) -> Tensor:
     marked_S = torch.where(torch.isfinite(best_S), token_ids_S, NOT_FINITE)
     return torch.where(best_S == float("-inf"), NOTHING_ALLOWED, marked_S)

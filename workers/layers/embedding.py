@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from argosy.kernels import ops
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.quantization.base import (
     Cut,
@@ -48,6 +49,10 @@ class VocabParallelEmbedding(nn.Module):
     def cuts(self, part: str) -> dict[str, Cut]:
         """This rank's rows."""
         return {"weight": self.share.cut()}
+
+    def part(self, token_ids_T: Tensor, out_TD: Tensor) -> None:
+        """This rank's part of the sum, written to `out_TD`: the vectors that it has, zeros for the others."""
+        ops.embed_share(token_ids_T, self.weight, self.share.first, out_TD)
 
     def forward(self, token_ids_T: Tensor) -> Tensor:
         """[T, D]."""
@@ -91,7 +96,19 @@ class ParallelLMHead(LinearLayer):
             self.weight = self.tied_to[0].weight
         self.method.finish(self)
 
+    @property
+    def num_own(self) -> int:
+        """How many tokens of the vocabulary this rank has; what `part` gives beyond them is padding."""
+        return self.share.last - self.share.first
+
+    def part(self, hidden_SD: Tensor) -> Tensor:
+        """[S, W]: the logits of this rank's tokens, the first of which is `share.first`."""
+        return self.method.apply(self, hidden_SD)
+
+    def gather(self, logits_SW: Tensor) -> Tensor:
+        """[S, V] on every rank of the group from what `part` gave; rows may be strided."""
+        return self.parallel.all_gather_last_dim(logits_SW)[:, : self.share.vocab_size]
+
     def forward(self, hidden_SD: Tensor) -> Tensor:
         """[S, V] on every rank of the group; rows may be strided."""
-        logits_SW = self.method.apply(self, hidden_SD)
-        return self.parallel.all_gather_last_dim(logits_SW)[:, : self.share.vocab_size]
+        return self.gather(self.part(hidden_SD))

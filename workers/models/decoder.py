@@ -13,12 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from argosy.cluster.protocol.model_spec import ModelSpec
+from argosy.kernels import ops
 from argosy.placement.plan import RankInfo
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.layers.activation import GATED_ACTIVATIONS
 from argosy.workers.layers.attention import Attention
 from argosy.workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from argosy.workers.layers.group_sum import GroupSum, open_group_sum
 from argosy.workers.layers.linear import MergedColumnParallelLinear, ParallelLinear, RowParallelLinear
 from argosy.workers.layers.norm import RMSNorm
 from argosy.workers.layers.rotary import RotaryEmbedding
@@ -37,6 +39,15 @@ class GatedMLP(nn.Module):
         )
         self.down_proj = RowParallelLinear(parallel, method, inner, width, bias=bias, dtype=dtype)
         self.activate = GATED_ACTIVATIONS[spec.activation]
+
+        self.is_silu = spec.activation == "silu"
+
+    def inner(self, x_TD: Tensor) -> Tensor:
+        """act(gate(x)) * up(x), this rank's share."""
+        gate_up = self.gate_up_proj
+        if self.is_silu and gate_up.method.fuses(gate_up, x_TD):
+            return gate_up.fused(x_TD, Fusion(gated=True))
+        return self.activate(gate_up(x_TD))
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D]."""
@@ -78,6 +89,23 @@ class DecoderLayer(nn.Module):
         inner_TX = mlp.gate_up_proj.fused(residual_TD, Fusion(self.mlp_norm.weight, self.mlp_norm.eps, gated=True))
         mlp.down_proj.fused(inner_TX, Fusion(residual_TO=residual_TD))
 
+    def forward_summed(
+        self,
+        x_TD: Tensor,
+        residual_TD: Tensor,
+        positions_T: Tensor,
+        ctx: ForwardContext,
+        sums: GroupSum,
+        next_norm: RMSNorm | None,
+    ) -> Tensor:
+        """The same over a group that shares memory: from normed input to the next layer's; `residual_TD` in place."""
+        attention, mlp = self.attention, self.mlp
+        seen_TX = attention.attend(attention.qkv_proj.product(x_TD), positions_T, ctx)
+        attention.o_proj.part(seen_TX, sums.part(0, len(x_TD)))
+        x_TD = sums.add_norm(0, residual_TD, self.mlp_norm)
+        mlp.down_proj.part(mlp.inner(x_TD), sums.part(1, len(x_TD)))
+        return sums.add_norm(1, residual_TD, next_norm)
+
 
 class Decoder(nn.Module):
     """This rank's part of a decoder. Its parameters have no memory until `load_weights` found the checkpoint sound."""
@@ -116,6 +144,18 @@ class Decoder(nn.Module):
                 tied_to=self.embed if spec.tied else None,
             )
         self._stack = [layer for layer in self.layers.values() if isinstance(layer, DecoderLayer)]
+        self._sums: GroupSum | None = None
+
+    def open_group_sum(self, max_tokens: int, max_rows: int) -> None:
+        """Share memory with the tensor-parallel group where its GPUs can. Collective, once, before the first step."""
+        if type(self).forward is Decoder.forward and all(type(layer) is DecoderLayer for layer in self.layers.values()):
+            self._sums = open_group_sum(
+                self.parallel,
+                max_tokens=max_tokens,
+                width=self.spec.hidden_size,
+                max_rows=max_rows,
+                dtype=self.dtype,
+            )
 
     def forward(
         self, token_ids_T: Tensor | None, hidden_TD: Tensor | None, positions_T: Tensor, ctx: ForwardContext
@@ -124,6 +164,8 @@ class Decoder(nn.Module):
 
         The first stage gets token ids; the others what the stage before them returned, which is overwritten.
         """
+        if self._sums is not None:
+            return self._forward_summed(self._sums, token_ids_T, hidden_TD, positions_T, ctx)
         if self.embed is not None:
             residual_TD: Tensor = self.embed(token_ids_T)
         else:
@@ -141,6 +183,29 @@ class Decoder(nn.Module):
             return residual_TD.add_(delta_TD)
         return self.norm.add(delta_TD, residual_TD)
 
+    def _forward_summed(
+        self,
+        sums: GroupSum,
+        token_ids_T: Tensor | None,
+        hidden_TD: Tensor | None,
+        positions_T: Tensor,
+        ctx: ForwardContext,
+    ) -> Tensor:
+        """`forward`, with all sums over the group in one launch with the addition and the norm that follow."""
+        norms: list[RMSNorm | None] = [*(layer.input_norm for layer in self._stack), self.norm]
+        if self.embed is not None:
+            assert token_ids_T is not None
+            shape = (token_ids_T.shape[0], self.spec.hidden_size)
+            residual_TD = torch.empty(shape, dtype=self.dtype, device=self.device)
+            self.embed.part(token_ids_T, sums.part(1, shape[0]))
+            x_TD = sums.add_norm(1, residual_TD, norms[0], add=False)
+        else:
+            assert hidden_TD is not None
+            residual_TD, x_TD = hidden_TD, self._stack[0].input_norm(hidden_TD)
+        for layer, next_norm in zip(self._stack, norms[1:], strict=True):
+            x_TD = layer.forward_summed(x_TD, residual_TD, positions_T, ctx, sums, next_norm)
+        return x_TD
+
     def _fuses(self, residual_TD: Tensor) -> bool:
         """Whether products are fused with their neighbours. Not over a group: its sum stands between them."""
         probe = self._stack[0].attention.qkv_proj
@@ -151,6 +216,28 @@ class Decoder(nn.Module):
         assert self.lm_head is not None, "only the last stage has the head"
         logits_SV: Tensor = self.lm_head(hidden_SD)
         return logits_SV
+
+    @property
+    def chooses_over_group(self) -> bool:
+        """Whether `choose` finds the most likely token without gathering the logits."""
+        return self._sums is not None
+
+    def compute_own_logits(self, hidden_SD: Tensor) -> Tensor:
+        """[S, W] of this rank's share of the vocabulary and its padding, in the model's numbers."""
+        assert self.lm_head is not None
+        return self.lm_head.part(hidden_SD)
+
+    def gather_logits(self, own_logits_SW: Tensor) -> Tensor:
+        """From `compute_own_logits` of all ranks to the logits of the whole vocabulary, on every rank."""
+        assert self.lm_head is not None
+        return self.lm_head.gather(own_logits_SW)
+
+    def choose(self, own_logits_SW: Tensor) -> tuple[Tensor, Tensor]:
+        """The most likely tokens of the whole vocabulary (int64) and their logits (float32), on every rank."""
+        assert self._sums is not None
+        assert self.lm_head is not None
+        ids_S = ops.argmax_rows(own_logits_SW[:, : self.lm_head.num_own])
+        return self._sums.choose(own_logits_SW, ids_S, self.lm_head.share.first)
 
     def compute_logits(self, hidden_SD: Tensor) -> Tensor:
         """The same in float32, contiguous."""

@@ -46,6 +46,7 @@ class Fusion(NamedTuple):
     eps: float = 1e-6
     residual_TO: Tensor | None = None
     gated: bool = False
+    out_TO: Tensor | None = None  # where to, if there is no residual
 
 
 class LinearMethod(Protocol):
@@ -121,6 +122,7 @@ class UnquantizedMethod:
             eps=fusion.eps,
             residual_TO=fusion.residual_TO,
             gated=fusion.gated,
+            out_TO=fusion.out_TO,
         )
 
 
