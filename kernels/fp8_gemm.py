@@ -1,0 +1,134 @@
+"""Products of e4m3 activations and weights for many tokens: cuBLAS where it takes the scales, Triton for the rest.
+
+Meaning: `fp8_reference.linear`. cuBLAS takes scales by row of both sides. Scales by block change along the inputs, so
+that sums must be rescaled on the way: `_gemm_kernel` adds up one group of columns after the other. It also takes
+shapes that cuBLAS does not (widths that 16 does not divide).
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from argosy.kernels import tuning
+from argosy.kernels.fp8_reference import Fp8Rows, Fp8Weight
+
+
+@triton.jit(do_not_specialize=["num_tokens", "stride_xg"])
+def _gemm_kernel(
+    x_ptr, x_scale_ptr, w_ptr, w_scale_ptr, bias_ptr, out_ptr,
+    num_tokens, num_outputs, num_inputs, stride_x, stride_w, stride_out, stride_xg, stride_ws,
+    TOKENS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
+    BLOCKS: tl.constexpr, ROW_BLOCK: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    # BAND tiles of tokens share the weights they read: programs that follow each other walk down a band first
+    tiles_t = tl.cdiv(num_tokens, TOKENS)
+    tiles_o = tl.cdiv(num_outputs, ROWS)
+    band = tl.program_id(0) // (BAND * tiles_o)
+    in_band = tl.minimum(tiles_t - band * BAND, BAND)
+    place = tl.program_id(0) % (BAND * tiles_o)
+    token = (band * BAND + place % in_band) * TOKENS + tl.arange(0, TOKENS)
+    row = place // in_band * ROWS + tl.arange(0, ROWS)
+    column = tl.arange(0, WIDTH)
+    safe_token = tl.minimum(token, num_tokens - 1).to(tl.int64)
+    safe_row = tl.minimum(row, num_outputs - 1).to(tl.int64)
+    x_here = x_ptr + safe_token[:, None] * stride_x + column[None, :]
+    w_here = w_ptr + safe_row[:, None] * stride_w + column[None, :]
+    if PDL:
+        gdc_wait()
+    acc = tl.zeros((TOKENS, ROWS), tl.float32)
+    for start in tl.range(0, num_inputs, WIDTH, num_stages=STAGES):
+        if EVEN:
+            x = tl.load(x_here + start)
+            w = tl.load(w_here + start)
+        else:
+            inside = (start + column < num_inputs)[None, :]
+            x = tl.load(x_here + start, inside, other=0.0)
+            w = tl.load(w_here + start, inside, other=0.0)
+        if BLOCKS:
+            group = start // WIDTH
+            x_scale = tl.load(x_scale_ptr + group * stride_xg + safe_token)
+            w_scale = tl.load(w_scale_ptr + safe_row // ROW_BLOCK * stride_ws + group)
+            acc += tl.dot(x, tl.trans(w)) * x_scale[:, None] * w_scale[None, :]
+        else:
+            acc = tl.dot(x, tl.trans(w), acc)
+    if PDL:
+        gdc_launch_dependents()
+    if not BLOCKS:
+        acc *= tl.load(x_scale_ptr + safe_token)[:, None] * tl.load(w_scale_ptr + safe_row)[None, :]
+    if BIAS:
+        acc += tl.load(bias_ptr + safe_row).to(tl.float32)[None, :]
+    out = out_ptr + token.to(tl.int64)[:, None] * stride_out + row[None, :]
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), (token < num_tokens)[:, None] & (row < num_outputs)[None, :])
+
+
+def _default_sizes(num_tokens: int, num_outputs: int, num_sms: int) -> dict[str, int]:
+    """Tiles of 128 x 128 of Hopper's tensor cores for many tokens; narrower ones while weights are all the work."""
+    tokens = max(16, min(128, tuning.next_power_of_two(num_tokens)))
+    rows = 128 if num_outputs >= 128 * num_sms // 2 or tokens == 128 else 64
+    return {"tokens": tokens, "rows": rows, "band": 8, "stages": 4, "warps": 8 if tokens == 128 else 4}
+
+
+def bucket(num_tokens: int) -> int:
+    """Sizes are tuned for powers of two of tokens from 16 to 4096."""
+    return max(16, min(4096, tuning.next_power_of_two(num_tokens)))
+
+
+def triton_linear(
+    rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dtype: torch.dtype, sizes: tuning.Sizes | None = None
+) -> Tensor:
+    """Any shapes and scales. Groups of the activations must be as wide as the blocks of the weight."""
+    x_TI, w_OI = rows.values_TI, weight.values_OI
+    num_tokens, num_inputs = x_TI.shape
+    num_outputs = w_OI.shape[0]
+    block = weight.block
+    assert w_OI.shape[1] == num_inputs
+    assert x_TI.stride(1) == w_OI.stride(1) == weight.scale.stride(-1) == 1
+    assert rows.group == (block[1] if block else 0)
+    assert rows.scale_TG.stride(0) == 1 or num_tokens == 1
+    out = torch.empty((num_tokens, num_outputs), dtype=dtype, device=x_TI.device)
+    if num_tokens == 0:
+        return out
+    key = f"{num_inputs}x{num_outputs}x{bucket(num_tokens)}"
+    sizes = sizes or tuning.pick("fp8_block_gemm" if block else "fp8_gemm", key, x_TI.device)
+    if not sizes or not sizes["tokens"]:
+        sizes = _default_sizes(num_tokens, num_outputs, tuning.device_facts(x_TI.device).num_sms)
+    width = block[1] if block else sizes.get("width", 128)
+    grid = triton.cdiv(num_tokens, sizes["tokens"]) * triton.cdiv(num_outputs, sizes["rows"])
+    _gemm_kernel[(grid,)](
+        x_TI, rows.scale_TG, w_OI, weight.scale, out if bias_O is None else bias_O, out,
+        num_tokens, num_outputs, num_inputs, x_TI.stride(0), w_OI.stride(0), out.stride(0),
+        rows.scale_TG.stride(1), weight.scale.stride(0),
+        TOKENS=sizes["tokens"], ROWS=sizes["rows"], WIDTH=width, BAND=sizes["band"], STAGES=sizes["stages"],
+        BLOCKS=block is not None, ROW_BLOCK=block[0] if block else 1, EVEN=num_inputs % width == 0,
+        BIAS=bias_O is not None, num_warps=sizes["warps"], **tuning.overlap(x_TI.device),
+    )  # fmt: skip
+    return out
+
+
+def library_takes(rows: Fp8Rows, weight: Fp8Weight, dtype: torch.dtype) -> bool:
+    """Whether cuBLAS multiplies these: scales by row, widths that 16 divides."""
+    num_outputs, num_inputs = weight.values_OI.shape
+    fits = num_inputs % 16 == 0 and num_outputs % 16 == 0 and rows.shape[0] > 0
+    return weight.block is None and fits and dtype == torch.bfloat16
+
+
+def library_linear(rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """cuBLAS by way of torch."""
+    product: Tensor = torch._scaled_mm(
+        rows.values_TI, weight.values_OI.t(), scale_a=rows.scale_TG.view(-1, 1), scale_b=weight.scale.view(1, -1),
+        out_dtype=dtype, use_fast_accum=True,
+    )  # fmt: skip
+    return product if bias_O is None else product.add_(bias_O)
+
+
+def linear(rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x W^T + bias by whichever was measured to be faster; cuBLAS where nothing was."""
+    if library_takes(rows, weight, dtype):
+        num_outputs, num_inputs = weight.values_OI.shape
+        key = f"{num_inputs}x{num_outputs}x{bucket(rows.shape[0])}"
+        sizes = tuning.pick("fp8_gemm", key, rows.values_TI.device)
+        if sizes is None or sizes.get("library", 0):
+            return library_linear(rows, weight, bias_O, dtype)
+    return triton_linear(rows, weight, bias_O, dtype)

@@ -1,0 +1,93 @@
+"""The FP8 part of the door (`ops`): Triton and cuBLAS on CUDA tensors, plain torch elsewhere, chosen by the tensor.
+
+Meanings stand in `fp8_reference`. Every operation may be captured in a CUDA graph.
+"""
+
+import torch
+from torch import Tensor
+
+from argosy.kernels import fp8_reference
+from argosy.kernels.fp8_reference import Fp8Rows, Fp8Weight, Rounding
+
+FEW_TOKENS = 16  # up to so many, activations stay in 16 bits and the weight is read once by a fused kernel
+
+
+def quantize_rows(x_TI: Tensor, rounding: Rounding) -> Fp8Rows:
+    """Activations to e4m3."""
+    if x_TI.is_cuda:
+        from argosy.kernels import fp8_quantize
+
+        return fp8_quantize.quantize(x_TI, rounding)
+    return fp8_reference.quantize_rows(x_TI, rounding)
+
+
+def norm_and_quantize(
+    x_TI: Tensor, weight_I: Tensor, eps: float, rounding: Rounding, residual_TI: Tensor | None = None
+) -> Fp8Rows:
+    """RMS norm, of `residual += x` (in place) where there is a residual; then e4m3. One launch."""
+    if x_TI.is_cuda:
+        from argosy.kernels import fp8_quantize
+
+        return fp8_quantize.quantize(x_TI, rounding, norm_weight_I=weight_I, eps=eps, residual_TI=residual_TI)
+    return fp8_reference.norm_and_quantize(x_TI, weight_I, eps, rounding, residual_TI)
+
+
+def gate_and_quantize(x_TX: Tensor, rounding: Rounding, *, gelu: bool = False) -> Fp8Rows:
+    """act(gate) · up of [gate | up]; then e4m3. One launch."""
+    if x_TX.is_cuda:
+        from argosy.kernels import fp8_quantize
+
+        return fp8_quantize.quantize(x_TX, rounding, gate="gelu" if gelu else "silu")
+    return fp8_reference.gate_and_quantize(x_TX, rounding, gelu=gelu)
+
+
+def linear(rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """x W^T + bias of rounded activations. [T, O] in `dtype`."""
+    if rows.is_cuda:
+        from argosy.kernels import fp8_gemm
+
+        return fp8_gemm.linear(rows, weight, bias_O, dtype)
+    return fp8_reference.linear(rows, weight, bias_O, dtype)
+
+
+def keeps_16_bits(x_TI: Tensor, weight: Fp8Weight) -> bool:
+    """Whether `fused_linear` is the faster way for these on their device."""
+    if x_TI.shape[0] > FEW_TOKENS or not x_TI.is_cuda:
+        return False
+    from argosy.kernels import fp8_gemv
+
+    return fp8_gemv.suits(x_TI, weight)
+
+
+def fused_linear(
+    x_TI: Tensor,
+    weight: Fp8Weight,
+    bias_O: Tensor | None = None,
+    *,
+    rounding: Rounding | None = None,
+    norm_weight_I: Tensor | None = None,
+    eps: float = 1e-6,
+    residual_TO: Tensor | None = None,
+    gated: bool = False,
+    out_TO: Tensor | None = None,
+) -> Tensor:
+    """`ops.fused_linear` with an e4m3 weight. Where the library was measured to be faster, activations are rounded."""
+    if x_TI.is_cuda:
+        from argosy.kernels import activation, fp8_gemv
+
+        if rounding is not None and fp8_gemv.prefers_library(x_TI.shape[0], weight):
+            if norm_weight_I is None:
+                rows = quantize_rows(x_TI, rounding)
+            else:
+                rows = norm_and_quantize(x_TI, norm_weight_I, eps, rounding)
+            y_TO = linear(rows, weight, bias_O, x_TI.dtype)
+            y_TO = activation.silu_and_mul(y_TO) if gated else y_TO
+            if out_TO is not None:
+                return out_TO.copy_(y_TO)
+            return y_TO if residual_TO is None else residual_TO.add_(y_TO)
+        run = fp8_gemv.fused_linear
+    else:
+        run = fp8_reference.fused_linear
+    return run(
+        x_TI, weight, bias_O, norm_weight_I=norm_weight_I, eps=eps, residual_TO=residual_TO, gated=gated, out_TO=out_TO
+    )
