@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from bench_kernels import LINEARS, STEPS, Step, rand
 from timing import copies_for, microseconds
+from tune_fp8 import TUNERS as FP8_TUNERS
 
 from argosy.kernels import gemv, ops, paged_attention, prefill_attention, tuning
 
@@ -236,7 +237,7 @@ def tune_step(table: Table) -> None:
         torch.cuda.empty_cache()
 
 
-TUNERS = {"gemv": tune_linear, "paged_attention": tune_decode, "prefill_attention": tune_prefill}
+TUNERS = {"gemv": tune_linear, "paged_attention": tune_decode, "prefill_attention": tune_prefill, **FP8_TUNERS}
 
 
 def main() -> None:
@@ -270,7 +271,8 @@ def main() -> None:
         with open(arguments.out, "w") as file:
             json.dump(table, file, indent=1, sort_keys=True)
         torch.cuda.empty_cache()
-    tune_step(table)
+    if "gemv" in names:
+        tune_step(table)
     with open(arguments.out, "w") as file:
         json.dump(table, file, indent=1, sort_keys=True)
 
