@@ -70,6 +70,7 @@ def linear_sizes(tokens: int, num_inputs: int, gated: bool) -> Iterator[Sizes]:
                     yield {"kernel": 2, "rows": rows, "width": width, "stages": stages, "warps": warps}
 
 
+SHAPES_ASKED: dict[str, tuple[int, int, bool]] = {}  # of `--shape`, instead of LINEARS
 KINDS = ["few", "many"]  # of rows, as asked for
 RANKED: dict[str, list[Sizes]] = {}  # by key, the best sizes of each layer alone, for `tune_step` to choose from
 
@@ -77,13 +78,14 @@ RANKED: dict[str, list[Sizes]] = {}  # by key, the best sizes of each layer alon
 def tune_linear(part: Part) -> Mapping[str, Sizes]:
     """Each layer as a decoder runs it: qkv, gate_up and head with the norm, o and down with the residual."""
     best: dict[str, Sizes] = {}
-    for name, (num_in, num_out, gated) in LINEARS.items():
+    for name, (num_in, num_out, gated) in (SHAPES_ASKED or LINEARS).items():
         weights = [rand(num_out, num_in) / 64 for _ in range(copies_for(num_in * num_out * 2, 30))]
         for tokens, label in ((1, 1), (8, gemv.MAX_TOKENS)):
             x, norm = rand(tokens, num_in), rand(num_in)
             adds = name.endswith((" o", "down"))
             residual = rand(tokens, num_out) if adds else None
-            options = {"norm_weight_I": None if adds else norm, "residual_TO": residual, "gated": gated}
+            plain = name in SHAPES_ASKED  # the sum over a tensor-parallel group norms and adds
+            options = {"norm_weight_I": None if adds or plain else norm, "residual_TO": residual, "gated": gated}
             times = {}
             for sizes in linear_sizes(tokens, num_in, gated):
                 sizes = {"per_sm": 0, "prefetch": 4096, "early": 0, "library": 0} | sizes
@@ -96,7 +98,7 @@ def tune_linear(part: Part) -> Mapping[str, Sizes]:
             def library(w: torch.Tensor) -> object:
                 if adds:
                     return residual.addmm_(x, w.t())
-                y = F.linear(ops.rms_norm(x, norm, 1e-6), w)
+                y = F.linear(x if plain else ops.rms_norm(x, norm, 1e-6), w)
                 return ops.silu_and_mul(y) if gated else y
 
             by_library = part.time([lambda w=w: library(w) for w in weights])
@@ -245,10 +247,18 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="file to write; kept entries of kernels that are not tuned now")
     parser.add_argument("--only", choices=TUNERS, action="append", help="tune only this kernel")
     parser.add_argument("--kind", choices=KINDS, help="decode attention for this kind of batch only")
+    parser.add_argument(
+        "--shape", nargs="+", default=[], metavar="INxOUT[g]",
+        help="only products of these shapes (g: gated), without norm or residual, as a rank of a group does them",
+    )  # fmt: skip
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": be one of the compiling processes
     arguments = parser.parse_args()
     names = arguments.only or list(TUNERS)
     KINDS[:] = [arguments.kind] if arguments.kind else KINDS
+    for shape in arguments.shape:
+        num_in, num_out = map(int, shape.removesuffix("g").split("x"))
+        SHAPES_ASKED[shape] = (num_in, num_out, shape.endswith("g"))
+    names = ["gemv"] if SHAPES_ASKED else names
     if arguments.compile_part:
         index, of = map(int, arguments.compile_part.split("/"))
         for name in names:
