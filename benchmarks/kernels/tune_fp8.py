@@ -1,7 +1,7 @@
 """The sizes of the FP8 kernels to try: parts of `tune_kernels.py`, which runs them and writes the file.
 
-`fp8_gemv` (1 to 16 tokens; key inputs x outputs x 1 or 16, "b" for blocks) is tuned as a decoder runs it, with norm, gate
-and residual; `library` says that rounded activations and a product for many tokens were faster. `fp8_gemm` and
+`fp8_gemv` (1 to 16 tokens; key inputs x outputs x 1 or 16, "b" for blocks) is tuned as a decoder runs it, with norm,
+gate and residual; `library` says that rounded activations and a product for many tokens were faster. `fp8_gemm` and
 `fp8_block_gemm` (key inputs x outputs x tokens) are tuned alone; `library` says that cuBLAS was faster.
 """
 
