@@ -19,6 +19,9 @@ ONE_SHOT_BYTES: Final = 256 * 1024
 TWO_SHOT_BYTES: Final = 4 * 1024 * 1024  # above it NCCL is as fast, and needs no copy to a shared buffer
 _ALIGNMENT: Final = 16  # bytes that the kernels load at once
 
+# Where each rank sees its own card alone, as under Ray, all cards are number 0, which torch takes for one and the same.
+os.environ.setdefault("TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES", "1")
+
 
 class SymmetricBuffer:
     """Zeroed bytes on each GPU of a group that all of them can address. Making one is collective."""

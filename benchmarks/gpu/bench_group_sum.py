@@ -92,7 +92,10 @@ def timed(parallel: ParallelContext, run: object) -> float:
 
 def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int) -> None:
     """Check and time on one card."""
-    device = torch.device("cuda", tp_rank)
+    if args.isolated:
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2,3,4,5,6,7").split(",")
+        os.environ["CUDA_VISIBLE_DEVICES"] = visible[tp_rank]
+    device = torch.device("cuda", 0 if args.isolated else tp_rank)
     torch.cuda.set_device(device)
     rank = make_plan(1, args.cards, 1).ranks[tp_rank]
     parallel = init_parallel(rank, f"127.0.0.1:{port}", device, 60.0)
@@ -139,6 +142,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=4096)
     parser.add_argument("--max-tokens", type=int, default=8192)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 256, 1024, 8192])
+    parser.add_argument("--isolated", action="store_true", help="each rank sees its own card alone, as under Ray")
     args = parser.parse_args()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
