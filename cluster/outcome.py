@@ -37,12 +37,12 @@ class EndRequest(Protocol):
 
 
 class Outcomes:
-    """Applies answers to requests. `num_groups`: into how many steps the requests that decode are split."""
+    """Applies answers to requests. `max_groups`: into how many steps those that decode are split at most."""
 
-    def __init__(self, clock: Clock, metrics: Metrics, end: EndRequest, num_groups: int):
+    def __init__(self, clock: Clock, metrics: Metrics, end: EndRequest, max_groups: int):
         self.ended: list[Request] = []
         self._clock, self._metrics, self._end = clock, metrics, end
-        self._update_seconds: deque[float] = deque(maxlen=num_groups)
+        self._update_seconds: deque[float] = deque(maxlen=max_groups)
         self._end_seconds: deque[float] = deque(maxlen=_REMEMBERED_ENDS)
 
     def apply(self, step: Step, output: ModelRunnerOutput) -> None:
@@ -58,7 +58,8 @@ class Outcomes:
         metrics.steps += 1
         metrics.generation_tokens += len(sampling)
         if step.num_decodes and self._update_seconds:
-            metrics.inter_token.observe(now - self._update_seconds[0], step.num_decodes)
+            before = self._update_seconds[-min(step.num_groups, len(self._update_seconds))]
+            metrics.inter_token.observe(now - before, step.num_decodes)
         self._update_seconds.append(now)
         if output.logprobs:
             logprobs = dict(output.logprobs)

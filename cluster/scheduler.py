@@ -7,8 +7,9 @@ budget allows, then takes in waiting ones. Prefill, chunked prefill, decode, rec
     prefilling  running, with more than one token to compute
     queue       waiting, in order of priority and arrival
 
-Several steps may be in flight. With one pipeline stage a request can be in each of them: its unknown token is fed by
-the rank itself. Ranks carry steps out in order, so what a step frees may be given to the next one at once.
+Several steps may be in flight, and a request in each of them: its unknown token is fed by the ranks themselves. Ranks
+carry steps out in order, so what a step frees may be given to the next one at once. With pipeline stages each step
+takes a share of the work (`micro_batches`).
 """
 
 from collections import deque
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 from argosy.cluster.block_manager import BlockManager
 from argosy.cluster.clock import Clock
 from argosy.cluster.metrics import Metrics
+from argosy.cluster.micro_batches import MicroBatches
 from argosy.cluster.outcome import Outcomes
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import InvalidRequest, InvariantBroken, ServingError
@@ -37,8 +39,11 @@ class Scheduler:
         self._chunked = scheduler.enable_chunked_prefill
         self._watermark = scheduler.watermark
         self._by_priority = scheduler.policy == "priority"
-        self._has_stages = parallel.pipeline_parallel_size > 1
-        self.max_steps_in_flight = parallel.pipeline_parallel_size + int(scheduler.async_scheduling)
+        self._num_stages = parallel.pipeline_parallel_size
+        self._shares: MicroBatches | None = None
+        if self._num_stages > 1:
+            self._shares = MicroBatches(self._num_stages, self._max_tokens, is_async=scheduler.async_scheduling)
+        self.max_steps_in_flight = config.max_steps_in_flight
         self._cache, self._clock, self._metrics = config.cache, clock, metrics
         self.queue = WaitingQueue(by_priority=self._by_priority)
         self.blocks = BlockManager(0, self._cache.block_size)
@@ -49,7 +54,6 @@ class Scheduler:
         self._next_step_id = 0
         self._applied_step_id = -1
         self._blocked: tuple[Request, int, int] | None = None  # who did not fit, and what there was then
-        self._num_stages = parallel.pipeline_parallel_size
         self.outcomes = Outcomes(clock, metrics, self.end, self._num_stages)
 
     # ------------------------------------------------------------------------------------------------- requests
@@ -183,6 +187,8 @@ class Scheduler:
             self._running.drop_stale()
         draft = Draft(self._max_tokens)
         self._advance_decodes(draft)
+        if self._shares is not None and self._chunked and (self._running.prefilling or self.queue):
+            draft.budget = min(draft.budget, self._shares.prompt_budget(self._num_waiting_tokens(self._shares)))
         if self._running.prefilling:
             self._advance_prefills(draft)
         if self.queue:
@@ -195,7 +201,7 @@ class Scheduler:
 
     def _advance_decodes(self, draft: Draft) -> None:
         """One token for each request that decodes. This loop is the whole work of most steps."""
-        decodes = self._idle_decodes() if self._has_stages else self._running.decoding
+        decodes = self._running.decoding if self._shares is None else self._whose_turn(self._shares)
         at_boundary = []
         for request in decodes:
             if request.countdown:
@@ -208,7 +214,7 @@ class Scheduler:
                 self._cross_boundary(request, draft)
         if self._running.is_stale:
             self._running.drop_stale()
-            draft.decodes = [r for r in decodes if r.is_decoding] if self._has_stages else self._running.decoding
+            draft.decodes = self._running.decoding if self._shares is None else [r for r in decodes if r.is_decoding]
         draft.budget -= len(draft.decodes)
 
     def _cross_boundary(self, request: Request, draft: Draft) -> None:
@@ -221,15 +227,15 @@ class Scheduler:
         if self._make_room(request, num_computed, draft):
             request.set_computed(num_computed, self._cache.block_size)
 
-    def _idle_decodes(self) -> list[Request]:
-        """With several stages a request is in one step at a time, and each step takes its share of them.
+    def _whose_turn(self, shares: MicroBatches) -> list[Request]:
+        """With several stages each step takes its share of those that decode."""
+        has_prompts = bool(self._running.prefilling or (self.queue and self._running.num_free))
+        return shares.take(self._running.decoding, self._next_step_id, self._applied_step_id, has_prompts=has_prompts)
 
-        As many shares as stages keep all stages busy. One more would hide the driver's time (0.3 ms), and each token
-        would take one stage's time longer: a decode step of half the rows isn't half as long.
-        """
-        share = -(-len(self._running.decoding) // self._num_stages)
-        idle = [request for request in self._running.decoding if request.last_step_id <= self._applied_step_id]
-        return idle[:share]
+    def _num_waiting_tokens(self, shares: MicroBatches) -> int:
+        """Tokens of prompts that are still to be computed, counted no further than it matters."""
+        begun = sum(request.num_uncomputed_tokens for request in self._running.prefilling)
+        return begun + self.queue.num_uncomputed_tokens(shares.most_tokens - begun)
 
     def _advance_prefills(self, draft: Draft) -> None:
         """Further chunks for those that have begun. In order, so that who is preempted was not counted in yet."""
@@ -237,8 +243,6 @@ class Scheduler:
             if draft.budget <= 0:
                 return
             if request.status is not RequestStatus.RUNNING:
-                continue
-            if self._has_stages and request.last_step_id > self._applied_step_id:
                 continue
             num_tokens = min(request.num_uncomputed_tokens, draft.budget)
             if self._make_room(request, request.num_computed_tokens + num_tokens, draft):
@@ -325,10 +329,12 @@ class Scheduler:
         is_everybody = draft.decodes is self._running.decoding
         decode_rows = self._running.decode_rows if is_everybody else [request.handle for request in draft.decodes]
         given_back = self._running.take_given_back()
-        output, step = draft.complete(step_id, self.epoch, decode_rows, given_back, has_stages=self._has_stages)
+        output, step = draft.complete(step_id, self.epoch, decode_rows, given_back)
         self._in_flight.append(step)
-        self._metrics.step_tokens.observe(self._max_tokens - draft.budget)
-        if self._has_stages:
+        self._metrics.step_tokens.observe(output.num_scheduled_tokens)
+        if self._shares is not None:
+            if draft.decodes:
+                step.num_groups = min(self._num_stages, step_id - draft.decodes[0].last_step_id)
             for request in step.rows:
                 request.last_step_id = step_id
         if draft.copies:

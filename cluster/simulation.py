@@ -96,8 +96,7 @@ class PagedTokens:
             token_id = self._next_token(self._read(row), row.params)
             if token_id < 0:
                 failed.append((place, "it was told to fail"))
-            if not output.send_new_tokens:
-                row.token_ids.append(max(token_id, 0))  # fed by the rank itself
+            row.token_ids.append(max(token_id, 0))  # fed by the ranks themselves
             if row.params.logprobs is not None:
                 logprobs.append((len(token_ids), _figures(token_id, row.params.logprobs)))
             token_ids.append(token_id)
@@ -119,8 +118,6 @@ class PagedTokens:
             self._rows[request.handle] = _Row(request)
         for handle, block_ids in output.new_blocks:
             self._rows[handle].block_ids.extend(block_ids)
-        for handle, new_tokens in output.new_tokens:
-            self._rows[handle].token_ids.extend(new_tokens)
 
     def _write(self, row: _Row, count: int, written: set[tuple[int, int]], output: SchedulerOutput) -> None:
         end = row.num_computed + count

@@ -9,14 +9,16 @@ from argosy.cluster.request import Request, RequestStatus
 class Step:
     """A step in flight: whose row is where, and who gets a token.
 
-    `handles` are those of the rows when the step was made; meanwhile they may belong to others.
+    `handles` are those of the rows when the step was made; meanwhile they may belong to others. Who decodes is in one
+    of `num_groups` steps.
     """
 
-    __slots__ = ("handles", "num_decodes", "rows", "sampling", "step_id")
+    __slots__ = ("handles", "num_decodes", "num_groups", "rows", "sampling", "step_id")
 
     def __init__(self, output: SchedulerOutput, rows: Sequence[Request], sampling: Sequence[Request], num_decodes: int):
         self.step_id, self.handles = output.step_id, output.rows
         self.rows, self.sampling, self.num_decodes = rows, sampling, num_decodes
+        self.num_groups = 1
 
 
 class Draft:
@@ -39,22 +41,17 @@ class Draft:
         self.grown = [pair for pair in self.grown if pair[0].status is RequestStatus.RUNNING]
 
     def complete(
-        self, step_id: int, epoch: int, decode_rows: Sequence[int], given_back: Sequence[int], *, has_stages: bool
+        self, step_id: int, epoch: int, decode_rows: Sequence[int], given_back: Sequence[int]
     ) -> tuple[SchedulerOutput, Step]:
         """The message to the ranks, and what to remember. `decode_rows` are the handles of `decodes`."""
         new_blocks = tuple((request.handle, added) for request, added in self.grown)
-        new_tokens: tuple[tuple[int, Sequence[int]], ...] = ()
-        if has_stages:  # earlier stages can't know what the last one drew
-            new_tokens = tuple((request.handle, (request.token_ids[-1],)) for request in self.decodes)
         if not self.prefills:
             output = SchedulerOutput(
                 step_id=step_id,
                 epoch=epoch,
                 rows=decode_rows,
                 new_blocks=new_blocks,
-                new_tokens=new_tokens,
                 finished=given_back,
-                send_new_tokens=has_stages,
             )
             return output, Step(output, self.decodes, self.decodes, len(self.decodes))
         prefills = sorted(self.prefills, key=lambda row: row[1] > 1)  # rows of one token first
@@ -69,10 +66,8 @@ class Draft:
             partial=[num_decodes + place for place, row in enumerate(prefills) if row[2]],
             new_requests=self.new,
             new_blocks=new_blocks,
-            new_tokens=new_tokens,
             block_copies=self.copies,
             finished=given_back,
-            send_new_tokens=has_stages,
         )
         sampling = [*self.decodes, *(request for request, _, is_partial in prefills if not is_partial)]
         return output, Step(output, rows, sampling, num_decodes)

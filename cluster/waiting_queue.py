@@ -45,6 +45,16 @@ class WaitingQueue:
             self._heap = [entry for entry in self._heap if entry[3].is_queued]
             heapq.heapify(self._heap)
 
+    def num_uncomputed_tokens(self, most: int) -> int:
+        """Tokens that those who wait have to compute, as far as is known; stops counting at `most`."""
+        total = 0
+        for *_, request in self._heap:
+            if request.is_queued:
+                total += request.num_uncomputed_tokens
+                if total >= most:
+                    break
+        return total
+
     def __len__(self) -> int:
         return self._num_waiting
 

@@ -5,9 +5,11 @@ Letters: N handles (rows of the tables), R rows of the step, T tokens of the ste
 The tables are numpy on the host, one row a handle, allocated once. A step is gathered from them with a fixed number of
 numpy calls, whatever its size, into one packed staging buffer (pinned where there is a GPU) that goes to the device in
 one copy. A token that was sampled by a step still in flight on a GPU is not known to the host: the row is given -1 and
-`last_token_N` on the device fills it in.
+`last_token_N` on the device fills it in. On the first of several pipeline stages it comes from the last one
+(`token_return`); stages between don't know tokens, and nothing they compute depends on them.
 """
 
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -22,7 +24,7 @@ from argosy.workers.attention.base import AttentionMetadata
 
 IntArray = npt.NDArray[np.int64]
 MAX_LAYOUTS = 256  # shapes of steady batches whose views are kept
-NUM_STAGING_BUFFERS = 3  # steps whose copy to the device may be under way at once
+NUM_STAGING_BUFFERS = 3  # steps whose copy to the device may be under way at once, at least
 
 
 @dataclass(slots=True)
@@ -138,11 +140,11 @@ class InputBatch:
         block_size: int,
         vocab_size: int,
         device: torch.device,
-        keeps_new_tokens: bool,
+        max_steps_in_flight: int = 2,
     ):
-        """`keeps_new_tokens`: this rank can't sample, so it learns its tokens from `SchedulerOutput.new_tokens`."""
+        """`max_steps_in_flight`: so many steps may be under way at once."""
         self.block_size, self.vocab_size, self.device = block_size, vocab_size, device
-        self.keeps_new_tokens = keeps_new_tokens
+        self.max_steps_in_flight = max_steps_in_flight
         self.max_blocks = -(-(max_model_len + 1) // block_size)
         num = max_num_seqs
         # one token more than the model's length: a step in flight when a request reaches it may still append one.
@@ -151,6 +153,7 @@ class InputBatch:
         self.num_known_N = np.zeros(num, dtype=np.int64)  # token ids in the table above
         self.num_prompt_N = np.zeros(num, dtype=np.int64)
         self.num_computed_N = np.zeros(num, dtype=np.int64)
+        self.tenant_N = np.zeros(num, dtype=np.int64)  # counts the requests that had this handle
         self.num_blocks_N = np.zeros(num, dtype=np.int64)
         self.block_table_NB = np.zeros((num, self.max_blocks), dtype=np.int32)
         self._flat_tokens = self.token_ids_NL.reshape(-1)
@@ -159,19 +162,21 @@ class InputBatch:
         self.poisoned: dict[int, str] = {}  # handles that can't be computed, and why
         self.lives_on_device = device.type != "cpu"
         self.last_token_N = torch.zeros(num, dtype=torch.int64, device=device)
+        self._last_tokens = self.last_token_N.numpy() if not self.lives_on_device else np.zeros(0, dtype=np.int64)
         self._query_start_R1 = torch.arange(num + 1, dtype=torch.int32, device=device)
         capacity = 8 * (4 * max_num_batched_tokens + 6 * num + 64) + 4 * num * (self.max_blocks + 2)
-        count = NUM_STAGING_BUFFERS if self.lives_on_device else 1
+        count = max(NUM_STAGING_BUFFERS, max_steps_in_flight) if self.lives_on_device else 1
         self._staging = [Staging(capacity, device) for _ in range(count)]
         self._step = 0
         self._last_rows: Sequence[int] = ()
-        self._last_handles: IntArray = np.zeros(0, dtype=np.int64)
         self._last_was_decode = False
+        # rows of the latest steps and the same as arrays: steps of several micro-batches take turns
+        self._known_rows: deque[tuple[Sequence[int], IntArray]] = deque(maxlen=max_steps_in_flight)
 
     # ------------------------------------------------------------------------------------------------- remembering
 
     def apply(self, output: SchedulerOutput) -> None:
-        """Take over the differences of a step: forget, take up, append."""
+        """Take over the differences of a step: forget, take up, append blocks."""
         for handle in output.finished:
             self.active.pop(handle, None)
             self.poisoned.pop(handle, None)
@@ -183,16 +188,12 @@ class InputBatch:
             start = int(self.num_blocks_N[handle])
             self.num_blocks_N[handle] = end = start + len(block_ids)
             self.block_table_NB[handle, start:end] = block_ids
-        if self.keeps_new_tokens:
-            for handle, token_ids in output.new_tokens:
-                start = int(self.num_known_N[handle])
-                self.num_known_N[handle] = end = start + len(token_ids)
-                self.token_ids_NL[handle, start:end] = token_ids
 
     def _add(self, request: NewRequest) -> None:
         handle, count = request.handle, len(request.token_ids)
         token_ids = np.asarray(request.token_ids, dtype=np.int64)
         self.active[handle] = request
+        self.tenant_N[handle] += 1
         self.poisoned.pop(handle, None)
         if count == 0 or token_ids.min() < 0 or token_ids.max() >= self.vocab_size:
             # the doors refuse such a request; here it must cost nobody else the step
@@ -210,17 +211,25 @@ class InputBatch:
     def build(self, output: SchedulerOutput) -> StepInputs:
         """The tensors of the step. Call after `apply`."""
         same_rows = output.rows == self._last_rows
-        if not same_rows:
-            self._last_handles = np.asarray(output.rows, dtype=np.int64)
-            self._last_rows = output.rows
+        self._last_rows = output.rows
+        handles_R = self.handles_of(output.rows)
         staging = self._staging[self._step % len(self._staging)]
         self._step += 1
         staging.begin()
         one_each = not output.num_tokens or len(output.num_tokens) == sum(output.num_tokens)
         was_decode, self._last_was_decode = self._last_was_decode, one_each and not output.partial
         if self._last_was_decode:
-            return self._build_decode(self._last_handles, staging, same_rows and was_decode)
-        return self._build_mixed(output, self._last_handles, staging)
+            return self._build_decode(handles_R, staging, same_rows and was_decode)
+        return self._build_mixed(output, handles_R, staging)
+
+    def handles_of(self, rows: Sequence[int]) -> IntArray:
+        """The rows as an array, which nobody changes."""
+        for known, handles_R in self._known_rows:
+            if known == rows:
+                return handles_R
+        made: IntArray = np.asarray(rows, dtype=np.int64)
+        self._known_rows.append((rows, made))
+        return made
 
     def _build_decode(self, handles_R: IntArray, staging: Staging, same_rows: bool) -> StepInputs:
         """One token a row: the path of most steps, so the views of a steady batch are made once."""
@@ -355,7 +364,12 @@ class InputBatch:
 
     def append_sampled(self, inputs: StepInputs, token_ids_S: IntArray) -> None:
         """Remember what the step sampled, on the host."""
-        handles_S, positions_S = inputs.sample_handles_S, inputs.sample_positions_S
+        self.append(inputs.sample_handles_S, inputs.sample_positions_S, token_ids_S)
+
+    def append(self, handles_S: IntArray, positions_S: IntArray, token_ids_S: IntArray) -> None:
+        """These have so many tokens before this one. For whoever keeps its tokens on the host."""
+        if not self.lives_on_device:
+            self._last_tokens[handles_S] = token_ids_S
         self._flat_tokens[handles_S * self.token_ids_NL.shape[1] + positions_S] = token_ids_S
         self.num_known_N[handles_S] = positions_S + 1
 

@@ -28,8 +28,8 @@ from argosy.workers.kv_cache import KVCache
 from argosy.workers.loading.stream import LoadReport, load_weights
 from argosy.workers.models.registry import build_model
 from argosy.workers.quantization.base import count_products
-from argosy.workers.token_return import TokenReturn
 from argosy.workers.sampler import FAILURES, LogprobTensors, Sampled, Sampler, gather_logprobs, mark_failures
+from argosy.workers.token_return import TokenReturn
 
 PROMPT_LOGPROB_ROWS = 256  # prompt positions whose logits exist at once
 WARM_UP_EPOCH = -1
@@ -375,10 +375,19 @@ class ModelRunner:
         # a row that failed goes on with token 0 until the driver has heard of it
         if self.batch.lives_on_device:
             self.batch.append_sampled_device(inputs, token_ids_S.clamp(min=0))
+            self._hand_back()
             if not self.sampler.processor.needs_history:
                 return
             token_ids_S = token_ids_S.cpu()  # waits for the step: the price of bad words of several tokens
+            self.batch.append_sampled(inputs, np.maximum(token_ids_S.numpy(), 0))
+            return
         self.batch.append_sampled(inputs, np.maximum(token_ids_S.numpy(), 0))
+        self._hand_back()
+
+    def _hand_back(self) -> None:
+        """What this step sampled stands in the table of last tokens: the first stage will ask for it."""
+        if self._token_return is not None:
+            self._token_return.send()
 
     def _make_prompt_logprobs(self, inputs: StepInputs, hidden_TD: Tensor) -> list[tuple[int, int, LogprobTensors]]:
         """For rows that asked: (handle, first position, figures) of the prompt tokens that follow this chunk's."""

@@ -59,6 +59,7 @@ class WorkerBoot(msgspec.Struct, frozen=True, kw_only=True):
     secret: str
     node: str = ""
 
+IDLE_SECONDS = 0.05  # without a word from the driver
 
 def run_worker(boot: WorkerBoot) -> int:
     """Be that rank until the driver says stop or goes away. Returns the exit status: 0 after `StopWorker`."""
@@ -109,7 +110,7 @@ class Worker:
         """Obey until told to stop (0), until the driver goes away, or until something fails."""
         try:
             while True:
-                message = self.channel.recv()
+                message = self._next_message()
                 if type(message) is SchedulerOutput:
                     self._step(message)
                 elif isinstance(message, StopWorker):
@@ -137,6 +138,18 @@ class Worker:
             return  # a late word from an epoch that is over
         assert self.runner is not None
         outcome = self.runner.execute(output)
+    def _next_message(self) -> Any:
+        """The driver's next word. Tokens that no step is in need of are taken while there is nothing else to do: on a
+        GPU whoever sent them holds a part of the device until then."""
+        runner = self.runner
+        if runner is None or runner.device.type == "cpu" or not runner.has_tokens_to_take:
+            return self.channel.recv()
+        try:
+            return self.channel.recv(IDLE_SECONDS)
+        except TimeoutError:
+            runner.take_tokens()
+            return self.channel.recv()
+
         if outcome is None:
             return
         if self._answers is not None:

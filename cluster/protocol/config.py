@@ -94,6 +94,8 @@ class ServerConfig(_Settings, frozen=True):
     drain_seconds: float = 30.0
     disable_log_stats: bool = False
     response_role: str = "assistant"
+    job_dir: str | None = None  # None: this server keeps no jobs
+    max_upload_bytes: int = 200 * 1024 * 1024
 
 
 class ServingConfig(_Settings, frozen=True):
@@ -123,6 +125,7 @@ class ServingConfig(_Settings, frozen=True):
         check.seconds("drain_seconds", self.server.drain_seconds, 0.0)
         check.at_least("cpu_threads", parallel.cpu_threads, 1)
         check.at_least("max_body_bytes", self.server.max_body_bytes, 1)
+        check.at_least("max_upload_bytes", self.server.max_upload_bytes, 1)
         check.at_least("max_logprobs", self.model.max_logprobs, -1)
         check.at_least("tensor_parallel_size", parallel.tensor_parallel_size, 1)
         check.at_least("pipeline_parallel_size", parallel.pipeline_parallel_size, 1)

@@ -262,16 +262,16 @@ class NewRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
 class SchedulerOutput(_Message, frozen=True):
     """Driver -> every rank of the replica: what step `step_id` computes. Each rank takes its part of the same value.
 
-    A rank does, in this order: forget `finished`; take up `new_requests`; append `new_blocks` and `new_tokens`; carry
+    A rank does, in this order: forget `finished`; take up `new_requests`; append `new_blocks`; carry
     out `block_copies`; run the rows; advance each row's computed count by its `num_tokens`.
 
     `rows` are handles in batch order: rows of one token first (decodes), then the longer ones. Row i computes
     `num_tokens[i]` tokens from its computed count on (an empty `num_tokens` means one for each row). A row samples
     one token after its last position unless its place i is in `partial` (more of its prompt is to come).
 
-    A token that was sampled by a step still in flight is not known to the driver: the rank that samples keeps it and
-    feeds it itself ("placeholder"). `new_tokens` names those that a rank could not know (pipeline stages before the
-    last one did not sample).
+    A token that was sampled is not sent back to the ranks, and a step may need it before the driver knows it
+    ("placeholder"): they keep it themselves, and the last pipeline stage hands it to the first. What is handed over
+    when follows from the stream of these messages and from `max_steps_in_flight`, which bounds how many are unanswered.
     """
 
     step_id: int
@@ -281,10 +281,8 @@ class SchedulerOutput(_Message, frozen=True):
     partial: Sequence[int] = ()
     new_requests: Sequence[NewRequest] = ()
     new_blocks: Sequence[tuple[int, Sequence[int]]] = ()  # (handle, block ids to append)
-    new_tokens: Sequence[tuple[int, Sequence[int]]] = ()  # (handle, token ids to append)
     block_copies: Sequence[tuple[int, int]] = ()  # (source, destination), whole blocks, before the forward pass
     finished: Sequence[int] = ()
-    send_new_tokens: bool = False  # pipeline: `new_tokens` lists every row's last token
 
     @property
     def num_scheduled_tokens(self) -> int:

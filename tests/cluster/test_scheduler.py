@@ -32,7 +32,7 @@ class Desk:
             n=n,
             priority=priority,
         )
-        requests = make_requests(message, arrival=self._arrivals, now=0.0, max_len=1000, deltas=self.deltas)
+        requests = make_requests(message, arrival=self._arrivals, now=0.0, max_len=10_000, deltas=self.deltas)
         self.scheduler.add(requests)
         return requests[0]
 
@@ -220,18 +220,36 @@ def test_a_prompt_that_another_one_has_computed_is_not_computed_again() -> None:
     assert desk.deltas[-1].num_cached_tokens == 8
 
 
-def test_with_stages_a_request_is_in_one_step_at_a_time_and_its_last_token_travels() -> None:
-    """Two stages: the requests that decode are split over two steps."""
-    desk = Desk(pipeline_parallel_size=2)
-    for _ in range(3):
-        desk.add(3)
-    desk.answer(desk.schedule(), 11, 12, 13)
-    steps = [desk.schedule() for _ in range(2)]
-    assert [list(output.rows) for output in steps] == [[0, 1], [2]]
-    assert [list(output.new_tokens) for output in steps] == [[(0, (11,)), (1, (12,))], [(2, (13,))]]
-    assert desk.scheduler.schedule() is None
-    desk.answer(steps[0])
-    assert list(desk.schedule().rows) == [0, 1]
+def test_with_stages_each_step_takes_a_share_and_does_not_wait_for_tokens() -> None:
+    """Two stages: the requests that decode are split over two steps, and the first half is back in the third, before
+    the driver knows what it got in the first. Without asynchronous scheduling it waits for that."""
+    for is_async in (True, False):
+        desk = Desk(pipeline_parallel_size=2, async_scheduling=is_async)
+        for _ in range(3):
+            desk.add(3)
+        desk.answer(desk.schedule(), 11, 12, 13)
+        assert [list(desk.schedule().rows) for _ in range(2)] == [[0, 1], [2]]
+        third = desk.scheduler.schedule()
+        assert (None if third is None else list(third.rows)) == ([0, 1] if is_async else None)
+
+
+def test_one_request_alone_is_in_every_step() -> None:
+    """There is nothing to fill the steps between with; once there is, it is in every other one."""
+    desk = Desk(pipeline_parallel_size=2, max_num_batched_tokens=1024, num_blocks=4096)
+    desk.add(3)
+    assert [list(desk.schedule().rows) for _ in range(3)] == [[0]] * 3
+    desk.add(2000)
+    assert [list(desk.schedule().rows) for _ in range(4)] == [[1], [0, 1], [1], [0, 1]]
+
+
+def test_prompts_are_spread_evenly_over_the_steps_that_stages_work_on() -> None:
+    """A prompt that fits one step is cut all the same: the second stage has the first piece while the first has the
+    second. Short ones are not: a piece would cost a stage as much as all of it."""
+    desk = Desk(pipeline_parallel_size=2, max_num_batched_tokens=8192, num_blocks=4096)
+    desk.add(4000)
+    assert [desk.schedule().num_scheduled_tokens for _ in range(4)] == [1000] * 4
+    desk.add(500)
+    assert max(desk.schedule().num_tokens or [1]) == 500
 
 
 def test_a_row_that_failed_costs_only_its_own_request() -> None:
@@ -273,8 +291,7 @@ def test_blocks_that_a_half_computed_prompt_still_needs_are_not_given_to_others(
     desk = Desk(num_blocks=12, pipeline_parallel_size=2)
     desk.add(40)
     desk.add(16)
-    assert len(desk.schedule().rows) == 1
-    assert desk.scheduler.schedule() is None
+    assert [list(desk.schedule().num_tokens) for _ in range(3)] == [[16], [16], [8]]
 
 
 def test_the_same_arrivals_give_the_same_steps() -> None:

@@ -18,7 +18,7 @@ def make_batch(**changes: object) -> InputBatch:
     """A small one on the CPU."""
     settings = {
         "max_num_seqs": MAX_SEQS, "max_model_len": MAX_LEN, "max_num_batched_tokens": 64,
-        "block_size": BLOCK_SIZE, "vocab_size": 100, "device": torch.device("cpu"), "keeps_new_tokens": False,
+        "block_size": BLOCK_SIZE, "vocab_size": 100, "device": torch.device("cpu"),
     }  # fmt: skip
     return InputBatch(**{**settings, **changes})  # type: ignore[arg-type]
 
@@ -154,23 +154,6 @@ def test_the_rows_of_a_steady_batch_are_known_as_such() -> None:
         batch.advance(inputs)
         batch.append_sampled(inputs, np.full(inputs.num_sampled, 7))
     assert same == [False, False, True, False, True]
-
-
-def test_a_stage_that_can_not_sample_learns_its_tokens_from_the_message() -> None:
-    """Pipeline: the first stage hears of each token in the step that computes it; the last stage knows already."""
-    new = NewRequest(3, [9, 8], 2, 0, [5], PARAMS)
-    first = SchedulerOutput(step_id=0, epoch=0, rows=[3], num_tokens=[2], new_requests=[new])
-    second = SchedulerOutput(step_id=1, epoch=0, rows=[3], new_tokens=[(3, [42])], send_new_tokens=True)
-    for keeps_new_tokens in (True, False):
-        batch = make_batch(keeps_new_tokens=keeps_new_tokens)
-        batch.apply(first)
-        inputs = batch.build(first)
-        batch.advance(inputs)
-        if not keeps_new_tokens:
-            batch.append_sampled(inputs, np.array([42]))
-        batch.apply(second)
-        assert batch.build(second).token_ids_T.tolist() == [42]
-        assert batch.num_known_N[3] == 3
 
 
 def test_an_id_outside_of_the_vocabulary_costs_only_its_own_request() -> None:
