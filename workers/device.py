@@ -1,5 +1,7 @@
 """CPU or GPU, which dtype, how many free bytes: the only place that asks."""
 
+from dataclasses import dataclass
+
 import psutil
 import torch
 
@@ -69,6 +71,62 @@ def measure_total_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[1])
     return int(psutil.virtual_memory().total)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryReading:
+    """Bytes of a card as the driver and torch report them.
+
+    `allocated` is what tensors have and `reserved` what torch took from the driver for them; `graphs` is the memory
+    that recorded graphs keep to themselves and is in neither. `used` is everybody's, other programs included.
+    """
+
+    total: int
+    used: int = 0
+    allocated: int = 0
+    reserved: int = 0
+    graphs: int = 0
+
+    @property
+    def outside(self) -> int:
+        """What is not torch's: contexts, NCCL, loaded code, what the driver keeps of graphs, other programs."""
+        return max(0, self.used - self.reserved - self.graphs)
+
+
+class DeviceMemory:
+    """The meter of a card."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+
+    def read(self) -> MemoryReading:
+        """How it stands now, after all work that was launched."""
+        torch.cuda.synchronize(self.device)
+        free, total = torch.cuda.mem_get_info(self.device)
+        allocated = reserved = graphs = 0
+        for segment in torch.cuda.memory_snapshot():  # type: ignore[no-untyped-call, unused-ignore]  # torch's own
+            if segment["device"] != self.device.index:
+                continue
+            if tuple(segment["segment_pool_id"]) == (0, 0):
+                allocated += segment["allocated_size"]
+                reserved += segment["total_size"]
+            else:
+                graphs += segment["total_size"]
+        return MemoryReading(total=total, used=total - free, allocated=allocated, reserved=reserved, graphs=graphs)
+
+    def release(self) -> None:
+        """Give the card back what no tensor uses."""
+        torch.cuda.synchronize(self.device)
+        torch.cuda.empty_cache()
+
+    def start_peak(self) -> int:
+        """Count from here; returns the bytes of tensors now."""
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
+
+    def peak(self) -> int:
+        """The most bytes of tensors since then."""
+        return torch.cuda.max_memory_allocated(self.device)
 
 
 def describe_device(device: torch.device) -> str:

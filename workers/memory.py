@@ -1,50 +1,136 @@
-"""Where this rank's bytes go, how many KV blocks fit, and which shapes to run before the first request."""
+"""Where this rank's bytes go, how many KV blocks fit, and what to say when something does not.
 
-from dataclasses import dataclass
+On a GPU the ledger is kept by differences of what the driver and torch report, at each mark of the start: so its sum is
+what the driver reports, and a purpose that grew is seen by name. Two steps are run to learn what activations need; what
+graphs will take is reckoned before they exist, since the cache has to be made first.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import psutil
 import torch
 
 from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import PlacementImpossible
+from argosy.workers.cuda_graphs import ladder
+from argosy.workers.device import MemoryReading
 from argosy.workers.model_runner import ModelRunner
 
 CPU_CACHE_BYTES = 4 * 2**30  # all ranks of a machine together, unless kv_cache_memory_bytes says otherwise
 CPU_CACHE_FRACTION = 0.3  # and never more than this part of what is available
 CPU_PROMPT_TOKENS = 32  # a CPU has no compilation to warm up, only thread pools and allocators
 CPU_ROWS = 8
+GRAPH_BYTES_A_KERNEL = 2048  # what the driver keeps of each kernel of a recorded graph
+MIN_SLACK = 2**28  # beside the cache: what a later step's fragments and lazily loaded kernels may take
+
+
+class Meter(Protocol):
+    """What the ledger reads from a device; tests have one of their own."""
+
+    def read(self) -> MemoryReading:
+        """How it stands now."""
+
+    def release(self) -> None:
+        """Give the device back what no tensor uses."""
+
+    def start_peak(self) -> int:
+        """Count from here; returns the bytes of tensors now."""
+
+    def peak(self) -> int:
+        """The most bytes of tensors since then."""
 
 
 @dataclass(slots=True)
 class MemoryLedger:
     """Bytes of this rank by purpose. On a CPU `activations` is what the tensors of a full step come to."""
 
-    weight_bytes: int = 0
-    kv_bytes: int = 0
-    activation_bytes: int = 0
-    workspace_bytes: int = 0  # CUDA context, NCCL, cuBLAS: what the device uses beside our tensors
-    free_bytes: int = 0  # what the cache could be made of
+    purposes: dict[str, int] = field(default_factory=dict)
+    room_bytes: int = 0  # what the cache could be made of
+    activation_bytes: int = 0  # the most that a step needs
+    graph_bytes: int = 0  # what recorded graphs are reckoned to need
+    meter: Meter | None = None
+    _last: MemoryReading | None = None
+
+    def mark(self, purpose: str, outside: str = "workspace") -> None:
+        """What tensors and graphs took since the last mark went to `purpose`, what others took to `outside`."""
+        if self.meter is None:
+            return  # on a CPU nobody says whose memory it is
+        now = self.meter.read()
+        before = self._last or MemoryReading(total=now.total)
+        self._add(purpose, now.allocated - before.allocated + now.graphs - before.graphs)
+        self._add(outside, now.outside - before.outside)
+        self._last = now
+
+    def _add(self, purpose: str, num_bytes: int) -> None:
+        self.purposes[purpose] = self.purposes.get(purpose, 0) + num_bytes
 
     def entries(self) -> dict[str, int]:
-        """The same, by the names that the driver reports."""
-        return {
-            "weights": self.weight_bytes,
-            "kv": self.kv_bytes,
-            "activations": self.activation_bytes,
-            "workspace": self.workspace_bytes,
-            "free": self.free_bytes,
-        }
+        """All purposes, what torch holds ready for activations, what is free, and their sum as `total`."""
+        if self._last is None:
+            return {**self.purposes, "activations": self.activation_bytes, "free": self.room_bytes}
+        last = self._last
+        kept = {"activations": last.reserved - last.allocated, "free": last.total - last.used}
+        return {**self.purposes, **kept, "total": last.total}
+
+
+def describe_ledger(entries: dict[str, int]) -> str:
+    """One line for people: `weights 15.0 + KV cache 100.1 + ... + free 9.8 = 139.8 GiB`."""
+    parts = {name: size for name, size in entries.items() if name != "total"}
+    words = [f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size >= 2**20 or name == "free"]
+    total = entries.get("total")
+    return " + ".join(words) + (f" = {total / 2**30:.2f} GiB" if total else " GiB")
+
+
+def check_weights_fit(runner: ModelRunner, ledger: MemoryLedger) -> None:
+    """Before any is allocated. Raises `PlacementImpossible` naming the layout that would fit."""
+    if ledger.meter is None:
+        return
+    needed = sum(parameter.numel() * parameter.dtype.itemsize for parameter in runner.model.parameters())
+    now = ledger.meter.read()
+    limit = int(now.total * runner.config.cache.gpu_memory_utilization)
+    free = min(limit - now.used, now.total - now.used)
+    if needed < free:
+        return
+    rank, spec = runner.rank, runner.spec
+    sizes = [size for size in (2, 4, 8, 16) if size > rank.tp_size and not spec.num_heads % size]
+    fitting = [size for size in sizes if needed * rank.tp_size / size < 0.9 * limit]
+    spread = f"--tensor-parallel-size {fitting[0]}" if fitting else "more pipeline stages (--pipeline-parallel-size)"
+    share = (needed + now.used + MIN_SLACK) / now.total + 0.05
+    if now.used > 0.2 * now.total:
+        advice = f"{gib(now.used)} are taken already (nvidia-smi shows by whom): free them, or use {spread}"
+    elif share < 1.0:
+        advice = f"use --gpu-memory-utilization {share:.2f} or more, or {spread}"
+    else:
+        advice = f"use {spread}"
+    raise PlacementImpossible(
+        f"rank {rank.global_rank} needs {gib(needed)} for its part of the weights and may use {gib(max(free, 0))} of "
+        f"the card's {gib(now.total)}; {advice}"
+    )
+
+
+@contextmanager
+def explain_out_of_memory(what: str, advice: str) -> Iterator[None]:
+    """An allocation that fails inside becomes one line that says what to change."""
+    try:
+        yield
+    except torch.OutOfMemoryError as error:
+        first = str(error).strip().splitlines()[0].split(". GPU")[0]
+        raise PlacementImpossible(f"out of device memory while {what} ({first}); {advice}") from error
 
 
 def measure_num_blocks(runner: ModelRunner, ledger: MemoryLedger) -> int:
     """How many KV blocks this rank has room for. Fills in the ledger."""
-    if runner.device.type == "cuda":
-        _measure_cuda(runner, ledger)
+    if ledger.meter is not None:
+        _measure_device(runner, ledger)
     else:
         _measure_cpu(runner, ledger)
     cache = runner.config.cache
     if cache.num_gpu_blocks_override is not None:
         return cache.num_gpu_blocks_override
-    budget = cache.kv_cache_memory_bytes if cache.kv_cache_memory_bytes is not None else ledger.free_bytes
+    budget = cache.kv_cache_memory_bytes if cache.kv_cache_memory_bytes is not None else ledger.room_bytes
     return max(0, min(budget // runner.block_bytes, most_blocks(runner.config, runner.max_model_len)))
 
 
@@ -53,36 +139,67 @@ def most_blocks(config: ServingConfig, max_model_len: int) -> int:
     return config.scheduler.max_num_seqs * -(-max_model_len // config.cache.block_size)
 
 
+def cache_room(reading: MemoryReading, *, utilization: float, activation_bytes: int, graph_bytes: int) -> int:
+    """Bytes for the KV cache: the share of the card that may be used, less all that is or will be there beside it."""
+    limit = int(reading.total * utilization)
+    taken = reading.outside + reading.allocated + activation_bytes + graph_bytes
+    return max(0, min(limit, reading.total - MIN_SLACK) - taken)
+
+
+def reckon_graphs(num_graphs: int, kernels_a_graph: int, pool_bytes: int) -> int:
+    """Bytes of so many recorded graphs that share one pool as large as the largest step's activations."""
+    return pool_bytes + num_graphs * kernels_a_graph * GRAPH_BYTES_A_KERNEL
+
+
 def _measure_cpu(runner: ModelRunner, ledger: MemoryLedger) -> None:
     spec, config, rank = runner.spec, runner.config, runner.rank
     available = psutil.virtual_memory().available
     num_ranks = rank.tp_size * rank.pp_size
-    ledger.free_bytes = int(min(CPU_CACHE_BYTES, available * CPU_CACHE_FRACTION)) // num_ranks
+    ledger.room_bytes = int(min(CPU_CACHE_BYTES, available * CPU_CACHE_FRACTION)) // num_ranks
     width = 4 * spec.hidden_size + (2 * spec.intermediate_size + 3 * spec.num_heads * spec.head_size) // rank.tp_size
     ledger.activation_bytes = config.scheduler.max_num_batched_tokens * width * runner.dtype.itemsize
     if rank.is_last_stage:
         ledger.activation_bytes += config.scheduler.max_num_seqs * spec.vocab_size * 4
 
 
-def _measure_cuda(runner: ModelRunner, ledger: MemoryLedger) -> None:
-    device = runner.device
-    torch.cuda.synchronize(device)
-    torch.cuda.empty_cache()
-    before = torch.cuda.memory_allocated(device)
-    torch.cuda.reset_peak_memory_stats(device)
-    runner.allocate(1)
-    runner.warm_up(_largest_shapes(runner))
-    runner.kv_cache = None
-    ledger.activation_bytes = torch.cuda.max_memory_allocated(device) - before
-    torch.cuda.empty_cache()
-    free, total = torch.cuda.mem_get_info(device)
-    reserved = torch.cuda.memory_reserved(device)
-    ledger.workspace_bytes = max(0, total - free - reserved)
-    limit = int(total * runner.config.cache.gpu_memory_utilization)
-    ledger.free_bytes = max(0, limit - reserved - ledger.workspace_bytes - ledger.activation_bytes)
+def _measure_device(runner: ModelRunner, ledger: MemoryLedger) -> None:
+    meter = ledger.meter
+    assert meter is not None
+    peaks = []
+    with explain_out_of_memory(
+        "running the largest step", "lower --max-num-batched-tokens or --max-num-seqs, or spread the model over more "
+        "ranks with --tensor-parallel-size",
+    ):  # fmt: skip
+        runner.allocate(1)
+        for shape in largest_shapes(runner):
+            before = meter.start_peak()
+            runner.warm_up([shape])
+            peaks.append(meter.peak() - before)
+        runner.kv_cache = None
+    meter.release()
+    ledger.mark("workspace")
+    ledger.activation_bytes = max(peaks)
+    if num_graphs := 2 * len(graph_sizes(runner)):
+        layers = runner.rank.last_layer - runner.rank.first_layer
+        ledger.graph_bytes = reckon_graphs(num_graphs, 8 * layers + 8, peaks[-1])
+    reading = meter.read()
+    ledger.room_bytes = cache_room(
+        reading,
+        utilization=runner.config.cache.gpu_memory_utilization,
+        activation_bytes=ledger.activation_bytes,
+        graph_bytes=ledger.graph_bytes,
+    )
 
 
-def _largest_shapes(runner: ModelRunner) -> list[tuple[int, int]]:
+def graph_sizes(runner: ModelRunner) -> list[int]:
+    """The batch sizes that will be recorded; none on a CPU, or with `enforce_eager`."""
+    parallel = runner.config.parallel
+    if runner.device.type != "cuda" or parallel.enforce_eager:
+        return []
+    return ladder(min(runner.config.scheduler.max_num_seqs, parallel.max_cuda_graph_batch))
+
+
+def largest_shapes(runner: ModelRunner) -> list[tuple[int, int]]:
     """The steps that need most: a full token budget of prompts, and all rows sampling."""
     scheduler = runner.config.scheduler
     tokens = min(scheduler.max_num_batched_tokens, runner.max_model_len)
@@ -91,10 +208,17 @@ def _largest_shapes(runner: ModelRunner) -> list[tuple[int, int]]:
 
 
 def warm_up_shapes(runner: ModelRunner) -> list[tuple[int, int]]:
-    """(rows, tokens a row) of the steps to run before the first request; the same on every rank."""
+    """(rows, tokens a row) of the steps to run before the first request; the same on every rank.
+
+    On a GPU the largest ran already, to be measured.
+    """
     scheduler = runner.config.scheduler
-    if runner.device.type == "cuda":
-        sizes = [1 << power for power in range(scheduler.max_num_seqs.bit_length())]
-        return [*_largest_shapes(runner), *((size, 1) for size in sizes)]
     tokens = min(CPU_PROMPT_TOKENS, scheduler.max_num_batched_tokens, runner.max_model_len)
+    if runner.device.type == "cuda":
+        return [(1, tokens), *((1 << power, 1) for power in range(scheduler.max_num_seqs.bit_length()))]
     return [(1, tokens), (min(CPU_ROWS, scheduler.max_num_seqs), 1), (1, 1)]
+
+
+def gib(num_bytes: float) -> str:
+    """For people."""
+    return f"{num_bytes / 2**30:.1f} GiB"

@@ -26,6 +26,11 @@ class StartClock:
         """What happened since the last mark was waiting for others."""
         self.mark("waiting")
 
+    def describe(self) -> str:
+        """One line for people, without what took no time."""
+        parts = [f"{phase} {seconds:.2f}" for phase, seconds in self.phases.items() if seconds >= 0.005]
+        return f"{self.seconds:.2f} s: {', '.join(parts)}"
+
     @property
     def seconds(self) -> float:
         """Since the birth of the process, at the last mark."""

@@ -39,12 +39,27 @@ from argosy.cluster.protocol.messages import (
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.placement.plan import RankInfo
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
-from argosy.workers.device import TORCH_DTYPES, choose_device, choose_dtype, describe_device, set_up_device
+from argosy.workers.device import (
+    TORCH_DTYPES,
+    DeviceMemory,
+    choose_device,
+    choose_dtype,
+    describe_device,
+    set_up_device,
+)
 from argosy.workers.loading.resolve import resolve_model
-from argosy.workers.memory import MemoryLedger, measure_num_blocks, warm_up_shapes
+from argosy.workers.memory import (
+    MemoryLedger,
+    check_weights_fit,
+    describe_ledger,
+    explain_out_of_memory,
+    measure_num_blocks,
+    warm_up_shapes,
+)
 from argosy.workers.model_runner import ModelRunner, StepOutcome
 from argosy.workers.start_clock import StartClock
 
+IDLE_SECONDS = 0.05  # without a word from the driver
 GRACE_SECONDS = 1.0  # between the driver's going away and our own end, for an orderly one
 EXIT_DRIVER_GONE = 3
 EXIT_FAILED = 4
@@ -59,7 +74,6 @@ class WorkerBoot(msgspec.Struct, frozen=True, kw_only=True):
     secret: str
     node: str = ""
 
-IDLE_SECONDS = 0.05  # without a word from the driver
 
 def run_worker(boot: WorkerBoot) -> int:
     """Be that rank until the driver says stop or goes away. Returns the exit status: 0 after `StopWorker`."""
@@ -124,6 +138,18 @@ class Worker:
             self._tell_failure(error)
             return EXIT_FAILED
 
+    def _next_message(self) -> Any:
+        """The driver's next word. Tokens that no step is in need of are taken while there is nothing else to do: on a
+        GPU whoever sent them holds a part of the device until then."""
+        runner = self.runner
+        if runner is None or runner.device.type == "cpu" or not runner.has_tokens_to_take:
+            return self.channel.recv()
+        try:
+            return self.channel.recv(IDLE_SECONDS)
+        except TimeoutError:
+            runner.take_tokens()
+            return self.channel.recv()
+
     def _handle(self, message: Any) -> None:
         if isinstance(message, Ping):
             step_id = self.runner.last_step_id if self.runner is not None else -1
@@ -138,18 +164,6 @@ class Worker:
             return  # a late word from an epoch that is over
         assert self.runner is not None
         outcome = self.runner.execute(output)
-    def _next_message(self) -> Any:
-        """The driver's next word. Tokens that no step is in need of are taken while there is nothing else to do: on a
-        GPU whoever sent them holds a part of the device until then."""
-        runner = self.runner
-        if runner is None or runner.device.type == "cpu" or not runner.has_tokens_to_take:
-            return self.channel.recv()
-        try:
-            return self.channel.recv(IDLE_SECONDS)
-        except TimeoutError:
-            runner.take_tokens()
-            return self.channel.recv()
-
         if outcome is None:
             return
         if self._answers is not None:
@@ -165,6 +179,9 @@ class Worker:
         started = time.monotonic()
         device = choose_device(self.config.parallel.device, self.rank)
         set_up_device(device, _num_threads(self.config, self.rank))
+        if device.type == "cuda":
+            self.ledger.meter = DeviceMemory(device)
+            self.ledger.mark("context", outside="context")
         self._progress("joining the process groups", 0.0)
         folder = resolve_model(self.config.model.model)
         spec = read_model_spec(folder, self.config.model.hf_overrides)
@@ -172,6 +189,7 @@ class Worker:
         self._clock.mark("device")
         self.parallel = init_parallel(self.rank, message.rendezvous, device, message.deadline_seconds)
         self._clock.mark("process groups")
+        self.ledger.mark("groups", outside="groups")
         dtype = choose_dtype(self.config.model.dtype, spec.dtype)
         self._progress("loading weights", 0.0)
         self.runner = ModelRunner(
@@ -179,10 +197,15 @@ class Worker:
             cache_dtype=_cache_dtype(self.config.cache.kv_cache_dtype, dtype),
         )  # fmt: skip
         self._clock.mark("buffers")
-        report = self.runner.load(folder, self._throttled("loading weights"))
+        self.ledger.mark("buffers")
+        check_weights_fit(self.runner, self.ledger)
+        with explain_out_of_memory("loading weights", "use --tensor-parallel-size, or free the card for this rank"):
+            report = self.runner.load(folder, self._throttled("loading weights"))
         self._clock.mark("weights")
         self._progress("loading weights", 1.0)
-        self.ledger.weight_bytes = report.num_bytes
+        self.ledger.mark("weights", outside="groups" if self.rank.tp_size > 1 else "workspace")
+        if self.ledger.meter is None:
+            self.ledger.purposes["weights"] = report.num_bytes
         measured = measure_num_blocks(self.runner, self.ledger)
         self._clock.mark("measuring memory")
         self.channel.send(
@@ -191,8 +214,8 @@ class Worker:
                 epoch=self.epoch,
                 num_blocks=measured,
                 block_bytes=self.runner.block_bytes,
-                free_bytes=self.ledger.free_bytes,
-                weight_bytes=self.ledger.weight_bytes,
+                free_bytes=self.ledger.room_bytes,
+                weight_bytes=report.num_bytes,
                 activation_bytes=self.ledger.activation_bytes,
                 device=describe_device(device),
                 node=self.boot.node,
@@ -205,15 +228,25 @@ class Worker:
         assert self.runner is not None
         self._clock.skip()
         started = time.monotonic()
-        self.runner.allocate(message.num_blocks)
+        utilization = self.config.cache.gpu_memory_utilization
+        lower = f"lower --gpu-memory-utilization from {utilization:g} to {max(utilization - 0.05, 0.05):.2f}"
+        with explain_out_of_memory(f"allocating {message.num_blocks} KV blocks", lower):
+            self.runner.allocate(message.num_blocks)
         self._clock.mark("KV cache")
         assert self.runner.kv_cache is not None
-        self.ledger.kv_bytes = self.runner.kv_cache.num_bytes
+        self.ledger.mark("kv")
+        if self.ledger.meter is None:
+            self.ledger.purposes["kv"] = self.runner.kv_cache.num_bytes
         self._progress("warming up", 0.0)
         self.runner.warm_up(warm_up_shapes(self.runner))
         self._clock.mark("warm-up")
-        self.runner.record_graphs(self._throttled("recording graphs"))
+        self.ledger.mark("workspace")
+        with explain_out_of_memory("recording graphs", f"{lower}, or record fewer with --max-num-seqs"):
+            self.runner.record_graphs(self._throttled("recording graphs"))
         self._clock.mark("graphs")
+        self.ledger.mark("graphs", outside="graphs")
+        print(f"rank {self.rank.global_rank} memory: {describe_ledger(self.ledger.entries())}", file=sys.stderr)
+        print(f"rank {self.rank.global_rank} start: {self._clock.describe()}", file=sys.stderr, flush=True)
         if self.runner.device.type != "cpu" and self.rank.answers:
             self._answers = _AnswerThread(self.channel.send, self._tell_failure)
         self.channel.send(

@@ -1,17 +1,23 @@
 """How many blocks a rank says it has room for, and that the ledger adds up."""
 
+import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from rig import InProcessRank, oracle_config
+from rig import SHAPE, InProcessRank, make_config, oracle_config
 
 from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import PlacementImpossible
 from argosy.workers import memory
+from argosy.workers.device import MemoryReading
 from argosy.workers.memory import MemoryLedger, measure_num_blocks, warm_up_shapes
 
+GIB = 2**30
 BLOCK_BYTES = 2 * 4 * 4 * 4 * 2 * 4  # k and v, layers, slots, heads, size, float32
 
 
@@ -38,7 +44,7 @@ def test_no_more_blocks_than_could_ever_be_used(tmp_path: Path) -> None:
     config = oracle_config(tmp_path, num_gpu_blocks_override=None)
     num_blocks, ledger = measure(config)
     assert num_blocks == 8 * 2048 // 4
-    assert ledger.free_bytes >= num_blocks * BLOCK_BYTES
+    assert ledger.room_bytes >= num_blocks * BLOCK_BYTES
 
 
 def test_a_small_machine_gives_a_part_of_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -49,10 +55,100 @@ def test_a_small_machine_gives_a_part_of_what_it_has(tmp_path: Path, monkeypatch
 
     monkeypatch.setattr(memory.psutil, "virtual_memory", Little)
     num_blocks, ledger = measure(oracle_config(tmp_path, num_gpu_blocks_override=None))
-    assert ledger.free_bytes == int(64 * 1024 * memory.CPU_CACHE_FRACTION)
-    assert num_blocks == ledger.free_bytes // BLOCK_BYTES
-    assert ledger.entries()["free"] == ledger.free_bytes
-    assert set(ledger.entries()) == {"weights", "kv", "activations", "workspace", "free"}
+    assert ledger.room_bytes == int(64 * 1024 * memory.CPU_CACHE_FRACTION)
+    assert num_blocks == ledger.room_bytes // BLOCK_BYTES
+    assert ledger.entries()["free"] == ledger.room_bytes
+
+
+class FakeCard:
+    """A card whose numbers a test moves by hand; a step needs `step_bytes`."""
+
+    def __init__(self, *, total: int = 100 * GIB, used: int = 0, step_bytes: int = 0):
+        self.now = MemoryReading(total=total, used=used)
+        self.step_bytes, self.released = step_bytes, 0
+
+    def move(self, **grown: int) -> None:
+        self.now = replace(self.now, **{name: getattr(self.now, name) + size for name, size in grown.items()})
+
+    def read(self) -> MemoryReading:
+        return self.now
+
+    def release(self) -> None:
+        self.released += 1
+
+    def start_peak(self) -> int:
+        return self.now.allocated
+
+    def peak(self) -> int:
+        return self.now.allocated + self.step_bytes
+
+
+def test_the_ledger_names_each_growth_and_adds_up_to_the_card() -> None:
+    """Others hold 1 GiB from the beginning; torch keeps 2 GiB more than its tensors have; graphs cost in two places."""
+    card = FakeCard(used=1 * GIB)
+    ledger = MemoryLedger(meter=card)
+    ledger.mark("context", outside="context")
+    card.move(used=16 * GIB, allocated=15 * GIB, reserved=16 * GIB)
+    ledger.mark("weights")
+    card.move(used=51 * GIB, allocated=50 * GIB, reserved=51 * GIB)
+    ledger.mark("kv")
+    card.move(used=3 * GIB, graphs=2 * GIB)
+    ledger.mark("graphs", outside="graphs")
+    entries = ledger.entries()
+    assert entries == {
+        "context": GIB, "weights": 15 * GIB, "workspace": 0, "kv": 50 * GIB, "graphs": 3 * GIB,
+        "activations": 2 * GIB, "free": 29 * GIB, "total": 100 * GIB,
+    }  # fmt: skip
+    assert sum(entries.values()) == 2 * entries["total"]
+    assert memory.describe_ledger(entries).endswith("free 29.00 = 100.00 GiB")
+
+
+def test_the_cache_gets_what_the_share_leaves_beside_all_else(tmp_path: Path) -> None:
+    """90 of 100 GiB may be used: 4 are others', 10 are tensors', a step needs 6."""
+    card = FakeCard(used=14 * GIB, step_bytes=6 * GIB)
+    card.move(allocated=10 * GIB, reserved=10 * GIB)
+    config = oracle_config(tmp_path, num_gpu_blocks_override=None, gpu_memory_utilization=0.9)
+    ledger = MemoryLedger(meter=card)
+    rank = InProcessRank(config, 4)
+    memory.measure_num_blocks(rank.runner, ledger)
+    assert ledger.room_bytes == pytest.approx(70 * GIB, abs=16)
+    assert card.released
+    assert rank.runner.kv_cache is None, "the block that the steps were tried with is given back"
+
+
+def test_a_full_share_leaves_a_little_for_fragments() -> None:
+    """gpu_memory_utilization=1 must not fail with the first step."""
+    reading = MemoryReading(total=100 * GIB, used=GIB)
+    room = memory.cache_room(reading, utilization=1.0, activation_bytes=GIB, graph_bytes=GIB)
+    assert room == 97 * GIB - memory.MIN_SLACK
+    assert memory.cache_room(reading, utilization=0.02, activation_bytes=GIB, graph_bytes=GIB) == 0
+
+
+def test_weights_that_do_not_fit_are_told_before_any_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the flag that would make them fit: a larger share, more cards, or a card that nobody else is on."""
+    monkeypatch.setattr(memory, "MIN_SLACK", 0)
+    shape = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32", **SHAPE}
+    (tmp_path / "config.json").write_text(json.dumps({**shape, "hidden_act": "silu", "rms_norm_eps": 1e-6}))
+    runner = InProcessRank(make_config(tmp_path, load_format="dummy", gpu_memory_utilization=0.5), 4).runner
+    needed = sum(parameter.nbytes for parameter in runner.model.parameters())
+    memory.check_weights_fit(runner, MemoryLedger())
+    memory.check_weights_fit(runner, MemoryLedger(meter=FakeCard(total=3 * needed)))
+    for total, used, advice in (
+        (2 * needed, 0, "--gpu-memory-utilization 0.55"),
+        (needed, 0, "--tensor-parallel-size 4"),
+        (3 * needed, needed, "taken already"),
+    ):
+        with pytest.raises(PlacementImpossible, match=advice):
+            memory.check_weights_fit(runner, MemoryLedger(meter=FakeCard(total=total, used=used)))
+
+
+def test_an_allocation_that_fails_names_what_to_change() -> None:
+    """The first sentence of torch's page, and ours."""
+    with (
+        pytest.raises(PlacementImpossible, match=r"while recording graphs .*50 GiB.*; use fewer"),
+        memory.explain_out_of_memory("recording graphs", "use fewer"),
+    ):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 50 GiB. GPU 0 has ...\nmore")
 
 
 def test_warming_up_fits_the_settings_and_leaves_no_trace(tmp_path: Path) -> None:
