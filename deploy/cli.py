@@ -12,6 +12,7 @@ import argosy
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, ServingError, WeightError
 from argosy.deploy import settings
+from argosy.deploy.jobs_folder import choose_job_dir
 
 _SERVE_EXAMPLES = """\
 examples:
@@ -89,6 +90,8 @@ def serving_config(words: Sequence[str], args: argparse.Namespace) -> ServingCon
     if args.model and args.model_flag and args.model != args.model_flag:
         raise ConfigError(f"two models given: {args.model!r} and --model {args.model_flag!r}; leave one out")
     given["model"] = args.model or args.model_flag or given.get("model") or settings.default_model()
+    job_dir = given.get("job_dir")
+    given["job_dir"] = choose_job_dir(str(job_dir) if job_dir is not None else None)
     config, ignored = settings.make_config(given)
     if text := settings.describe_ignored([*ignored, *settings.take_ignored(words)[1]]):
         print(f"argosy: {text}", file=sys.stderr)

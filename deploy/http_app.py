@@ -18,7 +18,10 @@ from argosy.deploy.gateway import Gateway
 from argosy.deploy.http_auth import ApiKeys
 from argosy.deploy.http_io import ClientGone, HttpRequest, Responder, run_while_client_stays
 from argosy.deploy.http_limits import App, LimitsMiddleware, Receive, Scope, Send
+from argosy.deploy.jobs_folder import JobFolder
+from argosy.deploy.jobs_service import JobService
 from argosy.deploy.metrics_export import CONTENT_TYPE, EdgeMetrics, render
+from argosy.deploy.openai.batches import serve_batches
 from argosy.deploy.openai.chat import serve_chat
 from argosy.deploy.openai.completions import serve_completions
 from argosy.deploy.openai.errors import (
@@ -29,9 +32,12 @@ from argosy.deploy.openai.errors import (
     log_unexpected,
     status_of,
 )
+from argosy.deploy.openai.files import serve_files
 from argosy.deploy.openai.serving import encode
 from argosy.deploy.openai.tokenization import serve_detokenize, serve_tokenize
 
+FILES: Final = "/v1/files"
+BATCHES: Final = "/v1/batches"
 HEALTH_SECONDS: Final = 1.0  # how old the engine's figures may be that health is judged by
 HEALTH_DEADLINE_SECONDS: Final = 3.0
 
@@ -40,12 +46,13 @@ Work: TypeAlias = Callable[[Gateway, Mapping[str, Any], HttpRequest, Responder],
 
 
 class Route(NamedTuple):
-    """One row of the routing table: `ask` answers a GET at once, `work` takes the JSON of a POST."""
+    """One row of the routing table: `ask` answers a GET at once, `work` takes the JSON of a POST, `act` does all."""
 
     name: str  # also its label in metrics
     ask: Ask | None = None
     work: Work | None = None
     public: bool = False
+    act: Ask | None = None  # looks at the method itself
 
 
 class HttpApp:
@@ -69,19 +76,19 @@ class HttpApp:
             "/metrics": Route("metrics", ask=self._metrics, public=public_metrics),
         }
         self._one_model = Route("model", ask=self._one)
+        self.jobs = self._open_jobs(server.job_dir)
+        self._files, self._batches = Route("files", act=self._serve_files), Route("batches", act=self._serve_batches)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await _live(receive, send)
+            await self._live(receive, send)
             return
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1000})
             return
         request = HttpRequest(scope, receive)
         responder = Responder(send, request.request_id)
-        route = self.routes.get(request.path)
-        if route is None and request.path.startswith("/v1/models/"):
-            route = self._one_model
+        route = self._find(request.path)
         self.metrics.in_flight += 1
         try:
             await self._serve(route, request, responder)
@@ -96,13 +103,22 @@ class HttpApp:
             self.metrics.in_flight -= 1
             self.metrics.answered(route.name if route is not None else "other", responder.status)
 
+    def _find(self, path: str) -> Route | None:
+        if path == FILES or path.startswith(f"{FILES}/"):
+            return self._files
+        if path == BATCHES or path.startswith(f"{BATCHES}/"):
+            return self._batches
+        return self.routes.get(path) or (self._one_model if path.startswith("/v1/models/") else None)
+
     async def _serve(self, route: Route | None, request: HttpRequest, responder: Responder) -> None:
         if route is None or not route.public:
             request.tenant = self._keys.tenant_of(request.headers.get(b"authorization"))
         if route is None:
             raise HttpRefusal(404, "not_found", "there is nothing at this path; see /v1/models and the README")
         ask, work = route.ask, route.work
-        if ask is not None and request.method in ("GET", "HEAD"):
+        if route.act is not None:
+            await route.act(request, responder)
+        elif ask is not None and request.method in ("GET", "HEAD"):
             await ask(request, responder)
         elif work is not None and request.method == "POST":
             body = await request.json()
@@ -129,6 +145,39 @@ class HttpApp:
             responder.add_header(name, value)
         unread = request.method == "POST" and not request.body_was_read
         await responder.whole(error_bytes(error, request.request_id), status=status_of(error), close=unread)
+
+    # --------------------------------------------------------------------------------------------------------- jobs
+
+    def _open_jobs(self, folder: str | None) -> JobService | None:
+        """The jobs in a folder; their items may go to every door below /v1 that takes JSON."""
+        if folder is None:
+            return None
+        works = {path: route.work for path, route in self.routes.items() if route.work and path.startswith("/v1/")}
+        return JobService(JobFolder(folder), self.gateway, works, num_interactive=lambda: self.metrics.in_flight)
+
+    async def _serve_files(self, request: HttpRequest, responder: Responder) -> None:
+        await serve_files(self._jobs(), request.path.removeprefix(FILES), request, responder)
+
+    async def _serve_batches(self, request: HttpRequest, responder: Responder) -> None:
+        await serve_batches(self._jobs(), request.path.removeprefix(BATCHES), request, responder)
+
+    def _jobs(self) -> JobService:
+        if self.jobs is None:
+            raise HttpRefusal(404, "no_jobs", "this server keeps no jobs; start it with --job-dir FOLDER")
+        return self.jobs
+
+    async def _live(self, receive: Receive, send: Send) -> None:
+        """The application's own start and end, as uvicorn and Ray Serve announce them."""
+        while True:
+            kind = (await receive())["type"]
+            if self.jobs is not None:
+                if kind == "lifespan.startup":
+                    self.jobs.start()
+                else:
+                    await self.jobs.stop()
+            await send({"type": f"{kind}.complete"})
+            if kind == "lifespan.shutdown":
+                return
 
     # ------------------------------------------------------------------------------------------------ small answers
 
@@ -208,16 +257,11 @@ class _EngineFigures:
 def build_http_app(gateway: Gateway, server: ServerConfig, *, public_metrics: bool = False) -> App:
     """The application with the limits in front of it, ready for uvicorn or Ray Serve."""
     return LimitsMiddleware(
-        HttpApp(gateway, server, public_metrics=public_metrics), max_body_bytes=server.max_body_bytes
+        HttpApp(gateway, server, public_metrics=public_metrics),
+        max_body_bytes=server.max_body_bytes,
+        max_upload_bytes=server.max_upload_bytes,
+        upload_path=FILES,
     )
-
-
-async def _live(receive: Receive, send: Send) -> None:
-    while True:
-        kind = (await receive())["type"]
-        await send({"type": f"{kind}.complete"})
-        if kind == "lifespan.shutdown":
-            return
 
 
 def _package_version() -> str:

@@ -3,8 +3,9 @@
 import asyncio
 import secrets
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any, Final
+from urllib.parse import parse_qsl
 
 import msgspec
 
@@ -16,6 +17,7 @@ STALL_SECONDS: Final = 30.0  # a reader who takes nothing for so long has left
 _WATCH_SECONDS: Final = 5.0
 _JSON: Final = (b"content-type", b"application/json")
 _MAX_LABEL_CHARS: Final = 128
+_MAX_QUERY_FIELDS: Final = 32
 
 
 class ClientGone(Exception):
@@ -32,6 +34,7 @@ class HttpRequest:
         self.headers: dict[bytes, bytes] = dict(reversed(scope["headers"]))  # of several the first counts
         self.request_id = _label(self.headers.get(b"x-request-id")) or secrets.token_hex(16)
         self.receive = receive
+        self._query: bytes = scope.get("query_string", b"")
         self.tenant = ""
         self.body_was_read = False
 
@@ -40,17 +43,29 @@ class HttpRequest:
         """Whether the client speaks of server-sent events by name, and so reads all of their fields."""
         return b"text/event-stream" in self.headers.get(b"accept", b"")
 
-    async def body(self) -> bytes:
-        """The whole body; its size is bounded by the limits in front of us."""
-        chunks = []
+    @property
+    def query(self) -> dict[str, str]:
+        """What stands behind the question mark; of several of one name the first counts."""
+        try:
+            pairs = parse_qsl(self._query.decode("latin-1"), keep_blank_values=True, max_num_fields=_MAX_QUERY_FIELDS)
+        except ValueError as error:
+            raise InvalidRequest("query", "the URL's", f"has at most {_MAX_QUERY_FIELDS} fields") from error
+        return dict(reversed(pairs))
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it comes; its size is bounded by the limits in front of us."""
         while True:
             message = await self.receive()
             if message["type"] != "http.request":
                 raise ClientGone
-            chunks.append(message.get("body", b""))
-            if not message.get("more_body", False):
-                self.body_was_read = True
-                return b"".join(chunks)
+            self.body_was_read = not message.get("more_body", False)
+            yield message.get("body", b"")
+            if self.body_was_read:
+                return
+
+    async def body(self) -> bytes:
+        """The whole body."""
+        return b"".join([chunk async for chunk in self.chunks()])
 
     async def json(self) -> dict[str, Any]:
         """The JSON object in the body."""
@@ -91,14 +106,14 @@ class Responder:
         self.add_header(b"content-length", str(len(body)).encode())
         if close:
             self.add_header(b"connection", b"close")
-        await self._start(status, content_type)
+        await self.start(status, content_type)
         await self._body(body, more=False)
 
     async def start_stream(self) -> None:
         """Status and header of a stream of events."""
         self.add_header(b"cache-control", b"no-cache")
         self.add_header(b"x-accel-buffering", b"no")
-        await self._start(200, (b"content-type", b"text/event-stream; charset=utf-8"))
+        await self.start(200, (b"content-type", b"text/event-stream; charset=utf-8"))
 
     async def events(self, data: bytes) -> None:
         """One or more events. Waits while the client is slower than we are."""
@@ -108,7 +123,8 @@ class Responder:
         """The end of a stream."""
         await self._body(b"", more=False)
 
-    async def _start(self, status: int, content_type: tuple[bytes, bytes]) -> None:
+    async def start(self, status: int, content_type: tuple[bytes, bytes]) -> None:
+        """Status and header of an answer that comes in pieces."""
         self.status = status
         await self._send({"type": "http.response.start", "status": status, "headers": [content_type, *self._headers]})
 

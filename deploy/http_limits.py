@@ -22,6 +22,7 @@ MAX_HEADER_BYTES: Final = 32 * 1024
 MAX_HEADERS: Final = 100
 MAX_URL_BYTES: Final = 8 * 1024
 MAX_BODY_CHUNKS: Final = 65_536
+_LEAST_CHUNK_BYTES: Final = 1024  # of a large upload on average: a packet holds more
 BODY_SECONDS: Final = 30.0  # for the whole body, and
 BODY_BYTES_PER_SECOND: Final = 1024  # one second more for each so many bytes that did arrive
 _FORBIDDEN_HEADERS: Final = frozenset(
@@ -34,21 +35,34 @@ _FORBIDDEN_PREFIXES: Final = (b"serve_", b"serve-", b"x-argosy-")
 class LimitsMiddleware:
     """Refuses what is too large or too slow, and takes away headers that only our own machines may set."""
 
-    def __init__(self, app: App, *, max_body_bytes: int, body_seconds: float = BODY_SECONDS):
+    def __init__(
+        self,
+        app: App,
+        *,
+        max_body_bytes: int,
+        body_seconds: float = BODY_SECONDS,
+        max_upload_bytes: int = 0,
+        upload_path: str = "",
+    ):
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._max_upload_bytes, self._upload_path = max_upload_bytes, upload_path
         self._body_seconds = body_seconds
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        is_upload = bool(self._upload_path) and scope["method"] == "POST" and scope["path"].endswith(self._upload_path)
+        max_bytes = self._max_upload_bytes if is_upload else self._max_body_bytes
         try:
-            headers = check_head(scope, self._max_body_bytes)
+            headers = check_head(scope, max_bytes)
         except (HttpRefusal, PayloadTooLarge) as error:
             await refuse(error, send)
             return
-        body = _LimitedBody(receive, self._max_body_bytes, self._body_seconds)
+        body = _LimitedBody(receive, max_bytes, self._body_seconds)
+        if is_upload:
+            body.allow_chunks(max_bytes // _LEAST_CHUNK_BYTES)
         await self._app({**scope, "headers": headers}, body.receive, send)
 
 
@@ -85,7 +99,12 @@ class _LimitedBody:
         self._started = time.monotonic()
         self._num_bytes = 0
         self._num_chunks = 0
+        self._max_chunks = MAX_BODY_CHUNKS
         self._complete = False
+
+    def allow_chunks(self, num_chunks: int) -> None:
+        """More than those of a request, for a large upload."""
+        self._max_chunks = max(num_chunks, MAX_BODY_CHUNKS)
 
     async def receive(self) -> Message:
         if self._complete:
@@ -102,8 +121,8 @@ class _LimitedBody:
             self._complete = not message.get("more_body", False)
             if self._num_bytes > self._max_bytes:
                 raise PayloadTooLarge("body", self._max_bytes)
-            if self._num_chunks > MAX_BODY_CHUNKS:
-                raise PayloadTooLarge("number of body chunks", MAX_BODY_CHUNKS)
+            if self._num_chunks > self._max_chunks:
+                raise PayloadTooLarge("number of body chunks", self._max_chunks)
         else:
             self._complete = True
         return message

@@ -13,6 +13,7 @@ import fcntl
 import os
 import sqlite3
 import stat
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -70,7 +71,7 @@ CREATE TABLE items (
     state INTEGER NOT NULL DEFAULT 0,
     attempts INTEGER NOT NULL DEFAULT 0,
     seq INTEGER,                      -- the how-manyth of its job to end
-    result BLOB,                      -- the line of the output; NULL where it follows from the state
+    result BLOB,                      -- the line of the output, NULL where it follows from the state
     PRIMARY KEY (job, line),
     UNIQUE (job, seq)
 ) WITHOUT ROWID;
@@ -154,6 +155,24 @@ def transaction(db: sqlite3.Connection) -> Iterator[None]:
 def default_job_folder() -> Path:
     """Where jobs are kept when nobody says where: in the user's state folder."""
     return Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser() / "argosy" / "jobs"
+
+
+def choose_job_dir(given: str | None) -> str | None:
+    """What `--job-dir` means: a folder that was tried; the default one, if it can be used; none for "none".
+
+    Raises `ConfigError` for a folder that was named and can't be used.
+    """
+    if given == "none":
+        return None
+    folder = Path(given).expanduser() if given else default_job_folder()
+    try:
+        JobFolder(folder.absolute()).connect().close()
+    except ConfigError as error:
+        if given:
+            raise
+        print(f"argosy: no jobs (/v1/files, /v1/batches) in this server: {error}", file=sys.stderr)
+        return None
+    return str(folder.absolute())  # the doors have another current folder
 
 
 def _prepare(db: sqlite3.Connection, path: Path) -> None:

@@ -17,6 +17,7 @@ import msgspec
 from argosy.deploy.jobs_folder import JobFolder, transaction
 from argosy.deploy.jobs_rows import LIVE, FileRow, ItemState, JobRow, file_row, job_row, result_line
 
+MAX_RESULT_BYTES_AT_ONCE: Final = 8 * 1024 * 1024
 LIVE_SQL: Final = f"({', '.join(repr(status) for status in LIVE)})"
 _RESUMABLE: Final = ("cancelled", "expired")
 
@@ -166,11 +167,17 @@ class Journal:
     # ----------------------------------------------------------------------------------------------------- results
 
     def results(self, job_id: str, after_seq: int, limit: int) -> list[tuple[int, int, bytes]]:
-        """(seq, line, result line) of items in the order in which they ended."""
+        """(seq, line, result line) of items in the order in which they ended: `limit`, or fewer when they are large."""
         rows = self.db.execute(
             "SELECT * FROM items WHERE job = ? AND seq > ? ORDER BY seq LIMIT ?", (job_id, after_seq, limit)
         )
-        return [(row["seq"], row["line"], result_line(row)) for row in rows]
+        found, num_bytes = [], 0
+        for row in rows:
+            found.append((row["seq"], row["line"], result_line(row)))
+            num_bytes += len(found[-1][2])
+            if num_bytes > MAX_RESULT_BYTES_AT_ONCE:
+                break
+        return found
 
     def result_lines(self, job_id: str, purpose: str, after_line: int, limit: int) -> list[tuple[int, bytes]]:
         """(line, result line) in the order of the input: of the items that were done, or of the others."""

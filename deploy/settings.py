@@ -93,6 +93,8 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("port", "int", "port to listen on (default: 8000)"),
         Flag("api-keys-file", "text", "file with one accepted API key a line"),
         Flag("max-body-bytes", "int", "largest request that is read"),
+        Flag("job-dir", "text", "folder of jobs and their files, or none (default: ~/.local/state/argosy/jobs)"),
+        Flag("max-upload-bytes", "int", "largest file that /v1/files takes (default: 200MiB)"),
         Flag("drain-seconds", "float", "after Ctrl-C, how long running requests may take to end"),
         Flag("response-role", "text", "role of chat answers"),
         Flag("disable-log-stats", "switch", "no line of live figures every ten seconds"),

@@ -28,11 +28,12 @@ def pytest_report_header() -> list[str]:
 
 
 @pytest.fixture(autouse=True)
-def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+def _clean_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A test must not depend on what the person who runs it has set, nor reach the network."""
     for name in ("ARGOSY_API_KEY", "OPENAI_API_KEY", "RAY_ADDRESS", "http_proxy", "https_proxy", "HTTP_PROXY"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))  # where servers keep jobs
 
 
 def _missing(room: str) -> list[str]:

@@ -60,10 +60,10 @@ class InProcessClient(DriverClient):
 
 
 @contextlib.asynccontextmanager
-async def engine(config: ServingConfig) -> AsyncIterator[InProcessClient]:
+async def engine(config: ServingConfig, *, step_seconds: float = 0.002) -> AsyncIterator[InProcessClient]:
     """A driver with simulated ranks that take two milliseconds a step."""
     clock = MonotonicClock()
-    executor = SimulatedExecutor(config, clock, num_blocks=256, step_seconds=0.002, vocab_size=4096)
+    executor = SimulatedExecutor(config, clock, num_blocks=256, step_seconds=step_seconds, vocab_size=4096)
     driver = Driver(config, executor, clock, Metrics())
     client = InProcessClient(driver, executor)
     client.info = msgspec.structs.replace(

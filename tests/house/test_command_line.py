@@ -10,9 +10,9 @@ EXPECTED = {
         --api-key --api-keys-file --async-scheduling --block-size --chat-template --config --cpu-threads
         --data-parallel-size --device
         --disable-log-stats --drain-seconds --dtype --enable-chunked-prefill --enable-prefix-caching --enforce-eager
-        --generation-config --gpu-memory-utilization --hf-overrides --host --kv-cache-dtype --kv-cache-memory-bytes
+        --generation-config --gpu-memory-utilization --hf-overrides --host --job-dir --kv-cache-dtype --kv-cache-memory-bytes
         --layout --load-format --max-body-bytes --max-logprobs --max-model-len --max-num-batched-tokens --max-num-seqs
-        --max-num-waiting --model --num-gpu-blocks-override --pipeline-layers --pipeline-parallel-size --port
+        --max-num-waiting --max-upload-bytes --model --num-gpu-blocks-override --pipeline-layers --pipeline-parallel-size --port
         --quantization --ray-address --request-deadline-seconds --response-role --scheduling-policy --seed --served-model-name
         --skip-tokenizer-init --start-deadline-seconds --step-deadline-seconds --tensor-parallel-size --tokenizer
         -dp -pp -q -tp
