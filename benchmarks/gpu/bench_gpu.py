@@ -81,6 +81,7 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("-tp", "--tensor-parallel-size", type=int, default=1)
     parser.add_argument("-pp", "--pipeline-parallel-size", type=int, default=1)
+    parser.add_argument("--pipeline-layers", type=int, nargs="+", default=[], help="layers of each stage")
     parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--max-model-len", type=int, default=4096)
@@ -105,7 +106,8 @@ def main() -> int:
         with LLM(
             folder, load_format="dummy", skip_tokenizer_init=True, dtype=args.dtype,
             distributed_executor_backend=args.backend, tensor_parallel_size=args.tensor_parallel_size,
-            pipeline_parallel_size=args.pipeline_parallel_size, max_num_seqs=args.max_num_seqs,
+            pipeline_parallel_size=args.pipeline_parallel_size, pipeline_layers=tuple(args.pipeline_layers),
+            max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens, max_model_len=args.max_model_len,
             max_cuda_graph_batch=args.max_num_seqs, enforce_eager=args.enforce_eager,
         ) as llm:  # fmt: skip
