@@ -23,7 +23,7 @@ from typing import Any, Final
 import argosy
 from argosy.cluster.protocol.sampling import SamplingParams
 from argosy.deploy import bench_http, bench_models, bench_peers, settings, workload
-from argosy.deploy.doctor import read_gpus
+from argosy.deploy.device_defaults import read_gpus
 from argosy.deploy.offline import LLM
 from argosy.deploy.workload import Workload
 

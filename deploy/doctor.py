@@ -9,7 +9,6 @@ import os
 import resource
 import shutil
 import socket
-import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import psutil
 from argosy.cluster.protocol.errors import ServingError
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.deploy import settings
+from argosy.deploy.device_defaults import read_gpus
 
 _GIB: Final = 1 << 30
 _PACKAGES: Final = {  # name: (least version, needed for)
@@ -86,16 +86,6 @@ def table(findings: list[Finding]) -> str:
         warned = f" ({num_warned} warning{'s' if num_warned > 1 else ''})" if num_warned else ""
         lines.append(f"\nReady: 'argosy serve' should work here{', on another port' if port_is_taken else ''}{warned}.")
     return "\n".join(lines)
-
-
-def read_gpus() -> list[str]:
-    """Name, memory and driver of each NVIDIA card; empty where there is none or no driver."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
-    return [line.strip() for line in answer.stdout.splitlines() if line.strip()] if answer.returncode == 0 else []
 
 
 def is_port_free(host: str, port: int) -> bool:

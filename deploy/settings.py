@@ -18,6 +18,7 @@ import yaml
 
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError
+from argosy.deploy import device_defaults
 
 
 class Flag(NamedTuple):
@@ -80,8 +81,14 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("enable-prefix-caching", "switch", "keep blocks of finished requests for equal beginnings (default: on)"),
     ),
     "scheduling": (
-        Flag("max-num-seqs", "int", "most requests in one step"),
-        Flag("max-num-batched-tokens", "int", "most tokens in one step, prompts and answers together"),
+        Flag(
+            "max-num-seqs", "int", "most requests in one step (default: 256; by the GPU, up to 1024 on an H100 or H200)"
+        ),
+        Flag(
+            "max-num-batched-tokens",
+            "int",
+            "most tokens in one step, prompts and answers together (default: 2048; by the GPU, up to 8192)",
+        ),
         Flag("enable-chunked-prefill", "switch", "cut long prompts so that running answers don't wait (default: on)"),
         Flag("scheduling-policy", "text", "fcfs (first come) or priority", setting="policy"),
         Flag("async-scheduling", "switch", "prepare a step while the one before runs (default: on)"),
@@ -216,7 +223,7 @@ def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
             _refuse_not_yet(key, name)
             near = get_close_matches(name, [*settings, "scheduling_policy", *sorted(IGNORED)], n=1)
             raise ConfigError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    return ServingConfig.from_mapping(known), ignored
+    return ServingConfig.from_mapping(device_defaults.fill(known)), ignored
 
 
 def describe_ignored(ignored: Iterable[str]) -> str:

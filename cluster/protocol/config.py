@@ -77,7 +77,7 @@ class ParallelConfig(_Settings, frozen=True):
     device: Literal["auto", "cpu", "cuda"] = "auto"
     cpu_threads: int | None = None  # a CPU rank's threads; None: cores divided by ranks
     enforce_eager: bool = False
-    max_cuda_graph_batch: int = 512
+    max_cuda_graph_batch: int = 1024  # steps of more rows run eagerly
     layout: Literal["given", "auto"] = (
         "given"  # auto: the planner chooses the sizes above for the cluster that is there
     )

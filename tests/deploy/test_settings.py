@@ -54,7 +54,7 @@ def test_flags_without_effect_are_named_once_and_their_values_are_not_taken_for_
         (("m", "--speculative-config={}"), "--speculative-config is not supported yet"),
         (("m", "--model", "n"), "two models"),
         (("m", "--block-size", "sixteen"), "must be a whole number"),
-        (("m", "--max-num-batched-tokens", "1"), "below max_num_seqs"),
+        (("m", "--max-num-batched-tokens", "1", "--max-num-seqs", "2"), "below max_num_seqs"),
         (("m", "--dtype", "float8"), "dtype='float8': must be one of auto, float32, bfloat16, float16"),
         (("m", "--scheduling-policy", "fair"), "must be one of fcfs, priority"),
         (("m", "--drain-seconds", "nan"), "drain_seconds=nan: must be a finite number"),
