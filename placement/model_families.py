@@ -77,8 +77,10 @@ def _gated(width: int, inner: int, prefix: str = "", *, bias: bool = False) -> t
 def _experts(width: int, inner: int, count: int, active: int) -> tuple[Matrix, ...]:
     return (
         Matrix(name="router", num_out=count, num_in=width, cut="none", quantised=False),
-        Matrix(name="experts.gate_up", num_out=2 * inner, num_in=width, cut="experts", count=count, active=active),
-        Matrix(name="experts.down", num_out=width, num_in=inner, cut="experts", count=count, active=active),
+        Matrix(
+            name="experts.gate_up", num_out=2 * inner, num_in=width, cut="expert_column", count=count, active=active
+        ),
+        Matrix(name="experts.down", num_out=width, num_in=inner, cut="expert_row", count=count, active=active),
     )
 
 

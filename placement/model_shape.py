@@ -12,8 +12,10 @@ from argosy.placement.weight_format import WeightFormat
 
 DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1, "float8_e4m3fn": 1}
 
-Cut = Literal["column", "row", "kv", "experts", "none"]
-"""How a tensor-parallel group shares a matrix: by outputs, by inputs, by key/value head, as experts, or not at all."""
+Cut = Literal["column", "row", "kv", "expert_column", "expert_row", "none"]
+"""How a tensor-parallel group shares a matrix: by outputs, by inputs, by key/value head, or not at all.
+
+Experts are cut by their width where it can be divided, and else dealt out."""
 
 
 class Matrix(msgspec.Struct, frozen=True, kw_only=True):

@@ -1,0 +1,77 @@
+"""How much of a data sheet is reached: measured efficiencies and overheads of a device, read from a JSON file.
+
+`calibrations/nvidia_h200.json` was fitted to `benchmarks/results/engine_h200.jsonl` by
+`benchmarks/planner/fit_calibration.py`; devices without a file of their own take its ratios with their own peaks.
+"""
+
+from itertools import pairwise
+from pathlib import Path
+from typing import Final
+
+import msgspec
+
+from argosy.cluster.protocol.errors import ConfigError
+
+FOLDER: Final = Path(__file__).with_name("calibrations")
+_FILES: Final = {"H200": "nvidia_h200.json", "CPU": "cpu.json"}
+
+
+class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Ratios to the data sheet's peaks, and microseconds that no data sheet tells."""
+
+    device: str
+    source: str
+    # arithmetic and memory
+    weight_efficiency: float = 0.9  # of the memory's bandwidth, when weights are read
+    kv_efficiency: float = 0.75  # the same for keys and values
+    flops_efficiency: tuple[tuple[float, float], ...] = ((16.0, 0.5), (256.0, 0.65), (8192.0, 0.7))  # by tokens
+    attention_efficiency: float = 0.35  # of the arithmetic, for prompts
+    overlap: float = 3.0  # how reading and arithmetic hide each other: infinite is max(), 1 is their sum
+    # overheads, microseconds
+    step_us: float = 200.0
+    layer_us: float = 12.0
+    group_layer_us: float = 12.0  # a layer's further overhead when several ranks share it
+    row_us: float = 0.3  # of each row of a step
+    eager_layer_us: float = 60.0  # the host's time for a layer of a step that is no recorded graph
+    request_us: float = 2000.0  # from arrival to the first step, and from the last step to the caller
+    # communication
+    reduce_latency: float = 2.2  # times the link's latency, for two ranks; more ranks add half a latency each
+    reduce_efficiency: float = 0.5  # of the link's bandwidth
+    hop_us: float = 14.0  # of a stage's hand-over, beside the link's latency
+    host_link_efficiency: float = 0.9
+    # memory
+    hidden_copies: float = 4.0  # hidden states that live at once in the largest step
+    inner_copies: float = 3.0  # the same for the MLP's inner width
+    logit_bytes: float = 16.0  # a row and vocabulary entry, while sampling
+    workspace_bytes: int = 700 * 2**20
+    group_bytes: int = 400 * 2**20  # what communication adds
+
+    def flops_share(self, num_tokens: float) -> float:
+        """The share of peak arithmetic that a product of so many tokens reaches; linear between the measured ones."""
+        table = self.flops_efficiency
+        if num_tokens <= table[0][0]:
+            return table[0][1]
+        for (low, low_share), (high, high_share) in pairwise(table):
+            if num_tokens <= high:
+                return low_share + (high_share - low_share) * (num_tokens - low) / (high - low)
+        return table[-1][1]
+
+
+def read_calibration(path: str | Path) -> Calibration:
+    """A calibration file. Raises `ConfigError`."""
+    try:
+        return msgspec.json.decode(Path(path).read_bytes(), type=Calibration)
+    except OSError as error:
+        raise ConfigError(f"calibration file {path}: {error.strerror or error}") from error
+    except msgspec.MsgspecError as error:
+        raise ConfigError(f"calibration file {path}: {error}") from error
+
+
+def default_calibration(device: str) -> Calibration:
+    """The calibration that ships for a device; the H200's ratios for those without one."""
+    if device not in _DEFAULTS:
+        _DEFAULTS[device] = read_calibration(FOLDER / _FILES.get(device, _FILES["H200"]))
+    return _DEFAULTS[device]
+
+
+_DEFAULTS: dict[str, Calibration] = {}

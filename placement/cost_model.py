@@ -1,0 +1,177 @@
+"""Seconds of a step: a roofline for each stage, times what was measured of it, plus what no roofline tells.
+
+stage      read weights (of experts, those that are chosen) | multiply     overlapping, then
+           read keys and values, attend prompts, sum over the group, overheads
+step       its stages one after the other, and a hop between them
+"""
+
+from typing import Final
+
+import msgspec
+
+from argosy.placement.calibration import Calibration
+from argosy.placement.data_sheets import DataSheet
+from argosy.placement.rank_memory import StageBytes
+from argosy.placement.topology import Link
+
+_US: Final = 1e-6
+
+
+class StepLoad(msgspec.Struct, frozen=True, gc=False):
+    """What one step computes, in numbers: all that its seconds depend on."""
+
+    num_decodes: int = 0  # rows of one token
+    context_tokens: int = 0  # tokens that those rows look back on, all together
+    prefill_tokens: int = 0
+    prefill_pairs: int = 0  # (token, token before it) of the prompts: what attention multiplies
+    num_sampled: int = 0  # rows that get a token
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through the layers."""
+        return self.num_decodes + self.prefill_tokens
+
+
+class StageCost:
+    """One stage on one kind of device, worked out once so that a step costs a handful of multiplications."""
+
+    def __init__(
+        self,
+        sizes: StageBytes,
+        sheet: DataSheet,
+        calibration: Calibration,
+        *,
+        tp_size: int,
+        first_layer: int,
+        last_layer: int,
+        group_link: Link,
+        offloaded_bytes: int = 0,
+        host_link_sharers: int = 1,
+    ):
+        shape, serving = sizes.shape, sizes.serving
+        self.calibration, self.num_layers, self.tp_size = calibration, last_layer - first_layer, tp_size
+        self.is_last, self.is_first = last_layer == shape.num_layers, first_layer == 0
+        bandwidth = sheet.gbytes_per_second * 1e9
+        peak = (sheet.fp8_tflops if serving.weight_format.computes_in_fp8 else sheet.bf16_tflops) * 1e12
+        if serving.dtype_bytes == 4 and sheet.name != "CPU":
+            peak /= 8  # float32 runs beside the matrix units
+        self._peak = peak
+        experts, expert_share = 0.0, 1.0
+        flops = 0.0
+        for index in range(first_layer, last_layer):
+            for matrix in shape.layer(index).matrices:
+                used = matrix.num_weights * matrix.active / matrix.count
+                flops += 2 * used / (tp_size if matrix.cut != "none" else 1)
+                if matrix.is_experts:
+                    experts += matrix.num_weights
+                    expert_share = matrix.active / matrix.count
+        layer_bytes = sizes.layer_bytes(tp_size, first_layer, last_layer)
+        all_weights = sum(shape.layer(index).num_weights for index in range(first_layer, last_layer))
+        self._expert_bytes = layer_bytes * experts / max(all_weights, 1)
+        self._dense_bytes = layer_bytes - self._expert_bytes
+        self._expert_share = expert_share
+        self._read_rate = bandwidth * calibration.weight_efficiency
+        self._flops_per_token = flops
+        self._kv_seconds = (
+            sizes.block_bytes(tp_size, first_layer, last_layer)
+            / serving.block_size
+            / (bandwidth * calibration.kv_efficiency)
+        )
+        windowed = sum(shape.windowed[first_layer:last_layer]) if shape.windowed else 0
+        self._window = shape.sliding_window or 0
+        self._windowed_share = windowed / max(1, self.num_layers)
+        heads = shape.num_heads / tp_size
+        per_pair = heads * (2 * shape.latent_head_work if shape.latent_size else 4 * shape.head_size) * self.num_layers
+        attention_peak = sheet.bf16_tflops * 1e12
+        self._pair_seconds = per_pair / (attention_peak * calibration.attention_efficiency)
+        head_weights = -(-shape.vocab_size // tp_size) * shape.hidden_size
+        self._head_bytes = head_weights * serving.dtype_bytes if self.is_last else 0
+        self._head_flops = 2 * head_weights if self.is_last else 0
+        self._head_peak = sheet.bf16_tflops * 1e12
+        self._sample_seconds = shape.vocab_size * 8 / bandwidth if self.is_last else 0.0  # float32, written and read
+        self._hidden_bytes = shape.hidden_size * serving.dtype_bytes
+        self._group_link = group_link
+        extra = calibration.group_layer_us if tp_size > 1 else 0.0
+        self._fixed_seconds = (self.num_layers * (calibration.layer_us + extra) + calibration.step_us) * _US
+        self._eager_seconds = (self.num_layers * calibration.eager_layer_us + calibration.step_us) * _US
+        host_rate = sheet.pcie_gbytes_per_second * 1e9 * calibration.host_link_efficiency / host_link_sharers
+        self._offload_seconds = offloaded_bytes / host_rate
+
+    def seconds(self, load: StepLoad) -> float:
+        """Seconds that this stage takes for a step."""
+        tokens, calibration = load.num_tokens, self.calibration
+        if not tokens:
+            return 0.0
+        touched = 1.0 - (1.0 - self._expert_share) ** tokens if self._expert_bytes else 0.0
+        read = (self._dense_bytes + self._expert_bytes * touched) / self._read_rate
+        multiply = self._flops_per_token * tokens / (self._peak * calibration.flops_share(tokens))
+        total = self._overlapped(read, multiply)
+        if self.is_last and load.num_sampled:
+            head_multiply = self._head_flops * load.num_sampled
+            total += self._overlapped(
+                self._head_bytes / self._read_rate,
+                head_multiply / (self._head_peak * calibration.flops_share(load.num_sampled)),
+            )
+            total += load.num_sampled * self._sample_seconds
+        if load.num_decodes:
+            total += self._seen(load.context_tokens, load.num_decodes) * self._kv_seconds
+        if load.prefill_pairs:
+            total += load.prefill_pairs * self._pair_seconds
+        if self.tp_size > 1:
+            total += (2 * self.num_layers + self.is_first) * self.reduce_seconds(tokens * self._hidden_bytes)
+        total += self._fixed_seconds + (load.num_decodes + load.num_sampled) * calibration.row_us * _US
+        if load.prefill_tokens:
+            total = max(total, self._eager_seconds)
+        return max(total, self._offload_seconds)
+
+    def reduce_seconds(self, num_bytes: float) -> float:
+        """One sum over the group."""
+        link, calibration, ranks = self._group_link, self.calibration, self.tp_size
+        latency = link.latency_seconds * (calibration.reduce_latency + 0.5 * (ranks - 2))
+        moved = 2 * (ranks - 1) / ranks * num_bytes
+        return latency + moved / (link.bytes_per_second * calibration.reduce_efficiency)
+
+    def hop_seconds(self, num_tokens: int, link: Link) -> float:
+        """Hidden states of a step to the next stage; each rank sends its copy at the same time."""
+        return (
+            link.latency_seconds
+            + self.calibration.hop_us * _US
+            + (
+                num_tokens
+                * self._hidden_bytes
+                * (self.tp_size if link.kind == "network" else 1)
+                / link.bytes_per_second
+            )
+        )
+
+    def _overlapped(self, first: float, second: float) -> float:
+        power = self.calibration.overlap
+        low, high = (first, second) if first < second else (second, first)
+        if high <= 0.0:
+            return 0.0
+        return float(high * (1.0 + (low / high) ** power) ** (1.0 / power))
+
+    def _seen(self, context_tokens: int, num_rows: int) -> float:
+        if not self._windowed_share:
+            return context_tokens
+        inside = min(context_tokens, self._window * num_rows)
+        return context_tokens * (1 - self._windowed_share) + inside * self._windowed_share
+
+
+class ReplicaCost:
+    """All stages of a replica, and the hops between them."""
+
+    def __init__(self, stages: list[StageCost], hops: list[Link]):
+        assert len(hops) == len(stages) - 1
+        self.stages, self.hops = stages, hops
+
+    def stage_seconds(self, load: StepLoad) -> list[float]:
+        """Seconds of a step on each stage, the hop to the next one included."""
+        found = [stage.seconds(load) for stage in self.stages]
+        for place, link in enumerate(self.hops):
+            found[place] += self.stages[place].hop_seconds(load.num_tokens, link)
+        return found
+
+    def step_seconds(self, load: StepLoad) -> float:
+        """Seconds of a step from its start to its tokens, with nothing else under way."""
+        return sum(self.stage_seconds(load))

@@ -1,0 +1,289 @@
+"""One layout of one replica: its split of the layers, its ledger, and what it is expected to do.
+
+A layout is tensor-parallel ranks x pipeline stages on given devices. `LayoutJudge.judge` finds the best split and says
+what comes of it; what does not fit says where and how many bytes are missing.
+"""
+
+from collections.abc import Sequence
+from typing import Final
+
+import msgspec
+
+from argosy.placement.calibration import Calibration, default_calibration
+from argosy.placement.cost_model import ReplicaCost, StageCost, StepLoad
+from argosy.placement.device_groups import DeviceGroup
+from argosy.placement.partition import split_layers
+from argosy.placement.rank_memory import RankMemory, StageBytes, rank_memory
+from argosy.placement.topology import Link
+
+_NEVER: Final = float("-inf")
+
+
+class Traffic(msgspec.Struct, frozen=True, kw_only=True):
+    """What requests look like, for predictions: so many tokens in and out, and how many at once at most."""
+
+    input_len: int = 512
+    output_len: int = 256
+    concurrency: int | None = None  # None: as many as there is room for
+
+    @property
+    def held_tokens(self) -> int:
+        """Tokens that a request holds in the cache, on average over its life."""
+        return self.input_len + self.output_len // 2
+
+
+class Stage(msgspec.Struct, frozen=True, kw_only=True):
+    """One pipeline stage of a layout."""
+
+    group: DeviceGroup
+    first_layer: int
+    last_layer: int
+    memory: RankMemory
+    step_seconds: float  # of a decode step at the predicted concurrency
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """A judged layout. `problem` says why it can't be; then the predictions are zero."""
+
+    tp_size: int
+    pp_size: int
+    stages: tuple[Stage, ...] = ()
+    problem: str = ""
+    missing_bytes: int = 0  # on the worst stage; 0: it fits, or bytes are not what it lacks
+    num_blocks: int = 0
+    capacity_tokens: int = 0
+    concurrency: int = 0  # requests that run at once
+    tokens_per_second: float = 0.0  # output tokens, in the long run
+    ttft_seconds: float = 0.0  # of a lone request
+    tpot_seconds: float = 0.0  # between tokens under load
+    lone_tpot_seconds: float = 0.0  # between tokens of a lone request
+
+    @property
+    def fits(self) -> bool:
+        """Whether it can be started."""
+        return not self.problem
+
+    @property
+    def layer_counts(self) -> tuple[int, ...]:
+        """Layers of each stage."""
+        return tuple(stage.last_layer - stage.first_layer for stage in self.stages)
+
+
+class LayoutJudge:
+    """Judges layouts of one model under one set of settings; remembers what it has worked out."""
+
+    def __init__(
+        self,
+        sizes: StageBytes,
+        traffic: Traffic,
+        *,
+        offload_bytes: int = 0,
+        calibration: Calibration | None = None,
+    ):
+        self.sizes, self.traffic, self.offload_bytes = sizes, traffic, offload_bytes
+        self._calibration = calibration
+        self._layer_seconds: dict[tuple[object, ...], tuple[list[float], float]] = {}
+
+    def calibration_of(self, group: DeviceGroup) -> Calibration:
+        """The one that was given, or the device's own."""
+        return self._calibration or default_calibration(group.sheet.name)
+
+    def judge(self, replica: Sequence[DeviceGroup], tp_size: int, hops: Sequence[Link]) -> Layout:
+        """The best split of the layers over these devices, and what comes of it."""
+        pp_size, shape = len(replica), self.sizes.shape
+        problem = shape.why_not_tp(tp_size)
+        if problem is None and pp_size > shape.num_layers:
+            problem = f"{pp_size} stages are more than the {shape.num_layers} layers"
+        if problem is not None:
+            return Layout(tp_size=tp_size, pp_size=pp_size, problem=problem)
+        counts, most_blocks = self._split(replica, tp_size)
+        if most_blocks < self._needed_blocks(1):
+            return self._does_not_fit(replica, tp_size, counts)
+        return self._predict(replica, tp_size, counts, hops)
+
+    def judge_split(
+        self, replica: Sequence[DeviceGroup], tp_size: int, hops: Sequence[Link], counts: Sequence[int]
+    ) -> Layout:
+        """The same for a split that is given."""
+        memories = self._memories(replica, tp_size, counts)
+        if min(memory.num_blocks for memory in memories) < self._needed_blocks(1):
+            return self._does_not_fit(replica, tp_size, counts)
+        return self._predict(replica, tp_size, counts, hops)
+
+    # --------------------------------------------------------------------------------------------------- the split
+
+    def _split(self, replica: Sequence[DeviceGroup], tp_size: int) -> tuple[tuple[int, ...], float]:
+        """Layers of each stage: room for the traffic first, then the least time on the slowest stage.
+
+        Returns the blocks of the stage that has the fewest, too; less than one need not be whole.
+        """
+        num_layers = self.sizes.shape.num_layers
+        room = [self._room(group, tp_size, len(replica)) for group in replica]
+
+        def blocks(stage: int, first: int, last: int) -> float:
+            base, first_bytes, last_bytes = room[stage]
+            budget = base - self.sizes.layer_bytes(tp_size, first, last)
+            budget -= first_bytes * (first == 0) + last_bytes * (last == num_layers)
+            return budget / self.sizes.block_bytes(tp_size, first, last)
+
+        best = split_layers(num_layers, len(replica), blocks)
+        assert best is not None  # worths are finite
+        most, roomy = best
+        needed = min(most, float(self._needed_blocks(self._wanted_concurrency())))
+        if most < self._needed_blocks(1) or len(replica) == 1:
+            return roomy, most
+        seconds = [self._seconds_of_layers(group, tp_size) for group in replica]
+
+        def speed(stage: int, first: int, last: int) -> float:
+            if blocks(stage, first, last) < needed:
+                return _NEVER
+            before, head = seconds[stage]
+            return -(before[last] - before[first] + head * (last == num_layers))
+
+        fastest = split_layers(num_layers, len(replica), speed)
+        assert fastest is not None  # `roomy` is one
+        return fastest[1], most
+
+    def _room(self, group: DeviceGroup, tp_size: int, pp_size: int) -> tuple[float, float, float]:
+        """(bytes for layers and blocks, what the embedding takes of it, what the head takes of it)."""
+        shape, sizes = self.sizes.shape, self.sizes
+        calibration = self.calibration_of(group)
+
+        def left(first: int, last: int) -> float:
+            ledger = rank_memory(
+                sizes, calibration, group.gpu, tp_size=tp_size, pp_size=pp_size, first_layer=first, last_layer=last
+            )
+            return ledger.kv_budget_bytes + sizes.layer_bytes(tp_size, first, last) + self.offload_bytes
+
+        if shape.num_layers < 3:
+            whole = left(0, shape.num_layers)
+            return whole, 0.0, 0.0
+        inner = left(1, 2)
+        return inner, inner - left(0, 1), inner - left(shape.num_layers - 1, shape.num_layers)
+
+    def _seconds_of_layers(self, group: DeviceGroup, tp_size: int) -> tuple[list[float], float]:
+        """Seconds of the layers before each one in a typical decode step on these devices, and of the head."""
+        key = (*group.kind, tp_size)
+        if key not in self._layer_seconds:
+            shape = self.sizes.shape
+            rows = max(1, min(64, self._wanted_concurrency()))
+            load = StepLoad(rows, rows * self.traffic.held_tokens, 0, 0, rows)
+            of_kind: dict[int, float] = {}
+            for index, kind in enumerate(shape.layer_kinds):
+                if kind not in of_kind and index + 1 < shape.num_layers:
+                    one = self._stage_cost(group, tp_size, index, index + 1)
+                    of_kind[kind] = one.seconds(load) - one.calibration.step_us * 1e-6
+            fallback = next(iter(of_kind.values()), 0.0)
+            before = [0.0]
+            for kind in shape.layer_kinds:
+                before.append(before[-1] + of_kind.get(kind, fallback))
+            last = self._stage_cost(group, tp_size, shape.num_layers - 1, shape.num_layers).seconds(load)
+            step = self.calibration_of(group).step_us * 1e-6
+            head = max(0.0, last - step - of_kind.get(shape.layer_kinds[-1], fallback))
+            self._layer_seconds[key] = before, head
+        return self._layer_seconds[key]
+
+    def _stage_cost(
+        self, group: DeviceGroup, tp_size: int, first: int, last: int, *, offloaded_bytes: int = 0
+    ) -> StageCost:
+        return StageCost(
+            self.sizes, group.sheet, self.calibration_of(group), tp_size=tp_size, first_layer=first, last_layer=last,
+            group_link=group.link, offloaded_bytes=offloaded_bytes,
+        )  # fmt: skip
+
+    def _memories(self, replica: Sequence[DeviceGroup], tp_size: int, counts: Sequence[int]) -> list[RankMemory]:
+        found, first = [], 0
+        for group, count in zip(replica, counts, strict=True):
+            found.append(
+                rank_memory(
+                    self.sizes, self.calibration_of(group), group.gpu, tp_size=tp_size, pp_size=len(replica),
+                    first_layer=first, last_layer=first + count, offload_bytes=self.offload_bytes,
+                )
+            )  # fmt: skip
+            first += count
+        return found
+
+    def _needed_blocks(self, num_requests: int) -> int:
+        """Blocks of so many requests: a lone one at its full length, several at their average."""
+        size = self.sizes.serving.block_size
+        if num_requests == 1:
+            return -(-(self.traffic.input_len + self.traffic.output_len) // size)
+        return num_requests * -(-self.traffic.held_tokens // size)
+
+    def _wanted_concurrency(self) -> int:
+        most = self.sizes.serving.max_num_seqs
+        return most if self.traffic.concurrency is None else min(most, self.traffic.concurrency)
+
+    def _does_not_fit(self, replica: Sequence[DeviceGroup], tp_size: int, counts: Sequence[int]) -> Layout:
+        memories = self._memories(replica, tp_size, counts)
+        needed = self._needed_blocks(1)
+        missing = [needed * memory.block_bytes - memory.kv_budget_bytes for memory in memories]
+        worst = max(range(len(missing)), key=lambda stage: missing[stage])
+        memory, group = memories[worst], replica[worst]
+        where = f"{group.node_ids[0]}" + (f" (stage {worst} of {len(replica)})" if len(replica) > 1 else "")
+        problem = (
+            f"{where}: each {group.sheet.name} lacks {_gb(missing[worst])}: weights {_gb(memory.weight_bytes)} + "
+            f"activations and workspace {_gb(memory.activation_bytes + memory.workspace_bytes)} + one request's KV "
+            f"{_gb(needed * memory.block_bytes)}, of {_gb(memory.limit_bytes)} usable"
+        )
+        return Layout(tp_size=tp_size, pp_size=len(replica), problem=problem, missing_bytes=max(1, missing[worst]))
+
+    # ------------------------------------------------------------------------------------------------- predictions
+
+    def cost(
+        self, replica: Sequence[DeviceGroup], tp_size: int, counts: Sequence[int], hops: Sequence[Link]
+    ) -> ReplicaCost:
+        """The price list of a replica."""
+        stages, first = [], 0
+        for group, count, memory in zip(replica, counts, self._memories(replica, tp_size, counts), strict=True):
+            offloaded = memory.offloaded_bytes
+            stages.append(self._stage_cost(group, tp_size, first, first + count, offloaded_bytes=offloaded))
+            first += count
+        return ReplicaCost(stages, list(hops))
+
+    def _predict(
+        self, replica: Sequence[DeviceGroup], tp_size: int, counts: Sequence[int], hops: Sequence[Link]
+    ) -> Layout:
+        serving, traffic, pp_size = self.sizes.serving, self.traffic, len(replica)
+        memories = self._memories(replica, tp_size, counts)
+        num_blocks = min(memory.num_blocks for memory in memories)
+        cost = self.cost(replica, tp_size, counts, hops)
+        held_blocks = -(-traffic.held_tokens // serving.block_size)
+        concurrency = max(1, min(self._wanted_concurrency(), num_blocks // held_blocks))
+        rows = -(-concurrency // pp_size)
+        decode = StepLoad(rows, rows * traffic.held_tokens, 0, 0, rows)
+        of_stages = cost.stage_seconds(decode)
+        cycle = max(pp_size * max(of_stages), sum(of_stages)) if concurrency >= pp_size else sum(of_stages)
+        in_len, budget = traffic.input_len, serving.max_num_batched_tokens
+        whole = StepLoad(0, 0, in_len, in_len * (in_len + 1) // 2, 1)
+        per_step = max(1, budget // in_len)  # prompts that share a step
+        chunk = StepLoad(0, 0, in_len * per_step, per_step * in_len * (in_len + 1) // 2, per_step)
+        prompt_seconds = (
+            max(cost.stage_seconds(chunk)) / per_step if in_len <= budget else (max(cost.stage_seconds(whole)))
+        )
+        period = traffic.output_len * cycle + concurrency * prompt_seconds
+        lone = StepLoad(1, traffic.held_tokens, 0, 0, 1)
+        request_seconds = self.calibration_of(replica[0]).request_us * 1e-6
+        stages, first = [], 0
+        for group, count, memory, seconds in zip(replica, counts, memories, of_stages, strict=True):
+            stages.append(
+                Stage(group=group, first_layer=first, last_layer=first + count, memory=memory, step_seconds=seconds)
+            )
+            first += count
+        return Layout(
+            tp_size=tp_size,
+            pp_size=pp_size,
+            stages=tuple(stages),
+            num_blocks=num_blocks,
+            capacity_tokens=num_blocks * serving.block_size,
+            concurrency=concurrency,
+            tokens_per_second=concurrency * traffic.output_len / period,
+            ttft_seconds=request_seconds + cost.step_seconds(whole),
+            tpot_seconds=period / traffic.output_len,
+            lone_tpot_seconds=cost.step_seconds(lone),
+        )
+
+
+def _gb(num_bytes: float) -> str:
+    """Bytes for people, in units of 10^9."""
+    return f"{num_bytes / 1e9:.2f} GB" if abs(num_bytes) >= 1e7 else f"{num_bytes / 1e6:.3f} MB"

@@ -1,0 +1,214 @@
+"""Bytes of one rank: weights to the byte, KV blocks as a rank counts them, and what a step needs besides.
+
+The rules are those of `workers/memory.py`: tests hold this file to what real ranks allocate. Sizes are of the first
+rank of a tensor-parallel group, which has the most (it adds the biases of row-parallel layers).
+"""
+
+from typing import Final
+
+import msgspec
+
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.placement.calibration import Calibration
+from argosy.placement.model_shape import DTYPE_BYTES, Matrix, ModelShape
+from argosy.placement.topology import Gpu
+from argosy.placement.weight_format import WeightFormat
+
+CPU_CACHE_BYTES: Final = 4 * 2**30  # as in workers/memory.py, and held to it by a test
+CPU_CACHE_FRACTION: Final = 0.3
+MIN_BLOCKS: Final = 1
+
+
+class Serving(msgspec.Struct, frozen=True, kw_only=True):
+    """The settings that decide how many bytes a model takes."""
+
+    dtype_bytes: int
+    kv_dtype_bytes: float
+    weight_format: WeightFormat
+    block_size: int = 16
+    max_num_seqs: int = 256
+    max_num_batched_tokens: int = 2048
+    max_model_len: int = 4096
+    gpu_memory_utilization: float = 0.92
+    kv_cache_memory_bytes: int | None = None
+    num_gpu_blocks_override: int | None = None
+
+    @classmethod
+    def from_config(
+        cls, config: ServingConfig, shape: ModelShape, weight_format: WeightFormat | None = None
+    ) -> "Serving":
+        """What `config` says, with "auto" worked out for the model; `weight_format` None is the checkpoint's own."""
+        dtype = shape.dtype if config.model.dtype == "auto" else config.model.dtype
+        kv_dtype = dtype if config.cache.kv_cache_dtype == "auto" else config.cache.kv_cache_dtype
+        return cls(
+            dtype_bytes=DTYPE_BYTES[dtype],
+            kv_dtype_bytes=DTYPE_BYTES[kv_dtype],
+            weight_format=weight_format or shape.weight_format,
+            block_size=config.cache.block_size,
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+            max_model_len=config.model.max_model_len or shape.max_position,
+            gpu_memory_utilization=config.cache.gpu_memory_utilization,
+            kv_cache_memory_bytes=config.cache.kv_cache_memory_bytes,
+            num_gpu_blocks_override=config.cache.num_gpu_blocks_override,
+        )
+
+    @property
+    def most_blocks(self) -> int:
+        """More can't be used: every request at full length at once."""
+        return self.max_num_seqs * -(-self.max_model_len // self.block_size)
+
+
+class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
+    """Where the bytes of one rank go."""
+
+    weight_bytes: int  # on the device
+    offloaded_bytes: int  # of the weights, in the host's memory
+    activation_bytes: int
+    workspace_bytes: int  # context, communication, libraries
+    limit_bytes: int  # what may be used in all
+    kv_budget_bytes: int  # what is left for blocks; negative: so much is missing
+    block_bytes: int
+    num_blocks: int
+
+    @property
+    def kv_bytes(self) -> int:
+        """Bytes of the blocks that are allocated."""
+        return self.num_blocks * self.block_bytes
+
+    @property
+    def missing_bytes(self) -> int:
+        """What is missing for a single block; 0 when it fits."""
+        return max(0, self.block_bytes * MIN_BLOCKS - self.kv_budget_bytes)
+
+
+class StageBytes:
+    """Weights of stages, each layer counted once and remembered: a planner asks thousands of times."""
+
+    def __init__(self, shape: ModelShape, serving: Serving):
+        self.shape, self.serving = shape, serving
+        self._prefix: dict[int, list[int]] = {}  # tp -> bytes of the layers before each
+
+    def layer_bytes(self, tp_size: int, first_layer: int, last_layer: int) -> int:
+        """Weights of the layers [first_layer, last_layer) on the first rank of a group."""
+        prefix = self._prefix.get(tp_size)
+        if prefix is None:
+            of_kind = [
+                sum(_matrix_bytes(self.shape, matrix, self.serving, tp_size) for matrix in kind.matrices)
+                + kind.norm_size * self.serving.dtype_bytes
+                for kind in self.shape.kinds
+            ]
+            prefix = [0]
+            for kind_index in self.shape.layer_kinds:
+                prefix.append(prefix[-1] + of_kind[kind_index])
+            self._prefix[tp_size] = prefix
+        return prefix[last_layer] - prefix[first_layer]
+
+    def end_bytes(self, tp_size: int, *, is_first: bool, is_last: bool) -> int:
+        """Embedding and head of the stage that has them; a tied head is the embedding where both are."""
+        shape, size = self.shape, self.serving.dtype_bytes
+        table = -(-shape.vocab_size // tp_size) * shape.hidden_size * size
+        total = 0
+        if is_first:
+            total += table + (shape.position_rows * shape.hidden_size + shape.first_norm_size) * size
+        if is_last:
+            total += shape.final_norm_size * size + (0 if shape.tied and is_first else table)
+        return total
+
+    def stage_bytes(self, tp_size: int, first_layer: int, last_layer: int) -> int:
+        """All weights of the stage that has the layers [first_layer, last_layer)."""
+        is_first, is_last = first_layer == 0, last_layer == self.shape.num_layers
+        ends = self.end_bytes(tp_size, is_first=is_first, is_last=is_last)
+        return self.layer_bytes(tp_size, first_layer, last_layer) + ends
+
+    def block_bytes(self, tp_size: int, first_layer: int, last_layer: int) -> int:
+        """Bytes of one KV block on one rank of the stage."""
+        per_token = self.shape.kv_bytes_per_token(self.serving.kv_dtype_bytes, tp_size, first_layer, last_layer)
+        return int(per_token * self.serving.block_size)
+
+    def activation_bytes(self, calibration: Calibration, tp_size: int, *, is_last: bool) -> int:
+        """What the largest step holds beside weights and blocks: hidden states, and logits on the last stage."""
+        shape, serving = self.shape, self.serving
+        tokens = min(serving.max_num_batched_tokens, serving.max_model_len * serving.max_num_seqs)
+        active = max(1, max((m.active for kind in shape.kinds for m in kind.matrices), default=1))
+        inner = max(shape.intermediate_size, shape.expert_size * active) // tp_size
+        heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_size // tp_size
+        width = calibration.hidden_copies * shape.hidden_size + calibration.inner_copies * inner + heads
+        total = tokens * width * serving.dtype_bytes
+        if is_last:
+            total += int(serving.max_num_seqs * shape.vocab_size * calibration.logit_bytes)
+        return int(total)
+
+
+def rank_memory(
+    sizes: StageBytes,
+    calibration: Calibration,
+    gpu: Gpu,
+    *,
+    tp_size: int,
+    pp_size: int,
+    first_layer: int,
+    last_layer: int,
+    offload_bytes: int = 0,
+) -> RankMemory:
+    """The ledger of a rank on `gpu`. `offload_bytes` of its weights may live in the host's memory, as few as needed."""
+    serving = sizes.serving
+    weights = sizes.stage_bytes(tp_size, first_layer, last_layer)
+    block = sizes.block_bytes(tp_size, first_layer, last_layer)
+    is_last = last_layer == sizes.shape.num_layers
+    activations = sizes.activation_bytes(calibration, tp_size, is_last=is_last)
+    taken = gpu.memory_bytes - gpu.usable_bytes
+    offloaded = 0
+    if gpu.model == "CPU":
+        workspace, limit = 0, gpu.usable_bytes
+        share = int(min(CPU_CACHE_BYTES, limit * CPU_CACHE_FRACTION)) // (tp_size * pp_size)
+        budget = min(share, limit - weights - activations)
+    else:
+        workspace = calibration.workspace_bytes + (calibration.group_bytes if tp_size * pp_size > 1 else 0)
+        limit = int(gpu.memory_bytes * serving.gpu_memory_utilization)
+        budget = limit - taken - workspace - weights - activations
+        wanted = block * max(MIN_BLOCKS, -(-serving.max_model_len // serving.block_size))
+        offloaded = min(offload_bytes, max(0, wanted - budget), weights)
+        weights, budget = weights - offloaded, budget + offloaded
+    asked = serving.kv_cache_memory_bytes
+    if serving.num_gpu_blocks_override is not None:
+        asked = serving.num_gpu_blocks_override * block
+    if asked is not None:  # taken at its word, as ranks do; what can't be allocated does not fit
+        room = gpu.usable_bytes - workspace - weights - activations
+        budget = asked if asked <= room else room - asked
+    blocks = max(0, min(budget // block, serving.most_blocks))
+    if serving.num_gpu_blocks_override is not None and budget >= 0:
+        blocks = serving.num_gpu_blocks_override
+    return RankMemory(
+        weight_bytes=weights,
+        offloaded_bytes=offloaded,
+        activation_bytes=activations,
+        workspace_bytes=workspace,
+        limit_bytes=limit,
+        kv_budget_bytes=budget,
+        block_bytes=block,
+        num_blocks=blocks,
+    )
+
+
+def _matrix_bytes(shape: ModelShape, matrix: Matrix, serving: Serving, tp_size: int) -> int:
+    num_out, num_in, count = matrix.num_out, matrix.num_in, matrix.count
+    bias_rows = num_out
+    if matrix.cut == "column":
+        num_out = bias_rows = num_out // tp_size
+    elif matrix.cut == "kv":
+        num_out = bias_rows = num_out // min(tp_size, shape.num_kv_heads)
+    elif matrix.cut == "row":
+        num_in //= tp_size
+    elif matrix.cut != "none" and shape.expert_size % tp_size:
+        count = -(-count // tp_size)
+    elif matrix.cut == "expert_column":
+        num_out //= tp_size
+    elif matrix.cut == "expert_row":
+        num_in //= tp_size
+    weight_format = serving.weight_format if matrix.quantised else _PLAIN
+    size = weight_format.matrix_bytes(num_out, num_in, serving.dtype_bytes)
+    return count * (size + (bias_rows * serving.dtype_bytes if matrix.bias else 0))
+
+
+_PLAIN: Final = WeightFormat()
