@@ -106,6 +106,7 @@ def _falcon(read: Reader) -> Facts:
     return {
         "norm": "layer",
         "num_kv_heads": kv_heads,
+        "alibi_scale": (read.integer("hidden_size", 1) / heads) ** -0.5,  # it scales the sum of logits and bias
         "block": parallel if new or read.boolean("parallel_attn", True) else "sequential",
         "position": "alibi" if read.boolean("alibi") else "rotary",
         "gated": False,

@@ -6,6 +6,7 @@ import msgspec
 
 from argosy.cluster.protocol.config_json import CONFIG_FILE
 from argosy.cluster.protocol.errors import ConfigError
+from argosy.cluster.protocol.quant_spec import QuantSpec
 from argosy.cluster.protocol.rope_spec import RopeSpec
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
@@ -91,10 +92,12 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     attention_scale: float | None = None  # None: head_size ** -0.5
     attention_soft_cap: float | None = None
     alibi_max: float = 8.0
+    alibi_scale: float = 1.0
     clip_qkv: float | None = None
     sinks: bool = False
     moe: MoESpec | None = None
     mla: MLASpec | None = None
+    quantization: QuantSpec | None = None  # how linear layers are packed; None: as they are
 
     def window_of(self, layer: int) -> int | None:
         """The sliding window of one layer; None: it sees everything before it."""

@@ -180,11 +180,8 @@ def _rotate(qk_TXH: Tensor, plan: _Plan, positions_T: Tensor, cos_sin_PH: Tensor
     else:
         rotated, cos = qk_TXH.clone(), cos[..., : width // 2]
         if interleaved:
-            pairs, rotated_pairs = (
-                qk_TXH[..., :width].unflatten(-1, (-1, 2)),
-                rotated[..., :width].unflatten(-1, (-1, 2)),
-            )
-            (first, second), (rotated_first, rotated_second) = pairs.unbind(-1), rotated_pairs.unbind(-1)
+            first, second = qk_TXH[..., 0:width:2], qk_TXH[..., 1:width:2]
+            rotated_first, rotated_second = rotated[..., 0:width:2], rotated[..., 1:width:2]
         else:
             first, second = qk_TXH[..., :width].chunk(2, -1)
             rotated_first, rotated_second = rotated[..., :width].chunk(2, -1)

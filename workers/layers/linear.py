@@ -23,6 +23,13 @@ class ParallelLinear(LinearLayer):
     def __init__(self, method: LinearMethod, num_in: int, num_out: int, *, bias: bool, dtype: torch.dtype):
         super().__init__()
         self.method = method
+        self._made_of = (num_in, num_out, bias, dtype)
+        method.create(self, num_in, num_out, bias=bias, dtype=dtype)
+
+    def use(self, method: LinearMethod) -> None:
+        """Another format instead, before anything is loaded."""
+        self.method = method
+        num_in, num_out, bias, dtype = self._made_of
         method.create(self, num_in, num_out, bias=bias, dtype=dtype)
 
     def cuts(self, part: str) -> dict[str, Cut]:

@@ -1,4 +1,4 @@
-"""RMSNorm, alone and together with the addition before it. T = tokens, D = width.
+"""RMSNorm and LayerNorm, alone and together with the addition before it. T = tokens, D = width.
 
 On a CPU torch's own `rms_norm` is six operations of which each costs a microsecond or more; there are two norms a
 layer. Microseconds on one core of a Zen 4, torch's -> ours: float32 (1, 256) 9.3 -> 6.1, (512, 896) 1323 -> 112;
@@ -16,11 +16,11 @@ MAX_MIRRORED = 8192  # numbers up to which the layer norm of (x, -x) is faster i
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight."""
+    """x / sqrt(mean(x^2) + eps) * weight; `plus_one`: the checkpoint has what the weight is more than 1 (Gemma)."""
 
-    def __init__(self, width: int, eps: float, *, dtype: torch.dtype):
+    def __init__(self, width: int, eps: float, *, dtype: torch.dtype, plus_one: bool = False):
         super().__init__()
-        self.width, self.eps = width, eps
+        self.width, self.eps, self.plus_one = width, eps, plus_one
         self.weight = empty_parameter(width, dtype=dtype)
         self._eps: Tensor | None = None  # both on a CPU only
         self._weight_twice: Tensor | None = None
@@ -31,6 +31,12 @@ class RMSNorm(nn.Module):
 
     def finish(self) -> None:
         """The weight is there."""
+        if self.plus_one:
+            # 1 + w needs more digits than w: on a GPU, whose kernels read any type, it keeps them
+            self.plus_one = False
+            whole = self.weight.data.float() + 1.0
+            on_cpu = whole.device.type == "cpu"
+            self.weight = nn.Parameter(whole.to(self.weight.dtype) if on_cpu else whole, requires_grad=False)
         if self.weight.device.type == "cpu":
             self._eps = torch.tensor(self.eps, dtype=torch.float32)
             self._weight_twice = torch.cat((self.weight, self.weight))
@@ -54,3 +60,36 @@ class RMSNorm(nn.Module):
         if self._eps is None:
             return ops.add_rms_norm(x_TD, residual_TD, self.weight, self.eps)[0]
         return self.forward(residual_TD.add_(x_TD))
+
+
+class LayerNorm(nn.Module):
+    """(x - mean) / sqrt(variance + eps) * weight + bias, in float32 inside whatever the inputs are."""
+
+    def __init__(self, width: int, eps: float, *, dtype: torch.dtype, bias: bool = True):
+        super().__init__()
+        self.width, self.eps = width, eps
+        self.weight = empty_parameter(width, dtype=dtype)
+        self.bias = empty_parameter(width, dtype=dtype) if bias else None
+
+    def cuts(self, part: str) -> dict[str, Cut]:
+        """All of it, on every rank."""
+        whole = Cut((self.width,), (slice(None),))
+        return {"weight": whole} | ({} if self.bias is None else {"bias": whole})
+
+    def finish(self) -> None:
+        """The weight is there."""
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """A new tensor."""
+        return F.layer_norm(x_TD, (self.width,), self.weight, self.bias, self.eps)
+
+    def add(self, x_TD: Tensor, residual_TD: Tensor) -> Tensor:
+        """`residual += x` in place, then its norm."""
+        return self.forward(residual_TD.add_(x_TD))
+
+
+def make_norm(kind: str, width: int, eps: float, *, dtype: torch.dtype) -> RMSNorm | LayerNorm:
+    """A norm by its name in `ModelSpec.norm`."""
+    if kind.startswith("layer"):
+        return LayerNorm(width, eps, dtype=dtype, bias=kind == "layer")
+    return RMSNorm(width, eps, dtype=dtype, plus_one=kind == "rms_plus_one")

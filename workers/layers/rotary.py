@@ -1,6 +1,6 @@
 """Positions as rotations: the table of cosines and sines, with the scalings that models use.
 
-P = positions, H = head size; row p of the table is [cos of H/2 angles | sin of H/2 angles] in float32.
+P = positions, H = rotated dimensions of a head; row p is [cos of H/2 angles | sin of H/2 angles] in float32.
 """
 
 import math
@@ -11,8 +11,12 @@ from torch import Tensor
 from argosy.cluster.protocol.model_spec import RopeSpec
 
 
-def inverse_frequencies(rope: RopeSpec, head_size: int) -> Tensor:
-    """Radians a position, for each of the H/2 pairs (Su et al. 2021), after scaling."""
+def inverse_frequencies(rope: RopeSpec, head_size: int, num_positions: int = 0) -> Tensor:
+    """Radians a position, for each of the H/2 pairs (Su et al. 2021), after scaling.
+
+    `longrope` has two sets of scales, for sequences up to the original length and beyond. Keys in a cache can't be
+    rotated anew when a sequence grows over it, so what is promised (`num_positions`) decides for all.
+    """
     plain = 1.0 / rope.theta ** (torch.arange(0, head_size, 2, dtype=torch.float32) / head_size)
     if rope.rope_type == "linear":
         return plain / rope.factor
@@ -20,13 +24,16 @@ def inverse_frequencies(rope: RopeSpec, head_size: int) -> Tensor:
         return _llama3(plain, rope)
     if rope.rope_type == "yarn":
         return _yarn(plain, rope, head_size)
+    if rope.rope_type == "longrope":
+        is_long = num_positions > rope.original_max_position
+        return plain / torch.tensor(rope.long_scales if is_long else rope.short_scales)
     # "dynamic" equals the plain one up to the original length, and is served no further (`ModelSpec.max_position`)
     return plain
 
 
 def cos_sin_table(rope: RopeSpec, head_size: int, num_positions: int, device: torch.device) -> Tensor:
     """[P, H]."""
-    frequencies = inverse_frequencies(rope, head_size).to(device)
+    frequencies = inverse_frequencies(rope, head_size, num_positions).to(device)
     angles = torch.arange(num_positions, dtype=torch.float32, device=device)[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=1) * rope.attention_factor
 
@@ -58,7 +65,7 @@ class RotaryEmbedding:
     """The table of one model on one device, shared by its layers."""
 
     def __init__(self, rope: RopeSpec, head_size: int, num_positions: int):
-        self.rope, self.head_size, self.num_positions = rope, head_size, num_positions
+        self.rope, self.head_size, self.num_positions = rope, rope.rotary_size or head_size, num_positions
         self._table: Tensor | None = None
 
     def allocate(self, device: torch.device) -> None:

@@ -1,7 +1,7 @@
 """From checkpoint names to ours, as tables. A family's differences in naming are rows, not code."""
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -15,6 +15,8 @@ class Slot(StrEnum):
     V = "v"
     GATE = "gate"
     UP = "up"
+    BLOCKS = "blocks"  # all parts of the module, one below the other
+    GROUPED = "grouped"  # q, k and v, for one key/value head after the other
 
 
 class Target(NamedTuple):
@@ -25,13 +27,45 @@ class Target(NamedTuple):
 
 
 class NameTable:
-    """Checkpoint module -> our module. None: derived, not loaded. "{}" stands for the layer's number."""
+    """Checkpoint module -> our module. None: derived, not loaded. "{}" stands for the layer's number.
 
-    def __init__(self, rows: Mapping[str, str | tuple[str, Slot] | None]):
+    `spellings`: (pattern, replacement) for names that some checkpoints of the family spell otherwise, such as without a
+    prefix; the first that matches turns a name of theirs into one of ours. A row may end in ".*" to ignore all below.
+    """
+
+    def __init__(
+        self,
+        rows: Mapping[str, str | tuple[str, Slot] | None],
+        spellings: Sequence[tuple[str, str]] = (),
+    ):
         self.rows = {
             theirs: None if ours is None else Target(ours) if isinstance(ours, str) else Target(*ours)
             for theirs, ours in rows.items()
         }
+        self.spellings = [(re.compile(pattern), replacement) for pattern, replacement in spellings]
+
+    def canonical(self, name: str) -> str:
+        """A tensor's name as the rows have it."""
+        for pattern, replacement in self.spellings:
+            if pattern.match(name):
+                return pattern.sub(replacement, name, count=1)
+        return name
+
+    def extended(
+        self, rows: Mapping[str, str | tuple[str, Slot] | None], spellings: Sequence[tuple[str, str]] = ()
+    ) -> "NameTable":
+        """This table with more rows and spellings; a row of the same name replaces ours."""
+        merged = NameTable(rows, spellings)
+        merged.rows = {**self.rows, **merged.rows}
+        merged.spellings = [*merged.spellings, *self.spellings]
+        return merged
+
+    def without(self, *rows: str) -> "NameTable":
+        """This table without some rows."""
+        merged = NameTable({})
+        merged.rows = {row: target for row, target in self.rows.items() if row not in rows}
+        merged.spellings = self.spellings
+        return merged
 
     def modules(self, layers: range) -> Iterator[tuple[str, Target]]:
         """All rows spelled out for `layers`: (checkpoint module, our module). Rows that are not loaded are left out."""
@@ -50,7 +84,8 @@ class NameTable:
 
     @staticmethod
     def _matches(row: str, name: str) -> bool:
-        return re.fullmatch(re.escape(row).replace(re.escape("{}"), r"\d+"), name) is not None
+        pattern = re.escape(row).replace(re.escape("{}"), r"\d+").replace(re.escape(".*"), r"\..*")
+        return re.fullmatch(pattern, name) is not None
 
 
 LLAMA_NAMES = NameTable(

@@ -92,6 +92,7 @@ def load_weights(
             num_read = _fill_randomly(model, reads, seed, report)
         else:
             checkpoint = Checkpoint.open(folder)
+            checkpoint.entries = {model.NAMES.canonical(name): entry for name, entry in checkpoint.entries.items()}
             check_checkpoint(checkpoint, model, reads)
             model.allocate()
             num_read = _fill(checkpoint, model, reads, report)
@@ -150,7 +151,7 @@ def _fill(checkpoint: Checkpoint, model: LoadableModel, reads: list[_Read], repo
                         tensor = file.get_tensor(entry.name)
                     else:
                         tensor = file.get_slice(entry.name)[read.cut.source]
-                    target.copy_(tensor)
+                    target.copy_(tensor if read.cut.arrange is None else read.cut.arrange(tensor))
                     num_read += tensor.nbytes
                     done += entry.num_bytes
                     report(done / total)
@@ -180,7 +181,8 @@ def _fill_randomly(model: LoadableModel, reads: list[_Read], seed: int, report: 
             target.fill_(1.0)
         elif on_cpu:
             pool = pool.to(target.dtype)
-            target.copy_(_window(pool, own_seed % POOL_SIZE, read.cut.full_shape)[read.cut.source])
+            part = _window(pool, own_seed % POOL_SIZE, read.cut.full_shape)[read.cut.source]
+            target.copy_(part if read.cut.arrange is None else read.cut.arrange(part))
         else:
             target.normal_(0.0, DUMMY_STD, generator=generator.manual_seed(own_seed))
         report((number + 1) / len(reads))

@@ -9,3 +9,7 @@ class LlamaForCausalLM(Decoder):
 
 class MistralForCausalLM(Decoder):
     """Mistral 7B and Nemo: a sliding window where the config has one, an explicit head size."""
+
+
+class MinistralForCausalLM(Decoder):
+    """Ministral 8B: some layers with a window, some without."""

@@ -12,16 +12,44 @@ from argosy.cluster.protocol.errors import UnsupportedModel
 from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.placement.plan import RankInfo
 from argosy.placement.process_groups import ParallelContext
+from argosy.workers.quantization.choose import choose_methods
 
 if TYPE_CHECKING:
     from argosy.workers.models.decoder import Decoder
 
+# architecture -> the file that has the class of that name
 ARCHITECTURES = {
-    "LlamaForCausalLM": ("argosy.workers.models.llama", "LlamaForCausalLM"),
-    "MistralForCausalLM": ("argosy.workers.models.llama", "MistralForCausalLM"),
-    "Qwen2ForCausalLM": ("argosy.workers.models.qwen", "Qwen2ForCausalLM"),
-    "Qwen3ForCausalLM": ("argosy.workers.models.qwen", "Qwen3ForCausalLM"),
-    "OracleForCausalLM": ("argosy.workers.models.oracle", "OracleForCausalLM"),
+    "LlamaForCausalLM": "argosy.workers.models.llama",
+    "MistralForCausalLM": "argosy.workers.models.llama",
+    "MinistralForCausalLM": "argosy.workers.models.llama",
+    "Qwen2ForCausalLM": "argosy.workers.models.qwen",
+    "Qwen3ForCausalLM": "argosy.workers.models.qwen",
+    "GPT2LMHeadModel": "argosy.workers.models.gpt2",
+    "OPTForCausalLM": "argosy.workers.models.opt",
+    "BloomForCausalLM": "argosy.workers.models.bloom",
+    "GPTNeoXForCausalLM": "argosy.workers.models.gpt_neox",
+    "GPTJForCausalLM": "argosy.workers.models.gptj",
+    "PhiForCausalLM": "argosy.workers.models.phi",
+    "Phi3ForCausalLM": "argosy.workers.models.phi",
+    "GemmaForCausalLM": "argosy.workers.models.gemma",
+    "Gemma2ForCausalLM": "argosy.workers.models.gemma",
+    "Gemma3ForCausalLM": "argosy.workers.models.gemma",
+    "Gemma3ForConditionalGeneration": "argosy.workers.models.gemma",
+    "GraniteForCausalLM": "argosy.workers.models.granite",
+    "Olmo2ForCausalLM": "argosy.workers.models.olmo2",
+    "Starcoder2ForCausalLM": "argosy.workers.models.starcoder2",
+    "StableLmForCausalLM": "argosy.workers.models.stablelm",
+    "CohereForCausalLM": "argosy.workers.models.cohere",
+    "Cohere2ForCausalLM": "argosy.workers.models.cohere",
+    "FalconForCausalLM": "argosy.workers.models.falcon",
+    "MptForCausalLM": "argosy.workers.models.mpt",
+    "MixtralForCausalLM": "argosy.workers.models.mixtral",
+    "Qwen2MoeForCausalLM": "argosy.workers.models.qwen_moe",
+    "Qwen3MoeForCausalLM": "argosy.workers.models.qwen_moe",
+    "GptOssForCausalLM": "argosy.workers.models.gpt_oss",
+    "DeepseekV2ForCausalLM": "argosy.workers.models.deepseek",
+    "DeepseekV3ForCausalLM": "argosy.workers.models.deepseek",
+    "OracleForCausalLM": "argosy.workers.models.oracle",
 }
 
 
@@ -31,8 +59,7 @@ def model_class(architecture: str) -> "type[Decoder]":
         raise UnsupportedModel(
             "config.json", "architectures", f"{architecture!r} is not supported; supported: {', '.join(ARCHITECTURES)}"
         )
-    module, name = ARCHITECTURES[architecture]
-    found: type[Decoder] = getattr(import_module(module), name)
+    found: type[Decoder] = getattr(import_module(ARCHITECTURES[architecture]), architecture)
     return found
 
 
@@ -40,4 +67,6 @@ def build_model(
     spec: ModelSpec, rank: RankInfo, parallel: ParallelContext, dtype: torch.dtype, device: torch.device
 ) -> "Decoder":
     """The part of the model that `rank` runs, with unfilled weights on `device`; `load_weights` fills them."""
-    return model_class(spec.architecture)(spec, rank, parallel, dtype, device)
+    model = model_class(spec.architecture)(spec, rank, parallel, dtype, device)
+    choose_methods(model, spec)
+    return model

@@ -3,6 +3,7 @@
 T = tokens, I = inputs, O = outputs, both of this rank.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import torch
@@ -22,7 +23,14 @@ class Cut(NamedTuple):
 
     full_shape: tuple[int, ...]
     source: tuple[slice, ...]  # this rank's part, one slice an axis
-    target_rows: slice = slice(None)  # where it goes on the parameter's first axis
+    target_rows: slice | tuple[int | slice, ...] = slice(None)  # where it goes in the parameter, from its first axis on
+    arrange: Callable[[Tensor], Tensor] | None = None  # from the part as it is read to what goes there
+    # of packed weights alone
+    store: Callable[[Tensor], None] | None = None  # puts what is read where it belongs, where that is several places
+    dtypes: tuple[str, ...] = ()  # names in the files; empty: plain numbers
+    other_shapes: tuple[tuple[int, ...], ...] = ()  # that mean the same
+    aliases: tuple[str, ...] = ()  # other last words of the name in some checkpoints
+    dummy: float | None = None  # what random weights have here
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:

@@ -1,0 +1,132 @@
+"""A tiny config of every family, the checkpoint that transformers makes of it, and what transformers answers."""
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+PROMPTS = [[7], [1, 2, 3, 4, 5], list(range(20, 32)), list(range(60, 77))]
+NUM_NEW = 6
+VOCAB = 101
+# what the newer configs call things, and what the GPT-2 line calls them
+SMALL = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "num_key_value_heads": 2}
+SMALL |= {"intermediate_size": 80, "vocab_size": VOCAB, "max_position_embeddings": 128, "initializer_range": 0.2}
+MHA = {key: value for key, value in SMALL.items() if key != "num_key_value_heads"}
+GPT = {"n_embd": 48, "n_layer": 3, "n_head": 4, "n_positions": 128, "vocab_size": VOCAB, "initializer_range": 0.2}
+BLOOM = {"hidden_size": 48, "n_layer": 3, "n_head": 4, "vocab_size": VOCAB, "initializer_range": 0.2}
+FALCON = {"hidden_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": VOCAB}
+FALCON |= {"initializer_range": 0.2, "max_position_embeddings": 128}
+LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LLAMA3 |= {"original_max_position_embeddings": 32, "rope_theta": 500000.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1000.0}
+GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 6}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One row of the table of families."""
+
+    config: str
+    model: str
+    settings: dict[str, Any] = field(default_factory=dict)
+    max_model_len: int | None = None
+
+
+def _longrope(original: int) -> dict[str, Any]:
+    pairs = 6
+    scales = {"short_factor": [1.0 + 0.1 * i for i in range(pairs)], "long_factor": [2.0 + i for i in range(pairs)]}
+    return {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4, **scales,
+                                "original_max_position_embeddings": original}}  # fmt: skip
+
+
+CASES: dict[str, Case] = {
+    "gpt2": Case("GPT2Config", "GPT2LMHeadModel", GPT),
+    "opt": Case("OPTConfig", "OPTForCausalLM", MHA | {"ffn_dim": 80, "word_embed_proj_dim": 48, "init_std": 0.2}),
+    "opt post-norm, projected": Case(
+        "OPTConfig", "OPTForCausalLM",
+        MHA | {"ffn_dim": 80, "word_embed_proj_dim": 32, "do_layer_norm_before": False, "init_std": 0.2},
+    ),
+    "bloom": Case("BloomConfig", "BloomForCausalLM", BLOOM),
+    "bloom, 6 heads": Case("BloomConfig", "BloomForCausalLM", BLOOM | {"n_head": 6}),
+    "gpt-neox": Case("GPTNeoXConfig", "GPTNeoXForCausalLM", MHA | {"rotary_pct": 0.5}),
+    "gpt-neox sequential": Case("GPTNeoXConfig", "GPTNeoXForCausalLM", MHA | {"use_parallel_residual": False,
+        "rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4, "partial_rotary_factor": 0.5}}),
+    "gpt-j": Case("GPTJConfig", "GPTJForCausalLM", GPT | {"rotary_dim": 8}),
+    "phi": Case("PhiConfig", "PhiForCausalLM", MHA | {"partial_rotary_factor": 0.5, "hidden_act": "gelu_new"}),
+    "phi3": Case("Phi3Config", "Phi3ForCausalLM", SMALL | {"pad_token_id": 0, "sliding_window": 7}),
+    "phi3 longrope, short": Case("Phi3Config", "Phi3ForCausalLM", SMALL | {"pad_token_id": 0, **_longrope(64)}, 64),
+    "phi3 longrope, long": Case("Phi3Config", "Phi3ForCausalLM", SMALL | {"pad_token_id": 0, **_longrope(4)}),
+    "gemma": Case("GemmaConfig", "GemmaForCausalLM", SMALL | {"head_dim": 16}),
+    "gemma2": Case("Gemma2Config", "Gemma2ForCausalLM", SMALL | GEMMA | {"attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0}),
+    "gemma3": Case("Gemma3TextConfig", "Gemma3ForCausalLM", SMALL | GEMMA | {"layer_types": [
+        "sliding_attention", "full_attention", "sliding_attention"]}),
+    "granite": Case("GraniteConfig", "GraniteForCausalLM", SMALL | {"embedding_multiplier": 3.0,
+        "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 2.0}),
+    "olmo2": Case("Olmo2Config", "Olmo2ForCausalLM", SMALL),
+    "starcoder2": Case("Starcoder2Config", "Starcoder2ForCausalLM", SMALL | {"sliding_window": 6}),
+    "stablelm": Case("StableLmConfig", "StableLmForCausalLM", SMALL | {"use_qkv_bias": True,
+        "partial_rotary_factor": 0.5}),
+    "command-r": Case("CohereConfig", "CohereForCausalLM", SMALL | {"use_qk_norm": True, "logit_scale": 0.5}),
+    "command-r7b": Case("Cohere2Config", "Cohere2ForCausalLM", SMALL | {"sliding_window": 6, "logit_scale": 0.5,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}),
+    "falcon 7b": Case("FalconConfig", "FalconForCausalLM", FALCON),
+    "falcon 40b": Case("FalconConfig", "FalconForCausalLM", FALCON | {"new_decoder_architecture": True,
+        "num_kv_heads": 2}),
+    "falcon rw": Case("FalconConfig", "FalconForCausalLM", FALCON | {"alibi": True, "multi_query": False,
+        "parallel_attn": False, "bias": True}),
+    "mpt": Case("MptConfig", "MptForCausalLM", {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 128,
+        "vocab_size": VOCAB, "initializer_range": 0.2}),
+}  # fmt: skip
+
+
+class Reference:
+    """One folder saved by transformers, and what transformers generates from it."""
+
+    def __init__(self, folder: Path, name: str):
+        import transformers  # seconds of import: only where it is compared with
+
+        case = CASES[name]
+        torch.manual_seed(len(name))
+        config = getattr(transformers, case.config)(**case.settings)
+        model = getattr(transformers, case.model)(config).eval()
+        with torch.no_grad():
+            for parameter_name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+                # transformers starts norms at 1, biases and some weights at 0: nothing would be tested
+                if parameter_name.endswith("e_score_correction_bias") or (
+                    parameter.ndim == 1 and "inv_freq" not in parameter_name and parameter.is_floating_point()
+                ):
+                    parameter.normal_(float("norm" in parameter_name or "ln_" in parameter_name), 0.3)
+                elif parameter.ndim > 1 and isinstance(parameter, torch.nn.Parameter):
+                    parameter.normal_(0.0, 0.2)
+        model.save_pretrained(folder)
+        self.folder, self.max_model_len = folder, case.max_model_len
+        self.tokens: list[list[int]] = []
+        logits = []
+        with torch.inference_mode():
+            for prompt in PROMPTS:
+                ids = list(prompt)
+                for step in range(NUM_NEW):
+                    last = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
+                    if step == 0:
+                        logits.append(last)
+                    ids.append(int(last.argmax()))
+                self.tokens.append(ids[len(prompt) :])
+        self.logits: Tensor = torch.stack(logits)
+
+    @classmethod
+    def load(cls, folder: Path) -> "Reference":
+        """What `save` wrote, in another process."""
+        made = cls.__new__(cls)
+        facts = json.loads((folder / "reference.json").read_text())
+        made.folder, made.max_model_len = folder, facts["max_model_len"]
+        made.tokens, made.logits = facts["tokens"], torch.tensor(facts["logits"])
+        return made
+
+    def save(self) -> None:
+        """Beside the checkpoint."""
+        facts = {"max_model_len": self.max_model_len, "tokens": self.tokens, "logits": self.logits.tolist()}
+        (self.folder / "reference.json").write_text(json.dumps(facts))

@@ -1,0 +1,339 @@
+"""A decoder put together from a spec's facts: what families differ in beyond the pre-norm shape of `decoder`.
+
+T = tokens of the step, D = model width, S = tokens to be sampled. With x the sum so far, a the attention, m the MLP:
+
+    sequential          x += a(n1(x));            x += m(n2(x))
+    sandwich            x += p1(a(n1(x)));        x += p2(m(n2(x)))                        Gemma 2, 3
+    norm_after          x += n1(a(x));            x += n2(m(x))                            OLMo2
+    post_norm           x = n1(x + a(x));         x = n2(x + m(x))                         OPT-350m
+    parallel            x += a(n1(x)) + m(n1(x))                                           GPT-J, Falcon-7B, Command-R
+    parallel_two_norms  x += a(n1(x)) + m(n2(x))                                           GPT-NeoX, Falcon-40B
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from argosy.cluster.protocol.model_spec import ModelSpec
+from argosy.placement.plan import RankInfo
+from argosy.placement.process_groups import ParallelContext
+from argosy.workers.forward_context import ForwardContext
+from argosy.workers.layers.activation import ACTIVATIONS
+from argosy.workers.layers.attention import Attention
+from argosy.workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from argosy.workers.layers.fused_checkpoint import cuts_of, transposed
+from argosy.workers.layers.linear import ColumnParallelLinear, ParallelLinear, ReplicatedLinear, RowParallelLinear
+from argosy.workers.layers.norm import LayerNorm, RMSNorm, make_norm
+from argosy.workers.layers.position import LearnedPositions
+from argosy.workers.layers.rotary import RotaryEmbedding
+from argosy.workers.models.decoder import Decoder, GatedMLP
+from argosy.workers.quantization.base import Cut, LinearMethod, empty_parameter, linear_method_for
+
+PARALLEL_BLOCKS = ("parallel", "parallel_two_norms")
+# what a checkpoint may hold for a kind of layer that this stage has none of
+OF_OTHER_LAYERS = {"weight", "bias", "e_score_correction_bias", "weight_scale_inv", "weight_scale", "input_scale"}
+
+
+class PlainMLP(nn.Module):
+    """down(act(up(x))); one all-reduce at the end."""
+
+    def __init__(self, spec: ModelSpec, parallel: ParallelContext, method: LinearMethod, *, dtype: torch.dtype):
+        super().__init__()
+        width, inner, bias = spec.hidden_size, spec.intermediate_size, spec.mlp_bias
+        self.up_proj = ColumnParallelLinear(parallel, method, width, inner, bias=bias, dtype=dtype)
+        self.down_proj = RowParallelLinear(parallel, method, inner, width, bias=bias, dtype=dtype)
+        self.activate = ACTIVATIONS[spec.activation]
+
+    def forward(self, x_TD: Tensor) -> Tensor:
+        """[T, D]."""
+        return self.down_proj(self.activate(self.up_proj(x_TD)))  # type: ignore[no-any-return]
+
+
+class BiasedLMHead(ParallelLMHead):
+    """A head with a bias, also where its weight is the embedding's."""
+
+    def __init__(
+        self,
+        parallel: ParallelContext,
+        vocab_size: int,
+        width: int,
+        *,
+        dtype: torch.dtype,
+        tied_to: VocabParallelEmbedding | None,
+    ):
+        super().__init__(parallel, vocab_size, width, dtype=dtype, tied_to=tied_to)
+        self.bias = empty_parameter(self.share.rows, dtype=dtype)
+
+    def cuts(self, part: str) -> dict[str, Cut]:
+        """This rank's rows, and its part of the bias."""
+        share = self.share
+        own = slice(0, share.last - share.first)
+        return super().cuts(part) | {"bias": Cut((share.vocab_size,), (slice(share.first, share.last),), own)}
+
+
+class GeneralLayer(nn.Module):
+    """Attention and MLP, joined as `spec.block` says. What came before is kept apart, as `residual`."""
+
+    def __init__(
+        self,
+        spec: ModelSpec,
+        parallel: ParallelContext,
+        attention: nn.Module,
+        mlp: nn.Module,
+        *,
+        dtype: torch.dtype,
+    ):
+        super().__init__()
+        self.block, self.residual_scale = spec.block, spec.residual_scale
+
+        def norm() -> RMSNorm | LayerNorm:
+            return make_norm(spec.norm, spec.hidden_size, spec.norm_eps, dtype=dtype)
+
+        self.input_norm = norm()
+        self.attention = attention
+        self.mlp_norm = None if spec.block == "parallel" else norm()
+        self.mlp = mlp
+        self.attention_out_norm = norm() if spec.block == "sandwich" else None
+        self.mlp_out_norm = norm() if spec.block == "sandwich" else None
+
+    def forward(
+        self, delta_TD: Tensor | None, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext
+    ) -> Tensor | None:
+        """What is still to be added to `residual_TD`, which this layer updates in place; None: nothing."""
+        if self.block == "norm_after":
+            return self._norm_after(delta_TD, residual_TD, positions_T, ctx)
+        if self.block == "post_norm":
+            self._post_norm(residual_TD, positions_T, ctx)
+            return None
+        norm = self.input_norm
+        x_TD = norm(residual_TD) if delta_TD is None else norm.add(delta_TD, residual_TD)
+        attended_TD = self.attention(x_TD, positions_T, ctx)
+        if self.block in PARALLEL_BLOCKS:
+            if self.mlp_norm is not None:
+                x_TD = self.mlp_norm(residual_TD)
+            return attended_TD + self.mlp(x_TD)  # type: ignore[no-any-return]
+        if self.attention_out_norm is not None:
+            attended_TD = self.attention_out_norm(attended_TD)
+        assert self.mlp_norm is not None
+        x_TD = self.mlp(self.mlp_norm.add(self._scaled(attended_TD), residual_TD))
+        return self._scaled(x_TD if self.mlp_out_norm is None else self.mlp_out_norm(x_TD))
+
+    def _scaled(self, x_TD: Tensor) -> Tensor:
+        return x_TD if self.residual_scale == 1.0 else x_TD * self.residual_scale
+
+    def _norm_after(
+        self, delta_TD: Tensor | None, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext
+    ) -> Tensor:
+        assert self.mlp_norm is not None
+        if delta_TD is not None:
+            residual_TD.add_(delta_TD)
+        residual_TD.add_(self.input_norm(self.attention(residual_TD, positions_T, ctx)))
+        normed: Tensor = self.mlp_norm(self.mlp(residual_TD))
+        return normed
+
+    def _post_norm(self, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> None:
+        assert self.mlp_norm is not None
+        residual_TD.copy_(self.input_norm.add(self.attention(residual_TD, positions_T, ctx), residual_TD))
+        residual_TD.copy_(self.mlp_norm.add(self.mlp(residual_TD), residual_TD))
+
+
+class GeneralDecoder(Decoder):
+    """This rank's part of a decoder of any family. A family's file has its names, and what no fact can say."""
+
+    TRANSPOSED = False  # the checkpoint has weights as [inputs, outputs]
+
+    def __init__(
+        self, spec: ModelSpec, rank: RankInfo, parallel: ParallelContext, dtype: torch.dtype, device: torch.device
+    ):
+        nn.Module.__init__(self)
+        spec.check_layout(rank.tp_size, rank.pp_size)
+        self.spec, self.rank, self.parallel, self.dtype, self.device = spec, rank, parallel, dtype, device
+        self.method = linear_method_for(None)
+        rotated = spec.mla.rope_size if spec.mla is not None else spec.head_size
+        self.rotary = RotaryEmbedding(spec.rope, rotated, spec.max_position)
+        self.local_rotary = (
+            self.rotary if spec.local_rope is None else RotaryEmbedding(spec.local_rope, rotated, spec.max_position)
+        )
+        self.embed: VocabParallelEmbedding | None = None
+        self.embed_norm: RMSNorm | LayerNorm | None = None
+        self.position_table: LearnedPositions | None = None
+        self.project_in: ReplicatedLinear | None = None
+        if rank.is_first_stage:
+            self._make_entry()
+        self.layers = nn.ModuleDict(
+            {str(layer): self.make_layer(layer) for layer in range(rank.first_layer, rank.last_layer)}
+        )
+        self.norm: RMSNorm | LayerNorm | None = None  # type: ignore[assignment]  # wider than the base's
+        self.project_out: ReplicatedLinear | None = None
+        self.lm_head: ParallelLMHead | None = None
+        if rank.is_last_stage:
+            self._make_exit()
+        self._stack = list(self.layers.values())  # type: ignore[arg-type]  # layers of another class than the base's
+        self._sums = None
+        # as transformers has it: the scale is rounded to the model's numbers first
+        self.embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=dtype))
+
+    # ------------------------------------------------------------------------------------------------------- making
+
+    def _make_entry(self) -> None:
+        spec, width, dtype = self.spec, self.spec.hidden_size, self.dtype
+        inner = spec.embedding_size or width
+        self.embed = VocabParallelEmbedding(self.parallel, spec.vocab_size, inner, dtype=dtype)
+        if spec.embedding_size:
+            self.project_in = ReplicatedLinear(self.method, inner, width, bias=False, dtype=dtype)
+        if spec.embedding_norm:
+            self.embed_norm = make_norm(spec.norm, width, spec.norm_eps, dtype=dtype)
+        if spec.position == "learned":
+            self.position_table = LearnedPositions(spec.position_rows, width, spec.position_offset, dtype=dtype)
+
+    def _make_exit(self) -> None:
+        spec, dtype = self.spec, self.dtype
+        inner = spec.embedding_size or spec.hidden_size
+        if spec.final_norm:
+            self.norm = make_norm(spec.norm, spec.hidden_size, spec.norm_eps, dtype=dtype)
+        if spec.embedding_size:
+            self.project_out = ReplicatedLinear(self.method, spec.hidden_size, inner, bias=False, dtype=dtype)
+        head = BiasedLMHead if spec.head_bias else ParallelLMHead
+        self.lm_head = head(
+            self.parallel, spec.vocab_size, inner, dtype=dtype, tied_to=self.embed if spec.tied else None
+        )
+
+    def make_layer(self, layer: int) -> nn.Module:
+        """One layer of this stage, by its number in the model."""
+        return GeneralLayer(
+            self.spec, self.parallel, self.make_attention(layer), self.make_mlp(layer), dtype=self.dtype
+        )
+
+    def make_attention(self, layer: int) -> nn.Module:
+        """Its attention, with the rotation that it has."""
+        spec = self.spec
+        rotary: RotaryEmbedding | None = self.rotary if spec.window_of(layer) is None else self.local_rotary
+        if spec.position != "rotary" or (spec.unrotated_layers and spec.unrotated_layers[layer]):
+            rotary = None
+        return Attention(spec, self.parallel, self.method, rotary, layer=layer, dtype=self.dtype)
+
+    def make_mlp(self, layer: int) -> nn.Module:
+        """Its MLP."""
+        mlp = GatedMLP if self.spec.gated else PlainMLP
+        return mlp(self.spec, self.parallel, self.method, dtype=self.dtype)
+
+    # ------------------------------------------------------------------------------------------------------ running
+
+    def forward(
+        self, token_ids_T: Tensor | None, hidden_TD: Tensor | None, positions_T: Tensor, ctx: ForwardContext
+    ) -> Tensor:
+        """As `Decoder.forward`."""
+        if hidden_TD is None:
+            assert token_ids_T is not None
+            hidden_TD = self.enter(token_ids_T, positions_T)
+        delta_TD: Tensor | None = None
+        for layer in self.layers.values():
+            delta_TD = layer(delta_TD, hidden_TD, positions_T, ctx)
+        if self.norm is not None:
+            normed: Tensor = self.norm(hidden_TD) if delta_TD is None else self.norm.add(delta_TD, hidden_TD)
+            return normed
+        return hidden_TD if delta_TD is None else hidden_TD.add_(delta_TD)
+
+    def enter(self, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
+        """From tokens to what the first layer gets, [T, D]."""
+        assert self.embed is not None
+        x_TD: Tensor = self.embed(token_ids_T)
+        if self.project_in is not None:
+            x_TD = self.project_in(x_TD)
+        if self.embedding_scale != 1.0:
+            x_TD = x_TD * self.embedding_scale
+        if self.position_table is not None:
+            x_TD = x_TD + self.position_table(positions_T)
+        return x_TD if self.embed_norm is None else self.embed_norm(x_TD)
+
+    def compute_raw_logits(self, hidden_SD: Tensor) -> Tensor:
+        """As `Decoder.compute_raw_logits`, scaled and capped."""
+        if self.project_out is not None:
+            hidden_SD = self.project_out(hidden_SD)
+        logits_SV = super().compute_raw_logits(hidden_SD)
+        if self.spec.logit_scale != 1.0:
+            logits_SV = logits_SV * self.spec.logit_scale
+        cap = self.spec.final_soft_cap
+        return logits_SV if cap is None else torch.tanh(logits_SV / cap) * cap
+
+    def _fuses(self, residual_TD: Tensor) -> bool:
+        return False  # products are fused with RMS norms and SwiGLU only
+
+    # ------------------------------------------------------------------------------------------------------ loading
+
+    def allocate(self) -> None:
+        """As `Decoder.allocate`, with the second table of rotations where there is one."""
+        super().allocate()
+        if self.local_rotary is not self.rotary:
+            self.local_rotary.allocate(self.device)
+
+    def finish(self) -> None:
+        """All weights are loaded: let every layer bring its own into shape."""
+        for module in self.modules():
+            finish = getattr(module, "finish", None)
+            if module is not self and finish is not None:
+                finish()
+
+    def checkpoint_tensors(self) -> Iterator[tuple[str, nn.Module, str, Cut]]:
+        """What this rank reads: (name in the checkpoint, our module, its parameter, the cut)."""
+        for _, name, module, suffix, cut in self._reads():
+            yield name, module, suffix, cut
+
+    def known_names(self) -> set[str]:
+        """All tensors that a checkpoint of this model may hold, of all stages."""
+        own: dict[str, set[str]] = {}
+        for row, name, _, _, _ in self._reads():
+            own.setdefault(row, set()).add(name.rpartition(".")[2])
+        names = set()
+        num_experts = range(self.spec.moe.num_experts) if self.spec.moe is not None else range(0)
+        for row, target in self.NAMES.rows.items():
+            if target is None:
+                continue
+            suffixes = own.get(row, set()) if "{}" in row else {"weight", "bias"}
+            if self.spec.moe is not None and ".mlp." in target.module and not suffixes:
+                suffixes = OF_OTHER_LAYERS  # layers of this kind are on other stages
+            for suffix in suffixes:
+                for layer in range(self.spec.num_layers):
+                    for expert in num_experts if row.count("{}") > 1 else (0,):
+                        names.add(f"{row}.{suffix}".format(layer, expert))
+        return names
+
+    def _reads(self) -> Iterator[tuple[str, str, nn.Module, str, Cut]]:
+        """(row of the table of names, name in the checkpoint, module, parameter, cut)."""
+        tied_away = self.spec.tied and self.embed is None and self.lm_head is not None
+        own_layers = range(self.rank.first_layer, self.rank.last_layer)
+        for row, target in self.NAMES.rows.items():
+            if target is None:
+                continue
+            for layer in own_layers if "{}" in row else (0,):
+                found = self._find(target.module.format(layer))
+                if tied_away and target.module == "embed":
+                    found = self.lm_head
+                if found is None:
+                    continue
+                for expert in getattr(found, "own_experts", ()) if row.count("{}") > 1 else (None,):
+                    theirs = row.format(layer, expert)
+                    reads = cuts_of(found, target.slot) if expert is None else found.expert_cuts(target.slot, expert)
+                    for suffix, parameter, cut in _with_parameter(reads):
+                        if tied_away and (target.module, suffix) in (("lm_head", "weight"), ("embed", "bias")):
+                            continue  # the embedding's tensor is the head's weight here
+                        if self.TRANSPOSED and suffix == "weight" and isinstance(found, ParallelLinear):
+                            cut = transposed(cut)
+                        yield row, f"{theirs}.{suffix}", found, parameter, cut
+
+    def _find(self, path: str) -> nn.Module | None:
+        """None also for a layer of another stage."""
+        module: nn.Module | None = self
+        for part in path.split("."):
+            module = module._modules.get(part)
+            if module is None:
+                return None
+        return module
+
+
+def _with_parameter(reads: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, str, Cut]]:
+    """(last word of the name, parameter, cut), where the two are the same unless a layer says otherwise."""
+    for suffix, *parameter, cut in reads:
+        yield suffix, parameter[0] if parameter else suffix, cut
