@@ -15,80 +15,42 @@ A 503 (queue full, still starting) is tried again, after the server's Retry-Afte
 """
 
 import asyncio
-import json
-import random
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from typing import Any, Self, TypeAlias
 
 import httpx
-import msgspec
 
-from argosy.cluster.protocol import errors
-from argosy.cluster.protocol.errors import ServingError
+from argosy.deploy.client_wire import (
+    Answer,
+    Choice,
+    Events,
+    Patience,
+    RemoteError,
+    ServerUnreachable,
+    StreamBroken,
+    answer_of,
+    checked,
+    error_of,
+    http_options,
+    unreachable,
+)
+
+__all__ = [
+    "Answer",
+    "AsyncClient",
+    "Choice",
+    "Client",
+    "RemoteError",
+    "ServerUnreachable",
+    "StreamBroken",
+    "error_of",
+]
 
 Prompt: TypeAlias = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]]
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
-_FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 8.0
-
-
-class RemoteError(ServingError):
-    """What a server answered instead of the result. Also an instance of the class that the server raised."""
-
-    def __init__(self, message: str, status: int, code: str, param: str | None, retry_after_seconds: float | None):
-        Exception.__init__(self, message, status, code, param, retry_after_seconds)
-        self.message, self.http_status, self.status, self.code = message, status, status, code
-        self.param, self.retry_after_seconds = param, retry_after_seconds
-
-    def __str__(self) -> str:
-        return self.message
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return _remote_error, self.args
-
-
-class ServerUnreachable(errors.ClusterError):
-    """Nothing answers at that address, or the connection broke before an answer."""
-
-    code = "server_unreachable"
-
-
-class StreamBroken(errors.ClusterError):
-    """The stream ended in the middle; what came until then is not the whole answer."""
-
-    code = "stream_broken"
-
-
-class Choice(msgspec.Struct, frozen=True, kw_only=True):
-    """One of the n answers."""
-
-    text: str
-    finish_reason: str | None
-    index: int = 0
-    logprobs: dict[str, Any] | None = None
-
-
-class Answer(msgspec.Struct, frozen=True, kw_only=True):
-    """What the server made of a prompt. `text` is the first choice's; `raw` the whole JSON."""
-
-    choices: tuple[Choice, ...]
-    usage: dict[str, Any]
-    raw: dict[str, Any]
-
-    @property
-    def text(self) -> str:
-        """The first choice's text."""
-        return self.choices[0].text
-
-    @property
-    def finish_reason(self) -> str | None:
-        """Why the first choice ended."""
-        return self.choices[0].finish_reason
-
-    def __str__(self) -> str:
-        return self.text
 
 
 class Client:
@@ -105,17 +67,17 @@ class Client:
     ):
         self._retry_seconds = retry_seconds
         self._model: str | None = None
-        self._http = httpx.Client(**_http_options(url, api_key, timeout_seconds), transport=transport)
+        self._http = httpx.Client(**http_options(url, api_key, timeout_seconds), transport=transport)
 
     def complete(self, prompt: Prompt, *, model: str | None = None, **params: Any) -> Answer:
         """Continue `prompt`. `params` are the fields of `/v1/completions` (max_tokens, temperature, ...)."""
         body = {"model": model or self._default_model(), "prompt": prompt, **params}
-        return _answer(self._call("POST", "/v1/completions", body))
+        return answer_of(self._call("POST", "/v1/completions", body))
 
     def chat(self, messages: Messages, *, model: str | None = None, **params: Any) -> Answer:
         """Answer a conversation. `params` are the fields of `/v1/chat/completions`."""
         body = {"model": model or self._default_model(), "messages": messages, **params}
-        return _answer(self._call("POST", "/v1/chat/completions", body))
+        return answer_of(self._call("POST", "/v1/chat/completions", body))
 
     def stream_complete(self, prompt: Prompt, *, model: str | None = None, **params: Any) -> Iterator[str]:
         """As `complete`, a piece of text at a time."""
@@ -162,21 +124,21 @@ class Client:
         return self._model
 
     def _call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        patience = _Patience(self._retry_seconds)
+        patience = Patience(self._retry_seconds)
         while True:
             try:
                 response = self._http.request(method, path, json=body)
             except httpx.HTTPError as error:
-                raise _unreachable(self._http.base_url, error) from error
+                raise unreachable(self._http.base_url, error) from error
             if (pause := patience.pause_before_next_try(response)) is None:
-                return _checked(response)
+                return checked(response)
             time.sleep(pause)
 
     def _stream(self, path: str, body: dict[str, Any], model: str | None) -> Iterator[str]:
         body = {"model": model or self._default_model(), **body, "stream": True}
-        patience = _Patience(self._retry_seconds)
+        patience = Patience(self._retry_seconds)
         while True:
-            events = _Events()
+            events = Events()
             try:
                 with self._http.stream("POST", path, json=body) as response:
                     if response.status_code == 200:
@@ -188,7 +150,7 @@ class Client:
             except httpx.HTTPError as error:
                 raise events.broken(self._http.base_url, error) from error
             if pause is None:
-                _checked(response)
+                checked(response)
             time.sleep(pause or 0.0)
 
 
@@ -206,17 +168,17 @@ class AsyncClient:
     ):
         self._retry_seconds = retry_seconds
         self._model: str | None = None
-        self._http = httpx.AsyncClient(**_http_options(url, api_key, timeout_seconds), transport=transport)
+        self._http = httpx.AsyncClient(**http_options(url, api_key, timeout_seconds), transport=transport)
 
     async def complete(self, prompt: Prompt, *, model: str | None = None, **params: Any) -> Answer:
         """Continue `prompt`. `params` are the fields of `/v1/completions` (max_tokens, temperature, ...)."""
         body = {"model": model or await self._default_model(), "prompt": prompt, **params}
-        return _answer(await self._call("POST", "/v1/completions", body))
+        return answer_of(await self._call("POST", "/v1/completions", body))
 
     async def chat(self, messages: Messages, *, model: str | None = None, **params: Any) -> Answer:
         """Answer a conversation. `params` are the fields of `/v1/chat/completions`."""
         body = {"model": model or await self._default_model(), "messages": messages, **params}
-        return _answer(await self._call("POST", "/v1/chat/completions", body))
+        return answer_of(await self._call("POST", "/v1/chat/completions", body))
 
     async def stream_complete(self, prompt: Prompt, *, model: str | None = None, **params: Any) -> AsyncIterator[str]:
         """As `complete`, a piece of text at a time."""
@@ -265,21 +227,21 @@ class AsyncClient:
         return self._model
 
     async def _call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
-        patience = _Patience(self._retry_seconds)
+        patience = Patience(self._retry_seconds)
         while True:
             try:
                 response = await self._http.request(method, path, json=body)
             except httpx.HTTPError as error:
-                raise _unreachable(self._http.base_url, error) from error
+                raise unreachable(self._http.base_url, error) from error
             if (pause := patience.pause_before_next_try(response)) is None:
-                return _checked(response)
+                return checked(response)
             await asyncio.sleep(pause)
 
     async def _stream(self, path: str, body: dict[str, Any], model: str | None) -> AsyncIterator[str]:
         body = {"model": model or await self._default_model(), **body, "stream": True}
-        patience = _Patience(self._retry_seconds)
+        patience = Patience(self._retry_seconds)
         while True:
-            events = _Events()
+            events = Events()
             try:
                 async with self._http.stream("POST", path, json=body) as response:
                     if response.status_code == 200:
@@ -293,152 +255,5 @@ class AsyncClient:
             except httpx.HTTPError as error:
                 raise events.broken(self._http.base_url, error) from error
             if pause is None:
-                _checked(response)
+                checked(response)
             await asyncio.sleep(pause or 0.0)
-
-
-class _Patience:
-    """How long to wait before a refused request is sent again, within one budget of seconds."""
-
-    def __init__(self, budget_seconds: float):
-        self._deadline = time.monotonic() + budget_seconds
-        self._pause_seconds = _FIRST_PAUSE_SECONDS
-
-    def pause_before_next_try(self, response: httpx.Response) -> float | None:
-        """Seconds to wait, or None when the response is the last word."""
-        if response.status_code != 503:
-            return None
-        asked = _retry_after(response)
-        # the jitter keeps clients that were refused together from coming back together
-        pause = (asked if asked is not None else self._pause_seconds) * random.uniform(1.0, 1.25)
-        self._pause_seconds = min(2 * self._pause_seconds, _LONGEST_PAUSE_SECONDS)
-        return pause if time.monotonic() + pause < self._deadline else None
-
-
-class _Events:
-    """The server-sent events of one stream: pieces of text, an error, or the end."""
-
-    def __init__(self) -> None:
-        self._is_complete, self._num_pieces = False, 0
-
-    def texts(self, line: str) -> list[str]:
-        """The text in this line, if any. Raises what the server reports in the middle of a stream."""
-        if not line.startswith("data:"):
-            return []
-        data = line.removeprefix("data:").strip()
-        if data == "[DONE]":
-            self._is_complete = True
-            return []
-        try:
-            event = json.loads(data)
-        except ValueError as error:
-            raise StreamBroken(f"the server sent an event that is no JSON: {data[:80]!r}") from error
-        if "error" in event:
-            raise _error_from_body(event, int(event["error"].get("status") or 500), None)
-        pieces = [_text_of(choice) for choice in event.get("choices", ())]
-        self._num_pieces += len(pieces)
-        return [text for text in pieces if text]
-
-    def check_complete(self) -> None:
-        """Raise when the end came without its mark."""
-        if not self._is_complete:
-            raise StreamBroken(f"the stream ended after {self._num_pieces} pieces without its end mark; ask again")
-
-    def broken(self, url: object, error: Exception) -> ServingError:
-        """Our word for a connection that failed."""
-        if self._num_pieces:
-            return StreamBroken(f"the connection to {url} broke after {self._num_pieces} pieces: {error}")
-        return _unreachable(url, error)
-
-
-def _http_options(url: str, api_key: str | None, timeout_seconds: float) -> dict[str, Any]:
-    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
-    url = url if "://" in url else f"http://{url}"  # as curl reads "localhost:8000"
-    # A local server is never behind the proxy that the environment names for the rest of the world.
-    is_local = httpx.URL(url).host in ("127.0.0.1", "localhost", "::1")
-    base_url = url.rstrip("/").removesuffix("/v1")
-    timeout = httpx.Timeout(timeout_seconds, connect=min(10.0, timeout_seconds))
-    return {"base_url": base_url, "headers": headers, "timeout": timeout, "trust_env": not is_local}
-
-
-def _text_of(choice: Mapping[str, Any]) -> str:
-    holder = choice.get("delta") or choice.get("message")
-    return str((holder.get("content") if holder is not None else choice.get("text")) or "")
-
-
-def _answer(body: dict[str, Any]) -> Answer:
-    choices = tuple(
-        Choice(
-            text=_text_of(choice),
-            finish_reason=choice.get("finish_reason"),
-            index=choice.get("index", place),
-            logprobs=choice.get("logprobs"),
-        )
-        for place, choice in enumerate(body["choices"])
-    )
-    return Answer(choices=choices, usage=body.get("usage") or {}, raw=body)
-
-
-def _checked(response: httpx.Response) -> dict[str, Any]:
-    try:
-        body = response.json()
-    except ValueError:
-        body = {}
-    if response.status_code >= 400 or not isinstance(body, dict):
-        raise error_of(response)
-    return body
-
-
-def error_of(response: httpx.Response) -> RemoteError:
-    """What the server said instead of an answer, as an instance of the class that it raised."""
-    try:
-        body = response.json()
-    except ValueError:
-        body = None
-    if not isinstance(body, dict) or "error" not in body:
-        body = {"error": {"message": response.text[:500]}}
-    return _error_from_body(body, response.status_code, _retry_after(response))
-
-
-def _retry_after(response: httpx.Response) -> float | None:
-    try:
-        return max(0.0, float(response.headers["retry-after"]))
-    except (KeyError, ValueError):
-        return None
-
-
-def _error_from_body(body: Mapping[str, Any], status: int, retry_after_seconds: float | None) -> RemoteError:
-    error = body["error"] if isinstance(body["error"], dict) else {"message": str(body["error"])}
-    message = error.get("message") or f"the server answered with status {status}"
-    code = error.get("code") or error.get("type")
-    return _remote_error(str(message), status, str(code), error.get("param"), retry_after_seconds)
-
-
-def _unreachable(url: object, error: Exception) -> ServerUnreachable:
-    return ServerUnreachable(f"no answer from {url} ({type(error).__name__}: {error}); is the server running?")
-
-
-def _all_kinds(kind: type[ServingError]) -> Iterator[type[ServingError]]:
-    yield kind
-    for member in kind.__subclasses__():
-        yield from _all_kinds(member)
-
-
-def _of_kind(kind: type[ServingError]) -> type[RemoteError]:
-    return type(kind.__name__, (RemoteError, kind), {"__doc__": kind.__doc__})
-
-
-# The more specific class wins where a code is shared: subclasses come after their base.
-_KINDS = {kind.code: _of_kind(kind) for kind in list(_all_kinds(ServingError)) if kind.__module__ == errors.__name__}
-_KIND_OF_STATUS = {
-    400: _of_kind(errors.InvalidRequest),
-    401: _KINDS["invalid_api_key"],
-    404: _of_kind(errors.RequestError),
-    413: _KINDS["payload_too_large"],
-    503: _KINDS["overloaded"],
-}
-
-
-def _remote_error(message: str, status: int, code: str, param: str | None, retry: float | None) -> RemoteError:
-    kind = _KINDS.get(code) or _KIND_OF_STATUS.get(status) or RemoteError
-    return kind(message, status, code, param, retry)
