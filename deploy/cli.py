@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import argosy
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, ServingError, WeightError
-from argosy.deploy import settings
+from argosy.deploy import plan_command, settings
 from argosy.deploy.jobs_folder import choose_job_dir
 
 _SERVE_EXAMPLES = """\
@@ -41,7 +41,14 @@ examples:
 """
 
 
-_USAGE = {"serve": ["[MODEL]"], "chat": ["[TEXT]"], "complete": ["[TEXT]"], "doctor": ["[MODEL]"], "bench": []}
+_USAGE = {
+    "serve": ["[MODEL]"],
+    "chat": ["[TEXT]"],
+    "complete": ["[TEXT]"],
+    "doctor": ["[MODEL]"],
+    "bench": [],
+    "plan": ["MODEL"],
+}
 _KEY_NAMES = ("ARGOSY_API_KEY", "VLLM_API_KEY")  # the second so that a server of vLLM can be replaced as it stands
 
 
@@ -79,6 +86,8 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("--port", type=int, default=8000, help="the port that 'argosy serve' will use")
     doctor.add_argument("--json", action="store_true", help="the same for programs")
     _add_bench(commands)
+    plan = _command(commands, "plan", "say which layout a model would get on a cluster, and why", plan_command.EXAMPLES)
+    plan_command.add_arguments(plan)
     return parser
 
 
@@ -116,6 +125,8 @@ def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
             from argosy.deploy import doctor  # imports torch and Ray to ask their versions
 
             return doctor.main(model=args.model, port=args.port, as_json=args.json)
+        case "plan":
+            return plan_command.main(args)
         case "bench":
             from argosy.deploy import bench  # may import torch
 

@@ -20,6 +20,12 @@ EXPECTED = {
     "chat": "--api-key --max-tokens --model --seed --stop --system --temperature --url",
     "complete": "--api-key --max-tokens --model --seed --stop --temperature --url",
     "doctor": "--json --port",
+    "plan": """
+        --all --block-size --calibration --cluster --concurrency --dtype --gpu-memory-utilization --gpus --input-len
+        --json --kv-cache-dtype --kv-cache-memory-bytes --max-model-len --max-num-batched-tokens --max-num-seqs
+        --max-tpot-ms --max-ttft-ms --network --nodes --objective --offload-gb --output-len --pipeline-parallel-size
+        --price --quantization --replicas --svg --tensor-parallel-size -pp -q -tp
+    """,
     "bench": """
         --api-key --backend --cold-start --concurrency --cpu-threads --dtype --max-num-seqs --model --output --peer
         --pipeline-parallel-size --repeats --tensor-parallel-size --url --workload -pp -tp

@@ -1,0 +1,191 @@
+"""`argosy plan`: which layout a model would get on a cluster, and why; without GPU, Ray or torch."""
+
+import argparse
+import json
+import textwrap
+from pathlib import Path
+from typing import Any, Final
+
+import msgspec
+
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import ConfigError, PlacementImpossible
+from argosy.deploy.plan_svg import plan_svg
+from argosy.deploy.plan_text import describe_model, plan_json, plan_lines
+from argosy.placement.calibration import read_calibration
+from argosy.placement.data_sheets import DATA_SHEETS
+from argosy.placement.layout import Traffic
+from argosy.placement.model_shape import ModelShape
+from argosy.placement.model_sources import known_models, read_model_shape
+from argosy.placement.planner import PlanOptions, PlanReport, plan_cluster
+from argosy.placement.rank_memory import Serving
+from argosy.placement.topology import ClusterTopology
+from argosy.placement.topology_sources import parse_topology, read_topology
+from argosy.placement.weight_format import FORMATS, format_by_name
+
+EXAMPLES: Final = f"""\
+examples:
+  argosy plan llama-3.1-405b                          how many GPUs of each kind it needs
+  argosy plan llama-3.1-70b --gpus "4 x H200"         one node, here and now
+  argosy plan deepseek-r1 --gpus "8 x H100" --nodes 2 --network 400Gbit
+  argosy plan ./my-model --cluster cluster.yaml --price 2.5 --svg plan.svg
+
+A cluster file (examples/clusters/*.yaml, docs/planning.md):
+  network: 400Gbit
+  nodes:
+    - {{name: big, count: 2, gpus: 8 x H200}}
+    - {{name: old, gpus: [{{model: A100-40GB, count: 4, free_gib: 30}}], gpu_link: pcie}}
+
+GPU models: {", ".join(DATA_SHEETS)}.
+Models known by name ({len(known_models())}; a folder or a config.json does as well):
+{textwrap.fill(", ".join(known_models()), 110)}
+"""
+SERVING_FLAGS: Final = (
+    "dtype", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
+    "gpu_memory_utilization", "kv_cache_memory_bytes",
+)  # fmt: skip
+NODE_SIZES: Final = (1, 2, 4, 8)  # GPUs of a node that can be bought, for the table of needs
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `argosy plan`."""
+    parser.add_argument("model", help="a known model's name, a model folder, or a config.json")
+    add_cluster_arguments(parser)
+    parser.add_argument("--objective", choices=("throughput", "latency"), default="throughput",
+                        help="tokens a second, or a lone request's time (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--input-len", type=int, default=512, help="tokens of a prompt (default: %(default)s)")
+    parser.add_argument("--output-len", type=int, default=256, help="tokens of an answer (default: %(default)s)")
+    parser.add_argument("--concurrency", type=int, help="most requests at once on a replica (default: what fits)")
+    parser.add_argument("--max-ttft-ms", type=float, help="refuse layouts whose lone first token takes longer")
+    parser.add_argument("--max-tpot-ms", type=float, help="refuse layouts whose tokens come slower under load")
+    parser.add_argument("--price", type=float, metavar="X", help="of a GPU and hour, in any currency")
+    parser.add_argument("--svg", metavar="FILE", help="draw nodes, stages and ranks")
+    parser.add_argument("--all", action="store_true", help="say of every other layout why it lost")
+    parser.add_argument("--json", action="store_true", help="the answer for programs")
+
+
+def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that say on what, and with which settings."""
+    parser.add_argument("--cluster", metavar="FILE", help="YAML of the cluster (it need not exist)")
+    parser.add_argument("--gpus", metavar="'N x MODEL'", help="instead of a file: the GPUs of a node")
+    parser.add_argument("--nodes", type=int, default=1, metavar="N", help="with --gpus: so many such nodes")
+    parser.add_argument("--network", default="100Gbit", metavar="SPEED", help="between them (default: %(default)s)")
+    parser.add_argument("-tp", "--tensor-parallel-size", type=int, help="default: the planner chooses")
+    parser.add_argument("-pp", "--pipeline-parallel-size", type=int, help="default: the planner chooses")
+    parser.add_argument("--replicas", type=int, help="default: as many as fit")
+    parser.add_argument("-q", "--quantization", choices=tuple(FORMATS), help="default: as the checkpoint is stored")
+    parser.add_argument("--offload-gb", type=float, default=0.0, metavar="GB",
+                        help="so much of each GPU's weights may live in the host's memory")  # fmt: skip
+    parser.add_argument("--dtype", help="default: the checkpoint's")
+    parser.add_argument("--kv-cache-dtype", help="auto, bfloat16, float16, float32 or fp8_e4m3")
+    parser.add_argument("--max-model-len", type=int, help="default: the model's")
+    parser.add_argument("--max-num-seqs", type=int, help="most requests at once on a replica (default: 256)")
+    parser.add_argument("--max-num-batched-tokens", type=int, help="token budget of a step (default: 2048)")
+    parser.add_argument("--block-size", type=int, help="tokens of a KV block (default: 16)")
+    parser.add_argument("--gpu-memory-utilization", type=float, help="share of the memory to use (default: 0.92)")
+    parser.add_argument("--kv-cache-memory-bytes", type=int, help="bytes for KV on each GPU instead of what is left")
+    parser.add_argument("--calibration", metavar="FILE", help="measured efficiencies (default: those that ship)")
+
+
+def main(args: argparse.Namespace) -> int:
+    """Plan and print; 0 when there is a plan."""
+    shape = read_model_shape(args.model)
+    serving = serving_from(args, shape)
+    if args.cluster is None and args.gpus is None:
+        return _print_needs(shape, serving, as_json=args.json)
+    report = plan_cluster(shape, topology_from(args), options_from(args), serving)
+    if args.svg:
+        _write(args.svg, plan_svg(report))
+    if args.json:
+        print(json.dumps(plan_json(report), indent=1))
+    else:
+        print("\n".join(plan_lines(report, all_losers=args.all)))
+    return 0
+
+
+def topology_from(args: argparse.Namespace) -> ClusterTopology:
+    """The cluster that the flags name."""
+    if args.cluster is not None and args.gpus is not None:
+        raise ConfigError("give --cluster or --gpus, not both")
+    if args.cluster is not None:
+        return read_topology(args.cluster)
+    return parse_topology(
+        {"network": args.network, "nodes": [{"name": "node", "gpus": args.gpus, "count": args.nodes}]}
+    )
+
+
+def serving_from(args: argparse.Namespace, shape: ModelShape) -> Serving:
+    """The settings that decide bytes, from the flags."""
+    given: dict[str, Any] = {name: getattr(args, name) for name in SERVING_FLAGS if getattr(args, name) is not None}
+    config = ServingConfig.from_mapping({"model": shape.name or "model", **given})
+    return Serving.from_config(config, shape, format_by_name(args.quantization) if args.quantization else None)
+
+
+def options_from(args: argparse.Namespace) -> PlanOptions:
+    """What is asked of the plan, from the flags."""
+    for name in ("input_len", "output_len"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.offload_gb < 0:
+        raise ConfigError(f"--offload-gb {args.offload_gb:g}: must not be negative")
+    return PlanOptions(
+        tp_size=args.tensor_parallel_size,
+        pp_size=args.pipeline_parallel_size,
+        num_replicas=args.replicas,
+        objective=args.objective,
+        traffic=Traffic(input_len=args.input_len, output_len=args.output_len, concurrency=args.concurrency),
+        max_ttft_seconds=None if args.max_ttft_ms is None else args.max_ttft_ms / 1e3,
+        max_tpot_seconds=None if args.max_tpot_ms is None else args.max_tpot_ms / 1e3,
+        offload_bytes=int(args.offload_gb * 1e9),
+        price_per_gpu_hour=args.price,
+        calibration=read_calibration(args.calibration) if args.calibration else None,
+    )
+
+
+def smallest_cluster(shape: ModelShape, serving: Serving, gpu: str, *, max_nodes: int = 64) -> PlanReport | None:
+    """The fewest GPUs of a kind that hold the model: 1, 2, 4, 8 of a node, then nodes of 8; None: more than allowed."""
+    sizes = [(1, gpus) for gpus in NODE_SIZES] + [(nodes, NODE_SIZES[-1]) for nodes in range(2, max_nodes + 1)]
+    for num_nodes, num_gpus in sizes:
+        content = {"network": "400Gbit", "nodes": [{"name": "node", "count": num_nodes, "gpus": f"{num_gpus} x {gpu}"}]}
+        try:
+            return plan_cluster(shape, parse_topology(content), PlanOptions(num_replicas=1), serving)
+        except PlacementImpossible:
+            continue
+    return None
+
+
+def _print_needs(shape: ModelShape, serving: Serving, *, as_json: bool) -> int:
+    """Without a cluster: what the model would need of each kind of GPU."""
+    names = dict.fromkeys((serving.weight_format.name, "fp8", "awq"))
+    rows = []
+    for name in names:
+        weight_format = serving.weight_format if name == serving.weight_format.name else format_by_name(name)
+        stored = msgspec.structs.replace(serving, weight_format=weight_format)
+        needs: dict[str, str] = {}
+        for gpu in DATA_SHEETS:
+            if gpu == "CPU":
+                continue
+            found = smallest_cluster(shape, stored, gpu, max_nodes=16)
+            needs[gpu] = "-"
+            if found is not None:
+                nodes, each = len(found.topology.nodes), len(found.topology.nodes[0].gpus)
+                needs[gpu] = f"{nodes} x {each}" if nodes > 1 else str(each)
+        rows.append((name if name != "none" else shape.dtype, stored, needs))
+    if as_json:
+        print(json.dumps([{"format": name, "needs": needs} for name, _, needs in rows], indent=1))
+        return 0
+    print(describe_model(shape, serving))
+    print("\nfewest GPUs that hold it (nodes x GPUs; '-': more than 16 nodes of 8), stored as")
+    gpus = list(rows[0][2])
+    print("  " + " " * 12 + "".join(f"{gpu:>11}" for gpu in gpus))
+    for name, _, needs in rows:
+        print(f"  {name:12}" + "".join(f"{needs[gpu]:>11}" for gpu in gpus))
+    print("\nnext: argosy plan " + shape.name + ' --gpus "8 x H200"')
+    return 0
+
+
+def _write(path: str, text: str) -> None:
+    try:
+        Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"{path} can't be written: {error.strerror or error}") from error
