@@ -27,6 +27,7 @@ from argosy.cluster.protocol.messages import (
     TokenLogprobs,
 )
 from argosy.cluster.protocol.sampling import TokenParams
+from argosy.cluster.stage_clock import StageClock
 
 NextToken: TypeAlias = Callable[[Sequence[int], TokenParams], int]
 """All token ids of a request so far, and how it wants its tokens chosen: the next token id, or -1: the row fails."""
@@ -145,6 +146,8 @@ class PagedTokens:
 class SimulatedExecutor:
     """Ranks that answer each step after `step_seconds`, by the clock they are given. Satisfies `Executor`.
 
+    With a `stage_clock` its stages say when, and `step_seconds` is what passes until the driver knows.
+
     With a `ManualClock`, `poll` lets the time pass that it would have waited. `lose` ends the group of ranks;
     `late_answers` lets its answers come all the same, as a network may.
     """
@@ -160,7 +163,9 @@ class SimulatedExecutor:
         vocab_size: int = 32_000,
         next_token: NextToken | None = None,
         late_answers: bool = False,
+        stage_clock: StageClock | None = None,
     ):
+        self._stage_clock = stage_clock
         self._config, self._clock, self.num_blocks = config, clock, num_blocks
         self._step_seconds = step_seconds if callable(step_seconds) else lambda _: step_seconds
         self._start_seconds, self._late_answers = start_seconds, late_answers
@@ -195,8 +200,11 @@ class SimulatedExecutor:
             raise InvariantBroken(f"a step of epoch {output.epoch} came to the ranks of epoch {self.epoch}")
         if self.keeps_outputs:
             self.outputs.append(output)
-        before = self._events[-1][0] if self._events else self._clock.now()
-        when = max(before, self._clock.now()) + self._step_seconds(output)
+        if self._stage_clock is not None:
+            when = self._stage_clock.run(output, self._clock.now()) + self._step_seconds(output)
+        else:
+            before = self._events[-1][0] if self._events else self._clock.now()
+            when = max(before, self._clock.now()) + self._step_seconds(output)
         self._events.append((when, self._ranks.run(output)))
 
     def poll(self, timeout_seconds: float) -> list[ExecutorEvent]:

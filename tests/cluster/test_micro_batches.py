@@ -1,0 +1,92 @@
+"""Whose turn it is when several stages want work."""
+
+import random
+
+import pytest
+
+from argosy.cluster.micro_batches import MIN_PIECE, MicroBatches
+from argosy.cluster.protocol.messages import GenerateRequest
+from argosy.cluster.protocol.sampling import TokenParams
+from argosy.cluster.request import Request
+
+
+def make(count: int) -> list[Request]:
+    """Requests that decode."""
+    message = GenerateRequest(
+        stream_id=0, request_id="r", prompt_token_ids=[1], params=TokenParams(max_tokens=9), n=count
+    )
+    return [Request(message, index, arrival=0, arrival_seconds=0.0, end=10, deltas=[]) for index in range(count)]
+
+
+def run(shares: MicroBatches, decoding: list[Request], steps: range, *, answered: int = 2) -> list[list[int]]:
+    """So many steps in a row; all but the latest `answered` are known. Who was in each, by index."""
+    taken = []
+    for step_id in steps:
+        rows = shares.take(decoding, step_id, step_id - 1 - answered, has_prompts=False)
+        for request in rows:
+            request.last_step_id = step_id
+        taken.append([request.index for request in rows])
+    return taken
+
+
+def test_halves_take_turns_and_keep_their_rows() -> None:
+    """All came out of one step, their prompts'; from the second step on nobody waits for a token in between."""
+    requests = make(6)
+    for request in requests:
+        request.last_step_id = 0
+    taken = run(MicroBatches(2, 100, is_async=True), requests, range(1, 7))
+    assert taken == [[0, 1, 2], [3, 4, 5]] * 3
+
+
+def test_when_some_have_ended_the_halves_are_even_again_at_once() -> None:
+    """Four of the first half end. Two of the others wait one step longer, and nobody is in two neighbouring steps."""
+    shares, requests = MicroBatches(2, 100, is_async=True), make(12)
+    run(shares, requests, range(4))
+    left = requests[4:]
+    taken = run(shares, left, range(4, 10))
+    assert taken == [[4, 5], [6, 7, 8, 9], [4, 5, 10, 11], [6, 7, 8, 9], [4, 5, 10, 11], [6, 7, 8, 9]]
+
+
+@pytest.mark.parametrize("num_stages", [2, 3, 5])
+def test_nobody_is_forgotten_whoever_comes_and_goes(num_stages: int) -> None:
+    """Random comings and goings: a request is in a step again within two rounds, and not sooner than a round while
+    there are enough of them."""
+    rng, shares = random.Random(num_stages), MicroBatches(num_stages, 100, is_async=True)
+    decoding = make(40)
+    for step_id in range(400):
+        if rng.random() < 0.2:
+            decoding = [request for request in decoding if rng.random() < 0.8]
+        if rng.random() < 0.2:
+            decoding = decoding + make(rng.randrange(8))
+        enough = len(decoding) >= num_stages
+        before = {id(request): request.last_step_id for request in decoding}
+        rows = shares.take(decoding, step_id, step_id - 1 - num_stages, has_prompts=False)
+        assert bool(rows) == bool(decoding)
+        assert len(rows) <= -(-len(decoding) // min(num_stages, max(len(decoding), 1)))
+        for request in rows:
+            assert (
+                not enough
+                or before[id(request)] <= step_id - num_stages
+                or all(other.last_step_id > step_id - num_stages for other in decoding)
+            )
+            request.last_step_id = step_id
+        assert all(step_id - request.last_step_id <= 2 * num_stages for request in decoding if request.last_step_id > 0)
+
+
+def test_without_asynchronous_scheduling_the_driver_knows_each_token_first() -> None:
+    """Two stages, both halves under way: there is no third step until the first one was answered."""
+    shares, requests = MicroBatches(2, 100, is_async=False), make(4)
+    assert [len(shares.take(requests, 0, -1, has_prompts=False)), requests[0].last_step_id] == [2, -1]
+    for request in requests:
+        request.last_step_id = 1
+    assert shares.take(requests, 2, 0, has_prompts=False) == []
+    assert len(shares.take(requests, 2, 1, has_prompts=False)) == 2
+
+
+def test_pieces_of_prompts_stay_the_same_size_until_all_are_through() -> None:
+    """They don't shrink with what is left, and grow when more comes; what a step holds is the limit."""
+    shares = MicroBatches(2, 8192, is_async=True)
+    assert [shares.prompt_budget(left) for left in (8000, 6000, 4000, 2000)] == [2000] * 4
+    assert shares.prompt_budget(100_000) == 8192
+    assert shares.prompt_budget(0) == 8192
+    assert shares.prompt_budget(600) == MIN_PIECE
