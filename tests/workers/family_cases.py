@@ -1,11 +1,11 @@
 """A tiny config of every family, the checkpoint that transformers makes of it, and what transformers answers."""
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from family_harness import Expected
 from torch import Tensor
 
 PROMPTS = [[7], [1, 2, 3, 4, 5], list(range(20, 32)), list(range(60, 77))]
@@ -83,50 +83,48 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-class Reference:
-    """One folder saved by transformers, and what transformers generates from it."""
+def make_checkpoint(folder: Path, name: str) -> Expected:
+    """One folder saved by transformers, and what transformers answers from it; also written beside it."""
+    import transformers  # seconds of import: only where it is compared with
 
-    def __init__(self, folder: Path, name: str):
-        import transformers  # seconds of import: only where it is compared with
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    case = CASES[name]
+    torch.manual_seed(len(name))
+    config = getattr(transformers, case.config)(**case.settings)
+    model = getattr(transformers, case.model)(config).eval()
+    with torch.no_grad():
+        for parameter_name, parameter in [*model.named_parameters(), *model.named_buffers()]:
+            _draw(parameter_name, parameter)
+    model.save_pretrained(folder)
+    answers, all_logits = [], []
+    with torch.inference_mode():
+        for prompt in PROMPTS:
+            ids, logits = list(prompt), []
+            for _ in range(NUM_NEW):
+                logits.append(model(torch.tensor([ids]), use_cache=False).logits[0, -1])
+                ids.append(int(logits[-1].argmax()))
+            answers.append(ids[len(prompt) :])
+            all_logits.append(torch.stack(logits))
+    facts = {"prompts": PROMPTS, "tokens": answers, "logits": torch.stack(all_logits)}
+    torch.save(facts, folder / "expected.pt")
+    return Expected(PROMPTS, answers, torch.stack(all_logits))
 
-        case = CASES[name]
-        torch.manual_seed(len(name))
-        config = getattr(transformers, case.config)(**case.settings)
-        model = getattr(transformers, case.model)(config).eval()
-        with torch.no_grad():
-            for parameter_name, parameter in [*model.named_parameters(), *model.named_buffers()]:
-                # transformers starts norms at 1, biases and some weights at 0: nothing would be tested
-                if parameter_name.endswith("e_score_correction_bias") or (
-                    parameter.ndim == 1 and "inv_freq" not in parameter_name and parameter.is_floating_point()
-                ):
-                    parameter.normal_(float("norm" in parameter_name or "ln_" in parameter_name), 0.3)
-                elif parameter.ndim > 1 and isinstance(parameter, torch.nn.Parameter):
-                    parameter.normal_(0.0, 0.2)
-        model.save_pretrained(folder)
-        self.folder, self.max_model_len = folder, case.max_model_len
-        self.tokens: list[list[int]] = []
-        logits = []
-        with torch.inference_mode():
-            for prompt in PROMPTS:
-                ids = list(prompt)
-                for step in range(NUM_NEW):
-                    last = model(torch.tensor([ids]), use_cache=False).logits[0, -1]
-                    if step == 0:
-                        logits.append(last)
-                    ids.append(int(last.argmax()))
-                self.tokens.append(ids[len(prompt) :])
-        self.logits: Tensor = torch.stack(logits)
 
-    @classmethod
-    def load(cls, folder: Path) -> "Reference":
-        """What `save` wrote, in another process."""
-        made = cls.__new__(cls)
-        facts = json.loads((folder / "reference.json").read_text())
-        made.folder, made.max_model_len = folder, facts["max_model_len"]
-        made.tokens, made.logits = facts["tokens"], torch.tensor(facts["logits"])
-        return made
+def _draw(name: str, values: Tensor) -> None:
+    """transformers starts norms at 1, biases and some weights at 0: nothing would be tested."""
+    if not values.is_floating_point() or "inv_freq" in name or "embed_scale" in name:
+        return
+    if values.ndim > 1:
+        if isinstance(values, torch.nn.Parameter):
+            values.normal_(0.0, 0.2)
+        return
+    is_norm = any(word in name for word in ("norm", "ln_")) and name.endswith("weight")
+    if isinstance(values, torch.nn.Parameter) or name.endswith("e_score_correction_bias"):
+        values.normal_(float(is_norm), 0.3 if is_norm or "sinks" in name else 0.1)
 
-    def save(self) -> None:
-        """Beside the checkpoint."""
-        facts = {"max_model_len": self.max_model_len, "tokens": self.tokens, "logits": self.logits.tolist()}
-        (self.folder / "reference.json").write_text(json.dumps(facts))
+
+def num_layers_of(name: str) -> int:
+    """Layers of a case."""
+    settings = CASES[name].settings
+    return int(next(settings[key] for key in ("num_hidden_layers", "n_layer", "n_layers") if key in settings))

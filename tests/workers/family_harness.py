@@ -1,0 +1,243 @@
+"""A stage that answers greedily: what the model runner does, in a hundred lines, for tests of models alone.
+
+This file is also the program of one rank (`python family_harness.py job.json index`): four such processes run all
+families in all layouts with more than one rank, because starting a process costs more than all of the arithmetic.
+"""
+
+import json
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.placement.plan import RankInfo, make_plan
+from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
+from argosy.workers.attention.base import AttentionBackend, AttentionMetadata
+from argosy.workers.attention.torch_backend import TorchBackend
+from argosy.workers.forward_context import ForwardContext
+from argosy.workers.kv_cache import KVCache
+from argosy.workers.loading.stream import load_weights
+from argosy.workers.models.registry import build_model
+
+CPU = torch.device("cpu")
+BLOCK_SIZE, NUM_BLOCKS = 4, 96
+LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP4": (4, 1), "TP2xPP2": (2, 2), "EP2": (2, 1)}
+WAYS = ("whole", "chunked", "preempted", "n = 3")
+
+
+@dataclass
+class Expected:
+    """What another implementation answered: greedy tokens of each prompt, and the logits before each of them."""
+
+    prompts: list[list[int]]
+    tokens: list[list[int]]
+    logits_PNV: Tensor
+
+
+@dataclass
+class Sequence:
+    """One row: its tokens so far, how many are in the cache, and where."""
+
+    ids: list[int]
+    blocks: list[int]
+    computed: int = 0
+
+
+class Harness:
+    """A model's part on one rank, with a cache whose blocks lie in random order."""
+
+    def __init__(
+        self,
+        folder: str | Path,
+        rank: RankInfo,
+        parallel: ParallelContext,
+        *,
+        max_model_len: int | None = None,
+        expert_parallel: bool = False,
+        seed: int = 0,
+        backend: AttentionBackend | None = None,
+    ):
+        self.spec = read_model_spec(folder).as_served(max_model_len, expert_parallel=expert_parallel)
+        self.rank, self.parallel = rank, parallel
+        self.model = build_model(self.spec, rank, parallel, torch.float32, CPU)
+        load_weights(self.model, folder, self.spec, rank)
+        self.backend = backend or TorchBackend()
+        self.cache = KVCache.allocate(self.spec, rank, NUM_BLOCKS, BLOCK_SIZE, torch.float32, CPU)
+        order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(seed))
+        self.free: list[int] = order.tolist()
+
+    def sequence(self, ids: list[int], length: int) -> Sequence:
+        """A row with room for `length` tokens."""
+        count = -(-length // BLOCK_SIZE)
+        taken, self.free = self.free[:count], self.free[count:]
+        return Sequence(list(ids), taken)
+
+    def step(self, rows: list[tuple[Sequence, int]]) -> Tensor:
+        """Compute the next so many tokens of each row; logits after each row's last, on every rank."""
+        order = sorted(range(len(rows)), key=lambda place: rows[place][1] > 1)
+        ordered = [rows[place] for place in order]
+        positions = [p for row, count in ordered for p in range(row.computed, row.computed + count)]
+        slots = [
+            row.blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
+            for row, count in ordered
+            for p in range(row.computed, row.computed + count)
+        ]
+        lengths = [row.computed + count for row, count in ordered]
+        starts = torch.tensor([0, *(count for _, count in ordered)]).cumsum(0)
+        widest = max(len(row.blocks) for row, _ in ordered)
+        metadata = AttentionMetadata(
+            num_rows=len(rows),
+            num_decode_rows=sum(count == 1 for _, count in ordered),
+            query_start_R1=starts.int(),
+            context_len_R=torch.tensor(lengths, dtype=torch.int32),
+            block_table_RB=torch.tensor(
+                [row.blocks + [0] * (widest - len(row.blocks)) for row, _ in ordered], dtype=torch.int32
+            ),
+            slot_mapping_T=torch.tensor(slots),
+            max_query_len=max(count for _, count in ordered),
+            max_context_len=max(lengths),
+        )
+        ids = torch.tensor([i for row, count in ordered for i in row.ids[row.computed : row.computed + count]])
+        logits = self._forward(ids, torch.tensor(positions), metadata, starts[1:] - 1)
+        for row, count in rows:
+            row.computed += count
+        in_order = torch.empty_like(logits)
+        in_order[torch.tensor(order)] = logits
+        return in_order
+
+    def _forward(self, ids: Tensor, positions: Tensor, metadata: AttentionMetadata, last: Tensor) -> Tensor:
+        hidden = None
+        if self.parallel.previous_rank is not None:
+            hidden = torch.empty(len(positions), self.spec.hidden_size)
+            dist.recv(hidden, src=self.parallel.previous_rank)
+        ctx = ForwardContext(self.backend, self.cache, metadata)
+        out = self.model(ids if self.rank.is_first_stage else None, hidden, positions, ctx)
+        logits = torch.empty(len(last), self.spec.vocab_size)
+        if self.parallel.next_rank is not None:
+            dist.send(out, dst=self.parallel.next_rank)
+        else:
+            logits = self.model.compute_logits(out[last])
+        if self.rank.pp_size > 1:
+            dist.broadcast(logits, src=self.rank.tp_size * (self.rank.pp_size - 1))
+        return logits
+
+    def prefill(self, rows: list[Sequence], chunk: int = 1000) -> Tensor:
+        """All tokens that the rows have, so many at a time; logits after each row's last."""
+        logits = torch.empty(len(rows), self.spec.vocab_size)
+        while waiting := [place for place, row in enumerate(rows) if row.computed < len(row.ids)]:
+            counts = [min(chunk, len(rows[place].ids) - rows[place].computed) for place in waiting]
+            made = self.step([(rows[place], count) for place, count in zip(waiting, counts, strict=True)])
+            logits[waiting] = made
+        return logits
+
+    @torch.inference_mode()
+    def largest_difference(self, expected: Expected, way: str = "whole") -> float:
+        """Feed the expected tokens and compare all logits; infinite when a greedy token differs."""
+        num_new = len(expected.tokens[0])
+        copies = 3 if way == "n = 3" else 1
+        free = list(self.free)
+        rows = [self.sequence(prompt, len(prompt) + num_new) for prompt in expected.prompts for _ in range(copies)]
+        if copies == 1:
+            logits = self.prefill(rows, 5 if way != "whole" else 1000)
+        else:
+            logits = self._prefill_shared(rows, copies)
+        worst = 0.0
+        for step in range(num_new):
+            wanted = expected.logits_PNV[:, step].repeat_interleave(copies, 0)
+            tokens = [answer[step] for answer in expected.tokens for _ in range(copies)]
+            worst = max(worst, float((logits - wanted).abs().max()))
+            if logits.argmax(-1).tolist() != tokens:
+                worst = float("inf")
+            for row, token in zip(rows, tokens, strict=True):
+                row.ids.append(token)
+            if way == "preempted" and step == 2:
+                for place in range(1, len(rows), 2):  # their blocks were taken: computed anew, elsewhere
+                    rows[place] = self.sequence(rows[place].ids, len(rows[place].ids) + num_new)
+                logits = self.prefill(rows, 3)
+            elif step + 1 < num_new:
+                logits = self.step([(row, 1) for row in rows])
+        self.free = free
+        return worst
+
+    def _prefill_shared(self, rows: list[Sequence], copies: int) -> Tensor:
+        """Answers to one prompt share its full blocks; each has a copy of the one that is not full."""
+        firsts = rows[::copies]
+        logits = self.prefill(firsts)
+        pairs = []
+        for place, row in enumerate(rows):
+            first = firsts[place // copies]
+            full = first.computed // BLOCK_SIZE
+            row.computed = first.computed
+            if row is not first:
+                pairs.append((first.blocks[full], row.blocks[full]))
+                row.blocks[:full] = first.blocks[:full]
+        self.cache.copy_blocks(pairs)
+        return logits.repeat_interleave(copies, 0)
+
+
+def load_expected(folder: Path) -> Expected:
+    """From the file beside a checkpoint."""
+    facts = torch.load(folder / "expected.pt", weights_only=True)
+    return Expected(facts["prompts"], facts["tokens"], facts["logits"])
+
+
+def run_rank(job: dict[str, Any], index: int) -> None:
+    """The life of one of the four processes: for each layout, all of its models."""
+    torch.set_num_threads(1)
+    answers: dict[str, float | str] = {}
+    for layout, run in job["layouts"].items():
+        tp_size, pp_size = LAYOUTS[layout]
+        if index >= tp_size * pp_size:
+            continue
+        ranks: dict[int, RankInfo] = {}
+        first = make_plan(2, tp_size, pp_size).ranks[index]
+        parallel = init_parallel(first, run["rendezvous"], CPU, 60.0)
+        for name, folder, num_layers, max_model_len in run["models"]:
+            if num_layers not in ranks:
+                ranks[num_layers] = make_plan(num_layers, tp_size, pp_size).ranks[index]
+            parallel.rank = ranks[num_layers]
+            harness = Harness(
+                folder, parallel.rank, parallel, max_model_len=max_model_len, expert_parallel=layout == "EP2"
+            )
+            expected = load_expected(Path(folder))
+            for way in WAYS:
+                answers[f"{name}|{layout}|{way}"] = harness.largest_difference(expected, way)
+        dist.barrier()
+        destroy_parallel(parallel)
+    Path(job["answers"], f"{index}.json").write_text(json.dumps(answers))
+
+
+def run_layouts(
+    models: dict[str, list[tuple[str, str, int, int | None]]], folder: Path, *, deadline_seconds: float = 240.0
+) -> list[dict[str, float]]:
+    """Run layout -> [(name, folder, layers, longest)] in four processes. What each rank found, by "name|layout|way"."""
+    layouts = {
+        layout: {"rendezvous": f"127.0.0.1:{free_port()}", "models": found} for layout, found in models.items() if found
+    }
+    (folder / "job.json").write_text(json.dumps({"layouts": layouts, "answers": str(folder)}))
+    command = [sys.executable, __file__, str(folder / "job.json")]
+    ranks = [subprocess.Popen([*command, str(index)]) for index in range(4)]
+    try:
+        assert [rank.wait(timeout=deadline_seconds) for rank in ranks] == [0, 0, 0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    return [json.loads((folder / f"{index}.json").read_text()) for index in range(4)]
+
+
+def free_port() -> int:
+    """A port that nobody listens on now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+if __name__ == "__main__":
+    run_rank(json.loads(Path(sys.argv[1]).read_text()), int(sys.argv[2]))

@@ -1,0 +1,74 @@
+"""Every family in every layout answers as transformers does: float32, greedy, whole, chunked, preempted, three answers.
+
+What is compared are all logits before all tokens, with the expected tokens fed: a token that differs can't hide.
+"""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+from family_cases import CASES, make_checkpoint, num_layers_of
+from family_harness import CPU, LAYOUTS, WAYS, Expected, Harness, run_layouts
+
+from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.placement.plan import make_plan
+from argosy.placement.process_groups import init_parallel
+
+CLOSE = 2e-4  # logits are a few units; float32 sums in another order differ by some 1e-6
+RUNS = [(name, layout) for layout in ("TP2", "PP2", "TP2xPP2") for name in CASES]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Expected]]:
+    """All checkpoints, once."""
+    torch.set_num_threads(1)
+    made = {}
+    for name in CASES:
+        folder = tmp_path_factory.mktemp("model")
+        made[name] = (folder, make_checkpoint(folder, name))
+    return made
+
+
+@pytest.fixture(scope="module")
+def answers(
+    folders: dict[str, tuple[Path, Expected]], tmp_path_factory: pytest.TempPathFactory
+) -> list[dict[str, float]]:
+    """What the ranks of all layouts of more than one rank found."""
+    models: dict[str, list[tuple[str, str, int, int | None]]] = {layout: [] for layout in LAYOUTS}
+    for name, layout in RUNS:
+        models[layout].append((name, str(folders[name][0]), num_layers_of(name), CASES[name].max_model_len))
+    return run_layouts(models, tmp_path_factory.mktemp("answers"))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_one_rank_equals_transformers(name: str, folders: dict[str, tuple[Path, Expected]]) -> None:
+    """Somebody serves this model on one card: in one piece, in chunks, after preemption, three answers at once."""
+    folder, expected = folders[name]
+    rank = make_plan(num_layers_of(name), 1, 1).ranks[0]
+    harness = Harness(folder, rank, init_parallel(rank, "", CPU, 1.0), max_model_len=CASES[name].max_model_len)
+    differences = {way: harness.largest_difference(expected, way) for way in WAYS}
+    assert max(differences.values()) < CLOSE, differences
+    assert sum(parameter.numel() for parameter in harness.model.parameters()) == harness.spec.num_parameters
+
+
+@pytest.mark.parametrize(("name", "layout"), RUNS)
+def test_a_layout_equals_transformers(name: str, layout: str, answers: list[dict[str, float]]) -> None:
+    """On two or four cards every rank has the logits that one big model would have."""
+    tp_size, pp_size = LAYOUTS[layout]
+    for found in answers[: tp_size * pp_size]:
+        differences = {way: found[f"{name}|{layout}|{way}"] for way in WAYS}
+        assert max(differences.values()) < CLOSE, differences
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_planner_counts_every_parameter(name: str, folders: dict[str, tuple[Path, Expected]]) -> None:
+    """A plan is made from `num_parameters` before anything is loaded."""
+    spec = read_model_spec(folders[name][0])
+    from safetensors import safe_open
+
+    with safe_open(folders[name][0] / "model.safetensors", "pt") as file:
+        stored = sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())  # noqa: SIM118
+    assert spec.num_parameters == stored
