@@ -334,7 +334,7 @@ class ModelRunner:
             if self._chooses_over_group:
                 result = self.model.gather_logits(result)
             sampled = self.sampler.sample(
-                result.float(), inputs.handles_R, inputs.end_R, self._history, same_rows=inputs.same_rows
+                result, inputs.handles_R, inputs.end_R, self._history, same_rows=inputs.same_rows
             )
             inputs.sample_handles_device_S = self.graphs.handles_R[:num_rows].long()
             self._remember(inputs, sampled.token_ids_S)
@@ -351,9 +351,11 @@ class ModelRunner:
             if self._chooses_over_group and self.sampler.is_greedy:
                 sampled = Sampled(mark_failures(*self.model.choose(self.model.compute_own_logits(hidden_SD))))
             else:
+                on_gpu = self.device.type == "cuda"  # where the sampler's kernels take 16 bits
+                compute_logits = self.model.compute_raw_logits if on_gpu else self.model.compute_logits
                 sampled = self.sampler.sample(
-                    self.model.compute_logits(hidden_SD), inputs.sample_handles_S, inputs.sample_positions_S,
-                    self._history, same_rows=inputs.same_rows,
+                    compute_logits(hidden_SD), inputs.sample_handles_S, inputs.sample_positions_S, self._history,
+                    same_rows=inputs.same_rows,
                 )  # fmt: skip
             self._remember(inputs, sampled.token_ids_S)
         return self._outcome(output, inputs, sampled, prompt_logprobs, started)
