@@ -5,23 +5,31 @@ streams 883 tokens/s against 432, a request that does nothing 1.7 ms against 8.2
 
 Ray writes HAProxy's configuration. It puts its files at one place for all users of a machine, opens two ports for its
 own figures on every network, tells everybody which applications run, and lets headers of a client set Serve's timeouts,
-choose a replica, or be answered with 500 when they are no text. Files and ports are settings; the rest is mended by a
-small script that stands in for the program, changes the configuration before HAProxy reads it, and sees to it that
-HAProxy does not outlive Ray.
+choose a replica, or be answered with 500 when they are no text. And it looks for replicas of its own node on loopback,
+while they listen where users are to reach them: with any address but 0.0.0.0 it never finds them. Files and ports are
+settings; the rest is mended by a small script that stands in for the program, changes the configuration before HAProxy
+reads it, and sees to it that HAProxy does not outlive Ray.
 """
 
+import re
 import socket
 from pathlib import Path
 from typing import Final
 
+from argosy.cluster.protocol.errors import ConfigError
+
 # HAProxy takes 97 bytes for a socket's path, and Ray puts a folder of 56 letters above its name of one letter
 MOST_FOLDER_BYTES: Final = 97 - len("/") - 56 - len("/a")
+NODE_FOLDER: Final = ".argosy/doors"  # in the home of whoever runs a cluster's node
+_LOOPBACK: Final = "127.0.0.1"
 _REAL: Final = "@HAPROXY@"
 _SCRIPT: Final = r"""#!/bin/sh
 # Stands in for HAProxy; see argosy/deploy/haproxy.py.
+host=$(cat "${0%/*}/host" 2>/dev/null) || host=127.0.0.1
 for file; do
   case $file in *.cfg)
     sed -i \
+      -e "/^frontend http_frontend/,/^backend/s/^\( *bind \)127\.0\.0\.1:/\1$host:/" \
       -e 's/^\( *bind \)\*\{0,1\}:\([0-9]\)/\1127.0.0.1:\2/' \
       -e '/^frontend http_frontend/a\    timeout http-request 30s\
     http-request del-header x-request-timeout-seconds\
@@ -49,6 +57,16 @@ def find() -> str | None:
         return None
     path = str(get_haproxy_binary())
     return path if Path(path).is_file() else None
+
+
+def listen_at(folder: Path, host: str) -> str:
+    """Have HAProxy of that folder listen at `host`; what to tell Serve, whose replicas then stay on loopback."""
+    if not (folder / "haproxy").is_file():
+        return host  # Serve's own proxy: it knows where its replicas are
+    if not re.fullmatch(r"[A-Za-z0-9.:_-]+", host):
+        raise ConfigError(f"host={host!r}: must be an address or a name of this machine")
+    (folder / "host").write_text(host, encoding="utf-8")
+    return _LOOPBACK
 
 
 def environment(folder: Path) -> dict[str, str]:

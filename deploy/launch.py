@@ -94,7 +94,7 @@ def launch_engine(
     """Start driver and ranks and wait until steps can run.
 
     Raises the error that stopped it (`WeightError`, `PlacementImpossible`, ...) and leaves nothing behind.
-    With "ray": the session this process has, else the cluster at `ray_address`, else a local cluster of its own.
+    With "ray": the session this process has, else the cluster at `ray_address` or the config's, else one of its own.
     """
     tell = on_progress or (lambda phase, fraction: None)
     tell("reading model", 0.0)
@@ -107,7 +107,8 @@ def launch_engine(
     # Only here: importing Ray takes half a second, and the local backend also runs where it is not installed.
     from argosy.deploy.ray_launch import start_ray_driver
 
-    started = start_ray_driver(config, plan, info, secret=secret, address=ray_address, rank_module=rank_module)
+    address = ray_address or config.parallel.ray_address
+    started = start_ray_driver(config, plan, info, secret=secret, address=address, rank_module=rank_module)
     return _wait_until_ready(
         started.driver, secret, config, tell, name=started.driver.name, session=started.session, folder=started.folder
     )
@@ -116,8 +117,9 @@ def launch_engine(
 def resolve(config: ServingConfig) -> tuple[ServingConfig, PlacementPlan, EngineInfo]:
     """What follows from the model's folder: the length, the plan, the facts for edges. Needs neither torch nor Ray."""
     config = localize(config)
-    _refuse_not_yet(config)
-    spec = read_model_spec(config.model.model, config.model.hf_overrides)
+    spec = read_model_spec(config.model.model, config.model.hf_overrides, config.model.quantization)
+    if config.cache.kv_cache_dtype == "auto" and spec.quantization is not None and spec.quantization.has_kv_scales:
+        config = config.replace(cache=config.cache.replace(kv_cache_dtype="fp8_e4m3"))
     parallel = config.parallel
     spec.check_layout(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
     plan = make_plan(
@@ -151,14 +153,6 @@ def resolve(config: ServingConfig) -> tuple[ServingConfig, PlacementPlan, Engine
         layout=plan.describe(),
     )
     return config, plan, info
-
-
-def _refuse_not_yet(config: ServingConfig) -> None:
-    """What has a name and no code behind it is said now, and not by a rank after all has been started."""
-    if (wanted := config.model.quantization) is not None:
-        raise ConfigError(f"quantization={wanted!r}: quantised weights are not supported yet; leave it out")
-    if (wanted := config.cache.kv_cache_dtype) == "fp8_e4m3":
-        raise ConfigError(f"kv_cache_dtype={wanted!r}: is not supported yet; use auto, float32, bfloat16 or float16")
 
 
 def _wait_until_ready(

@@ -8,6 +8,7 @@ import contextlib
 import logging
 import os
 import shutil
+import socket
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +27,7 @@ _OWN_CLUSTER: Final = {
     # takes itself to be confined to one machine. That switch is named after the systems that it was made for.
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
+_REACH_SECONDS: Final = 3.0
 _PREFIX: Final = "argosy-ray-"
 _MOST_FOLDER_BYTES: Final = 38  # Ray adds 68: .../session_<date>_<pid>/sockets/plasma_store
 _AUTH: Final = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
@@ -64,12 +66,24 @@ class RaySession:
         if ray.is_initialized():
             return cls()
         if address:
-            try:
-                ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
-            except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
-                raise ClusterError(f"no Ray cluster can be joined at {address!r}: {_one_line(error)}") from error
-            return cls(connected=True)
+            return cls._join(address)
         return cls._start(num_cpus, num_gpus)
+
+    @classmethod
+    def _join(cls, address: str) -> "RaySession":
+        _check_reachable(address)
+        environment: dict[str, str | None] = {}
+        if "RAY_AUTH_MODE" not in os.environ and _has_token():
+            environment = {"RAY_AUTH_MODE": None}  # unset again at the end
+            os.environ["RAY_AUTH_MODE"] = "token"
+            _forget_cached_auth()
+        session = cls(connected=True, environment=environment)
+        try:
+            ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            session.close()
+            raise ClusterError(f"no Ray cluster can be joined at {address!r}: {_why_not(error)}") from error
+        return session
 
     @classmethod
     def _start(cls, num_cpus: int, num_gpus: int | None) -> "RaySession":
@@ -116,12 +130,41 @@ class RaySession:
                 os.environ.pop(name, None)
             else:
                 os.environ[name] = value
+        if self._environment:
+            _forget_cached_auth()
         if self._folder:
             if self._environment:
-                _forget_cached_auth()
                 _confine_to_loopback(False)
             shutil.rmtree(self._folder, ignore_errors=True)
         self._environment = {}
+
+
+def _check_reachable(address: str) -> None:
+    """Say in a second what Ray would take a minute to find out: that nobody listens there."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return  # "auto", or a form of Ray's own
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
+    except OSError as error:
+        raise ClusterError(
+            f"no Ray cluster can be joined at {address!r}: nobody answers there ({error}); start it with 'ray up' or "
+            "'ray start --head', or name another with --ray-address"
+        ) from error
+
+
+def _has_token() -> bool:
+    given = any(os.environ.get(name) for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"))
+    return given or (Path.home() / ".ray" / "auth_token").is_file()
+
+
+def _why_not(error: BaseException) -> str:
+    text = _one_line(error)
+    if "auth" in str(error).lower():
+        return (
+            f"it wants its token ({text}); copy ~/.ray/auth_token from the machine of 'ray up', or set RAY_AUTH_TOKEN"
+        )
+    return text
 
 
 def _write_token(folder: Path) -> Path:

@@ -113,6 +113,9 @@ def application(config: ServingConfig, address: str, secret: str) -> Application
     most = config.scheduler.max_num_seqs + config.scheduler.max_num_waiting + 64
     door: Any = Door  # the decorator made a Deployment of it
     door = door.options(max_ongoing_requests=most, graceful_shutdown_timeout_s=config.server.drain_seconds)
+    if address:
+        # beside the one proxy, on the head: a hop less, and no door open on the network between the nodes
+        door = door.options(ray_actor_options={"num_cpus": 0, "resources": {"node:__internal_head__": 0.001}})
     bound: Application = door.bind(msgspec.json.encode(config), address, secret)
     return bound
 

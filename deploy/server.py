@@ -1,6 +1,7 @@
 """The life of `argosy serve`: check, start an engine and the doors, say how to use them, wait, drain, leave nothing."""
 
 import asyncio
+import contextlib
 import importlib
 import logging
 import os
@@ -11,7 +12,6 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
@@ -34,12 +34,12 @@ _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 _UNFINISHED: Final = ("argosy_requests_running", "argosy_requests_waiting")
 _POLL_SECONDS: Final = 0.1
 _LAST_BYTES_SECONDS: Final = 0.3  # from the driver's last token to the client's socket, through the doors
-_STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+_STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: the terminal or its ssh has gone
 
 
 def run(config: ServingConfig, *, api_keys: tuple[str, ...] = ()) -> int:
     """Serve until a signal says to stop; the exit code."""
-    config = localize(config)
+    config = localize(with_ray_address(config))
     check_port(config)
     stop = _StopSignals()
     with stop, _private_folder() as folder:
@@ -55,11 +55,21 @@ def run(config: ServingConfig, *, api_keys: tuple[str, ...] = ()) -> int:
         stop.install()  # Ray puts its own handler for SIGTERM in place when it starts
         try:
             if not stop.is_set:
-                _serve(config, engine, progress, stop)
+                _serve(config, engine, progress, stop, _doors_folder(config, folder))
         finally:
             engine.close()
-    print("Stopped.", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):
+        print("Stopped.", file=sys.stderr, flush=True)
     return 0
+
+
+def with_ray_address(config: ServingConfig) -> ServingConfig:
+    """The config with the Ray cluster that the operator named, by flag or in the environment; "local" is our own."""
+    address = config.parallel.ray_address or os.environ.get("RAY_ADDRESS")
+    chosen: ServingConfig = config.replace(
+        parallel=config.parallel.replace(ray_address=None if address == "local" else address or None)
+    )
+    return chosen
 
 
 def check_port(config: ServingConfig) -> None:
@@ -157,6 +167,8 @@ class _StopSignals:
     def install(self) -> None:
         """Be the one who hears of signals, whoever was so before."""
         for number in _STOP_SIGNALS:
+            if number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN:
+                continue  # nohup: it is meant to outlive its terminal
             before = signal.signal(number, self._on_signal)
             self._before.setdefault(number, before)
 
@@ -172,10 +184,18 @@ class _StopSignals:
         if self._event.is_set():
             raise KeyboardInterrupt
         self._event.set()
-        print("\nStopping: no new requests; running ones may end. Again to stop at once.", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):  # nobody may be there to read it
+            print(
+                "\nStopping: no new requests; running ones may end. Again to stop at once.", file=sys.stderr, flush=True
+            )
 
 
-def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, stop: _StopSignals) -> None:
+def _doors_folder(config: ServingConfig, own: Path) -> Path:
+    """Where HAProxy's files are: with us, or where `ray_node` put them when this node joined a cluster."""
+    return Path.home() / haproxy.NODE_FOLDER if config.parallel.ray_address else own
+
+
+def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, stop: _StopSignals, doors: Path) -> None:
     # As `launch_engine` above.
     from ray import serve
     from ray.exceptions import RayError
@@ -184,17 +204,19 @@ def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, sto
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     progress("opening the doors", 0.0)
+    was_there = serve_runs()
     try:
         try:
+            host = haproxy.listen_at(doors, config.server.host)
             serve.start(
                 proxy_location="HeadOnly",
-                http_options={"host": config.server.host, "port": config.server.port, "keep_alive_timeout_s": 75},
+                http_options={"host": host, "port": config.server.port, "keep_alive_timeout_s": 75},
             )
         except (RuntimeError, RayError) as error:  # the proxy did not start: its own words are many lines long
             raise ClusterError(f"the HTTP doors did not open: {_last_line(str(error))}") from error
         try:
             serve.run(application(config, engine.address, engine.secret), name=APP_NAME, route_prefix="/")
-        except RuntimeError as error:  # Serve's word for "the replica did not start"; its status says why
+        except (RuntimeError, TimeoutError) as error:  # Serve's words for "it did not start"; its status says why
             raise ClusterError(f"the HTTP doors did not open: {_reason(serve.status())}") from error
         progress("opening the doors", 1.0)
         progress.close()
@@ -204,8 +226,18 @@ def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, sto
             asyncio.run(drain(engine.address, engine.secret, config.server.drain_seconds))
     finally:
         _hush_ray()
-        if not engine.is_ending:
+        if was_there:
+            serve.delete(APP_NAME)  # others of this cluster go on
+        elif not engine.is_ending:
             serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
+
+
+def serve_runs() -> bool:
+    """Whether this Ray cluster has a Ray Serve already, which is not ours to end."""
+    import ray  # as in `_serve`
+
+    named = ray.util.list_named_actors(all_namespaces=True)
+    return any(row["namespace"] == "serve" for row in named)
 
 
 def _reason(status: Any) -> str:
@@ -227,7 +259,7 @@ def _hush_ray() -> None:
     worker._worker_logs_enabled = False
 
 
-@contextmanager
+@contextlib.contextmanager
 def _private_folder() -> Iterator[Path]:
     """For what may not outlive this server; readable by this user only."""
     name = make_owned_folder("argosy-serve-", haproxy.MOST_FOLDER_BYTES)

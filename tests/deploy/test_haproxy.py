@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from argosy.cluster.protocol.errors import ConfigError
 from argosy.deploy import haproxy, server
 
 AS_RAY_WRITES_IT = """frontend prometheus
@@ -71,3 +72,17 @@ def test_without_the_program_serve_keeps_its_own_proxy(monkeypatch: pytest.Monke
     """There is no such package for every platform."""
     monkeypatch.setattr(haproxy, "find", lambda: None)
     assert haproxy.environment(tmp_path) == {}
+
+
+def test_the_door_listens_where_it_is_asked_to_and_replicas_stay_on_loopback(folder: Path) -> None:
+    """Ray looks for replicas of its own node on loopback, and had them listen at the door's address."""
+    program = haproxy.environment(folder)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    assert haproxy.listen_at(folder, "192.0.2.7") == "127.0.0.1"
+    config = folder / "haproxy.cfg"
+    config.write_text(AS_RAY_WRITES_IT)
+    run = subprocess.run([program, "-f", config], capture_output=True, text=True, timeout=10, check=True)
+    binds = [line.strip() for line in run.stdout.splitlines() if line.strip().startswith("bind ")]
+    assert binds == ["bind 127.0.0.1:9101", "bind 192.0.2.7:8000", "bind 127.0.0.1:8404"]
+    with pytest.raises(ConfigError, match="must be an address"):
+        haproxy.listen_at(folder, "x; rm -rf")
+    assert haproxy.listen_at(folder / "none", "192.0.2.7") == "192.0.2.7"  # Serve's own proxy

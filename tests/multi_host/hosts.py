@@ -112,7 +112,7 @@ class Hosts:
         _do("ip", "addr", "add", f"{net}.1/24", "dev", self.bridge)
         _do("ip", "link", "set", self.bridge, "up")
         for host in hosts:
-            self._start(host, net, keep, path, copies)
+            self._start(host, hosts, keep, path, copies)
         deadline = time.monotonic() + _UP_SECONDS
         for host in hosts:
             while subprocess.run(host.ssh("true"), capture_output=True, timeout=10, check=False).returncode != 0:
@@ -121,11 +121,15 @@ class Hosts:
                 time.sleep(0.1)
         return hosts
 
-    def _start(self, host: Host, net: str, keep: list[str], path: str, copies: list[str]) -> None:
+    def _start(self, host: Host, hosts: list[Host], keep: list[str], path: str, copies: list[str]) -> None:
         (host.folder / "tmp").mkdir(parents=True)
         (host.folder / "tmp").chmod(0o1777)
         (host.folder / "home").mkdir(mode=0o700)
         (host.folder / "home" / ".bashrc").write_text(f"export PATH={shlex.quote(path)}\n")
+        # names without a name server: whoever asks for one that is not here would wait ten seconds
+        names = "".join(f"{other.address} {other.namespace}\n" for other in hosts)
+        (host.folder / "hosts").write_text(f"127.0.0.1 localhost\n{names}{_gateway(host)} gateway\n")
+        (host.folder / "resolv.conf").write_text("options timeout:1 attempts:1\n")
         cable = self._cable(host)
         _do("ip", "netns", "add", host.namespace)
         _do("ip", "link", "add", cable, "type", "veth", "peer", "name", "eth0", "netns", host.namespace)
@@ -134,7 +138,7 @@ class Hosts:
             f"addr add {host.address}/24 dev eth0",
             "link set lo up",
             "link set eth0 up",
-            f"route add default via {net}.1",  # asked for by all who want to know their own address
+            f"route add default via {_gateway(host)}",  # asked for by all who want to know their own address
         ):
             _do("ip", "-n", host.namespace, *words.split())
         (host.folder / "sshd_config").write_text(
@@ -177,6 +181,10 @@ class Hosts:
         shutil.rmtree(self.folder, ignore_errors=True)
 
 
+def _gateway(host: Host) -> str:
+    return f"{host.address.rpartition('.')[0]}.1"
+
+
 def kept_folders(*more: str) -> list[str]:
     """What this Python needs and a host would not see: it has a /tmp and a /root of its own."""
     needed = {str(Path(__file__).resolve().parents[2]), sys.prefix, sys.base_prefix, *more}
@@ -201,6 +209,8 @@ def _init_script(host: Host, keep: list[str], copies: list[str]) -> str:
         place = place or folder.replace("/tmp/", f"{host.folder}/tmp/", 1)
         lines += [f"mkdir -p {shlex.quote(place)}", f"mount --rbind {shlex.quote(folder)} {shlex.quote(place)}"]
     lines += [
+        f"mount --bind {host.folder}/hosts /etc/hosts",
+        f"mount --bind {host.folder}/resolv.conf /etc/resolv.conf",
         "mount -t tmpfs -o mode=1777,size=2g tmpfs /dev/shm",
         f"mount --rbind {host.folder}/tmp /tmp",
         f"mount --rbind {host.folder}/home /root",
