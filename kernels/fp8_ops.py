@@ -50,6 +50,11 @@ def linear(rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dtype: torch
     return fp8_reference.linear(rows, weight, bias_O, dtype)
 
 
+def is_few(x_TX: Tensor) -> bool:
+    """Whether these are few enough rows to stay in 16 bits."""
+    return x_TX.shape[0] <= FEW_TOKENS and x_TX.element_size() == 2
+
+
 def keeps_16_bits(x_TI: Tensor, weight: Fp8Weight) -> bool:
     """Whether `fused_linear` is the faster way for these on their device."""
     if x_TI.shape[0] > FEW_TOKENS or not x_TI.is_cuda:
@@ -85,9 +90,10 @@ def fused_linear(
             if out_TO is not None:
                 return out_TO.copy_(y_TO)
             return y_TO if residual_TO is None else residual_TO.add_(y_TO)
-        run = fp8_gemv.fused_linear
-    else:
-        run = fp8_reference.fused_linear
-    return run(
+        return fp8_gemv.fused_linear(
+            x_TI, weight, bias_O, norm_weight_I=norm_weight_I, eps=eps, residual_TO=residual_TO, gated=gated,
+            out_TO=out_TO,
+        )  # fmt: skip
+    return fp8_reference.fused_linear(
         x_TI, weight, bias_O, norm_weight_I=norm_weight_I, eps=eps, residual_TO=residual_TO, gated=gated, out_TO=out_TO
     )

@@ -23,6 +23,7 @@ from argosy.cluster.protocol.model_facts import (
     kv_heads_per_rank,
     kv_sizes,
 )
+from argosy.cluster.protocol.quant_spec import choose_quantization
 from argosy.cluster.protocol.rope_spec import ROPE_TYPES, RopeSpec, reachable, read_ropes
 
 __all__ = [
@@ -53,8 +54,11 @@ ACTIVATIONS: Final = {
 }
 
 
-def read_model_spec(folder: str | Path, overrides: Mapping[str, Any] | None = None) -> ModelSpec:
-    """The spec of a Hugging Face model folder. `overrides` replaces top-level keys of its `config.json`.
+def read_model_spec(
+    folder: str | Path, overrides: Mapping[str, Any] | None = None, quantization: str | None = None
+) -> ModelSpec:
+    """The spec of a Hugging Face model folder. `overrides` replaces top-level keys of its `config.json`; `quantization`
+    is the setting: how to pack weights that are stored plain.
 
     Raises `WeightError` or `UnsupportedModel`, always naming file, key and value.
     """
@@ -64,7 +68,6 @@ def read_model_spec(folder: str | Path, overrides: Mapping[str, Any] | None = No
     config = _override(read_json(folder / CONFIG_FILE), overrides or {})
     architecture = _architecture(config)
     family = FAMILIES[architecture]
-    _refuse_formats(config)
     read = Reader(CONFIG_FILE, _complete(config, family), names=family.names)
     num_heads = read.integer("num_attention_heads", 1)
     hidden_size = read.integer("hidden_size", 1)
@@ -104,6 +107,7 @@ def read_model_spec(folder: str | Path, overrides: Mapping[str, Any] | None = No
         "dtype": _dtype(read),
         "bos_token_id": bos,
         "eos_token_ids": eos,
+        "quantization": choose_quantization(config, quantization),
     }
     if family.rotates == "windowed" and window is not None and windowed:
         facts["unrotated_layers"] = tuple(not has_window for has_window in windowed)
@@ -149,15 +153,6 @@ def _architecture(config: Mapping[str, Any]) -> str:
     raise UnsupportedModel(
         CONFIG_FILE, "architectures", f"{given!r:.80} is not supported; supported: {', '.join(FAMILIES)}"
     )
-
-
-def _refuse_formats(config: Mapping[str, Any]) -> None:
-    if config.get("quantization_config") is not None:
-        quantization = config["quantization_config"]
-        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
-        raise UnsupportedModel(
-            CONFIG_FILE, "quantization_config", f"{method!r:.80}: quantised weights are not supported yet"
-        )
 
 
 def _activation(read: Reader) -> str:

@@ -157,7 +157,7 @@ BROKEN: dict[str, tuple[Callable[[Path], None], type[WeightError], list[str]]] =
     "quantised": (
         change_config(quantization_config={"quant_method": "awq"}),
         UnsupportedModel,
-        ["quantization_config", "awq", "not supported"],
+        ["quantization_config", "awq", "supported: fp8"],
     ),
     "eos": (change_config(eos_token_id="</s>"), WeightError, ["eos_token_id", "</s>"]),
     "generation config": (

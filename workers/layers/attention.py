@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from argosy.cluster.protocol.model_spec import ModelSpec
+from argosy.kernels.fp8_reference import Fp8Rows
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.attention.base import AttentionShape, QKNorm
 from argosy.workers.forward_context import ForwardContext
@@ -88,7 +89,7 @@ class Attention(nn.Module):
         own = slopes[self.first_head : self.first_head + self.shape.num_heads]
         return own.to(self.device)
 
-    def forward(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
+    def forward(self, x_TD: Tensor | Fp8Rows, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """[T, D]."""
         return self.o_proj(self.attend(self.qkv_proj(x_TD), positions_T, ctx))  # type: ignore[no-any-return]
 

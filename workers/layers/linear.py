@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from argosy.kernels import ops
+from argosy.kernels.fp8_reference import Fp8Rows, Rounding
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.quantization.base import Cut, Fusion, LinearLayer, LinearMethod
 
@@ -40,7 +41,11 @@ class ParallelLinear(LinearLayer):
         """All parts are loaded."""
         self.method.finish(self)
 
-    def forward(self, x_TI: Tensor) -> Tensor:
+    def rounding(self, x_TX: Tensor) -> Rounding | None:
+        """How inputs as many as the rows of `x_TX` may come rounded; None: not at all."""
+        return self.method.rounding(self, x_TX)
+
+    def forward(self, x_TI: Tensor | Fp8Rows) -> Tensor:
         """x W^T + bias, of this rank's part."""
         return self.method.apply(self, x_TI)
 
@@ -169,7 +174,7 @@ class RowParallelLinear(ParallelLinear):
         if made_TO is not out_TO:
             out_TO.copy_(made_TO)
 
-    def forward(self, x_TI: Tensor) -> Tensor:
+    def forward(self, x_TI: Tensor | Fp8Rows) -> Tensor:
         """x W^T summed over the group, + bias."""
         return self.parallel.all_reduce(self.method.apply(self, x_TI))
 

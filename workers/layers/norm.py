@@ -9,7 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from argosy.kernels import ops
+from argosy.kernels import fp8_ops, ops
+from argosy.kernels.fp8_reference import Fp8Rows, Rounding
 from argosy.workers.quantization.base import Cut, empty_parameter
 
 MAX_MIRRORED = 8192  # numbers up to which the layer norm of (x, -x) is faster in 16 bits
@@ -40,6 +41,18 @@ class RMSNorm(nn.Module):
         if self.weight.device.type == "cpu":
             self._eps = torch.tensor(self.eps, dtype=torch.float32)
             self._weight_twice = torch.cat((self.weight, self.weight))
+
+    def rounded(self, x_TD: Tensor, rounding: Rounding | None) -> Tensor | Fp8Rows:
+        """`forward`, rounded for the product that follows where it asks for it, in one launch."""
+        if rounding is None:
+            return self.forward(x_TD)
+        return fp8_ops.norm_and_quantize(x_TD, self.weight, self.eps, rounding)
+
+    def add_rounded(self, x_TD: Tensor, residual_TD: Tensor, rounding: Rounding | None) -> Tensor | Fp8Rows:
+        """`add`, rounded for the product that follows where it asks for it, in one launch."""
+        if rounding is None:
+            return self.add(x_TD, residual_TD)
+        return fp8_ops.norm_and_quantize(x_TD, self.weight, self.eps, rounding, residual_TD)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """A new tensor."""

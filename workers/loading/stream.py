@@ -24,6 +24,9 @@ from argosy.workers.quantization.base import Cut
 DUMMY_STD = 0.02  # logits of a few units at any width
 POOL_SIZE = 1_048_573  # a prime: rows of a matrix start at different places
 MAX_NAMES_SHOWN = 3
+PACKED_SPREAD = 448 / (8 * DUMMY_STD)  # random e4m3 numbers reach to eight times their spread
+# last words of what packed checkpoints hold beside weights; which of them are needed is checked by name
+PACKED_NAMES = {"weight_scale", "input_scale", "k_scale", "v_scale", "q_scale", "output_scale", "kv_scale"}
 
 
 class LoadableModel(Protocol):
@@ -92,7 +95,11 @@ def load_weights(
             num_read = _fill_randomly(model, reads, seed, report)
         else:
             checkpoint = Checkpoint.open(folder)
-            checkpoint.entries = {model.NAMES.canonical(name): entry for name, entry in checkpoint.entries.items()}
+            aliases = {alias: read.parameter for read in reads for alias in read.cut.aliases}
+            checkpoint.entries = {
+                _without_alias(model.NAMES.canonical(name), aliases): entry
+                for name, entry in checkpoint.entries.items()
+            }
             check_checkpoint(checkpoint, model, reads)
             model.allocate()
             num_read = _fill(checkpoint, model, reads, report)
@@ -109,22 +116,34 @@ def check_checkpoint(checkpoint: Checkpoint, model: LoadableModel, reads: list[_
         hint = "; is tie_word_embeddings wrong in config.json?" if missing == ["lm_head.weight"] else ""
         raise WeightError(str(checkpoint.folder), _some(missing), f"missing from the safetensors{hint}")
     known = model.known_names()
-    extra = [name for name in checkpoint.entries if name not in known and not model.NAMES.is_ignored(name)]
+    packed = model.spec.quantization is not None
+    extra = [
+        name
+        for name in checkpoint.entries
+        if name not in known
+        and not model.NAMES.is_ignored(name)
+        and not (packed and name.rpartition(".")[2] in PACKED_NAMES)
+    ]
     if extra:
         file = checkpoint.entries[extra[0]].file.name
         raise WeightError(file, _some(extra), f"not part of a {model.spec.architecture} with this config.json")
     for read in reads:
         entry = checkpoint.entries[read.name]
-        if entry.shape != read.cut.full_shape:
+        if entry.shape not in (read.cut.full_shape, *read.cut.other_shapes):
             raise WeightError(
                 entry.file.name,
                 entry.name,
                 f"has shape {list(entry.shape)}; config.json asks for {list(read.cut.full_shape)}",
             )
-        if entry.dtype not in LOADABLE_DTYPES:
-            raise WeightError(
-                entry.file.name, entry.name, f"has dtype {entry.dtype}; supported: {', '.join(LOADABLE_DTYPES)}"
-            )
+        dtypes = read.cut.dtypes or LOADABLE_DTYPES
+        if entry.dtype not in dtypes:
+            raise WeightError(entry.file.name, entry.name, f"has dtype {entry.dtype}; supported: {', '.join(dtypes)}")
+
+
+def _without_alias(name: str, aliases: dict[str, str]) -> str:
+    """The name with the last word that we use."""
+    stem, dot, last = name.rpartition(".")
+    return f"{stem}{dot}{aliases.get(last, last)}"
 
 
 def _some(names: list[str]) -> str:
@@ -151,7 +170,7 @@ def _fill(checkpoint: Checkpoint, model: LoadableModel, reads: list[_Read], repo
                         tensor = file.get_tensor(entry.name)
                     else:
                         tensor = file.get_slice(entry.name)[read.cut.source]
-                    target.copy_(tensor if read.cut.arrange is None else read.cut.arrange(tensor))
+                    _put(read, target, tensor)
                     num_read += tensor.nbytes
                     done += entry.num_bytes
                     report(done / total)
@@ -179,10 +198,18 @@ def _fill_randomly(model: LoadableModel, reads: list[_Read], seed: int, report: 
         own_seed = int.from_bytes(digest, "little") >> 1
         if len(read.cut.full_shape) == 1 and read.parameter == "weight":  # norms
             target.fill_(1.0)
+        elif read.cut.dummy is not None:
+            target.fill_(read.cut.dummy)
         elif on_cpu:
-            pool = pool.to(target.dtype)
+            if not read.cut.packs:
+                pool = pool.to(target.dtype)
             part = _window(pool, own_seed % POOL_SIZE, read.cut.full_shape)[read.cut.source]
-            target.copy_(part if read.cut.arrange is None else read.cut.arrange(part))
+            _put(read, target, part * PACKED_SPREAD if read.cut.dtypes else part)
+        elif read.cut.packs:
+            shape = [len(range(size)[part]) for size, part in zip(read.cut.full_shape, read.cut.source, strict=True)]
+            part = torch.empty(shape, dtype=torch.bfloat16, device=model.device)
+            part.normal_(0.0, DUMMY_STD, generator=generator.manual_seed(own_seed))
+            _put(read, target, part * PACKED_SPREAD if read.cut.dtypes else part)
         else:
             target.normal_(0.0, DUMMY_STD, generator=generator.manual_seed(own_seed))
         report((number + 1) / len(reads))
@@ -198,6 +225,14 @@ def _window(pool: Tensor, first: int, shape: tuple[int, ...]) -> Tensor:
         flat[at : at + piece.numel()] = piece
         at, first = at + piece.numel(), 0
     return full
+
+
+def _put(read: _Read, target: Tensor, tensor: Tensor) -> None:
+    """What was read (or drawn) to where it belongs."""
+    if read.cut.store is not None:
+        read.cut.store(tensor)
+    else:
+        target.copy_(tensor if read.cut.arrange is None else read.cut.arrange(tensor))
 
 
 def _target(read: _Read) -> Tensor | None:

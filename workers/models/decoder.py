@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from argosy.cluster.protocol.model_spec import ModelSpec
-from argosy.kernels import ops
+from argosy.kernels import fp8_ops, ops
+from argosy.kernels.fp8_reference import Fp8Rows
 from argosy.placement.plan import RankInfo
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.forward_context import ForwardContext
@@ -49,9 +50,13 @@ class GatedMLP(nn.Module):
             return gate_up.fused(x_TD, Fusion(gated=True))
         return self.activate(gate_up(x_TD))
 
-    def forward(self, x_TD: Tensor) -> Tensor:
+    def forward(self, x_TD: Tensor | Fp8Rows) -> Tensor:
         """[T, D]."""
-        return self.down_proj(self.activate(self.gate_up_proj(x_TD)))  # type: ignore[no-any-return]
+        both_TX = self.gate_up_proj(x_TD)
+        rounding = self.down_proj.rounding(both_TX) if self.is_silu else None
+        if rounding is not None:
+            return self.down_proj(fp8_ops.gate_and_quantize(both_TX, rounding))  # type: ignore[no-any-return]
+        return self.down_proj(self.activate(both_TX))  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):
@@ -75,10 +80,15 @@ class DecoderLayer(nn.Module):
 
     def forward(self, delta_TD: Tensor | None, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """What is still to be added to `residual_TD`, which this layer updates in place."""
-        norm = self.input_norm
-        x_TD = norm(residual_TD) if delta_TD is None else norm.add(delta_TD, residual_TD)
-        x_TD = self.mlp_norm.add(self.attention(x_TD, positions_T, ctx), residual_TD)
-        return self.mlp(x_TD)  # type: ignore[no-any-return]
+        norm, attention, mlp = self.input_norm, self.attention, self.mlp
+        rounding = attention.qkv_proj.rounding(residual_TD)
+        if delta_TD is None:
+            x_TD = norm.rounded(residual_TD, rounding)
+        else:
+            x_TD = norm.add_rounded(delta_TD, residual_TD, rounding)
+        delta_TD = attention(x_TD, positions_T, ctx)
+        x_TD = self.mlp_norm.add_rounded(delta_TD, residual_TD, mlp.gate_up_proj.rounding(residual_TD))
+        return mlp(x_TD)  # type: ignore[no-any-return]
 
     def forward_fused(self, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> None:
         """The same for a few tokens on one GPU, with nothing left to add: six launches, four of them products."""

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from argosy.cluster.protocol.errors import UnsupportedModel
 from argosy.kernels import ops
+from argosy.kernels.fp8_reference import Fp8Rows, Rounding
 
 MAX_FUSED_TOKENS = 16  # above it cuBLAS is at the card's bandwidth and launches hide behind each other
 MAX_TRANSPOSED_TOKENS = (16, 4)  # as long as the second copy beats the plain weight; the packed one
@@ -32,6 +33,11 @@ class Cut(NamedTuple):
     aliases: tuple[str, ...] = ()  # other last words of the name in some checkpoints
     dummy: float | None = None  # what random weights have here
 
+    @property
+    def packs(self) -> bool:
+        """Whether the parameter holds other numbers than the model computes with."""
+        return self.store is not None or bool(self.dtypes)
+
 
 def empty_parameter(*shape: int, dtype: torch.dtype) -> nn.Parameter:
     """A parameter without memory: it gets some when the checkpoint was found to be sound."""
@@ -45,6 +51,8 @@ class LinearLayer(nn.Module):
     bias: Tensor | None
     packed_weight: Tensor | None
     transposed_weight: Tensor | None  # a second copy, for a few tokens
+    weight_scale: Tensor | None  # of packed formats
+    input_scale: Tensor | None
 
 
 class Fusion(NamedTuple):
@@ -69,8 +77,11 @@ class LinearMethod(Protocol):
     def finish(self, layer: LinearLayer) -> None:
         """All parts are loaded: bring them into the form that multiplies fastest."""
 
-    def apply(self, layer: LinearLayer, x_TI: Tensor) -> Tensor:
-        """x W^T + bias."""
+    def rounding(self, layer: LinearLayer, x_TX: Tensor) -> Rounding | None:
+        """How `apply` rounds as many inputs as `x_TX` has rows: whoever makes them may do it. None: it doesn't."""
+
+    def apply(self, layer: LinearLayer, x_TI: Tensor | Fp8Rows) -> Tensor:
+        """x W^T + bias; inputs come rounded only where `rounding` asked for it."""
 
     def fuses(self, layer: LinearLayer, x_TI: Tensor) -> bool:
         """Whether `apply_fused` is the faster way for these inputs."""
@@ -102,8 +113,13 @@ class UnquantizedMethod:
             layer.packed_weight = torch.ops.mkldnn._reorder_linear_weight(weight.data, 1)
             layer.weight = None
 
-    def apply(self, layer: LinearLayer, x_TI: Tensor) -> Tensor:
+    def rounding(self, layer: LinearLayer, x_TX: Tensor) -> Rounding | None:
+        """Inputs stay as they are."""
+        return None
+
+    def apply(self, layer: LinearLayer, x_TI: Tensor | Fp8Rows) -> Tensor:
         """One matrix product."""
+        assert isinstance(x_TI, Tensor)
         packed = layer.packed_weight
         if layer.transposed_weight is not None and x_TI.shape[0] <= MAX_TRANSPOSED_TOKENS[packed is not None]:
             if layer.bias is None:
