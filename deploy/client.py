@@ -16,7 +16,8 @@ A 503 (queue full, still starting) is tried again, after the server's Retry-Afte
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Self, TypeAlias
 
 import httpx
@@ -35,12 +36,14 @@ from argosy.deploy.client_wire import (
     http_options,
     unreachable,
 )
+from argosy.deploy.jobs_client import Job, JobRequest, JobServer, submit
 
 __all__ = [
     "Answer",
     "AsyncClient",
     "Choice",
     "Client",
+    "Job",
     "RemoteError",
     "ServerUnreachable",
     "StreamBroken",
@@ -51,6 +54,7 @@ Prompt: TypeAlias = str | Sequence[int] | Sequence[str] | Sequence[Sequence[int]
 Messages: TypeAlias = Sequence[Mapping[str, Any]]
 
 DEFAULT_URL = "http://127.0.0.1:8000"
+JOB_OUTAGE_SECONDS = 600.0  # that a server may be away before a call about a job gives up
 
 
 class Client:
@@ -107,6 +111,42 @@ class Client:
         """The text of `token_ids`."""
         body = {"model": model or self._default_model(), "tokens": list(token_ids)}
         return str(self._call("POST", "/detokenize", body)["prompt"])
+
+    def submit(
+        self,
+        requests: str | Path | Iterable[JobRequest],
+        *,
+        endpoint: str | None = None,
+        key: str | None = None,
+        completion_window: str = "24h",
+        metadata: Mapping[str, str] | None = None,
+        outage_seconds: float = JOB_OUTAGE_SECONDS,
+        **params: Any,
+    ) -> Job:
+        """Leave many requests (or a file of JSON lines) with the server, which works them off; see `jobs_client`.
+
+        `params` are for requests that don't say otherwise. With a `key` of your own the same call made again, after
+        a kill of this program say, gives the job that the first one made.
+        """
+        return submit(
+            JobServer(self._http, outage_seconds),
+            requests,
+            endpoint=endpoint,
+            key=key,
+            completion_window=completion_window,
+            metadata=metadata,
+            defaults={"model": params.pop("model", None) or self._default_model(), **params},
+        )
+
+    def job(self, job_id: str, *, outage_seconds: float = JOB_OUTAGE_SECONDS) -> Job:
+        """A job that was submitted before, here or elsewhere."""
+        server = JobServer(self._http, outage_seconds)
+        return Job(server, server.call("GET", f"/v1/batches/{job_id}"))
+
+    def jobs(self, *, limit: int = 20) -> list[Job]:
+        """The newest jobs."""
+        server = JobServer(self._http, self._retry_seconds)
+        return [Job(server, row) for row in server.call("GET", "/v1/batches", params={"limit": limit})["data"]]
 
     def close(self) -> None:
         """Close the connections."""

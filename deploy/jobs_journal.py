@@ -128,9 +128,10 @@ class Journal:
         """One job, whosever it is, for who works on it."""
         return job_row(self.db.execute("SELECT * FROM jobs WHERE id = ?", (job_id,)).fetchone())
 
-    def jobs(self, tenant: str, *, after: str | None = None, limit: int) -> list[JobRow]:
-        """Jobs of a tenant, newest first, from the one behind `after` on."""
-        return [job_row(row) for row in self._page("jobs", tenant, after, limit, True, ("?", 1))]
+    def jobs(self, tenant: str, *, key: str | None = None, after: str | None = None, limit: int) -> list[JobRow]:
+        """Jobs of a tenant, newest first, from the one behind `after` on; with `key` the one of that key."""
+        more = ("key = ?", key) if key is not None else ("?", 1)
+        return [job_row(row) for row in self._page("jobs", tenant, after, limit, True, more)]
 
     def cancel(self, job_id: str) -> bool:
         """Ask for an end; False when there is nothing that could be ended."""

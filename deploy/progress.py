@@ -1,8 +1,11 @@
-"""What people see while something starts: one line that moves on a terminal, one line a phase elsewhere."""
+"""What people see while something starts or runs: one line that moves on a terminal, a few lines elsewhere."""
 
 import sys
 import time
-from typing import TextIO
+from collections.abc import Mapping
+from typing import NoReturn, Self, TextIO
+
+from tqdm import tqdm
 
 _BAR_CELLS = 24
 
@@ -45,3 +48,40 @@ class StartProgress:
         if self._phase and self._stream.isatty():
             seconds = time.monotonic() - self._phase_started
             print(f"\r\x1b[K  [{'#' * _BAR_CELLS}] {self._phase} ({seconds:.1f} s)", file=self._stream, flush=True)
+
+
+class JobProgress:
+    """How far a job is, on stderr: a bar with the rate and the time that is left; off a terminal a line a tenth."""
+
+    def __init__(self, *, is_shown: bool = True, stream: TextIO | None = None):
+        self._stream = stream or sys.stderr
+        self._is_shown = is_shown
+        self._bar: tqdm[NoReturn] | None = None
+        self._told = ("", -1)
+
+    def show(self, counts: Mapping[str, int], status: str) -> None:
+        """The counts as they are now."""
+        if not self._is_shown:
+            return
+        total, ended = counts["total"], counts["completed"] + counts["failed"]
+        failed = f", {counts['failed']} failed" if counts["failed"] else ""
+        if not self._stream.isatty():
+            tenth = 10 * ended // total if total else 0
+            if (status, tenth) != self._told:
+                self._told = (status, tenth)
+                print(f"  {status}: {ended} of {total}{failed}", file=self._stream, flush=True)
+            return
+        if self._bar is None:
+            # what was done before this bar began is no speed of now
+            self._bar = tqdm(total=total, initial=ended, unit="item", file=self._stream, dynamic_ncols=True)
+        self._bar.total = total
+        self._bar.set_description(f"{status}{failed}", refresh=False)
+        self._bar.update(ended - self._bar.n)
+        self._bar.refresh()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()

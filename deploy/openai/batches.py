@@ -1,5 +1,7 @@
-"""`/v1/batches`: jobs in OpenAI's words, and two doors of our own: results as they come, and resume.
+"""`/v1/batches`: jobs in OpenAI's words, and what is our own: keys, results as they come, and resume.
 
+POST /v1/batches                           with an Idempotency-Key: sent twice, it is one job
+GET  /v1/batches?key=K                     the job of that key
 POST /v1/batches/{id}/resume               run what was not run because of a cancel or an expiry
 GET  /v1/batches/{id}/results?after=N      lines {"seq", "line", "result"} in the order in which items ended
 """
@@ -47,8 +49,8 @@ async def serve_batches(jobs: JobService, path: str, request: HttpRequest, respo
             await responder.json(batch_json(await _create(jobs, request)))
         case ("GET", []):
             limit = read_limit(request, 20, _MAX_JOBS_LISTED)
-            after = request.query.get("after")
-            rows = await jobs.call(jobs.journal.jobs, request.tenant, after=after, limit=limit + 1)
+            after, key = request.query.get("after"), request.query.get("key")
+            rows = await jobs.call(jobs.journal.jobs, request.tenant, key=key, after=after, limit=limit + 1)
             await responder.json(page_json([batch_json(row) for row in rows], limit))
         case ("GET", [job_id]):
             await responder.json(batch_json(await _find(jobs, request, job_id)))
