@@ -77,6 +77,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(SHAPES), default="06b")
     parser.add_argument("--dtype", default="bfloat16")
+    parser.add_argument("--quantization", help="round the weights, such as fp8 or fp8_block")
+    parser.add_argument("--kv-cache-dtype", default="auto", help="such as fp8_e4m3")
     parser.add_argument("--workload", nargs="+", default=["decode1", "decode8", "decode64", "decode256"])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("-tp", "--tensor-parallel-size", type=int, default=1)
@@ -95,7 +97,8 @@ def main() -> int:
     layout = f"TP{args.tensor_parallel_size}" + (
         f"xPP{args.pipeline_parallel_size}" if args.pipeline_parallel_size > 1 else ""
     )
-    peers = json.loads(PEERS.read_text()).get(f"{args.model} {args.dtype} {layout}", {})
+    numbers = "fp8" if (args.quantization or "").startswith("fp8") else args.dtype
+    peers = json.loads(PEERS.read_text()).get(f"{args.model} {numbers} {layout}", {})
     if args.trace:
         os.environ["ARGOSY_TRACE"] = os.path.abspath(args.trace)
         launch.launch_engine.__kwdefaults__["rank_module"] = "traced_rank"
@@ -105,6 +108,7 @@ def main() -> int:
         started = time.perf_counter()
         with LLM(
             folder, load_format="dummy", skip_tokenizer_init=True, dtype=args.dtype,
+            quantization=args.quantization, kv_cache_dtype=args.kv_cache_dtype,
             distributed_executor_backend=args.backend, tensor_parallel_size=args.tensor_parallel_size,
             pipeline_parallel_size=args.pipeline_parallel_size, pipeline_layers=tuple(args.pipeline_layers),
             max_num_seqs=args.max_num_seqs,
@@ -114,6 +118,7 @@ def main() -> int:
             print(f"engine ready after {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
             for name in args.workload:
                 row = {"model": args.model, "dtype": args.dtype, "layout": layout, "note": args.note}
+                row |= {"quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype}
                 row.update(measure(llm, name, SHAPES[args.model]["vocab_size"], args.repeats))
                 row.update(about)
                 rows.append(row)
@@ -121,7 +126,7 @@ def main() -> int:
                 if args.output:
                     with open(args.output, "a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
-    print(f"\n{args.model} {args.dtype} {layout}: figure, vLLM's, goal, times vLLM (above 1 is faster)")
+    print(f"\n{args.model} {args.quantization or args.dtype} {layout}: figure, vLLM's, goal, times vLLM (above 1 is faster)")
     for row in rows:
         vllm, goal = peers.get(row["workload"], (None, None))
         ratio = ""
