@@ -126,7 +126,8 @@ def main() -> int:
                 if args.output:
                     with open(args.output, "a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
-    print(f"\n{args.model} {args.quantization or args.dtype} {layout}: figure, vLLM's, goal, times vLLM (above 1 is faster)")
+    packed = args.quantization or args.dtype
+    print(f"\n{args.model} {packed} {layout}: figure, vLLM's, goal, times vLLM (above 1 is faster)")
     for row in rows:
         vllm, goal = peers.get(row["workload"], (None, None))
         ratio = ""
