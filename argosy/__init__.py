@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from argosy.cluster.protocol.sampling import SamplingParams
-    from argosy.deploy.client import AsyncClient, Client
+    from argosy.deploy.client import AsyncClient, Client, Job
     from argosy.deploy.offline import LLM
     from argosy.deploy.outputs import CompletionOutput, RequestOutput
 
@@ -24,9 +24,10 @@ _HOMES = {
     "CompletionOutput": "argosy.deploy.outputs",
     "Client": "argosy.deploy.client",
     "AsyncClient": "argosy.deploy.client",
+    "Job": "argosy.deploy.client",
 }
 
-__all__ = ["LLM", "AsyncClient", "Client", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncClient", "Client", "CompletionOutput", "Job", "RequestOutput", "SamplingParams", "__version__"]
 
 
 def __getattr__(name: str) -> object:

@@ -1,4 +1,4 @@
-"""`argosy serve | chat | complete | doctor | bench`: flags to a frozen config, then the module that does the work.
+"""`argosy serve | chat | complete | submit | jobs | plan | ...`: flags to a frozen config, then the module that does it.
 
 The modules behind the commands are imported inside the commands: `argosy --help` needs neither torch nor Ray.
 """
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import argosy
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, ServingError, WeightError
-from argosy.deploy import plan_command, settings
+from argosy.deploy import jobs_cli, plan_command, settings
 from argosy.deploy.jobs_folder import choose_job_dir
 
 _SERVE_EXAMPLES = """\
@@ -38,6 +38,9 @@ examples:
   argosy bench                                      the default model in process, 64 mixed requests
   argosy bench --model tiny --workload cpu64 decode1 ttft512 --peer transformers
   argosy bench --url http://127.0.0.1:8000          a server that is running
+  argosy bench --model 8b -tp 2                     an 8B shape with random weights on two GPUs
+  argosy bench --model 8b --over http --backend ray what the HTTP doors cost
+  argosy bench --suite h200                         the whole table beside vLLM's figures, on all GPUs of this host
 """
 
 
@@ -48,6 +51,8 @@ _USAGE = {
     "doctor": ["[MODEL]"],
     "bench": [],
     "plan": ["MODEL"],
+    "submit": ["FILE"],
+    "jobs": ["[list|show|wait|results|cancel|resume]", "[JOB]"],
 }
 _KEY_NAMES = ("ARGOSY_API_KEY", "VLLM_API_KEY")  # the second so that a server of vLLM can be replaced as it stands
 
@@ -88,6 +93,10 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     plan = _command(commands, "plan", "say which layout a model would get on a cluster, and why", plan_command.EXAMPLES)
     plan_command.add_arguments(plan)
+    submit = _command(commands, "submit", "leave a file of requests with a server, as a job", jobs_cli.SUBMIT_EXAMPLES)
+    jobs_cli.add_submit(submit)
+    what = "list jobs, see how far they are, fetch their results, cancel, resume"
+    jobs_cli.add_jobs(_command(commands, "jobs", what, jobs_cli.JOBS_EXAMPLES))
     return parser
 
 
@@ -127,6 +136,8 @@ def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
             return doctor.main(model=args.model, port=args.port, as_json=args.json)
         case "plan":
             return plan_command.main(args)
+        case "submit" | "jobs":
+            return jobs_cli.main(args)
         case "bench":
             from argosy.deploy import bench  # may import torch
 
@@ -203,23 +214,51 @@ def _add_talk(
 
 def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
     bench = _command(commands, "bench", "measure: one JSON line a figure, a table last", _BENCH_EXAMPLES)
-    bench.add_argument("--model", default="default", help="default, tiny, small (random weights), or a folder")
-    bench.add_argument("--workload", nargs="+", default=["cpu64"], metavar="NAME", help="default: cpu64")
-    bench.add_argument("--dtype", default="float32", help="default: %(default)s")
-    bench.add_argument("--url", help="measure this server instead of an engine in process")
-    bench.add_argument("--api-key", default=os.environ.get("ARGOSY_API_KEY"), help="default: $ARGOSY_API_KEY")
     bench.add_argument(
-        "--concurrency", type=int, default=64, help="with --url: requests at once (default: %(default)s)"
+        "--model", default="default", help="default, tiny, small, 06b, 8b, 70b (random weights of those), or a folder"
     )
-    bench.add_argument("--backend", default="local", choices=("ray", "local"), help="in process: with Ray or without")
-    bench.add_argument("--peer", choices=("transformers",), help="the same prompts with a peer, in the same run")
-    bench.add_argument("--max-num-seqs", type=int, default=32, help="most requests at once (default: %(default)s)")
-    bench.add_argument("-tp", "--tensor-parallel-size", type=int, default=1, help="default: %(default)s")
-    bench.add_argument("-pp", "--pipeline-parallel-size", type=int, default=1, help="default: %(default)s")
-    bench.add_argument("--cpu-threads", type=int, help="threads of each rank and of the peer (default: all cores)")
+    bench.add_argument(
+        "--workload", nargs="+", metavar="NAME", help="default: cpu64, or the usual ones of a GPU for its shapes"
+    )
+    bench.add_argument("--dtype", help="default: float32 for the models of CPUs, else the model's own")
+    bench.add_argument("--quantization", "-q", help="as of 'argosy serve', such as fp8")
     bench.add_argument("--repeats", type=int, default=3, help="the median counts (default: %(default)s)")
-    bench.add_argument("--cold-start", action="store_true", help="also measure process start to first token")
     bench.add_argument("--output", metavar="FILE", help="append the JSON lines to this file")
+    bench.add_argument("--note", default="", help="a word for the JSON lines, such as what was changed")
+
+    where = bench.add_argument_group("what is measured")
+    where.add_argument("--url", help="this server instead of an engine in process")
+    where.add_argument("--api-key", default=os.environ.get("ARGOSY_API_KEY"), help="default: $ARGOSY_API_KEY")
+    where.add_argument(
+        "--over", choices=("engine", "http"), default="engine", help="http: an engine in process and behind its doors"
+    )
+    where.add_argument("--concurrency", type=int, nargs="+", help="with --url or --over http: requests at once")
+    where.add_argument("--backend", default="local", choices=("ray", "local"), help="in process: with Ray or without")
+    where.add_argument("--peer", choices=("transformers",), help="the same prompts with a peer, in the same run")
+    where.add_argument("--cold-start", action="store_true", help="also measure process start to first token")
+
+    table = bench.add_argument_group("a whole table")
+    table.add_argument(
+        "--suite", metavar="NAME", help="models and layouts beside vLLM's figures and goals: h200, a file"
+    )
+    table.add_argument(
+        "--rows", nargs="+", metavar="PATTERN", help="only these, such as '8b-*/decode*' or 'super-linear'"
+    )
+    table.add_argument("--list", action="store_true", help="name the rows and stop")
+    table.add_argument("--cards", type=int, help="cards to use, several engines at once (default: all of this host)")
+    table.add_argument("--one-at-a-time", action="store_true", help="never two engines at the same time")
+
+    engine = bench.add_argument_group("the engine")
+    engine.add_argument("-tp", "--tensor-parallel-size", type=int, default=1, help="default: %(default)s")
+    engine.add_argument("-pp", "--pipeline-parallel-size", type=int, default=1, help="default: %(default)s")
+    engine.add_argument("--max-num-seqs", type=int, help="most requests at once (default: 32; on a GPU by the card)")
+    engine.add_argument("--max-num-batched-tokens", type=int, help="most tokens in a step")
+    engine.add_argument("--max-model-len", type=int, help="default: 4096 for the shapes of GPUs")
+    engine.add_argument("--gpu-memory-utilization", type=float, help="as of 'argosy serve'")
+    engine.add_argument("--kv-cache-memory-bytes", type=int, help="as of 'argosy serve'")
+    engine.add_argument("--usable-memory", type=int, metavar="BYTES", help="of each card, for everything")
+    engine.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    engine.add_argument("--cpu-threads", type=int, help="threads of each rank and of the peer (default: all cores)")
 
 
 if __name__ == "__main__":

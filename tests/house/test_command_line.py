@@ -19,6 +19,10 @@ EXPECTED = {
     """,
     "chat": "--api-key --max-tokens --model --seed --stop --system --temperature --url",
     "complete": "--api-key --max-tokens --model --seed --stop --temperature --url",
+    "submit": """
+        --again --api-key --endpoint --key --max-tokens --model --output --seed --temperature --url --wait --window
+    """,
+    "jobs": "--api-key --limit --output --url",
     "doctor": "--json --port",
     "plan": """
         --all --block-size --calibration --cluster --concurrency --dtype --gpu-memory-utilization --gpus --input-len

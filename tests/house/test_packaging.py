@@ -45,6 +45,7 @@ def test_public_names_grow_on_purpose() -> None:
         "AsyncClient",
         "Client",
         "CompletionOutput",
+        "Job",
         "RequestOutput",
         "SamplingParams",
         "__version__",
