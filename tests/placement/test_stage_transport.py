@@ -1,4 +1,4 @@
-"""Hidden states from stage to stage, between two real processes over gloo."""
+"""Hidden states from stage to stage and tokens back, between real processes over gloo."""
 
 import os
 import socket
@@ -33,8 +33,12 @@ def stage(pp_rank: int, port: int) -> None:
             del hidden  # the transport keeps what is under way
         transport.flush()
         print("sent all")
+        table = torch.zeros(3, dtype=torch.int64)
+        print("tokens", [transport.receive_tokens(table).tolist() for _ in range(2)])
         sys.stdin.readline()  # stays, silent, until the other has seen its deadline pass
     else:
+        for step in range(2):  # taken long after they were sent: neither they nor the hidden states wait
+            transport.send_tokens(torch.tensor([step, 7, 8]))
         for step, size in enumerate(sizes):
             assert torch.equal(transport.receive(size), torch.full((size, 8), float(step)))
         transport.timeout_seconds = 0.3
@@ -47,7 +51,8 @@ def stage(pp_rank: int, port: int) -> None:
 
 
 def test_stages_hand_over_in_order_and_never_wait_for_ever() -> None:
-    """Six micro-batches of ragged sizes; then the first stage falls silent, and the second says whom it waited for."""
+    """Six micro-batches of ragged sizes, and tokens of two steps the other way round; then the first stage falls
+    silent, and the second says whom it waited for."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -66,7 +71,7 @@ def test_stages_hand_over_in_order_and_never_wait_for_ever() -> None:
         for process in processes:
             process.kill()
             process.wait(timeout=DEADLINE_SECONDS)
-    assert "sent all" in first, first
+    assert "sent all\ntokens [[0, 7, 8], [1, 7, 8]]" in first, first
     assert "failed as it should: rank 1: no hidden states came from rank 0" in second, second
 
 

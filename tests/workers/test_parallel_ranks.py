@@ -15,6 +15,7 @@ from rig import (
     DEADLINE_SECONDS,
     FAMILIES,
     VOCAB,
+    InProcessRank,
     RankHosts,
     RemoteRanks,
     Run,
@@ -33,7 +34,8 @@ from argosy.cluster.protocol.messages import NewRequest, Ping, Pong, SchedulerOu
 from argosy.cluster.protocol.sampling import TokenParams
 
 NUM_TOKENS = 10
-LAYOUTS = {"TP2": (2, 1), "PP2": (1, 2), "TP2xPP2": (2, 2)}
+LAYOUTS = {"TP2": (2, 1), "PP2": (1, 2), "TP2xPP2": (2, 2), "PP3": (1, 3)}  # PP3: stages of 1, 2 and 1 layers
+FAMILY_LAYOUTS = [(family, layout) for family in FAMILIES for layout in LAYOUTS if layout != "PP3" or family == "llama"]
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +69,7 @@ def start(hosts: RankHosts, config: ServingConfig, num_blocks: int, folder: Path
     return RemoteRanks(hosts, config, num_blocks, folder, f"127.0.0.1:{port}")
 
 
-@pytest.mark.parametrize("layout", list(LAYOUTS))
-@pytest.mark.parametrize("family", list(FAMILIES))
+@pytest.mark.parametrize(("family", "layout"), FAMILY_LAYOUTS)
 def test_every_layout_says_what_transformers_says(
     family: str, layout: str, families: dict[str, tuple[Path, list[list[int]]]], hosts: RankHosts, tmp_path: Path
 ) -> None:
@@ -93,6 +94,41 @@ def test_every_layout_says_what_transformers_says(
     tight.finish()
     assert answers(tight.requests) == expected
     assert tight.metrics.preemptions > 0
+    ranks.stop()
+
+
+@pytest.mark.parametrize("layout", ["PP2", "TP2xPP2"])
+def test_stages_heed_what_each_request_wishes(
+    layout: str, families: dict[str, tuple[Path, list[list[int]]]], hosts: RankHosts, tmp_path: Path
+) -> None:
+    """Penalties, bans, seeds, stops and figures need the tokens so far, which only the last stage draws, and steps are
+    under way before the driver knows them: the answers are those of one rank that is asked one step at a time."""
+    folder, _ = families["llama"]
+    wishes = [
+        {"repetition_penalty": 1.4, "presence_penalty": 0.5, "frequency_penalty": 0.3},
+        {"temperature": 0.9, "top_p": 0.9, "seed": 11},
+        {"temperature": 1.2, "top_k": 9, "min_p": 0.01, "seed": 12, "logprobs": 3},
+        {"bad_word_ids": ((5,), (9, 17)), "min_tokens": 6, "stop_token_ids": tuple(range(0, VOCAB, 5))},
+        {"logit_bias": ((3, 2.0), (8, -4.0)), "logprobs": 0, "prompt_logprobs": 1},
+        {"temperature": 0.7, "seed": 13, "n": 3, "eos_token_ids": tuple(range(1, VOCAB, 9))},
+    ]
+
+    def ask(run: Run) -> list[tuple[list[int], list[object]]]:
+        for wish in wishes:
+            for prompt in prompts()[::2]:
+                run.add(greedy(prompt, 14, stream_id=len(run.requests), **wish))
+        run.finish()
+        figures = [
+            [figure.top_ids for delta in request.deltas for figure in delta.logprobs] for request in run.requests
+        ]
+        return list(zip(answers(run.requests), figures, strict=True))
+
+    alone = make_config(folder, async_scheduling=False)
+    expected = ask(Run(InProcessRank(alone, 128), alone, 128))
+    tp_size, pp_size = LAYOUTS[layout]
+    config = make_config(folder, tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size)
+    ranks = start(hosts, config, 128, tmp_path)
+    assert ask(Run(ranks, config, 128)) == expected
     ranks.stop()
 
 
