@@ -1,4 +1,4 @@
-"""`argosy serve | chat | complete | submit | jobs | plan | ...`: flags to a frozen config, then the module that does it.
+"""`argosy serve | chat | complete | submit | jobs | plan | ...`: flags to a frozen config, then the module at work.
 
 The modules behind the commands are imported inside the commands: `argosy --help` needs neither torch nor Ray.
 """
