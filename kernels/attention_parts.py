@@ -1,7 +1,20 @@
 """Parts of the decode kernel that make sense alone: norm and rotation of heads, asking ahead, joining pieces."""
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
+
+
+def is_scaled(cache: Tensor, kv_scales: tuple[float, float]) -> bool:
+    """Whether keys and values change their numbers on the way to this cache."""
+    return cache.dtype == torch.float8_e4m3fn or kv_scales != (1.0, 1.0)
+
+
+@triton.jit
+def scaled(x, inverse):
+    """Keys or values as a cache keeps them: over their scale, cut off at the largest e4m3."""
+    return tl.minimum(tl.maximum(x.to(tl.float32) * inverse, -448.0), 448.0)
 
 
 @triton.jit

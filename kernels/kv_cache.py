@@ -4,7 +4,8 @@ Meaning: `reference.store_kv`, `reference.copy_blocks`.
 """
 
 from collections.abc import Sequence
-from functools import lru_cache
+from functools import cache, lru_cache
+from typing import Any
 
 import torch
 import triton
@@ -13,14 +14,16 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
+from argosy.kernels.attention_parts import is_scaled, scaled
 
+UPLOADS, MAX_PAIRS = 8, 1024  # lists of pairs that may be on their way at once, and how long they may be
 COPY_BYTES = 16384  # of a block that one program copies: 128 threads with eight 16-byte loads in flight each
 
 
 @triton.jit(do_not_specialize_on_alignment=["slots_ptr"])  # as in `rotary`
 def _store_kv_kernel(
-    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, stride_k, stride_v,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, stride_k, stride_v, k_inverse, v_inverse,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -31,11 +34,22 @@ def _store_kv_kernel(
     inside = column < tl.where(slot >= 0, WIDTH, 0)
     k = tl.load(k_ptr + token * stride_k + column, inside, other=0.0)
     v = tl.load(v_ptr + token * stride_v + column, inside, other=0.0)
+    if SCALED:
+        k = scaled(k, k_inverse)
+        v = scaled(v, v_inverse)
     tl.store(k_cache_ptr + slot * WIDTH + column, k.to(k_cache_ptr.dtype.element_ty), inside)
     tl.store(v_cache_ptr + slot * WIDTH + column, v.to(v_cache_ptr.dtype.element_ty), inside)
 
 
-def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache_BSKH: Tensor, v_cache_BSKH: Tensor, slots_T: Tensor) -> None:
+def store_kv(
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    k_cache_BSKH: Tensor,
+    v_cache_BSKH: Tensor,
+    slots_T: Tensor,
+    *,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
+) -> None:
     """One program a token. Heads of a token must be contiguous; tokens may be strided (views of a fused qkv)."""
     num_tokens, num_kv_heads, head_size = k_TKH.shape
     for x_TKH, cache_BSKH in ((k_TKH, k_cache_BSKH), (v_TKH, v_cache_BSKH)):
@@ -48,6 +62,7 @@ def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache_BSKH: Tensor, v_cache_BSKH: T
     if num_tokens:
         _store_kv_kernel[(num_tokens,)](
             k_TKH, v_TKH, k_cache_BSKH, v_cache_BSKH, slots_T, k_TKH.stride(0), v_TKH.stride(0),
+            1.0 / kv_scales[0], 1.0 / kv_scales[1], SCALED=is_scaled(k_cache_BSKH, kv_scales),
             WIDTH=width, BLOCK=block, num_warps=max(1, min(8, block // 256)), **tuning.overlap(k_TKH.device),
         )  # fmt: skip
 
@@ -78,6 +93,36 @@ def _addresses(pointers: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(pointers, device=device)
 
 
+class _PairUploads:
+    """Places, pinned and on the device, through which lists of pairs go there without a new allocation each time."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self._pinned = torch.zeros((UPLOADS, MAX_PAIRS, 2), dtype=torch.int64, pin_memory=True)
+        self._host = self._pinned.numpy()
+        self._there = torch.zeros((UPLOADS, MAX_PAIRS, 2), dtype=torch.int64, device=device)
+        event: Any = torch.cuda.Event  # torch gives it no types
+        self._used = [event() for _ in range(UPLOADS)]
+        self._turn = 0
+
+    def send(self, pairs: Sequence[tuple[int, int]]) -> Tensor:
+        """The pairs on the device, until `UPLOADS` calls later."""
+        turn = self._turn = (self._turn + 1) % UPLOADS
+        self._used[turn].synchronize()  # not recorded yet, or long ago: returns at once
+        count = len(pairs)
+        self._host[turn, :count] = pairs
+        return self._there[turn, :count].copy_(self._pinned[turn, :count], non_blocking=True)
+
+    def launched(self) -> None:
+        """The kernel that reads the last pairs is on its stream."""
+        self._used[self._turn].record()
+
+
+@cache
+def _uploads(device: torch.device) -> _PairUploads:
+    return _PairUploads(device)
+
+
 def copy_blocks(sources: Sequence[Tensor], destinations: Sequence[Tensor], pairs: Sequence[tuple[int, int]]) -> None:
     """All pairs of all tensors in one launch on the current device and stream.
 
@@ -88,22 +133,28 @@ def copy_blocks(sources: Sequence[Tensor], destinations: Sequence[Tensor], pairs
     """
     if not pairs or not sources:
         return
-    tensors = [*sources, *destinations]
-    device = next((x.device for x in (sources[0], destinations[0]) if x.is_cuda), sources[0].device)
-    pointers = tuple(x.data_ptr() for x in tensors)
-    half = len(sources)
-    ids = torch.tensor(pairs, dtype=torch.int64)
-    if device.type == "cuda":
-        ids = ids.pin_memory().to(device, non_blocking=True)
-    if pointers[:half] == pointers[half:] and not {a for a, _ in pairs}.isdisjoint(b for _, b in pairs):
+    first = sources[0]
+    device = next((x.device for x in (first, destinations[0]) if x.is_cuda), first.device)
+    from_pointers = tuple([x.data_ptr() for x in sources])
+    to_pointers = from_pointers if destinations is sources else tuple([x.data_ptr() for x in destinations])
+    if from_pointers == to_pointers and not {a for a, _ in pairs}.isdisjoint([b for _, b in pairs]):
+        ids = torch.tensor(pairs, dtype=torch.int64, device=device)
         for source, destination in zip(sources, destinations, strict=True):
             destination.index_copy_(0, ids[:, 1], source.index_select(0, ids[:, 0]))
         return
-    block_bytes = sources[0].stride(0) * sources[0].element_size()
+    block_bytes = first.stride(0) * first.element_size()
+    _check_blocks((*sources[:1], *destinations[-1:]), block_bytes)
+    uploads = _uploads(device) if device.type == "cuda" and len(pairs) <= MAX_PAIRS else None
+    ids = torch.tensor(pairs, dtype=torch.int64, device=device) if uploads is None else uploads.send(pairs)
+    words = block_bytes // 4
+    grid = (len(pairs), len(sources), triton.cdiv(words, COPY_BYTES // 4))
+    addresses = _addresses(from_pointers + to_pointers, device)
+    _copy_blocks_kernel[grid](addresses, ids, len(sources), words, WORDS=COPY_BYTES // 4, num_warps=4)
+    if uploads is not None:
+        uploads.launched()
+
+
+def _check_blocks(tensors: Sequence[Tensor], block_bytes: int) -> None:
+    """For one of each side: to ask 128 tensors takes longer than to launch the copy."""
     assert block_bytes % 16 == 0
     assert all(x.is_contiguous() and x.stride(0) * x.element_size() == block_bytes for x in tensors)
-    words = block_bytes // 4
-    grid = (len(pairs), half, triton.cdiv(words, COPY_BYTES // 4))
-    _copy_blocks_kernel[grid](
-        _addresses(pointers, device), ids, half, words, WORDS=COPY_BYTES // 4, num_warps=4
-    )  # fmt: skip

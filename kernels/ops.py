@@ -123,14 +123,22 @@ def apply_rotary(
     return reference.apply_rotary(q_TNH, k_TKH, positions_T, cos_sin_PD, interleaved=interleaved)
 
 
-def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache_BSKH: Tensor, v_cache_BSKH: Tensor, slots_T: Tensor) -> None:
-    """Write token t's key and value to slot slots_T[t] of the caches; slot -1 is padding and is not written."""
+def store_kv(
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    k_cache_BSKH: Tensor,
+    v_cache_BSKH: Tensor,
+    slots_T: Tensor,
+    *,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
+) -> None:
+    """Write token t's key and value, over their scales, to slot slots_T[t] of the caches; -1 is padding: not written."""
     if k_TKH.is_cuda:
         from argosy.kernels import kv_cache
 
-        kv_cache.store_kv(k_TKH, v_TKH, k_cache_BSKH, v_cache_BSKH, slots_T)
+        kv_cache.store_kv(k_TKH, v_TKH, k_cache_BSKH, v_cache_BSKH, slots_T, kv_scales=kv_scales)
         return
-    reference.store_kv(k_TKH, v_TKH, k_cache_BSKH, v_cache_BSKH, slots_T)
+    reference.store_kv(k_TKH, v_TKH, k_cache_BSKH, v_cache_BSKH, slots_T, kv_scales=kv_scales)
 
 
 def rope_and_store(
@@ -146,6 +154,7 @@ def rope_and_store(
     q_norm_weight_H: Tensor | None = None,
     k_norm_weight_H: Tensor | None = None,
     eps: float = 1e-6,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """From the fused projection [T, (N + 2K) · H] to q [T, N, H] (a view, normed and rotated) and k, v in the cache.
 
@@ -160,6 +169,7 @@ def rope_and_store(
     return run(
         qkv_TD, positions_T, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_T, num_heads=num_heads,
         interleaved=interleaved, q_norm_weight_H=q_norm_weight_H, k_norm_weight_H=k_norm_weight_H, eps=eps,
+        kv_scales=kv_scales,
     )  # fmt: skip
 
 
@@ -191,6 +201,7 @@ def paged_attention(
     soft_cap: float | None = None,
     alibi_slopes_N: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
     out_RNH: Tensor | None = None,
 ) -> Tensor:
     """Decode: one query token a row, the last of its context, against the paged cache. Returns [R, N, H].
@@ -204,12 +215,12 @@ def paged_attention(
 
         return kernel.paged_attention(
             q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, max_context=max_context,
-            sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+            sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, kv_scales=kv_scales,
             out_RNH=out_RNH,
         )  # fmt: skip
     attended = reference.paged_attention(
         q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, sliding_window=sliding_window,
-        soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+        soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, kv_scales=kv_scales,
     )  # fmt: skip
     return attended if out_RNH is None else out_RNH.copy_(attended)
 
@@ -235,6 +246,7 @@ def decode_attention(
     soft_cap: float | None = None,
     alibi_slopes_N: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
     inputs_early: bool = False,
 ) -> Tensor:
     """A decode step from the fused projection to the heads' outputs: `rope_and_store`, then `paged_attention`.
@@ -251,22 +263,23 @@ def decode_attention(
             q_RNH = rope_and_store(
                 qkv_RD, positions_R, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_R, num_heads=num_heads,
                 interleaved=interleaved, q_norm_weight_H=q_norm_weight_H, k_norm_weight_H=k_norm_weight_H, eps=eps,
+                kv_scales=kv_scales,
             )  # fmt: skip
             return paged_attention(
                 q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, max_context=max_context,
-                sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+                sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, kv_scales=kv_scales,
             )  # fmt: skip
         return kernel.decode_attention(
             qkv_RD, positions_R, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_R, block_table_RB, context_len_R,
             num_heads=num_heads, scale=scale, interleaved=interleaved, q_norm_weight_H=q_norm_weight_H,
             k_norm_weight_H=k_norm_weight_H, eps=eps, max_context=max_context, sliding_window=sliding_window,
-            soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, inputs_early=inputs_early,
+            soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, kv_scales=kv_scales, inputs_early=inputs_early,
         )  # fmt: skip
     return reference.decode_attention(
         qkv_RD, positions_R, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_R, block_table_RB, context_len_R,
         num_heads=num_heads, scale=scale, interleaved=interleaved, q_norm_weight_H=q_norm_weight_H,
         k_norm_weight_H=k_norm_weight_H, eps=eps, sliding_window=sliding_window, soft_cap=soft_cap,
-        alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+        alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, kv_scales=kv_scales,
     )  # fmt: skip
 
 
@@ -283,6 +296,7 @@ def prefill_attention(
     soft_cap: float | None = None,
     alibi_slopes_N: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
     out_TNH: Tensor | None = None,
 ) -> Tensor:
     """Causal attention of ragged rows (any mix of prompts, chunks and single tokens) over the paged cache. [T, N, H].
@@ -296,12 +310,12 @@ def prefill_attention(
 
         return kernel.prefill_attention(
             q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, scale=scale,
-            sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+            sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, kv_scales=kv_scales,
             out_TNH=out_TNH,
         )  # fmt: skip
     attended = reference.prefill_attention(
         q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, scale=scale,
-        sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+        sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, kv_scales=kv_scales,
     )  # fmt: skip
     return attended if out_TNH is None else out_TNH.copy_(attended)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
-from argosy.kernels.attention_parts import join, prefetch, turn
+from argosy.kernels.attention_parts import is_scaled, join, prefetch, scaled, turn
 
 
 # Lengths, and addresses inside a packed buffer, differ from step to step: a compiled variant for each divisibility by
@@ -49,6 +49,9 @@ def _paged_attention_kernel(
     soft_cap,
     window,
     eps,
+    k_inverse,
+    v_inverse,
+    v_scale,
     num_splits,
     min_piece,  # tokens, a multiple of BLOCK_L: below it a piece costs more to join than to walk
     K: tl.constexpr,
@@ -69,6 +72,7 @@ def _paged_attention_kernel(
     NORM_Q: tl.constexpr,
     NORM_K: tl.constexpr,
     EARLY: tl.constexpr,  # only the projection comes from the kernel before
+    SCALED: tl.constexpr,  # the cache holds keys and values over their scales; that of keys is in `scale`
     PREFETCHED: tl.constexpr,  # tokens of a piece to ask for while that one runs
     HEADS: tl.constexpr,  # power of two >= G
     JOIN: tl.constexpr,  # pieces that are joined at once
@@ -154,8 +158,12 @@ def _paged_attention_kernel(
             one = tl.zeros((1, 1), tl.int64)
             new_k = q_ptr + row * stride_q + (K * G + kv_head) * H + one
             k_row = turn(new_k, (dim < H)[None, :], dim, partner, k_weight, k_other, cos, sin, eps, H, NORM_K)
+            if SCALED:
+                k_row = scaled(k_row, k_inverse)
             k_row = k_row.to(k_cache_ptr.dtype.element_ty)
             v_row = tl.load(new_k + K * H + dim[None, :], (dim < H)[None, :], other=0.0)
+            if SCALED:
+                v_row = scaled(v_row, v_inverse)
             v_row = v_row.to(v_cache_ptr.dtype.element_ty)
             here = (slot * K + kv_head) * H + dim[None, :] + one
             tl.store(k_cache_ptr + here, k_row, (dim < tl.where(slot >= 0, H, 0))[None, :])
@@ -195,6 +203,8 @@ def _paged_attention_kernel(
         acc = tl.dot(weight.to(q.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         largest = higher
 
+    if SCALED:
+        acc *= v_scale
     if SPLIT:  # noqa: SIM102 - known when compiling, pieces only when running
         if pieces > 1:
             group_index = row * K + kv_head
@@ -250,6 +260,7 @@ def _launch(
     alibi_slopes_N: Tensor | None,
     sinks_N: Tensor | None,
     sizes: tuning.Sizes | None,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
     out_RNH: Tensor | None = None,
     new: dict[str, object] | None = None,
 ) -> Tensor:
@@ -300,7 +311,9 @@ def _launch(
         q_ptr=q_RD, k_cache_ptr=k_cache_BSKH, v_cache_ptr=v_cache_BSKH, table_ptr=block_table_RB,
         context_ptr=context_len_R, out_ptr=out_RNH, slopes_ptr=out_RNH if alibi_slopes_N is None else alibi_slopes_N,
         sinks_ptr=out_RNH if sinks_N is None else sinks_N, part_ptr=part, stats_ptr=stats, counter_ptr=counters,
-        stride_q=q_RD.stride(0), stride_table=block_table_RB.stride(0), scale=scale, soft_cap=soft_cap or 0.0,
+        stride_q=q_RD.stride(0), stride_table=block_table_RB.stride(0), scale=scale * kv_scales[0],
+        soft_cap=soft_cap or 0.0, k_inverse=1.0 / kv_scales[0], v_inverse=1.0 / kv_scales[1], v_scale=kv_scales[1],
+        SCALED=is_scaled(k_cache_BSKH, kv_scales),
         window=sliding_window or 0, num_splits=splits, K=num_kv_heads, G=group, H=head_size, S=block_size,
         GROUP=max(16, tuning.next_power_of_two(group)), WIDTH=width, BLOCK_L=block_l, WINDOW=sliding_window is not None,
         SOFT_CAP=soft_cap is not None, ALIBI=alibi_slopes_N is not None, SINKS=sinks_N is not None, SPLIT=splits > 1,
@@ -325,6 +338,7 @@ def paged_attention(
     soft_cap: float | None = None,
     alibi_slopes_N: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
     out_RNH: Tensor | None = None,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
@@ -337,7 +351,7 @@ def paged_attention(
     return _launch(
         q_RNH, q_RNH.shape[1], k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale,
         max_context=max_context, sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N,
-        sinks_N=sinks_N, sizes=sizes, out_RNH=out_RNH,
+        sinks_N=sinks_N, sizes=sizes, kv_scales=kv_scales, out_RNH=out_RNH,
     )  # fmt: skip
 
 
@@ -362,6 +376,7 @@ def decode_attention(
     soft_cap: float | None = None,
     alibi_slopes_N: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
     inputs_early: bool = False,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
@@ -380,5 +395,5 @@ def decode_attention(
     return _launch(
         qkv_RD, num_heads, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale,
         max_context=max_context, sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N,
-        sinks_N=sinks_N, sizes=sizes, new=new,
+        sinks_N=sinks_N, sizes=sizes, kv_scales=kv_scales, new=new,
     )  # fmt: skip

@@ -94,6 +94,7 @@ def _prefill_attention_kernel(
     soft_cap,
     window,
     num_rows,
+    v_scale,
     K: tl.constexpr,
     G: tl.constexpr,
     H: tl.constexpr,
@@ -174,6 +175,7 @@ def _prefill_attention_kernel(
         shrink = tl.exp2(largest - higher)
         total = total * shrink + tl.exp2(sink - higher)
         acc *= shrink[:, None]
+    acc *= v_scale
     out = out_ptr + ((token * K * G + head) * H)[:, None] + dim[None, :]
     tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), in_tile)
 
@@ -201,6 +203,7 @@ def prefill_attention(
     soft_cap: float | None = None,
     alibi_slopes_N: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
     out_TNH: Tensor | None = None,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
@@ -232,7 +235,8 @@ def prefill_attention(
     _prefill_attention_kernel[grid](
         q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, out_TNH,
         out_TNH if alibi_slopes_N is None else alibi_slopes_N, out_TNH if sinks_N is None else sinks_N,
-        q_TNH.stride(0), block_table_RB.stride(0), scale, soft_cap or 0.0, sliding_window or 0, num_rows,
+        q_TNH.stride(0), block_table_RB.stride(0), scale * kv_scales[0], soft_cap or 0.0, sliding_window or 0,
+        num_rows, kv_scales[1],
         K=num_kv_heads, G=group, H=head_size, S=block_size, WIDTH=width, BLOCK_M=block_m, BLOCK_Q=block_q,
         BLOCK_L=sizes["block_l"], WINDOW=sliding_window is not None, SOFT_CAP=soft_cap is not None,
         ALIBI=alibi_slopes_N is not None, SINKS=sinks_N is not None, STAGES=sizes["stages"],

@@ -91,13 +91,32 @@ def _rotate(x_TNH: Tensor, cos_T1D: Tensor, sin_T1D: Tensor, interleaved: bool) 
     second.copy_(rotated_second)
 
 
-def store_kv(k_TKH: Tensor, v_TKH: Tensor, k_cache_BSKH: Tensor, v_cache_BSKH: Tensor, slots_T: Tensor) -> None:
-    """Write token t to slot slots_T[t] = block_id · S + offset of both caches. A slot of -1 is padding: not written."""
+def store_kv(
+    k_TKH: Tensor,
+    v_TKH: Tensor,
+    k_cache_BSKH: Tensor,
+    v_cache_BSKH: Tensor,
+    slots_T: Tensor,
+    *,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
+) -> None:
+    """Write token t to slot slots_T[t] = block_id · S + offset of both caches. A slot of -1 is padding: not written.
+
+    What is written is the key or value divided by its scale; in an e4m3 cache, cut off at the largest number.
+    """
     if slots_T.numel() and int(slots_T.min()) < 0:
         (kept,) = torch.where(slots_T >= 0)
         k_TKH, v_TKH, slots_T = k_TKH[kept], v_TKH[kept], slots_T[kept]
-    for x_TKH, cache_BSKH in ((k_TKH, k_cache_BSKH), (v_TKH, v_cache_BSKH)):
-        cache_BSKH.view(-1, *cache_BSKH.shape[2:]).index_copy_(0, slots_T.long(), x_TKH.to(cache_BSKH.dtype))
+    for x_TKH, cache_BSKH, scale in zip((k_TKH, v_TKH), (k_cache_BSKH, v_cache_BSKH), kv_scales, strict=True):
+        kept_TKH = to_cache(x_TKH, cache_BSKH.dtype, scale)
+        cache_BSKH.view(-1, *cache_BSKH.shape[2:]).index_copy_(0, slots_T.long(), kept_TKH)
+
+
+def to_cache(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """Keys or values in the numbers of a cache: divided by their scale, and cut off where e4m3 ends."""
+    if dtype == torch.float8_e4m3fn:
+        return (x.float() / scale).clamp(-448.0, 448.0).to(dtype)
+    return (x if scale == 1.0 else x / scale).to(dtype)
 
 
 def rope_and_store(
@@ -113,6 +132,7 @@ def rope_and_store(
     q_norm_weight_H: Tensor | None = None,
     k_norm_weight_H: Tensor | None = None,
     eps: float = 1e-6,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """Norm q and k per head if weights are given, rotate them, store k and v. Returns q: [T, N, H], a view of qkv.
 
@@ -129,7 +149,7 @@ def rope_and_store(
     if cos_sin_PD is not None:
         cos_T1D, sin_T1D = cos_sin_PD[positions_T].unsqueeze(1).chunk(2, dim=-1)
         _rotate(qkv[:, : num_heads + num_kv_heads], cos_T1D, sin_T1D, interleaved)  # q and k lie side by side
-    store_kv(k_TKH, v_TKH, k_cache_BSKH, v_cache_BSKH, slots_T)
+    store_kv(k_TKH, v_TKH, k_cache_BSKH, v_cache_BSKH, slots_T, kv_scales=kv_scales)
     queries: Tensor = q_TNH
     return queries
 
@@ -156,12 +176,14 @@ def paged_attention(
     soft_cap: float | None = None,
     alibi_slopes_N: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """Attention of one query token a row, the last of its context. Rows of context 0 (padding) give zeros.
 
     All rows of a piece at once: their blocks are gathered, and the G query heads of a key/value head stand in the
     place of query positions, so that keys are not repeated. Options as in `prefill_attention`.
     """
+    scale *= kv_scales[0]
     num_rows, num_heads, head_size = q_RNH.shape
     block_size, num_kv_heads = k_cache_BSKH.shape[1:3]
     heads = (num_kv_heads, num_heads // num_kv_heads)
@@ -195,7 +217,7 @@ def paged_attention(
         ).reshape(-1, num_heads, head_size)  # fmt: skip
         if min(lengths[rows]) == 0:
             out = out.masked_fill((context_len_R[rows] == 0)[:, None, None], 0.0)
-        pieces.append(out)
+        pieces.append(out if kv_scales[1] == 1.0 else out * kv_scales[1])
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces or [torch.empty_like(q_RNH)])
 
 
@@ -219,15 +241,17 @@ def decode_attention(
     soft_cap: float | None = None,
     alibi_slopes_N: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """`rope_and_store`, then `paged_attention`."""
     q_RNH = rope_and_store(
         qkv_RD, positions_R, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_R, num_heads=num_heads,
         interleaved=interleaved, q_norm_weight_H=q_norm_weight_H, k_norm_weight_H=k_norm_weight_H, eps=eps,
+        kv_scales=kv_scales,
     )  # fmt: skip
     return paged_attention(
         q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, sliding_window=sliding_window,
-        soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+        soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, kv_scales=kv_scales,
     )  # fmt: skip
 
 
@@ -244,6 +268,7 @@ def prefill_attention(
     soft_cap: float | None = None,
     alibi_slopes_N: Tensor | None = None,
     sinks_N: Tensor | None = None,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """Causal attention of ragged rows over the paged cache, which already holds this step's keys and values.
 
@@ -251,6 +276,7 @@ def prefill_attention(
     at position i of its row sees position j when j <= i and, with `sliding_window` W, j > i - W. Logits are
     q·k·scale, then soft_cap · tanh(logit / soft_cap) (Gemma 2), then + slope · (j - i) (ALiBi, Press et al. 2021).
     `sinks_N` are logits per head that take part in the softmax but carry no value. Tokens past the last row: zeros.
+    `kv_scales`: what keys and values of the cache are to be multiplied by.
     """
     starts, lengths = query_start_R1.tolist(), context_len_R.tolist()
     num_heads, head_size = q_TNH.shape[1:]
@@ -263,9 +289,11 @@ def prefill_attention(
         tokens = query_start_R1[rows].long()
         attended = paged_attention(
             q_TNH[tokens], k_cache_BSKH, v_cache_BSKH, block_table_RB[rows], context_len_R[rows],
-            sliding_window=sliding_window, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, **options,
+            sliding_window=sliding_window, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, kv_scales=kv_scales,
+            **options,
         )  # fmt: skip
         out_TNH[tokens] = attended
+    options["scale"] = scale = scale * kv_scales[0]
     for row, length in enumerate(lengths):
         num_queries = starts[row + 1] - starts[row]
         if num_queries < 2:
@@ -296,6 +324,8 @@ def prefill_attention(
                 bias=None if alibi_slopes_N is None else alibi_slopes_N.view(1, -1, 1, 1) * (key_L - query_Q1),
                 sinks=None if sinks_N is None else sinks_N.view(1, -1, 1, 1), **options,
             )  # fmt: skip
+        if kv_scales[1] != 1.0:
+            out_1NLH = out_1NLH * kv_scales[1]
         out_TNH[tokens_of_row] = out_1NLH[0].transpose(0, 1)
     return out_TNH
 

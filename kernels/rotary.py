@@ -9,6 +9,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
+from argosy.kernels.attention_parts import is_scaled, scaled
 
 
 # Addresses inside a packed buffer, differ from step to step: a compiled variant for each divisibility by 16
@@ -25,6 +26,8 @@ def _rotate_kernel(
     slots_ptr,
     stride_x,
     eps,
+    k_inverse,
+    v_inverse,
     N: tl.constexpr,
     K: tl.constexpr,
     H: tl.constexpr,
@@ -36,6 +39,7 @@ def _rotate_kernel(
     NORM_Q: tl.constexpr,
     NORM_K: tl.constexpr,
     STORE: tl.constexpr,
+    SCALED: tl.constexpr,
     PDL: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -103,6 +107,11 @@ def _rotate_kernel(
         end = tl.where(slot >= 0, N + 2 * K, 0)  # no head of a padding token is written
         write_k = (is_k & (head < end))[:, None]
         write_v = (is_v & (head < end))[:, None]
+        if SCALED:
+            inverse = tl.where(is_k, k_inverse, v_inverse)[:, None]
+            first = scaled(first, inverse)
+            second = scaled(second, inverse)
+            tail = scaled(tail, inverse)
         tl.store(k_head[:, None] + first_dim[None, :], first.to(kept), mask_pair & write_k)
         tl.store(k_head[:, None] + second_dim[None, :], second.to(kept), mask_pair & write_k)
         tl.store(k_head[:, None] + rest[None, :], tail.to(kept), mask_rest & write_k)
@@ -136,8 +145,9 @@ def apply_rotary(
         if num_tokens == 0:
             continue
         _rotate_kernel[(num_tokens, triton.cdiv(num_heads, sizes["HEADS"]))](
-            x, positions_T, cos_sin_PD, x, x, x, x, positions_T, x.stride(0), 0.0,
+            x, positions_T, cos_sin_PD, x, x, x, x, positions_T, x.stride(0), 0.0, 1.0, 1.0,
             N=num_heads, K=0, H=head_size, INTERLEAVED=interleaved, NORM_Q=False, NORM_K=False, STORE=False,
+            SCALED=False,
             **sizes, **tuning.overlap(x.device),
         )  # fmt: skip
     return q_TNH, k_TKH
@@ -156,6 +166,7 @@ def rope_and_store(
     q_norm_weight_H: Tensor | None = None,
     k_norm_weight_H: Tensor | None = None,
     eps: float = 1e-6,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> Tensor:
     """One launch: norm and rotate q (in place) and k, write k and v to their slots. Returns q: [T, N, H], a view."""
     num_kv_heads, head_size = k_cache_BSKH.shape[2:]
@@ -172,8 +183,9 @@ def rope_and_store(
             qkv_TD, positions_T, slots_T if cos_sin_PD is None else cos_sin_PD,
             qkv_TD if q_norm_weight_H is None else q_norm_weight_H,
             qkv_TD if k_norm_weight_H is None else k_norm_weight_H,
-            k_cache_BSKH, v_cache_BSKH, slots_T, qkv_TD.stride(0), eps,
+            k_cache_BSKH, v_cache_BSKH, slots_T, qkv_TD.stride(0), eps, 1.0 / kv_scales[0], 1.0 / kv_scales[1],
             N=num_heads, K=num_kv_heads, H=head_size, INTERLEAVED=interleaved, STORE=True,
+            SCALED=is_scaled(k_cache_BSKH, kv_scales),
             NORM_Q=q_norm_weight_H is not None, NORM_K=k_norm_weight_H is not None,
             **sizes, **tuning.overlap(qkv_TD.device),
         )  # fmt: skip

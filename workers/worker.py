@@ -21,7 +21,7 @@ import torch
 
 from argosy.cluster.protocol.channel import Channel
 from argosy.cluster.protocol.config import ServingConfig
-from argosy.cluster.protocol.errors import ChannelClosed, ConfigError, ServingError, WorkerFailed
+from argosy.cluster.protocol.errors import ChannelClosed, ServingError, WorkerFailed
 from argosy.cluster.protocol.messages import (
     AllocateCache,
     Hello,
@@ -341,9 +341,7 @@ def _first_line(error: BaseException) -> str:
 def _cache_dtype(wanted: str, dtype: torch.dtype) -> torch.dtype:
     if wanted == "auto":
         return dtype
-    if wanted not in TORCH_DTYPES:
-        raise ConfigError(f"kv_cache_dtype={wanted!r}: supported: auto, {', '.join(TORCH_DTYPES)}")
-    return TORCH_DTYPES[wanted]
+    return torch.float8_e4m3fn if wanted == "fp8_e4m3" else TORCH_DTYPES[wanted]
 
 
 def _num_threads(config: ServingConfig, rank: RankInfo) -> int:

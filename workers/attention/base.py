@@ -42,6 +42,7 @@ class AttentionShape:
     soft_cap: float | None = None  # logits become cap * tanh(logits / cap)
     alibi_slopes_N: Tensor | None = None  # then slope * (key - query) is added
     sinks_N: Tensor | None = None  # then a logit of its own joins the softmax, without a value
+    kv_scales: tuple[float, float] = (1.0, 1.0)  # the cache holds keys and values over these
 
     @property
     def is_plain(self) -> bool:

@@ -4,6 +4,7 @@ What is the same for all layers of a step (rotations, slots, which blocks to gat
 in the metadata's `scratch`.
 """
 
+import dataclasses
 from functools import cache
 from typing import NamedTuple
 
@@ -11,12 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from argosy.kernels.reference import to_cache
 from argosy.workers.attention.base import AttentionMetadata, AttentionShape, QKNorm
 
 # Decode rows are gathered together while they are of similar length and the copy stays in the cache: above 32 MiB
 # glibc maps and unmaps each copy, which took 8 times as long.
 GATHER_TOKENS = 8192
 CHUNK_LOGITS = 1 << 18  # of a prompt's queries taken together: 1 MiB, which stays in a core's cache
+NO_SCALES = (1.0, 1.0)
 MIN_CHUNK, MAX_CHUNK = 16, 256
 # A group's shortest row has at least this share of the blocks of its longest. 32 rows of 40 to 380 tokens (4 heads of
 # 32, float32), a step of 4 layers: 0.8 10.8 ms, 0.6 11.1, 0.3 14.9, all in one 46: padding costs more than a group.
@@ -146,8 +149,9 @@ class TorchBackend:
         if plan.kept_T is not None:
             k_TKH, v_TKH = k_TKH[plan.kept_T], v_TKH[plan.kept_T]
         k_cache, v_cache = kv_cache
-        if k_TKH.dtype != k_cache.dtype:
-            k_TKH, v_TKH = k_TKH.to(k_cache.dtype), v_TKH.to(v_cache.dtype)
+        if k_TKH.dtype != k_cache.dtype or shape.kv_scales != NO_SCALES:
+            k_TKH = to_cache(k_TKH, k_cache.dtype, shape.kv_scales[0])
+            v_TKH = to_cache(v_TKH, v_cache.dtype, shape.kv_scales[1])
         k_cache.view(-1, num_kv_heads, size).index_copy_(0, plan.slots_T, k_TKH)
         v_cache.view(-1, num_kv_heads, size).index_copy_(0, plan.slots_T, v_TKH)
         return rotated[:, :num_heads]
@@ -156,6 +160,10 @@ class TorchBackend:
         self, q_TNH: Tensor, kv_cache: tuple[Tensor, Tensor], metadata: AttentionMetadata, shape: AttentionShape
     ) -> Tensor:
         """Padding tokens give zeros."""
+        if shape.kv_scales != NO_SCALES:  # the keys' scale is one of the logits, the values' one of the outcome
+            k_scale, v_scale = shape.kv_scales
+            shape = dataclasses.replace(shape, scale=shape.scale * k_scale, kv_scales=NO_SCALES)
+            return self.attend(q_TNH, kv_cache, metadata, shape).mul_(v_scale)
         plan = _plan(metadata, kv_cache)
         if len(plan.decodes) == 1 and plan.decodes[0].rows is None:
             return _decode(q_TNH, kv_cache, plan.decodes[0], shape)

@@ -47,6 +47,7 @@ class TritonBackend:
             soft_cap=shape.soft_cap,
             alibi_slopes_N=shape.alibi_slopes_N,
             sinks_N=shape.sinks_N,
+            kv_scales=shape.kv_scales,
             inputs_early=True,
         ).flatten(1)
 
@@ -73,6 +74,7 @@ class TritonBackend:
             q_norm_weight_H=None if norm is None else norm.q_weight_H,
             k_norm_weight_H=None if norm is None else norm.k_weight_H,
             eps=1e-6 if norm is None else norm.eps,
+            kv_scales=shape.kv_scales,
         )
 
     def attend(
@@ -110,6 +112,7 @@ class TritonBackend:
             soft_cap=shape.soft_cap,
             alibi_slopes_N=shape.alibi_slopes_N,
             sinks_N=shape.sinks_N,
+            kv_scales=shape.kv_scales,
             out_RNH=out_RNH,
         )
 
@@ -140,5 +143,6 @@ class TritonBackend:
             soft_cap=shape.soft_cap,
             alibi_slopes_N=shape.alibi_slopes_N,
             sinks_N=shape.sinks_N,
+            kv_scales=shape.kv_scales,
             out_TNH=out_TNH,
         )
