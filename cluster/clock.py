@@ -41,6 +41,11 @@ class ManualClock:
         assert seconds >= 0.0, seconds
         self._now += seconds
 
+    def move_to(self, now: float) -> None:
+        """Let it be `now`, exactly: many small advances would not add up to it."""
+        assert now >= self._now, (now, self._now)
+        self._now = now
+
     def sleep(self, seconds: float) -> None:
         """Let `seconds` pass at once."""
         self.advance(max(0.0, seconds))
