@@ -138,7 +138,8 @@ MOE_FAMILIES: Final[Mapping[str, Family]] = {
         qkv_bias="qkv_bias", window="switched", extra=_qwen2_moe, defaults={"qkv_bias": True}
     ),
     "Qwen3MoeForCausalLM": Family(
-        qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, window="switched", extra=_qwen3_moe
+        qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, window="switched", extra=_qwen3_moe,
+        names={"num_experts": "num_local_experts"},
     ),
     "GptOssForCausalLM": Family(
         qkv_bias=True, o_bias=True, window="always", window_period=2, extra=_gpt_oss,

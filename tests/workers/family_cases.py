@@ -78,6 +78,11 @@ CASES: dict[str, Case] = {
         "num_kv_heads": 2}),
     "falcon rw": Case("FalconConfig", "FalconForCausalLM", FALCON | {"alibi": True, "multi_query": False,
         "parallel_attn": False, "bias": True}),
+    "mixtral": Case("MixtralConfig", "MixtralForCausalLM", SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2}),
+    "qwen2-moe": Case("Qwen2MoeConfig", "Qwen2MoeForCausalLM", SMALL | {"num_experts": 6, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
+    "qwen3-moe": Case("Qwen3MoeConfig", "Qwen3MoeForCausalLM", SMALL | {"num_experts": 6, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32, "norm_topk_prob": True, "head_dim": 16}),
     "mpt": Case("MptConfig", "MptForCausalLM", {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 128,
         "vocab_size": VOCAB, "initializer_range": 0.2}),
 }  # fmt: skip

@@ -15,6 +15,7 @@ class Slot(StrEnum):
     V = "v"
     GATE = "gate"
     UP = "up"
+    DOWN = "down"  # of an expert
     BLOCKS = "blocks"  # all parts of the module, one below the other
     GROUPED = "grouped"  # q, k and v, for one key/value head after the other
 

@@ -21,11 +21,12 @@ from argosy.workers.forward_context import ForwardContext
 from argosy.workers.layers.activation import GATED_ACTIVATIONS
 from argosy.workers.layers.attention import Attention
 from argosy.workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from argosy.workers.layers.group_sum import GroupSum, open_group_sum
+from argosy.workers.layers.group_sum import open_group_sum
 from argosy.workers.layers.linear import MergedColumnParallelLinear, ParallelLinear, RowParallelLinear
 from argosy.workers.layers.norm import RMSNorm
 from argosy.workers.layers.rotary import RotaryEmbedding
 from argosy.workers.loading.names import LLAMA_NAMES, NameTable
+from argosy.workers.models.group_forward import GroupForward
 from argosy.workers.quantization.base import Cut, Fusion, LinearMethod, linear_method_for
 
 
@@ -40,7 +41,6 @@ class GatedMLP(nn.Module):
         )
         self.down_proj = RowParallelLinear(parallel, method, inner, width, bias=bias, dtype=dtype)
         self.activate = GATED_ACTIVATIONS[spec.activation]
-
         self.is_silu = spec.activation == "silu"
 
     def inner(self, x_TD: Tensor) -> Tensor:
@@ -49,6 +49,10 @@ class GatedMLP(nn.Module):
         if self.is_silu and gate_up.method.fuses(gate_up, x_TD):
             return gate_up.fused(x_TD, Fusion(gated=True))
         return self.activate(gate_up(x_TD))
+
+    def partial(self, x_TD: Tensor) -> Tensor:
+        """`forward` without the sum over the group."""
+        return self.down_proj.product(self.inner(x_TD))
 
     def forward(self, x_TD: Tensor | Fp8Rows) -> Tensor:
         """[T, D]."""
@@ -99,23 +103,6 @@ class DecoderLayer(nn.Module):
         inner_TX = mlp.gate_up_proj.fused(residual_TD, Fusion(self.mlp_norm.weight, self.mlp_norm.eps, gated=True))
         mlp.down_proj.fused(inner_TX, Fusion(residual_TO=residual_TD))
 
-    def forward_summed(
-        self,
-        x_TD: Tensor,
-        residual_TD: Tensor,
-        positions_T: Tensor,
-        ctx: ForwardContext,
-        sums: GroupSum,
-        next_norm: RMSNorm | None,
-    ) -> Tensor:
-        """The same over a group that shares memory: from normed input to the next layer's; `residual_TD` in place."""
-        attention, mlp = self.attention, self.mlp
-        seen_TX = attention.attend(attention.qkv_proj.product(x_TD), positions_T, ctx)
-        attention.o_proj.part(seen_TX, sums.part(0, len(x_TD)))
-        x_TD = sums.add_norm(0, residual_TD, self.mlp_norm)
-        mlp.down_proj.part(mlp.inner(x_TD), sums.part(1, len(x_TD)))
-        return sums.add_norm(1, residual_TD, next_norm)
-
 
 class Decoder(nn.Module):
     """This rank's part of a decoder. Its parameters have no memory until `load_weights` found the checkpoint sound."""
@@ -154,17 +141,21 @@ class Decoder(nn.Module):
                 tied_to=self.embed if spec.tied else None,
             )
         self._stack = [layer for layer in self.layers.values() if isinstance(layer, DecoderLayer)]
-        self._sums: GroupSum | None = None
+        self._group: GroupForward | None = None
 
     def open_group_sum(self, max_tokens: int, max_rows: int) -> None:
         """Share memory with the tensor-parallel group where its GPUs can. Collective, once, before the first step."""
-        if type(self).forward is Decoder.forward and all(type(layer) is DecoderLayer for layer in self.layers.values()):
-            self._sums = open_group_sum(
-                self.parallel,
-                max_tokens=max_tokens,
-                width=self.spec.hidden_size,
-                max_rows=max_rows,
-                dtype=self.dtype,
+        if type(self).forward is not Decoder.forward or len(self._stack) != len(self.layers):
+            return
+        if any(type(layer) is not DecoderLayer for layer in self._stack):
+            return
+        width = self.spec.hidden_size
+        sums = open_group_sum(
+            self.parallel, max_tokens=max_tokens, width=width, max_rows=max_rows, dtype=self.dtype
+        )  # fmt: skip
+        if sums is not None:
+            self._group = GroupForward(
+                self._stack, self.embed, self.norm, sums, width=width, dtype=self.dtype, device=self.device
             )
 
     def forward(
@@ -174,8 +165,8 @@ class Decoder(nn.Module):
 
         The first stage gets token ids; the others what the stage before them returned, which is overwritten.
         """
-        if self._sums is not None:
-            return self._forward_summed(self._sums, token_ids_T, hidden_TD, positions_T, ctx)
+        if self._group is not None:
+            return self._group(token_ids_T, hidden_TD, positions_T, ctx)
         if self.embed is not None:
             residual_TD: Tensor = self.embed(token_ids_T)
         else:
@@ -193,29 +184,6 @@ class Decoder(nn.Module):
             return residual_TD.add_(delta_TD)
         return self.norm.add(delta_TD, residual_TD)
 
-    def _forward_summed(
-        self,
-        sums: GroupSum,
-        token_ids_T: Tensor | None,
-        hidden_TD: Tensor | None,
-        positions_T: Tensor,
-        ctx: ForwardContext,
-    ) -> Tensor:
-        """`forward`, with all sums over the group in one launch with the addition and the norm that follow."""
-        norms: list[RMSNorm | None] = [*(layer.input_norm for layer in self._stack), self.norm]
-        if self.embed is not None:
-            assert token_ids_T is not None
-            shape = (token_ids_T.shape[0], self.spec.hidden_size)
-            residual_TD = torch.empty(shape, dtype=self.dtype, device=self.device)
-            self.embed.part(token_ids_T, sums.part(1, shape[0]))
-            x_TD = sums.add_norm(1, residual_TD, norms[0], add=False)
-        else:
-            assert hidden_TD is not None
-            residual_TD, x_TD = hidden_TD, self._stack[0].input_norm(hidden_TD)
-        for layer, next_norm in zip(self._stack, norms[1:], strict=True):
-            x_TD = layer.forward_summed(x_TD, residual_TD, positions_T, ctx, sums, next_norm)
-        return x_TD
-
     def _fuses(self, residual_TD: Tensor) -> bool:
         """Whether products are fused with their neighbours. Not over a group: its sum stands between them."""
         probe = self._stack[0].attention.qkv_proj
@@ -230,7 +198,7 @@ class Decoder(nn.Module):
     @property
     def chooses_over_group(self) -> bool:
         """Whether `choose` finds the most likely token without gathering the logits."""
-        return self._sums is not None
+        return self._group is not None
 
     def compute_own_logits(self, hidden_SD: Tensor) -> Tensor:
         """[S, W] of this rank's share of the vocabulary and its padding, in the model's numbers."""
@@ -244,10 +212,10 @@ class Decoder(nn.Module):
 
     def choose(self, own_logits_SW: Tensor) -> tuple[Tensor, Tensor]:
         """The most likely tokens of the whole vocabulary (int64) and their logits (float32), on every rank."""
-        assert self._sums is not None
+        assert self._group is not None
         assert self.lm_head is not None
         ids_S = ops.argmax_rows(own_logits_SW[:, : self.lm_head.num_own])
-        return self._sums.choose(own_logits_SW, ids_S, self.lm_head.share.first)
+        return self._group.sums.choose(own_logits_SW, ids_S, self.lm_head.share.first)
 
     def compute_logits(self, hidden_SD: Tensor) -> Tensor:
         """The same in float32, contiguous."""

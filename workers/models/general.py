@@ -13,6 +13,7 @@ T = tokens of the step, D = model width, S = tokens to be sampled. With x the su
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor, nn
 
@@ -25,9 +26,11 @@ from argosy.workers.layers.attention import Attention
 from argosy.workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from argosy.workers.layers.fused_checkpoint import cuts_of, transposed
 from argosy.workers.layers.linear import ColumnParallelLinear, ParallelLinear, ReplicatedLinear, RowParallelLinear
+from argosy.workers.layers.moe import Experts, MoE
 from argosy.workers.layers.norm import LayerNorm, RMSNorm, make_norm
 from argosy.workers.layers.position import LearnedPositions
 from argosy.workers.layers.rotary import RotaryEmbedding
+from argosy.workers.loading.names import Slot
 from argosy.workers.models.decoder import Decoder, GatedMLP
 from argosy.workers.quantization.base import Cut, LinearMethod, empty_parameter, linear_method_for
 
@@ -143,6 +146,7 @@ class GeneralDecoder(Decoder):
     """This rank's part of a decoder of any family. A family's file has its names, and what no fact can say."""
 
     TRANSPOSED = False  # the checkpoint has weights as [inputs, outputs]
+    EXPERTS: type[Experts] = Experts
 
     def __init__(
         self, spec: ModelSpec, rank: RankInfo, parallel: ParallelContext, dtype: torch.dtype, device: torch.device
@@ -171,7 +175,7 @@ class GeneralDecoder(Decoder):
         if rank.is_last_stage:
             self._make_exit()
         self._stack = list(self.layers.values())  # type: ignore[arg-type]  # layers of another class than the base's
-        self._sums = None
+        self._group = None
         # as transformers has it: the scale is rounded to the model's numbers first
         self.embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=dtype))
 
@@ -215,9 +219,18 @@ class GeneralDecoder(Decoder):
         return Attention(spec, self.parallel, self.method, rotary, layer=layer, dtype=self.dtype)
 
     def make_mlp(self, layer: int) -> nn.Module:
-        """Its MLP."""
+        """Its MLP, or its experts."""
+        if self.spec.moe is not None and self.spec.has_experts(layer):
+            return MoE(self.spec, self.parallel, dtype=self.dtype, shared=self._shared_mlp(), experts=self.EXPERTS)
         mlp = GatedMLP if self.spec.gated else PlainMLP
         return mlp(self.spec, self.parallel, self.method, dtype=self.dtype)
+
+    def _shared_mlp(self) -> GatedMLP | None:
+        moe = self.spec.moe
+        if moe is None or not moe.shared_size:
+            return None
+        shared = msgspec.structs.replace(self.spec, intermediate_size=moe.shared_size, mlp_bias=False)
+        return GatedMLP(shared, self.parallel, self.method, dtype=self.dtype)
 
     # ------------------------------------------------------------------------------------------------------ running
 
@@ -313,9 +326,7 @@ class GeneralDecoder(Decoder):
                     found = self.lm_head
                 if found is None:
                     continue
-                for expert in getattr(found, "own_experts", ()) if row.count("{}") > 1 else (None,):
-                    theirs = row.format(layer, expert)
-                    reads = cuts_of(found, target.slot) if expert is None else found.expert_cuts(target.slot, expert)
+                for theirs, reads in _tensors_of(row, layer, found, target.slot):
                     for suffix, parameter, cut in _with_parameter(reads):
                         if tied_away and (target.module, suffix) in (("lm_head", "weight"), ("embed", "bias")):
                             continue  # the embedding's tensor is the head's weight here
@@ -331,6 +342,16 @@ class GeneralDecoder(Decoder):
             if module is None:
                 return None
         return module
+
+
+def _tensors_of(row: str, layer: int, module: nn.Module, slot: Slot) -> Iterator[tuple[str, Iterable[tuple[Any, ...]]]]:
+    """(checkpoint module, what is read of it): one of a layer, or one of each expert that this rank has."""
+    if row.count("{}") < 2:
+        yield row.format(layer), cuts_of(module, slot)
+        return
+    assert isinstance(module, Experts)
+    for expert in module.own_experts:
+        yield row.format(layer, expert), module.expert_cuts(slot, expert)
 
 
 def _with_parameter(reads: Iterable[tuple[Any, ...]]) -> Iterator[tuple[str, str, Cut]]:

@@ -1,0 +1,250 @@
+"""Mixtures of experts on a GPU: tokens grouped by expert on the device, then one product for all experts.
+
+Meaning: `moe_reference`. Nothing is read back on the host and all launches have shapes that follow from tensor shapes,
+so that a decode step can be recorded: the worst case of blocks is launched, and blocks that no expert has end at once.
+
+    group   choices sorted by expert, each expert's padded to whole blocks of ROWS rows
+    gemm    a program a block of rows and a tile of outputs: rows are gathered through the sorted places
+    gate    silu(gate) * up, or gpt-oss's clamped form
+    gemm    the same with the down weights; weighted by the router on the way out
+    sum     over each token's K rows, leaving out choices of other ranks
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from argosy.kernels import tuning
+from argosy.kernels.moe_reference import most_blocks
+
+CHUNK = 1024  # ids that a program of the grouping reads at once
+
+
+@triton.jit
+def _count_kernel(ids_ptr, counts_ptr, num_choices, CHUNK: tl.constexpr):
+    expert = tl.program_id(0)
+    total = tl.zeros((CHUNK,), tl.int32)
+    for start in range(0, num_choices, CHUNK):
+        place = start + tl.arange(0, CHUNK)
+        total += (tl.load(ids_ptr + place, place < num_choices, other=-1) == expert).to(tl.int32)
+    tl.store(counts_ptr + expert, tl.sum(total, axis=0))
+
+
+@triton.jit
+def _group_kernel(
+    ids_ptr, counts_ptr, places_ptr, expert_of_block_ptr, num_choices, num_experts, num_blocks,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+):  # fmt: skip
+    expert = tl.program_id(0)
+    every = tl.arange(0, EXPERTS)
+    counts = tl.load(counts_ptr + every, every < num_experts, other=0)
+    blocks = (counts + ROWS - 1) // ROWS
+    first = tl.sum(tl.where(every < expert, blocks, 0), axis=0)
+    own = tl.sum(tl.where(every == expert, blocks, 0), axis=0)
+    if expert == num_experts:  # one program more than experts: the blocks that are left are nobody's
+        own = num_blocks - first
+        for start in range(0, own, CHUNK):
+            block = start + tl.arange(0, CHUNK)
+            tl.store(expert_of_block_ptr + first + block, tl.full((CHUNK,), -1, tl.int32), block < own)
+    else:
+        for start in range(0, own, CHUNK):
+            block = start + tl.arange(0, CHUNK)
+            mark = tl.zeros((CHUNK,), tl.int32) + expert
+            tl.store(expert_of_block_ptr + first + block, mark, block < own)
+        at = first * ROWS
+        for start in range(0, num_choices, CHUNK):
+            place = start + tl.arange(0, CHUNK)
+            is_own = (tl.load(ids_ptr + place, place < num_choices, other=-1) == expert).to(tl.int32)
+            where = at + tl.cumsum(is_own, axis=0) - 1
+            tl.store(places_ptr + where, place, is_own == 1)
+            at += tl.sum(is_own, axis=0)
+        end = (first + own) * ROWS
+        rest = at + tl.arange(0, ROWS)  # less than a block of padding
+        tl.store(places_ptr + rest, tl.zeros((ROWS,), tl.int32) + num_choices, rest < end)
+
+
+def group_tokens(ids_TK: Tensor, num_experts: int, rows: int) -> tuple[Tensor, Tensor]:
+    """See `moe_reference.group_tokens`; places of blocks that are nobody's are undefined."""
+    num_choices, device = ids_TK.numel(), ids_TK.device
+    num_blocks = most_blocks(num_choices, num_experts, rows)
+    counts = torch.empty(num_experts, dtype=torch.int32, device=device)
+    places = torch.empty(num_blocks * rows, dtype=torch.int32, device=device)
+    expert_of_block = torch.empty(num_blocks, dtype=torch.int32, device=device)
+    chunk = min(CHUNK, tuning.next_power_of_two(num_choices))
+    _count_kernel[(num_experts,)](ids_TK, counts, num_choices, CHUNK=chunk, num_warps=4)
+    _group_kernel[(num_experts + 1,)](
+        ids_TK, counts, places, expert_of_block, num_choices, num_experts, num_blocks,
+        ROWS=rows, EXPERTS=tuning.next_power_of_two(num_experts + 1), CHUNK=chunk, num_warps=4,
+    )  # fmt: skip
+    return places, expert_of_block
+
+
+@triton.jit
+def _gemm_kernel(
+    x_ptr, w_ptr, scale_ptr, bias_ptr, weight_ptr, out_ptr, places_ptr, expert_of_block_ptr,
+    num_choices, num_outputs, num_inputs, stride_x, stride_we, stride_wo, stride_se, stride_so,
+    SHARED: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, BAND: tl.constexpr,
+    HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SCALE_BLOCK: tl.constexpr, num_blocks,
+):  # fmt: skip
+    # programs that follow each other take the same tile of weights for several blocks of rows, which the cache shares
+    tiles_o = tl.cdiv(num_outputs, OUTPUTS)
+    band = tl.program_id(0) // (BAND * tiles_o)
+    in_band = tl.minimum(num_blocks - band * BAND, BAND)
+    inside_band = tl.program_id(0) % (BAND * tiles_o)
+    block = band * BAND + inside_band % in_band
+    tile = inside_band // in_band
+    expert = tl.load(expert_of_block_ptr + block)
+    if expert >= 0:
+        place = tl.load(places_ptr + block * ROWS + tl.arange(0, ROWS))
+        is_row = place < num_choices
+        source = (tl.where(is_row, place, 0) // SHARED).to(tl.int64)
+        output = tile * OUTPUTS + tl.arange(0, OUTPUTS)
+        is_output = output < num_outputs
+        column = tl.arange(0, INPUTS)
+        safe_output = tl.minimum(output, num_outputs - 1).to(tl.int64)
+        x_here = x_ptr + source[:, None] * stride_x + column[None, :]
+        w_here = w_ptr + expert.to(tl.int64) * stride_we + safe_output[None, :] * stride_wo + column[:, None]
+        s_here = scale_ptr + expert.to(tl.int64) * stride_se + (safe_output // 128) * stride_so
+        acc = tl.zeros((ROWS, OUTPUTS), tl.float32)
+        for start in range(0, num_inputs, INPUTS):
+            inside = start + column < num_inputs
+            x = tl.load(x_here + start, is_row[:, None] & inside[None, :], other=0.0)
+            w = tl.load(w_here + start, inside[:, None], other=0.0)
+            if SCALE_BLOCK:
+                # e4m3 weights: each is exact in 16 bits, and 128 columns share a scale
+                scale = tl.load(s_here + start // 128)
+                acc += tl.dot(x, w.to(x.dtype)) * scale[None, :]
+            else:
+                acc = tl.dot(x, w, acc, input_precision="ieee")
+        if HAS_BIAS:
+            bias = tl.load(bias_ptr + expert * num_outputs + output, is_output, other=0.0)
+            acc += bias.to(tl.float32)[None, :]
+        if WEIGHTED:
+            acc *= tl.load(weight_ptr + place, is_row, other=0.0)[:, None]
+        where = out_ptr + place.to(tl.int64)[:, None] * num_outputs + output[None, :]
+        tl.store(where, acc.to(out_ptr.dtype.element_ty), is_row[:, None] & is_output[None, :])
+
+
+def grouped_gemm(
+    x: Tensor,
+    w_EOI: Tensor,
+    places: Tensor,
+    expert_of_block: Tensor,
+    num_choices: int,
+    *,
+    shared: int,
+    bias_EO: Tensor | None = None,
+    weights: Tensor | None = None,
+    scale_EOI: Tensor | None = None,
+) -> Tensor:
+    """Row c of the result is w[expert of c] · x[c // shared], for each choice c that some expert here has: [C, O].
+
+    `scale_EOI`: of e4m3 weights, one for 128 x 128 of them. `weights`: by choice, multiplied in float32.
+    """
+    _, num_outputs, num_inputs = w_EOI.shape
+    num_blocks = expert_of_block.shape[0]
+    rows = places.shape[0] // num_blocks
+    out = torch.empty((num_choices, num_outputs), dtype=x.dtype, device=x.device)
+    outputs, inputs, warps, stages = _tile(rows, x.element_size(), scale_EOI is not None)
+    grid = (num_blocks * triton.cdiv(num_outputs, outputs),)
+    scale = x if scale_EOI is None else scale_EOI
+    _gemm_kernel[grid](
+        x, w_EOI, scale, x if bias_EO is None else bias_EO, x if weights is None else weights, out, places,
+        expert_of_block, num_choices, num_outputs, num_inputs, x.stride(0), w_EOI.stride(0), w_EOI.stride(1),
+        0 if scale_EOI is None else scale_EOI.stride(0), 0 if scale_EOI is None else scale_EOI.stride(1),
+        SHARED=shared, ROWS=rows, OUTPUTS=outputs, INPUTS=inputs, BAND=8, HAS_BIAS=bias_EO is not None,
+        WEIGHTED=weights is not None, SCALE_BLOCK=scale_EOI is not None, num_blocks=num_blocks, num_warps=warps,
+        num_stages=stages,
+    )  # fmt: skip
+    return out
+
+
+def _tile(rows: int, item_bytes: int, is_scaled: bool) -> tuple[int, int, int, int]:
+    """(outputs, inputs, warps, stages): few rows wait for weights and want many loads in flight, many want reuse."""
+    if item_bytes == 4:
+        return 32, 32, 4, 2
+    if rows <= 32:
+        return 64, 128, 4, 4
+    return (128, 128 if is_scaled else 64, 8, 3)
+
+
+def block_rows(num_tokens: int, top_k: int, num_experts: int) -> int:
+    """Rows of a block: about what an expert gets, between a tensor core's 16 and the 128 that keep one busy."""
+    average = num_tokens * top_k // max(1, num_experts)
+    return 16 if average <= 16 else 32 if average <= 48 else 64 if average <= 256 else 128
+
+
+@triton.jit
+def _gate_kernel(both_ptr, out_ptr, width, limit, alpha, CLAMPED: tl.constexpr, BLOCK: tl.constexpr):
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    gate = tl.load(both_ptr + row * 2 * width + column, inside, other=0.0).to(tl.float32)
+    up = tl.load(both_ptr + row * 2 * width + width + column, inside, other=0.0).to(tl.float32)
+    if CLAMPED:
+        gate = tl.minimum(gate, limit)
+        up = tl.minimum(tl.maximum(up, -limit), limit) + 1.0
+        made = gate * tl.sigmoid(alpha * gate) * up
+    else:
+        made = gate * tl.sigmoid(gate) * up
+    tl.store(out_ptr + row * width + column, made.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _sum_kernel(rows_ptr, ids_ptr, out_ptr, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = column < width
+    total = tl.zeros((BLOCK,), tl.float32)
+    for place in tl.static_range(TOP_K):
+        expert = tl.load(ids_ptr + token * TOP_K + place)
+        row = tl.load(rows_ptr + (token * TOP_K + place) * width + column, inside, other=0.0).to(tl.float32)
+        total += tl.where(expert >= 0, row, 0.0)  # what nobody wrote may be anything
+    tl.store(out_ptr + token * width + column, total.to(out_ptr.dtype.element_ty), inside)
+
+
+def experts(
+    x_TD: Tensor,
+    gate_up_EID: Tensor,
+    down_EDI: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    *,
+    gate_up_bias_EI: Tensor | None = None,
+    down_bias_ED: Tensor | None = None,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    limit: float = 0.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """See `moe_reference.experts`. Weights may be e4m3 with a scale for each 128 x 128 of them."""
+    num_tokens, top_k = ids_TK.shape
+    num_experts, both_width = gate_up_EID.shape[:2]
+    width, inner = x_TD.shape[1], both_width // 2
+    assert x_TD.stride(1) == 1
+    assert gate_up_EID.stride(2) == down_EDI.stride(2) == 1
+    out_TD = torch.empty((num_tokens, width), dtype=x_TD.dtype, device=x_TD.device)
+    if num_tokens == 0:
+        return out_TD
+    rows = block_rows(num_tokens, top_k, num_experts)
+    ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
+    places, expert_of_block = group_tokens(ids_TK, num_experts, rows)
+    both = grouped_gemm(
+        x_TD, gate_up_EID, places, expert_of_block, num_tokens * top_k, shared=top_k, bias_EO=gate_up_bias_EI,
+        scale_EOI=gate_up_scale,
+    )  # fmt: skip
+    gated = torch.empty((num_tokens * top_k, inner), dtype=x_TD.dtype, device=x_TD.device)
+    block = min(1024, tuning.next_power_of_two(inner))
+    _gate_kernel[(num_tokens * top_k, triton.cdiv(inner, block))](
+        both, gated, inner, limit, alpha, CLAMPED=bool(limit), BLOCK=block, num_warps=4
+    )
+    made = grouped_gemm(
+        gated, down_EDI, places, expert_of_block, num_tokens * top_k, shared=1, bias_EO=down_bias_ED,
+        weights=weights_TK, scale_EOI=down_scale,
+    )  # fmt: skip
+    block = min(1024, tuning.next_power_of_two(width))
+    _sum_kernel[(num_tokens, triton.cdiv(width, block))](
+        made, ids_TK, out_TD, width, TOP_K=top_k, BLOCK=block, num_warps=4
+    )
+    return out_TD

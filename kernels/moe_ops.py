@@ -1,0 +1,41 @@
+"""The door to mixtures of experts: Triton on CUDA tensors, plain torch elsewhere. Meanings: `moe_reference`.
+
+May be captured in a CUDA graph: launch shapes follow from tensor shapes alone.
+"""
+
+from torch import Tensor
+
+from argosy.kernels import moe_reference
+
+choose_experts = moe_reference.choose_experts
+
+
+def experts(
+    x_TD: Tensor,
+    gate_up_EID: Tensor,
+    down_EDI: Tensor,
+    ids_TK: Tensor,
+    weights_TK: Tensor,
+    *,
+    gate_up_bias_EI: Tensor | None = None,
+    down_bias_ED: Tensor | None = None,
+    gate_up_scale: Tensor | None = None,
+    down_scale: Tensor | None = None,
+    limit: float = 0.0,
+    alpha: float = 1.0,
+) -> Tensor:
+    """The weighted sum of what each token's experts make of it, [T, D]; ids of -1 add nothing.
+
+    Weights may be e4m3 with a scale for each 128 x 128 of them ([E, O / 128, I / 128], float32).
+    """
+    if x_TD.is_cuda:
+        from argosy.kernels import moe_gemm
+
+        return moe_gemm.experts(
+            x_TD, gate_up_EID, down_EDI, ids_TK, weights_TK, gate_up_bias_EI=gate_up_bias_EI,
+            down_bias_ED=down_bias_ED, gate_up_scale=gate_up_scale, down_scale=down_scale, limit=limit, alpha=alpha,
+        )  # fmt: skip
+    return moe_reference.experts(
+        x_TD, gate_up_EID, down_EDI, ids_TK, weights_TK, gate_up_bias_EI=gate_up_bias_EI, down_bias_ED=down_bias_ED,
+        gate_up_scale=gate_up_scale, down_scale=down_scale, limit=limit, alpha=alpha,
+    )  # fmt: skip

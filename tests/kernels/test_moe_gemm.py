@@ -1,0 +1,95 @@
+"""Experts on the card against plain torch: ugly sizes, experts that nobody wants, choices of other ranks."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from argosy.kernels import moe_gemm, moe_reference
+
+Near = Callable[[Tensor, Tensor], None]
+
+
+def choices(num_tokens: int, top_k: int, num_experts: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Different experts for each token, as a router gives them."""
+    logits = torch.randn(num_tokens, num_experts, device=device)
+    return moe_reference.choose_experts(logits, top_k, renormalise=True)
+
+
+@pytest.mark.parametrize(("num_tokens", "top_k", "num_experts", "rows"), [
+    (1, 1, 1, 16), (3, 2, 8, 16), (37, 3, 5, 16), (300, 4, 7, 32), (130, 8, 64, 16),
+])  # fmt: skip
+def test_tokens_are_grouped_by_expert(
+    num_tokens: int, top_k: int, num_experts: int, rows: int, device: torch.device
+) -> None:
+    """Every choice stands in one block of its expert, in the order of tokens; what pads a block is no choice."""
+    ids, _ = choices(num_tokens, top_k, num_experts, device)
+    ids[::5] = -1  # another rank's
+    places, expert_of_block = moe_gemm.group_tokens(ids, num_experts, rows)
+    want_places, want_experts = moe_reference.group_tokens(ids, num_experts, rows)
+    assert torch.equal(expert_of_block, want_experts)
+    used = (expert_of_block >= 0).repeat_interleave(rows)
+    assert torch.equal(places[used], want_places[used])
+    found = places[used][places[used] < ids.numel()]
+    assert sorted(found.tolist()) == torch.where(ids.flatten() >= 0)[0].tolist()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)])
+@pytest.mark.parametrize(("num_tokens", "top_k", "num_experts", "width", "inner"), [
+    (1, 2, 4, 48, 40), (5, 1, 3, 33, 17), (70, 2, 2, 64, 100), (19, 4, 16, 96, 24),
+])  # fmt: skip
+@pytest.mark.parametrize("kind", ["plain", "biases and clamps", "half elsewhere"])
+def test_experts(
+    num_tokens: int, top_k: int, num_experts: int, width: int, inner: int, kind: str, dtype: torch.dtype,
+    device: torch.device, assert_near: Near,
+) -> None:  # fmt: skip
+    """Mixtral's, gpt-oss's, and those of a rank that has half of them."""
+    x = torch.randn(num_tokens, width, device=device).to(dtype)
+    gate_up = (torch.randn(num_experts, 2 * inner, width, device=device) / width**0.5).to(dtype)
+    down = (torch.randn(num_experts, width, inner, device=device) / inner**0.5).to(dtype)
+    ids, weights = choices(num_tokens, top_k, num_experts, device)
+    options = {}
+    if kind == "half elsewhere":
+        ids = torch.where(ids % 2 == 0, ids, -1)
+    if kind == "biases and clamps":
+        options = {
+            "gate_up_bias_EI": torch.randn(num_experts, 2 * inner, device=device).to(dtype),
+            "down_bias_ED": torch.randn(num_experts, width, device=device).to(dtype),
+            "limit": 1.5,
+            "alpha": 1.702,
+        }
+    exact = {key: value.double() if isinstance(value, Tensor) else value for key, value in options.items()}
+    want = moe_reference.experts(x.double(), gate_up.double(), down.double(), ids, weights, **exact)
+    got = moe_gemm.experts(x, gate_up, down, ids, weights, **options)
+    assert_near(got, want)
+
+
+def test_experts_of_8_bits(device: torch.device, assert_near: Near) -> None:
+    """DeepSeek's weights stay as they are stored: e4m3, a scale for each 128 x 128."""
+    num_experts, width, inner = 3, 256, 128
+    weights_8, scales, plain = [], [], []
+    for shape in ((num_experts, 2 * inner, width), (num_experts, width, inner)):
+        stored = torch.randn(shape, device=device).to(torch.float8_e4m3fn)
+        scale = torch.rand(shape[0], shape[1] // 128, shape[2] // 128, device=device) * 0.1
+        whole = scale.repeat_interleave(128, 1).repeat_interleave(128, 2)
+        weights_8.append(stored), scales.append(scale), plain.append(stored.double() * whole)
+    x = torch.randn(9, width, device=device).half()
+    ids, weights = choices(9, 2, num_experts, device)
+    got = moe_gemm.experts(x, *weights_8, ids, weights, gate_up_scale=scales[0], down_scale=scales[1])
+    assert_near(got, moe_reference.experts(x.double(), *plain, ids, weights))
+
+
+def test_a_sigmoid_router_chooses_within_groups_and_by_the_correction() -> None:
+    """DeepSeek V3: the correction moves the choice, never the weight; groups are judged by their two best."""
+    logits = torch.tensor([[2.0, -9.0, 1.0, 1.0, 0.5, 0.4, -3.0, -3.0]])
+    options = {"scoring": "sigmoid", "num_groups": 4, "group_score": "top2"}
+    ids, weights = moe_reference.choose_experts(logits, 2, top_groups=2, renormalise=True, **options)
+    assert sorted(ids[0].tolist()) == [2, 3]  # 0 is the best of all, but its group is the third
+    torch.testing.assert_close(weights, torch.full((1, 2), 0.5))
+    correction = torch.tensor([0.0, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0, 0.0])
+    ids, weights = moe_reference.choose_experts(
+        logits, 2, top_groups=1, correction_E=correction, scaling_factor=2.5, **options
+    )
+    assert sorted(ids[0].tolist()) == [0, 1]
+    torch.testing.assert_close(weights[ids == 0], 2.5 * logits[0, :1].sigmoid())
