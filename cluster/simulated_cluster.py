@@ -191,19 +191,20 @@ class SimulatedCluster:
                 self._next_sample = self.samples[-1].seconds + self._sample_seconds
 
     def _sample(self, seconds: float) -> Sample:
-        running = waiting = held = kept = total = 0
+        running = waiting = held = total = 0
+        kept = 0.0
+        tokens = self.records.output_tokens
         for replica in self.replicas:
             scheduler = replica.scheduler
-            running += scheduler.num_running
             waiting += scheduler.num_waiting
             pool = scheduler.blocks.pool
             held += pool.num_held
             total += pool.num_blocks
-            gauges = scheduler.blocks.gauges(scheduler._running.by_handle.values())
-            kept += round((1.0 - gauges["argosy_kv_waste_ratio"]) * pool.num_held)
-        return Sample(
-            seconds, running, waiting, held / max(total, 1), 1.0 - kept / max(held, 1), self.records.output_tokens
-        )
+            rows = scheduler._running.by_handle.values()
+            running += len(rows)
+            tokens += sum(request.num_output_tokens for request in rows)
+            kept += (1.0 - scheduler.blocks.gauges(rows)["argosy_kv_waste_ratio"]) * pool.num_held
+        return Sample(seconds, running, waiting, held / max(total, 1), max(0.0, 1.0 - kept / max(held, 1)), tokens)
 
     def stage_figures(self) -> Iterator[tuple[int, int, float, float]]:
         """(replica, stage, seconds busy, seconds with a step under way on the replica)."""

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import argosy
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, ServingError, WeightError
-from argosy.deploy import jobs_cli, plan_command, settings
+from argosy.deploy import jobs_cli, plan_command, settings, simulate_command
 from argosy.deploy.jobs_folder import choose_job_dir
 
 _SERVE_EXAMPLES = """\
@@ -51,6 +51,7 @@ _USAGE = {
     "doctor": ["[MODEL]"],
     "bench": [],
     "plan": ["MODEL"],
+    "simulate": ["MODEL"],
     "submit": ["FILE"],
     "jobs": ["[list|show|wait|results|cancel|resume]", "[JOB]"],
 }
@@ -93,6 +94,8 @@ def build_parser() -> argparse.ArgumentParser:
     _add_bench(commands)
     plan = _command(commands, "plan", "say which layout a model would get on a cluster, and why", plan_command.EXAMPLES)
     plan_command.add_arguments(plan)
+    what = "run a workload on a planned cluster in virtual time"
+    simulate_command.add_arguments(_command(commands, "simulate", what, simulate_command.EXAMPLES))
     submit = _command(commands, "submit", "leave a file of requests with a server, as a job", jobs_cli.SUBMIT_EXAMPLES)
     jobs_cli.add_submit(submit)
     what = "list jobs, see how far they are, fetch their results, cancel, resume"
@@ -136,6 +139,8 @@ def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
             return doctor.main(model=args.model, port=args.port, as_json=args.json)
         case "plan":
             return plan_command.main(args)
+        case "simulate":
+            return simulate_command.main(args)
         case "submit" | "jobs":
             return jobs_cli.main(args)
         case "bench":

@@ -12,7 +12,7 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, PlacementImpossible
 from argosy.deploy.plan_svg import plan_svg
 from argosy.deploy.plan_text import describe_model, plan_json, plan_lines
-from argosy.placement.calibration import read_calibration
+from argosy.placement.calibration import Calibration, read_calibration
 from argosy.placement.data_sheets import DATA_SHEETS
 from argosy.placement.layout import Traffic
 from argosy.placement.model_shape import ModelShape
@@ -114,11 +114,21 @@ def topology_from(args: argparse.Namespace) -> ClusterTopology:
     )
 
 
+def config_from(args: argparse.Namespace, shape: ModelShape) -> ServingConfig:
+    """The settings that the flags name, the others at their defaults."""
+    given: dict[str, Any] = {name: getattr(args, name) for name in SERVING_FLAGS if getattr(args, name) is not None}
+    return ServingConfig.from_mapping({"model": shape.name or "model", **given})
+
+
 def serving_from(args: argparse.Namespace, shape: ModelShape) -> Serving:
     """The settings that decide bytes, from the flags."""
-    given: dict[str, Any] = {name: getattr(args, name) for name in SERVING_FLAGS if getattr(args, name) is not None}
-    config = ServingConfig.from_mapping({"model": shape.name or "model", **given})
-    return Serving.from_config(config, shape, format_by_name(args.quantization) if args.quantization else None)
+    weight_format = format_by_name(args.quantization) if args.quantization else None
+    return Serving.from_config(config_from(args, shape), shape, weight_format)
+
+
+def calibration_from(args: argparse.Namespace) -> Calibration | None:
+    """The calibration file that the flags name."""
+    return read_calibration(args.calibration) if args.calibration else None
 
 
 def options_from(args: argparse.Namespace) -> PlanOptions:
@@ -138,7 +148,7 @@ def options_from(args: argparse.Namespace) -> PlanOptions:
         max_tpot_seconds=None if args.max_tpot_ms is None else args.max_tpot_ms / 1e3,
         offload_bytes=int(args.offload_gb * 1e9),
         price_per_gpu_hour=args.price,
-        calibration=read_calibration(args.calibration) if args.calibration else None,
+        calibration=calibration_from(args),
     )
 
 

@@ -30,6 +30,13 @@ EXPECTED = {
         --max-tpot-ms --max-ttft-ms --network --nodes --objective --offload-gb --output-len --pipeline-parallel-size
         --price --quantization --replicas --svg --tensor-parallel-size -pp -q -tp
     """,
+    "simulate": """
+        --arrivals --block-size --burst-size --calibration --cluster --dtype --gpu-memory-utilization --gpus --input-len
+        --json --kv-cache-dtype --kv-cache-memory-bytes --lengths --max-model-len --max-num-batched-tokens
+        --max-num-seqs --network --nodes --offload-gb --output-len --pipeline-parallel-size --prefix-len --prefixes
+        --quantization --rate --replicas --requests --seed --slo-tpot-ms --slo-ttft-ms --step-by-step --svg
+        --tensor-parallel-size --trace --workload -pp -q -tp
+    """,
     "bench": """
         --api-key --backend --cold-start --concurrency --cpu-threads --dtype --max-num-seqs --model --output --peer
         --pipeline-parallel-size --repeats --tensor-parallel-size --url --workload -pp -tp
