@@ -129,6 +129,7 @@ def sum_add_norm(
     parts_bytes: int,
     shared_bytes: int | None = None,
     shared_TD: Tensor | None = None,
+    out_TD: Tensor | None = None,
     add: bool = True,
     meet: bool = True,
 ) -> Tensor:
@@ -136,8 +137,9 @@ def sum_add_norm(
 
     `bases_W`: int64, the buffers' addresses on this GPU; `counters`: int32 [MAX_PROGRAMS], this rank's own, zero at
     first. With `shared_bytes` (where in the buffers) and `shared_TD` (the same place of this rank's buffer) each rank
-    takes its share of the rows and writes to all; the result is `shared_TD`. Without `norm_weight_D` the result is the
-    sum itself. `add` false: the residual is only written. `meet` false: all parts are known to be there (tests).
+    takes its share of the rows and writes to all; the result is `shared_TD`. `out_TD`: where else the norm goes.
+    Without `norm_weight_D` the result is the sum itself. `add` false: the residual is only written. `meet` false: all
+    parts are known to be there (tests).
     """
     num_rows, width = residual_TD.shape
     world = bases_W.shape[0]
@@ -145,7 +147,10 @@ def sum_add_norm(
     scatter = shared_TD is not None
     assert 1 < world <= MAX_WORLD
     assert residual_TD.stride(1) == 1
-    out_TD = residual_TD if norm_weight_D is None else shared_TD
+    if norm_weight_D is None:
+        out_TD = residual_TD
+    elif shared_TD is not None:
+        out_TD = shared_TD
     if out_TD is None:
         out_TD = torch.empty((num_rows, width), dtype=residual_TD.dtype, device=residual_TD.device)
     block = tuning.next_power_of_two(width)

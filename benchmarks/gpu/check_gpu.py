@@ -23,7 +23,7 @@ FAMILIES = {
 }
 SHAPE = {
     "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
-    "intermediate_size": 512, "vocab_size": 1024, "max_position_embeddings": 512,
+    "intermediate_size": 512, "vocab_size": 1024, "max_position_embeddings": 4096,
 }  # fmt: skip
 
 
@@ -43,9 +43,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", nargs="+", choices=sorted(FAMILIES), default=sorted(FAMILIES))
     parser.add_argument("--layout", nargs="+", default=["1x1"], help="tensor x pipeline parallel, such as 2x1 1x2 2x2")
+    parser.add_argument("--long", action="store_true", help="prompts of 1000 to 1700 tokens in steps of up to 2048")
     parser.add_argument("--backend", default="local", choices=("local", "ray"))
     args = parser.parse_args()
     rng, failures = random.Random(7), 0
+    lengths = (1001, 1300, 1700, 7) if args.long else (1, 5, 16, 17, 33, 64, 100, 130)
     for family in args.family:
         config_type, extra = FAMILIES[family]
         with tempfile.TemporaryDirectory(prefix="argosy-check-") as parent:
@@ -53,7 +55,7 @@ def main() -> int:
             torch.manual_seed(1)
             config = config_type(**{**SHAPE, **extra}, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
             transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-            prompts = [[rng.randrange(3, 1000) for _ in range(n)] for n in (1, 5, 16, 17, 33, 64, 100, 130)]
+            prompts = [[rng.randrange(3, 1000) for _ in range(n)] for n in lengths]
             want = reference(folder, prompts, 24)
             for layout, eager in itertools.product(args.layout, (False, True)):
                 tp_size, pp_size = map(int, layout.split("x"))
@@ -62,7 +64,7 @@ def main() -> int:
                 with LLM(
                     folder, tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size,
                     dtype="float32", skip_tokenizer_init=True, distributed_executor_backend=args.backend,
-                    enforce_eager=eager, max_num_seqs=8, max_num_batched_tokens=64, gpu_memory_utilization=0.2,
+                    enforce_eager=eager, max_num_seqs=8, max_num_batched_tokens=2048 if args.long else 64, gpu_memory_utilization=0.2,
                 ) as llm:  # fmt: skip
                     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, detokenize=False)
                     outputs = llm.generate(prompts, params, use_tqdm=False)

@@ -37,16 +37,27 @@ class GroupSum:
 
     def part(self, which: int, num_tokens: int) -> Tensor:
         """Where this rank's product goes, [T, D]. Turn about: 0, 1, 0, 1."""
+        assert num_tokens * self._width * self._dtype.itemsize <= self._part_bytes, num_tokens
         return self._view(self._kernels.FLAG_BYTES + which * self._part_bytes, num_tokens)
 
-    def add_norm(self, which: int, residual_TD: Tensor, norm: RMSNorm | None, *, add: bool = True) -> Tensor:
+    def add_norm(
+        self,
+        which: int,
+        residual_TD: Tensor,
+        norm: RMSNorm | None,
+        *,
+        add: bool = True,
+        first_row: int = 0,
+        out_TD: Tensor | None = None,
+    ) -> Tensor:
         """residual (+)= the sum of all parts. Returns its norm, or itself without one, valid until the next call.
 
-        With many rows over many ranks each rank keeps only its own rows of the residual up to date; what is returned is
-        whole on every rank.
+        `first_row`: where in the parts the rows begin; `out_TD`: where the norm may go. With many rows over many ranks
+        each rank keeps only its own rows of the residual up to date; what is returned is whole on every rank.
         """
         num_tokens = residual_TD.shape[0]
         scatters = self._world > 2 and num_tokens > SCATTER_ROWS
+        offset = first_row * self._width * self._dtype.itemsize
         made_TD = self._kernels.sum_add_norm(
             self._buffer.addresses_W,
             self._counters,
@@ -54,12 +65,20 @@ class GroupSum:
             residual_TD,
             None if norm is None else norm.weight,
             0.0 if norm is None else norm.eps,
-            parts_bytes=self._kernels.FLAG_BYTES + which * self._part_bytes,
-            shared_bytes=self._shared_bytes if scatters else None,
-            shared_TD=self._view(self._shared_bytes, num_tokens) if scatters else None,
+            parts_bytes=self._kernels.FLAG_BYTES + which * self._part_bytes + offset,
+            shared_bytes=self._shared_bytes + offset if scatters else None,
+            shared_TD=self._view(self._shared_bytes + offset, num_tokens) if scatters else None,
+            out_TD=out_TD,
             add=add,
         )
         return residual_TD.copy_(made_TD) if norm is None and scatters else made_TD
+
+    def whole(self, pieces: list[Tensor], into_TD: Tensor) -> Tensor:
+        """Pieces of neighbouring rows that `add_norm` gave, as one tensor: `into_TD` if they lie in it."""
+        first = pieces[0]
+        if first.data_ptr() == into_TD.data_ptr():
+            return into_TD
+        return self._view(self._shared_bytes, into_TD.shape[0])
 
     def choose(self, logits_RV: Tensor, ids_R: Tensor, first_id: int) -> tuple[Tensor, Tensor]:
         """From this rank's most likely tokens (columns of its logits) to the group's: (ids, their logits)."""
@@ -70,7 +89,6 @@ class GroupSum:
 
     def _view(self, at: int, num_tokens: int) -> Tensor:
         size = num_tokens * self._width * self._dtype.itemsize
-        assert size <= self._part_bytes, (num_tokens, self._part_bytes)
         return self._buffer.local[at : at + size].view(self._dtype).view(num_tokens, self._width)
 
 
