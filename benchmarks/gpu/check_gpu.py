@@ -64,7 +64,8 @@ def main() -> int:
                 with LLM(
                     folder, tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size,
                     dtype="float32", skip_tokenizer_init=True, distributed_executor_backend=args.backend,
-                    enforce_eager=eager, max_num_seqs=8, max_num_batched_tokens=2048 if args.long else 64, gpu_memory_utilization=0.2,
+                    enforce_eager=eager, max_num_seqs=8, max_num_batched_tokens=2048 if args.long else 64,
+                    gpu_memory_utilization=0.2,
                 ) as llm:  # fmt: skip
                     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, detokenize=False)
                     outputs = llm.generate(prompts, params, use_tqdm=False)
