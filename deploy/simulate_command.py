@@ -47,7 +47,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--requests", type=int, default=1000, metavar="N", help="default: %(default)s")
     parser.add_argument("--arrivals", choices=("poisson", "even", "bursts", "at-once"), default="poisson",
                         help="default: %(default)s")  # fmt: skip
-    parser.add_argument("--rate", type=float, metavar="R", help=f"requests a second (default: {100 * LOAD:.0f} %% of full load)")
+    rate = f"requests a second (default: {100 * LOAD:.0f} %% of full load)"
+    parser.add_argument("--rate", type=float, metavar="R", help=rate)
     parser.add_argument("--burst-size", type=int, default=50, metavar="N", help="with bursts (default: %(default)s)")
     parser.add_argument("--lengths", choices=("fixed", "lognormal", "uniform"), default="lognormal",
                         help="how lengths spread around their means (default: %(default)s)")  # fmt: skip

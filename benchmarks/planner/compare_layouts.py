@@ -1,0 +1,130 @@
+"""What `argosy simulate` foretells beside what was measured, layout by layout: throughput and first token.
+
+    python benchmarks/planner/compare_layouts.py --results benchmarks/results/engine_h200.jsonl
+
+Rows are those of `benchmarks/gpu/bench_gpu.py`; of each (model, layout, workload) the newest counts. Prints a table in
+Markdown; `--predict` prints predictions alone, for layouts that nobody has measured yet.
+"""
+
+import argparse
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import msgspec
+
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.deploy.simulate_command import simulate
+from argosy.deploy.simulate_report import Slo, make_report
+from argosy.deploy.simulate_workload import named
+from argosy.deploy.workload import WORKLOADS
+from argosy.placement.calibration import Calibration, default_calibration, read_calibration
+from argosy.placement.layout import Traffic
+from argosy.placement.model_sources import read_model_shape
+from argosy.placement.planner import PlanOptions, plan_cluster
+from argosy.placement.rank_memory import Serving
+from argosy.placement.topology_sources import parse_topology
+from argosy.placement.weight_format import format_by_name
+
+MODELS = {"06b": "qwen3-0.6b", "8b": "llama-3.1-8b", "70b": "llama-3.1-70b"}
+SETTINGS = {"max_num_batched_tokens": 8192, "max_model_len": 4096}  # of bench_gpu.py
+
+
+class Case(msgspec.Struct, frozen=True):
+    """One measured figure; TTFT in seconds, tokens a second or seconds a step in `figure`."""
+
+    model: str
+    tp_size: int
+    pp_size: int
+    workload: str
+    figure: float = 0.0
+    ttft: float = 0.0
+    quantization: str = "none"
+    max_num_seqs: int = 512
+
+
+def read_cases(paths: Sequence[str]) -> Iterator[Case]:
+    """The newest row of each kind, without those that carry a note (experiments)."""
+    newest: dict[tuple[str, ...], Case] = {}
+    for path in paths:
+        for line in Path(path).read_text(encoding="utf-8").splitlines():
+            raw = json.loads(line)
+            if (
+                raw.get("model") not in MODELS
+                or raw.get("workload") not in (*WORKLOADS, "decode256")
+                or raw.get("note")
+            ):
+                continue
+            tp, _, pp = str(raw["layout"]).partition("x")
+            scale = 1e-3 if raw["unit"] == "ms/step" else 1.0
+            case = Case(
+                raw["model"], int(tp.removeprefix("TP")), int(pp.removeprefix("PP") or 1), raw["workload"],
+                raw["figure"] * scale, raw["ttft_ms_p50"] / 1e3, str(raw.get("quantization") or "none"),
+                int(raw.get("max_num_seqs") or 512),
+            )  # fmt: skip
+            newest[case.model, raw["layout"], case.workload, case.quantization] = case
+    yield from newest.values()
+
+
+def predict(case: Case, calibration: Calibration) -> tuple[float, float]:
+    """(tokens a second or seconds a step, median seconds to the first token) of one replica."""
+    shape = read_model_shape(MODELS[case.model])
+    config = ServingConfig.from_mapping({"model": shape.name, "max_num_seqs": case.max_num_seqs, **SETTINGS})
+    serving = Serving.from_config(config, shape, format_by_name(case.quantization))
+    topology = parse_topology({"nodes": [{"name": "node", "gpus": f"{case.tp_size * case.pp_size} x H200"}]})
+    options = PlanOptions(
+        tp_size=case.tp_size, pp_size=case.pp_size, num_replicas=1, calibration=calibration, traffic=Traffic()
+    )
+    report = plan_cluster(shape, topology, options, serving)
+    name = case.workload
+    arrivals = list(named(name)) if name in WORKLOADS else [msgspec.structs.replace(one) for one in _decode(name)]
+    cluster = simulate(report, config, arrivals, 10.0)
+    figures = make_report(
+        cluster, slo=Slo(), request_seconds=calibration.request_us * 1e-6, num_gpus=report.chosen.num_gpus
+    )
+    ttft = figures["ttft_seconds"]["p50"]
+    if name.startswith("decode"):
+        return figures["tpot_seconds"]["p50"], ttft
+    return figures["output_tokens_per_second"], ttft
+
+
+def _decode(name: str):  # type: ignore[no-untyped-def]  # arrivals
+    from argosy.cluster.simulated_cluster import Arrival
+
+    return [Arrival(0.0, 128, 256) for _ in range(int(name.removeprefix("decode")))]
+
+
+def main() -> int:
+    """Print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", nargs="+", default=["benchmarks/results/engine_h200.jsonl"])
+    parser.add_argument("--calibration", help="instead of the one that ships")
+    parser.add_argument("--predict", nargs="+", metavar="MODEL:TPxPP:WORKLOAD", help="such as 8b:2x2:fixed512x256")
+    args = parser.parse_args()
+    calibration = read_calibration(args.calibration) if args.calibration else default_calibration("H200")
+    if args.predict:
+        for text in args.predict:
+            model, layout, workload = text.split(":")
+            tp, pp = map(int, layout.split("x"))
+            figure, ttft = predict(Case(model, tp, pp, workload), calibration)
+            shown = f"{1e3 * figure:.3f} ms/step" if workload.startswith("decode") else f"{figure:,.0f} tokens/s"
+            print(f"{text:28} {shown:>18}   first token p50 {1e3 * ttft:,.0f} ms", flush=True)
+        return 0
+    print("| model | layout | workload | measured | foretold | off by | TTFT p50 measured | foretold | off by |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for case in read_cases(args.results):
+        figure, ttft = predict(case, calibration)
+        steps = case.workload.startswith("decode")
+        shown = [f"{1e3 * one:.3f} ms" if steps else f"{one:,.0f} tok/s" for one in (case.figure, figure)]
+        stored = "" if case.quantization == "none" else f" {case.quantization}"
+        print(
+            f"| {case.model}{stored} | TP{case.tp_size}xPP{case.pp_size} | {case.workload} | {shown[0]} | {shown[1]} | "
+            f"{figure / case.figure - 1:+.1%} | {1e3 * case.ttft:,.0f} ms | {1e3 * ttft:,.0f} ms | "
+            f"{ttft / case.ttft - 1:+.1%} |",
+            flush=True,
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
