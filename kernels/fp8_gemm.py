@@ -1,9 +1,11 @@
 """Products of e4m3 activations and weights for many tokens: cuBLAS where it takes the scales, Triton for the rest.
 
-Meaning: `fp8_reference.linear`. cuBLAS takes scales by row of both sides. Scales by block change along the inputs, so
-that sums must be rescaled on the way: `_gemm_kernel` adds up one group of columns after the other. It also takes
-shapes that cuBLAS does not (widths that 16 does not divide).
+Meaning: `fp8_reference.linear`. cuBLAS takes scales by row of both sides, and on Hopper by block. `_gemm_kernel` takes
+what cuBLAS does not: other blocks, widths that 16 does not divide. Scales by block change along the inputs, so that it
+rescales sums on the way, one group of columns after the other. Few tokens are the affair of `fp8_split`.
 """
+
+from functools import cache
 
 import torch
 import triton
@@ -11,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from argosy.kernels import tuning
+from argosy.kernels import fp8_split, tuning
 from argosy.kernels.fp8_reference import Fp8Rows, Fp8Weight
 
 
@@ -90,10 +92,7 @@ def triton_linear(
     out = torch.empty((num_tokens, num_outputs), dtype=dtype, device=x_TI.device)
     if num_tokens == 0:
         return out
-    key = f"{num_inputs}x{num_outputs}x{bucket(num_tokens)}"
-    sizes = sizes or tuning.pick("fp8_block_gemm" if block else "fp8_gemm", key, x_TI.device)
-    if not sizes or not sizes["tokens"]:
-        sizes = _default_sizes(num_tokens, num_outputs, tuning.device_facts(x_TI.device).num_sms)
+    sizes = sizes or _default_sizes(num_tokens, num_outputs, tuning.device_facts(x_TI.device).num_sms)
     width = block[1] if block else sizes.get("width", 128)
     grid = triton.cdiv(num_tokens, sizes["tokens"]) * triton.cdiv(num_outputs, sizes["rows"])
     _gemm_kernel[(grid,)](
@@ -108,27 +107,103 @@ def triton_linear(
 
 
 def library_takes(rows: Fp8Rows, weight: Fp8Weight, dtype: torch.dtype) -> bool:
-    """Whether cuBLAS multiplies these: scales by row, widths that 16 divides."""
+    """Whether cuBLAS multiplies these: scales by row or by blocks of 128 x 128, widths that 16 (128) divides."""
     num_outputs, num_inputs = weight.values_OI.shape
-    fits = num_inputs % 16 == 0 and num_outputs % 16 == 0 and rows.shape[0] > 0
-    return weight.block is None and fits and dtype == torch.bfloat16
+    if dtype != torch.bfloat16 or not rows.shape[0]:
+        return False
+    if weight.block is None:
+        return num_inputs % 16 == 0 and num_outputs % 16 == 0
+    fits = num_inputs % 128 == 0 and num_outputs % 128 == 0 and rows.shape[0] % 4 == 0
+    return weight.block == (128, 128) and fits and _library_has_blocks(weight.scale.device)
+
+
+@cache
+def _library_has_blocks(device: torch.device) -> bool:
+    """cuBLAS has them from CUDA 12.9 on, for Hopper."""
+    version = tuple(map(int, (torch.version.cuda or "0.0").split(".")[:2]))
+    return version >= (12, 9) and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def library_linear(rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
     """cuBLAS by way of torch."""
+    by_block = weight.block is not None
     product: Tensor = torch._scaled_mm(
-        rows.values_TI, weight.values_OI.t(), scale_a=rows.scale_TG.view(-1, 1), scale_b=weight.scale.view(1, -1),
-        out_dtype=dtype, use_fast_accum=True,
+        rows.values_TI, weight.values_OI.t(),
+        scale_a=rows.scale_TG if by_block else rows.scale_TG.reshape(-1, 1),
+        scale_b=weight.scale.t() if by_block else weight.scale.view(1, -1),
+        out_dtype=dtype, use_fast_accum=not by_block,
     )  # fmt: skip
     return product if bias_O is None else product.add_(bias_O)
 
 
-def linear(rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x W^T + bias by whichever was measured to be faster; cuBLAS where nothing was."""
-    if library_takes(rows, weight, dtype):
-        num_outputs, num_inputs = weight.values_OI.shape
-        key = f"{num_inputs}x{num_outputs}x{bucket(rows.shape[0])}"
+@triton.jit
+def _rescale_kernel(
+    y_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, num_outputs, BLOCK: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr
+):
+    token = tl.program_id(0).to(tl.int64)
+    row = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = row < num_outputs
+    w_scale = tl.load(w_scale_ptr + row, inside, other=0.0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    here = y_ptr + token * num_outputs + row
+    y = tl.load(here, inside, other=0.0).to(tl.float32) * w_scale * tl.load(x_scale_ptr + token)
+    if BIAS:
+        y += tl.load(bias_ptr + row, inside, other=0.0).to(tl.float32)
+    tl.store(here, y.to(y_ptr.dtype.element_ty), inside)
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones((), dtype=torch.float32, device=device)
+
+
+def rescaled_linear(rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """cuBLAS with one scale a side, which it cuts into pieces as it does not by row; scales by row after it.
+
+    The product is stored without scales in between, which changes no digit of a floating-point number: e4m3 ends at
+    448, and 448 x 448 x inputs is far from the end of bfloat16.
+    """
+    one = _one(rows.values_TI.device)
+    product: Tensor = torch._scaled_mm(
+        rows.values_TI, weight.values_OI.t(), scale_a=one, scale_b=one, out_dtype=dtype, use_fast_accum=True
+    )
+    num_tokens, num_outputs = product.shape
+    _rescale_kernel[(num_tokens, triton.cdiv(num_outputs, 2048))](
+        product, rows.scale_TG, weight.scale, product if bias_O is None else bias_O, num_outputs,
+        BLOCK=2048, BIAS=bias_O is not None, num_warps=4, **tuning.overlap(product.device),
+    )  # fmt: skip
+    return product
+
+
+# as `kernel` in the tuned sizes counts them; the first two take what `library_takes`
+LIBRARY, RESCALED, TILES, SPLIT = range(4)
+MAX_SPLIT_TOKENS, MAX_RESCALED_TOKENS = 128, 384  # where nothing was measured
+
+
+def _default_kernel(num_tokens: int, blocks: bool) -> int:
+    if num_tokens <= MAX_SPLIT_TOKENS:
+        return SPLIT
+    return RESCALED if num_tokens <= MAX_RESCALED_TOKENS and not blocks else LIBRARY
+
+
+def linear(
+    rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dtype: torch.dtype, sizes: tuning.Sizes | None = None
+) -> Tensor:
+    """x W^T + bias by whichever was measured to be fastest. `sizes` overrides that, for the tuner itself."""
+    num_tokens = rows.shape[0]
+    num_outputs, num_inputs = weight.values_OI.shape
+    blocks = weight.block is not None
+    if sizes is None:
+        key = f"{num_inputs}x{num_outputs}x{bucket(num_tokens)}{'b' if blocks else ''}"
         sizes = tuning.pick("fp8_gemm", key, rows.values_TI.device)
-        if sizes is None or sizes.get("library", 0):
-            return library_linear(rows, weight, bias_O, dtype)
-    return triton_linear(rows, weight, bias_O, dtype)
+    kernel = sizes["kernel"] if sizes else _default_kernel(num_tokens, blocks)
+    if kernel in (LIBRARY, RESCALED) and not library_takes(rows, weight, dtype):
+        kernel, sizes = SPLIT if num_tokens <= MAX_SPLIT_TOKENS else TILES, None
+    if kernel == LIBRARY:
+        return library_linear(rows, weight, bias_O, dtype)
+    if kernel == RESCALED:
+        return rescaled_linear(rows, weight, bias_O, dtype)
+    run = fp8_split.linear if kernel == SPLIT else triton_linear
+    return run(rows, weight, bias_O, dtype, sizes)

@@ -1,13 +1,12 @@
 """The sizes of the FP8 kernels to try: parts of `tune_kernels.py`, which runs them and writes the file.
 
 `fp8_gemv` (1 to 16 tokens; key inputs x outputs x 1 or 16, "b" for blocks) is tuned as a decoder runs it, with norm,
-gate and residual; `library` says that rounded activations and a product for many tokens were faster. `fp8_gemm` and
-`fp8_block_gemm` (key inputs x outputs x tokens) are tuned alone; `library` says that cuBLAS was faster.
+gate and residual; `library` says that rounded activations and a product for many tokens were faster. `fp8_gemm` (key
+inputs x outputs x tokens, "b" for blocks) is tuned alone; `kernel` says by which of its four ways.
 """
 
 # ruff: noqa: B023 - every closure here is called within the turn of the loop that made it
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Protocol
 
@@ -19,7 +18,6 @@ from argosy.kernels.fp8_reference import Fp8Weight, Rounding
 
 Sizes = dict[str, int]
 SHARED_BYTES = 200 << 10
-GEMM_TOKENS = (32, 64, 128, 256)
 
 
 class Part(Protocol):
@@ -31,10 +29,10 @@ class Part(Protocol):
 def few_sizes(tokens: int, num_inputs: int, blocks: bool) -> Iterator[Sizes]:
     """By `kernel`, an index of `fp8_gemv.KERNELS`."""
     if tokens > 1:
-        for rows, warps in ((16, 2), (16, 4), (32, 4), (64, 4), (128, 4)):
+        for rows, warps in ((64, 4), (128, 4)):
             for width in (128,) if blocks else (128, 256, 512):
                 for stages in (3, 5):
-                    for swap in (0, 1) if rows >= 64 else (0,):
+                    for swap in (1,):
                         held = stages * (rows + 32) * width
                         if num_inputs % width == 0 and 8 << 10 <= held <= SHARED_BYTES:
                             yield {"kernel": 1, "rows": rows, "width": width, "stages": stages, "warps": warps,
@@ -96,52 +94,48 @@ def tune_few(part: Part) -> Mapping[str, Sizes]:
 
 
 def many_sizes(tokens: int, blocks: bool) -> Iterator[Sizes]:
-    """Tiles no higher than the tokens."""
-    for height in (16, 32, 64, 128):
-        if height > max(16, tokens) or height < min(64, tokens):
-            continue
-        for rows, warps in ((64, 4), (128, 4), (128, 8)):
-            for width in (128,) if blocks else (128, 256):
-                for stages in (3, 4, 5):
-                    if stages * (height + rows) * width <= SHARED_BYTES and height * rows <= 8192 * warps // 4:
-                        yield {"tokens": height, "rows": rows, "width": width, "stages": stages, "warps": warps,
-                               "band": 8}  # fmt: skip
-
-
-def _tune_many(part: Part, block: tuple[int, int] | None) -> Mapping[str, Sizes]:
-    best: dict[str, Sizes] = {}
-    for name, (num_in, num_out, _) in LAYERS.items():
-        weights = weights_of(num_out, num_in, block, 8)
-        for tokens in (*GEMM_TOKENS, *((2048,) if block else ())):
-            rows = fp8_quantize.quantize(rand(tokens, num_in), Rounding(block[1] if block else 0))
-            times: dict[str, float] = {}
-            for sizes in many_sizes(tokens, block is not None):
-                sizes = {"library": 0} | sizes
-                calls = [lambda w=w, s=sizes: fp8_gemm.triton_linear(rows, w, None, BF16, s) for w in weights]
-                try:
-                    times[json.dumps(sizes)] = part.time(calls)
-                except Exception as error:  # does not fit
-                    print("skipped", sizes, str(error)[:80])
-            ranked = sorted(times, key=times.__getitem__)
-            by_library = math.inf
-            if block is None:
-                by_library = part.time([lambda w=w: fp8_gemm.library_linear(rows, w, None, BF16) for w in weights])
-            key = f"{num_in}x{num_out}x{fp8_gemm.bucket(tokens)}"
-            best[key] = json.loads(ranked[0]) | {"library": int(by_library < times[ranked[0]])}
-            print(name, key, f"library {by_library:.2f}", *(f"{times[r]:.2f} {r}" for r in ranked[:3]), sep="\n    ")
-    return best
+    """By `kernel`: cuBLAS in its two forms, tiles, pieces."""
+    yield {"kernel": fp8_gemm.LIBRARY}
+    if not blocks:
+        yield {"kernel": fp8_gemm.RESCALED}
+    if tokens <= 256:
+        for height in (16, 32, 64, 128):
+            if height < min(64, tokens) or height > max(16, tokens):
+                continue
+            for width, stages in ((128, 4), (128, 6)) if blocks else ((128, 4), (128, 6), (256, 3), (256, 4)):
+                for rows, warps in ((64, 4), (128, 4)) if height <= 64 else ((64, 4), (128, 8)):
+                    for splits in (1, 2, 4, 7):
+                        if stages * (height + rows) * width <= SHARED_BYTES:
+                            yield {"kernel": fp8_gemm.SPLIT, "tokens": height, "rows": rows, "width": width,
+                                   "stages": stages, "warps": warps, "splits": splits, "prefetch": 512}  # fmt: skip
+    if tokens >= 128:
+        for rows, warps, stages in ((128, 4, 4), (128, 8, 4), (256, 8, 3)):
+            yield {"kernel": fp8_gemm.TILES, "tokens": 128, "rows": rows, "width": 128, "stages": stages,
+                   "warps": warps, "band": 8}  # fmt: skip
 
 
 def tune_many(part: Part) -> Mapping[str, Sizes]:
-    """Scales by row: Triton where it beats cuBLAS."""
-    return _tune_many(part, None)
+    """The product alone, by row and by block."""
+    best: dict[str, Sizes] = {}
+    for name, (num_in, num_out, _) in LAYERS.items():
+        for block in (None, (128, 128)):
+            weights = weights_of(num_out, num_in, block, 8)
+            for tokens in (16, 64) if block else (16, 32, 64, 128, 256):
+                rows = fp8_quantize.quantize(rand(tokens, num_in), Rounding(block[1] if block else 0))
+                times: dict[str, float] = {}
+                for sizes in many_sizes(tokens, block is not None):
+                    calls = [lambda w=w, s=sizes: fp8_gemm.linear(rows, w, None, BF16, s) for w in weights]
+                    try:
+                        times[json.dumps(sizes)] = part.time(calls)
+                    except Exception as error:  # does not fit
+                        print("skipped", sizes, str(error)[:80])
+                ranked = sorted(times, key=times.__getitem__)
+                key = f"{num_in}x{num_out}x{fp8_gemm.bucket(tokens)}{'b' if block else ''}"
+                best[key] = json.loads(ranked[0])
+                kinds = {json.loads(r)["kernel"]: r for r in reversed(ranked)}
+                shown = (f"{times[r]:.2f} {r}" for r in (*ranked[:3], *kinds.values()))
+                print(name, key, *shown, sep="\n    ")
+    return best
 
 
-def tune_blocks(part: Part) -> Mapping[str, Sizes]:
-    """Scales by block."""
-    return _tune_many(part, (128, 128))
-
-
-TUNERS: dict[str, Callable[[Part], Mapping[str, Sizes]]] = {
-    "fp8_gemv": tune_few, "fp8_gemm": tune_many, "fp8_block_gemm": tune_blocks,
-}  # fmt: skip
+TUNERS: dict[str, Callable[[Part], Mapping[str, Sizes]]] = {"fp8_gemv": tune_few, "fp8_gemm": tune_many}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from argosy.kernels import fp8_gemm, fp8_gemv, fp8_ops, fp8_quantize, fp8_reference
+from argosy.kernels import fp8_gemm, fp8_gemv, fp8_ops, fp8_quantize, fp8_reference, fp8_split, tuning
 from argosy.kernels.fp8_reference import Fp8Rows, Rounding
 
 Near = Callable[[Tensor, Tensor], None]
@@ -93,6 +93,10 @@ def test_many_tokens(
     want = fp8_reference.linear(rows, weight, bias_O, torch.float32)
     sizes = {"tokens": 16, "rows": 64, "band": 2, "stages": 1, "warps": 4} if device.type == "cpu" else None
     assert_near(fp8_gemm.triton_linear(rows, weight, bias_O, torch.bfloat16, sizes), want)
+    split = {"tokens": 16, "rows": 64, "width": 64, "stages": 1, "warps": 4, "splits": 3, "prefetch": 0}
+    assert_near(fp8_split.linear(rows, weight, bias_O, torch.bfloat16, split), want)
+    assert_near(fp8_split.linear(rows, weight, bias_O, torch.bfloat16), want)
+    assert not tuning.counters(device).any(), "counters must be zero again for the next launch"
     if device.type == "cuda" and fp8_gemm.library_takes(rows, weight, torch.bfloat16):
         assert_near(fp8_gemm.library_linear(rows, weight, bias_O, torch.bfloat16), want)
 
