@@ -57,9 +57,9 @@ def is_few(x_TX: Tensor) -> bool:
     return x_TX.shape[0] <= FEW_TOKENS and x_TX.element_size() == 2
 
 
-def keeps_16_bits(x_TI: Tensor, weight: Fp8Weight) -> bool:
-    """Whether `fused_linear` is the faster way for these on their device."""
-    if x_TI.shape[0] > FEW_TOKENS or not x_TI.is_cuda:
+def keeps_16_bits(x_TI: Tensor, weight: Fp8Weight, most: int = FEW_TOKENS) -> bool:
+    """Whether `fused_linear` is the way for these on their device: up to `most` tokens that it takes."""
+    if x_TI.shape[0] > most or not x_TI.is_cuda:
         return False
     from argosy.kernels import fp8_gemv
 
@@ -82,7 +82,8 @@ def fused_linear(
     if x_TI.is_cuda:
         from argosy.kernels import activation, fp8_gemv
 
-        if rounding is not None and fp8_gemv.prefers_library(x_TI.shape[0], weight):
+        many = x_TI.shape[0] > FEW_TOKENS or fp8_gemv.prefers_library(x_TI.shape[0], weight)
+        if rounding is not None and many:
             if norm_weight_I is None:
                 rows = quantize_rows(x_TI, rounding)
             else:

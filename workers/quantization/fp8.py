@@ -5,7 +5,7 @@ every cut is a cut of rows. Blocks that a cut goes through keep their scale on b
 (where a part begins inside a block) or by narrower columns (where its inputs do), with the same meaning number by
 number. What is rounded here takes its scales from the whole tensor, so that every layout has the same weights.
 
-On a GPU up to 16 tokens are multiplied in 16 bits and more are rounded, too. On a CPU the weight is made plain again:
+On a GPU one token is multiplied in 16 bits, more are rounded, too. On a CPU the weight is made plain again:
 e4m3 saves the file's bytes and the rounding is that of the checkpoint, the arithmetic is that of the model's numbers.
 
 T = tokens, I = inputs, O = outputs, both of this rank.
@@ -22,7 +22,14 @@ from torch import Tensor, nn
 from argosy.cluster.protocol.quant_spec import WeightScheme
 from argosy.kernels import fp8_ops, fp8_reference
 from argosy.kernels.fp8_reference import E4M3, LARGEST, Fp8Rows, Fp8Weight, Rounding
-from argosy.workers.quantization.base import Cut, Fusion, LinearLayer, UnquantizedMethod, empty_parameter
+from argosy.workers.quantization.base import (
+    MAX_FUSED_TOKENS,
+    Cut,
+    Fusion,
+    LinearLayer,
+    UnquantizedMethod,
+    empty_parameter,
+)
 
 ALL = slice(None)
 SCALE_DTYPES = ("F32", "BF16", "F16")
@@ -184,7 +191,7 @@ class Fp8Method:
         assert self._weight is not None
         if not isinstance(x_TI, Tensor):
             return fp8_ops.linear(x_TI, self._weight, layer.bias, self._dtype)
-        if fp8_ops.keeps_16_bits(x_TI, self._weight):
+        if fp8_ops.keeps_16_bits(x_TI, self._weight, self._most_fused()):
             return fp8_ops.fused_linear(x_TI, self._weight, layer.bias, rounding=self._rounding)
         if self._rounding is None:
             return F.linear(x_TI, fp8_reference.dequantize_weight(self._weight, x_TI.dtype), layer.bias)
@@ -194,7 +201,11 @@ class Fp8Method:
         """A few tokens on a GPU, in 16 bits."""
         if self._plain is not None:
             return self._plain.fuses(layer, x_TI)
-        return self._weight is not None and fp8_ops.keeps_16_bits(x_TI, self._weight)
+        return self._weight is not None and fp8_ops.keeps_16_bits(x_TI, self._weight, self._most_fused())
+
+    def _most_fused(self) -> int:
+        """Tokens up to which inputs stay in 16 bits: more where the checkpoint asks for inputs that are not rounded."""
+        return MAX_FUSED_TOKENS if self._rounding is None else fp8_ops.FEW_TOKENS
 
     def apply_fused(self, layer: LinearLayer, x_TI: Tensor, fusion: Fusion) -> Tensor:
         """One launch, with the norm before it and the gate or the addition after it."""
