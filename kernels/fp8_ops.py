@@ -6,12 +6,13 @@ Meanings stand in `fp8_reference`. Every operation may be captured in a CUDA gra
 import torch
 from torch import Tensor
 
-from argosy.kernels import fp8_reference
+from argosy.kernels import fp8_reference, ops
 from argosy.kernels.fp8_reference import Fp8Rows, Fp8Weight, Rounding
 
 # Up to so many, activations stay in 16 bits. On an H200, 8 tokens took 31 us of 4096 x 6144 so, where weights become
 # 16 bits in registers, and 10 rounded, where they go to the tensor cores as they are.
 FEW_TOKENS = 1
+MOST_TOKENS = 16  # that the fused kernel takes, for checkpoints whose activations are not to be rounded
 
 
 def quantize_rows(x_TI: Tensor, rounding: Rounding) -> Fp8Rows:
@@ -93,6 +94,12 @@ def fused_linear(
             if out_TO is not None:
                 return out_TO.copy_(y_TO)
             return y_TO if residual_TO is None else residual_TO.add_(y_TO)
+        if not fp8_gemv.suits(x_TI, weight):
+            made_TO = ops.fused_linear(
+                x_TI, fp8_reference.dequantize_weight(weight, x_TI.dtype), bias_O, norm_weight_I=norm_weight_I,
+                eps=eps, residual_TO=residual_TO, gated=gated,
+            )  # fmt: skip
+            return made_TO if out_TO is None else out_TO.copy_(made_TO)
         return fp8_gemv.fused_linear(
             x_TI, weight, bias_O, norm_weight_I=norm_weight_I, eps=eps, residual_TO=residual_TO, gated=gated,
             out_TO=out_TO,

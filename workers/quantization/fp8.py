@@ -22,14 +22,7 @@ from torch import Tensor, nn
 from argosy.cluster.protocol.quant_spec import WeightScheme
 from argosy.kernels import fp8_ops, fp8_reference
 from argosy.kernels.fp8_reference import E4M3, LARGEST, Fp8Rows, Fp8Weight, Rounding
-from argosy.workers.quantization.base import (
-    MAX_FUSED_TOKENS,
-    Cut,
-    Fusion,
-    LinearLayer,
-    UnquantizedMethod,
-    empty_parameter,
-)
+from argosy.workers.quantization.base import Cut, Fusion, LinearLayer, UnquantizedMethod, empty_parameter
 
 ALL = slice(None)
 SCALE_DTYPES = ("F32", "BF16", "F16")
@@ -205,7 +198,7 @@ class Fp8Method:
 
     def _most_fused(self) -> int:
         """Tokens up to which inputs stay in 16 bits: more where the checkpoint asks for inputs that are not rounded."""
-        return MAX_FUSED_TOKENS if self._rounding is None else fp8_ops.FEW_TOKENS
+        return fp8_ops.MOST_TOKENS if self._rounding is None else fp8_ops.FEW_TOKENS
 
     def apply_fused(self, layer: LinearLayer, x_TI: Tensor, fusion: Fusion) -> Tensor:
         """One launch, with the norm before it and the gate or the addition after it."""
