@@ -83,6 +83,8 @@ CASES: dict[str, Case] = {
         "moe_intermediate_size": 32, "shared_expert_intermediate_size": 40, "mlp_only_layers": [1]}),
     "qwen3-moe": Case("Qwen3MoeConfig", "Qwen3MoeForCausalLM", SMALL | {"num_experts": 6, "num_experts_per_tok": 3,
         "moe_intermediate_size": 32, "norm_topk_prob": True, "head_dim": 16}),
+    "gpt-oss": Case("GptOssConfig", "GptOssForCausalLM", SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2,
+        "head_dim": 16, "sliding_window": 6, "intermediate_size": 40, "rope_parameters": YARN | {"truncate": False}}),
     "mpt": Case("MptConfig", "MptForCausalLM", {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 128,
         "vocab_size": VOCAB, "initializer_range": 0.2}),
 }  # fmt: skip

@@ -14,14 +14,19 @@ from argosy.workers.loading.names import Slot
 from argosy.workers.quantization.base import Cut
 
 
-def cuts_of(module: nn.Module, slot: Slot) -> Iterator[tuple[str, Cut]]:
-    """What `module` reads for `slot`: (last word of the tensor's name, cut); several cuts may be of one tensor."""
+def cuts_of(module: nn.Module, slot: Slot) -> Iterator[tuple[str, Cut] | tuple[str, str, Cut]]:
+    """What `module` reads for `slot`: (last word of the tensor's name, our parameter if it is called otherwise, cut).
+
+    Several cuts may be of one tensor.
+    """
     if slot is Slot.BLOCKS:
         assert isinstance(module, MergedColumnParallelLinear)
         yield from _blocks(module)
     elif slot is Slot.GROUPED:
         assert isinstance(module, QKVParallelLinear)
         yield from _grouped(module)
+    elif slot is Slot.STACKED:
+        yield from module.stacked_cuts()  # type: ignore[operator]  # of experts
     else:
         cuts: dict[str, Cut] = module.cuts(slot)  # type: ignore[operator]  # every layer of ours has it
         yield from cuts.items()

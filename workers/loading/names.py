@@ -16,6 +16,7 @@ class Slot(StrEnum):
     GATE = "gate"
     UP = "up"
     DOWN = "down"  # of an expert
+    STACKED = "stacked"  # all experts in one tensor
     BLOCKS = "blocks"  # all parts of the module, one below the other
     GROUPED = "grouped"  # q, k and v, for one key/value head after the other
 
