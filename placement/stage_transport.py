@@ -9,7 +9,7 @@ stream of `SchedulerOutput`s, so nothing is announced.
 
 Sends don't wait for the other side: a stage goes on with the next micro-batch while its neighbour works. On a GPU
 nothing here blocks the host: a receive is queued behind what was computed before it, and in front of what needs it. On
-a CPU every wait has a deadline.
+a CPU every wait has a deadline. Cards of one host write into each other's memory (`card_wires`), others use NCCL.
 """
 
 from collections import deque
@@ -20,7 +20,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from argosy.cluster.protocol.errors import WorkerFailed
+from argosy.placement.card_wires import CardWires, open_card_wires
 from argosy.placement.process_groups import ParallelContext
+
+NCCL_BLOCKS = 8  # multiprocessors that a send may hold while it waits for its taker
 
 
 class StageTransport:
@@ -34,13 +37,20 @@ class StageTransport:
         *,
         timeout_seconds: float,
         max_steps_in_flight: int = 2,
+        max_tokens: int = 0,
+        max_rows: int = 0,
     ):
+        """`max_tokens`, `max_rows`: of the largest messages; without them cards don't share memory."""
         self.parallel, self._hidden_size, self._dtype = parallel, hidden_size, dtype
         self.timeout_seconds = timeout_seconds
         self.max_steps_in_flight = max_steps_in_flight
         rank = parallel.rank
         self._wires: list[dist.ProcessGroup] = []
-        if rank.pp_size > 1:
+        self._cards: CardWires | None = None
+        if rank.pp_size > 1 and parallel.device.type == "cuda" and max_tokens:
+            hidden_bytes = max_tokens * hidden_size * dtype.itemsize
+            self._cards = open_card_wires(parallel, max_rows * torch.int64.itemsize, hidden_bytes)
+        if rank.pp_size > 1 and self._cards is None:
             # by all ranks, in one order; neighbouring boundaries alternate, so that a stage between two others
             # receives on one wire and sends on another
             self._wires = [_open_wire(parallel) for _ in range(2 + (rank.pp_size > 2))]
@@ -80,6 +90,8 @@ class StageTransport:
 
     def flush(self) -> None:
         """Wait until all that was sent has left."""
+        if self._cards is not None:
+            self._cards.finish()
         for wire, sent in self._sent.items():
             while sent:
                 self._wait(sent.popleft()[0], f"nobody took what was sent on wire {wire}")
@@ -88,16 +100,22 @@ class StageTransport:
         return 1 + boundary % 2
 
     def _send(self, tensor: Tensor, target: int, wire: int, what: str) -> None:
+        tensor = tensor.contiguous()
+        if self._cards is not None:
+            self._cards.send(what, tensor)
+            return
         sent = self._sent.setdefault(wire, deque())
         # the scheduler keeps fewer steps unanswered, so this waits only when something is wrong
         while sent and (len(sent) > self.max_steps_in_flight or sent[0][0].is_completed()):
             self._wait(sent.popleft()[0], f"rank {target} did not take its {what}")
-        tensor = tensor.contiguous()
         work = dist.isend(tensor, dst=target, group=self._wires[wire])
         assert work is not None
         sent.append((work, tensor))
 
     def _receive(self, tensor: Tensor, source: int, wire: int, what: str) -> Tensor:
+        if self._cards is not None:
+            self._cards.receive(what, tensor)
+            return tensor
         work = dist.irecv(tensor, src=source, group=self._wires[wire])
         assert work is not None
         self._wait(work, f"no {what} came from rank {source}")
@@ -115,7 +133,13 @@ class StageTransport:
 
 
 def _open_wire(parallel: ParallelContext) -> dist.ProcessGroup:
-    backend = "nccl" if parallel.device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=parallel.timeout_seconds)
-    group: dist.ProcessGroup = dist.new_group(timeout=timeout, backend=backend)
+    group: dist.ProcessGroup
+    if parallel.device.type != "cuda":
+        group = dist.new_group(timeout=timeout, backend="gloo")
+        return group
+    # its kernels come before others that wait for multiprocessors, and don't take many of them while they wait
+    options = dist.ProcessGroupNCCL.Options(is_high_priority_stream=True)
+    options.config.max_ctas = NCCL_BLOCKS
+    group = dist.new_group(timeout=timeout, backend="nccl", pg_options=options)
     return group

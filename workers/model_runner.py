@@ -125,6 +125,8 @@ class ModelRunner:
             dtype,
             timeout_seconds=config.parallel.start_deadline_seconds,
             max_steps_in_flight=config.max_steps_in_flight,
+            max_tokens=max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs),
+            max_rows=scheduler.max_num_seqs,
         )
         self.batch = InputBatch(
             max_num_seqs=scheduler.max_num_seqs,
