@@ -1,8 +1,11 @@
 """`argosy bench`: one JSON line a figure, a table last; what it ran on, with which versions, on which requests.
 
-In process it measures an engine of its own (`LLM`), over HTTP a server that runs. With `--peer transformers` the same
-prompts go through transformers in the same run, and the table shows the ratio: on a shared or slow machine the ratios
-count, not the figures.
+    in process         an engine of its own (`bench_engine`); with `--peer transformers` the same prompts there, too
+    --url              a server that runs, from outside
+    --over http        an engine of its own in process and behind its own HTTP doors (`bench_doors`)
+    --suite h200       a whole table of models and layouts beside vLLM's figures and our goals (`bench_suite`)
+
+On a shared or slow machine the ratios of one run count, not the figures.
 """
 
 import argparse
@@ -18,23 +21,27 @@ import time
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
+
+import msgspec
 
 import argosy
-from argosy.cluster.protocol.sampling import SamplingParams
-from argosy.deploy import bench_http, bench_models, bench_peers, settings, workload
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.deploy import bench_engine, bench_http, bench_models, bench_peers, bench_table, workload
+from argosy.deploy.bench_engine import Row
+from argosy.deploy.bench_load import Timing
 from argosy.deploy.device_defaults import read_gpus
 from argosy.deploy.offline import LLM
 from argosy.deploy.workload import Workload
-
-Row = dict[str, Any]
 
 _PACKAGES: Final = ("torch", "ray", "transformers", "triton")
 _COLD_START: Final = """
 import sys, json
 from argosy import LLM, SamplingParams
-settings = json.loads(sys.argv[1])
-with LLM(**settings) as llm:
+from argosy.cluster.protocol.config import ServingConfig
+import msgspec
+config = msgspec.json.decode(sys.argv[1], type=ServingConfig)
+with LLM.from_config(config, backend=sys.argv[2]) as llm:
     llm.generate([[1001, 1002, 1003]], SamplingParams(max_tokens=1, detokenize=False), use_tqdm=False)
     print("first token", flush=True)
 """
@@ -42,19 +49,34 @@ with LLM(**settings) as llm:
 
 def main(args: argparse.Namespace) -> int:
     """Measure, print and perhaps store; the exit code."""
+    if args.suite:
+        from argosy.deploy import bench_suite  # it runs this command for each of its engines
+
+        return bench_suite.main(args)
     about = describe_machine()
     rows = []
-    measure = _over_http(args) if args.url else _in_process(args)
-    for row in measure:
-        row = {**row, **about}
-        rows.append(row)
-        line = json.dumps(row)
+    for row in _measure(args):
+        rows.append({**row, **about})
+        line = json.dumps(rows[-1])
         print(line, flush=True)
         if args.output:
             with open(args.output, "a", encoding="utf-8") as file:
                 file.write(line + "\n")
-    print(table(rows))
+    if args.model in bench_models.GPU_SHAPES:
+        print("\n" + bench_table.comparison(rows, bench_table.read_suite("h200")))
+    else:
+        print(table(rows))
     return 0
+
+
+def _measure(args: argparse.Namespace) -> Iterator[Row]:
+    if args.url:
+        return _over_http(args)
+    if args.over == "http":
+        from argosy.deploy import bench_doors  # Ray
+
+        return bench_doors.measure(args)
+    return _in_process(args)
 
 
 def describe_machine() -> Row:
@@ -122,12 +144,10 @@ def table(rows: list[Row]) -> str:
                 ratio,
             )
         )
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text.insert(1, "  ".join("-" * width for width in widths))
+    text = bench_table.text_table(lines)
     if rows:
-        text.append(f"\n{rows[0]['machine']}, {rows[0]['cores']} cores; medians; ratio to transformers' best mode")
-    return "\n" + "\n".join(text)
+        text += f"\n\n{rows[0]['machine']}, {rows[0]['cores']} cores; medians; ratio to transformers' best mode"
+    return "\n" + text
 
 
 def _figure(value: float | None) -> str:
@@ -140,77 +160,39 @@ def _figure(value: float | None) -> str:
 def _in_process(args: argparse.Namespace) -> Iterator[Row]:
     with tempfile.TemporaryDirectory(prefix="argosy-bench-") as parent:
         folder, options = bench_models.make_folder(args.model, Path(parent))
-        given = {
-            "model": str(folder),
-            "dtype": args.dtype,
-            "max_num_seqs": args.max_num_seqs,
-            "max_num_batched_tokens": max(2048, args.max_num_seqs),
-            "tensor_parallel_size": args.tensor_parallel_size,
-            "pipeline_parallel_size": args.pipeline_parallel_size,
-            **({"cpu_threads": args.cpu_threads} if args.cpu_threads else {}),
-            **options,
-        }
+        config = bench_engine.engine_config(args, folder, options)
         vocab = bench_models.vocab_size(folder)
-        base = {"model": args.model, "dtype": args.dtype, "backend": args.backend, "cpu_threads": args.cpu_threads}
+        base = {"cpu_threads": args.cpu_threads, **({"note": args.note} if args.note else {})}
         answers: dict[str, list[list[int]]] = {}
-        config, _ = settings.make_config(given)
+        names = workloads_of(args)
         with LLM.from_config(config, backend=args.backend) as llm:
-            layout = {"engine": "argosy", "layout": llm._engine.info.layout}
-            for name in args.workload:
-                yield {**base, **layout, **_measure_engine(llm, name, vocab, args.repeats, answers)}
-        for name in args.workload if args.peer else ():
-            yield from ({**base, **row} for row in _measure_peer(args, folder, options, name, vocab, answers[name]))
+            base |= bench_engine.describe_engine(llm, args)
+            if "start" in names:
+                yield {**base, **bench_engine.start_row(llm)}
+            for name in names:
+                if name != "start":
+                    yield {**base, **bench_engine.measure(llm, name, vocab, args.repeats, answers)}
+        for name in names if args.peer else ():
+            peer = _measure_peer(args, config, folder, options, name, vocab, answers[name])
+            yield from ({**base, **row} for row in peer)
         if args.cold_start:
-            yield {**base, "engine": "argosy", "workload": "cold start", **_cold_start(given, args)}
+            yield {**base, "workload": "cold start", **_cold_start(config, args)}
 
 
-def _measure_engine(llm: LLM, name: str, vocab: int, repeats: int, answers: dict[str, list[list[int]]]) -> Row:
-    """The medians of some runs of one workload, after a warm-up of another salt (no run finds another's prefixes)."""
-    _run_engine(llm, workload.make("cpu8", vocab=vocab))
-    runs = []
-    requests = workload.make(name, vocab=vocab)
-    for repeat in range(repeats):
-        salted = workload.make(name, vocab=vocab, salt=repeat)
-        llm.reset_prefix_cache()
-        seconds, outputs = _run_engine(llm, salted)
-        if repeat == 0:
-            answers[name] = [list(output.outputs[0].token_ids) for output in outputs]
-        timings = [output.metrics for output in outputs if output.metrics is not None]
-        ttft = [timing.first_token_latency for timing in timings]
-        gaps = [
-            (t.last_token_ts - t.first_token_ts) / (t.num_generation_tokens - 1)
-            for t in timings
-            if t.num_generation_tokens > 1
-        ]
-        runs.append((sum(r.max_tokens for r in salted) / seconds, seconds, ttft, gaps))
-    return {"workload": name, "digest": workload.digest(requests), "requests": len(requests), **_summary(runs)}
-
-
-def _run_engine(llm: LLM, requests: Workload) -> tuple[float, list[argosy.RequestOutput]]:
-    params = [
-        SamplingParams(temperature=0.0, ignore_eos=True, max_tokens=r.max_tokens, detokenize=False) for r in requests
-    ]
-    started = time.perf_counter()
-    outputs = llm.generate([r.prompt for r in requests], params, use_tqdm=False)
-    return time.perf_counter() - started, outputs
-
-
-def _summary(runs: list[tuple[float, float, list[float], list[float]]]) -> Row:
-    rates = [rate for rate, *_ in runs]
-    ttft = [value for run in runs for value in run[2]]
-    gaps = [value for run in runs for value in run[3]]
-    return {
-        "repeats": len(runs),
-        "output_tokens_per_second": round(statistics.median(rates), 2),
-        "spread": [round(min(rates), 2), round(max(rates), 2)],
-        "seconds": round(statistics.median([run[1] for run in runs]), 4),
-        "ttft_ms_p50": round(1e3 * statistics.median(ttft), 3) if ttft else None,
-        "ms_per_token": round(1e3 * statistics.median(gaps), 3) if gaps else None,
-    }
+def workloads_of(args: argparse.Namespace) -> list[str]:
+    """Those given, or what suits the model."""
+    default = bench_engine.GPU_WORKLOADS if args.model in bench_models.GPU_SHAPES else ("cpu64",)
+    return list(args.workload or default)
 
 
 def _measure_peer(
-    args: argparse.Namespace, folder: Path, options: Row, name: str, vocab: int, ours: list[list[int]]
+    args: argparse.Namespace,
+    config: ServingConfig,
+    folder: Path,
+    options: Row,
+    name: str,
+    vocab: int,
+    ours: list[list[int]],
 ) -> Iterator[Row]:
     requests = workload.make(name, vocab=vocab)
     is_random = options.get("load_format") == "dummy"
@@ -218,9 +200,9 @@ def _measure_peer(
     for found in bench_peers.run_transformers(
         str(folder),
         requests,
-        dtype=args.dtype,
+        dtype=bench_engine.dtype_of(args),
         random_weights=is_random,
-        batch=args.max_num_seqs,
+        batch=config.scheduler.max_num_seqs,
         cpu_threads=args.cpu_threads,
     ):
         same = [mine == theirs for mine, theirs in zip(ours, found["token_ids"], strict=True)]
@@ -238,13 +220,13 @@ def _measure_peer(
         }
 
 
-def _cold_start(given: Row, args: argparse.Namespace) -> Row:
+def _cold_start(config: ServingConfig, args: argparse.Namespace) -> Row:
     """Seconds from the start of a Python process to its first token, engine and all."""
-    words = {**given, "distributed_executor_backend": args.backend}
+    words = msgspec.json.encode(config).decode()
     seconds = []
     for _ in range(args.repeats):
         started = time.perf_counter()
-        command = [sys.executable, "-P", "-c", _COLD_START, json.dumps(words)]
+        command = [sys.executable, "-P", "-c", _COLD_START, words, args.backend]
         with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
             assert process.stdout is not None
             process.stdout.readline()
@@ -263,26 +245,27 @@ def _over_http(args: argparse.Namespace) -> Iterator[Row]:
     folder, _ = bench_models.make_folder("default", Path())
     vocab = bench_models.vocab_size(folder) if args.model in ("default", "tiny") else 32000
 
-    def run(requests: Workload) -> tuple[float, list[bench_http.Timing]]:
-        load = bench_http.run_load(args.url, requests, concurrency=args.concurrency, api_key=args.api_key)
-        return asyncio.run(load)
+    concurrency = args.concurrency[0] if args.concurrency else 64
+
+    def run(requests: Workload) -> tuple[float, list[Timing]]:
+        return asyncio.run(bench_http.run_load(args.url, requests, concurrency=concurrency, api_key=args.api_key))
 
     run(workload.make("cpu8", vocab=vocab, salt=-1))
-    for name in args.workload:
+    for name in workloads_of(args):
         runs = []
         for repeat in range(args.repeats):
             # a salt of its own in each process: a server keeps the prefixes of earlier measurements
             seconds, timings = run(workload.make(name, vocab=vocab, salt=os.getpid() * 100 + repeat))
-            gaps = [(t.last_seconds - t.first_seconds) / (t.num_tokens - 1) for t in timings if t.num_tokens > 1]
+            gaps = [t.gap_seconds for t in timings if t.num_tokens > 1]
             rate = sum(t.num_tokens for t in timings) / seconds
             runs.append((rate, seconds, [t.first_seconds for t in timings], gaps))
         yield {
             "model": args.model,
-            "dtype": args.dtype,
-            "engine": f"argosy HTTP x{args.concurrency}",
+            "dtype": bench_engine.dtype_of(args),
+            "engine": f"argosy HTTP x{concurrency}",
             "url": args.url,
             "workload": name,
             "digest": workload.digest(workload.make(name, vocab=vocab)),
             "requests": len(workload.make(name, vocab=vocab)),
-            **_summary(runs),
+            **bench_engine.summary(name, runs),
         }

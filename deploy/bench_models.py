@@ -45,7 +45,7 @@ SHAPES: Final[dict[str, dict[str, Any]]] = {
         "tie_word_embeddings": False,
     },
 }
-_GPU: Final[dict[str, Any]] = {
+GPU_COMMON: Final[dict[str, Any]] = {
     "hidden_act": "silu",
     "max_position_embeddings": 8192,
     "bos_token_id": 1,
@@ -104,7 +104,7 @@ def make_folder(name: str, parent: Path) -> tuple[Path, dict[str, Any]]:
         folder = parent / name
         folder.mkdir(exist_ok=True)
         small = {**_LLAMA, "torch_dtype": "float32"}
-        config = {**small, **SHAPES[name]} if name in SHAPES else {**_GPU, **GPU_SHAPES[name]}
+        config = {**small, **SHAPES[name]} if name in SHAPES else {**GPU_COMMON, **GPU_SHAPES[name]}
         (folder / "config.json").write_text(json.dumps(config))
         return folder, {"load_format": "dummy", "skip_tokenizer_init": True}
     return Path(model_folder(name)), {}

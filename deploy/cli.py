@@ -113,7 +113,7 @@ def serving_config(words: Sequence[str], args: argparse.Namespace) -> ServingCon
     given["model"] = args.model or args.model_flag or given.get("model") or settings.default_model()
     job_dir = given.get("job_dir")
     given["job_dir"] = choose_job_dir(str(job_dir) if job_dir is not None else None)
-    config, ignored = settings.make_config(given)
+    config, ignored = settings.make_config(settings.plan_what_is_open(given))
     if text := settings.describe_ignored([*ignored, *settings.take_ignored(words)[1]]):
         print(f"argosy: {text}", file=sys.stderr)
     return config

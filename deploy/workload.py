@@ -107,10 +107,14 @@ WORKLOADS: Final[dict[str, _Maker]] = {
     "fixed512x256": lambda vocab, salt: fixed(512, 512, 256, vocab=vocab, seed=1, salt=salt),
     "chat1000": lambda vocab, salt: lognormal(1000, vocab=vocab, seed=2, salt=salt),
     "prefix256": lambda vocab, salt: shared_prefix(256, 2048, 64, 64, vocab=vocab, seed=3, salt=salt),
+    # as many tokens as prefix256 with nothing in common
+    "unshared256": lambda vocab, salt: fixed(256, 2112, 64, vocab=vocab, seed=3, salt=salt),
     "fixed256x128": lambda vocab, salt: fixed(256, 512, 128, vocab=vocab, seed=4, salt=salt),
     "decode1": lambda vocab, salt: decode(1, vocab=vocab, salt=salt),
     "decode8": lambda vocab, salt: decode(8, vocab=vocab, salt=salt),
     "decode64": lambda vocab, salt: decode(64, vocab=vocab, salt=salt),
+    "decode256": lambda vocab, salt: decode(256, vocab=vocab, salt=salt),
+    "decode512": lambda vocab, salt: decode(512, vocab=vocab, salt=salt),
     # for machines without a GPU
     "cpu64": lambda vocab, salt: uniform(64, vocab=vocab, in_range=(32, 256), out_range=(16, 128), seed=6, salt=salt),
     "cpu8": lambda vocab, salt: uniform(8, vocab=vocab, in_range=(8, 32), out_range=(4, 16), seed=8, salt=salt),

@@ -1,4 +1,4 @@
-"""Decode step times and throughput on a GPU, beside what vLLM 0.24 did with the same requests on an H200.
+"""As `argosy bench --model 8b`, with the switches of those who tune: layers of stages, a trace of the rank's steps.
 
     python benchmarks/gpu/bench_gpu.py --model 06b --workload decode1 decode8 decode64 decode256 fixed512x256 chat1000
 
@@ -9,67 +9,15 @@ a driver and its ranks without Ray, unless `--backend ray`.
 import argparse
 import json
 import os
-import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-from argosy.deploy import bench, launch, workload
+from argosy.deploy import bench, bench_engine, bench_models, bench_table, launch
 from argosy.deploy.offline import LLM
 
-SHAPES = {
-    "06b": {
-        "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "hidden_size": 1024, "num_hidden_layers": 28,
-        "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 3072,
-        "vocab_size": 151936, "tie_word_embeddings": True, "rope_theta": 1000000.0, "rms_norm_eps": 1e-6,
-    },
-    "8b": {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 14336,
-        "vocab_size": 128256, "tie_word_embeddings": False, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
-    },
-    "70b": {
-        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 8192, "num_hidden_layers": 80,
-        "num_attention_heads": 64, "num_key_value_heads": 8, "head_dim": 128, "intermediate_size": 28672,
-        "vocab_size": 128256, "tie_word_embeddings": False, "rope_theta": 500000.0, "rms_norm_eps": 1e-5,
-    },
-}  # fmt: skip
-COMMON = {
-    "hidden_act": "silu", "max_position_embeddings": 8192, "bos_token_id": 1, "eos_token_id": 2,
-    "initializer_range": 0.02, "torch_dtype": "bfloat16", "attention_bias": False,
-}  # fmt: skip
-PEERS = Path(__file__).with_name("peers_h200.json")
-
-
-def measure(llm: LLM, name: str, vocab: int, repeats: int) -> dict[str, object]:
-    """Medians of one workload: ms a step for decode<batch>, output tokens a second for the others."""
-    figures, ttft = [], []
-    for repeat in range(-1, repeats):  # the first one warms up
-        if name.startswith("decode"):
-            requests = workload.decode(int(name.removeprefix("decode")), vocab=vocab, salt=repeat + 7)
-        else:
-            requests = workload.make(name, vocab=vocab, salt=repeat + 7)
-        seconds, outputs = bench._run_engine(llm, requests)
-        timings = [o.metrics for o in outputs]
-        if repeat < 0:
-            continue
-        ttft += [t.first_token_latency for t in timings]
-        if name.startswith("decode"):
-            # all rows decode together between the last first token and the first last token
-            steps = [(t.last_token_ts - t.first_token_ts) / (t.num_generation_tokens - 1) for t in timings]
-            figures.append(1e3 * statistics.median(steps))
-        else:
-            figures.append(sum(r.max_tokens for r in requests) / seconds)
-    return {
-        "workload": name,
-        "figure": round(statistics.median(figures), 4),
-        "spread": [round(min(figures), 4), round(max(figures), 4)],
-        "unit": "ms/step" if name.startswith("decode") else "output tokens/s",
-        "ttft_ms_p50": round(1e3 * statistics.median(ttft), 2),
-        "repeats": repeats,
-        "digest": workload.digest(requests),
-    }
+SHAPES, COMMON = bench_models.GPU_SHAPES, bench_models.GPU_COMMON
 
 
 def main() -> int:
@@ -98,7 +46,7 @@ def main() -> int:
         f"xPP{args.pipeline_parallel_size}" if args.pipeline_parallel_size > 1 else ""
     )
     numbers = "fp8" if (args.quantization or "").startswith("fp8") else args.dtype
-    peers = json.loads(PEERS.read_text()).get(f"{args.model} {numbers} {layout}", {})
+    group = bench_table.name_of(args.model, numbers, layout)
     if args.trace:
         os.environ["ARGOSY_TRACE"] = os.path.abspath(args.trace)
         launch.launch_engine.__kwdefaults__["rank_module"] = "traced_rank"
@@ -117,23 +65,21 @@ def main() -> int:
         ) as llm:  # fmt: skip
             print(f"engine ready after {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
             for name in args.workload:
-                row = {"model": args.model, "dtype": args.dtype, "layout": layout, "note": args.note}
+                row: dict[str, object] = {
+                    "group": group,
+                    "model": args.model,
+                    "dtype": args.dtype,
+                    "layout": layout,
+                    "note": args.note,
+                }
                 row |= {"quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype}
-                row.update(measure(llm, name, SHAPES[args.model]["vocab_size"], args.repeats))
-                row.update(about)
+                row |= {**bench_engine.measure(llm, name, SHAPES[args.model]["vocab_size"], args.repeats), **about}
                 rows.append(row)
                 print(json.dumps(row), flush=True)
                 if args.output:
                     with open(args.output, "a", encoding="utf-8") as file:
                         file.write(json.dumps(row) + "\n")
-    packed = args.quantization or args.dtype
-    print(f"\n{args.model} {packed} {layout}: figure, vLLM's, goal, times vLLM (above 1 is faster)")
-    for row in rows:
-        vllm, goal = peers.get(row["workload"], (None, None))
-        ratio = ""
-        if vllm:
-            ratio = f"{vllm / row['figure'] if row['unit'] == 'ms/step' else row['figure'] / vllm:.2f}x"
-        print(f"{row['workload']:14} {row['figure']:>10} {row['unit']:16} {vllm!s:>8} {goal!s:>8} {ratio}")
+    print("\n" + bench_table.comparison(rows, bench_table.read_suite("h200")))
     return 0
 
 

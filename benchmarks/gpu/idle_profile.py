@@ -15,7 +15,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from argosy.deploy import bench, bench_models, launch, workload
+from argosy.deploy import bench, bench_engine, bench_models, launch, workload
 from argosy.deploy.offline import LLM
 
 FIRST_STEP, NUM_STEPS = 300, 60  # of the second run: the first one is shorter than that
@@ -52,11 +52,11 @@ def main() -> int:
             max_model_len=args.max_model_len,
         ) as llm:  # fmt: skip
             for batch in args.batch:
-                bench._run_engine(llm, workload.decode(batch, vocab=vocab, output_len=32, salt=1))
+                bench_engine.run(llm, workload.decode(batch, vocab=vocab, output_len=32, salt=1))
                 steps = []
                 for output_len in (256, FIRST_STEP + NUM_STEPS + 60):
                     requests = workload.decode(batch, vocab=vocab, output_len=output_len, salt=output_len)
-                    _, outputs = bench._run_engine(llm, requests)
+                    _, outputs = bench_engine.run(llm, requests)
                     times = [o.metrics for o in outputs if o.metrics is not None]
                     gaps = [(t.last_token_ts - t.first_token_ts) / (t.num_generation_tokens - 1) for t in times]
                     steps.append(1e3 * statistics.median(gaps))
