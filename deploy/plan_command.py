@@ -180,7 +180,7 @@ def _print_needs(shape: ModelShape, serving: Serving, *, as_json: bool) -> int:
             if found is not None:
                 nodes, each = len(found.topology.nodes), len(found.topology.nodes[0].gpus)
                 needs[gpu] = f"{nodes} x {each}" if nodes > 1 else str(each)
-        rows.append((name if name != "none" else shape.dtype, stored, needs))
+        rows.append((name if name != "none" else shape.spec.dtype, stored, needs))
     if as_json:
         print(json.dumps([{"format": name, "needs": needs} for name, _, needs in rows], indent=1))
         return 0

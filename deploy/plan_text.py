@@ -17,8 +17,12 @@ SHOWN_LOSERS: Final = 8
 def describe_model(shape: ModelShape, serving: Serving) -> str:
     """One line: parameters, weights, KV of a token."""
     weights = StageBytes(shape, serving).stage_bytes(1, 0, shape.num_layers)
-    kv = shape.kv_bytes_per_token(serving.kv_dtype_bytes, 1, 0, shape.num_layers)
-    stored = shape.dtype if serving.weight_format.bits == 16 else f"{serving.weight_format.name}, rest {shape.dtype}"
+    kv = shape.kv_bytes_per_token(serving.kv_dtype_bytes, 1, shape.num_layers)
+    stored = (
+        shape.spec.dtype
+        if serving.weight_format.bits == 16
+        else f"{serving.weight_format.name}, rest {shape.spec.dtype}"
+    )
     files = f"; its files hold {shape.checkpoint_bytes / 1e9:,.2f} GB" if shape.checkpoint_bytes else ""
     return (
         f"{shape.name}: {shape.num_parameters / 1e9:,.2f} B parameters, {weights / 1e9:,.2f} GB of weights ({stored}), "
@@ -125,11 +129,11 @@ def plan_json(report: PlanReport) -> dict[str, Any]:
     return {
         "model": {
             "name": shape.name,
-            "architecture": shape.architecture,
+            "architecture": shape.spec.architecture,
             "parameters": shape.num_parameters,
             "active_parameters": shape.num_active_parameters,
             "weight_bytes": StageBytes(shape, serving).stage_bytes(1, 0, shape.num_layers),
-            "kv_bytes_per_token": shape.kv_bytes_per_token(serving.kv_dtype_bytes, 1, 0, shape.num_layers),
+            "kv_bytes_per_token": shape.kv_bytes_per_token(serving.kv_dtype_bytes, 1, shape.num_layers),
             "weight_format": serving.weight_format.name,
             "checkpoint_bytes": shape.checkpoint_bytes,
         },

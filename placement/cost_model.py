@@ -48,7 +48,7 @@ class StageCost:
         offloaded_bytes: int = 0,
         host_link_sharers: int = 1,
     ):
-        shape, serving = sizes.shape, sizes.serving
+        shape, spec, serving = sizes.shape, sizes.shape.spec, sizes.serving
         self.calibration, self.num_layers, self.tp_size = calibration, last_layer - first_layer, tp_size
         self.is_last, self.is_first = last_layer == shape.num_layers, first_layer == 0
         bandwidth = sheet.gbytes_per_second * 1e9
@@ -77,19 +77,20 @@ class StageCost:
             / serving.block_size
             / (bandwidth * calibration.kv_efficiency)
         )
-        windowed = sum(shape.windowed[first_layer:last_layer]) if shape.windowed else 0
-        self._window = shape.sliding_window or 0
-        self._windowed_share = windowed / max(1, self.num_layers)
-        heads = shape.num_heads / tp_size
-        per_pair = heads * (2 * shape.latent_head_work if shape.latent_size else 4 * shape.head_size) * self.num_layers
+        layers = range(first_layer, last_layer)
+        self._window = spec.sliding_window or 0
+        self._windowed_share = sum(spec.window_of(layer) is not None for layer in layers) / max(1, self.num_layers)
+        heads = spec.num_heads / tp_size
+        work = 2 * shape.latent_head_work if shape.latent_head_work else 4 * spec.head_size
+        per_pair = heads * work * self.num_layers
         attention_peak = sheet.bf16_tflops * 1e12
         self._pair_seconds = per_pair / (attention_peak * calibration.attention_efficiency)
-        head_weights = -(-shape.vocab_size // tp_size) * shape.hidden_size
+        head_weights = -(-spec.vocab_size // tp_size) * shape.table_width
         self._head_bytes = head_weights * serving.dtype_bytes if self.is_last else 0
         self._head_flops = 2 * head_weights if self.is_last else 0
         self._head_peak = sheet.bf16_tflops * 1e12
-        self._sample_seconds = shape.vocab_size * 8 / bandwidth if self.is_last else 0.0  # float32, written and read
-        self._hidden_bytes = shape.hidden_size * serving.dtype_bytes
+        self._sample_seconds = spec.vocab_size * 8 / bandwidth if self.is_last else 0.0  # float32, written and read
+        self._hidden_bytes = spec.hidden_size * serving.dtype_bytes
         self._group_link = group_link
         extra = calibration.group_layer_us if tp_size > 1 else 0.0
         self._fixed_seconds = (self.num_layers * (calibration.layer_us + extra) + calibration.step_us) * _US

@@ -1,4 +1,4 @@
-"""Where the shape of a model comes from: a folder, a `config.json`, or the published configs that ship with us."""
+"""Where the shape of a model comes from: a folder with a `config.json`, or the published configs that ship with us."""
 
 import json
 from collections.abc import Mapping
@@ -8,16 +8,17 @@ from typing import Any, Final
 import msgspec
 
 from argosy.cluster.protocol.errors import WeightError
-from argosy.placement.model_families import CONFIG_FILE, shape_from_config
+from argosy.cluster.protocol.model_spec import CONFIG_FILE, read_model_spec
+from argosy.placement.model_families import shape_from_spec
 from argosy.placement.model_shape import ModelShape
+from argosy.placement.weight_format import format_from_config
 
-MAX_CONFIG_BYTES: Final = 16 * 1024 * 1024
 CONFIG_FOLDER: Final = Path(__file__).with_name("model_configs")
 
 
 def known_models() -> tuple[str, ...]:
     """Names of the published configs that ship with us."""
-    return tuple(sorted(path.stem for path in CONFIG_FOLDER.glob("*.json")))
+    return tuple(sorted(path.parent.name for path in CONFIG_FOLDER.glob(f"*/{CONFIG_FILE}")))
 
 
 def read_model_shape(name: str | Path, *, overrides: Mapping[str, Any] | None = None) -> ModelShape:
@@ -25,38 +26,33 @@ def read_model_shape(name: str | Path, *, overrides: Mapping[str, Any] | None = 
 
     Raises `WeightError` or `UnsupportedModel`.
     """
+    folder = _find(name)
+    # packed weights are sized here in more formats than can be served
+    spec = read_model_spec(folder, {**(overrides or {}), "quantization_config": None, "compression_config": None})
+    weight_format = format_from_config(_read_config(folder / CONFIG_FILE))
+    shape = shape_from_spec(spec, name=str(name), weight_format=weight_format)
+    sizes = sum(size for file in sorted(folder.glob("*.safetensors")) for size in _tensor_bytes(file))
+    return msgspec.structs.replace(shape, checkpoint_bytes=sizes or None)
+
+
+def _find(name: str | Path) -> Path:
     path = Path(name).expanduser()
-    if path.is_dir() or path.suffix == ".json":
-        file = path / CONFIG_FILE if path.is_dir() else path
-        shape = shape_from_config(
-            {**_read_json(file), **(overrides or {})}, name=path.stem if path.is_file() else path.name
-        )
-        sizes = sum(size for file in path.glob("*.safetensors") for size in _tensor_bytes(file)) if path.is_dir() else 0
-        return msgspec.structs.replace(shape, checkpoint_bytes=sizes or None)
+    if path.is_dir():
+        return path
+    if path.name == CONFIG_FILE and path.is_file():
+        return path.parent
     short = str(name).rsplit("/", 1)[-1].lower()
     for alias in (short, short.removesuffix("-hf"), short.removesuffix("-instruct"), short.removeprefix("meta-")):
-        file = CONFIG_FOLDER / f"{alias}.json"
-        if file.is_file():
-            return shape_from_config({**_read_json(file), **(overrides or {})}, name=alias)
-    raise WeightError(
-        str(name),
-        "",
-        f"is no folder, no config.json, and none of the models known by name: {', '.join(known_models())}",
-    )
+        if alias in known_models():
+            return CONFIG_FOLDER / alias
+    known = ", ".join(known_models())
+    raise WeightError(str(name), "", f"is no folder, no {CONFIG_FILE}, and none of the models known by name: {known}")
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        if path.stat().st_size > MAX_CONFIG_BYTES:
-            raise WeightError(str(path), "", f"is larger than {MAX_CONFIG_BYTES} bytes")
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise WeightError(str(path), "", f"can't be read: {error.strerror or error}") from error
-    except (ValueError, RecursionError) as error:
-        raise WeightError(str(path), "", f"is not readable as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise WeightError(str(path), "", f"must hold a JSON object, not {type(value).__name__}")
-    return value
+def _read_config(path: Path) -> dict[str, Any]:
+    """The content, which `read_model_spec` has found to be an object."""
+    content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return content
 
 
 def _tensor_bytes(path: Path) -> list[int]:

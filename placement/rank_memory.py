@@ -9,10 +9,11 @@ from typing import Final
 import msgspec
 
 from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.model_spec import DTYPE_BYTES
 from argosy.placement.calibration import Calibration
-from argosy.placement.model_shape import DTYPE_BYTES, Matrix, ModelShape
+from argosy.placement.model_shape import Matrix, ModelShape
 from argosy.placement.topology import Gpu
-from argosy.placement.weight_format import WeightFormat
+from argosy.placement.weight_format import FORMATS, WeightFormat
 
 CPU_CACHE_BYTES: Final = 4 * 2**30  # as in workers/memory.py, and held to it by a test
 CPU_CACHE_FRACTION: Final = 0.3
@@ -23,7 +24,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     """The settings that decide how many bytes a model takes."""
 
     dtype_bytes: int
-    kv_dtype_bytes: float
+    kv_dtype_bytes: int
     weight_format: WeightFormat
     block_size: int = 16
     max_num_seqs: int = 256
@@ -37,8 +38,13 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     def from_config(
         cls, config: ServingConfig, shape: ModelShape, weight_format: WeightFormat | None = None
     ) -> "Serving":
-        """What `config` says, with "auto" worked out for the model; `weight_format` None is the checkpoint's own."""
-        dtype = shape.dtype if config.model.dtype == "auto" else config.model.dtype
+        """What `config` says, with "auto" worked out for the model.
+
+        `weight_format` None is the checkpoint's own, or what the setting `quantization` makes of plain weights.
+        """
+        if weight_format is None and shape.weight_format.bits == 16 and config.model.quantization in FORMATS:
+            weight_format = FORMATS[config.model.quantization]
+        dtype = shape.spec.dtype if config.model.dtype == "auto" else config.model.dtype
         kv_dtype = dtype if config.cache.kv_cache_dtype == "auto" else config.cache.kv_cache_dtype
         return cls(
             dtype_bytes=DTYPE_BYTES[dtype],
@@ -47,7 +53,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
             block_size=config.cache.block_size,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-            max_model_len=config.model.max_model_len or shape.max_position,
+            max_model_len=config.model.max_model_len or shape.spec.max_position,
             gpu_memory_utilization=config.cache.gpu_memory_utilization,
             kv_cache_memory_bytes=config.cache.kv_cache_memory_bytes,
             num_gpu_blocks_override=config.cache.num_gpu_blocks_override,
@@ -106,14 +112,17 @@ class StageBytes:
 
     def end_bytes(self, tp_size: int, *, is_first: bool, is_last: bool) -> int:
         """Embedding and head of the stage that has them; a tied head is the embedding where both are."""
-        shape, size = self.shape, self.serving.dtype_bytes
-        table = -(-shape.vocab_size // tp_size) * shape.hidden_size * size
-        total = 0
+        shape, spec, size = self.shape, self.shape.spec, self.serving.dtype_bytes
+        rows = -(-spec.vocab_size // tp_size)
+        projection = spec.embedding_size * spec.hidden_size
+        numbers = 0
         if is_first:
-            total += table + (shape.position_rows * shape.hidden_size + shape.first_norm_size) * size
+            numbers += rows * shape.table_width + spec.position_rows * spec.hidden_size + shape.first_norm_size
+            numbers += projection
         if is_last:
-            total += shape.final_norm_size * size + (0 if shape.tied and is_first else table)
-        return total
+            numbers += shape.final_norm_size + rows * spec.head_bias + projection
+            numbers += 0 if spec.tied and is_first else rows * shape.table_width
+        return numbers * size
 
     def stage_bytes(self, tp_size: int, first_layer: int, last_layer: int) -> int:
         """All weights of the stage that has the layers [first_layer, last_layer)."""
@@ -123,20 +132,18 @@ class StageBytes:
 
     def block_bytes(self, tp_size: int, first_layer: int, last_layer: int) -> int:
         """Bytes of one KV block on one rank of the stage."""
-        per_token = self.shape.kv_bytes_per_token(self.serving.kv_dtype_bytes, tp_size, first_layer, last_layer)
-        return int(per_token * self.serving.block_size)
+        per_token = self.shape.kv_bytes_per_token(self.serving.kv_dtype_bytes, tp_size, last_layer - first_layer)
+        return per_token * self.serving.block_size
 
     def activation_bytes(self, calibration: Calibration, tp_size: int, *, is_last: bool) -> int:
         """What the largest step holds beside weights and blocks: hidden states, and logits on the last stage."""
-        shape, serving = self.shape, self.serving
+        shape, spec, serving = self.shape, self.shape.spec, self.serving
         tokens = min(serving.max_num_batched_tokens, serving.max_model_len * serving.max_num_seqs)
-        active = max(1, max((m.active for kind in shape.kinds for m in kind.matrices), default=1))
-        inner = max(shape.intermediate_size, shape.expert_size * active) // tp_size
-        heads = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_size // tp_size
-        width = calibration.hidden_copies * shape.hidden_size + calibration.inner_copies * inner + heads
-        total = tokens * width * serving.dtype_bytes
+        heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size // tp_size
+        inner = calibration.inner_copies * shape.inner_size / tp_size
+        total = tokens * (calibration.hidden_copies * spec.hidden_size + inner + heads) * serving.dtype_bytes
         if is_last:
-            total += int(serving.max_num_seqs * shape.vocab_size * calibration.logit_bytes)
+            total += serving.max_num_seqs * spec.vocab_size * calibration.logit_bytes
         return int(total)
 
 
@@ -197,16 +204,17 @@ def _matrix_bytes(shape: ModelShape, matrix: Matrix, serving: Serving, tp_size: 
     if matrix.cut == "column":
         num_out = bias_rows = num_out // tp_size
     elif matrix.cut == "kv":
-        num_out = bias_rows = num_out // min(tp_size, shape.num_kv_heads)
+        num_out = bias_rows = num_out // min(tp_size, shape.spec.num_kv_heads)
     elif matrix.cut == "row":
         num_in //= tp_size
-    elif matrix.cut != "none" and shape.expert_size % tp_size:
+    elif matrix.cut != "none" and shape.deals_experts(tp_size):
         count = -(-count // tp_size)
     elif matrix.cut == "expert_column":
         num_out //= tp_size
     elif matrix.cut == "expert_row":
         num_in //= tp_size
-    weight_format = serving.weight_format if matrix.quantised else _PLAIN
+    packs = matrix.quantised and (matrix.is_experts or not serving.weight_format.experts_only)
+    weight_format = serving.weight_format if packs else _PLAIN
     size = weight_format.matrix_bytes(num_out, num_in, serving.dtype_bytes)
     return count * (size + (bias_rows * serving.dtype_bytes if matrix.bias else 0))
 

@@ -19,11 +19,7 @@ class WeightFormat(msgspec.Struct, frozen=True, kw_only=True):
     scale_bytes: int = 4
     zero_bits: int = 0
     order_bytes: int = 0  # an entry for each input (GPTQ's group index)
-
-    @property
-    def smallest_share(self) -> int:
-        """A rank's share of a matrix must be a multiple of this."""
-        return self.block[0] if self.block else max(self.group, 1)
+    experts_only: bool = False  # everything else is plain
 
     @property
     def computes_in_fp8(self) -> bool:
@@ -51,7 +47,8 @@ class WeightFormat(msgspec.Struct, frozen=True, kw_only=True):
 FORMATS: Final[Mapping[str, WeightFormat]] = {
     "none": WeightFormat(),
     "fp8": WeightFormat(name="fp8", bits=8, row_scales=True),
-    "fp8-block": WeightFormat(name="fp8-block", bits=8, block=(128, 128)),
+    "fp8_per_tensor": WeightFormat(name="fp8_per_tensor", bits=8),
+    "fp8_block": WeightFormat(name="fp8_block", bits=8, block=(128, 128)),
     "int8": WeightFormat(name="int8", bits=8, row_scales=True),
     "gptq": WeightFormat(name="gptq", bits=4, group=128, scale_bytes=2, zero_bits=4, order_bytes=4),
     "awq": WeightFormat(name="awq", bits=4, group=128, scale_bytes=2, zero_bits=4),
@@ -74,11 +71,13 @@ def format_from_config(config: Mapping[str, Any]) -> WeightFormat:
     if method in ("fp8", "fbgemm_fp8"):
         block = given.get("weight_block_size")
         if isinstance(block, list) and len(block) == 2:
-            return msgspec.structs.replace(FORMATS["fp8-block"], block=(int(block[0]), int(block[1])))
+            return msgspec.structs.replace(FORMATS["fp8_block"], block=(int(block[0]), int(block[1])))
         return msgspec.structs.replace(FORMATS["fp8"], row_scales=method == "fbgemm_fp8")
     if method in ("gptq", "awq"):
         bits, group = int(given.get("bits", 4)), int(given.get("group_size", 128))
         return msgspec.structs.replace(FORMATS[method], bits=bits, zero_bits=bits, group=max(group, 0))
+    if method == "mxfp4":
+        return WeightFormat(name="mxfp4", bits=4, group=32, scale_bytes=1, experts_only=True)
     if method == "compressed-tensors":
         return _compressed(given)
     if method == "bitsandbytes" and given.get("load_in_8bit"):
