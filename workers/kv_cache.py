@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from argosy.cluster.protocol.errors import ConfigError
-from argosy.cluster.protocol.model_spec import ModelSpec, kv_bytes_per_token, kv_heads_per_rank
+from argosy.cluster.protocol.model_spec import ModelSpec, kv_bytes_per_token, kv_heads_per_rank, kv_sizes
 from argosy.kernels import ops
 from argosy.placement.plan import RankInfo
 
@@ -35,9 +35,9 @@ class KVCache:
         if num_blocks < 1:
             raise ConfigError(f"num_gpu_blocks_override={num_blocks}: a rank needs at least one KV block")
         heads = kv_heads_per_rank(spec, rank.tp_size)
-        shape = (num_blocks, block_size, heads, spec.head_size)
+        k_shape, v_shape = ((num_blocks, block_size, heads, size) for size in kv_sizes(spec))
         layers = [
-            (torch.zeros(shape, dtype=dtype, device=device), torch.zeros(shape, dtype=dtype, device=device))
+            (torch.zeros(k_shape, dtype=dtype, device=device), torch.zeros(v_shape, dtype=dtype, device=device))
             for _ in range(rank.first_layer, rank.last_layer)
         ]
         return cls(layers, block_size)

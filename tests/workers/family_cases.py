@@ -22,6 +22,9 @@ FALCON |= {"initializer_range": 0.2, "max_position_embeddings": 128}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
 LLAMA3 |= {"original_max_position_embeddings": 32, "rope_theta": 500000.0}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32, "rope_theta": 1000.0}
+DEEPSEEK = MHA | {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 12}
+DEEPSEEK |= {"qk_rope_head_dim": 8, "v_head_dim": 10, "n_routed_experts": 6, "num_experts_per_tok": 3}
+DEEPSEEK |= {"first_k_dense_replace": 1, "moe_intermediate_size": 16, "n_shared_experts": 2}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 6}
 
 
@@ -85,6 +88,12 @@ CASES: dict[str, Case] = {
         "moe_intermediate_size": 32, "norm_topk_prob": True, "head_dim": 16}),
     "gpt-oss": Case("GptOssConfig", "GptOssForCausalLM", SMALL | {"num_local_experts": 4, "num_experts_per_tok": 2,
         "head_dim": 16, "sliding_window": 6, "intermediate_size": 40, "rope_parameters": YARN | {"truncate": False}}),
+    "deepseek v2": Case("DeepseekV2Config", "DeepseekV2ForCausalLM", DEEPSEEK | {"topk_method": "group_limited_greedy",
+        "n_group": 3, "topk_group": 2, "routed_scaling_factor": 2.0, "rope_parameters": YARN | {"mscale": 0.7,
+        "mscale_all_dim": 0.7}}),
+    "deepseek v2 lite": Case("DeepseekV2Config", "DeepseekV2ForCausalLM", DEEPSEEK | {"q_lora_rank": None}),
+    "deepseek v3": Case("DeepseekV3Config", "DeepseekV3ForCausalLM", DEEPSEEK | {"n_group": 3, "topk_group": 2,
+        "routed_scaling_factor": 2.5, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}),
     "mpt": Case("MptConfig", "MptForCausalLM", {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 128,
         "vocab_size": VOCAB, "initializer_range": 0.2}),
 }  # fmt: skip

@@ -18,7 +18,9 @@ from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import init_parallel
 
 CLOSE = 2e-4  # logits are a few units; float32 sums in another order differ by some 1e-6
+EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "deepseek v2", "deepseek v2 lite", "deepseek v3")
 RUNS = [(name, layout) for layout in ("TP2", "PP2", "TP2xPP2") for name in CASES]
+RUNS += [(name, "EP2") for name in EXPERTS]  # whole experts on each rank
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ from argosy.workers.layers.attention import Attention
 from argosy.workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from argosy.workers.layers.fused_checkpoint import cuts_of, transposed
 from argosy.workers.layers.linear import ColumnParallelLinear, ParallelLinear, ReplicatedLinear, RowParallelLinear
+from argosy.workers.layers.mla import LatentAttention
 from argosy.workers.layers.moe import Experts, MoE
 from argosy.workers.layers.norm import LayerNorm, RMSNorm, make_norm
 from argosy.workers.layers.position import LearnedPositions
@@ -288,6 +289,9 @@ class GeneralDecoder(Decoder):
             finish = getattr(module, "finish", None)
             if module is not self and finish is not None:
                 finish()
+        for module in self.modules():
+            if isinstance(module, LatentAttention):
+                module.after_finish()
 
     def checkpoint_tensors(self) -> Iterator[tuple[str, nn.Module, str, Cut]]:
         """What this rank reads: (name in the checkpoint, our module, its parameter, the cut)."""
@@ -336,11 +340,12 @@ class GeneralDecoder(Decoder):
 
     def _find(self, path: str) -> nn.Module | None:
         """None also for a layer of another stage."""
-        module: nn.Module | None = self
+        module: nn.Module = self
         for part in path.split("."):
-            module = module._modules.get(part)
-            if module is None:
+            inner = module._modules.get(part)
+            if inner is None:
                 return None
+            module = inner
         return module
 
 
