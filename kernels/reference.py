@@ -109,7 +109,12 @@ def store_kv(
         k_TKH, v_TKH, slots_T = k_TKH[kept], v_TKH[kept], slots_T[kept]
     for x_TKH, cache_BSKH, scale in zip((k_TKH, v_TKH), (k_cache_BSKH, v_cache_BSKH), kv_scales, strict=True):
         kept_TKH = to_cache(x_TKH, cache_BSKH.dtype, scale)
-        cache_BSKH.view(-1, *cache_BSKH.shape[2:]).index_copy_(0, slots_T.long(), kept_TKH)
+        as_bytes(cache_BSKH).view(-1, *cache_BSKH.shape[2:]).index_copy_(0, slots_T.long(), as_bytes(kept_TKH))
+
+
+def as_bytes(x: Tensor) -> Tensor:
+    """e4m3 as bytes, for operations that torch has for bytes alone; anything else as it is."""
+    return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
 
 
 def to_cache(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
@@ -160,6 +165,7 @@ def copy_blocks(sources: Sequence[Tensor], destinations: Sequence[Tensor], pairs
         return
     source_ids, destination_ids = (torch.tensor(ids) for ids in zip(*pairs, strict=True))
     for source, destination in zip(sources, destinations, strict=True):
+        source, destination = as_bytes(source), as_bytes(destination)
         picked = source.index_select(0, source_ids.to(source.device))
         destination.index_copy_(0, destination_ids.to(destination.device), picked.to(destination.device))
 

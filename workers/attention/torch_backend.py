@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argosy.kernels.reference import to_cache
+from argosy.kernels.reference import as_bytes, to_cache
 from argosy.workers.attention.base import AttentionMetadata, AttentionShape, QKNorm
 
 # Decode rows are gathered together while they are of similar length and the copy stays in the cache: above 32 MiB
@@ -152,8 +152,8 @@ class TorchBackend:
         if k_TKH.dtype != k_cache.dtype or shape.kv_scales != NO_SCALES:
             k_TKH = to_cache(k_TKH, k_cache.dtype, shape.kv_scales[0])
             v_TKH = to_cache(v_TKH, v_cache.dtype, shape.kv_scales[1])
-        k_cache.view(-1, num_kv_heads, size).index_copy_(0, plan.slots_T, k_TKH)
-        v_cache.view(-1, num_kv_heads, size).index_copy_(0, plan.slots_T, v_TKH)
+        as_bytes(k_cache).view(-1, num_kv_heads, size).index_copy_(0, plan.slots_T, as_bytes(k_TKH))
+        as_bytes(v_cache).view(-1, num_kv_heads, size).index_copy_(0, plan.slots_T, as_bytes(v_TKH))
         return rotated[:, :num_heads]
 
     def attend(
