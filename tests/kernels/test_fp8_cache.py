@@ -101,7 +101,7 @@ def test_new_tokens_are_stored_over_their_scale(
 
 
 def test_the_error_is_within_its_bound() -> None:
-    """Rounding to e4m3 moves a number by at most 1/16 of itself. So a logit moves by at most d = scale * sum |q k| / 16,
+    """Rounding to e4m3 moves a number by at most 1/16 of itself. So a logit moves by at most d = scale * sum |qk| / 16,
     a weight by a factor of at most exp(2 d), and what a head sees by (exp(2 d) - 1 + 1/16) of its largest value. For
     noise, which is the worst of inputs, the error is 3 % of the outcome."""
     torch.manual_seed(0)
