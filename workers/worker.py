@@ -185,6 +185,9 @@ class Worker:
         self._progress("joining the process groups", 0.0)
         folder = resolve_model(self.config.model.model)
         spec = read_model_spec(folder, self.config.model.hf_overrides, self.config.model.quantization)
+        spec = spec.as_served(
+            self.config.model.max_model_len, expert_parallel=self.config.parallel.enable_expert_parallel
+        )
         spec.check_layout(self.rank.tp_size, self.rank.pp_size)
         self._clock.mark("device")
         self.parallel = init_parallel(self.rank, message.rendezvous, device, message.deadline_seconds)

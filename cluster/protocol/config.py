@@ -82,6 +82,7 @@ class ParallelConfig(_Settings, frozen=True):
         "given"  # auto: the planner chooses the sizes above for the cluster that is there
     )
     ray_address: str | None = None  # of a Ray cluster that runs; None: one of our own
+    enable_expert_parallel: bool = False  # each rank of a tensor-parallel group has whole experts, not a part of each
 
 
 class ServerConfig(_Settings, frozen=True):
