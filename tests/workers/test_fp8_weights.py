@@ -14,8 +14,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel, WeightError
 from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.deploy.launch import resolve
 from argosy.kernels.fp8_reference import Rounding, dequantize_rows, quantize_rows
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext
@@ -312,6 +314,28 @@ def test_a_checkpoint_that_contradicts_its_config_is_refused(tmp_path: Path) -> 
             load(write(tmp_path / str(number), stored, form[0]), 1, 0)
         for word in words:
             assert word in str(caught.value)
+
+
+def test_scales_of_keys_and_values_come_from_the_checkpoint(tmp_path: Path) -> None:
+    """A calibrated checkpoint: what it says is used and, with no other wish, the cache is e4m3. Else they are 1."""
+    stored, _ = packed(FORMATS["compressed, channel"])
+    scheme = {"num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False}
+    config = compressed({"strategy": "channel"}, TOKEN, kv_cache_scheme=scheme)
+    scales = {f"model.layers.{i}.self_attn.{kind}": torch.tensor([0.1 + i]) for i in (0, 1) for kind in ("k_scale",)}
+    scales |= {f"model.layers.{i}.self_attn.v_proj.v_scale": torch.tensor(0.2 + i) for i in (0, 1)}
+    folder = write(tmp_path / "packed", stored | scales, config)
+    layers = load(folder, 2, 1).layers
+    for i in (0, 1):
+        assert layers[str(i)].attention.shape.kv_scales == pytest.approx((0.1 + i, 0.2 + i))
+    resolved, _, _ = resolve(ServingConfig.from_mapping({"model": str(folder)}))
+    assert resolved.cache.kv_cache_dtype == "fp8_e4m3"
+    resolved, _, _ = resolve(ServingConfig.from_mapping({"model": str(folder), "kv_cache_dtype": "float32"}))
+    assert resolved.cache.kv_cache_dtype == "float32"
+    del scales["model.layers.1.self_attn.k_scale"]
+    with pytest.raises(WeightError, match=r"layers\.1\.self_attn\.k_scale"):
+        load(write(tmp_path / "incomplete", stored | scales, config), 1, 0)
+    plain = load(write(tmp_path / "plain", stored, FORMATS["compressed, channel"][0]), 1, 0)
+    assert plain.layers["0"].attention.shape.kv_scales == (1.0, 1.0)
 
 
 def test_the_setting_must_fit_the_checkpoint(tmp_path: Path) -> None:

@@ -79,6 +79,7 @@ class Attention(nn.Module):
             q_weight_H, k_weight_H = self.q_norm.weight, self.k_norm.weight
             both = [q_weight_H.expand(self.shape.num_heads, -1), k_weight_H.expand(self.shape.num_kv_heads, -1)]
             self._norm = QKNorm(q_weight_H, k_weight_H, self.q_norm.eps, torch.cat(both))
+        self.shape = dataclasses.replace(self.shape, kv_scales=self.qkv_proj.kv_scales)
         if self.sinks is not None:
             self.shape = dataclasses.replace(self.shape, sinks_N=self.sinks.sinks.float())
         if self.spec.position == "alibi":

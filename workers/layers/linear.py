@@ -143,6 +143,7 @@ class QKVParallelLinear(MergedColumnParallelLinear):
         dtype: torch.dtype,
     ):
         tp_size, tp_rank = parallel.tp_size, parallel.rank.tp_rank
+        self.kv_scales = (1.0, 1.0)  # what keys and values are divided by in an e4m3 cache
         self.num_heads = num_heads // tp_size
         self.num_kv_heads = max(1, num_kv_heads // tp_size)
         first_kv_head = tp_rank * num_kv_heads // tp_size

@@ -18,6 +18,7 @@ from argosy.cluster.protocol.errors import WeightError
 from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.placement.plan import RankInfo
 from argosy.workers.loading.checkpoint import LOADABLE_DTYPES, Checkpoint, TensorEntry
+from argosy.workers.loading.kv_scales import load_kv_scales
 from argosy.workers.loading.names import NameTable
 from argosy.workers.quantization.base import Cut
 
@@ -26,7 +27,13 @@ POOL_SIZE = 1_048_573  # a prime: rows of a matrix start at different places
 MAX_NAMES_SHOWN = 3
 PACKED_SPREAD = 448 / (8 * DUMMY_STD)  # random e4m3 numbers reach to eight times their spread
 # last words of what packed checkpoints hold beside weights; which of them are needed is checked by name
-PACKED_NAMES = {"weight_scale", "input_scale", "k_scale", "v_scale", "q_scale", "output_scale", "kv_scale"}
+PACKED_NAMES = {
+    "weight_scale", "input_scale", "k_scale", "v_scale", "q_scale", "output_scale", "kv_scale",
+    "g_idx", "weight_g_idx", "weight_shape", "weight_zero_point",
+}  # fmt: skip
+
+
+_ELSEWHERE = torch.empty(0)  # the target of what is stored by whoever asked for it
 
 
 class LoadableModel(Protocol):
@@ -103,6 +110,8 @@ def load_weights(
             check_checkpoint(checkpoint, model, reads)
             model.allocate()
             num_read = _fill(checkpoint, model, reads, report)
+            if spec.quantization is not None and spec.quantization.has_kv_scales:
+                load_kv_scales(checkpoint, model)
         num_bytes = sum(parameter.nbytes for parameter in model.parameters())
         model.finish()
     report(1.0)
@@ -237,5 +246,7 @@ def _put(read: _Read, target: Tensor, tensor: Tensor) -> None:
 
 def _target(read: _Read) -> Tensor | None:
     """Where the slice goes. None: checked, but kept by another rank alone (the bias of a row-parallel layer)."""
+    if read.cut.store is not None:
+        return _ELSEWHERE
     parameter: Tensor | None = getattr(read.module, read.parameter)
     return None if parameter is None else parameter.data[read.cut.target_rows]
