@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from argosy.kernels import tuning
+
 
 def is_scaled(cache: Tensor, kv_scales: tuple[float, float]) -> bool:
     """Whether keys and values change their numbers on the way to this cache."""
@@ -75,3 +77,18 @@ def join(
         acc *= shrink[:, None]
     total = tl.where(head < G, total, 1.0)
     tl.store(out_ptr + head[:, None] * H + dim[None, :], (acc / total[:, None]).to(out_ptr.dtype.element_ty), in_tile)
+
+
+def choose_splits(num_groups: int, max_context: int, min_piece: int, num_sms: int, per_sm: int) -> int:
+    """Pieces a context may be cut into, so that `per_sm` programs a multiprocessor have work worth a piece each."""
+    wanted = max(1, num_sms * per_sm // num_groups)
+    return max(1, min(wanted, -(-max_context // min_piece), 64))
+
+
+def fusing_pays(num_groups: int, normed: bool, device: torch.device) -> bool:
+    """Whether `decode_attention` beats its two parts: not where many programs each turn heads for a tile mostly empty.
+
+    Measured on an H200: 64 rows gain 2 %, 256 rows of Qwen3 0.6B (norms) lose 4 %; 256 rows of Llama 8B gain 1 % at a
+    context of 256, but with 512 rows of 640 the fused kernel reads 3.7 TB/s where the plain one reads 4.0 to 4.2.
+    """
+    return num_groups <= (8 if normed else 12) * tuning.device_facts(device).num_sms

@@ -17,14 +17,17 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
-from argosy.kernels.attention_parts import is_scaled, join, prefetch, scaled, turn
+from argosy.kernels.attention_parts import choose_splits, fusing_pays, is_scaled, join, prefetch, scaled, turn
+from argosy.kernels.shared_prefix import SharedPrefix, attend_prefix, begin_with_prefix
+
+__all__ = ["choose_splits", "decode_attention", "fusing_pays", "paged_attention"]
 
 
 # Lengths, and addresses inside a packed buffer, differ from step to step: a compiled variant for each divisibility by
 # 16 would be a stall of half a second in the middle of serving.
 @triton.jit(
-    do_not_specialize=["stride_table", "window", "num_splits", "min_piece"],
-    do_not_specialize_on_alignment=["context_ptr", "table_ptr", "positions_ptr", "slots_ptr"],
+    do_not_specialize=["stride_table", "window", "num_splits", "min_piece", "shared_pieces"],
+    do_not_specialize_on_alignment=["context_ptr", "table_ptr", "positions_ptr", "slots_ptr", "shared_ptr"],
 )
 def _paged_attention_kernel(
     q_ptr,  # queries, or when NEW the fused projection [q | k | v]
@@ -43,6 +46,10 @@ def _paged_attention_kernel(
     part_ptr,  # [R, K, splits, G, H] unnormalised outputs, float32
     stats_ptr,  # [R, K, splits, 2, G]: largest logit (base 2), sum
     counter_ptr,  # [R · K] pieces done; zero between launches
+    shared_ptr,  # when SHARED: tokens of the prefix; what `shared_prefix` left of it
+    shared_part_ptr,
+    shared_stats_ptr,
+    shared_pieces,
     stride_q,
     stride_table,
     scale,
@@ -76,6 +83,7 @@ def _paged_attention_kernel(
     PREFETCHED: tl.constexpr,  # tokens of a piece to ask for while that one runs
     HEADS: tl.constexpr,  # power of two >= G
     JOIN: tl.constexpr,  # pieces that are joined at once
+    SHARED: tl.constexpr,  # the multiple of a piece's tokens; 0: no prefix
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     PDL: tl.constexpr,
@@ -94,13 +102,16 @@ def _paged_attention_kernel(
 
     context = tl.load(context_ptr + row)
     first = tl.maximum(context - window, 0) if WINDOW else 0
+    if SHARED > 0:
+        shared = tl.maximum(tl.load(shared_ptr), 0)
+        first = tl.minimum(shared, context)
     cached = context - 1 if NEW else context  # how many tokens are read from the cache
     length = tl.maximum(cached - first, 0)
     # Pieces of whole tiles, of equal length; the last may be short and some of the grid may have none.
     piece = tl.maximum(tl.cdiv(tl.cdiv(length, num_splits), BLOCK_L) * BLOCK_L, min_piece)
     pieces = tl.cdiv(length, tl.maximum(piece, 1))
-    if NEW:
-        pieces = tl.maximum(pieces, tl.minimum(context, 1))  # a new token is work even with nothing before it
+    if NEW or SHARED > 0:
+        pieces = tl.maximum(pieces, tl.minimum(context, 1))  # a new token, a prefix: work even with nothing beside it
     begin = first + split * piece
     end = tl.minimum(begin + piece, cached)
     if NEW:  # all that does not hang on the projection
@@ -177,6 +188,12 @@ def _paged_attention_kernel(
             acc += v_row.to(tl.float32)
     else:
         q = tl.load(q_head + dim[None, :], in_tile, other=0.0)
+        if SHARED > 0:  # noqa: SIM102 - known when compiling, the other only when running
+            if split == 0:
+                acc, largest, total = begin_with_prefix(
+                    shared_part_ptr, shared_stats_ptr, shared, shared_pieces, row, tl.num_programs(0), kv_head * G,
+                    in_group, in_tile, K, G, H, GROUP, WIDTH, SHARED,
+                )  # fmt: skip
     if ALIBI:
         slope = tl.load(slopes_ptr + kv_head * G + head, in_group, other=0.0).to(tl.float32) * LOG2E
     for start in tl.range(begin, end, BLOCK_L, num_stages=STAGES):
@@ -231,21 +248,6 @@ def _paged_attention_kernel(
     tl.store(out_head, (acc / total[:, None]).to(out_ptr.dtype.element_ty), in_tile)
 
 
-def choose_splits(num_groups: int, max_context: int, min_piece: int, num_sms: int, per_sm: int) -> int:
-    """Pieces a context may be cut into, so that `per_sm` programs a multiprocessor have work worth a piece each."""
-    wanted = max(1, num_sms * per_sm // num_groups)
-    return max(1, min(wanted, -(-max_context // min_piece), 64))
-
-
-def fusing_pays(num_groups: int, normed: bool, device: torch.device) -> bool:
-    """Whether `decode_attention` beats its two parts: not where many programs each turn heads for a tile mostly empty.
-
-    Measured on an H200: 64 rows gain 2 %, 256 rows of Qwen3 0.6B (norms) lose 4 %; 256 rows of Llama 8B gain 1 % at a
-    context of 256, but with 512 rows of 640 the fused kernel reads 3.7 TB/s where the plain one reads 4.0 to 4.2.
-    """
-    return num_groups <= (8 if normed else 12) * tuning.device_facts(device).num_sms
-
-
 def _launch(
     q_RD: Tensor,
     num_heads: int,
@@ -263,6 +265,7 @@ def _launch(
     sizes: tuning.Sizes | None,
     kv_scales: tuple[float, float] = (1.0, 1.0),
     out_RNH: Tensor | None = None,
+    shared: SharedPrefix | None = None,
     new: dict[str, object] | None = None,
 ) -> Tensor:
     """`q_RD`: rows of queries, or with `new` (the kernel's arguments about the last token) of the fused projection."""
@@ -321,6 +324,10 @@ def _launch(
         min_piece=min_piece, HEADS=tuning.next_power_of_two(group),
         JOIN=max(2, min(16, 4096 // (tuning.next_power_of_two(group) * width))), STAGES=sizes["stages"],
         PRECISION="ieee" if q_RD.dtype == torch.float32 else "tf32",
+        shared_ptr=context_len_R if shared is None else shared.length_1,
+        shared_part_ptr=out_RNH if shared is None else shared.part,
+        shared_stats_ptr=out_RNH if shared is None else shared.stats,
+        shared_pieces=1 if shared is None else shared.pieces, SHARED=0 if shared is None else shared.block_l,
         num_warps=sizes["warps"], **about_new, **tuning.overlap(device),
     )  # fmt: skip
     return out_RNH
@@ -341,18 +348,26 @@ def paged_attention(
     sinks_N: Tensor | None = None,
     kv_scales: tuple[float, float] = (1.0, 1.0),
     out_RNH: Tensor | None = None,
+    shared_len_1: Tensor | None = None,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
     """Shapes as in `ops.paged_attention`; tokens of q may be strided (a view of the fused projection).
 
-    Must have run once on a device before it is captured there, and not on two streams at the same time. `sizes`
-    overrides what was tuned, for the tuner itself.
+    Two launches with a shared prefix. Must have run once on a device before it is captured there, and not on two
+    streams at the same time. `sizes` overrides what was tuned, for the tuner itself.
     """
     assert q_RNH.stride()[1:] == (q_RNH.shape[2], 1)
+    shared = None
+    if shared_len_1 is not None and sliding_window is None and alibi_slopes_N is None and q_RNH.shape[0]:
+        bound = block_table_RB.shape[1] * k_cache_BSKH.shape[1]
+        shared = attend_prefix(
+            q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, shared_len_1, scale=scale * kv_scales[0],
+            max_length=bound if max_context is None else min(bound, max_context), soft_cap=soft_cap,
+        )  # fmt: skip
     return _launch(
         q_RNH, q_RNH.shape[1], k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale,
         max_context=max_context, sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N,
-        sinks_N=sinks_N, sizes=sizes, kv_scales=kv_scales, out_RNH=out_RNH,
+        sinks_N=sinks_N, sizes=sizes, kv_scales=kv_scales, out_RNH=out_RNH, shared=shared,
     )  # fmt: skip
 
 

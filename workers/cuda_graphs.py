@@ -23,6 +23,9 @@ from argosy.kernels import ops
 from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.input_batch import InputBatch, StepInputs
 
+LEAST_SHARED_TOKENS = 256  # of a prefix that is worth a launch of its own a layer
+LEAST_SHARED_READS = 1 << 16  # rows times tokens
+MOST_SHARED_BLOCKS = 1024  # that the host compares
 NUM_CONTROL_BUFFERS = 4  # steps whose control may be on its way to the device at once, at least
 Forward = Callable[[Tensor | None, Tensor | None, Tensor, AttentionMetadata], Tensor]
 
@@ -57,6 +60,13 @@ def borrow(tensor: Tensor) -> Tensor:
     return integers.view(tensor.dtype) if integers.data_ptr() == tensor.data_ptr() else tensor
 
 
+def shared_ladder(max_rows: int) -> list[int]:
+    """Batch sizes to record for rows that share a prefix as well: few, since most steps never need them."""
+    if max_rows < 64:
+        return []
+    return [*(size for size in (64, 128, 192, 256, 384, 512, 768) if size < max_rows), max_rows]
+
+
 @dataclass(slots=True)
 class RecordedStep:
     """One batch size: what is replayed, and the tensors it leaves its results in."""
@@ -78,11 +88,14 @@ class DecodeTables:
         pinned = device.type == "cuda"
         # rows: handles | new blocks | tokens that aren't the last ones sampled (none so far)
         count = max(NUM_CONTROL_BUFFERS, batch.max_steps_in_flight + 1)
-        self._controls = [torch.full((3, max_rows), -1, dtype=torch.int32, pin_memory=pinned) for _ in range(count)]
+        # and one more column: how many tokens all rows share
+        width = max_rows + 1
+        self._controls = [torch.full((3, width), -1, dtype=torch.int32, pin_memory=pinned) for _ in range(count)]
         event: Any = torch.cuda.Event  # torch gives it no types
         self._sent = [event() for _ in self._controls] if pinned else []
         self._turn = 0
-        self.control_3R = torch.full((3, max_rows), -1, dtype=torch.int32, device=device)
+        self.control_3R = torch.full((3, width), -1, dtype=torch.int32, device=device)
+        self.shared_len_1 = self.control_3R[0, max_rows:]
         self.token_ids_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.positions_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.slots_R = torch.full((max_rows,), -1, dtype=torch.int64, device=device)
@@ -107,7 +120,20 @@ class DecodeTables:
             blocks_R[row] = block_ids[0]
         return blocks_R
 
-    def send(self, handles_R: np.ndarray, blocks_R: np.ndarray, num_padded: int) -> None:
+    def shared_tokens(self, handles_R: np.ndarray, start_R: np.ndarray) -> int:
+        """Tokens at the front that all rows have in the same whole blocks; 0 if they are not worth it."""
+        size, table_NB = self.batch.block_size, self.batch.block_table_NB
+        count, limit = len(handles_R), min(int(start_R.min()) // size, MOST_SHARED_BLOCKS)
+        least = max(LEAST_SHARED_TOKENS, LEAST_SHARED_READS // count)
+        first = -(-least // size) - 1
+        if limit <= first or (table_NB[handles_R, first] != table_NB[handles_R[0], first]).any():
+            return 0
+        blocks_RB = table_NB[handles_R, :limit]
+        differ_B = (blocks_RB != blocks_RB[0]).any(axis=0)
+        shared = size * (int(differ_B.argmax()) if differ_B.any() else limit)
+        return shared if shared >= least else 0
+
+    def send(self, handles_R: np.ndarray, blocks_R: np.ndarray, num_padded: int, shared: int = 0) -> None:
         """One copy to the device, in stream order."""
         turn = self._turn = (self._turn + 1) % len(self._controls)
         if self._sent:
@@ -117,6 +143,7 @@ class DecodeTables:
         host[0, :count] = handles_R
         host[0, count:num_padded] = -1
         host[1, :count] = blocks_R
+        host[0, -1] = shared
         self.control_3R.copy_(control, non_blocking=True)
         if self._sent:
             self._sent[turn].record()
@@ -131,8 +158,8 @@ class DecodeTables:
             block_size=self.batch.block_size,
         )  # fmt: skip
 
-    def metadata(self, num_rows: int, max_context_len: int) -> AttentionMetadata:
-        """Of a decode step of so many rows, in the fixed tensors."""
+    def metadata(self, num_rows: int, max_context_len: int, *, shares: bool = False) -> AttentionMetadata:
+        """Of a decode step of so many rows, in the fixed tensors; `shares`: that may have a prefix in common."""
         return AttentionMetadata(
             num_rows=num_rows,
             num_decode_rows=num_rows,
@@ -142,6 +169,7 @@ class DecodeTables:
             slot_mapping_T=self.slots_R[:num_rows],
             max_query_len=1,
             max_context_len=max_context_len,
+            shared_len_1=self.shared_len_1 if shares else None,
         )
 
     def take_over(self, inputs: StepInputs) -> None:
@@ -179,11 +207,11 @@ class CUDAGraphRunner:
         self.is_first_stage = is_first_stage
         self.hidden_RD = torch.zeros((max_rows, hidden_size), dtype=dtype, device=batch.device)
         self.sizes = ladder(max_rows)
-        self._recorded: dict[int, RecordedStep] = {}
-        self._size_of = np.zeros(max_rows + 1, dtype=np.int64)
-        for size in reversed(self.sizes):
-            self._size_of[: size + 1] = size
+        self.shared_sizes = shared_ladder(max_rows) if batch.device.type == "cuda" else []
+        self._recorded: dict[tuple[int, bool], RecordedStep] = {}  # by size, and whether the rows share a prefix
+        self._size_of = [_sizes_of(sizes, max_rows) for sizes in (self.sizes, self.shared_sizes)]
         self._last_rows: object = ()
+        self._shared = 0  # tokens that the rows of the step in progress share
 
     # ------------------------------------------------------------------------------------------------- recording
 
@@ -202,16 +230,17 @@ class CUDAGraphRunner:
         gc.disable()  # a collection in mid-record would free device memory, which is not allowed then
         try:
             with torch.cuda.stream(stream):
-                for done, size in enumerate(reversed(self.sizes)):
-                    self._record_size(size, pool, stream)
+                steps = [(size, True) for size in self.shared_sizes] + [(size, False) for size in self.sizes]
+                for done, (size, shares) in enumerate(sorted(steps, reverse=True)):
+                    self._record_size(size, shares, pool, stream)
                     if on_progress is not None:
-                        on_progress((done + 1) / len(self.sizes))
+                        on_progress((done + 1) / len(steps))
         finally:
             gc.enable()
         torch.cuda.synchronize(self.batch.device)
 
-    def _record_size(self, size: int, pool: Any, stream: "torch.cuda.Stream") -> None:
-        metadata = self.tables.metadata(size, self.max_model_len)
+    def _record_size(self, size: int, shares: bool, pool: Any, stream: "torch.cuda.Stream") -> None:
+        metadata = self.tables.metadata(size, self.max_model_len, shares=shares)
         result = self._compute(size, metadata)  # compiles what this size needs
         if self.compute_logits is not None:
             self._sample_greedy(size, result)
@@ -226,7 +255,7 @@ class CUDAGraphRunner:
             greedy = torch.cuda.CUDAGraph()
             with torch.cuda.graph(greedy, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._sample_greedy(size, result)
-        self._recorded[size] = RecordedStep(graph, greedy, metadata, borrow(result))
+        self._recorded[size, shares] = RecordedStep(graph, greedy, metadata, borrow(result))
 
     def _compute(self, size: int, metadata: AttentionMetadata) -> Tensor:
         tables = self.tables
@@ -270,8 +299,10 @@ class CUDAGraphRunner:
         if blocks_R is None:
             return None
         start_R = batch.num_computed_N[handles_R]
-        size = int(self._size_of[count])
-        self.tables.send(handles_R, blocks_R, size)
+        if not same_rows:
+            self._shared = self.tables.shared_tokens(handles_R, start_R) if self.shared_sizes else 0
+        size = self._size(count)
+        self.tables.send(handles_R, blocks_R, size, self._shared)
         return StepInputs(
             handles_R=handles_R,
             num_tokens_R=None,
@@ -279,7 +310,7 @@ class CUDAGraphRunner:
             num_tokens=count,
             token_ids_T=self.tables.token_ids_R[:count],
             positions_T=self.tables.positions_R[:count],
-            metadata=self._recorded[size].metadata,
+            metadata=self._recorded[size, self._shared > 0].metadata,
             sample_rows_S=None,
             hidden_rows_S=None,
             handles_device_R=None,
@@ -292,6 +323,9 @@ class CUDAGraphRunner:
         self._last_rows = ()
         self.tables.take_over(inputs)
 
+    def _size(self, num_rows: int) -> int:
+        return int(self._size_of[self._shared > 0][num_rows])
+
     @property
     def handles_R(self) -> Tensor:
         """Handles of the step in progress, on the device (int32); -1 is padding."""
@@ -299,14 +333,22 @@ class CUDAGraphRunner:
 
     def run(self, num_rows: int) -> Tensor:
         """Replay the forward pass. Logits or hidden states of the rows; they last until the next step."""
-        recorded = self._recorded[int(self._size_of[num_rows])]
+        recorded = self._recorded[self._size(num_rows), self._shared > 0]
         assert recorded.graph is not None
         recorded.graph.replay()
         return recorded.result[:num_rows]
 
     def run_greedy(self, num_rows: int) -> Tensor:
         """After `run`: replay the choice of the most likely tokens. Ids, below 0 where a row failed."""
-        recorded = self._recorded[int(self._size_of[num_rows])]
+        recorded = self._recorded[self._size(num_rows), self._shared > 0]
         assert recorded.greedy_graph is not None
         recorded.greedy_graph.replay()
         return self.tables.sampled_R[:num_rows]
+
+
+def _sizes_of(sizes: list[int], max_rows: int) -> np.ndarray:
+    """The recorded size for each number of rows."""
+    size_of = np.zeros(max_rows + 1, dtype=np.int64)
+    for size in reversed(sizes):
+        size_of[: size + 1] = size
+    return size_of
