@@ -63,6 +63,11 @@ def fused_linear(
     return y_TO if residual_TO is None else residual_TO.add_(y_TO)
 
 
+def linear_into(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_TO: Tensor) -> Tensor:
+    """x W^T + bias, written to `out_TO`."""
+    return out_TO.copy_(F.linear(x_TI, weight_OI, bias_O))
+
+
 def apply_rotary(
     q_TNH: Tensor, k_TKH: Tensor, positions_T: Tensor, cos_sin_PD: Tensor, *, interleaved: bool = False
 ) -> tuple[Tensor, Tensor]:
