@@ -120,11 +120,18 @@ class LayoutJudge:
         num_layers = self.sizes.shape.num_layers
         room = [self._room(group, tp_size, len(replica)) for group in replica]
 
+        before = [self.sizes.layer_bytes(tp_size, 0, layer) for layer in range(num_layers + 1)]
+        a_layer = self.sizes.block_bytes(tp_size, 0, 1)
+
         def blocks(stage: int, first: int, last: int) -> float:
             base, first_bytes, last_bytes = room[stage]
-            budget = base - self.sizes.layer_bytes(tp_size, first, last)
-            budget -= first_bytes * (first == 0) + last_bytes * (last == num_layers)
-            return budget / self.sizes.block_bytes(tp_size, first, last)
+            budget = base - before[last] + before[first]
+            if first == 0:
+                budget -= first_bytes
+            if last == num_layers:
+                budget -= last_bytes
+            # what is missing counts in bytes: a share of it a layer would shrink with more layers
+            return budget / (a_layer * (last - first)) if budget >= 0 else budget
 
         best = split_layers(num_layers, len(replica), blocks)
         assert best is not None  # worths are finite
@@ -137,8 +144,8 @@ class LayoutJudge:
         def speed(stage: int, first: int, last: int) -> float:
             if blocks(stage, first, last) < needed:
                 return _NEVER
-            before, head = seconds[stage]
-            return -(before[last] - before[first] + head * (last == num_layers))
+            spent, head = seconds[stage]
+            return spent[first] - spent[last] - head * (last == num_layers)
 
         fastest = split_layers(num_layers, len(replica), speed)
         assert fastest is not None  # `roomy` is one

@@ -3,8 +3,9 @@
     best(stage, last) = the best that the stages up to `stage` can do with the layers [0, last)
                       = the best over k of  worse(best(stage - 1, k), worth(stage, [k, last)))
 
-More layers never make a stage faster or leave it more room, so one side falls with k and the other rises: the best k is
-where they cross, found by halving. P stages of L layers take P x L x log L looks.
+More layers never make a stage faster or leave it more room: from k = last - 1 downwards a stage is worth less and less,
+and once it is worth no more than the best that was found, no further k can be better. So a stage looks at little more
+than the layers that it can have, and P stages of L layers take about L x L looks.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ Worth = Callable[[int, int, int], float]
 def split_layers(num_layers: int, num_stages: int, worth: Worth) -> tuple[float, tuple[int, ...]] | None:
     """The split whose worst stage is worth the most, as (that worth, layers of each stage); None when none is possible.
 
-    Every stage gets a layer at least. Of equal splits the one whose earlier stages have fewer layers is taken.
+    Every stage gets a layer at least. Of equal splits the one whose later stages have fewer layers is taken.
     """
     if num_stages > num_layers or num_stages < 1:
         return None
@@ -31,18 +32,13 @@ def split_layers(num_layers: int, num_stages: int, worth: Worth) -> tuple[float,
         is_final = stage == num_stages - 1
         lasts = (num_layers,) if is_final else range(stage + 1, num_layers - num_stages + stage + 2)
         for last in lasts:
-            low, high = stage, last - 1
-            while low < high:  # the first k at which this stage is no longer the worse one
-                middle = (low + high) // 2
-                if worth(stage, middle, last) >= best[middle]:
-                    high = middle
-                else:
-                    low = middle + 1
-            value, at = min(best[low], worth(stage, low, last)), low
-            if low > stage:
-                before = min(best[low - 1], worth(stage, low - 1, last))
-                if before >= value:
-                    value, at = before, low - 1
+            value, at = _NEVER, stage
+            for k in range(last - 1, stage - 1, -1):
+                own = worth(stage, k, last)
+                if own <= value:
+                    break
+                if min(own, best[k]) > value:
+                    value, at = min(own, best[k]), k
             found[last], chosen[last] = value, at
         best = found
         choices.append(chosen)

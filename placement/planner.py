@@ -21,7 +21,7 @@ from argosy.placement.topology import ClusterTopology
 from argosy.placement.weight_format import format_by_name
 
 PP_SIZES: Final = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
-CLOSE: Final = 0.01  # layouts that differ by less are worth the same; the simpler one is taken
+CLOSE: Final = 0.03  # what the cost model can't tell apart: of such layouts the simplest is taken
 PATIENCE: Final = 4  # longer pipelines are no longer tried after so many that fit and were each slower
 
 Objective = Literal["throughput", "latency"]

@@ -42,8 +42,8 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
 
         `weight_format` None is the checkpoint's own, or what the setting `quantization` makes of plain weights.
         """
-        if weight_format is None and shape.weight_format.bits == 16 and config.model.quantization in FORMATS:
-            weight_format = FORMATS[config.model.quantization]
+        if weight_format is None and shape.weight_format.bits == 16:
+            weight_format = FORMATS.get(config.model.quantization or "none")
         dtype = shape.spec.dtype if config.model.dtype == "auto" else config.model.dtype
         kv_dtype = dtype if config.cache.kv_cache_dtype == "auto" else config.cache.kv_cache_dtype
         return cls(
@@ -72,7 +72,7 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
     offloaded_bytes: int  # of the weights, in the host's memory
     activation_bytes: int
     workspace_bytes: int  # context, communication, libraries
-    limit_bytes: int  # what may be used in all
+    limit_bytes: int  # what may be used in all, beside what others have taken
     kv_budget_bytes: int  # what is left for blocks; negative: so much is missing
     block_bytes: int
     num_blocks: int
@@ -167,7 +167,7 @@ def rank_memory(
     taken = gpu.memory_bytes - gpu.usable_bytes
     offloaded = 0
     if gpu.model == "CPU":
-        workspace, limit = 0, gpu.usable_bytes
+        workspace, limit, taken = 0, gpu.usable_bytes, 0
         share = int(min(CPU_CACHE_BYTES, limit * CPU_CACHE_FRACTION)) // (tp_size * pp_size)
         budget = min(share, limit - weights - activations)
     else:
@@ -191,7 +191,7 @@ def rank_memory(
         offloaded_bytes=offloaded,
         activation_bytes=activations,
         workspace_bytes=workspace,
-        limit_bytes=limit,
+        limit_bytes=max(0, limit - taken),
         kv_budget_bytes=budget,
         block_bytes=block,
         num_blocks=blocks,

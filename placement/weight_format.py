@@ -15,7 +15,7 @@ class WeightFormat(msgspec.Struct, frozen=True, kw_only=True):
     bits: int = 16
     block: tuple[int, int] | None = None  # FP8 blocks of outputs x inputs, one float32 scale each
     group: int = 0  # inputs that share a scale (and a zero point); 0: one scale a tensor or a row
-    row_scales: bool = False  # one scale an output
+    row_scales: bool = False  # one scale an output; ranks keep the scale of a whole tensor so, too
     scale_bytes: int = 4
     zero_bits: int = 0
     order_bytes: int = 0  # an entry for each input (GPTQ's group index)
@@ -47,7 +47,7 @@ class WeightFormat(msgspec.Struct, frozen=True, kw_only=True):
 FORMATS: Final[Mapping[str, WeightFormat]] = {
     "none": WeightFormat(),
     "fp8": WeightFormat(name="fp8", bits=8, row_scales=True),
-    "fp8_per_tensor": WeightFormat(name="fp8_per_tensor", bits=8),
+    "fp8_per_tensor": WeightFormat(name="fp8_per_tensor", bits=8, row_scales=True),
     "fp8_block": WeightFormat(name="fp8_block", bits=8, block=(128, 128)),
     "int8": WeightFormat(name="int8", bits=8, row_scales=True),
     "gptq": WeightFormat(name="gptq", bits=4, group=128, scale_bytes=2, zero_bits=4, order_bytes=4),
@@ -72,7 +72,7 @@ def format_from_config(config: Mapping[str, Any]) -> WeightFormat:
         block = given.get("weight_block_size")
         if isinstance(block, list) and len(block) == 2:
             return msgspec.structs.replace(FORMATS["fp8_block"], block=(int(block[0]), int(block[1])))
-        return msgspec.structs.replace(FORMATS["fp8"], row_scales=method == "fbgemm_fp8")
+        return FORMATS["fp8"]
     if method in ("gptq", "awq"):
         bits, group = int(given.get("bits", 4)), int(given.get("group_size", 128))
         return msgspec.structs.replace(FORMATS[method], bits=bits, zero_bits=bits, group=max(group, 0))
@@ -96,8 +96,7 @@ def _compressed(given: Mapping[str, Any]) -> WeightFormat:
     if isinstance(weights, Mapping):
         bits, kind = int(weights.get("num_bits", 8)), str(weights.get("type", "int"))
         if bits == 8:
-            base = FORMATS["fp8" if kind == "float" else "int8"]
-            return msgspec.structs.replace(base, row_scales=weights.get("strategy") != "tensor")
+            return FORMATS["fp8" if kind == "float" else "int8"]
         if bits == 4:
             return msgspec.structs.replace(FORMATS["awq"], name="int4", group=int(weights.get("group_size") or 128))
     raise UnsupportedModel("config.json", "quantization_config", "compressed-tensors without a known weight scheme")

@@ -1,0 +1,160 @@
+"""What the plan says of bytes and blocks, beside what real ranks measure and allocate on a CPU."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+import torch
+
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.placement import rank_memory as planned
+from argosy.placement.calibration import default_calibration
+from argosy.placement.model_sources import read_model_shape
+from argosy.placement.plan import RankInfo, make_plan
+from argosy.placement.process_groups import ParallelContext
+from argosy.placement.rank_memory import Serving, StageBytes
+from argosy.placement.topology import Gpu
+from argosy.workers import memory
+from argosy.workers.kv_cache import KVCache
+from argosy.workers.memory import MemoryLedger, measure_num_blocks
+from argosy.workers.models.registry import build_model
+
+BASE = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 96, "vocab_size": 211, "max_position_embeddings": 256}  # fmt: skip
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": {"architectures": ["LlamaForCausalLM"]},
+    "llama_wide": {"architectures": ["LlamaForCausalLM"], "hidden_size": 256, "head_dim": 128,
+                   "intermediate_size": 384},
+    "llama_tied": {"architectures": ["LlamaForCausalLM"], "tie_word_embeddings": True},
+    "llama_biased": {"architectures": ["LlamaForCausalLM"], "attention_bias": True, "mlp_bias": True},
+    "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
+    "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32},
+    "mistral_window": {"architectures": ["MistralForCausalLM"], "sliding_window": 32},
+    "bloom": {"architectures": ["BloomForCausalLM"], "n_layer": 6, "n_head": 4},
+    "gpt2": {"architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 6, "n_head": 4, "n_positions": 256},
+    "opt": {"architectures": ["OPTForCausalLM"], "ffn_dim": 96},
+    "mixtral": {"architectures": ["MixtralForCausalLM"], "num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen3_moe": {"architectures": ["Qwen3MoeForCausalLM"], "num_experts": 8, "num_experts_per_tok": 2,
+                  "moe_intermediate_size": 32, "head_dim": 16, "norm_topk_prob": True},
+}  # fmt: skip
+# model, settings, TP, layers of each stage
+LAYOUTS: list[tuple[str, dict[str, Any], int, tuple[int, ...]]] = [
+    ("llama", {}, 1, (6,)),
+    ("llama", {"block_size": 32}, 2, (6,)),
+    ("llama", {"dtype": "bfloat16"}, 4, (6,)),  # more ranks than key/value heads
+    ("llama", {"kv_cache_memory_bytes": 1_000_003}, 2, (4, 2)),
+    ("llama_tied", {}, 1, (2, 4)),
+    ("llama_tied", {"max_num_seqs": 3, "max_model_len": 65}, 2, (3, 3)),  # bounded by what can be used
+    ("llama_biased", {"kv_cache_memory_bytes": 777_777}, 2, (6,)),
+    ("qwen2", {"block_size": 1}, 2, (1, 2, 3)),
+    ("qwen3", {"dtype": "bfloat16", "kv_cache_dtype": "float32"}, 2, (5, 1)),
+    ("mistral_window", {"num_gpu_blocks_override": 77}, 1, (6,)),
+    ("bloom", {"kv_cache_memory_bytes": 500_000}, 2, (2, 4)),
+    ("gpt2", {"kv_cache_memory_bytes": 500_000}, 4, (6,)),
+    ("opt", {"kv_cache_memory_bytes": 500_000}, 2, (3, 3)),
+    ("mixtral", {"kv_cache_memory_bytes": 500_000}, 2, (6,)),
+    ("qwen3_moe", {"kv_cache_memory_bytes": 500_000}, 2, (4, 2)),
+]
+
+
+def folder_of(tmp_path: Path, model: str) -> Path:
+    """A folder with that model's config and no weights."""
+    folder = tmp_path / model
+    folder.mkdir()
+    dtype = {"torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps({**BASE, **dtype, **MODELS[model]}))
+    return folder
+
+
+class RealRank:
+    """What `measure_num_blocks` asks of a rank: its part of the model with real (empty) weights, and no neighbours."""
+
+    def __init__(self, folder: Path, settings: dict[str, Any], rank: RankInfo):
+        self.config = ServingConfig.from_mapping({"model": str(folder), "device": "cpu", **settings})
+        self.spec, self.rank, self.device = read_model_spec(folder), rank, torch.device("cpu")
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        dtype = self.config.model.dtype if self.config.model.dtype != "auto" else self.spec.dtype
+        self.dtype = dtypes[dtype]
+        self.cache_dtype = dtypes.get(self.config.cache.kv_cache_dtype, self.dtype)
+        self.max_model_len = self.config.model.max_model_len or self.spec.max_position
+        parallel = ParallelContext(rank, self.device, 5.0)
+        self.model = build_model(self.spec, rank, parallel, self.dtype, self.device)
+        block_size = self.config.cache.block_size
+        self.block_bytes = KVCache.block_bytes(self.spec, rank, block_size, self.cache_dtype)
+
+    def measure(self) -> int:
+        """Blocks that there is room for, by the worker's own rules."""
+        return measure_num_blocks(self, MemoryLedger())  # type: ignore[arg-type]  # as much of a runner as it asks for
+
+    def allocated_bytes(self, num_blocks: int) -> int:
+        """Bytes of the tensors behind so many blocks."""
+        block_size = self.config.cache.block_size
+        cache = KVCache.allocate(self.spec, self.rank, num_blocks, block_size, self.cache_dtype, self.device)
+        return cache.num_bytes
+
+
+@pytest.mark.parametrize(("model", "settings", "tp_size", "layers"), LAYOUTS)
+def test_blocks_and_weights_are_what_the_plan_said(
+    tmp_path: Path, model: str, settings: dict[str, Any], tp_size: int, layers: tuple[int, ...]
+) -> None:
+    """Every stage's first rank: weights to the byte, the size of a block, and how many of them it has room for."""
+    folder = folder_of(tmp_path, model)
+    plan = make_plan(6, tp_size, len(layers), layers)
+    shape = read_model_shape(folder)
+    config = ServingConfig.from_mapping({"model": str(folder), **settings})
+    sizes = StageBytes(shape, Serving.from_config(config, shape))
+    for pp_rank in range(len(layers)):
+        rank = plan.stage(pp_rank)[0]
+        real = RealRank(folder, settings, rank)
+        blocks = real.measure()
+        gpu = Gpu(index=0, model="CPU", memory_bytes=psutil.virtual_memory().available)
+        said = planned.rank_memory(
+            sizes, default_calibration("CPU"), gpu, tp_size=tp_size, pp_size=len(layers),
+            first_layer=rank.first_layer, last_layer=rank.last_layer,
+        )  # fmt: skip
+        assert said.weight_bytes == sum(parameter.nbytes for parameter in real.model.parameters())
+        assert said.block_bytes == real.block_bytes
+        assert said.num_blocks == blocks
+        assert said.kv_bytes == real.allocated_bytes(blocks)
+
+
+def test_a_cpu_gives_the_cache_the_same_share_in_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where nothing bounds it but the machine: 0.3 of what is available, 4 GiB at most, over the ranks."""
+    assert memory.CPU_CACHE_BYTES == planned.CPU_CACHE_BYTES
+    assert memory.CPU_CACHE_FRACTION == planned.CPU_CACHE_FRACTION
+    folder = folder_of(tmp_path, "llama")
+    shape = read_model_shape(folder)
+    config = ServingConfig.from_mapping({"model": str(folder), "max_num_seqs": 256})
+    sizes = StageBytes(shape, Serving.from_config(config, shape))
+    for available in (30_000_000, 100_000_001):
+
+        class Machine:
+            available = 0
+
+        Machine.available = available
+        monkeypatch.setattr(memory.psutil, "virtual_memory", Machine)
+        rank = make_plan(6, 2, 2).stage(0)[0]
+        blocks = RealRank(folder, {"max_num_seqs": 256}, rank).measure()
+        gpu = Gpu(index=0, model="CPU", memory_bytes=available)
+        said = planned.rank_memory(
+            sizes, default_calibration("CPU"), gpu, tp_size=2, pp_size=2, first_layer=0, last_layer=rank.last_layer
+        )
+        assert said.num_blocks == blocks > 0
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "fp8_per_tensor", "fp8_block"])
+def test_packed_weights_are_counted_to_the_byte(tmp_path: Path, quantization: str) -> None:
+    """Scales included, on one rank (over several, blocks that a cut goes through keep their scale on both sides)."""
+    folder = folder_of(tmp_path, "llama_wide")  # parts of products begin where blocks do, as in real models
+    spec = read_model_spec(folder, quantization=quantization)
+    rank = make_plan(6, 1, 1).ranks[0]
+    device = torch.device("cpu")
+    model = build_model(spec, rank, ParallelContext(rank, device, 5.0), torch.bfloat16, device)
+    shape = read_model_shape(folder)
+    config = ServingConfig.from_mapping({"model": str(folder), "dtype": "bfloat16", "quantization": quantization})
+    sizes = StageBytes(shape, Serving.from_config(config, shape))
+    said, held = sizes.stage_bytes(1, 0, 6), sum(parameter.nbytes for parameter in model.parameters())
+    assert held == said
