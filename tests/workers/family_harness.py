@@ -63,19 +63,22 @@ class Harness:
         expert_parallel: bool = False,
         seed: int = 0,
         backend: AttentionBackend | None = None,
+        device: torch.device = CPU,
+        block_size: int = BLOCK_SIZE,
     ):
+        self.device, self.block_size = device, block_size
         self.spec = read_model_spec(folder).as_served(max_model_len, expert_parallel=expert_parallel)
         self.rank, self.parallel = rank, parallel
-        self.model = build_model(self.spec, rank, parallel, torch.float32, CPU)
+        self.model = build_model(self.spec, rank, parallel, torch.float32, device)
         load_weights(self.model, folder, self.spec, rank)
         self.backend = backend or TorchBackend()
-        self.cache = KVCache.allocate(self.spec, rank, NUM_BLOCKS, BLOCK_SIZE, torch.float32, CPU)
+        self.cache = KVCache.allocate(self.spec, rank, NUM_BLOCKS, block_size, torch.float32, device)
         order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(seed))
         self.free: list[int] = order.tolist()
 
     def sequence(self, ids: list[int], length: int) -> Sequence:
         """A row with room for `length` tokens."""
-        count = -(-length // BLOCK_SIZE)
+        count = -(-length // self.block_size)
         taken, self.free = self.free[:count], self.free[count:]
         return Sequence(list(ids), taken)
 
@@ -85,27 +88,28 @@ class Harness:
         ordered = [rows[place] for place in order]
         positions = [p for row, count in ordered for p in range(row.computed, row.computed + count)]
         slots = [
-            row.blocks[p // BLOCK_SIZE] * BLOCK_SIZE + p % BLOCK_SIZE
+            row.blocks[p // self.block_size] * self.block_size + p % self.block_size
             for row, count in ordered
             for p in range(row.computed, row.computed + count)
         ]
         lengths = [row.computed + count for row, count in ordered]
         starts = torch.tensor([0, *(count for _, count in ordered)]).cumsum(0)
         widest = max(len(row.blocks) for row, _ in ordered)
+        device = self.device
         metadata = AttentionMetadata(
             num_rows=len(rows),
             num_decode_rows=sum(count == 1 for _, count in ordered),
-            query_start_R1=starts.int(),
-            context_len_R=torch.tensor(lengths, dtype=torch.int32),
+            query_start_R1=starts.to(device, torch.int32),
+            context_len_R=torch.tensor(lengths, dtype=torch.int32, device=device),
             block_table_RB=torch.tensor(
-                [row.blocks + [0] * (widest - len(row.blocks)) for row, _ in ordered], dtype=torch.int32
+                [row.blocks + [0] * (widest - len(row.blocks)) for row, _ in ordered], dtype=torch.int32, device=device
             ),
-            slot_mapping_T=torch.tensor(slots),
+            slot_mapping_T=torch.tensor(slots, device=device),
             max_query_len=max(count for _, count in ordered),
             max_context_len=max(lengths),
         )
         ids = torch.tensor([i for row, count in ordered for i in row.ids[row.computed : row.computed + count]])
-        logits = self._forward(ids, torch.tensor(positions), metadata, starts[1:] - 1)
+        logits = self._forward(ids.to(device), torch.tensor(positions, device=device), metadata, starts[1:] - 1)
         for row, count in rows:
             row.computed += count
         in_order = torch.empty_like(logits)
@@ -115,18 +119,18 @@ class Harness:
     def _forward(self, ids: Tensor, positions: Tensor, metadata: AttentionMetadata, last: Tensor) -> Tensor:
         hidden = None
         if self.parallel.previous_rank is not None:
-            hidden = torch.empty(len(positions), self.spec.hidden_size)
+            hidden = torch.empty(len(positions), self.spec.hidden_size, device=self.device)
             dist.recv(hidden, src=self.parallel.previous_rank)
         ctx = ForwardContext(self.backend, self.cache, metadata)
         out = self.model(ids if self.rank.is_first_stage else None, hidden, positions, ctx)
-        logits = torch.empty(len(last), self.spec.vocab_size)
+        logits = torch.empty(len(last), self.spec.vocab_size, device=self.device)
         if self.parallel.next_rank is not None:
             dist.send(out, dst=self.parallel.next_rank)
         else:
-            logits = self.model.compute_logits(out[last])
+            logits = self.model.compute_logits(out[last.to(self.device)])
         if self.rank.pp_size > 1:
             dist.broadcast(logits, src=self.rank.tp_size * (self.rank.pp_size - 1))
-        return logits
+        return logits.cpu()
 
     def prefill(self, rows: list[Sequence], chunk: int = 1000) -> Tensor:
         """All tokens that the rows have, so many at a time; logits after each row's last."""
@@ -173,7 +177,7 @@ class Harness:
         pairs = []
         for place, row in enumerate(rows):
             first = firsts[place // copies]
-            full = first.computed // BLOCK_SIZE
+            full = first.computed // self.block_size
             row.computed = first.computed
             if row is not first:
                 pairs.append((first.blocks[full], row.blocks[full]))

@@ -1,0 +1,327 @@
+"""Layers of published shapes on a card: do they give what plain torch gives in float32, and how fast are they?
+
+    python benchmarks/gpu/check_families.py mixtral gpt-oss deepseek-r1 llama-405b
+
+A slice is the first few layers of a model at its full width, with random weights in bfloat16. It answers prompts,
+chunks of prompts and decode steps by our kernels; then a copy in float32 answers the same by the plain definitions in
+`kernels.reference`, `moe_reference` and `mla_reference`. The copy takes the same experts: which of two nearly equal
+ones is chosen says nothing about a kernel. Then decode steps of the layers alone are recorded as a graph and timed;
+`weights` is what a step reads of them at least, as a share of the card's 4.8 TB/s.
+"""
+
+import argparse
+import inspect
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from argosy.cluster.protocol.model_spec import ModelSpec, read_model_spec
+from argosy.kernels import mla_ops, mla_reference, moe_ops, moe_reference, ops, reference
+from argosy.placement.plan import make_plan
+from argosy.placement.process_groups import init_parallel
+from argosy.workers.attention.base import AttentionMetadata
+from argosy.workers.attention.triton_backend import TritonBackend
+from argosy.workers.forward_context import ForwardContext
+from argosy.workers.kv_cache import KVCache
+from argosy.workers.models.registry import build_model
+
+BLOCK = 16
+CARD_BYTES_A_SECOND = 4.8e12  # an H200's data sheet
+COMMON = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "bfloat16", "max_position_embeddings": 8192}
+YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+SHAPES: dict[str, dict[str, Any]] = {
+    "mixtral": {
+        "architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 2,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "num_local_experts": 8,
+        "num_experts_per_tok": 2, "vocab_size": 32000, "rope_theta": 1e6,
+    },
+    "gpt-oss": {
+        "architectures": ["GptOssForCausalLM"], "hidden_size": 2880, "num_hidden_layers": 2, "head_dim": 64,
+        "num_attention_heads": 64, "num_key_value_heads": 8, "intermediate_size": 2880, "num_local_experts": 128,
+        "num_experts_per_tok": 4, "vocab_size": 201088, "rope_theta": 150000, "sliding_window": 128,
+        "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096,
+                         "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
+    },
+    "deepseek-r1": {
+        "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168, "num_hidden_layers": 2,
+        "num_attention_heads": 128, "num_key_value_heads": 128, "intermediate_size": 18432, "kv_lora_rank": 512,
+        "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
+        "n_routed_experts": 256, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "moe_intermediate_size": 2048,
+        "n_shared_experts": 1, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
+        "vocab_size": 129280, "rope_theta": 10000, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
+        "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "llama-405b": {
+        "architectures": ["LlamaForCausalLM"], "hidden_size": 16384, "num_hidden_layers": 2,
+        "num_attention_heads": 128, "num_key_value_heads": 8, "intermediate_size": 53248, "vocab_size": 128256,
+        "rope_theta": 500000.0,
+    },
+    "gemma3-27b": {
+        "architectures": ["Gemma3ForCausalLM"], "hidden_size": 5376, "num_hidden_layers": 6, "head_dim": 128,
+        "num_attention_heads": 32, "num_key_value_heads": 16, "intermediate_size": 21504, "vocab_size": 262208,
+        "query_pre_attn_scalar": 168, "sliding_window": 1024, "tie_word_embeddings": True,
+        "hidden_activation": "gelu_pytorch_tanh",
+    },
+    "command-r": {
+        "architectures": ["CohereForCausalLM"], "hidden_size": 8192, "num_hidden_layers": 2,
+        "num_attention_heads": 64, "num_key_value_heads": 64, "intermediate_size": 22528, "vocab_size": 256000,
+        "rope_theta": 8e6, "logit_scale": 0.0625, "layer_norm_eps": 1e-5, "tie_word_embeddings": True,
+    },
+    "bloom-7b": {
+        "architectures": ["BloomForCausalLM"], "hidden_size": 4096, "n_layer": 2, "n_head": 32,
+        "vocab_size": 250880, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+    },
+    "falcon-40b": {
+        "architectures": ["FalconForCausalLM"], "hidden_size": 8192, "num_hidden_layers": 2,
+        "num_attention_heads": 128, "num_kv_heads": 8, "new_decoder_architecture": True, "vocab_size": 65024,
+        "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
+    },
+}  # fmt: skip
+
+
+class Slice:
+    """A model of few layers, its cache, and rows in it."""
+
+    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, num_blocks: int):
+        rank = make_plan(spec.num_layers, 1, 1).ranks[0]
+        self.spec, self.device = spec, device
+        self.model = build_model(spec, rank, init_parallel(rank, "", device, 1.0), dtype, device)
+        self.model.allocate()
+        self.cache = KVCache.allocate(spec, rank, num_blocks, BLOCK, dtype, device)
+        self.backend = TritonBackend()
+
+    def draw(self) -> None:
+        """Random weights of a plausible size; norms near 1."""
+        generator = torch.Generator(self.device).manual_seed(0)
+        for name, parameter in self.model.named_parameters():
+            is_norm = parameter.ndim == 1 and "norm" in name and name.endswith("weight")
+            parameter.data.normal_(float(is_norm and "plus_one" not in self.spec.norm), 0.02, generator=generator)
+
+    def take(self, other: "Slice") -> None:
+        """The same weights in our numbers."""
+        for mine, theirs in zip(self.model.parameters(), other.model.parameters(), strict=True):
+            mine.data.copy_(theirs.data)
+
+    def metadata(self, counts: list[int], lengths: list[int], blocks: Tensor) -> tuple[AttentionMetadata, Tensor]:
+        """Rows of `counts` new tokens, the last of `lengths`; and positions."""
+        device = self.device
+        places = [torch.arange(n - c, n) for c, n in zip(counts, lengths, strict=True)]
+        rows = torch.repeat_interleave(torch.arange(len(counts)), torch.tensor(counts))
+        positions = torch.cat(places)
+        table = blocks.cpu()
+        slots = table[rows, positions // BLOCK].long() * BLOCK + positions % BLOCK
+        starts = torch.tensor([0, *counts]).cumsum(0)
+        made = AttentionMetadata(
+            num_rows=len(counts),
+            num_decode_rows=sum(c == 1 for c in counts),
+            query_start_R1=starts.int().to(device),
+            context_len_R=torch.tensor(lengths, dtype=torch.int32, device=device),
+            block_table_RB=blocks.to(device),
+            slot_mapping_T=slots.to(device),
+            max_query_len=max(counts),
+            max_context_len=max(lengths),
+        )
+        return made, positions.to(device)
+
+    @torch.inference_mode()
+    def step(self, ids: Tensor, counts: list[int], lengths: list[int], blocks: Tensor) -> Tensor:
+        """Logits after each row's last token."""
+        metadata, positions = self.metadata(counts, lengths, blocks)
+        hidden = self.model(ids, None, positions, ForwardContext(self.backend, self.cache, metadata))
+        last = torch.tensor(counts, device=self.device).cumsum(0) - 1
+        return self.model.compute_logits(hidden[last])
+
+
+@contextmanager
+def plain_torch(choices: Iterator[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Every operation by its definition, experts as they were chosen before."""
+
+    def by_definition(definition: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        known = inspect.signature(definition).parameters  # bounds and hints for launches are no part of a meaning
+
+        def run(*args: Any, **options: Any) -> Tensor:
+            out = options.pop("out_RNH", options.pop("out_TNH", None))
+            made = definition(*args, **{key: value for key, value in options.items() if key in known})
+            return made if out is None else out.copy_(made)
+
+        return run
+
+    replaced: list[tuple[Any, str, Any]] = [
+        (ops, name, by_definition(getattr(reference, name)))
+        for name in (
+            "rms_norm", "add_rms_norm", "silu_and_mul", "gelu_and_mul", "apply_rotary", "rope_and_store",
+            "paged_attention", "decode_attention", "prefill_attention", "fused_linear",
+        )
+    ]  # fmt: skip
+    replaced += [(mla_ops, name, by_definition(getattr(mla_reference, name))) for name in ("store_latent", "decode")]
+    replaced += [(moe_ops, "experts", moe_reference.experts)]
+    replaced += [(moe_ops, "choose_experts", lambda *args, **options: next(choices))]
+    kept = [(module, name, getattr(module, name)) for module, name, _ in replaced]
+    for module, name, definition in replaced:
+        setattr(module, name, definition)
+    try:
+        yield
+    finally:
+        for module, name, before in kept:
+            setattr(module, name, before)
+
+
+@contextmanager
+def remembered(choices: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
+    """Keep which experts were chosen."""
+    choose = moe_ops.choose_experts
+
+    def run(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
+        choices.append(choose(*args, **options))
+        return choices[-1]
+
+    moe_ops.choose_experts = run
+    try:
+        yield
+    finally:
+        moe_ops.choose_experts = choose
+
+
+def check(name: str, device: torch.device, *, narrow: int) -> tuple[Slice, dict[str, Any]]:
+    """Compare a slice with its definition. Returns it for timing, and what was found."""
+    shape = dict(COMMON, **SHAPES[name])
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "config.json").write_text(json.dumps(shape))
+        spec = read_model_spec(folder)
+    num_blocks = 40 if narrow > 1 else 20000
+    ours = Slice(spec, torch.float32 if narrow > 1 else torch.bfloat16, device, num_blocks)
+    ours.draw()
+    exact = Slice(spec, torch.float32, device, num_blocks=200)
+    exact.take(ours)
+    ours.model.finish(), exact.model.finish()
+    generator = torch.Generator().manual_seed(1)
+    prompts = [40 // narrow, 300 // narrow, 23 // narrow, 700 // narrow]
+    blocks = torch.randperm(200 if narrow == 1 else 40, generator=generator)
+    per_row = len(blocks) // 4
+    blocks = blocks.int().view(4, per_row)
+    ids = [torch.randint(0, spec.vocab_size, (n + 3,), generator=generator).to(device) for n in prompts]
+    plans = [([n // 2 for n in prompts], [n // 2 for n in prompts]), ([n - n // 2 for n in prompts], prompts)]
+    plans += [([1] * 4, [n + step for n in prompts]) for step in (1, 2)]
+    chosen: list[tuple[Tensor, Tensor]] = []
+    got = []
+    for counts, lengths in plans:
+        step_ids = torch.cat([row[n - c : n] for row, c, n in zip(ids, counts, lengths, strict=True)])
+        with remembered(chosen):
+            got.append(ours.step(step_ids, counts, lengths, blocks))
+    errors = []
+    with plain_torch(iter(chosen)):
+        for (counts, lengths), mine in zip(plans, got, strict=True):
+            step_ids = torch.cat([row[n - c : n] for row, c, n in zip(ids, counts, lengths, strict=True)])
+            want = exact.step(step_ids, counts, lengths, blocks)
+            errors.append(float(((mine - want).norm(dim=-1) / want.norm(dim=-1)).max()))
+    found = {"model": name, "layers": spec.num_layers, "worst_relative_error": max(errors), "by_step": errors}
+    del exact
+    return ours, found
+
+
+def time_decode(ours: Slice, num_rows: int, context: int) -> dict[str, Any]:
+    """One decode step as a CUDA graph."""
+    device, spec = ours.device, ours.spec
+    per_row = -(-context // BLOCK)
+    total = ours.cache.num_blocks
+    blocks = (torch.arange(num_rows * per_row) % total).int().view(num_rows, per_row)
+    metadata, positions = ours.metadata([1] * num_rows, [context] * num_rows, blocks)
+    ids = torch.randint(0, spec.vocab_size, (num_rows,), device=device)
+    ctx = ForwardContext(ours.backend, ours.cache, metadata)
+
+    def run() -> None:
+        ours.model(ids, None, positions, ctx)
+
+    with torch.inference_mode():
+        side = torch.cuda.Stream()
+        with torch.cuda.stream(side):
+            run(), run()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            run()
+        graph.replay()
+        torch.cuda.synchronize()
+        times = []
+        for _ in range(5):
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            for _ in range(20):
+                graph.replay()
+            end.record()
+            torch.cuda.synchronize()
+            times.append(start.elapsed_time(end) / 20)
+    seconds = sorted(times)[2] / 1000
+    read = sum(p.nbytes for p in ours.model.layers.parameters())
+    if spec.moe is not None:  # of the experts, those that are asked at all
+        share = 1 - (1 - spec.moe.top_k / spec.moe.num_experts) ** num_rows
+        experts = sum(p.nbytes for n, p in ours.model.layers.named_parameters() if ".experts." in n)
+        read -= int(experts * (1 - share))
+    return {
+        "rows": num_rows, "context": context, "step_ms": seconds * 1e3, "ms_a_layer": seconds * 1e3 / spec.num_layers,
+        "tokens_a_second": num_rows / seconds, "weights": read / seconds / CARD_BYTES_A_SECOND,
+    }  # fmt: skip
+
+
+def main() -> int:
+    """Check, time, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", nargs="*", choices=[*SHAPES, []], help="default: all")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64, 256])
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--narrow", type=int, default=1, help="divide widths, to try this script on a CPU")
+    parser.add_argument("--output", help="append the JSON lines to this file")
+    args = parser.parse_args()
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", 0) if on_gpu else torch.device("cpu")
+    torch.backends.cuda.matmul.allow_tf32 = False
+    machine = torch.cuda.get_device_name(0) if on_gpu else "CPU"
+    failed = []
+    for name in args.models or SHAPES:
+        if args.narrow > 1:
+            SHAPES[name] = narrowed(SHAPES[name], args.narrow)
+        started = time.perf_counter()
+        try:
+            ours, found = check(name, device, narrow=args.narrow)
+        except Exception as error:  # the others are to be measured, too
+            found = {"model": name, "error": f"{type(error).__name__}: {error}"[:500]}
+            failed.append(name)
+            print(json.dumps(found), flush=True)
+            if "CUDA" in str(error):
+                raise
+            continue
+        found["machine"], found["ok"] = machine, found["worst_relative_error"] < 0.03
+        if not found["ok"]:
+            failed.append(name)
+        print(json.dumps(found), flush=True)
+        rows = [{"model": name, "machine": machine, **time_decode(ours, n, args.context)} for n in args.rows if on_gpu]
+        for row in rows:
+            print(json.dumps(row), flush=True)
+        if args.output:
+            with open(args.output, "a", encoding="utf-8") as file:
+                file.writelines(json.dumps(line) + "\n" for line in (found, *rows))
+        print(f"# {name}: {time.perf_counter() - started:.1f} s", flush=True)
+        del ours
+        if on_gpu:
+            torch.cuda.empty_cache()
+    print(f"# failed: {', '.join(failed) or 'none'}", flush=True)
+    return bool(failed)
+
+
+def narrowed(shape: dict[str, Any], by: int) -> dict[str, Any]:
+    """The same, with all widths and the vocabulary divided."""
+    keys = ("hidden_size", "intermediate_size", "vocab_size", "moe_intermediate_size", "kv_lora_rank", "q_lora_rank")
+    keys += ("num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_head")
+    return {key: max(1, value // by) if key in keys else value for key, value in shape.items()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
