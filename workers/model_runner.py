@@ -335,9 +335,7 @@ class ModelRunner:
         else:
             if self._chooses_over_group:
                 result = self.model.gather_logits(result)
-            sampled = self.sampler.sample(
-                result, inputs.handles_R, inputs.end_R, self._history, same_rows=inputs.same_rows
-            )
+            sampled = self.sampler.sample(result, inputs.handles_R, inputs.end_R, self._history)
             inputs.sample_handles_device_S = self.graphs.handles_R[:num_rows].long()
             self._remember(inputs, sampled.token_ids_S)
         return self._outcome(output, inputs, sampled, [], started)
@@ -357,7 +355,6 @@ class ModelRunner:
                 compute_logits = self.model.compute_raw_logits if on_gpu else self.model.compute_logits
                 sampled = self.sampler.sample(
                     compute_logits(hidden_SD), inputs.sample_handles_S, inputs.sample_positions_S, self._history,
-                    same_rows=inputs.same_rows,
                 )  # fmt: skip
             self._remember(inputs, sampled.token_ids_S)
         return self._outcome(output, inputs, sampled, prompt_logprobs, started)

@@ -18,6 +18,7 @@ from argosy.kernels import ops
 from argosy.workers.logits import IntArray, LogitProcessor
 
 NOT_FINITE, NOTHING_ALLOWED = -1, -2  # in place of a token id
+MAX_GATHERED = 8  # batches whose columns are kept
 FAILURES = {
     NOT_FINITE: "the model gave a logit that is not a finite number",
     NOTHING_ALLOWED: "no token may be drawn: allowed_token_ids, bad_words and min_tokens together leave none",
@@ -110,7 +111,7 @@ class Sampler:
         self._wants_logprobs: dict[int, tuple[int, Sequence[int]]] = {}
         self._needs_logits: dict[int, None] = {}
         self._random: dict[int, None] = {}
-        self._gathered: tuple[Tensor, Tensor, Tensor, Tensor, Tensor] | None = None
+        self._gathered: dict[int, _Gathered] = {}  # by the identity of the array of handles
         self._any_random = self._any_filter = False
 
     def add(self, request: NewRequest) -> None:
@@ -133,7 +134,7 @@ class Sampler:
 
     def forget(self, handle: int) -> None:
         """The request is over, or comes back in full."""
-        self._gathered = None
+        self._gathered.clear()
         self._random.pop(handle, None)
         self._wants_logprobs.pop(handle, None)
         self._needs_logits.pop(handle, None)
@@ -153,12 +154,10 @@ class Sampler:
         handles_S: IntArray,
         positions_S: IntArray,
         history: Callable[[int, int, int], Sequence[int]],
-        *,
-        same_rows: bool = False,
     ) -> Sampled:
         """Draw one token for each row. Spends `logits_SV`, which may have 16 bits on a GPU.
 
-        `same_rows`: the handles are those of the last call.
+        An array of handles that comes again must not have been changed: what was made from it is kept.
         """
         if self.is_greedy:
             return Sampled(_greedy(logits_SV))
@@ -168,7 +167,7 @@ class Sampler:
         raw_LV = logits_SV[torch.tensor([row for row, _, _ in wants], device=self.device)] if wants else None
         if not self.processor.is_idle:
             self.processor.process(logits_SV, handles_S, positions_S, history)
-        token_ids_S = self._draw(logits_SV, handles_S, positions_S, same_rows)
+        token_ids_S = self._draw(logits_SV, handles_S, positions_S)
         if not self.processor.is_idle:
             self.processor.count(handles_S, token_ids_S.clamp(min=0))
         if raw_LV is None:
@@ -185,21 +184,44 @@ class Sampler:
         asked = ((row, self._wants_logprobs.get(handle)) for row, handle in enumerate(handles_S.tolist()))
         return [(row, *want) for row, want in asked if want is not None]
 
-    def _draw(self, logits_SV: Tensor, handles_S: IntArray, positions_S: IntArray, same_rows: bool) -> Tensor:
-        if self._gathered is None or not same_rows:
-            tables = (self._temperature_N, self._top_k_N, self._top_p_N, self._min_p_N, self._seed_N)
-            temperature, top_k, top_p, min_p, seed = (to_device(t[handles_S], self.device) for t in tables)
-            self._gathered = (temperature, top_k, top_p, min_p, seed)
-            random_S = self._temperature_N[handles_S] > 0.0
-            self._any_random = bool(random_S.any())
-            self._any_filter = bool((random_S & self._has_filter_N[handles_S]).any())
-        if not self._any_random:
+    def _draw(self, logits_SV: Tensor, handles_S: IntArray, positions_S: IntArray) -> Tensor:
+        gathered = self._gather(handles_S)
+        if not gathered.any_random:
             return _greedy(logits_SV)
         position_S = to_device(np.ascontiguousarray(positions_S), self.device)
         token_ids_S = ops.sample_rows(
-            logits_SV, *self._gathered, position_S, any_random=True, any_filter=self._any_filter
+            logits_SV, *gathered.columns, position_S, any_random=True, any_filter=gathered.any_filter
         )
         return _judge(logits_SV, token_ids_S)
+
+    def _gather(self, handles_S: IntArray) -> "_Gathered":
+        """How these rows want their tokens. Steady micro-batches take turns, so a few are kept."""
+        found = self._gathered.get(id(handles_S))
+        if found is not None and found.handles_S is handles_S:
+            return found
+        if len(self._gathered) >= MAX_GATHERED:
+            self._gathered.clear()
+        tables = (self._temperature_N, self._top_k_N, self._top_p_N, self._min_p_N, self._seed_N)
+        temperature, top_k, top_p, min_p, seed = (to_device(table[handles_S], self.device) for table in tables)
+        random_S = self._temperature_N[handles_S] > 0.0
+        made = _Gathered(
+            handles_S,
+            (temperature, top_k, top_p, min_p, seed),
+            any_random=bool(random_S.any()),
+            any_filter=bool((random_S & self._has_filter_N[handles_S]).any()),
+        )
+        self._gathered[id(handles_S)] = made
+        return made
+
+
+@dataclass(slots=True, frozen=True)
+class _Gathered:
+    """The columns of some rows, on the device; the array is kept, so that no other gets its identity."""
+
+    handles_S: IntArray
+    columns: tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # temperature, top_k, top_p, min_p, seed
+    any_random: bool
+    any_filter: bool
 
 
 def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:

@@ -185,11 +185,11 @@ def test_parameters_are_those_of_the_handle_even_when_it_changes_hands() -> None
     bench = Bench(request(0, [1], temperature=0.0), request(1, [1], temperature=1.5, seed=3))
     logits = torch.randn(2, VOCAB)
     handles, positions = np.array([0, 1]), np.array([1, 1])
-    first = bench.sampler.sample(logits.clone(), handles, positions, lambda *_: [], same_rows=True)
+    first = bench.sampler.sample(logits.clone(), handles, positions, lambda *_: [])
     assert first.token_ids_S[0] == logits[0].argmax()
     bench.sampler.forget(0)
     bench.sampler.add(request(0, [1], temperature=1.5, seed=3))
-    second = bench.sampler.sample(logits[1].expand(2, -1).clone(), handles, positions, lambda *_: [], same_rows=True)
+    second = bench.sampler.sample(logits[1].expand(2, -1).clone(), handles, positions, lambda *_: [])
     assert second.token_ids_S[0] == second.token_ids_S[1] == first.token_ids_S[1]
 
 
