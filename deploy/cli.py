@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import argosy
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, ServingError, WeightError
-from argosy.deploy import jobs_cli, plan_command, settings, simulate_command
+from argosy.deploy import batch_command, jobs_cli, plan_command, settings, simulate_command
 from argosy.deploy.jobs_folder import choose_job_dir
 
 _SERVE_EXAMPLES = """\
@@ -53,6 +53,7 @@ _USAGE = {
     "plan": ["MODEL"],
     "simulate": ["MODEL"],
     "submit": ["FILE"],
+    "batch": ["FILE", "--output", "FILE"],
     "jobs": ["[list|show|wait|results|cancel|resume]", "[JOB]"],
 }
 _KEY_NAMES = ("ARGOSY_API_KEY", "VLLM_API_KEY")  # the second so that a server of vLLM can be replaced as it stands
@@ -91,6 +92,15 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("model", nargs="?", help="a model folder to check as well")
     doctor.add_argument("--port", type=int, default=8000, help="the port that 'argosy serve' will use")
     doctor.add_argument("--json", action="store_true", help="the same for programs")
+    doctor.add_argument(
+        "--ray-address",
+        metavar="TEXT",
+        default=os.environ.get("RAY_ADDRESS"),
+        help="host:port or auto: look at all nodes of this Ray cluster and their links (default: $RAY_ADDRESS)",
+    )
+    doctor.add_argument(
+        "--no-all-reduce", action="store_true", help="with a cluster: leave out the sums, which take torch"
+    )
     _add_bench(commands)
     plan = _command(commands, "plan", "say which layout a model would get on a cluster, and why", plan_command.EXAMPLES)
     plan_command.add_arguments(plan)
@@ -98,6 +108,8 @@ def build_parser() -> argparse.ArgumentParser:
     simulate_command.add_arguments(_command(commands, "simulate", what, simulate_command.EXAMPLES))
     submit = _command(commands, "submit", "leave a file of requests with a server, as a job", jobs_cli.SUBMIT_EXAMPLES)
     jobs_cli.add_submit(submit)
+    batch = _command(commands, "batch", "answer a file of requests without a server", batch_command.EXAMPLES)
+    batch_command.add_arguments(batch)
     what = "list jobs, see how far they are, fetch their results, cancel, resume"
     jobs_cli.add_jobs(_command(commands, "jobs", what, jobs_cli.JOBS_EXAMPLES))
     return parser
@@ -134,6 +146,12 @@ def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
             config = serving_config(words, args)
             return server.run(config, api_keys=serve_keys(args.api_key, config.server.api_keys_file))
         case "doctor":
+            if args.ray_address and args.ray_address != "local":
+                from argosy.deploy import doctor_cluster  # Ray: only when a cluster is asked for
+
+                return doctor_cluster.main(
+                    address=args.ray_address, model=args.model, with_sums=not args.no_all_reduce, as_json=args.json
+                )
             from argosy.deploy import doctor  # imports torch and Ray to ask their versions
 
             return doctor.main(model=args.model, port=args.port, as_json=args.json)
@@ -141,6 +159,8 @@ def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
             return plan_command.main(args)
         case "simulate":
             return simulate_command.main(args)
+        case "batch":
+            return batch_command.main(args)
         case "submit" | "jobs":
             return jobs_cli.main(args)
         case "bench":

@@ -4,38 +4,32 @@ This is the one place where all rooms meet. `backend="ray"` is the product: a de
 a placement group. `backend="local"` runs the same driver and the same ranks as plain processes.
 """
 
+import logging
 import secrets
 import shutil
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Final, Literal, Protocol
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final, Literal
 
 from argosy.cluster.driver_loop import DriverStatus
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ChannelClosed, ConfigError, StartupTimeout
 from argosy.cluster.protocol.messages import EngineInfo
-from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.cluster.protocol.model_spec import ModelSpec, read_model_spec
 from argosy.cluster.start_rules import error_from_code
 from argosy.deploy.local_launch import RANK_MODULE, LocalDriver
 from argosy.deploy.model_folder import localize
+from argosy.deploy.replica_drivers import ReplicaDrivers, RunningDriver
 from argosy.placement.plan import PlacementPlan, make_plan
+from argosy.workers.loading.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
     from argosy.deploy.ray_session import RaySession
 
+_log = logging.getLogger(__name__)
 _POLL_SECONDS: Final = 0.1
 _GRACE_SECONDS: Final = 60.0  # for Ray and the driver to come up, beyond the ranks' own start deadline
 OnProgress = Callable[[str, float], None]
-
-
-class RunningDriver(Protocol):
-    """A driver that was started, wherever it runs."""
-
-    def status(self) -> DriverStatus:
-        """How it is. Raises `ChannelClosed` when it has gone."""
-
-    def stop(self, drain_seconds: float = 0.0) -> None:
-        """End it and all its ranks."""
 
 
 class Engine:
@@ -50,14 +44,14 @@ class Engine:
         *,
         name: str = "",
         session: "RaySession | None" = None,
-        folder: str = "",
+        folders: Sequence[str] = (),
     ):
         assert status.info is not None
         self.address, self.secret, self.info = status.address, secret, status.info
         self.ranks = status.ranks  # what each rank said when it was ready: its bytes and the seconds of its start
         self.config = config  # with "auto" and None worked out
         self.name = name
-        self._driver, self._session, self._folder = driver, session, folder
+        self._driver, self._session, self._folders = driver, session, folders
         self._closed = False
 
     def status(self) -> DriverStatus:
@@ -74,7 +68,7 @@ class Engine:
         if self._closed:
             return
         self._closed = True
-        _tear_down(self._driver, self._session, self._folder, drain_seconds)
+        _tear_down(self._driver, self._session, self._folders, drain_seconds)
 
     def __enter__(self) -> "Engine":
         return self
@@ -90,32 +84,52 @@ def launch_engine(
     on_progress: OnProgress | None = None,
     ray_address: str | None = None,
     rank_module: str = RANK_MODULE,
+    on_note: Callable[[str], None] | None = None,
 ) -> Engine:
-    """Start driver and ranks and wait until steps can run.
+    """Start driver and ranks and wait until steps can run. `on_note` hears what was planned and what was odd.
 
     Raises the error that stopped it (`WeightError`, `PlacementImpossible`, ...) and leaves nothing behind.
     With "ray": the session this process has, else the cluster at `ray_address` or the config's, else one of its own.
     """
     tell = on_progress or (lambda phase, fraction: None)
     tell("reading model", 0.0)
-    config, plan, info = resolve(config)
+    config, spec, plan = resolve(config)
     secret = secrets.token_hex(32)
     if backend == "local":
+        if config.parallel.data_parallel_size > 1:
+            raise ConfigError("data_parallel_size: several replicas need Ray; leave out the backend 'mp'")
+        info = describe_engine(config, spec, plan)
         driver = LocalDriver(config, plan, info, secret=secret, rank_module=rank_module)
         return _wait_until_ready(driver, secret, config, tell)
     tell("starting Ray", 0.0)
     # Only here: importing Ray takes half a second, and the local backend also runs where it is not installed.
-    from argosy.deploy.ray_launch import start_ray_driver
+    from argosy.deploy.ray_launch import start_ray_drivers
 
-    address = ray_address or config.parallel.ray_address
-    started = start_ray_driver(config, plan, info, secret=secret, address=address, rank_module=rank_module)
+    started = start_ray_drivers(
+        config,
+        lambda planned, its_plan: describe_engine(planned, spec, its_plan),
+        secret=secret,
+        address=ray_address or config.parallel.ray_address,
+        rank_module=rank_module,
+        tell=tell,
+        note=on_note or _log.info,
+    )
     return _wait_until_ready(
-        started.driver, secret, config, tell, name=started.driver.name, session=started.session, folder=started.folder
+        ReplicaDrivers(started.drivers),
+        secret,
+        started.config,
+        tell,
+        name=started.drivers[0].name,
+        session=started.session,
+        folders=started.folders,
     )
 
 
-def resolve(config: ServingConfig) -> tuple[ServingConfig, PlacementPlan, EngineInfo]:
-    """What follows from the model's folder: the length, the plan, the facts for edges. Needs neither torch nor Ray."""
+def resolve(config: ServingConfig) -> tuple[ServingConfig, ModelSpec, PlacementPlan]:
+    """What follows from the model's folder: length, facts, the plan of the sizes given. Needs neither torch nor Ray.
+
+    Raises `WeightError` for a folder whose weights are missing, cut off or broken, by their headers alone.
+    """
     config = localize(config)
     spec = read_model_spec(config.model.model, config.model.hf_overrides, config.model.quantization)
     if config.cache.kv_cache_dtype == "auto" and spec.quantization is not None and spec.quantization.has_kv_scales:
@@ -136,11 +150,19 @@ def resolve(config: ServingConfig) -> tuple[ServingConfig, PlacementPlan, Engine
             f"max_num_batched_tokens={config.scheduler.max_num_batched_tokens} is below max_model_len={max_model_len}: "
             "without chunked prefill a full prompt would never run; raise it, or enable_chunked_prefill"
         )
+    if config.model.load_format != "dummy":
+        Checkpoint.open(config.model.model)
     config = config.replace(model=config.model.replace(max_model_len=max_model_len))
-    model = config.model
-    info = EngineInfo(
+    return config, spec, plan
+
+
+def describe_engine(config: ServingConfig, spec: ModelSpec, plan: PlacementPlan) -> EngineInfo:
+    """What edges must know of an engine before its ranks have measured anything."""
+    model, parallel = config.model, config.parallel
+    assert model.max_model_len is not None
+    return EngineInfo(
         model=(model.served_model_name or (model.model,))[0],
-        max_model_len=max_model_len,
+        max_model_len=model.max_model_len,
         vocab_size=spec.vocab_size,
         num_blocks=0,
         block_size=config.cache.block_size,
@@ -152,7 +174,6 @@ def resolve(config: ServingConfig) -> tuple[ServingConfig, PlacementPlan, Engine
         eos_token_ids=spec.eos_token_ids,
         layout=plan.describe(),
     )
-    return config, plan, info
 
 
 def _wait_until_ready(
@@ -163,7 +184,7 @@ def _wait_until_ready(
     *,
     name: str = "",
     session: "RaySession | None" = None,
-    folder: str = "",
+    folders: Sequence[str] = (),
 ) -> Engine:
     seconds = config.parallel.start_deadline_seconds + _GRACE_SECONDS
     deadline = time.monotonic() + seconds
@@ -174,7 +195,7 @@ def _wait_until_ready(
                 raise error_from_code(status.error_code, status.error_message)
             if status.state == "ready" and status.info is not None:
                 tell("ready", 1.0)
-                return Engine(driver, status, secret, config, name=name, session=session, folder=folder)
+                return Engine(driver, status, secret, config, name=name, session=session, folders=folders)
             if status.state == "stopped":
                 raise ChannelClosed("the driver stopped while it was starting")
             if time.monotonic() >= deadline:
@@ -182,15 +203,17 @@ def _wait_until_ready(
             tell(status.phase or status.state, status.fraction)
             time.sleep(_POLL_SECONDS)
     except BaseException:  # Ctrl-C as well: whoever gave up waiting must find nothing running
-        _tear_down(driver, session, folder, 0.0)
+        _tear_down(driver, session, folders, 0.0)
         raise
 
 
-def _tear_down(driver: RunningDriver, session: "RaySession | None", folder: str, drain_seconds: float) -> None:
+def _tear_down(
+    driver: RunningDriver, session: "RaySession | None", folders: Sequence[str], drain_seconds: float
+) -> None:
     try:
         driver.stop(drain_seconds)
     finally:
         if session is not None:
             session.close()
-        if folder:
+        for folder in folders:
             shutil.rmtree(folder, ignore_errors=True)

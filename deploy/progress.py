@@ -38,6 +38,12 @@ class StartProgress:
             bar = "#" * cells + "." * (_BAR_CELLS - cells)
             print(f"\r\x1b[K  [{bar}] {phase}", end="", file=self._stream, flush=True)
 
+    def note(self, text: str) -> None:
+        """A line of its own, which stays."""
+        self.close()
+        if not self._is_quiet:
+            print(f"  {text}", file=self._stream, flush=True)
+
     def close(self) -> None:
         """End the last line."""
         if not self._is_quiet:

@@ -19,6 +19,8 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import PlacementImpossible
 from argosy.cluster.protocol.messages import EngineInfo
 from argosy.cluster.rank_processes import RankDoor, RankHandles
+from argosy.deploy import preflight
+from argosy.deploy.cluster_layout import choose_layout
 from argosy.deploy.local_launch import free_port
 from argosy.deploy.owned_folder import short_temp_folder
 from argosy.deploy.ray_session import RaySession
@@ -33,9 +35,17 @@ _LOOPBACK: Final = "127.0.0.1"
 class RayRankStarter:
     """Starts the ranks of a plan as actors; satisfies `StartRanks`."""
 
-    def __init__(self, config: ServingConfig, plan: PlacementPlan, *, group_name: str, rank_module: str):
+    def __init__(
+        self,
+        config: ServingConfig,
+        plan: PlacementPlan,
+        *,
+        group_name: str,
+        rank_module: str,
+        unfit: Sequence[str] = (),
+    ):
         self.config, self.plan = config, plan
-        self.group_name, self.rank_module = group_name, rank_module
+        self.group_name, self.rank_module, self.unfit = group_name, rank_module, tuple(unfit)
 
     def __call__(self, door: RankDoor, on_dead: Callable[[int, str], None]) -> RankHandles:
         """Reserve, create, locate, and let them run."""
@@ -44,7 +54,7 @@ class RayRankStarter:
         per_rank = {"GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
         bundle = {key: amount * plan.tp_size for key, amount in per_rank.items()}
         rooms = [StageRoom(resources=bundle, node_id=plan.stage(stage)[0].node) for stage in range(plan.pp_size)]
-        reservation = ray_cluster.reserve(self.group_name, rooms)
+        reservation = ray_cluster.reserve(self.group_name, rooms, unfit=self.unfit)
         try:
             stages = [rank.pp_rank for rank in plan.ranks]
             actors = ray_executor.create_rank_actors(WorkerActor, stages, reservation.group, per_rank, epoch=door.epoch)
@@ -102,43 +112,61 @@ def driver_addresses(door: RankDoor, here: str, node_ids: Sequence[str], name: s
     return addresses
 
 
-class StartedDriver(NamedTuple):
-    """A driver actor and what it stands on."""
+class StartedDrivers(NamedTuple):
+    """The driver actor of each replica and what they stand on."""
 
-    driver: DriverHandle
+    drivers: list[DriverHandle]
     session: RaySession
-    folder: str
+    folders: list[str]
+    config: ServingConfig  # with what was planned
 
 
-def start_ray_driver(
+def start_ray_drivers(
     config: ServingConfig,
-    plan: PlacementPlan,
-    info: EngineInfo,
+    describe: Callable[[ServingConfig, PlacementPlan], EngineInfo],
     *,
     secret: str,
     address: str | None,
     rank_module: str,
-) -> StartedDriver:
-    """Connect to Ray, or start it, and create the driver actor, which begins at once."""
-    num_cpus = max(os.cpu_count() or 1, len(plan.ranks) + 1)  # logical: a rank must find room on a small machine, too
+    tell: Callable[[str, float], None],
+    note: Callable[[str], None],
+) -> StartedDrivers:
+    """Connect to Ray, or start it, look at its nodes, plan, and create a driver actor for each replica.
+
+    The drivers begin at once. Raises what speaks against it and leaves nothing behind.
+    """
+    parallel = config.parallel
+    num_ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.data_parallel_size
+    num_cpus = max(os.cpu_count() or 1, num_ranks + 1)  # logical: a rank must find room on a small machine, too
     session = RaySession.open(address, num_cpus=num_cpus)
+    drivers: list[DriverHandle] = []
     try:
-        name = f"argosy-{secrets.token_hex(4)}"
-        many_nodes = len(ray_cluster.discover().nodes) > 1
-        folder = os.path.join(session.folder or short_temp_folder(50), name)
-        boot = DriverBoot(
-            name=name,
-            config=config,
-            info=info,
-            folder=folder,
-            secret=secret,
-            tcp_port=free_port("") if many_nodes else 0,
-        )
-        starter = RayRankStarter(config, plan, group_name=f"{name}-ranks", rank_module=rank_module)
-        driver = DriverHandle.create(boot, starter)
+        tell("looking at the nodes", 0.0)
+        inspection = preflight.inspect_for(config, lambda text: tell(text, 0.0))
+        topology = ray_cluster.discover(inspection.probes(), links=inspection.node_links())
+        layout = choose_layout(config, topology, inspection, ray_cluster.offers(), note)
+        folders = []
+        for plan in layout.plans:
+            layers = plan.layer_counts if plan.pp_size > 1 else ()
+            own = layout.config.replace(parallel=layout.config.parallel.replace(pipeline_layers=layers))
+            name = f"argosy-{secrets.token_hex(4)}"
+            folders.append(os.path.join(session.folder or short_temp_folder(50), name))
+            boot = DriverBoot(
+                name=name,
+                config=own,
+                info=describe(own, plan),
+                folder=folders[-1],
+                secret=secret,
+                tcp_port=free_port("") if len(topology.nodes) > 1 else 0,
+            )
+            starter = RayRankStarter(own, plan, group_name=f"{name}-ranks", rank_module=rank_module, unfit=layout.unfit)
+            driver = DriverHandle.create(boot, starter)
+            driver.is_cut_off = lambda: session.is_ending
+            driver.on_stopped = partial(ray_cluster.release, starter.group_name)
+            drivers.append(driver)
     except BaseException:
+        for driver in drivers:
+            driver.stop()
         session.close()
         raise
-    driver.is_cut_off = lambda: session.is_ending
-    driver.on_stopped = partial(ray_cluster.release, starter.group_name)
-    return StartedDriver(driver, session, folder)
+    return StartedDrivers(drivers, session, folders, layout.config)

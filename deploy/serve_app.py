@@ -123,7 +123,7 @@ def application(config: ServingConfig, address: str, secret: str) -> Application
 def build(args: Mapping[str, Any]) -> Application:
     """Builder for `serve run` and `serve deploy`; `args` are the flags of `argosy serve` by name."""
     given = {"model": settings.default_model(), **args}
-    config, ignored = settings.make_config(given)
+    config, ignored = settings.make_config(settings.plan_what_is_open(given))
     if text := settings.describe_ignored(ignored):
         logger.warning(text)
     return application(localize(config), "", "")

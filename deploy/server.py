@@ -51,7 +51,7 @@ def run(config: ServingConfig, *, api_keys: tuple[str, ...] = ()) -> int:
 
         progress = StartProgress()
         print(f"Starting {config.model.served_model_name[0]}", file=sys.stderr, flush=True)
-        engine = launch_engine(config, backend="ray", on_progress=progress)
+        engine = launch_engine(config, backend="ray", on_progress=progress, on_note=progress.note)
         stop.install()  # Ray puts its own handler for SIGTERM in place when it starts
         try:
             if not stop.is_set:

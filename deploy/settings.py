@@ -142,6 +142,7 @@ IGNORED: Final[frozenset[str]] = frozenset(_IGNORED_SWITCHES.split() + _IGNORED_
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 _DTYPES = {"half": "float16", "float": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+_SIZES = {"tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "data_parallel_size", "layout"}
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
@@ -158,9 +159,11 @@ def is_hub_name(model: str) -> bool:
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) is not None
 
 
-def add_flags(parser: argparse.ArgumentParser) -> None:
+def add_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -> None:
     """Every setting's flag, in groups, with no defaults: what is not given stays out of the result."""
     for title, flags in FLAGS.items():
+        if title in without:
+            continue
         group = parser.add_argument_group(title)
         for flag in flags:
             names = [*([flag.short] if flag.short else []), f"--{flag.name}"]
@@ -224,6 +227,12 @@ def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
             near = get_close_matches(name, [*settings, "scheduling_policy", *sorted(IGNORED)], n=1)
             raise ConfigError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     return ServingConfig.from_mapping(device_defaults.fill(known)), ignored
+
+
+def plan_what_is_open(given: Mapping[str, object]) -> dict[str, object]:
+    """The settings of a server: where no size of the layout is named, the planner chooses all of them."""
+    named = {str(name).replace("-", "_") for name in given}
+    return dict(given) if named & _SIZES else {**given, "layout": "auto"}
 
 
 def describe_ignored(ignored: Iterable[str]) -> str:

@@ -69,18 +69,20 @@ def offers() -> list[Offer]:
     ]
 
 
-def reserve(name: str, stages: Sequence[StageRoom], *, deadline_seconds: float = RESERVE_SECONDS) -> Reservation:
-    """Reserve a bundle for each stage, on the node that `seat_stages` gives it.
+def reserve(
+    name: str, stages: Sequence[StageRoom], *, unfit: Sequence[str] = (), deadline_seconds: float = RESERVE_SECONDS
+) -> Reservation:
+    """Reserve a bundle for each stage, on the node that `seat_stages` gives it, and never on one of `unfit` (ids).
 
     Raises `PlacementImpossible`, at once when an idle cluster would not hold it and after the deadline when others hold
     the room; it says what was asked for and what each node has. Ray itself would wait for ever. Leaves nothing behind.
     """
     release(name)
-    seat_stages(stages, offers(), by_total=True)
+    seat_stages(stages, _fit_offers(unfit), by_total=True)
     deadline = time.monotonic() + deadline_seconds
     while True:
         try:
-            seats = seat_stages(stages, offers())
+            seats = seat_stages(stages, _fit_offers(unfit))
         except PlacementImpossible as error:
             if time.monotonic() >= deadline:
                 raise PlacementImpossible(f"after {deadline_seconds:g} s of waiting, {error}") from None
@@ -111,6 +113,10 @@ def release(name: str) -> None:
     table = placement_group_table()
     found = [key for key, row in table.items() if row["name"] == name and row["state"] != "REMOVED"]
     _remove([PlacementGroup(ray.PlacementGroupID.from_hex(key)) for key in found])
+
+
+def _fit_offers(unfit: Sequence[str]) -> list[Offer]:
+    return [offer for offer in offers() if offer.node_id not in unfit]
 
 
 def _checked(name: str, group: PlacementGroup, seats: Sequence[str]) -> Reservation:

@@ -16,6 +16,7 @@
             UnsupportedModel        an architecture or format we don't have
         ClusterError                the machines
             PlacementImpossible     the plan does not fit what the cluster offers
+            PreflightFailed         nodes that can't work together, each with what is wrong and how to mend it
             WorkerLost              a rank died
             WorkerFailed            a rank said why it can't go on
             StartupTimeout          something did not answer within its deadline
@@ -200,6 +201,19 @@ class PlacementImpossible(ClusterError):
     """What was asked for does not fit what the cluster offers; `reason` names both."""
 
     code = "placement_impossible"
+
+
+class PreflightFailed(ClusterError):
+    """What was found on the nodes before anything started; `faults` has a line each, with node and fix."""
+
+    code = "preflight_failed"
+
+    def __init__(self, faults: tuple[str, ...]):
+        super().__init__(tuple(faults))
+        self.faults = tuple(faults)
+
+    def __str__(self) -> str:
+        return "the cluster can't serve this as it is:\n" + "\n".join(f"  {fault}" for fault in self.faults)
 
 
 class WorkerLost(ClusterError):

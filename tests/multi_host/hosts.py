@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 BASE = Path("/run/argosy-hosts")
+HOME = "/root"  # of who logs in: namespaces take root
 FIRST_HOST_NUMBER = 10
 NEEDED = ("ip", "unshare", "nsenter", "ssh", "sshd", "ssh-keygen", "rsync", "mount")
 _UP_SECONDS = 20.0
@@ -59,9 +60,9 @@ class Host:
         """Run a shell command in it, by the machine's own root: quicker than a login, and not stopped by a firewall."""
         words = ["nsenter", "-t", str(self.init_pid), "-m", "-u", "-i", "-n", "-p", "bash", "-c"]
         done = subprocess.run(
-            [*words, f". /root/.bashrc; {command}"],
+            [*words, f". ~/.bashrc; {command}"],
             capture_output=True, text=True, timeout=timeout, check=False,
-            env={"HOME": "/root"}, stdin=subprocess.DEVNULL,
+            env={"HOME": HOME}, stdin=subprocess.DEVNULL,
         )  # fmt: skip
         if check and done.returncode != 0:
             raise RuntimeError(f"{self.namespace}: {command!r} ended with {done.returncode}: {done.stderr[-2000:]}")
@@ -188,7 +189,7 @@ def _gateway(host: Host) -> str:
 def kept_folders(*more: str) -> list[str]:
     """What this Python needs and a host would not see: it has a /tmp and a /root of its own."""
     needed = {str(Path(__file__).resolve().parents[2]), sys.prefix, sys.base_prefix, *more}
-    return sorted(name for name in needed if name.startswith(("/tmp/", "/root/")))
+    return sorted(name for name in needed if name.startswith(("/tmp/", f"{HOME}/")))
 
 
 def usual_path() -> str:
@@ -205,7 +206,7 @@ def _init_script(host: Host, keep: list[str], copies: list[str]) -> str:
         options = f"lowerdir={folder},upperdir={own}/changed,workdir={own}/work"
         lines.append(f"mount -t overlay overlay -o {options} {folder}")
     for folder in keep:
-        place = folder.replace("/root/", f"{host.folder}/home/", 1) if folder.startswith("/root/") else ""
+        place = folder.replace(f"{HOME}/", str(host.folder / "home") + "/", 1) if folder.startswith(f"{HOME}/") else ""
         place = place or folder.replace("/tmp/", f"{host.folder}/tmp/", 1)
         lines += [f"mkdir -p {shlex.quote(place)}", f"mount --rbind {shlex.quote(folder)} {shlex.quote(place)}"]
     lines += [
@@ -213,8 +214,8 @@ def _init_script(host: Host, keep: list[str], copies: list[str]) -> str:
         f"mount --bind {host.folder}/resolv.conf /etc/resolv.conf",
         "mount -t tmpfs -o mode=1777,size=2g tmpfs /dev/shm",
         f"mount --rbind {host.folder}/tmp /tmp",
-        f"mount --rbind {host.folder}/home /root",
-        "export HOME=/root; cd /; set +e",
+        f"mount --rbind {host.folder}/home {HOME}",
+        f"export HOME={HOME}; cd /; set +e",
         f"/usr/sbin/sshd -D -e -f {host.folder}/sshd_config 2>{host.folder}/sshd.log &",
         "while :; do wait -n || sleep 0.2; done",
     ]

@@ -1,0 +1,135 @@
+"""From a config and the cluster that is there to the plan of each replica: given sizes as they are, else planned.
+
+Nodes that the preflight found unfit are left out where the rest is enough; else the start ends here, with every fault.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Final
+
+import msgspec
+
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import PlacementImpossible, PreflightFailed
+from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.placement.layout import Traffic
+from argosy.placement.model_sources import read_model_shape
+from argosy.placement.plan import PlacementPlan, make_plan
+from argosy.placement.planner import PlanOptions, plan_cluster
+from argosy.placement.preflight_rules import Fault, usable_nodes
+from argosy.placement.rank_memory import Serving
+from argosy.placement.seating import Offer, StageRoom, seat_stages
+from argosy.placement.topology import ClusterTopology
+
+if TYPE_CHECKING:  # the module needs Ray
+    from argosy.deploy.preflight import Inspection
+
+Note = Callable[[str], None]
+_CPU: Final = "CPU"
+
+
+class Layout(msgspec.Struct, frozen=True, kw_only=True):
+    """What to start: a plan for each replica, with the nodes in it, and the config that goes with them."""
+
+    config: ServingConfig
+    plans: tuple[PlacementPlan, ...]
+    unfit: tuple[str, ...] = ()  # ids of nodes that no rank may run on
+
+
+def choose_layout(
+    config: ServingConfig, topology: ClusterTopology, inspection: "Inspection", offers: Sequence[Offer], note: Note
+) -> Layout:
+    """The layout. Raises `PreflightFailed` or `PlacementImpossible` with all reasons."""
+    faults = inspection.faults
+    for fault in faults:
+        if fault.level == "warn":
+            note(f"warning: {fault.describe()}")
+    failures = tuple(fault for fault in faults if fault.level == "fail")
+    usable = usable_nodes(inspection.nodes, faults)
+    all_ids = [node.node_id for node in topology.nodes]
+    unfit = tuple(node_id for node_id in all_ids if node_id not in usable)
+    try:
+        if config.parallel.layout == "auto":
+            layout = _planned(config, _free_part(topology, [o for o in offers if o.node_id in usable]), note)
+        else:
+            layout = _given(config, [offer for offer in offers if offer.node_id in usable], len(all_ids))
+    except PlacementImpossible as error:
+        if failures:
+            raise PreflightFailed((*_lines(failures), str(error))) from error
+        raise
+    for line in _lines(failures):
+        note(f"not used: {line}")
+    return msgspec.structs.replace(layout, unfit=unfit)
+
+
+def _planned(config: ServingConfig, topology: ClusterTopology, note: Note) -> Layout:
+    model = config.model
+    shape = read_model_shape(model.model, overrides=model.hf_overrides)
+    serving = Serving.from_config(config, shape)
+    options = PlanOptions(num_replicas=1, traffic=_traffic(serving))
+    # The size of a cache that was given says nothing of where the model fits: judged by what there is room for.
+    free = msgspec.structs.replace(serving, num_gpu_blocks_override=None, kv_cache_memory_bytes=None)
+    report = plan_cluster(shape, topology, options, free)
+    note(f"planned: {report.chosen.describe()}")
+    for text in report.notes:
+        note(text)
+    replicas = report.plan.replicas
+    parallel = config.parallel.replace(**report.plan.settings(), data_parallel_size=len(replicas))
+    return Layout(config=config.replace(parallel=parallel), plans=tuple(replicas))
+
+
+def _traffic(serving: Serving) -> Traffic:
+    """The planner's usual requests, shorter where this model or a cache of a given size takes no such long ones."""
+    usual, longest = Traffic(), serving.max_model_len
+    if serving.num_gpu_blocks_override is not None:
+        longest = min(longest, serving.num_gpu_blocks_override * serving.block_size)
+    half = max(1, longest // 2)
+    return Traffic(input_len=min(usual.input_len, half), output_len=min(usual.output_len, half))
+
+
+def _given(config: ServingConfig, offers: Sequence[Offer], num_nodes: int) -> Layout:
+    """The sizes that were given. A node each for the stages of all replicas where the cluster has so many."""
+    parallel = config.parallel
+    spec = read_model_spec(config.model.model, config.model.hf_overrides, config.model.quantization)
+    plan = make_plan(
+        spec.num_layers, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.pipeline_layers
+    )
+    num_stages = plan.pp_size * parallel.data_parallel_size
+    if len(offers) < min(num_stages, num_nodes):
+        raise PlacementImpossible(
+            f"{num_stages} stages want a node each, and {len(offers)} of {num_nodes} nodes are fit for one"
+        )
+    device = _device(parallel.device, offers)
+    room = StageRoom(resources={device: float(plan.tp_size)})
+    try:
+        seats = seat_stages([room] * num_stages, offers)
+    except PlacementImpossible:  # who holds the rest may be about to go: the reservation waits for a while
+        seats = seat_stages([room] * num_stages, offers, by_total=True)
+    plans = []
+    for replica in range(parallel.data_parallel_size):
+        mine = seats[replica * plan.pp_size : (replica + 1) * plan.pp_size]
+        plans.append(plan.placed([(mine[rank.pp_rank], None) for rank in plan.ranks]))
+    return Layout(config=config, plans=tuple(plans))
+
+
+def _device(wanted: str, offers: Sequence[Offer]) -> str:
+    """What Ray calls the device of a rank: GPUs wherever there are any, so that none is idle by mistake."""
+    if wanted == "auto":
+        return "GPU" if any(offer.total.get("GPU", 0.0) > 0 for offer in offers) else _CPU
+    return "GPU" if wanted == "cuda" else _CPU
+
+
+def _free_part(topology: ClusterTopology, offers: Sequence[Offer]) -> ClusterTopology:
+    """The nodes of these offers with as many of their devices as nobody holds, those with the most memory."""
+    free = {offer.node_id: offer.free for offer in offers}
+    nodes = []
+    for node in topology.nodes:
+        if node.node_id in free:
+            name = _CPU if all(gpu.model == _CPU for gpu in node.gpus) else "GPU"
+            count = int(free[node.node_id].get(name, 0.0))
+            best = sorted(node.gpus, key=lambda gpu: (-gpu.usable_bytes, gpu.index))[:count]
+            nodes.append(msgspec.structs.replace(node, gpus=tuple(sorted(best, key=lambda gpu: gpu.index))))
+    return msgspec.structs.replace(topology, nodes=tuple(node for node in nodes if node.gpus))
+
+
+def _lines(faults: Sequence[Fault]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(fault.describe() for fault in faults))
