@@ -149,11 +149,15 @@ class HttpApp:
     # --------------------------------------------------------------------------------------------------------- jobs
 
     def _open_jobs(self, folder: str | None) -> JobService | None:
-        """The jobs in a folder; their items may go to every door below /v1 that takes JSON."""
+        """The jobs in a folder."""
         if folder is None:
             return None
-        works = {path: route.work for path, route in self.routes.items() if route.work and path.startswith("/v1/")}
+        works = self.job_works()
         return JobService(JobFolder(folder), self.gateway, works, num_interactive=lambda: self.metrics.in_flight)
+
+    def job_works(self) -> dict[str, Work]:
+        """Where a job's items may go: every door below /v1 that takes JSON."""
+        return {path: route.work for path, route in self.routes.items() if route.work and path.startswith("/v1/")}
 
     async def _serve_files(self, request: HttpRequest, responder: Responder) -> None:
         await serve_files(self._jobs(), request.path.removeprefix(FILES), request, responder)

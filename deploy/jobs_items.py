@@ -41,7 +41,10 @@ _FIELDS: Final[Mapping[str, tuple[type[ChatFields] | type[CompletionFields], str
 
 
 class GatewayItems:
-    """Items run through the gateway of this process. `num_interactive` says how many requests of people are open."""
+    """Items run through the gateway of this process. `num_interactive` says how many requests of people are open.
+
+    `is_alone`: nobody else uses the engine.
+    """
 
     def __init__(
         self,
@@ -50,6 +53,7 @@ class GatewayItems:
         folder: JobFolder,
         *,
         num_interactive: Callable[[], int] = lambda: 0,
+        is_alone: bool = False,
     ):
         self.works = works
         self._gateway = copy.copy(gateway)
@@ -59,6 +63,7 @@ class GatewayItems:
         self._client_of = gateway
         self._folder = folder
         self._num_interactive = num_interactive
+        self._is_alone = is_alone
         self._not_before = float("-inf")
 
     @property
@@ -71,6 +76,8 @@ class GatewayItems:
         if self._client_of.client.closed or time.monotonic() < self._not_before:
             return 0
         most = self._gateway.info.max_num_seqs
+        if self._is_alone:
+            return most + max(1, most // 4)  # some wait at the engine, so that it never runs dry
         return max(1, most - max(1, most // 8) - self._num_interactive())
 
     def read_input(self, job: JobRow) -> JobInput:

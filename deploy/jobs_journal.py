@@ -180,9 +180,9 @@ class Journal:
                 break
         return found
 
-    def result_lines(self, job_id: str, purpose: str, after_line: int, limit: int) -> list[tuple[int, bytes]]:
-        """(line, result line) in the order of the input: of the items that were done, or of the others."""
-        states = "(2)" if purpose == "batch_output" else "(3, 4, 5)"
+    def result_lines(self, job_id: str, purpose: str | None, after_line: int, limit: int) -> list[tuple[int, bytes]]:
+        """(line, result line) in the order of the input: of the items that were done, of the others, or of all."""
+        states = {"batch_output": "(2)", "batch_error": "(3, 4, 5)"}.get(purpose or "", "(2, 3, 4, 5)")
         rows = self.db.execute(
             f"SELECT * FROM items WHERE job = ? AND line > ? AND state IN {states} ORDER BY line LIMIT ?",
             (job_id, after_line, limit),

@@ -32,6 +32,7 @@ class JobService:
         works: Mapping[str, Work],
         *,
         num_interactive: Callable[[], int] = lambda: 0,
+        is_alone: bool = False,
         clock: Callable[[], float] = time.time,
     ):
         self.folder = folder
@@ -39,7 +40,8 @@ class JobService:
         self.journal = Journal(folder, clock=clock)
         self.endpoints = tuple(works)
         self._thread = JournalThread(self.journal)
-        self.runner = JobRunner(self._thread, GatewayItems(gateway, works, folder, num_interactive=num_interactive))
+        items = GatewayItems(gateway, works, folder, num_interactive=num_interactive, is_alone=is_alone)
+        self.runner = JobRunner(self._thread, items)
 
     @property
     def server(self) -> ServerConfig:

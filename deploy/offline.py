@@ -222,6 +222,11 @@ class LLM:
 
     # ------------------------------------------------------------------------------------------------------ ending
 
+    def run(self, work: Callable[[Gateway], Coroutine[Any, Any, T]]) -> T:
+        """Run something of your own in the engine's event loop, and wait for it."""
+        self._check_open()
+        return self._run(work(self._gateway))
+
     def close(self) -> None:
         """Stop the engine and everything that was started for it. May be called twice."""
         self._finalizer()
