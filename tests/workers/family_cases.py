@@ -1,6 +1,6 @@
 """A tiny config of every family, the checkpoint that transformers makes of it, and what transformers answers."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +99,31 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
-def make_checkpoint(folder: Path, name: str) -> Expected:
+def widened(case: Case) -> Case:
+    """The same with heads of 16, the least that a GPU's tensor cores take."""
+    settings = dict(case.settings)
+    heads = settings.get("num_attention_heads", settings.get("n_head", settings.get("n_heads")))
+    for key in ("hidden_size", "n_embd", "d_model"):
+        if key in settings:
+            settings[key] = 16 * heads
+    if "word_embed_proj_dim" in settings and settings["word_embed_proj_dim"] == case.settings["hidden_size"]:
+        settings["word_embed_proj_dim"] = 16 * heads
+    if "qk_rope_head_dim" in settings:
+        settings["qk_rope_head_dim"] = 16
+    rope = settings.get("rope_parameters", {})
+    if "long_factor" in rope:
+        longer = {key: [*rope[key], 5.0, 6.0] for key in ("long_factor", "short_factor")}
+        settings["rope_parameters"] = rope | longer
+    return replace(case, settings=settings)
+
+
+def make_checkpoint(folder: Path, name: str, *, wide: bool = False) -> Expected:
     """One folder saved by transformers, and what transformers answers from it; also written beside it."""
     import transformers  # seconds of import: only where it is compared with
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    case = CASES[name]
+    case = widened(CASES[name]) if wide else CASES[name]
     torch.manual_seed(len(name))
     config = getattr(transformers, case.config)(**case.settings)
     model = getattr(transformers, case.model)(config).eval()
