@@ -4,6 +4,7 @@ Peak figures; how much of them is reached stands in the calibration (`placement/
 of 10^9 or 10^12 a second, dense (no 2:4 sparsity), links one way. Memory is what the driver's own tool lists, in MiB.
 """
 
+import re
 from typing import Final
 
 import msgspec
@@ -165,5 +166,10 @@ def find_data_sheet(name: str) -> DataSheet | None:
     for sheet in DATA_SHEETS.values():
         if wanted == sheet.name.lower() or wanted in sheet.aliases:
             return sheet
-    found = [(len(alias), sheet) for sheet in DATA_SHEETS.values() for alias in sheet.aliases if alias in wanted]
+    found = [
+        (len(alias), sheet)
+        for sheet in DATA_SHEETS.values()
+        for alias in sheet.aliases
+        if re.search(rf"(?<![a-z0-9]){re.escape(alias)}(?![a-z0-9])", wanted)  # "l4" is no part of "l40s"
+    ]
     return max(found, key=lambda pair: pair[0])[1] if found else None

@@ -1,0 +1,133 @@
+"""Seconds of steps: what must hold of any price list, and how near the shipped one is to what was measured."""
+
+import json
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from argosy.cluster.protocol.errors import ConfigError
+from argosy.placement.calibration import Calibration, default_calibration, read_calibration
+from argosy.placement.cost_model import ReplicaCost, StageCost, StepLoad
+from argosy.placement.data_sheets import DATA_SHEETS
+from argosy.placement.model_sources import read_model_shape
+from argosy.placement.planner import make_serving
+from argosy.placement.rank_memory import StageBytes
+from argosy.placement.topology import Link
+
+ROOT = Path(__file__).resolve().parents[2]
+H200 = DATA_SHEETS["H200"]
+
+
+def replica(model: str, tp_size: int = 1, pp_size: int = 1, quantization: str | None = None) -> ReplicaCost:
+    """The price list of one replica on H200."""
+    shape = read_model_shape(model)
+    sizes = StageBytes(shape, make_serving(shape, quantization=quantization))
+    edges = [shape.num_layers * stage // pp_size for stage in range(pp_size + 1)]
+    stages = [
+        StageCost(sizes, H200, default_calibration("H200"), tp_size=tp_size, first_layer=first, last_layer=last,
+                  group_link=H200.link)
+        for first, last in pairwise(edges)
+    ]  # fmt: skip
+    return ReplicaCost(stages, [H200.link] * (pp_size - 1))
+
+
+def decode(rows: int, context: int = 256) -> StepLoad:
+    """A step of rows that look back on so many tokens each."""
+    return StepLoad(rows, rows * context, 0, 0, rows)
+
+
+def test_more_work_never_takes_less() -> None:
+    """More rows, longer contexts, longer prompts."""
+    cost = replica("llama-3.1-8b")
+    rows = [cost.step_seconds(decode(rows)) for rows in (1, 2, 8, 64, 256, 1024)]
+    assert rows == sorted(rows)
+    contexts = [cost.step_seconds(decode(64, context)) for context in (1, 100, 1000, 10_000)]
+    assert contexts == sorted(contexts)
+    prompts = [cost.step_seconds(StepLoad(0, 0, n, n * n // 2, 1)) for n in (1, 64, 512, 4096, 8192)]
+    assert prompts == sorted(prompts)
+
+
+def test_no_step_is_faster_than_its_bytes() -> None:
+    """Weights are read once a step, by each rank its share, at no more than the data sheet's rate."""
+    for model, tp_size in (("llama-3.1-8b", 1), ("llama-3.1-8b", 2), ("llama-3.1-70b", 4), ("qwen3-0.6b", 1)):
+        shape = read_model_shape(model)
+        floor = 2 * shape.num_active_parameters / tp_size / (H200.gbytes_per_second * 1e9)
+        assert replica(model, tp_size).step_seconds(decode(1)) > floor
+
+
+def test_sharing_layers_makes_a_lone_token_faster_and_stages_do_not() -> None:
+    """Claims N17 and N18: TP adds up bandwidth; PP moves the hidden states once a stage."""
+    one = replica("llama-3.1-70b").step_seconds(decode(1))
+    assert replica("llama-3.1-70b", tp_size=2).step_seconds(decode(1)) < 0.65 * one
+    assert one < replica("llama-3.1-70b", pp_size=2).step_seconds(decode(1)) < 1.05 * one
+
+
+def test_only_the_chosen_experts_are_read() -> None:
+    """One token of Mixtral reads 2 of 8 experts, many tokens read all."""
+    cost = replica("mixtral-8x7b-v0.1")
+    shape = read_model_shape("mixtral-8x7b-v0.1")
+    everything = 2 * shape.num_parameters / (H200.gbytes_per_second * 1e9)
+    assert cost.step_seconds(decode(1)) < 0.5 * everything
+    assert cost.step_seconds(decode(256)) > everything
+
+
+def test_packed_weights_are_read_faster() -> None:
+    """FP8 halves the bytes of the layers."""
+    plain, packed = (replica("llama-3.1-70b", quantization=q).step_seconds(decode(1)) for q in (None, "fp8"))
+    assert 0.5 < packed / plain < 0.6
+
+
+def test_a_slow_link_makes_sums_dear() -> None:
+    """The same group over PCIe instead of NVLink (claim N15: prompts wait for it)."""
+    shape = read_model_shape("llama-3.1-70b")
+    sizes = StageBytes(shape, make_serving(shape))
+    load = StepLoad(0, 0, 2048, 2048 * 1024, 1)
+    seconds = [
+        StageCost(sizes, H200, default_calibration("H200"), tp_size=4, first_layer=0, last_layer=80,
+                  group_link=link).seconds(load)
+        for link in (H200.link, Link(kind="pcie", gbytes_per_second=26, latency_us=8))
+    ]  # fmt: skip
+    assert seconds[1] > 1.5 * seconds[0]
+
+
+def test_a_window_bounds_what_is_looked_back_on() -> None:
+    """Mistral's first release looked back on 4096 tokens; a full context costs no more than that."""
+    shape = read_model_shape("mistral-7b-v0.3", overrides={"sliding_window": 4096})
+    sizes = StageBytes(shape, make_serving(shape))
+    stage = StageCost(sizes, H200, default_calibration("H200"), tp_size=1, first_layer=0, last_layer=32,
+                      group_link=H200.link)  # fmt: skip
+    assert stage.seconds(decode(8, 30_000)) == stage.seconds(decode(8, 4096))
+
+
+def test_decode_steps_are_foretold_within_an_eighth() -> None:
+    """The newest plain rows of TP1 in benchmarks/results/engine_h200.jsonl; docs/planning.md has the whole table."""
+    names = {"06b": "qwen3-0.6b", "8b": "llama-3.1-8b"}
+    newest = {}
+    for line in (ROOT / "benchmarks" / "results" / "engine_h200.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        plain = (
+            row.get("unit") == "ms/step" and row["layout"] == "TP1" and not row["note"] and row["dtype"] == "bfloat16"
+        )
+        if plain and not row.get("quantization") and row["model"] in names:
+            newest[row["model"], int(row["workload"].removeprefix("decode"))] = row["figure"]
+    assert len(newest) >= 8
+    for (model, rows), milliseconds in newest.items():
+        said = 1e3 * replica(names[model]).step_seconds(decode(rows))
+        assert said == pytest.approx(milliseconds, rel=0.125), (model, rows)
+
+
+def test_a_calibration_file_is_checked(tmp_path: Path) -> None:
+    """Unknown keys and missing files are named."""
+    path = tmp_path / "c.json"
+    path.write_text('{"device": "x", "source": "y", "wieght_efficiency": 1}', encoding="utf-8")
+    with pytest.raises(ConfigError, match="wieght_efficiency"):
+        read_calibration(path)
+    with pytest.raises(ConfigError, match="No such file"):
+        read_calibration(tmp_path / "none.json")
+
+
+def test_efficiency_is_linear_between_measured_points() -> None:
+    """And flat beyond them."""
+    calibration = Calibration(device="d", source="s", flops_efficiency=((10.0, 0.2), (20.0, 0.4)))
+    assert [calibration.flops_share(n) for n in (1, 10, 15, 20, 99)] == pytest.approx([0.2, 0.2, 0.3, 0.4, 0.4])
