@@ -1,10 +1,14 @@
-"""One token a row without sorting the vocabulary: a threshold by counting, then a draw by argmax.
+"""One token a row without sorting the vocabulary: three launches with filters, one without.
 
-Meaning: `sampling_reference.sample_rows`. The threshold that min_p, top_k and top_p leave is searched as a value. Each
-pass weighs what lies above sixteen pivots at once and leaves a sixteenth of the bracket; seven passes bring it from 40
-(e^-40 of the best: beyond that, a vocabulary weighs less than the last digit of the total) below the last digit of a
-float. A pass is a launch over all rows and chunks; the last program of a row joins its chunks and moves the bracket.
-(One program a row, with all passes in one launch, took 250 to 700 us where this takes some tens.)
+Meaning: `sampling_reference.sample_rows`.
+
+    survey   all rows x chunks   the largest logit of each group of tokens, the mass of each chunk
+    search   a program a row     the k-th largest of the groups' maxima is no more than the k-th largest logit, and a
+                                 value above which the maxima alone hold top_p of the mass is no more than top_p's
+                                 threshold: what lies above that bound is gathered, a few hundred tokens mostly, and
+                                 there the exact threshold is found and the token drawn
+    draw     all rows x chunks   argmax of logit + noise, for the rows that the search left: those without filters, and
+                                 those whose bound left too many, for which it sought the threshold in the whole row
 """
 
 import torch
@@ -15,10 +19,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
 
-CHUNK = 4096  # tokens that one program of the draw looks at
-PASSES = 7
-STATE = 8  # floats a row: largest logit, threshold, bracket by count (low, step), bracket by mass (low, step), mass
-LARGEST, THRESHOLD, COUNT_LOW, COUNT_STEP, MASS_LOW, MASS_STEP, MASS = (tl.constexpr(i) for i in range(7))
+CHUNK = 4096  # tokens that one program of the survey or the draw looks at
+CANDIDATES = 2048  # tokens among which the search finds the threshold and draws
+MAX_GROUPS = 1024
+STATE = 2  # floats a row: the threshold that the filters leave, 1 if the token is drawn already
+RANGE = 40.0  # a logit that much below the best is e^-40 as probable: less than the last digit of the total
+PIVOTS, PASSES = 8, 9  # of the search in a whole row: 40 / 8^9 is the last digit of a logit
 
 
 @triton.jit
@@ -32,7 +38,16 @@ def _mix(x):
 
 
 @triton.jit
-def _gumbel(seed, position, token):
+def _log(x, FAST: tl.constexpr):
+    """Natural logarithm; FAST: the card's own, 2^-22 off, one instruction where the library's are twenty."""
+    if FAST:
+        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+        return y * 0.6931471805599453
+    return tl.log(x)
+
+
+@triton.jit
+def _gumbel(seed, position, token, FAST: tl.constexpr):
     """The noise of `sampling_reference.gumbel_noise` for one row; seed and position are [1], token is [X] int32."""
     golden = tl.full((1,), 0x9E3779B9, tl.uint32)
     low = (seed & 0xFFFFFFFF).to(tl.uint32)
@@ -42,12 +57,19 @@ def _gumbel(seed, position, token):
     c = _mix((position & 0xFFFFFFFF).to(tl.uint32) + b)
     d = _mix(c ^ tl.full((1,), 0x85EBCA6B, tl.uint32))
     bits = _mix(_mix((token.to(tl.uint32) * golden) ^ c) + d)
-    uniform = (bits >> 8).to(tl.float32) * (2.0**-24) + ((bits & 0xFF).to(tl.float32) + 0.5) * (2.0**-32)
+    uniform = bits.to(tl.float32) * (2.0**-32) + 2.0**-33
     uniform = tl.minimum(uniform, 1.0 - 2.0**-24)
     # log(1 - u) has no digits left where u is small, which is where the winners are
-    series = uniform * (1.0 + uniform * (0.5 + uniform * 0.33333334))
-    waiting = tl.where(uniform < 0.01, series, -tl.log(1.0 - uniform))
-    return -tl.log(waiting)
+    series = uniform * (1.0 + uniform * (0.5 + uniform * (0.33333334 + uniform * 0.25)))
+    waiting = tl.where(uniform < 0.02, series, -_log(1.0 - uniform, FAST))
+    return -_log(waiting, FAST)
+
+
+@triton.jit
+def _ordered(x):
+    """Integers in the order of the floats that they stand for."""
+    bits = x.to(tl.int32, bitcast=True)
+    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -61,15 +83,75 @@ def _is_last(counter_ptr, num_chunks):
 
 
 @triton.jit
-def _begin_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, state_ptr, best_ptr, counter_ptr,
-    stride_logits, vocabulary, num_chunks,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STATE: tl.constexpr, PDL: tl.constexpr,
+def _survey_kernel(
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, group_ptr, chunk_ptr, stride_logits, vocabulary,
+    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """The largest logit of each row, and the brackets to begin with. A row without filters gets empty ones."""
+    """group_ptr [R, GROUPS]: largest scaled logit of each group. chunk_ptr [R, 2, CHUNKS]: largest, mass relative."""
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
-    token = chunk * CHUNK + tl.arange(0, CHUNK)
+    IN_CHUNK: tl.constexpr = CHUNK // GROUP
+    group = tl.arange(0, IN_CHUNK)
+    token = chunk * CHUNK + group[:, None] * GROUP + tl.arange(0, GROUP)[None, :]
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    temperature = tl.load(temperature_ptr + row).to(tl.float32)
+    top_k = tl.load(top_k_ptr + row)
+    filters = ((top_k > 0) & (top_k < vocabulary)) | (tl.load(top_p_ptr + row).to(tl.float32) < 1.0)
+    if (temperature <= 0.0) | ((filters | (tl.load(min_p_ptr + row).to(tl.float32) > 0.0)) == 0):
+        return
+    z = tl.load(logits_ptr + row * stride_logits + token, token < vocabulary, other=float("-inf")).to(tl.float32)
+    # nan counts as inf, so that it is drawn: whoever looks at the token's logit sees it
+    z = tl.where(z == z, z * tl.div_rn(1.0, temperature), float("inf"))
+    largest_in_group = tl.max(z, 1)
+    largest = tl.max(largest_in_group, 0)
+    pivot = tl.where(largest == float("-inf"), 0.0, largest)
+    tl.store(group_ptr + row * GROUPS + chunk * IN_CHUNK + group, largest_in_group)
+    tl.store(chunk_ptr + row * 2 * CHUNKS + chunk, largest)
+    tl.store(chunk_ptr + row * 2 * CHUNKS + CHUNKS + chunk, tl.sum(tl.sum(tl.exp(z - pivot), 1), 0))
+
+
+@triton.jit
+def _threshold_in_row(
+    row_ptr, inverse, largest, low, wanted, vocabulary, BY_MASS: tl.constexpr, PIVOTS: tl.constexpr,
+    PASSES: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The highest of values from `low` up, PIVOTS^PASSES of them, with at least `wanted` above it: tokens or, BY_MASS,
+    that share of the mass from `low` up."""
+    step = (largest - low) / PIVOTS
+    index = tl.arange(0, PIVOTS)
+    turn = 0
+    while (turn < PASSES) & (step > 0.0):
+        pivots = low + step * index.to(tl.float32)
+        acc = tl.zeros((PIVOTS, BLOCK), tl.float32)
+        for start in tl.range(0, vocabulary, BLOCK, num_stages=3):
+            token = start + tl.arange(0, BLOCK)
+            z = tl.load(row_ptr + token, token < vocabulary, other=float("-inf")).to(tl.float32) * inverse
+            weight = tl.exp(z - largest) if BY_MASS else tl.where(token < vocabulary, 1.0, 0.0)
+            acc += tl.where(z[None, :] >= pivots[:, None], weight[None, :], 0.0)
+        sums = tl.sum(acc, 1)
+        if BY_MASS:  # noqa: SIM102 - known when compiling, the other only when running
+            if turn == 0:
+                wanted *= tl.max(sums, 0)
+        chosen = index == tl.maximum(tl.sum((sums >= wanted).to(tl.int32), 0), 1) - 1
+        low = tl.max(tl.where(chosen, pivots, float("-inf")), 0)  # the very pivot that was weighed
+        step = step / PIVOTS
+        if not BY_MASS:
+            step = tl.where(tl.max(tl.where(chosen, sums, 0.0), 0) == wanted, 0.0, step)  # these and no others
+        turn += 1
+    return low
+
+
+@triton.jit
+def _search_kernel(
+    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, min_p_ptr, seed_ptr, position_ptr, group_ptr, chunk_ptr,
+    list_ptr, value_ptr, id_ptr, state_ptr, out_ptr, stride_logits, vocabulary, num_groups, num_chunks,
+    CHUNKS: tl.constexpr, GROUP: tl.constexpr, GROUPS: tl.constexpr, CANDIDATES: tl.constexpr, AT_ONCE: tl.constexpr,
+    STATE: tl.constexpr, RANGE: tl.constexpr, PIVOTS: tl.constexpr, PASSES: tl.constexpr, BLOCK: tl.constexpr,
+    FAST: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
@@ -80,94 +162,103 @@ def _begin_kernel(
     random = temperature > 0.0
     counts = random & (top_k > 0) & (top_k < vocabulary)
     weighs = random & (top_p < 1.0)
-    best = best_ptr + row * CHUNKS
-    if counts | weighs | (random & (min_p > 0.0)):
-        z = tl.load(logits_ptr + row * stride_logits + token, token < vocabulary, other=float("-inf")).to(tl.float32)
-        tl.store(best + chunk, tl.max(z, 0) * tl.div_rn(1.0, temperature))
-    if _is_last(counter_ptr + row, num_chunks):
-        state = state_ptr + row * STATE
-        nothing = float("-inf")
-        tl.store(state + THRESHOLD, nothing)
-        tl.store(state + COUNT_LOW, nothing)
-        tl.store(state + COUNT_STEP, 0.0)
-        tl.store(state + MASS_LOW, nothing)
-        tl.store(state + MASS_STEP, 0.0)
-        if counts | weighs | (random & (min_p > 0.0)):
-            other = tl.arange(0, CHUNKS)
-            largest = tl.max(tl.load(best + other, other < num_chunks, other=nothing, cache_modifier=".cg"), 0)
-            threshold = largest + tl.log(tl.maximum(min_p, 1e-38))
-            low = tl.maximum(threshold, largest - 40.0)
-            tl.store(state + LARGEST, largest)
-            if min_p > 0.0:
-                tl.store(state + THRESHOLD, threshold)
-            if counts:
-                tl.store(state + COUNT_LOW, low)
-                tl.store(state + COUNT_STEP, (largest - low) / 16)
-            if weighs:
-                tl.store(state + MASS_LOW, low)
-                tl.store(state + MASS_STEP, (largest - low) / 16)
-
-
-@triton.jit
-def _narrow_kernel(
-    logits_ptr, temperature_ptr, top_k_ptr, top_p_ptr, state_ptr, best_ptr, part_ptr, counter_ptr,
-    stride_logits, vocabulary, num_chunks,
-    CHUNK: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, STATE: tl.constexpr,
-    BY_MASS: tl.constexpr, FIRST: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One pass: a bracket [low, low + 16 step) becomes one of its sixteen parts, the highest with enough above it."""
-    row = tl.program_id(0).to(tl.int64)
-    chunk = tl.program_id(1)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
     state = state_ptr + row * STATE
-    low = tl.load(state + (MASS_LOW if BY_MASS else COUNT_LOW))
-    step = tl.load(state + (MASS_STEP if BY_MASS else COUNT_STEP))
-    if step <= 0.0:
+    tl.store(state, float("-inf"))
+    tl.store(state + 1, 0.0)
+    if (counts | weighs | (random & (min_p > 0.0))) == 0:
         return
-    largest = tl.load(state + LARGEST)
-    inverse = tl.div_rn(1.0, tl.load(temperature_ptr + row).to(tl.float32))
-    index = tl.arange(0, 16)
-    pivots = low + step * index.to(tl.float32)
-    acc = tl.zeros((16, BLOCK), tl.float32)
-    # as the bracket closes, whole chunks lie below it; the pipeline hides the loads of the others
-    end = tl.where(tl.load(best_ptr + row * CHUNKS + chunk) >= low, CHUNK, 0)
-    for start in tl.range(0, end, BLOCK, num_stages=4):
-        token = chunk * CHUNK + start + tl.arange(0, BLOCK)
-        z = tl.load(logits_ptr + row * stride_logits + token, token < vocabulary, other=float("-inf"))
-        z = z.to(tl.float32) * inverse
-        weight = tl.exp(z - largest) if BY_MASS else tl.where(token < vocabulary, 1.0, 0.0)
-        acc += tl.where(z[None, :] >= pivots[:, None], weight[None, :], 0.0)
-    part = part_ptr + row * CHUNKS * 16
-    tl.store(part + chunk * 16 + index, tl.sum(acc, 1))
-    if _is_last(counter_ptr + row, num_chunks):
-        other = tl.arange(0, CHUNKS)[:, None]
-        parts = tl.load(part + other * 16 + index[None, :], other < num_chunks, other=0.0, cache_modifier=".cg")
-        sums = tl.sum(parts, 0)
-        if BY_MASS:
-            if FIRST:
-                # min_p and top_k have raised `low` already, so what is above it is what top_p takes its share of
-                wanted = tl.load(top_p_ptr + row).to(tl.float32) * tl.max(sums, 0)
-                tl.store(state + MASS, wanted)
-            else:
-                wanted = tl.load(state + MASS)
-        else:
-            wanted = tl.load(top_k_ptr + row).to(tl.float32)
-        enough = tl.maximum(tl.sum((sums >= wanted).to(tl.int32), 0), 1)
-        chosen = index == enough - 1
-        low = tl.max(tl.where(chosen, pivots, float("-inf")), 0)  # the very pivot that was weighed
-        step = step / 16
-        if BY_MASS:
-            tl.store(state + MASS_LOW, low)
-            tl.store(state + MASS_STEP, step)
-        else:
-            just = tl.max(tl.where(chosen, sums, 0.0), 0) == wanted
-            tl.store(state + COUNT_LOW, low)
-            tl.store(state + COUNT_STEP, tl.where(just, 0.0, step))  # these and no others: the passes left have nothing
-            if tl.load(top_p_ptr + row).to(tl.float32) < 1.0:
-                tl.store(state + MASS_LOW, low)
-                tl.store(state + MASS_STEP, (largest - low) / 16)
+    inverse = tl.div_rn(1.0, temperature)
+    group = tl.arange(0, GROUPS)
+    maxima = tl.load(group_ptr + row * GROUPS + group, group < num_groups, other=float("-inf"))
+    chunk = tl.arange(0, CHUNKS)
+    there = chunk < num_chunks
+    chunk_largest = tl.load(chunk_ptr + row * 2 * CHUNKS + chunk, there, other=float("-inf"))
+    chunk_mass = tl.load(chunk_ptr + row * 2 * CHUNKS + CHUNKS + chunk, there, other=0.0)
+    largest = tl.max(maxima, 0)
+    if largest == float("inf"):  # inf or nan among the logits: the draw finds it
+        return
+    mass = tl.sum(chunk_mass * tl.exp(chunk_largest - largest), 0)
+    floor = tl.maximum(largest + tl.log(tl.maximum(min_p, 1e-37)), largest - RANGE)
+
+    # A bound below the threshold, from the groups' maxima. top_p takes its share of what min_p and top_k left, which
+    # must then be gathered whole.
+    by_mass = weighs & (counts == 0) & (min_p <= 0.0)
+    weight = tl.exp(maxima - largest)
+    low = floor
+    high = largest
+    for _ in range(14):
+        middle = 0.5 * (low + high)
+        above = maxima >= middle
+        enough = counts & (tl.sum(above.to(tl.int32), 0) >= top_k)
+        enough = enough | (by_mass & (tl.sum(tl.where(above, weight, 0.0), 0) >= top_p * mass * 1.0001))
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+
+    # Gather what lies above.
+    chosen = (maxima >= low).to(tl.int32)
+    num_chosen = tl.sum(chosen, 0)
+    tl.store(list_ptr + row * GROUPS + tl.cumsum(chosen, 0) - 1, group, chosen > 0)
+    tl.debug_barrier()
+    values = value_ptr + row * CANDIDATES
+    ids = id_ptr + row * CANDIDATES
+    row_ptr = logits_ptr + row * stride_logits
+    found = 0
+    start = 0
+    while (start < num_chosen) & (found <= CANDIDATES):
+        place = start + tl.arange(0, AT_ONCE)
+        its_group = tl.load(list_ptr + row * GROUPS + place, place < num_chosen, other=num_groups)
+        token = tl.reshape(its_group[:, None] * GROUP + tl.arange(0, GROUP)[None, :], (AT_ONCE * GROUP,))
+        z = tl.load(row_ptr + token, token < vocabulary, other=float("-inf")).to(tl.float32) * inverse
+        kept = (z >= low).to(tl.int32)
+        to = found + tl.cumsum(kept, 0) - 1
+        tl.store(values + to, z, (kept > 0) & (to < CANDIDATES))
+        tl.store(ids + to, token, (kept > 0) & (to < CANDIDATES))
+        found += tl.sum(kept, 0)
+        start += AT_ONCE
+    tl.debug_barrier()
+
+    if found <= CANDIDATES:
+        spot = tl.arange(0, CANDIDATES)
+        its_z = tl.load(values + spot, spot < found, other=float("-inf"))
+        key = _ordered(its_z)
+        its_weight = tl.exp(its_z - largest)
+        bottom = tl.min(tl.where(spot < found, key, 0x7FFFFFFF), 0).to(tl.int64)
+        top = tl.max(key, 0).to(tl.int64)
+        if counts & (found > top_k):  # the highest key with top_k from it up
+            high_key = top
+            while bottom < high_key:
+                middle_key = bottom + (high_key - bottom + 1) // 2
+                enough = tl.sum((key >= middle_key).to(tl.int32), 0) >= top_k
+                bottom = tl.where(enough, middle_key, bottom)
+                high_key = tl.where(enough, high_key, middle_key - 1)
+        if weighs:
+            wanted = top_p * tl.where(by_mass, mass, tl.sum(tl.where(key >= bottom, its_weight, 0.0), 0))
+            high_key = top
+            while bottom < high_key:
+                middle_key = bottom + (high_key - bottom + 1) // 2
+                enough = tl.sum(tl.where(key >= middle_key, its_weight, 0.0), 0) >= wanted
+                bottom = tl.where(enough, middle_key, bottom)
+                high_key = tl.where(enough, high_key, middle_key - 1)
+        stays = (key >= bottom) & (spot < found)
+        its_token = tl.load(ids + spot, spot < found, other=0)
+        one = tl.zeros((1,), tl.int32)
+        seed = tl.load(seed_ptr + row + one).to(tl.int64)
+        position = tl.load(position_ptr + row + one).to(tl.int64)
+        score = tl.where(stays, its_z + _gumbel(seed, position, its_token, FAST), float("-inf"))
+        best = tl.max(score, 0)
+        winner = tl.min(tl.where(stays & (score == best), its_token, vocabulary - 1), 0)
+        tl.store(out_ptr + row, winner.to(tl.int64))
+        tl.store(state, tl.min(tl.where(stays, its_z, largest), 0))
+        tl.store(state + 1, 1.0)
+    else:
+        low = floor
+        if counts:
+            low = _threshold_in_row(
+                row_ptr, inverse, largest, low, top_k.to(tl.float32), vocabulary, False, PIVOTS, PASSES, BLOCK
+            )
+        if weighs:
+            low = _threshold_in_row(row_ptr, inverse, largest, low, top_p, vocabulary, True, PIVOTS, PASSES, BLOCK)
+        tl.store(state, low)
 
 
 @triton.jit
@@ -175,7 +266,7 @@ def _draw_kernel(
     logits_ptr, temperature_ptr, state_ptr, seed_ptr, position_ptr, out_ptr, best_ptr, best_id_ptr, counter_ptr,
     stride_logits, vocabulary, num_chunks,
     CHUNK: tl.constexpr, CHUNKS: tl.constexpr, STATE: tl.constexpr, RANDOM: tl.constexpr, FILTER: tl.constexpr,
-    PDL: tl.constexpr,
+    FAST: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     chunk = tl.program_id(1)
@@ -184,19 +275,21 @@ def _draw_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
+    if FILTER:  # noqa: SIM102 - known when compiling, the other only when running
+        if tl.load(state_ptr + row * STATE + 1) > 0.0:
+            return
     score = tl.load(logits_ptr + row * stride_logits + token, inside, other=float("-inf")).to(tl.float32)
+    # as in the survey
+    score = tl.where(score == score, score, float("inf"))
     if RANDOM:
         temperature = tl.load(temperature_ptr + row).to(tl.float32)
         if temperature > 0.0:
             score *= tl.div_rn(1.0, temperature)
             if FILTER:
-                state = state_ptr + row * STATE
-                threshold = tl.maximum(tl.load(state + THRESHOLD), tl.load(state + COUNT_LOW))
-                threshold = tl.maximum(threshold, tl.load(state + MASS_LOW))
-                score = tl.where(score >= threshold, score, float("-inf"))
+                score = tl.where(score >= tl.load(state_ptr + row * STATE), score, float("-inf"))
             seed = tl.load(seed_ptr + row + tl.zeros((1,), tl.int32)).to(tl.int64)
             position = tl.load(position_ptr + row + tl.zeros((1,), tl.int32)).to(tl.int64)
-            score += _gumbel(seed, position, token)
+            score += _gumbel(seed, position, token, FAST)
     best = tl.max(score, 0)
     best_id = tl.min(tl.where((score == best) & inside, token, vocabulary - 1), 0)
     if num_chunks == 1:
@@ -213,31 +306,46 @@ def _draw_kernel(
         tl.store(out_ptr + row, winner.to(tl.int64))
 
 
-def find_thresholds(
-    logits_RV: Tensor, temperature_R: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor
+def search(
+    logits_RV: Tensor,
+    temperature_R: Tensor,
+    top_k_R: Tensor,
+    top_p_R: Tensor,
+    min_p_R: Tensor,
+    seed_R: Tensor,
+    position_R: Tensor,
+    out_R: Tensor,
 ) -> Tensor:
-    """Fifteen launches. Returns the state of the search, [R, STATE]; a row keeps what is at least the largest of its
-    THRESHOLD, COUNT_LOW and MASS_LOW."""
+    """Two launches. [R, STATE]: the lowest scaled logit that a row keeps, and whether its token stands in `out_R`."""
     num_rows, vocabulary = logits_RV.shape
     device = logits_RV.device
-    chunk = 2048 if num_rows <= 16 else 4096
+    chunk = min(CHUNK, tuning.next_power_of_two(vocabulary))
+    group = min(chunk, 128)
+    while -(-vocabulary // group) > MAX_GROUPS:
+        group *= 2
     num_chunks = triton.cdiv(vocabulary, chunk)
-    chunks = tuning.next_power_of_two(num_chunks)
-    state = torch.empty((num_rows, STATE), dtype=torch.float32, device=device)
-    best = torch.empty(num_rows * chunks, dtype=torch.float32, device=device)
-    part = torch.empty(num_rows * chunks * 16, dtype=torch.float32, device=device)
-    grid = (num_rows, num_chunks)
-    options = {"CHUNK": chunk, "CHUNKS": chunks, "STATE": STATE, "num_warps": 8, **tuning.overlap(device)}
-    tail = (logits_RV.stride(0), vocabulary, num_chunks)
-    counters = tuning.counters(device)
-    _begin_kernel[grid](logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, state, best, counters, *tail, **options)
-    for by_mass in (False, True):
-        for turn in range(PASSES):
-            _narrow_kernel[grid](
-                logits_RV, temperature_R, top_k_R, top_p_R, state, best, part, counters, *tail, BLOCK=1024,
-                BY_MASS=by_mass, FIRST=turn == 0, **options,
-            )  # fmt: skip
-    return state
+    chunks, groups = tuning.next_power_of_two(num_chunks), tuning.next_power_of_two(num_chunks * (chunk // group))
+    floats = torch.empty(num_rows * (groups + 2 * chunks + CANDIDATES + STATE), dtype=torch.float32, device=device)
+    largest, masses, values, state = floats.split([num_rows * x for x in (groups, 2 * chunks, CANDIDATES, STATE)])
+    ints = torch.empty(num_rows * (groups + CANDIDATES), dtype=torch.int32, device=device)
+    chosen, ids = ints.split([num_rows * groups, num_rows * CANDIDATES])
+    columns = (temperature_R, top_k_R, top_p_R, min_p_R)
+    sizes = {"CHUNKS": chunks, "GROUP": group, "GROUPS": groups, **tuning.overlap(device)}
+    _survey_kernel[(num_rows, num_chunks)](
+        logits_RV, *columns, largest, masses, logits_RV.stride(0), vocabulary, CHUNK=chunk, num_warps=8, **sizes
+    )
+    _search_kernel[(num_rows,)](
+        logits_RV, *columns, seed_R, position_R, largest, masses, chosen, values, ids, state, out_R,
+        logits_RV.stride(0), vocabulary, num_chunks * (chunk // group), num_chunks,
+        CANDIDATES=CANDIDATES, AT_ONCE=max(1, 2048 // group), STATE=STATE, RANGE=RANGE, PIVOTS=PIVOTS, PASSES=PASSES,
+        BLOCK=2048, FAST=_has_fast_log(device), num_warps=8, **sizes,
+    )  # fmt: skip
+    found: Tensor = state.view(num_rows, STATE)
+    return found
+
+
+def _has_fast_log(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
 
 
 def sample_rows(
@@ -252,10 +360,10 @@ def sample_rows(
     any_random: bool = True,
     any_filter: bool = True,
 ) -> Tensor:
-    """One launch, and with filters those of `find_thresholds`. Rows may be strided.
+    """One launch, and with filters those of `search` before it. Rows may be strided.
 
-    Tokens less probable than e^-40 of the best are not drawn under top_k or top_p, whatever these say; see
-    `ops.sample_rows` for the rest.
+    Tokens less probable than e^-40 of the best are not drawn under a filter, whatever it says; see `ops.sample_rows`
+    for the rest.
     """
     num_rows, vocabulary = logits_RV.shape
     device = logits_RV.device
@@ -267,13 +375,14 @@ def sample_rows(
     any_filter = any_filter and any_random
     state = temperature_R
     if any_filter:
-        state = find_thresholds(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R)
+        state = search(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, out_R)
     num_chunks = triton.cdiv(vocabulary, CHUNK)
     best = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=device)
     best_id = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=device)
     _draw_kernel[(num_rows, num_chunks)](
         logits_RV, temperature_R, state, seed_R, position_R, out_R, best, best_id, tuning.counters(device),
         logits_RV.stride(0), vocabulary, num_chunks, CHUNK=CHUNK, CHUNKS=tuning.next_power_of_two(num_chunks),
-        STATE=STATE, RANDOM=any_random, FILTER=any_filter, num_warps=8, **tuning.overlap(device),
+        STATE=STATE, RANDOM=any_random, FILTER=any_filter, FAST=_has_fast_log(device), num_warps=8,
+        **tuning.overlap(device),
     )  # fmt: skip
     return out_R

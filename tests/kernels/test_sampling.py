@@ -38,17 +38,24 @@ def test_rows_draw_what_the_reference_draws(
     assert not tuning.counters(device).any()
 
 
-@pytest.mark.parametrize("spread", [0.5, 8.0])
-def test_the_threshold_keeps_what_the_reference_keeps(spread: float, device: torch.device) -> None:
-    logits = torch.randn(8, 5000, device=device) * spread
-    temperature, top_k, top_p, min_p, _, _ = parameters(8, device)
-    state = sampling.find_thresholds(logits, temperature, top_k, top_p, min_p)
-    threshold = state[:, [1, 2, 4]].amax(1)  # THRESHOLD, COUNT_LOW, MASS_LOW
+@pytest.mark.parametrize("spread", [0.5, 3.0, 8.0])
+@pytest.mark.parametrize("vocabulary", [50, 5000, 9000])
+def test_the_threshold_keeps_what_the_reference_keeps(spread: float, vocabulary: int, device: torch.device) -> None:
+    """With a spread of 0.5 top_p keeps more tokens of 9000 than are gathered, so the whole row is searched."""
+    logits = torch.randn(8, vocabulary, device=device) * spread
+    temperature, top_k, top_p, min_p, seed, position = parameters(8, device)
+    out = torch.zeros(8, dtype=torch.int64, device=device)
+    state = sampling.search(logits, temperature, top_k, top_p, min_p, seed, position, out)
     scaled = logits * temperature.masked_fill(temperature == 0, 1).reciprocal()[:, None]
     want = sampling_reference.keep_threshold(scaled, top_k, top_p, min_p)
     want[temperature == 0] = float("-inf")
-    counts, wants = ((scaled >= x[:, None]).sum(1) for x in (threshold, want))
+    counts, wants = ((scaled >= x[:, None]).sum(1) for x in (state[:, 0], want))
     assert ((counts - wants).abs() <= 1).tolist() == [True] * 8
+    filtered = (temperature > 0) & ((top_k > 0) & (top_k < vocabulary) | (top_p < 1) | (min_p > 0))
+    drawn = state[:, 1] > 0
+    assert not (drawn & ~filtered).any()
+    too_many = wants > sampling.CANDIDATES
+    assert torch.equal(drawn & too_many, torch.zeros_like(drawn))
 
 
 def test_equal_best_logits_give_the_lowest_id_across_chunks(device: torch.device) -> None:
@@ -57,3 +64,15 @@ def test_equal_best_logits_give_the_lowest_id_across_chunks(device: torch.device
     logits[1, [5000, 17]] = 1.0
     columns = parameters(2, device)
     assert sampling.sample_rows(logits, *columns, any_random=False).tolist() == [4097, 17]
+
+
+@pytest.mark.parametrize("sick", [float("nan"), float("inf")])
+def test_a_row_with_a_logit_that_is_no_number_gives_that_token(sick: float, device: torch.device) -> None:
+    """So that whoever looks at the drawn token's logit sees what the model did. Row 1 is greedy, row 2 filtered."""
+    logits = torch.randn(3, 6000, device=device)
+    logits[torch.arange(3), torch.tensor([4500, 7, 11])] = sick
+    columns = parameters(3, device)
+    for flags in ({}, {"any_filter": False}, {"any_random": False}):
+        assert sampling.sample_rows(logits, *columns, **flags).tolist() == [4500, 7, 11]
+    logits[:] = float("-inf")
+    assert all(0 <= token < 6000 for token in sampling.sample_rows(logits, *columns).tolist())
