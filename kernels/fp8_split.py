@@ -25,7 +25,7 @@ def _split_kernel(
     num_tokens, num_outputs, num_inputs, piece, stride_x, stride_w, stride_out, stride_xg, stride_ws,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
     BLOCKS: tl.constexpr, ROW_BLOCK: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
-    PREFETCH: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -40,6 +40,8 @@ def _split_kernel(
         if PREFETCH > 0:
             _prefetch_rows(w_ptr + safe_row * stride_w + begin, PREFETCH)
         gdc_wait()
+        if EARLY:
+            gdc_launch_dependents()
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     x_here = x_ptr + safe_token[:, None] * stride_x + column[None, :]
     w_here = w_ptr + safe_row[:, None] * stride_w + column[None, :]
@@ -58,7 +60,7 @@ def _split_kernel(
             acc += tl.dot(w, tl.trans(x)) * w_scale[:, None] * x_scale[None, :]
         else:
             acc = tl.dot(w, tl.trans(x), acc)
-    if PDL:
+    if PDL and not EARLY:
         gdc_launch_dependents()
     if SPLITS > 1:
         index = tl.program_id(2) * tl.num_programs(0) + tile
@@ -128,6 +130,6 @@ def linear(
         TOKENS=sizes["tokens"], ROWS=sizes["rows"], WIDTH=width, STAGES=sizes["stages"], SPLITS=splits,
         BLOCKS=block is not None, ROW_BLOCK=block[0] if block else 1, EVEN=num_inputs % width == 0,
         BIAS=bias_O is not None, PREFETCH=min(sizes["prefetch"], tuning.next_power_of_two(piece + 1) // 2),
-        num_warps=sizes["warps"], **tuning.overlap(device),
+        EARLY=bool(sizes.get("early", 0)), num_warps=sizes["warps"], **tuning.overlap(device),
     )  # fmt: skip
     return out

@@ -25,7 +25,7 @@ from argosy.workers.device import set_up_device
 from argosy.workers.model_runner import ModelRunner
 
 
-def make_runner(model: str, max_num_seqs: int, context: int) -> ModelRunner:
+def make_runner(model: str, max_num_seqs: int, context: int, *, quantization: str | None = None) -> ModelRunner:
     """A rank with random weights and room for the largest batch at this context."""
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps({**COMMON, **SHAPES[model]}))
@@ -33,7 +33,7 @@ def make_runner(model: str, max_num_seqs: int, context: int) -> ModelRunner:
             {"model": folder, "load_format": "dummy", "max_num_seqs": max_num_seqs, "max_model_len": 4096,
              "max_num_batched_tokens": 8192, "max_cuda_graph_batch": max_num_seqs}
         )  # fmt: skip
-        spec = read_model_spec(folder)
+        spec = read_model_spec(folder, None, quantization)
         device = torch.device("cuda", 0)
         set_up_device(device, 4)
         parallel = init_parallel(make_plan(spec.num_layers, 1, 1).ranks[0], "127.0.0.1:0", device, 60.0)
@@ -105,6 +105,7 @@ def main() -> None:
     """Profile each batch size."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(SHAPES), default="8b")
+    parser.add_argument("--quantization", help="round the weights, such as fp8")
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--prefill", type=int, default=0, help="also a step of so many prompt tokens, rows of 512")
@@ -117,7 +118,7 @@ def main() -> None:
     parser.add_argument("--top", type=int, default=12)
     args = parser.parse_args()
     extra = args.mixed // 512
-    runner = make_runner(args.model, max(args.batch) + extra, args.context)
+    runner = make_runner(args.model, max(args.batch) + extra, args.context, quantization=args.quantization)
     runner.warm_up([(1, 32), *((size, 1) for size in args.batch)])
     began = time.perf_counter()
     runner.record_graphs()

@@ -1,14 +1,17 @@
 """FP8 products and roundings against the limits of the card: `python benchmarks/kernels/bench_fp8.py [part ...]`.
 
 Prints a JSON line a measurement and a table last; `--out FILE` appends the lines to a file. Parts: few (1 to 16 tokens,
-read speed), many (cuBLAS by row and by tensor, Triton by row and by block), rounding (with norm or gate).
+read speed), many (cuBLAS by row and by tensor, Triton by row and by block), rounding (with norm or gate), cache (decode
+attention over e4m3 and over 16 bits), step (all kernels of a decode step).
 """
 
 # ruff: noqa: B023 - every closure here is called within the turn of the loop that made it
 import argparse
+from collections.abc import Callable
 
 import torch
-from bench_kernels import LINEARS, rand
+import torch.nn.functional as F
+from bench_kernels import LINEARS, STEPS, rand
 from timing import Report, copies_for, microseconds
 from torch import Tensor
 
@@ -120,7 +123,106 @@ def rounding(report: Report) -> None:
             report.add("rounding", f"{name} tokens {tokens}", us, spread)
 
 
-PARTS = {"few": few, "many": many, "rounding": rounding}
+def cache(report: Report) -> None:
+    """Decode attention with rotation and store inside, the same keys and values in 16 bits and in e4m3."""
+    turns = torch.randn(8192, 128, device="cuda")
+    for rows, context in ((1, 256), (1, 4096), (8, 1024), (64, 384), (64, 1024), (256, 384), (256, 1024)):
+        per_row = context // 16
+        table = torch.randperm(rows * per_row, device="cuda").view(rows, per_row).int()
+        lengths = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+        positions = lengths.long() - 1
+        slots = table[:, -1].long() * 16 + 15
+        for dtype in (BF16, torch.float8_e4m3fn):
+            size = rows * context * 8 * 128 * 2 * dtype.itemsize
+            calls = []
+            for _ in range(copies_for(size, 8)):
+                k_cache, v_cache = (rand(rows * per_row, 16, 8, 128).to(dtype) for _ in range(2))
+                qkv = rand(rows, 48 * 128)
+                calls.append(
+                    lambda k=k_cache, v=v_cache, x=qkv: ops.decode_attention(
+                        x, positions, turns, k, v, slots, table, lengths, num_heads=32, scale=0.1, inputs_early=True
+                    )
+                )
+            us, spread = microseconds(calls)
+            report.add(
+                "decode_attention", f"{str(dtype)[6:]} 32/8x128 rows {rows} context {context}", us, spread,
+                TBps=round(size / us / 1e6, 2),
+            )  # fmt: skip
+
+
+class Fp8Step:
+    """All kernels of a decode step as a decoder launches them, with random weights and a 16-bit head."""
+
+    def __init__(self, hidden: int, layers: int, heads: int, kv_heads: int, wide: int, vocabulary: int, qk_norm: bool):
+        self.layers, self.heads, self.kv_heads = layers, heads, kv_heads
+        self.shapes = {
+            "qkv": (hidden, (heads + 2 * kv_heads) * 128), "o": (heads * 128, hidden), "gate_up": (hidden, 2 * wide),
+            "down": (wide, hidden),
+        }  # fmt: skip
+        self.weights = [
+            [fp8_reference.quantize_weight(rand(num_out, num_in) / 64) for num_in, num_out in self.shapes.values()]
+            for _ in range(layers)
+        ]
+        self.head, self.embedding, self.norm = rand(vocabulary, hidden) / 64, rand(vocabulary, hidden), rand(hidden)
+        self.rotations = torch.randn(8192, 128, device="cuda")
+        packed = sum(w.values_OI.numel() for layer in self.weights for w in layer)
+        self.bytes = packed + 2 * self.head.numel()
+
+    def of(self, rows: int, context: int = 256) -> Callable[[], Tensor]:
+        """A step of `rows` rows, ready to be captured."""
+        per_row = 512 // 16
+        caches = [[rand(rows * per_row, 16, self.kv_heads, 128) for _ in range(2)] for _ in range(self.layers)]
+        blocks_RB = torch.arange(rows * per_row, device="cuda").view(rows, per_row).int()
+        lengths = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+        positions = lengths.long() - 1
+        slots = blocks_RB[:, (context - 1) // 16].long() * 16 + (context - 1) % 16
+        tokens = torch.arange(rows, device="cuda")
+        options = {"num_heads": self.heads, "scale": 0.1, "max_context": 8192, "inputs_early": True}
+        rounding = Rounding()
+
+        def attend(qkv: Tensor, cache: list[Tensor]) -> Tensor:
+            return ops.decode_attention(
+                qkv, positions, self.rotations, *cache, slots, blocks_RB, lengths, **options
+            ).view(rows, -1)  # fmt: skip
+
+        def one() -> Tensor:
+            h = F.embedding(tokens, self.embedding)
+            for (qkv_w, o_w, gate_up_w, down_w), cache in zip(self.weights, caches, strict=True):
+                seen = attend(fp8_ops.fused_linear(h, qkv_w, rounding=rounding, norm_weight_I=self.norm), cache)
+                fp8_ops.fused_linear(seen, o_w, rounding=rounding, residual_TO=h)
+                act = fp8_ops.fused_linear(h, gate_up_w, rounding=rounding, norm_weight_I=self.norm, gated=True)
+                fp8_ops.fused_linear(act, down_w, rounding=rounding, residual_TO=h)
+            return ops.argmax_rows(ops.fused_linear(h, self.head, norm_weight_I=self.norm))
+
+        def several() -> Tensor:
+            h, delta = F.embedding(tokens, self.embedding), None
+            for (qkv_w, o_w, gate_up_w, down_w), cache in zip(self.weights, caches, strict=True):
+                if delta is None:
+                    x = fp8_ops.norm_and_quantize(h, self.norm, 1e-6, rounding)
+                else:
+                    x = fp8_ops.norm_and_quantize(delta, self.norm, 1e-6, rounding, h)
+                seen = attend(fp8_ops.linear(x, qkv_w, None, BF16), cache)
+                delta = fp8_ops.linear(fp8_ops.quantize_rows(seen, rounding), o_w, None, BF16)
+                x = fp8_ops.norm_and_quantize(delta, self.norm, 1e-6, rounding, h)
+                act = fp8_ops.gate_and_quantize(fp8_ops.linear(x, gate_up_w, None, BF16), rounding)
+                delta = fp8_ops.linear(act, down_w, None, BF16)
+            x = ops.add_rms_norm(delta, h, self.norm, 1e-6)[0]
+            return ops.argmax_rows(F.linear(x, self.head))
+
+        return one if rows == 1 else several
+
+
+def step(report: Report) -> None:
+    """The kernels of a whole step."""
+    chain = Fp8Step(*STEPS["8b"])
+    for rows in (1, 8, 16, 64, 256):
+        us, spread = microseconds([chain.of(rows)], launches=1)
+        report.add(
+            "step", f"8b rows {rows} context 256", us, spread, weights_TBps=round(chain.bytes / us / 1e6, 2)
+        )  # fmt: skip
+
+
+PARTS = {"step": step, "few": few, "many": many, "rounding": rounding, "cache": cache}
 
 
 def main() -> None:

@@ -6,12 +6,16 @@ inputs x outputs x tokens, "b" for blocks) is tuned alone; `kernel` says by whic
 """
 
 # ruff: noqa: B023 - every closure here is called within the turn of the loop that made it
+import argparse
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Protocol
 
-from bench_fp8 import BF16, LAYERS, weights_of
-from bench_kernels import rand
+from bench_fp8 import BF16, LAYERS, Fp8Step, weights_of
+from bench_kernels import STEPS, rand
+from timing import microseconds
 
 from argosy.kernels import fp8_gemm, fp8_gemv, fp8_ops, fp8_quantize, ops, tuning
 from argosy.kernels.fp8_reference import Fp8Weight, Rounding
@@ -139,3 +143,62 @@ def tune_many(part: Part) -> Mapping[str, Sizes]:
 
 
 TUNERS: dict[str, Callable[[Part], Mapping[str, Sizes]]] = {"fp8_gemv": tune_few, "fp8_gemm": tune_many}
+
+# what a layer's neighbours may like better than what is fastest alone
+ONE: tuple[Sizes, ...] = (
+    {"kernel": 0, "rows": 2, "width": 4096, "stages": 3, "warps": 4, "per_sm": 4},
+    {"kernel": 0, "rows": 4, "width": 4096, "stages": 3, "warps": 4, "per_sm": 2},
+    {"kernel": 2, "rows": 8, "width": 1024, "stages": 3, "warps": 4, "per_sm": 0},
+    {"kernel": 2, "rows": 4, "width": 2048, "stages": 3, "warps": 4, "per_sm": 0},
+    {"kernel": 2, "rows": 16, "width": 1024, "stages": 1, "warps": 8, "per_sm": 0},
+    {"prefetch": 0}, {"prefetch": 1024}, {"prefetch": 8192}, {"early": 1},
+)  # fmt: skip
+PIECES: Sizes = {"kernel": fp8_gemm.SPLIT, "rows": 64, "width": 256, "stages": 4, "warps": 4, "splits": 1}
+SEVERAL: tuple[Sizes, ...] = (
+    PIECES, PIECES | {"splits": 2}, PIECES | {"splits": 4}, PIECES | {"width": 128, "stages": 6},
+    PIECES | {"rows": 128, "stages": 3}, {"prefetch": 0}, {"prefetch": 1024}, {"prefetch": 2048}, {"early": 1},
+)  # fmt: skip
+
+
+def tune_step(table: dict[str, dict[str, Sizes]]) -> None:
+    """Choose by the time of six layers of the 8b shape, where neighbours share the card."""
+    tuning.pick = lambda kernel, key, device: table.get(kernel, {}).get(key)  # type: ignore[assignment]
+    hidden, _, *shape = STEPS["8b"]
+    chain = Fp8Step(hidden, 6, *shape)
+    for rows in (1, 8, 64):
+        run = chain.of(rows)
+        now = microseconds([run], launches=1)[0]
+        print(f"step 8b rows {rows}: {now:.1f} us of 6 layers with the best alone", flush=True)
+        kernel, changes = ("fp8_gemv", ONE) if rows == 1 else ("fp8_gemm", SEVERAL)
+        for layer, (num_in, num_out) in chain.shapes.items():
+            key = f"{num_in}x{num_out}x{1 if rows == 1 else fp8_gemm.bucket(rows)}"
+            for change in changes:
+                before = table[kernel][key]
+                if change.get("kernel") == 0 and num_in > 4096 or before | change == before:
+                    continue
+                table[kernel][key] = {"tokens": fp8_gemm.bucket(rows), "prefetch": 512, **before} | change
+                try:
+                    us = microseconds([run], launches=1, replays=9)[0]
+                except Exception as error:  # does not fit
+                    print("skipped", change, str(error)[:80])
+                    us = math.inf
+                kept = us < now * 0.997
+                print(f"    {layer} {us:.1f} us with {change}{' kept' if kept else ''}", flush=True)
+                if kept:
+                    now = us
+                else:
+                    table[kernel][key] = before
+
+
+def main() -> None:
+    """The step alone, from sizes that were tuned before."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", required=True, help="the file of sizes to read and to write")
+    path = Path(parser.parse_args().out)
+    table = json.loads(path.read_text())
+    tune_step(table)
+    path.write_text(json.dumps(table, indent=1, sort_keys=True))
+
+
+if __name__ == "__main__":
+    main()

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from bench_kernels import LINEARS, STEPS, Step, rand
 from timing import copies_for, microseconds
 from tune_fp8 import TUNERS as FP8_TUNERS
+from tune_fp8 import tune_step as tune_fp8_step
 
 from argosy.kernels import gemv, ops, paged_attention, prefill_attention, tuning
 
@@ -283,6 +284,8 @@ def main() -> None:
         torch.cuda.empty_cache()
     if "gemv" in names:
         tune_step(table)
+    if "fp8_gemm" in names:
+        tune_fp8_step(table)
     with open(arguments.out, "w") as file:
         json.dump(table, file, indent=1, sort_keys=True)
 
