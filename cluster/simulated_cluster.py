@@ -71,8 +71,16 @@ class Records:
 class SimulatedCluster:
     """Replicas, a router, and the events between them."""
 
-    def __init__(self, replicas: Sequence[SimulatedReplica], *, sample_seconds: float, max_model_len: int):
-        self.replicas, self._max_len = list(replicas), max_model_len
+    def __init__(
+        self,
+        replicas: Sequence[SimulatedReplica],
+        *,
+        sample_seconds: float,
+        max_model_len: int,
+        block_size: int | None = None,
+    ):
+        """`block_size`: name blocks by what they hold instead of by its hash: the same finds, sooner."""
+        self.replicas, self._max_len, self._block_size = list(replicas), max_model_len, block_size
         self.records, self.samples = Records(), list[Sample]()
         self._sample_seconds, self._next_sample = sample_seconds, sample_seconds
         self._heap: list[tuple[float, int]] = []
@@ -169,7 +177,14 @@ class SimulatedCluster:
             params=TokenParams(max_tokens=arrival.output_len, temperature=0.0),
         )
         self._sinks.clear()
-        return make_requests(message, arrival=number, now=arrival.seconds, max_len=self._max_len, deltas=self._sinks)[0]
+        (request,) = make_requests(
+            message, arrival=number, now=arrival.seconds, max_len=self._max_len, deltas=self._sinks
+        )
+        if self._block_size is not None:
+            request.block_hashes = _names(
+                arrival.prefix, shared // self._block_size, number, request.end // self._block_size
+            )
+        return request
 
     # ------------------------------------------------------------------------------------------------- figures
 
@@ -214,3 +229,10 @@ class SimulatedCluster:
 
 
 TOKEN_OF_PROMPT: Final = 2
+
+
+def _names(prefix: int, num_shared: int, number: int, num_blocks: int) -> list[tuple[bytes, bytes]]:
+    """Names for all blocks that a request may come to fill: alike exactly where the tokens up to there are alike."""
+    head, own = b"p%d." % prefix, b"r%d." % number
+    shared = [(head + b"%d" % place, b"") for place in range(min(num_shared, num_blocks))]
+    return shared + [(own + b"%d" % place, b"") for place in range(num_shared, num_blocks)]

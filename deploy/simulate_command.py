@@ -132,7 +132,10 @@ def simulate(
             )
         )  # fmt: skip
     sample = max(expected_seconds / 120, 0.05)
-    cluster = SimulatedCluster(replicas, sample_seconds=sample, max_model_len=report.serving.max_model_len)
+    cluster = SimulatedCluster(
+        replicas, sample_seconds=sample, max_model_len=report.serving.max_model_len,
+        block_size=report.serving.block_size,
+    )  # fmt: skip
     cluster.run(arrivals)
     return cluster
 

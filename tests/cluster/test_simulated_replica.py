@@ -37,7 +37,8 @@ def simulate(
         SimulatedReplica(number, settled, num_blocks, prices(stages), num_stages=stages, leaps=leaps)
         for number in range(replicas)
     ]
-    cluster = SimulatedCluster(each, sample_seconds=0.05, max_model_len=10_000)
+    block_size = settled.cache.block_size if leaps else None
+    cluster = SimulatedCluster(each, sample_seconds=0.05, max_model_len=10_000, block_size=block_size)
     cluster.run(arrivals)
     for replica in each:
         replica.scheduler.check()
@@ -129,7 +130,7 @@ arrival = st.builds(
 def test_leaping_gives_what_stepping_gives(
     arrivals: list[Arrival], num_blocks: int, async_scheduling: bool, replicas: int, policy: str
 ) -> None:
-    """To the bit: every time, every sample, every count, whatever comes when."""
+    """To the bit: every time, every sample, every count, whatever comes when; blocks named or hashed."""
     ordered = sorted(arrivals, key=lambda one: one.seconds)
     given = {"num_blocks": num_blocks, "async_scheduling": async_scheduling, "replicas": replicas, "policy": policy}
     leapt, stepped = (simulate(ordered, leaps=leaps, **given) for leaps in (True, False))  # type: ignore[arg-type]
