@@ -83,6 +83,7 @@ def quantize(
     scale_GT = torch.empty((num_groups, num_tokens), dtype=torch.float32, device=device)
     if num_tokens:
         block = max(tuning.next_power_of_two(width), group)
+        most = 32 if num_tokens <= 2 * tuning.device_facts(device).num_sms else 16  # latency is all there is
         residual = x_TI if residual_TI is None else residual_TI
         _quantize_kernel[(num_tokens,)](
             x_TI, residual, x_TI if norm_weight_I is None else norm_weight_I,
@@ -90,6 +91,6 @@ def quantize(
             x_TI.stride(0), residual.stride(0), num_tokens, eps,
             WIDTH=width, BLOCK=block, GROUP=group, NORM=norm_weight_I is not None, ADD=residual_TI is not None,
             GATE=gate is not None, GELU=gate == "gelu", STATIC=rounding.scale is not None,
-            num_warps=min(16, max(1, block // 512)), **tuning.overlap(device),
+            num_warps=min(most, max(1, block // 512)), **tuning.overlap(device),
         )  # fmt: skip
     return Fp8Rows(out, scale_GT.t(), group)

@@ -174,7 +174,7 @@ def tune_step(table: dict[str, dict[str, Sizes]]) -> None:
             key = f"{num_in}x{num_out}x{1 if rows == 1 else fp8_gemm.bucket(rows)}"
             for change in changes:
                 before = table[kernel][key]
-                if change.get("kernel") == 0 and num_in > 4096 or before | change == before:
+                if (change.get("kernel") == 0 and num_in > 4096) or before | change == before:
                     continue
                 table[kernel][key] = {"tokens": fp8_gemm.bucket(rows), "prefetch": 512, **before} | change
                 try:
