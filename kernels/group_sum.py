@@ -165,6 +165,51 @@ def sum_add_norm(
     return shared_TD if shared_TD is not None else out_TD
 
 
+@triton.jit(do_not_specialize=["stride_staged"])
+def _staged_kernel(
+    own_ptr, staged_ptr, residual_ptr, weight_ptr, out_ptr, stride_staged, eps,
+    WIDTH: tl.constexpr, BLOCK: tl.constexpr, PEERS: tl.constexpr, NORM: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    column = tl.arange(0, BLOCK)
+    inside = column < WIDTH
+    weight = tl.load(weight_ptr + column, inside, other=0.0).to(tl.float32)
+    place = row * WIDTH + column
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    total = tl.load(own_ptr + place, inside, other=0.0).to(tl.float32)
+    for peer in tl.static_range(PEERS):
+        total += tl.load(staged_ptr + peer * stride_staged + place, inside, other=0.0).to(tl.float32)
+    total += tl.load(residual_ptr + place, inside, other=0.0).to(tl.float32)
+    made = total.to(residual_ptr.dtype.element_ty)
+    tl.store(residual_ptr + place, made, inside)
+    if NORM:
+        x = made.to(tl.float32)
+        scale = 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / WIDTH + eps)
+        made = (x * scale * weight).to(residual_ptr.dtype.element_ty)
+    tl.store(out_ptr + place, made, inside)
+
+
+def add_staged_norm(
+    own_RD: Tensor, staged_PRD: Tensor, residual_RD: Tensor, norm_weight_D: Tensor | None, eps: float, out_RD: Tensor
+) -> None:
+    """residual += own part + the parts of peers, copied here; `out_RD`: its RMS norm, or itself. All contiguous."""
+    num_rows, width = residual_RD.shape
+    if num_rows == 0:
+        return
+    assert own_RD.is_contiguous()
+    assert residual_RD.is_contiguous()
+    assert out_RD.is_contiguous()
+    assert staged_PRD.stride(1) == width
+    block = tuning.next_power_of_two(width)
+    _staged_kernel[(num_rows,)](
+        own_RD, staged_PRD, residual_RD, residual_RD if norm_weight_D is None else norm_weight_D, out_RD,
+        staged_PRD.stride(0), eps, WIDTH=width, BLOCK=block, PEERS=staged_PRD.shape[0],
+        NORM=norm_weight_D is not None, num_warps=min(16, max(4, block // 512)), **tuning.overlap(residual_RD.device),
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_rows", "rank", "first_id"])
 def _choose_kernel(
     bases_ptr, counter_ptr, place_offset, logits_ptr, id_ptr, value_ptr, out_ptr, num_rows, stride_logits, rank,

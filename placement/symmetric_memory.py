@@ -34,8 +34,14 @@ class SymmetricBuffer:
         self.local.zero_()
         torch.cuda.synchronize(device)
         self._handle: Any = symmetric.rendezvous(self.local, group=group.group_name)
-        self.addresses_W = torch.tensor(self._handle.buffer_ptrs, dtype=torch.int64, device=device)
+        self.pointers: list[int] = list(self._handle.buffer_ptrs)  # of all ranks' bytes, as this GPU addresses them
+        self.addresses_W = torch.tensor(self.pointers, dtype=torch.int64, device=device)
         dist.barrier(group)  # all have zeroed theirs before anyone writes
+
+    def of_rank(self, rank: int) -> Tensor:
+        """The bytes of another rank."""
+        found: Tensor = self._handle.get_buffer(rank, (self.local.numel(),), torch.uint8)
+        return found
 
 
 class SymmetricAllReduce:

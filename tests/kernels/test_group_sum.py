@@ -88,6 +88,19 @@ def test_ranks_may_share_the_rows_out(
         assert_near(made[rank], reference.rms_norm(want, weight, 1e-5) if normed else want)
 
 
+@pytest.mark.parametrize("normed", [True, False])
+def test_parts_that_were_copied_here_are_summed_added_and_normed(
+    normed: bool, device: torch.device, assert_near: Near
+) -> None:
+    own, before = (torch.randn(5, 72, device=device).half() for _ in range(2))
+    staged = torch.randn(3, 9, 72, device=device).half()[:, :5]  # the room is for more rows
+    residual, weight, out = before.clone(), torch.randn(72, device=device).half(), torch.empty_like(own)
+    group_sum.add_staged_norm(own, staged, residual, weight if normed else None, 1e-5, out)
+    want = (before.float() + own.float() + staged.float().sum(0)).half()
+    assert_near(residual, want)
+    assert_near(out, reference.rms_norm(want, weight, 1e-5) if normed else want)
+
+
 def test_a_residual_can_begin_with_the_sum(device: torch.device, assert_near: Near) -> None:
     group = Group(2, 4, 40, torch.float32, device)
     for rank in range(2):

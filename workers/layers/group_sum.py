@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from argosy.placement.process_groups import ParallelContext
+from argosy.placement.stream_flags import StreamFlags, open_stream_flags
 from argosy.workers.layers.norm import RMSNorm
 
 NUM_PARTS = 2  # in turn: a peer may still read what was written last, never what was written before that
@@ -28,11 +29,13 @@ class GroupSum:
         self._kernels = group_sum
         self._rank, self._world = parallel.rank.tp_rank, parallel.tp_size
         self._max_rows, self._dtype, self._width = max_rows, dtype, width
+        self.max_tokens = max_tokens
         self._part_bytes = -(-max_tokens * width * dtype.itemsize // 256) * 256
         self._shared_bytes = group_sum.FLAG_BYTES + NUM_PARTS * self._part_bytes
         self._choice_bytes = self._shared_bytes + self._part_bytes
         # kept, since it holds the peers' memory open
-        self._buffer = parallel.shared_buffer(self._choice_bytes + self._world * max_rows * 8)
+        self._flag_bytes = self._choice_bytes + self._world * max_rows * 8
+        self._buffer = parallel.shared_buffer(self._flag_bytes + 2 * self._world * 4)
         self._counters = torch.zeros(group_sum.MAX_PROGRAMS, dtype=torch.int32, device=parallel.device)
 
     def part(self, which: int, num_tokens: int) -> Tensor:
@@ -47,17 +50,15 @@ class GroupSum:
         norm: RMSNorm | None,
         *,
         add: bool = True,
-        first_row: int = 0,
-        out_TD: Tensor | None = None,
+        whole: bool = False,
     ) -> Tensor:
         """residual (+)= the sum of all parts. Returns its norm, or itself without one, valid until the next call.
 
-        `first_row`: where in the parts the rows begin; `out_TD`: where the norm may go. With many rows over many ranks
-        each rank keeps only its own rows of the residual up to date; what is returned is whole on every rank.
+        With many rows over many ranks each rank keeps only its own rows of the residual up to date, unless it must be
+        `whole`; what is returned always is.
         """
         num_tokens = residual_TD.shape[0]
-        scatters = self._world > 2 and num_tokens > SCATTER_ROWS
-        offset = first_row * self._width * self._dtype.itemsize
+        scatters = self._world > 2 and num_tokens > SCATTER_ROWS and not whole
         made_TD = self._kernels.sum_add_norm(
             self._buffer.addresses_W,
             self._counters,
@@ -65,20 +66,16 @@ class GroupSum:
             residual_TD,
             None if norm is None else norm.weight,
             0.0 if norm is None else norm.eps,
-            parts_bytes=self._kernels.FLAG_BYTES + which * self._part_bytes + offset,
-            shared_bytes=self._shared_bytes + offset if scatters else None,
-            shared_TD=self._view(self._shared_bytes + offset, num_tokens) if scatters else None,
-            out_TD=out_TD,
+            parts_bytes=self._kernels.FLAG_BYTES + which * self._part_bytes,
+            shared_bytes=self._shared_bytes if scatters else None,
+            shared_TD=self.shared(num_tokens) if scatters else None,
             add=add,
         )
         return residual_TD.copy_(made_TD) if norm is None and scatters else made_TD
 
-    def whole(self, pieces: list[Tensor], into_TD: Tensor) -> Tensor:
-        """Pieces of neighbouring rows that `add_norm` gave, as one tensor: `into_TD` if they lie in it."""
-        first = pieces[0]
-        if first.data_ptr() == into_TD.data_ptr():
-            return into_TD
-        return self._view(self._shared_bytes, into_TD.shape[0])
+    def shared(self, num_tokens: int) -> Tensor:
+        """Where results for all ranks go, [T, D]."""
+        return self._view(self._shared_bytes, num_tokens)
 
     def choose(self, logits_RV: Tensor, ids_R: Tensor, first_id: int) -> tuple[Tensor, Tensor]:
         """From this rank's most likely tokens (columns of its logits) to the group's: (ids, their logits)."""
@@ -87,9 +84,86 @@ class GroupSum:
             place_bytes=self._choice_bytes, max_rows=self._max_rows,
         )  # fmt: skip
 
-    def _view(self, at: int, num_tokens: int) -> Tensor:
+    def _view(self, at: int, num_tokens: int, of: Tensor | None = None) -> Tensor:
         size = num_tokens * self._width * self._dtype.itemsize
-        return self._buffer.local[at : at + size].view(self._dtype).view(num_tokens, self._width)
+        buffer = self._buffer.local if of is None else of
+        return buffer[at : at + size].view(self._dtype).view(num_tokens, self._width)
+
+
+class GroupCopies:
+    """Sums of many rows on a stream of their own, by copy engines and flags: products keep all multiprocessors.
+
+    Each rank copies its share of the rows from all peers, sums, adds and norms them in a launch, and the others copy
+    the result. The residual of a row is kept up to date by its owner alone.
+    """
+
+    def __init__(self, sums: GroupSum, flags: StreamFlags, *, max_rows: int):
+        self._sums, self._flags = sums, flags
+        self._rank, self._world = sums._rank, sums._world
+        self._peers = [(self._rank + n) % self._world for n in range(1, self._world)]  # each asks another one first
+        bytes_of = {peer: sums._buffer.of_rank(peer) for peer in self._peers}
+        self._parts = {
+            peer: [
+                sums._view(sums._kernels.FLAG_BYTES + which * sums._part_bytes, sums.max_tokens, of)
+                for which in range(NUM_PARTS)
+            ]
+            for peer, of in bytes_of.items()
+        }
+        self._shared = {peer: sums._view(sums._shared_bytes, sums.max_tokens, of) for peer, of in bytes_of.items()}
+        share = -(-max_rows // self._world)
+        local = sums._buffer.local
+        self._staged_PSD = torch.empty((self._world - 1, share, sums._width), dtype=sums._dtype, device=local.device)
+        self._turn = 0
+
+    def sum_rows(
+        self, stream: "torch.cuda.Stream", which: int, residual_TD: Tensor, rows: slice, norm: RMSNorm | None
+    ) -> None:
+        """residual += the sum of all parts in these rows; its norm (or itself) comes to `GroupSum.shared`, same rows.
+
+        `stream` must be current, and must have waited for this rank's part.
+        """
+        self._turn += 1
+        sums, count = self._sums, rows.stop - rows.start
+        share = -(-count // self._world)
+        own = self._share(rows, share, self._rank)
+        self._tell(stream, 0)
+        staged_PSD = self._staged_PSD[:, : own.stop - own.start]
+        for place, peer in enumerate(self._peers):
+            self._await(stream, 0, peer)
+            staged_PSD[place].copy_(self._parts[peer][which][own])
+        num_tokens = residual_TD.shape[0]
+        sums._kernels.add_staged_norm(
+            sums.part(which, num_tokens)[own], staged_PSD, residual_TD[own], None if norm is None else norm.weight,
+            0.0 if norm is None else norm.eps, sums.shared(num_tokens)[own],
+        )  # fmt: skip
+        self._tell(stream, 1)
+        for peer in self._peers:
+            theirs = self._share(rows, share, peer)
+            self._await(stream, 1, peer)
+            sums.shared(num_tokens)[theirs].copy_(self._shared[peer][theirs])
+
+    def _share(self, rows: slice, share: int, rank: int) -> slice:
+        first = min(rows.start + rank * share, rows.stop)
+        return slice(first, min(first + share, rows.stop))
+
+    def _tell(self, stream: "torch.cuda.Stream", what: int) -> None:
+        for peer in self._peers:
+            self._flags.write(stream, self._flag(peer, what, self._rank), self._turn)
+
+    def _await(self, stream: "torch.cuda.Stream", what: int, peer: int) -> None:
+        self._flags.wait(stream, self._flag(self._rank, what, peer), self._turn)
+
+    def _flag(self, of: int, what: int, by: int) -> int:
+        return self._sums._buffer.pointers[of] + self._sums._flag_bytes + 4 * (what * self._world + by)
+
+
+def open_group_copies(parallel: ParallelContext, sums: GroupSum, *, max_rows: int) -> GroupCopies | None:
+    """Sums by copy engines, or None where the driver has no flags in streams; the same answer on all ranks."""
+    flags = open_stream_flags(parallel.device)
+    agreed = parallel.all_reduce(torch.tensor([float(flags is not None)] * 64, device=parallel.device))
+    if flags is None or float(agreed[0]) < parallel.tp_size:
+        return None
+    return GroupCopies(sums, flags, max_rows=max_rows)
 
 
 def open_group_sum(

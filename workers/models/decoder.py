@@ -21,7 +21,7 @@ from argosy.workers.forward_context import ForwardContext
 from argosy.workers.layers.activation import GATED_ACTIVATIONS
 from argosy.workers.layers.attention import Attention
 from argosy.workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from argosy.workers.layers.group_sum import open_group_sum
+from argosy.workers.layers.group_sum import open_group_copies, open_group_sum
 from argosy.workers.layers.linear import MergedColumnParallelLinear, ParallelLinear, RowParallelLinear
 from argosy.workers.layers.norm import RMSNorm
 from argosy.workers.layers.rotary import RotaryEmbedding
@@ -154,8 +154,9 @@ class Decoder(nn.Module):
             self.parallel, max_tokens=max_tokens, width=width, max_rows=max_rows, dtype=self.dtype
         )  # fmt: skip
         if sums is not None:
+            copies = open_group_copies(self.parallel, sums, max_rows=max_tokens)
             self._group = GroupForward(
-                self._stack, self.embed, self.norm, sums, width=width, dtype=self.dtype, device=self.device
+                self._stack, self.embed, self.norm, sums, copies, width=width, dtype=self.dtype, device=self.device
             )
 
     def forward(

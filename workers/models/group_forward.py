@@ -1,6 +1,6 @@
 """The decoder over a tensor-parallel group of GPUs that share memory: sum, addition and next norm in one launch.
 
-With many tokens the sums of one half travel on a stream of their own while the other half is multiplied:
+With many tokens the sums of one half are done by copy engines while the other half is multiplied:
 
     main    o(A)  o(B)   mlp(A)         mlp(B)         qkv(A)  qkv(B)  attention(A and B)
     side          sum(A) sum(B)  .      sum(A)  .      sum(B)
@@ -9,14 +9,14 @@ T = tokens of the step, D = model width, X = width of q, k and v.
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.layers.embedding import VocabParallelEmbedding
-from argosy.workers.layers.group_sum import GroupSum
+from argosy.workers.layers.group_sum import GroupCopies, GroupSum
 from argosy.workers.layers.norm import RMSNorm
 
 if TYPE_CHECKING:  # it imports this file
@@ -35,6 +35,7 @@ class GroupForward:
         embed: VocabParallelEmbedding | None,
         norm: RMSNorm | None,
         sums: GroupSum,
+        copies: GroupCopies | None,
         *,
         width: int,
         dtype: torch.dtype,
@@ -44,8 +45,13 @@ class GroupForward:
         self._layers, self._embed = layers, embed
         self._norms: list[RMSNorm | None] = [*(layer.input_norm for layer in layers), norm]
         self._width, self._dtype, self._device = width, dtype, device
-        self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]  # torch's own
-        self._events = [torch.cuda.Event() for _ in range(4)]  # type: ignore[no-untyped-call, unused-ignore]  # as well
+        self._copies = copies
+        # of high priority: its short kernels go between two products, not behind all that are queued
+        make_stream: Any = torch.cuda.Stream  # torch gives these no types
+        make_event: Any = torch.cuda.Event
+        self._side = make_stream(device, priority=-1)
+        self._after_attention = [make_event(), make_event()]
+        self._after_mlp = [make_event(), make_event()]
 
     def __call__(
         self, token_ids_T: Tensor | None, hidden_TD: Tensor | None, positions_T: Tensor, ctx: ForwardContext
@@ -57,12 +63,12 @@ class GroupForward:
             num_tokens = token_ids_T.shape[0]
             residual_TD = torch.empty((num_tokens, self._width), dtype=self._dtype, device=self._device)
             self._embed.part(token_ids_T, sums.part(1, num_tokens))
-            x_TD = sums.add_norm(1, residual_TD, self._norms[0], add=False)
+            x_TD = sums.add_norm(1, residual_TD, self._norms[0], add=False, whole=self._overlaps(num_tokens))
         else:
             assert hidden_TD is not None
             residual_TD, x_TD = hidden_TD, self._layers[0].input_norm(hidden_TD)
-        if len(x_TD) >= OVERLAP_TOKENS:
-            return self._overlapped(x_TD, residual_TD, positions_T, ctx)
+        if self._copies is not None and self._overlaps(len(x_TD)):
+            return self._overlapped(self._copies, x_TD, residual_TD, positions_T, ctx)
         for layer, next_norm in zip(self._layers, self._norms[1:], strict=True):
             attention, mlp = layer.attention, layer.mlp
             seen_TX = attention.attend(attention.qkv_proj.product(x_TD), positions_T, ctx)
@@ -72,52 +78,52 @@ class GroupForward:
             x_TD = sums.add_norm(1, residual_TD, next_norm)
         return x_TD
 
-    def _overlapped(self, x_TD: Tensor, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
-        """The same in two halves of the tokens; attention needs both.
+    def _overlaps(self, num_tokens: int) -> bool:
+        return self._copies is not None and num_tokens >= OVERLAP_TOKENS
 
-        What the side stream writes was last read by a product that was launched before the side stream was told to wait
-        for this one, so that two buffers do. Nothing is allocated on the side stream.
-        """
+    def _overlapped(
+        self, copies: GroupCopies, x_TD: Tensor, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext
+    ) -> Tensor:
+        """The same in two halves of the tokens; attention needs both. Nothing is allocated on the side stream."""
         num_tokens, sums = len(x_TD), self.sums
         middle = -(-num_tokens // (2 * HALF_MULTIPLE)) * HALF_MULTIPLE
         halves = (slice(0, middle), slice(middle, num_tokens))
         main = torch.cuda.current_stream(self._device)
-        after_attention, after_mlp = self._events[:2], self._events[2:]
-        inner_TD, outer_TD = torch.empty_like(residual_TD), torch.empty_like(residual_TD)
         parts = sums.part(0, num_tokens), sums.part(1, num_tokens)
-        xs = [x_TD[half] for half in halves]
+        shared_TD = sums.shared(num_tokens)
         for number, layer in enumerate(self._layers):
-            attention, mlp, next_norm = layer.attention, layer.mlp, self._norms[number + 1]
+            attention, mlp = layer.attention, layer.mlp
             qkv = attention.qkv_proj
             qkv_TX = torch.empty((num_tokens, qkv.num_out_own), dtype=self._dtype, device=self._device)
-            for x, half, ready in zip(xs, halves, after_mlp, strict=True):
+            for half, ready in zip(halves, self._after_mlp, strict=True):
                 if number:
                     main.wait_event(ready)
-                qkv.part(x, qkv_TX[half])
+                qkv.part((shared_TD if number else x_TD)[half], qkv_TX[half])
             seen_TX = attention.attend(qkv_TX, positions_T, ctx)
-            for place, (half, ready) in enumerate(zip(halves, after_attention, strict=True)):
+            for half, ready in zip(halves, self._after_attention, strict=True):
                 attention.o_proj.part(seen_TX[half], parts[0][half])
-                xs[place] = self._sum_aside(main, ready, 0, residual_TD, half, layer.mlp_norm, inner_TD)
+                self._sum_aside(copies, main, ready, 0, residual_TD, half, layer.mlp_norm)
             for place, half in enumerate(halves):
-                main.wait_event(after_attention[place])
-                mlp.down_proj.part(mlp.inner(xs[place]), parts[1][half])
-                xs[place] = self._sum_aside(main, after_mlp[place], 1, residual_TD, half, next_norm, outer_TD)
-        for ready in after_mlp:
+                main.wait_event(self._after_attention[place])
+                mlp.down_proj.part(mlp.inner(shared_TD[half]), parts[1][half])
+                self._sum_aside(
+                    copies, main, self._after_mlp[place], 1, residual_TD, half, self._norms[number + 1]
+                )  # fmt: skip
+        for ready in self._after_mlp:
             main.wait_event(ready)
-        return sums.whole(xs, residual_TD if self._norms[-1] is None else outer_TD)
+        return shared_TD if self._norms[-1] is not None else residual_TD.copy_(shared_TD)
 
     def _sum_aside(
         self,
+        copies: GroupCopies,
         main: "torch.cuda.Stream",
         ready: "torch.cuda.Event",
         which: int,
         residual_TD: Tensor,
         half: slice,
         norm: RMSNorm | None,
-        out_TD: Tensor,
-    ) -> Tensor:
+    ) -> None:
         self._side.wait_stream(main)
         with torch.cuda.stream(self._side):
-            made = self.sums.add_norm(which, residual_TD[half], norm, first_row=half.start, out_TD=out_TD[half])
+            copies.sum_rows(self._side, which, residual_TD, half, norm)
             ready.record(self._side)
-        return made
