@@ -223,7 +223,7 @@ class ModelRunner:
     def record_graphs(self, on_progress: Callable[[float], None] | None = None) -> None:
         """Record decode steps as CUDA graphs, on a GPU and unless `enforce_eager`. After `allocate` and `warm_up`."""
         parallel = self.config.parallel
-        if self.device.type != "cuda" or parallel.enforce_eager:
+        if self.device.type != "cuda" or parallel.enforce_eager or not getattr(self.model, "records_graphs", True):
             return
         assert self.kv_cache is not None
         cache = self.kv_cache

@@ -97,6 +97,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     sinks: bool = False
     moe: MoESpec | None = None
     mla: MLASpec | None = None
+    source: str = ""  # the folder, of a model that transformers' own modules run
     quantization: QuantSpec | None = None  # how linear layers are packed; None: as they are
 
     def window_of(self, layer: int) -> int | None:

@@ -9,8 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+import msgspec
+
 from argosy.cluster.protocol.config_json import CONFIG_FILE, Reader, read_json
 from argosy.cluster.protocol.errors import UnsupportedModel, WeightError
+from argosy.cluster.protocol.fallback_spec import falls_back, read_fallback_spec
 from argosy.cluster.protocol.families import Family
 from argosy.cluster.protocol.families_moe import FAMILIES
 from argosy.cluster.protocol.model_facts import (
@@ -67,6 +70,8 @@ def read_model_spec(
         raise WeightError(str(folder), "", "is not a folder")
     config = _override(read_json(folder / CONFIG_FILE), overrides or {})
     architecture = _architecture(config)
+    if architecture not in FAMILIES:
+        return _fallback(folder, config, architecture, quantization)
     family = FAMILIES[architecture]
     read = Reader(CONFIG_FILE, _complete(config, family), names=family.names)
     num_heads = read.integer("num_attention_heads", 1)
@@ -150,9 +155,25 @@ def _architecture(config: Mapping[str, Any]) -> str:
     for name in given:
         if name in FAMILIES:
             return str(name)
+    for name in given:
+        if falls_back(name):
+            return str(name)
     raise UnsupportedModel(
-        CONFIG_FILE, "architectures", f"{given!r:.80} is not supported; supported: {', '.join(FAMILIES)}"
-    )
+        CONFIG_FILE, "architectures",
+        f"{given!r:.80} is not supported; supported: {', '.join(FAMILIES)}, and decoders of the installed transformers",
+    )  # fmt: skip
+
+
+def _fallback(folder: Path, config: dict[str, Any], architecture: str, quantization: str | None) -> ModelSpec:
+    """The spec of a model that transformers' own modules run."""
+    if quantization is not None or config.get("quantization_config") is not None:
+        raise UnsupportedModel(
+            CONFIG_FILE, "quantization_config", f"{architecture} runs through transformers' modules: plain weights only"
+        )
+    spec = read_fallback_spec(folder, config, architecture)
+    read = Reader(CONFIG_FILE, config)
+    eos, bos = _special_ids(folder, read, spec.vocab_size)
+    return msgspec.structs.replace(spec, dtype=_dtype(read), eos_token_ids=eos, bos_token_id=bos)
 
 
 def _activation(read: Reader) -> str:

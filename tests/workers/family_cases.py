@@ -99,6 +99,26 @@ CASES: dict[str, Case] = {
 }  # fmt: skip
 
 
+# families of transformers that are none of ours
+FALLBACKS: dict[str, Case] = {
+    "olmo3": Case("Olmo3Config", "Olmo3ForCausalLM", SMALL | {"sliding_window": 6, "layer_types": [
+        "sliding_attention", "full_attention", "sliding_attention"]}),
+    "glm4 moe": Case("Glm4MoeConfig", "Glm4MoeForCausalLM", SMALL | {"n_routed_experts": 4, "num_experts_per_tok": 2,
+        "moe_intermediate_size": 16, "first_k_dense_replace": 1, "head_dim": 12}),
+    "gpt bigcode": Case("GPTBigCodeConfig", "GPTBigCodeForCausalLM", GPT),
+    "arcee": Case("ArceeConfig", "ArceeForCausalLM", SMALL),
+    "smollm3": Case("SmolLM3Config", "SmolLM3ForCausalLM", SMALL | {"pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2}),
+}  # fmt: skip
+REFUSED: dict[str, Case] = {
+    "list of attentions": Case("GPTNeoConfig", "GPTNeoForCausalLM", {"hidden_size": 48, "num_layers": 2, "num_heads": 4,
+        "vocab_size": VOCAB, "max_position_embeddings": 128, "attention_types": [[["global", "local"], 1]]}),
+    "layers of these kinds: chunked": Case("Llama4TextConfig", "Llama4ForCausalLM", SMALL | {"num_local_experts": 2,
+        "intermediate_size_mlp": 64, "attention_chunk_size": 8, "head_dim": 12}),
+    "attention interface": Case("CodeGenConfig", "CodeGenForCausalLM", GPT | {"rotary_dim": 8}),
+}  # fmt: skip
+
+
 def widened(case: Case) -> Case:
     """The same with heads of 16, the least that a GPU's tensor cores take."""
     settings = dict(case.settings)
@@ -123,7 +143,8 @@ def make_checkpoint(folder: Path, name: str, *, wide: bool = False) -> Expected:
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    case = widened(CASES[name]) if wide else CASES[name]
+    case = (CASES | FALLBACKS | REFUSED)[name]
+    case = widened(case) if wide else case
     torch.manual_seed(len(name))
     config = getattr(transformers, case.config)(**case.settings)
     model = getattr(transformers, case.model)(config).eval()
@@ -160,5 +181,6 @@ def _draw(name: str, values: Tensor) -> None:
 
 def num_layers_of(name: str) -> int:
     """Layers of a case."""
-    settings = CASES[name].settings
-    return int(next(settings[key] for key in ("num_hidden_layers", "n_layer", "n_layers") if key in settings))
+    settings = (CASES | FALLBACKS | REFUSED)[name].settings
+    keys = ("num_hidden_layers", "n_layer", "n_layers", "num_layers")
+    return int(next(settings[key] for key in keys if key in settings))

@@ -136,11 +136,11 @@ BROKEN: dict[str, tuple[Callable[[Path], None], type[WeightError], list[str]]] =
     "NaN": (write("config.json", json.dumps({**CONFIG, "rms_norm_eps": float("nan")})), WeightError, ["rms_norm_eps"]),
     "heads": (change_config(num_key_value_heads=3), WeightError, ["num_key_value_heads", "3", "4"]),
     "odd head": (change_config(head_dim=7), WeightError, ["head_dim", "7", "even"]),
-    "activation": (change_config(hidden_act="relu"), UnsupportedModel, ["hidden_act", "relu", "silu"]),
+    "activation": (change_config(hidden_act="elu"), UnsupportedModel, ["hidden_act", "elu", "silu"]),
     "rope type": (
-        change_config(rope_scaling={"rope_type": "longrope", "factor": 2}),
+        change_config(rope_scaling={"rope_type": "mrope", "factor": 2}),
         UnsupportedModel,
-        ["rope_scaling.rope_type", "longrope", "llama3"],
+        ["rope_scaling.rope_type", "mrope", "llama3"],
     ),
     "rope without factor": (
         change_config(rope_scaling={"type": "linear"}),

@@ -88,7 +88,8 @@ class PackedExperts(StackedExperts):
                 plain[expert] = made
             assert plain is not None
             setattr(self, name, nn.Parameter(plain, requires_grad=False))
-            delattr(self, f"{name}_blocks"), delattr(self, f"{name}_scales")
+            for packed in (f"{name}_blocks", f"{name}_scales"):
+                delattr(self, packed)
 
 
 def _as_slice(numbers: range) -> slice:

@@ -50,7 +50,9 @@ ARCHITECTURES = {
     "DeepseekV2ForCausalLM": "argosy.workers.models.deepseek",
     "DeepseekV3ForCausalLM": "argosy.workers.models.deepseek",
     "OracleForCausalLM": "argosy.workers.models.oracle",
+    "TransformersFallback": "argosy.workers.models.transformers_fallback",
 }
+FALLBACK = "TransformersFallback"  # for any other that transformers knows
 
 
 def model_class(architecture: str) -> "type[Decoder]":
@@ -67,6 +69,7 @@ def build_model(
     spec: ModelSpec, rank: RankInfo, parallel: ParallelContext, dtype: torch.dtype, device: torch.device
 ) -> "Decoder":
     """The part of the model that `rank` runs, with unfilled weights on `device`; `load_weights` fills them."""
-    model = model_class(spec.architecture)(spec, rank, parallel, dtype, device)
+    make = model_class(FALLBACK if spec.source else spec.architecture)
+    model = make(spec, rank, parallel, dtype, device)
     choose_methods(model, spec)
     return model

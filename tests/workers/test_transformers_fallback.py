@@ -1,0 +1,48 @@
+"""Models that are none of ours run through transformers' modules with our cache, or are refused with the reason."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from family_cases import FALLBACKS, REFUSED, make_checkpoint, num_layers_of
+from family_harness import CPU, WAYS, Harness
+
+from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel
+from argosy.placement.plan import make_plan
+from argosy.placement.process_groups import ParallelContext, init_parallel
+from argosy.workers.models.transformers_fallback import TransformersFallback
+
+CLOSE = 2e-4
+
+
+def served(folder: Path, name: str) -> Harness:
+    rank = make_plan(num_layers_of(name), 1, 1).ranks[0]
+    return Harness(folder, rank, init_parallel(rank, "", CPU, 1.0))
+
+
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_a_model_of_transformers_answers_as_there(name: str, tmp_path: Path) -> None:
+    """Windows of some layers, experts, one key/value head, a head without rotation: its modules, our blocks."""
+    expected = make_checkpoint(tmp_path, name)
+    harness = served(tmp_path, name)
+    assert type(harness.model) is TransformersFallback
+    differences = {way: harness.largest_difference(expected, way) for way in WAYS}
+    assert max(differences.values()) < CLOSE, differences
+
+
+@pytest.mark.parametrize("reason", REFUSED)
+def test_what_would_be_wrong_is_refused(reason: str, tmp_path: Path) -> None:
+    """Without our knowing its masks, a model would answer, only not what it should."""
+    make_checkpoint(tmp_path, reason)
+    with pytest.raises(UnsupportedModel, match=reason):
+        served(tmp_path, reason)
+
+
+def test_one_rank_only(tmp_path: Path) -> None:
+    """Somebody asks for two cards: told what to do instead, before anything is loaded."""
+    make_checkpoint(tmp_path, "arcee")
+    rank = make_plan(3, 2, 1).ranks[0]
+    with pytest.raises(ConfigError, match=r"ArceeForCausalLM.*data_parallel_size"):
+        Harness(tmp_path, rank, ParallelContext(rank, CPU, 1.0))

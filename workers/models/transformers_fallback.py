@@ -1,0 +1,253 @@
+"""Any other decoder that transformers knows: its own modules, with our paged attention through its attention interface.
+
+Correct first: one rank, no recorded graphs, weights as transformers loads them. What its modules would compute without
+our cache (recurrent states, chunked masks, biases of positions, an encoder) is refused by name before anything is
+served, and so is an architecture whose attention does not ask the interface. T = tokens, H = head size.
+"""
+
+import copy
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel
+from argosy.cluster.protocol.model_spec import CONFIG_FILE, ModelSpec
+from argosy.placement.plan import RankInfo
+from argosy.placement.process_groups import ParallelContext
+from argosy.workers.attention.base import AttentionShape
+from argosy.workers.forward_context import ForwardContext
+from argosy.workers.loading.names import NameTable
+from argosy.workers.quantization.base import Cut
+
+NAME = "argosy"  # of our attention in the interface
+NOT_SAID = "not said"
+KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+
+
+class _Everything(set[str]):
+    """Transformers itself says what it misses in a checkpoint."""
+
+    def __contains__(self, name: object) -> bool:
+        return True
+
+
+class _Bridge:
+    """From an attention module of transformers to our cache; each module has it as an attribute."""
+
+    def __init__(self, spec: ModelSpec):
+        self.spec = spec
+        self.ctx: ForwardContext | None = None
+        self.positions_T: Tensor | None = None
+        self.layers_seen: set[int] = set()
+
+
+class _Output:
+    """What a model's layers gave to its head, which may look for things that we have not asked for."""
+
+    def __init__(self, hidden: Tensor):
+        self.last_hidden_state = hidden
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+    def __getitem__(self, place: int | slice) -> Any:
+        return self.last_hidden_state if place == 0 else ()
+
+
+class _Given(nn.Module):
+    """In the place of a model's layers: gives its head what they gave."""
+
+    hidden: Tensor
+
+    def forward(self, *args: Any, **options: Any) -> _Output:
+        """The hidden state, as a model's output."""
+        return _Output(self.hidden)
+
+
+class TransformersFallback(nn.Module):
+    """A whole model of transformers' on one rank."""
+
+    NAMES = NameTable({})
+    records_graphs = False  # modules of others may ask the device for values
+
+    def __init__(
+        self, spec: ModelSpec, rank: RankInfo, parallel: ParallelContext, dtype: torch.dtype, device: torch.device
+    ):
+        super().__init__()
+        if rank.tp_size * rank.pp_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size={rank.tp_size}, pipeline_parallel_size={rank.pp_size}: {spec.architecture} runs "
+                "through transformers' own modules, on one rank only; use replicas (data_parallel_size) for more"
+            )
+        self.spec, self.rank, self.parallel, self.dtype, self.device = spec, rank, parallel, dtype, device
+        self._config = _read_config(spec)
+        self._bridge = _Bridge(spec)
+        self.inner: Any = None
+        self._head: Any = None
+        self._given = _Given()
+
+    # ------------------------------------------------------------------------------------------------------ loading
+
+    def checkpoint_tensors(self) -> Iterator[tuple[str, nn.Module, str, Cut]]:
+        """None of ours: transformers reads its files."""
+        return iter(())
+
+    def known_names(self) -> set[str]:
+        """Whatever transformers makes of them."""
+        return _Everything()
+
+    def allocate(self) -> None:
+        """Let transformers load the folder; without weight files (`load_format` dummy) they are random."""
+        _register()
+        try:
+            model = self._load()
+        except KeyError as error:
+            if error.args != (NAME,):
+                raise
+            raise _refused(self.spec, "it has a list of attentions of its own") from error
+        if not model._supports_attention_backend:
+            raise _refused(self.spec, "its attention does not go through transformers' attention interface")
+        self.inner = model.to(self.device).eval().requires_grad_(False)
+        for module in self.inner.modules():
+            if hasattr(module, "layer_idx"):
+                module.argosy_bridge = self._bridge
+        head = copy.copy(self.inner)
+        head._modules = {**self.inner._modules, self.inner.base_model_prefix: self._given}
+        self._head = (head,)  # in a tuple: its modules are counted where they live
+
+    def _load(self) -> Any:
+        import transformers  # seconds of import: only for models that need it
+
+        make: Any = transformers.AutoModelForCausalLM
+        options = {"dtype": self.dtype, "attn_implementation": NAME, "trust_remote_code": False}
+        if any(Path(self.spec.source).glob("*.safetensors")):
+            return make.from_pretrained(
+                self.spec.source, config=self._config, local_files_only=True, use_safetensors=True, **options
+            )
+        return make.from_config(self._config, **options)
+
+    def finish(self) -> None:
+        """All is in shape."""
+
+    # ------------------------------------------------------------------------------------------------------ running
+
+    def forward(
+        self, token_ids_T: Tensor | None, hidden_TD: Tensor | None, positions_T: Tensor, ctx: ForwardContext
+    ) -> Tensor:
+        """The final hidden state of each token, [T, D]."""
+        assert token_ids_T is not None
+        bridge = self._bridge
+        bridge.ctx, bridge.positions_T = ctx, positions_T
+        bridge.layers_seen.clear()
+        output = self.inner.base_model(
+            input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False, return_dict=True
+        )
+        bridge.ctx = None
+        if len(bridge.layers_seen) != self.spec.num_layers:
+            raise _refused(self.spec, f"only {len(bridge.layers_seen)} of its {self.spec.num_layers} layers attend")
+        hidden: Tensor = output.last_hidden_state[0]
+        return hidden
+
+    def compute_raw_logits(self, hidden_SD: Tensor) -> Tensor:
+        """[S, vocabulary] in the model's numbers, with all that its head does to them."""
+        (head,) = self._head
+        self._given.hidden = hidden_SD[None]
+        ids = torch.zeros((1, len(hidden_SD)), dtype=torch.int64, device=hidden_SD.device)
+        logits: Tensor = head(input_ids=ids, use_cache=False, return_dict=True).logits[0]
+        del self._given.hidden
+        return logits[:, : self.spec.vocab_size]
+
+    def compute_logits(self, hidden_SD: Tensor) -> Tensor:
+        """The same in float32, contiguous."""
+        return self.compute_raw_logits(hidden_SD).float().contiguous()
+
+
+def _read_config(spec: ModelSpec) -> Any:
+    """Transformers' config, and the reasons why it can't be served this way. Code of the folder is never run."""
+    import transformers
+
+    if getattr(transformers, spec.architecture, None) is None:
+        raise UnsupportedModel(
+            CONFIG_FILE, "architectures", f"{spec.architecture!r} is neither ours nor one of transformers' own models"
+        )
+    config = transformers.AutoConfig.from_pretrained(spec.source, local_files_only=True, trust_remote_code=False)
+    if getattr(config, "is_encoder_decoder", False):
+        raise _refused(spec, "it has an encoder")
+    kinds = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
+    if kinds:
+        raise _refused(spec, f"layers of these kinds: {', '.join(sorted(map(str, kinds)))}")
+    return config
+
+
+def _refused(spec: ModelSpec, reason: str) -> UnsupportedModel:
+    return UnsupportedModel(
+        CONFIG_FILE, "architectures", f"{spec.architecture} can't run through transformers' modules: {reason}"
+    )
+
+
+def _window(spec: ModelSpec, module: Any, layer: int) -> int | None:
+    """Of a module that leaves its window to the mask, which we have none of: as the config says, if it says so."""
+    config = getattr(module, "config", None)
+    window: int | None = getattr(config, "sliding_window", None)
+    kinds = getattr(config, "layer_types", None)
+    if window is None or (kinds is not None and kinds[layer] == "full_attention"):
+        return None
+    if kinds is None:
+        raise _refused(spec, "which layers have its sliding window is not in its config")
+    return window
+
+
+def _register() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+
+    AttentionInterface.register(NAME, _attend)
+    AttentionMaskInterface.register(NAME, _no_mask)
+
+
+def _no_mask(*args: Any, **options: Any) -> None:
+    """Every row of ours knows its own context."""
+
+
+def _attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | str | None = NOT_SAID,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """What transformers' modules call: [1, heads, T, H] each, rotated; gives [1, T, heads, H]."""
+    bridge: _Bridge = module.argosy_bridge
+    ctx, spec, layer = bridge.ctx, bridge.spec, int(module.layer_idx)
+    assert ctx is not None
+    assert bridge.positions_T is not None
+    if attention_mask is not None or options.get("position_bias") is not None:
+        raise _refused(spec, "it adds to its attention's logits")
+    if not getattr(module, "is_causal", True):
+        raise _refused(spec, "its attention is not causal")
+    num_heads, size = query.shape[1], query.shape[3]
+    wanted = (spec.num_kv_heads, spec.head_size, spec.head_size)
+    if (key.shape[1], key.shape[3], value.shape[3]) != wanted:
+        raise _refused(spec, f"its keys are {tuple(key.shape[1::2])} and its config says {wanted[:2]}")
+    window = _window(spec, module, layer) if isinstance(sliding_window, str) else sliding_window
+    shape = AttentionShape(
+        num_heads=num_heads,
+        num_kv_heads=spec.num_kv_heads,
+        head_size=size,
+        scale=size**-0.5 if scaling is None else float(scaling),
+        sliding_window=window,
+        soft_cap=softcap,
+        sinks_N=s_aux,
+    )
+    qkv_TD = torch.cat((query[0], key[0], value[0])).transpose(0, 1).reshape(query.shape[2], -1)
+    cache = ctx.kv_cache.layers[layer]
+    out_TD = ctx.backend.forward(qkv_TD, bridge.positions_T, None, cache, ctx.metadata, shape, None)
+    bridge.layers_seen.add(layer)
+    return out_TD.view(1, -1, num_heads, size), None
