@@ -5,7 +5,9 @@
 The workload twice: the first run warms up, in the second each rank profiles the steps of some windows (first step and
 number of steps; by default one while prompts are computed and one while all requests decode). A stage that waits for
 its neighbour runs NCCL's receive kernel, which is counted as waiting; sums over a tensor-parallel group count as work.
-The profiler itself costs some microseconds a kernel. One JSON line a rank and window.
+The profiler itself costs some microseconds a kernel. One JSON line a rank and window; with `--host` also what the host
+did: for each step when it got the message and when it had told the card everything, in milliseconds from the window's
+first message, and the CUDA calls that took it longest.
 """
 
 import argparse
@@ -13,6 +15,7 @@ import json
 import os
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +57,18 @@ def shares(events: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def slowest_calls(events: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """CUDA calls of the host: how many, milliseconds together, the longest one."""
+    calls: dict[str, list[float]] = {}
+    for event in events:
+        if event.get("cat") in ("cuda_runtime", "cuda_driver"):
+            found = calls.setdefault(event["name"], [0, 0.0, 0.0])
+            found[0] += 1
+            found[1] = round(found[1] + event["dur"] / 1e3, 2)
+            found[2] = max(found[2], round(event["dur"] / 1e3, 2))
+    return dict(sorted(calls.items(), key=lambda item: -item[1][1])[:10])
+
+
 class StageWorker(worker.Worker):
     """Profiles the windows that ARGOSY_STAGES names: {"file", "skip": steps before the second run, "windows"}."""
 
@@ -64,7 +79,7 @@ class StageWorker(worker.Worker):
         self._marker, self._count = Path(job["marker"]), -1
         self._profile: profile | None = None
         self._tokens = self._rows = 0
-        self._is_warm = False
+        self._is_warm, self._steps = False, list[tuple[float, float]]()
 
     def _step(self, output: SchedulerOutput) -> None:
         if not self._is_warm:  # the first start of the profiler takes a second
@@ -80,6 +95,7 @@ class StageWorker(worker.Worker):
                 self._profile = profile(activities=[ProfilerActivity.CUDA])
                 self._profile.__enter__()
                 self._tokens = self._rows = 0
+                self._steps.clear()
             if self._count == first + steps and self._profile is not None:
                 torch.cuda.synchronize()
                 self._profile.__exit__(None, None, None)
@@ -87,7 +103,9 @@ class StageWorker(worker.Worker):
                 self._profile = None
         self._tokens += output.num_scheduled_tokens
         self._rows += len(output.rows)
+        began = time.monotonic()
         super()._step(output)
+        self._steps.append((began, time.monotonic()))
 
     def _write(self, found: profile, first: int, steps: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
@@ -97,8 +115,13 @@ class StageWorker(worker.Worker):
         work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
         row = {"rank": self.rank.global_rank, "stage": self.rank.pp_rank, "first": first, "steps": steps}
         row |= {"tokens_a_step": self._tokens // steps, "rows_a_step": self._rows // steps}
+        row |= shares(work)
+        if os.environ.get("ARGOSY_STAGES_HOST"):
+            row["clock"] = round(self._steps[0][0], 4)
+            row["host_ms"] = [tuple(round(1e3 * (t - self._steps[0][0]), 1) for t in step) for step in self._steps]
+            row["calls"] = slowest_calls(events)
         with open(self._file, "a", encoding="utf-8") as file:
-            file.write(json.dumps(row | shares(work)) + "\n")
+            file.write(json.dumps(row) + "\n")
 
 
 def main() -> int:
@@ -111,7 +134,10 @@ def main() -> int:
     parser.add_argument("--pipeline-layers", type=int, nargs="+", default=[])
     parser.add_argument("--max-num-seqs", type=int, default=512)
     parser.add_argument("--windows", nargs="+", default=["8+12", "250+60"], help="first step + number of steps")
+    parser.add_argument("--host", action="store_true", help="also what the hosts did")
     args = parser.parse_args()
+    if args.host:
+        os.environ["ARGOSY_STAGES_HOST"] = "1"
     here = str(Path(__file__).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     launch.launch_engine.__kwdefaults__["rank_module"] = "stage_profile"
