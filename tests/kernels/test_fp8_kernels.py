@@ -99,6 +99,8 @@ def test_many_tokens(
     assert not tuning.counters(device).any(), "counters must be zero again for the next launch"
     if device.type == "cuda" and fp8_gemm.library_takes(rows, weight, torch.bfloat16):
         assert_near(fp8_gemm.library_linear(rows, weight, bias_O, torch.bfloat16), want)
+        if block is None:
+            assert_near(fp8_gemm.rescaled_linear(rows, weight, bias_O, torch.bfloat16), want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
