@@ -18,6 +18,7 @@ from argosy.cluster.protocol.errors import WeightError
 from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.placement.plan import RankInfo
 from argosy.workers.loading.checkpoint import LOADABLE_DTYPES, Checkpoint, TensorEntry
+from argosy.workers.loading.fast_read import Slice, read_slices
 from argosy.workers.loading.kv_scales import load_kv_scales
 from argosy.workers.loading.names import NameTable
 from argosy.workers.quantization.base import Cut
@@ -168,10 +169,14 @@ def _fill(checkpoint: Checkpoint, model: LoadableModel, reads: list[_Read], repo
         by_file.setdefault(entry.file, []).append((entry, read))
     total, done = max(1, sum(checkpoint.entries[read.name].num_bytes for read in reads)), 0
     num_read = 0
+    for pairs in by_file.values():
+        pairs.sort(key=lambda pair: pair[0].offset)
+    if model.device.type != "cpu":
+        return _fill_device(by_file, model.device, total, report)
     for path in sorted(by_file):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
-                for entry, read in sorted(by_file[path], key=lambda pair: pair[0].offset):
+                for entry, read in by_file[path]:
                     target = _target(read)
                     if target is None:
                         continue
@@ -185,6 +190,30 @@ def _fill(checkpoint: Checkpoint, model: LoadableModel, reads: list[_Read], repo
                     report(done / total)
         except (SafetensorError, OSError) as error:
             raise WeightError(path.name, "", f"can't be read: {error}") from error
+    return num_read
+
+
+def _fill_device(
+    by_file: dict[Path, list[tuple[TensorEntry, _Read]]],
+    device: torch.device,
+    total: int,
+    report: Callable[[float], None],
+) -> int:
+    """The same onto a GPU, with reading and copying at the same time."""
+    found = [(path, entry, read, _target(read)) for path in sorted(by_file) for entry, read in by_file[path]]
+    kept = [(path, entry, read, target) for path, entry, read, target in found if target is not None]
+    slices = read_slices([Slice(entry, read.cut.source) for _, entry, read, _ in kept], device)
+    done = num_read = 0
+    for path, entry, read, target in kept:
+        try:
+            tensor = next(slices)
+        except OSError as error:
+            raise WeightError(path.name, entry.name, f"can't be read: {error}") from error
+        _put(read, target, tensor)
+        num_read += tensor.nbytes
+        done += entry.num_bytes
+        report(done / total)
+    slices.close()
     return num_read
 
 
