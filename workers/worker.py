@@ -59,7 +59,7 @@ from argosy.workers.memory import (
 from argosy.workers.model_runner import ModelRunner, StepOutcome
 from argosy.workers.start_clock import StartClock
 
-IDLE_SECONDS = 0.05  # without a word from the driver
+IDLE_SECONDS = 5.0  # without a word from the driver, longer than a step: what is taken before is waited for
 GRACE_SECONDS = 1.0  # between the driver's going away and our own end, for an orderly one
 EXIT_DRIVER_GONE = 3
 EXIT_FAILED = 4
@@ -139,8 +139,8 @@ class Worker:
             return EXIT_FAILED
 
     def _next_message(self) -> Any:
-        """The driver's next word. Tokens that no step is in need of are taken while there is nothing else to do: on a
-        GPU whoever sent them holds a part of the device until then."""
+        """The driver's next word. Tokens that no step is in need of are taken once there is nothing else to do: on a
+        GPU whoever sent them by NCCL holds a part of the device until then."""
         runner = self.runner
         if runner is None or runner.device.type == "cpu" or not runner.has_tokens_to_take:
             return self.channel.recv()
