@@ -1,4 +1,4 @@
-"""One token a row without sorting the vocabulary: three launches with filters, one without.
+"""One token a row without sorting the vocabulary: five launches with filters, one without.
 
 Meaning: `sampling_reference.sample_rows`.
 
@@ -6,9 +6,11 @@ Meaning: `sampling_reference.sample_rows`.
     search   a program a row     the k-th largest of the groups' maxima is no more than the k-th largest logit, and a
                                  value above which the maxima alone hold top_p of the mass is no more than top_p's
                                  threshold: what lies above that bound is gathered, a few hundred tokens mostly, and
-                                 there the exact threshold is found and the token drawn
-    draw     all rows x chunks   argmax of logit + noise, for the rows that the search left: those without filters, and
-                                 those whose bound left too many, for which it sought the threshold in the whole row
+                                 there the exact threshold is found and the token drawn. Most rows are done then
+    draw     all rows x chunks   argmax of logit + noise, for rows without filters and those with too much above
+    judge    all rows x chunks   a token drawn from more than top_p keeps is the right one if it is one of those that
+                                 top_p keeps: if the mass above it is less than top_p's
+    repeat   a program a row     if not, draw from what lies above it, and judge again
 """
 
 import torch
@@ -18,68 +20,14 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
+from argosy.kernels.sampling_judge import judge_kernel, keep_chosen, repeat_kernel
+from argosy.kernels.sampling_parts import DONE, JUDGED, LARGEST, LOW, STATE, gumbel, is_last, ordered
 
 CHUNK = 4096  # tokens that one program of the survey or the draw looks at
 CANDIDATES = 2048  # tokens among which the search finds the threshold and draws
 MAX_GROUPS = 1024
-STATE = 2  # floats a row: the threshold that the filters leave, 1 if the token is drawn already
 RANGE = 40.0  # a logit that much below the best is e^-40 as probable: less than the last digit of the total
-PIVOTS, PASSES = 8, 9  # of the search in a whole row: 40 / 8^9 is the last digit of a logit
-
-
-@triton.jit
-def _mix(x):
-    x ^= x >> 16
-    x *= tl.full((1,), 0x7FEB352D, tl.uint32)
-    x ^= x >> 15
-    x *= tl.full((1,), 0x846CA68B, tl.uint32)
-    x ^= x >> 16
-    return x
-
-
-@triton.jit
-def _log(x, FAST: tl.constexpr):
-    """Natural logarithm; FAST: the card's own, 2^-22 off, one instruction where the library's are twenty."""
-    if FAST:
-        y = tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
-        return y * 0.6931471805599453
-    return tl.log(x)
-
-
-@triton.jit
-def _gumbel(seed, position, token, FAST: tl.constexpr):
-    """The noise of `sampling_reference.gumbel_noise` for one row; seed and position are [1], token is [X] int32."""
-    golden = tl.full((1,), 0x9E3779B9, tl.uint32)
-    low = (seed & 0xFFFFFFFF).to(tl.uint32)
-    high = ((seed >> 32) & 0xFFFFFFFF).to(tl.uint32)
-    a = _mix(low ^ golden)
-    b = _mix(high + a)
-    c = _mix((position & 0xFFFFFFFF).to(tl.uint32) + b)
-    d = _mix(c ^ tl.full((1,), 0x85EBCA6B, tl.uint32))
-    bits = _mix(_mix((token.to(tl.uint32) * golden) ^ c) + d)
-    uniform = bits.to(tl.float32) * (2.0**-32) + 2.0**-33
-    uniform = tl.minimum(uniform, 1.0 - 2.0**-24)
-    # log(1 - u) has no digits left where u is small, which is where the winners are
-    series = uniform * (1.0 + uniform * (0.5 + uniform * (0.33333334 + uniform * 0.25)))
-    waiting = tl.where(uniform < 0.02, series, -_log(1.0 - uniform, FAST))
-    return -_log(waiting, FAST)
-
-
-@triton.jit
-def _ordered(x):
-    """Integers in the order of the floats that they stand for."""
-    bits = x.to(tl.int32, bitcast=True)
-    return bits ^ ((bits >> 31) & 0x7FFFFFFF)
-
-
-@triton.jit
-def _is_last(counter_ptr, num_chunks):
-    """Whether all chunks of the row have come here; the stores of all threads before are visible to the last."""
-    tl.debug_barrier()
-    done = tl.atomic_add(counter_ptr, 1, sem="acq_rel")
-    if done == num_chunks - 1:
-        tl.atomic_xchg(counter_ptr, 0, sem="relaxed")  # ready for the next launch
-    return done == num_chunks - 1
+PIVOTS, PASSES = 8, 9  # of the search for a large k: 40 / 8^9 is the last digit of a logit
 
 
 @triton.jit
@@ -113,32 +61,24 @@ def _survey_kernel(
 
 
 @triton.jit
-def _threshold_in_row(
-    row_ptr, inverse, largest, low, wanted, vocabulary, BY_MASS: tl.constexpr, PIVOTS: tl.constexpr,
-    PASSES: tl.constexpr, BLOCK: tl.constexpr,
+def _kth_in_row(
+    row_ptr, inverse, largest, low, k, vocabulary, PIVOTS: tl.constexpr, PASSES: tl.constexpr, BLOCK: tl.constexpr
 ):  # fmt: skip
-    """The highest of values from `low` up, PIVOTS^PASSES of them, with at least `wanted` above it: tokens or, BY_MASS,
-    that share of the mass from `low` up."""
+    """The highest of PIVOTS^PASSES values from `low` up with at least k tokens from it up."""
     step = (largest - low) / PIVOTS
     index = tl.arange(0, PIVOTS)
     turn = 0
     while (turn < PASSES) & (step > 0.0):
         pivots = low + step * index.to(tl.float32)
-        acc = tl.zeros((PIVOTS, BLOCK), tl.float32)
+        acc = tl.zeros((PIVOTS, BLOCK), tl.int32)
         for start in tl.range(0, vocabulary, BLOCK, num_stages=3):
             token = start + tl.arange(0, BLOCK)
             z = tl.load(row_ptr + token, token < vocabulary, other=float("-inf")).to(tl.float32) * inverse
-            weight = tl.exp(z - largest) if BY_MASS else tl.where(token < vocabulary, 1.0, 0.0)
-            acc += tl.where(z[None, :] >= pivots[:, None], weight[None, :], 0.0)
+            acc += (z[None, :] >= pivots[:, None]).to(tl.int32)
         sums = tl.sum(acc, 1)
-        if BY_MASS:  # noqa: SIM102 - known when compiling, the other only when running
-            if turn == 0:
-                wanted *= tl.max(sums, 0)
-        chosen = index == tl.maximum(tl.sum((sums >= wanted).to(tl.int32), 0), 1) - 1
-        low = tl.max(tl.where(chosen, pivots, float("-inf")), 0)  # the very pivot that was weighed
-        step = step / PIVOTS
-        if not BY_MASS:
-            step = tl.where(tl.max(tl.where(chosen, sums, 0.0), 0) == wanted, 0.0, step)  # these and no others
+        chosen = index == tl.maximum(tl.sum((sums >= k).to(tl.int32), 0), 1) - 1
+        low = tl.max(tl.where(chosen, pivots, float("-inf")), 0)  # the very pivot that was counted from
+        step = tl.where(tl.max(tl.where(chosen, sums, 0), 0) == k, 0.0, step / PIVOTS)  # these and no others
         turn += 1
     return low
 
@@ -163,8 +103,9 @@ def _search_kernel(
     counts = random & (top_k > 0) & (top_k < vocabulary)
     weighs = random & (top_p < 1.0)
     state = state_ptr + row * STATE
-    tl.store(state, float("-inf"))
-    tl.store(state + 1, 0.0)
+    tl.store(state + LOW, float("-inf"))
+    tl.store(state + DONE, 0.0)
+    tl.store(state + JUDGED, 0.0)
     if (counts | weighs | (random & (min_p > 0.0))) == 0:
         return
     inverse = tl.div_rn(1.0, temperature)
@@ -220,7 +161,7 @@ def _search_kernel(
     if found <= CANDIDATES:
         spot = tl.arange(0, CANDIDATES)
         its_z = tl.load(values + spot, spot < found, other=float("-inf"))
-        key = _ordered(its_z)
+        key = ordered(its_z)
         its_weight = tl.exp(its_z - largest)
         bottom = tl.min(tl.where(spot < found, key, 0x7FFFFFFF), 0).to(tl.int64)
         top = tl.max(key, 0).to(tl.int64)
@@ -244,21 +185,19 @@ def _search_kernel(
         one = tl.zeros((1,), tl.int32)
         seed = tl.load(seed_ptr + row + one).to(tl.int64)
         position = tl.load(position_ptr + row + one).to(tl.int64)
-        score = tl.where(stays, its_z + _gumbel(seed, position, its_token, FAST), float("-inf"))
+        score = tl.where(stays, its_z + gumbel(seed, position, its_token, FAST), float("-inf"))
         best = tl.max(score, 0)
         winner = tl.min(tl.where(stays & (score == best), its_token, vocabulary - 1), 0)
         tl.store(out_ptr + row, winner.to(tl.int64))
-        tl.store(state, tl.min(tl.where(stays, its_z, largest), 0))
-        tl.store(state + 1, 1.0)
+        tl.store(state + LOW, tl.min(tl.where(stays, its_z, largest), 0))
+        tl.store(state + DONE, 1.0)
     else:
         low = floor
         if counts:
-            low = _threshold_in_row(
-                row_ptr, inverse, largest, low, top_k.to(tl.float32), vocabulary, False, PIVOTS, PASSES, BLOCK
-            )
-        if weighs:
-            low = _threshold_in_row(row_ptr, inverse, largest, low, top_p, vocabulary, True, PIVOTS, PASSES, BLOCK)
-        tl.store(state, low)
+            low = _kth_in_row(row_ptr, inverse, largest, low, top_k, vocabulary, PIVOTS, PASSES, BLOCK)
+        tl.store(state + LOW, low)
+        tl.store(state + LARGEST, largest)
+        tl.store(state + JUDGED, tl.where(weighs, 1.0, 0.0))
 
 
 @triton.jit
@@ -276,7 +215,7 @@ def _draw_kernel(
         gdc_wait()
         gdc_launch_dependents()
     if FILTER:  # noqa: SIM102 - known when compiling, the other only when running
-        if tl.load(state_ptr + row * STATE + 1) > 0.0:
+        if tl.load(state_ptr + row * STATE + DONE) > 0.0:
             return
     score = tl.load(logits_ptr + row * stride_logits + token, inside, other=float("-inf")).to(tl.float32)
     # as in the survey
@@ -286,24 +225,28 @@ def _draw_kernel(
         if temperature > 0.0:
             score *= tl.div_rn(1.0, temperature)
             if FILTER:
-                score = tl.where(score >= tl.load(state_ptr + row * STATE), score, float("-inf"))
+                score = tl.where(score >= tl.load(state_ptr + row * STATE + LOW), score, float("-inf"))
             seed = tl.load(seed_ptr + row + tl.zeros((1,), tl.int32)).to(tl.int64)
             position = tl.load(position_ptr + row + tl.zeros((1,), tl.int32)).to(tl.int64)
-            score += _gumbel(seed, position, token, FAST)
+            score += gumbel(seed, position, token, FAST)
     best = tl.max(score, 0)
     best_id = tl.min(tl.where((score == best) & inside, token, vocabulary - 1), 0)
     if num_chunks == 1:
         tl.store(out_ptr + row, best_id.to(tl.int64))
+        if FILTER:
+            keep_chosen(logits_ptr + row * stride_logits, temperature_ptr + row, state_ptr + row * STATE, best_id)
         return
     tl.store(best_ptr + row * num_chunks + chunk, best)
     tl.store(best_id_ptr + row * num_chunks + chunk, best_id)
-    if _is_last(counter_ptr + row, num_chunks):
+    if is_last(counter_ptr + row, num_chunks):
         other = tl.arange(0, CHUNKS)
         there = other < num_chunks
         bests = tl.load(best_ptr + row * num_chunks + other, there, other=float("-inf"), cache_modifier=".cg")
         ids = tl.load(best_id_ptr + row * num_chunks + other, there, other=vocabulary - 1, cache_modifier=".cg")
         winner = tl.min(tl.where(bests == tl.max(bests, 0), ids, vocabulary - 1), 0)
         tl.store(out_ptr + row, winner.to(tl.int64))
+        if FILTER:
+            keep_chosen(logits_ptr + row * stride_logits, temperature_ptr + row, state_ptr + row * STATE, winner)
 
 
 def search(
@@ -316,7 +259,7 @@ def search(
     position_R: Tensor,
     out_R: Tensor,
 ) -> Tensor:
-    """Two launches. [R, STATE]: the lowest scaled logit that a row keeps, and whether its token stands in `out_R`."""
+    """Two launches. [R, STATE]: what is known of each row, and for most rows the token in `out_R`."""
     num_rows, vocabulary = logits_RV.shape
     device = logits_RV.device
     chunk = min(CHUNK, tuning.next_power_of_two(vocabulary))
@@ -360,7 +303,7 @@ def sample_rows(
     any_random: bool = True,
     any_filter: bool = True,
 ) -> Tensor:
-    """One launch, and with filters those of `search` before it. Rows may be strided.
+    """One launch, and with filters four more. Rows may be strided.
 
     Tokens less probable than e^-40 of the best are not drawn under a filter, whatever it says; see `ops.sample_rows`
     for the rest.
@@ -377,12 +320,22 @@ def sample_rows(
     if any_filter:
         state = search(logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, out_R)
     num_chunks = triton.cdiv(vocabulary, CHUNK)
-    best = torch.empty((num_rows, num_chunks), dtype=torch.float32, device=device)
+    chunks, counters = tuning.next_power_of_two(num_chunks), tuning.counters(device)
+    best = torch.empty((num_rows, 2 * chunks), dtype=torch.float32, device=device)
     best_id = torch.empty((num_rows, num_chunks), dtype=torch.int32, device=device)
-    _draw_kernel[(num_rows, num_chunks)](
-        logits_RV, temperature_R, state, seed_R, position_R, out_R, best, best_id, tuning.counters(device),
-        logits_RV.stride(0), vocabulary, num_chunks, CHUNK=CHUNK, CHUNKS=tuning.next_power_of_two(num_chunks),
-        STATE=STATE, RANDOM=any_random, FILTER=any_filter, FAST=_has_fast_log(device), num_warps=8,
-        **tuning.overlap(device),
+    grid, stride, options = (num_rows, num_chunks), logits_RV.stride(0), {"num_warps": 8, **tuning.overlap(device)}
+    _draw_kernel[grid](
+        logits_RV, temperature_R, state, seed_R, position_R, out_R, best, best_id, counters, stride, vocabulary,
+        num_chunks, CHUNK=CHUNK, CHUNKS=chunks, STATE=STATE, RANDOM=any_random, FILTER=any_filter,
+        FAST=_has_fast_log(device), **options,
     )  # fmt: skip
+    if any_filter:
+        judge_kernel[grid](
+            logits_RV, temperature_R, top_p_R, state, best, counters, stride, vocabulary, num_chunks, CHUNK=CHUNK,
+            CHUNKS=chunks, STATE=STATE, **options,
+        )  # fmt: skip
+        repeat_kernel[(num_rows,)](
+            logits_RV, temperature_R, state, seed_R, position_R, out_R, stride, vocabulary, STATE=STATE, BLOCK=2048,
+            FAST=_has_fast_log(device), **options,
+        )  # fmt: skip
     return out_R
