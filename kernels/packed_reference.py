@@ -58,10 +58,14 @@ def unpack(weight: PackedWeight) -> Tensor:
 
 def dequantize(weight: PackedWeight) -> Tensor:
     """(q - zero) * scale, [O, I] in the scales' dtype; the product is rounded once."""
-    numbers = unpack(weight).view(weight.words_OW.shape[0], -1, weight.group)
-    scale, zero = weight.scale_zero_OG2[..., 0:1].float(), weight.scale_zero_OG2[..., 1:2].float()
-    made = ((numbers - zero) * scale).to(weight.scale_zero_OG2.dtype)
-    return made.view(numbers.shape[0], weight.num_inputs)
+    return scaled(unpack(weight), weight.scale_zero_OG2[..., 0], weight.scale_zero_OG2[..., 1], weight.group)
+
+
+def scaled(numbers_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor, group: int) -> Tensor:
+    """(number - zero) * scale, [O, I] in the scales' dtype; the product is rounded once."""
+    parts = numbers_OI.reshape(numbers_OI.shape[0], -1, group)
+    made = ((parts - zero_OG[..., None].float()) * scale_OG[..., None].float()).to(scale_OG.dtype)
+    return made.view(numbers_OI.shape)
 
 
 def linear(x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None) -> Tensor:

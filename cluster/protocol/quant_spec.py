@@ -2,7 +2,8 @@
 
 Read are FP8 weights (e4m3) in two spellings: Hugging Face's "fp8" (a scale a tensor, or a scale a block of 128 x 128 as
 DeepSeek-V3 and Qwen3-FP8 have it) and "compressed-tensors" (by tensor, channel or block; a scheme for each group of
-modules). What is not understood is refused with its key and value: wrong numbers would be worse than none.
+modules). Weights of 4 and 8 bits: `int_quant_spec`. What is not understood is refused with its key and value:
+wrong numbers would be worse than none.
 """
 
 import re
@@ -11,7 +12,9 @@ from typing import Any, Final, Literal
 
 import msgspec
 
+from argosy.cluster.protocol import int_quant_spec
 from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel
+from argosy.cluster.protocol.int_quant_spec import IntScheme
 
 CONFIG_FILE: Final = "config.json"
 KEYS: Final = ("quantization_config", "compression_config")
@@ -31,7 +34,7 @@ class WeightGroup(msgspec.Struct, frozen=True, kw_only=True):
     """Modules (names, "re:" patterns, or "Linear" for all) that share a scheme."""
 
     targets: tuple[str, ...]
-    scheme: WeightScheme
+    scheme: WeightScheme | IntScheme
 
 
 class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -42,7 +45,7 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
     ignored: tuple[str, ...] = ()  # names (of modules or what they are in) and "re:" patterns that stay as they are
     has_kv_scales: bool = False  # the checkpoint has a scale for keys and one for values of each layer
 
-    def scheme_of(self, module: str) -> WeightScheme | None:
+    def scheme_of(self, module: str) -> WeightScheme | IntScheme | None:
         """The scheme of a module, by its full name in the checkpoint. None: it is not packed."""
         if any(_names(pattern, module) for pattern in self.ignored):
             return None
@@ -53,10 +56,11 @@ class QuantSpec(msgspec.Struct, frozen=True, kw_only=True):
 
 
 # by the value of `quantization`, for checkpoints of plain weights
-ONLINE: Final[Mapping[str, WeightScheme]] = {
+ONLINE: Final[Mapping[str, WeightScheme | IntScheme]] = {
     "fp8": WeightScheme(weight="channel", online=True),
     "fp8_per_tensor": WeightScheme(weight="tensor", online=True),
     "fp8_block": WeightScheme(weight="block", block=BLOCK, online=True),
+    **int_quant_spec.ONLINE,
 }
 # of plain checkpoints: heads and whatever chooses experts are small, and errors in them change much
 ONLINE_IGNORED: Final = ("lm_head", "embed_out", r"re:.*\.(gate|router|shared_expert_gate)$")
@@ -93,7 +97,11 @@ def read_quantization(values: object, key: str = KEYS[0]) -> QuantSpec:
         return _read_compressed(values, key)
     if method == "mxfp4":  # experts alone, which know their format by this name
         return QuantSpec(method="mxfp4", groups=())
-    raise _unsupported(f"{key}.quant_method", method, "supported: fp8, compressed-tensors (FP8)")
+    if method in ("gptq", "awq"):
+        read = int_quant_spec.read_gptq if method == "gptq" else int_quant_spec.read_awq
+        scheme, ignored = read(values, key)
+        return QuantSpec(method=method, groups=(WeightGroup(targets=("Linear",), scheme=scheme),), ignored=ignored)
+    raise _unsupported(f"{key}.quant_method", method, "supported: fp8, compressed-tensors, gptq, awq")
 
 
 def _read_fp8(values: Mapping[str, Any], key: str) -> QuantSpec:
@@ -128,6 +136,12 @@ def _read_compressed(values: Mapping[str, Any], key: str) -> QuantSpec:
         if not isinstance(group, dict):
             raise _unsupported(where, group, "must be an object")
         targets = _strings(group.get("targets"), f"{where}.targets")
+        weights = group.get("weights")
+        if isinstance(weights, dict) and weights.get("type") == "int":
+            form = group.get("format") or values.get("format")
+            whole = int_quant_spec.read_compressed_group(weights, form, f"{where}.weights")
+            read.append(WeightGroup(targets=targets, scheme=whole))
+            continue
         weight, block = _stored_weight(group.get("weights"), f"{where}.weights")
         activations = _stored_activations(group.get("input_activations"), f"{where}.input_activations")
         if group.get("output_activations") is not None:

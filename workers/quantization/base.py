@@ -52,6 +52,8 @@ class LinearLayer(nn.Module):
     transposed_weight: Tensor | None  # a second copy, for a few tokens
     weight_scale: Tensor | None  # of packed formats
     input_scale: Tensor | None
+    words: Tensor | None  # of weights of 4 or 8 bits, with `scale_zero`
+    scale_zero: Tensor | None
 
 
 class Fusion(NamedTuple):

@@ -6,10 +6,12 @@ from typing import Protocol
 from torch import nn
 
 from argosy.cluster.protocol.errors import UnsupportedModel
+from argosy.cluster.protocol.int_quant_spec import IntScheme
 from argosy.cluster.protocol.model_spec import CONFIG_FILE, ModelSpec
 from argosy.workers.layers.linear import ParallelLinear
 from argosy.workers.quantization.base import Cut
 from argosy.workers.quantization.fp8 import Fp8Method
+from argosy.workers.quantization.int_weights import IntWeightMethod
 
 WEIGHT = ".weight"
 # where checkpoints keep the scale of keys or values, behind the name of the attention module
@@ -44,7 +46,9 @@ def choose_methods(model: Loadable, spec: ModelSpec) -> None:
                 CONFIG_FILE, "quantization_config", f"treats parts of one product differently: {names}"
             )
         if schemes[0] is not None:
-            module.use(Fp8Method(schemes[0], [cut for _, cut in named]))
+            cuts = [cut for _, cut in named]
+            scheme = schemes[0]
+            module.use(IntWeightMethod(scheme, cuts) if isinstance(scheme, IntScheme) else Fp8Method(scheme, cuts))
 
 
 def kv_scale_names(model: Loadable) -> Iterator[tuple[nn.Module, str, tuple[str, ...]]]:
