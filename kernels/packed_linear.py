@@ -155,7 +155,8 @@ def _unpack_kernel(
 
 def _sizes(kind: str, num_tokens: int, num_in: int, num_out: int, device: torch.device) -> tuning.Sizes:
     """Tuned sizes, else sizes that suit most shapes."""
-    tuned = tuning.pick(f"packed_{kind}", f"{num_in}x{num_out}", device)
+    bucket = 1 if num_tokens == 1 else min(256, max(16, tuning.next_power_of_two(num_tokens)))
+    tuned = tuning.pick(f"packed_{kind}", f"{num_in}x{num_out}x{bucket}", device)
     if tuned is not None:
         return tuned
     if kind == "vector":
