@@ -1,8 +1,8 @@
 """Messages between the stages of one host, written straight into the next card's memory.
 
-NCCL's send is a kernel: it waits for multiprocessors behind the products of the next step, which hold them all, and the
-next stage waits with it (measured on two H200: stages idle for 45 % of the time while prompts were computed). Here a
-copy engine moves the bytes and the command processors wait for each other at counters, which takes no multiprocessor.
+NCCL's send and receive are kernels, which hold multiprocessors while they wait for each other, and compete for them with
+the products of the next step. Here a copy engine moves the bytes and the command processors wait for each other at
+counters, which takes no multiprocessor. Two H200, 8B, 64 rows that decode: 5.63 ms a token with NCCL, 5.41 with this.
 
     sender's side stream        wait until message n - SLOTS was taken; copy to slot n; counter "sent" there := n
     receiver's compute stream   wait until "sent" >= n; copy out of the slot; counter "taken" at the sender := n
