@@ -1,12 +1,16 @@
 """When the first stage takes which step's tokens, and whose they are."""
 
+from types import SimpleNamespace
+
 import numpy as np
+import pytest
 import torch
 
 from argosy.cluster.protocol.messages import NewRequest, SchedulerOutput
 from argosy.cluster.protocol.sampling import TokenParams
 from argosy.workers.input_batch import InputBatch
 from argosy.workers.token_return import TokenReturn
+from argosy.workers.worker import Worker
 
 PARAMS = TokenParams(max_tokens=10)
 NUM = 4
@@ -122,3 +126,30 @@ def test_the_last_stage_sends_the_table_as_it_is_after_the_step() -> None:
     back.send()
     batch.append(np.array([2]), np.array([6]), np.array([55]))
     assert wire.sent == [[44, 0, 33, 0]]
+
+
+class SlowDriver:
+    """A channel whose next message comes after so many seconds; no time passes in the test."""
+
+    def __init__(self, silence_seconds: float):
+        self.silence_seconds = silence_seconds
+
+    def recv(self, timeout_seconds: float | None = None) -> str:
+        """The message, or the end of patience."""
+        if timeout_seconds is not None and timeout_seconds < self.silence_seconds:
+            raise TimeoutError
+        return "a step"
+
+
+@pytest.mark.parametrize(("silence_seconds", "takes"), [(0.3, False), (60.0, True)])
+def test_tokens_of_steps_under_way_are_left_alone_between_long_steps(silence_seconds: float, takes: bool) -> None:
+    """The driver sends a step when one was answered. While steps take 300 ms, that silence is no idleness: to take
+    the latest step's tokens then would make the next one wait for it, and stages would run one after the other."""
+    taken: list[bool] = []
+    worker = object.__new__(Worker)
+    worker.channel = SlowDriver(silence_seconds)  # type: ignore[assignment]
+    worker.runner = SimpleNamespace(  # type: ignore[assignment]
+        device=torch.device("cuda"), has_tokens_to_take=True, take_tokens=lambda: taken.append(True)
+    )
+    assert worker._next_message() == "a step"
+    assert bool(taken) == takes
