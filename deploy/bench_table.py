@@ -173,12 +173,18 @@ def markdown(rows: Sequence[Row], suite: Suite) -> str:
 
 def read_rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
     """The JSON lines of result files, oldest first; what is no line of a suite is left out."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for path in paths:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            if line.startswith("{"):
-                rows.append(json.loads(line))
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith("{")]
+        rows += [_with_group(json.loads(line)) for line in lines]
     return sorted((row for row in rows if "group" in row), key=lambda row: str(row.get("time", "")))
+
+
+def _with_group(row: dict[str, Any]) -> dict[str, Any]:
+    """Older lines name model, dtype and layout, from which the group follows."""
+    if "group" in row or not {"model", "dtype", "layout", "figure"} <= row.keys():
+        return row
+    return {**row, "group": name_of(row["model"], row.get("quantization") or row["dtype"], row["layout"])}
 
 
 def number(value: float | None) -> str:

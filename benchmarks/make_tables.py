@@ -1,0 +1,111 @@
+"""Writes the tables of benchmarks/README.md anew from the JSON lines in benchmarks/results.
+
+    python benchmarks/make_tables.py            rewrites what stands between the marks `table: NAME` and `end`
+    python benchmarks/make_tables.py --check    changes nothing; exit code 1 when the page is out of date
+
+The newest line of each row counts. Figures of a GPU are taken from lines that name that GPU.
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from argosy.deploy import bench_suite, bench_table
+
+HERE = Path(__file__).resolve().parent
+Row = dict[str, Any]
+
+
+def rows_of(device: str) -> list[Row]:
+    """All lines that were measured on that GPU."""
+    rows = bench_table.read_rows(sorted((HERE / "results").glob("*.jsonl")))
+    return [row for row in rows if any(device in gpu for gpu in row.get("gpus") or ())]
+
+
+def suite_table(name: str) -> str:
+    """The suite's rows with ours, then the pair of layouts whose memory decides."""
+    suite = bench_table.read_suite(name)
+    rows = rows_of(suite.device)
+    text = bench_table.markdown(rows, suite)
+    pairs = [row for row in rows if row["workload"] == bench_suite.SUPER_LINEAR]
+    if pairs and suite.super_linear is not None:
+        text += "\n\n```text\n" + bench_suite.describe_super_linear(pairs[-1], suite.super_linear) + "\n```"
+    return text
+
+
+def doors_table() -> str:
+    """What the HTTP doors cost: the newest line of each model, layout and number of clients."""
+    newest = {
+        (row["group"], row["workload"]): row for row in rows_of("NVIDIA") if str(row["workload"]).startswith("http x")
+    }
+    lines = ["| model, layout | clients | TTFT p50 in process, ms | over HTTP | more | throughput, share |"]
+    lines.append("|---|---|---|---|---|---|")
+    for (group, workload), row in newest.items():
+        cells = [group, workload.removeprefix("http x"), f"{row['ttft_ms_p50_in_process']:.1f}"]
+        cells += [f"{row['ttft_ms_p50']:.1f}", f"{row['ttft_ms_more']:+.1f}", f"{row['figure']:.1%}"]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def idle_table() -> str:
+    """How long the card waits between decode steps: the newest line of each model, layout and batch."""
+    newest: dict[tuple[str, str, int], Row] = {}
+    path = HERE / "results" / "idle_h200.jsonl"
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        row = json.loads(line)
+        if row["rank"] == 0:
+            newest[row["model"], row["layout"], row["batch"]] = row
+    lines = ["| model, layout | rows | step, ms | idle between steps | us | idle within steps | kernels |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for (model, layout, batch), row in newest.items():
+        cells = [
+            f"{model} {layout}",
+            str(batch),
+            f"{row['step_ms_unprofiled']:.3f}",
+            f"{row['idle_between_steps']:.1%}",
+        ]
+        cells += [
+            f"{row['idle_between_steps_us']:.1f}",
+            f"{row['idle_within_steps']:.1%}",
+            f"{row['kernels_a_step']:.0f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+TABLES: dict[str, Callable[[], str]] = {
+    "h200": lambda: suite_table("h200"),
+    "doors": doors_table,
+    "idle": idle_table,
+}
+
+
+def fill(page: str) -> str:
+    """The page with each table in its place. Raises `KeyError` for a mark that no table has."""
+
+    def table(found: re.Match[str]) -> str:
+        return f"{found[1]}\n\n{TABLES[found[2]]()}\n\n{found[3]}"
+
+    return re.sub(r"(<!-- table: (\w+) -->).*?(<!-- end -->)", table, page, flags=re.DOTALL)
+
+
+def main() -> int:
+    """Fill or compare."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    path = HERE / "README.md"
+    page = path.read_text(encoding="utf-8")
+    filled = fill(page)
+    if args.check:
+        return int(filled != page)
+    path.write_text(filled, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
