@@ -289,7 +289,7 @@ def _launch(
     groups = num_rows * num_kv_heads
     few = groups < facts.num_sms
     if sizes is None and q_RD.element_size() == 2:
-        kind = "few" if few else "many"
+        kind = "few" if few else "many" if groups < 8 * facts.num_sms else "crowd"
         sizes = tuning.pick("paged_attention", f"h{head_size}_{kind}", device)
     sizes = sizes or {
         "block_l": 64 if width * q_RD.element_size() <= 256 else 32, "warps": 4, "stages": 3, "per_sm": 2,

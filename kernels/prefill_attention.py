@@ -25,18 +25,23 @@ def _walk(
     k_base, v_base, table_row,
     K: tl.constexpr, H: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr, BLOCK_L: tl.constexpr,
     MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ALIBI: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr,
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr = True,
 ):  # fmt: skip
-    """Attend to the keys [begin, end) in tiles; `begin` is a multiple of BLOCK_L."""
+    """Attend to the keys [begin, end) in tiles; `begin` is a multiple of BLOCK_L. WIDE: places need 64 bits."""
     LOG2E: tl.constexpr = 1.4426950408889634
     dim = tl.arange(0, WIDTH)
+    # Scaled where the exponent is taken, one multiply-add, unless something else is done to the logits before.
+    PLAIN: tl.constexpr = not SOFT_CAP and not ALIBI
+    factor = scale * LOG2E if PLAIN else 1.0
     for start in tl.range(begin, end, BLOCK_L, num_stages=STAGES):
         key = start + tl.arange(0, BLOCK_L)
         if S % BLOCK_L == 0:  # the whole tile lies in one block
-            block = tl.load(table_row + start // S).to(tl.int64)
+            block = tl.load(table_row + start // S)
+            block = block.to(tl.int64) if WIDE else block
             place = ((block * S + start % S + tl.arange(0, BLOCK_L)) * K) * H
         else:
-            block = tl.load(table_row + tl.minimum(key, last_key) // S).to(tl.int64)
+            block = tl.load(table_row + tl.minimum(key, last_key) // S)
+            block = block.to(tl.int64) if WIDE else block
             place = (block * S + key % S) * K * H
         if MASKED:
             here = (key <= last_key)[:, None] & (dim < H)[None, :]
@@ -52,7 +57,7 @@ def _walk(
         if SOFT_CAP:
             tanh = 2.0 * tl.sigmoid(2.0 * (logit * scale / soft_cap)) - 1.0
             logit = tanh * (soft_cap * LOG2E)
-        else:
+        elif ALIBI:
             logit *= scale * LOG2E
         if ALIBI:
             logit += slope[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
@@ -61,10 +66,10 @@ def _walk(
             if WINDOW:
                 seen = seen & (key[None, :] > position[:, None] - window)
             logit = tl.where(seen, logit, float("-inf"))
-        higher = tl.maximum(largest, tl.max(logit, 1))
+        higher = tl.maximum(largest, tl.max(logit, 1) * factor)
         # a query whose window begins after this tile has seen nothing yet: -inf - -inf must not become nan
         pivot = tl.where(higher == float("-inf"), 0.0, higher) if WINDOW else higher
-        weight = tl.exp2(logit - pivot[:, None])
+        weight = tl.exp2(logit * factor - pivot[:, None])
         shrink = tl.exp2(largest - pivot)
         total = total * shrink + tl.sum(weight, 1)
         acc = tl.dot(weight.to(q.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
@@ -109,26 +114,27 @@ def _prefill_attention_kernel(
     SINKS: tl.constexpr,
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
+    WIDE: tl.constexpr,
+    ONE_LOOP: tl.constexpr,  # all tiles masked: less code, where most of them are at the edge
     PDL: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
-    # Tiles are handed out backwards: the last of a row sees the most keys, and the longest work should not start last.
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)
-    kv_head = tl.program_id(1)
+    # Heads run beside each other: their keys lie beside each other. Tiles are handed out backwards: the last of a row
+    # sees the most keys, and the longest work should not start last.
+    kv_head = tl.program_id(0)
+    tile = tl.num_programs(1) - 1 - tl.program_id(1)
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
     # Row r owns tiles [start_r // BLOCK_Q + r, start_(r+1) // BLOCK_Q + r + 1): enough for its queries, maybe one
-    # too many, and the beginning of each row's tiles can be computed from query_start alone. Find r by halving.
-    low = 0
-    high = num_rows
-    while high - low > 1:
-        middle = (low + high) // 2
-        if tl.load(query_start_ptr + middle) // BLOCK_Q + middle <= tile:
-            low = middle
-        else:
-            high = middle
-    row = low
+    # too many, and the beginning of each row's tiles can be computed from query_start alone. Count the rows that begin
+    # no later: one load for 64 of them, where halving would be six that wait for each other.
+    begun = 0
+    for first in range(0, num_rows, 64):
+        other = first + tl.arange(0, 64)
+        start = tl.load(query_start_ptr + other, other < num_rows, other=1 << 30)
+        begun += tl.sum((start // BLOCK_Q + other <= tile).to(tl.int32), 0)
+    row = tl.maximum(begun, 1) - 1
     query_start = tl.load(query_start_ptr + row)
     num_queries = tl.load(query_start_ptr + row + 1) - query_start
     first_query = (tile - query_start // BLOCK_Q - row) * BLOCK_Q
@@ -159,15 +165,15 @@ def _prefill_attention_kernel(
     table_row = table_ptr + row.to(tl.int64) * stride_table  # type: ignore[attr-defined]  # a Triton scalar
     # The window's lower edge cuts through tiles too, so with a window every tile is masked.
     begin = tl.maximum(first_position - window + 1, 0) // BLOCK_L * BLOCK_L if WINDOW else 0
-    middle = begin if WINDOW else (first_position + 1) // BLOCK_L * BLOCK_L
-    if not WINDOW:
+    middle = begin if WINDOW or ONE_LOOP else (first_position + 1) // BLOCK_L * BLOCK_L
+    if not WINDOW and not ONE_LOOP:
         acc, largest, total = _walk(
             q, acc, largest, total, begin, middle, position, last_key, window, slope, scale, soft_cap, k_base, v_base,
-            table_row, K, H, S, WIDTH, BLOCK_L, False, WINDOW, SOFT_CAP, ALIBI, STAGES, PRECISION,
+            table_row, K, H, S, WIDTH, BLOCK_L, False, WINDOW, SOFT_CAP, ALIBI, STAGES, PRECISION, WIDE,
         )  # fmt: skip
     acc, largest, total = _walk(
         q, acc, largest, total, middle, last_key + 1, position, last_key, window, slope, scale, soft_cap, k_base,
-        v_base, table_row, K, H, S, WIDTH, BLOCK_L, True, WINDOW, SOFT_CAP, ALIBI, STAGES, PRECISION,
+        v_base, table_row, K, H, S, WIDTH, BLOCK_L, True, WINDOW, SOFT_CAP, ALIBI, STAGES, PRECISION, WIDE,
     )  # fmt: skip
     if SINKS:
         sink = tl.load(sinks_ptr + head, present, other=0.0).to(tl.float32) * LOG2E
@@ -225,13 +231,16 @@ def prefill_attention(
         return out_TNH
     width = tuning.next_power_of_two(head_size)
     mean_queries = num_tokens // num_rows
-    kind = "long" if mean_queries >= 1024 else "many" if mean_queries * group >= 128 else "few"
+    # how many tiles of a row lie before the edge: contexts much longer than the queries have many
+    prefixed = block_table_RB.shape[1] * block_size >= 4 * mean_queries
+    many = "prefixed" if prefixed else "many"
+    kind = "long" if mean_queries >= 1024 else many if mean_queries * group >= 128 else "few"
     if sizes is None and q_TNH.element_size() == 2:
         sizes = tuning.pick("prefill_attention", f"h{head_size}_{kind}", q_TNH.device)
     sizes = sizes or _default_sizes(width, mean_queries, group, q_TNH.dtype)
     block_m = max(sizes["block_m"], tuning.next_power_of_two(group))
     block_q = block_m // group
-    grid = (num_tokens // block_q + num_rows, num_kv_heads)
+    grid = (num_kv_heads, num_tokens // block_q + num_rows)
     _prefill_attention_kernel[grid](
         q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, out_TNH,
         out_TNH if alibi_slopes_N is None else alibi_slopes_N, out_TNH if sinks_N is None else sinks_N,
@@ -240,7 +249,8 @@ def prefill_attention(
         K=num_kv_heads, G=group, H=head_size, S=block_size, WIDTH=width, BLOCK_M=block_m, BLOCK_Q=block_q,
         BLOCK_L=sizes["block_l"], WINDOW=sliding_window is not None, SOFT_CAP=soft_cap is not None,
         ALIBI=alibi_slopes_N is not None, SINKS=sinks_N is not None, STAGES=sizes["stages"],
-        PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
+        PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32", WIDE=k_cache_BSKH.numel() >= 1 << 31,
+        ONE_LOOP=bool(sizes.get("one_loop", 0)),
         num_warps=sizes["warps"], **tuning.overlap(q_TNH.device),
     )  # fmt: skip
     return out_TNH

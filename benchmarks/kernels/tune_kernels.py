@@ -6,6 +6,7 @@ the timing afterwards finds the compiled kernels in Triton's cache.
 
 # ruff: noqa: B023 - every closure here is called within the turn of the loop that made it
 import argparse
+import itertools
 import json
 import math
 import os
@@ -72,7 +73,7 @@ def linear_sizes(tokens: int, num_inputs: int, gated: bool) -> Iterator[Sizes]:
 
 
 SHAPES_ASKED: dict[str, tuple[int, int, bool]] = {}  # of `--shape`, instead of LINEARS
-KINDS = ["few", "many"]  # of rows, as asked for
+KINDS = ["few", "many", "crowd"]  # of rows, as asked for
 RANKED: dict[str, list[Sizes]] = {}  # by key, the best sizes of each layer alone, for `tune_step` to choose from
 
 
@@ -117,7 +118,7 @@ def tune_linear(part: Part) -> Mapping[str, Sizes]:
 def attention_sizes(kind: str, size: int) -> Iterator[Sizes]:
     few = kind == "few"
     for block_l in (64, 128, 256) if few else (32, 64, 128):
-        for warps in (4, 8) if few else (2, 4, 8):
+        for warps in (4, 8) if few else (1, 2, 4, 8):
             for stages in (2, 3, 5):
                 if 2 * block_l * size * 2 * max(1, stages - 3) > SHARED_BYTES:
                     continue
@@ -128,10 +129,11 @@ def attention_sizes(kind: str, size: int) -> Iterator[Sizes]:
 
 
 def tune_decode(part: Part) -> Mapping[str, Sizes]:
-    """For each head size, the best geometric mean over cases of few rows and over cases of many."""
+    """For each head size, the best geometric mean over cases of few rows, of many, and of more than the card holds."""
     best: dict[str, Sizes] = {}
     cases = {
-        "few": ((1, 256), (1, 4096), (8, 1024)), "many": ((32, 384), (64, 384), (64, 1024), (256, 384), (256, 1024)),
+        "few": ((1, 256), (1, 4096), (8, 1024)), "many": ((32, 384), (64, 384), (64, 1024)),
+        "crowd": ((256, 256), (256, 640), (512, 640)),
     }  # fmt: skip
     rotations = torch.randn(8192, 128, device="cuda")
     for heads, kv_heads, size in ((32, 8, 128), (14, 2, 64)):
@@ -151,10 +153,13 @@ def tune_decode(part: Part) -> Mapping[str, Sizes]:
                     inputs.append(
                         (qkv, positions, rotations[:, :size].contiguous(), *caches, positions, table, lengths)
                     )
+                q = rand(rows, heads, size)
                 for sizes in attention_sizes(kind, size):
                     us = part.time([
                         lambda a=a, s=sizes: paged_attention.decode_attention(
                             *a, num_heads=heads, scale=0.1, max_context=8192, inputs_early=True, sizes=s)
+                        if kind != "crowd" else paged_attention.paged_attention(
+                            q, *a[3:5], *a[6:], scale=0.1, max_context=8192, sizes=s)
                         for a in inputs
                     ])  # fmt: skip
                     scores.setdefault(json.dumps(sizes), []).append(us)
@@ -167,9 +172,12 @@ def tune_decode(part: Part) -> Mapping[str, Sizes]:
 
 
 def tune_prefill(part: Part) -> Mapping[str, Sizes]:
-    """Tiles when rows have many queries, and when they have few (speculation, the ends of prompts)."""
+    """Tiles for long prompts, others, chunks after a long prefix, and a few tokens a row (speculation, ends)."""
     best: dict[str, Sizes] = {}
-    cases = {"many": ((16, 512, 512), (2, 4096, 4096)), "few": ((64, 16, 1024), (128, 2, 1024))}
+    cases = {
+        "long": ((2, 4096, 4096), (4, 2048, 2048)), "many": ((16, 512, 512), (64, 128, 128)),
+        "prefixed": ((128, 64, 2112), (4, 512, 4096)), "few": ((64, 16, 1024), (128, 2, 1024)),
+    }  # fmt: skip
     for heads, kv_heads, size in ((32, 8, 128), (14, 2, 64)):
         for kind, shapes in cases.items():
             scores: dict[str, list[float]] = {}
@@ -180,13 +188,14 @@ def tune_prefill(part: Part) -> Mapping[str, Sizes]:
                 lengths = torch.full((rows,), context, device="cuda", dtype=torch.int32)
                 starts = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * queries
                 q = rand(rows * queries, heads, size)
-                for block_m in (64, 128) if kind == "many" else (16, 32, 64):
+                for block_m in (16, 32, 64) if kind == "few" else (64, 128):
                     for block_l in (32, 64, 128):
                         for warps in (4, 8):
-                            for stages in (2, 3, 5):
+                            for stages, one_loop in itertools.product((2, 3, 4), (0, 1)):
                                 if warps * 16 > block_m * 2 or block_m * block_l > 8192 * warps // 4:
                                     continue
-                                sizes = {"block_m": block_m, "block_l": block_l, "warps": warps, "stages": stages}
+                                sizes = {"block_m": block_m, "block_l": block_l, "warps": warps, "stages": stages,
+                                         "one_loop": one_loop}  # fmt: skip
                                 call = lambda s=sizes: prefill_attention.prefill_attention(  # noqa: E731
                                     q, *caches, starts, lengths, table, scale=0.1, sizes=s
                                 )  # fmt: skip
