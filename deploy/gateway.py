@@ -154,6 +154,7 @@ class Gateway:
                 )
             token_ids = token_ids[-keep:] if truncation_side == "left" else token_ids[:keep]
         self._builder.check_prompt(field, token_ids)
+        params = params.clone()  # its owner may change it for the next request while this one runs
         if self.tokenizer is None and params.detokenize:
             if params.stop:
                 raise InvalidRequest("stop", "strings", "this server has no tokenizer; use stop_token_ids")

@@ -81,9 +81,10 @@ class TokenParamsBuilder:
         return TokenParams(
             max_tokens=min(room, params.max_tokens) if params.max_tokens is not None else room,
             temperature=float(params.temperature),
-            top_p=float(params.top_p),
-            top_k=params.top_k,
-            min_p=float(params.min_p),
+            # the most likely token is that of any part of the vocabulary
+            top_p=float(params.top_p) if not params.is_greedy else 1.0,
+            top_k=params.top_k if not params.is_greedy else 0,
+            min_p=float(params.min_p) if not params.is_greedy else 0.0,
             presence_penalty=float(params.presence_penalty),
             frequency_penalty=float(params.frequency_penalty),
             repetition_penalty=float(params.repetition_penalty),

@@ -4,8 +4,10 @@
 `TokenParams` is what the driver and the ranks see: token ids and numbers only, everything worked out.
 """
 
+import copy
 import math
 from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
 from enum import IntEnum, StrEnum
 from typing import Any, Final
 
@@ -49,10 +51,11 @@ class RequestOutputKind(IntEnum):
     FINAL_ONLY = 2
 
 
-class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
     """How tokens are chosen and when the answer ends. Names, defaults and rules are vLLM's.
 
-    Raises `InvalidRequest` naming the field when a value can't be served.
+    Raises `InvalidRequest` naming the field when a value can't be served, also where one is assigned later
+    (`params.max_tokens = 5`); the value from before stays then.
     """
 
     n: int = 1
@@ -92,6 +95,27 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
 
     def __post_init__(self) -> None:
         self._normalise()
+        if self.temperature == 0.0:
+            put = msgspec.structs.force_setattr
+            put(self, "top_p", 1.0)
+            put(self, "top_k", 0)
+            put(self, "min_p", 0.0)
+        self._check()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name not in self.__struct_fields__:
+            near = get_close_matches(name, self.__struct_fields__, n=1)
+            raise AttributeError(f"there is no {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+        before = getattr(self, name)
+        try:
+            super().__setattr__(name, value)
+            self._normalise()
+            self._check()
+        except InvalidRequest:
+            super().__setattr__(name, before)
+            raise
+
+    def _check(self) -> None:
         _integer("n", self.n, 1, MAX_N)
         _number("presence_penalty", self.presence_penalty, -2.0, 2.0)
         _number("frequency_penalty", self.frequency_penalty, -2.0, 2.0)
@@ -130,10 +154,6 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
             put(self, "temperature", float(self.temperature))
         if isinstance(self.temperature, float) and 0.0 < self.temperature < MIN_TEMPERATURE:
             put(self, "temperature", MIN_TEMPERATURE)
-        if self.temperature == 0.0:
-            put(self, "top_p", 1.0)
-            put(self, "top_k", 0)
-            put(self, "min_p", 0.0)
 
     def _check_stop(self) -> None:
         stops = self.stop
@@ -188,8 +208,8 @@ class SamplingParams(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tr
         return msgspec.structs.replace(self, **changes)
 
     def clone(self) -> "SamplingParams":
-        """A copy; the value is frozen, so itself will do."""
-        return self
+        """A copy: what is assigned to one does not change the other."""
+        return copy.copy(self)
 
 
 class TokenParams(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc=False):

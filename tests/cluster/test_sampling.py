@@ -83,3 +83,21 @@ def test_only_untouched_logits_are_plain() -> None:
     assert TokenParams(max_tokens=1).is_plain
     assert not TokenParams(max_tokens=1, min_tokens=1).is_plain
     assert not TokenParams(max_tokens=1, logit_bias=((3, 1.0),)).is_plain
+
+
+def test_values_can_be_assigned_and_are_checked_all_the_same() -> None:
+    """As vLLM's users write it; a refused value leaves the one from before, a copy has a life of its own."""
+    params = SamplingParams(top_p=0.9)
+    other = params.clone()
+    params.max_tokens = 5
+    params.stop = "end"
+    params.temperature = 0
+    assert params.is_greedy
+    params.temperature = 0.7
+    assert other == SamplingParams(top_p=0.9)
+    for field, value in (("max_tokens", 0), ("top_p", 2.0), ("stop", [1]), ("min_tokens", 6), ("logit_bias", {"x": 1})):
+        with pytest.raises(InvalidRequest, match=field):
+            setattr(params, field, value)
+    assert params == SamplingParams(top_p=0.9, max_tokens=5, stop="end", temperature=0.7)
+    with pytest.raises(AttributeError, match="did you mean 'max_tokens'"):
+        params.max_token = 3
