@@ -7,6 +7,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from difflib import get_close_matches
 
 import argosy
 from argosy.cluster.protocol.config import ServingConfig
@@ -133,6 +134,10 @@ def serving_config(words: Sequence[str], args: argparse.Namespace) -> ServingCon
 
 def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
     kept, _ = settings.take_ignored(words) if words[:1] == ["serve"] else (words, [])
+    if words and not words[0].startswith("-") and words[0] not in _USAGE:
+        near = get_close_matches(words[0], _USAGE, n=1)
+        hint = f"did you mean 'argosy {near[0]}'?" if near else "'argosy --help' lists the commands"
+        raise ConfigError(f"there is no command {words[0]!r}; {hint}")
     args, rest = parser.parse_known_args(kept)
     if args.command is None:
         parser.print_help()

@@ -82,3 +82,6 @@ def test_a_mistake_is_one_line_and_exit_code_two(capsys: pytest.CaptureFixture[s
     assert cli.main(["serve", "--max-num-seq", "3"]) == 2
     shown = capsys.readouterr().err
     assert shown == "argosy: unknown flag --max-num-seq; did you mean --max-num-seqs?\n"
+    for word, told in (("sevre", "did you mean 'argosy serve'?"), ("zzz", "'argosy --help' lists the commands")):
+        assert cli.main([word]) == 2
+        assert capsys.readouterr().err == f"argosy: there is no command {word!r}; {told}\n"
