@@ -194,7 +194,7 @@ def _measure_device(runner: ModelRunner, ledger: MemoryLedger) -> None:
 def graph_sizes(runner: ModelRunner) -> list[int]:
     """The batch sizes that will be recorded; none on a CPU, or with `enforce_eager`."""
     parallel = runner.config.parallel
-    if runner.device.type != "cuda" or parallel.enforce_eager:
+    if runner.device.type != "cuda" or parallel.enforce_eager or not getattr(runner.model, "records_graphs", True):
         return []
     return ladder(min(runner.config.scheduler.max_num_seqs, parallel.max_cuda_graph_batch))
 
@@ -207,15 +207,22 @@ def largest_shapes(runner: ModelRunner) -> list[tuple[int, int]]:
     return [(rows, tokens), (scheduler.max_num_seqs, 1)]
 
 
-def warm_up_shapes(runner: ModelRunner) -> list[tuple[int, int]]:
-    """(rows, tokens a row) of the steps to run before the first request; the same on every rank.
+def warm_up_shapes(runner: ModelRunner) -> list[tuple[int, ...]]:
+    """(rows, tokens a row, rows of one token beside) of steps to run before the first request; the same on every rank.
 
     On a GPU the largest ran already, to be measured.
     """
     scheduler = runner.config.scheduler
     tokens = min(CPU_PROMPT_TOKENS, scheduler.max_num_batched_tokens, runner.max_model_len)
     if runner.device.type == "cuda":
-        return [(1, tokens), *((1 << power, 1) for power in range(scheduler.max_num_seqs.bit_length()))]
+        mixed = [
+            (1, count, beside)
+            for count, beside in ((tokens, 1), (4 * tokens, 32), (16 * tokens, 256))
+            if beside < scheduler.max_num_seqs
+            and count <= runner.max_model_len
+            and count + beside <= scheduler.max_num_batched_tokens
+        ]
+        return [(1, tokens), *mixed, *((1 << power, 1) for power in range(scheduler.max_num_seqs.bit_length()))]
     return [(1, tokens), (min(CPU_ROWS, scheduler.max_num_seqs), 1), (1, 1)]
 
 

@@ -184,27 +184,26 @@ class ModelRunner:
         """Bytes of one KV block on this rank."""
         return KVCache.block_bytes(self.spec, self.rank, self.config.cache.block_size, self.cache_dtype)
 
-    def warm_up(self, shapes: Sequence[tuple[int, int]]) -> None:
+    def warm_up(self, shapes: Sequence[tuple[int, ...]]) -> None:
         """Run steps of (rows, tokens a row), so that no request pays for what only the first use of a shape costs.
 
-        All rows write to block 0, which is zeroed afterwards.
+        A third number is that of rows with one token beside them. All write to block 0, which is zeroed afterwards.
         """
         assert self.kv_cache is not None
         params = TokenParams(max_tokens=1, temperature=1.0, top_p=0.9)
-        for step, (num_rows, num_tokens) in enumerate(shapes):
+        for step, (num_rows, num_tokens, *beside) in enumerate(shapes):
+            counts = [1] * sum(beside) + [num_tokens] * num_rows
             requests = [
-                NewRequest(
-                    handle, [0] * num_tokens, num_tokens, 0, [0] * -(-num_tokens // self.batch.block_size), params
-                )
-                for handle in range(num_rows)
+                NewRequest(handle, [0] * count, count, 0, [0] * -(-count // self.batch.block_size), params)
+                for handle, count in enumerate(counts)
             ]
             output = SchedulerOutput(
                 step_id=step,
                 epoch=WARM_UP_EPOCH,
-                rows=list(range(num_rows)),
-                num_tokens=[num_tokens] * num_rows,
+                rows=list(range(len(counts))),
+                num_tokens=counts,
                 new_requests=requests,
-                finished=list(range(num_rows)),
+                finished=list(range(len(counts))),
             )
             outcome = self.execute(output)
             if outcome is not None:

@@ -156,8 +156,13 @@ def test_warming_up_fits_the_settings_and_leaves_no_trace(tmp_path: Path) -> Non
     config = oracle_config(tmp_path, max_num_seqs=2, max_num_batched_tokens=3)
     rank = InProcessRank(config, 4)
     shapes = warm_up_shapes(rank.runner)
-    assert all(rows <= 2 and rows * tokens <= 3 for rows, tokens in shapes)
-    rank.runner.warm_up(shapes)
+    assert all(rows <= 2 and rows * tokens <= 3 for rows, tokens, *_ in shapes)
+    rank.runner.device = torch.device("cuda")  # only asked for its name
+    for rows, tokens, *beside in warm_up_shapes(rank.runner):
+        assert rows + sum(beside) <= 2
+        assert rows * tokens + sum(beside) <= 3
+    rank.runner.device = torch.device("cpu")
+    rank.runner.warm_up([*shapes, (1, 2, 1)])
     assert rank.runner.kv_cache is not None
     assert all(not cache.any() for layer in rank.runner.kv_cache.layers for cache in layer)
     assert not rank.runner.batch.active
