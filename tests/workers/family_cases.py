@@ -137,13 +137,13 @@ def widened(case: Case) -> Case:
     return replace(case, settings=settings)
 
 
-def make_checkpoint(folder: Path, name: str, *, wide: bool = False) -> Expected:
+def make_checkpoint(folder: Path, name: str, *, wide: bool = False, case: Case | None = None) -> Expected:
     """One folder saved by transformers, and what transformers answers from it; also written beside it."""
     import transformers  # seconds of import: only where it is compared with
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    case = (CASES | FALLBACKS | REFUSED)[name]
+    case = case or (CASES | FALLBACKS | REFUSED)[name]
     case = widened(case) if wide else case
     torch.manual_seed(len(name))
     config = getattr(transformers, case.config)(**case.settings)
@@ -152,6 +152,13 @@ def make_checkpoint(folder: Path, name: str, *, wide: bool = False) -> Expected:
         for parameter_name, parameter in [*model.named_parameters(), *model.named_buffers()]:
             _draw(parameter_name, parameter)
     model.save_pretrained(folder)
+    answers, logits = greedy_answers(model)
+    torch.save({"prompts": PROMPTS, "tokens": answers, "logits": logits}, folder / "expected.pt")
+    return Expected(PROMPTS, answers, logits)
+
+
+def greedy_answers(model: Any) -> tuple[list[list[int]], Tensor]:
+    """The tokens that a model of transformers answers to all prompts, and the logits before each, [P, N, V]."""
     answers, all_logits = [], []
     with torch.inference_mode():
         for prompt in PROMPTS:
@@ -161,9 +168,7 @@ def make_checkpoint(folder: Path, name: str, *, wide: bool = False) -> Expected:
                 ids.append(int(logits[-1].argmax()))
             answers.append(ids[len(prompt) :])
             all_logits.append(torch.stack(logits))
-    facts = {"prompts": PROMPTS, "tokens": answers, "logits": torch.stack(all_logits)}
-    torch.save(facts, folder / "expected.pt")
-    return Expected(PROMPTS, answers, torch.stack(all_logits))
+    return answers, torch.stack(all_logits)
 
 
 def _draw(name: str, values: Tensor) -> None:

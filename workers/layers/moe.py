@@ -6,7 +6,7 @@ choices of others out; both end in the one sum over the group that an MLP needs,
 T = tokens, D = model width, E = experts of this rank, I = inner width of an expert on this rank.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 import torch
@@ -84,6 +84,8 @@ class Experts(nn.Module):
         adds_bias = moe.expert_bias and (moe.expert_parallel or tp_rank == 0)  # of cut experts, once
         self.gate_up_bias = empty_parameter(count, 2 * inner, dtype=dtype) if moe.expert_bias else None
         self.down_bias = empty_parameter(count, width, dtype=dtype) if adds_bias else None
+        self.gate_up_scale: nn.Parameter | None = None  # of weights of 8 bits
+        self.down_scale: nn.Parameter | None = None
 
     def expert_cuts(self, slot: Slot, expert: int) -> Iterator[tuple[str, str, Cut]]:
         """What one expert's tensor holds for us: (last word of its name, our parameter, cut)."""
@@ -108,6 +110,8 @@ class Experts(nn.Module):
             weights_TK,
             gate_up_bias_EI=self.gate_up_bias,
             down_bias_ED=self.down_bias,
+            gate_up_scale=self.gate_up_scale,
+            down_scale=self.down_scale,
             limit=self.moe.swiglu_limit,
             alpha=self.moe.swiglu_alpha,
         )
@@ -147,7 +151,7 @@ class MoE(nn.Module):
         *,
         dtype: torch.dtype,
         shared: SharedMLP | None = None,
-        experts: type[Experts] = Experts,
+        experts: Callable[..., Experts] = Experts,
     ):
         super().__init__()
         moe = spec.moe

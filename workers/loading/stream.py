@@ -103,7 +103,7 @@ def load_weights(
             num_read = _fill_randomly(model, reads, seed, report)
         else:
             checkpoint = Checkpoint.open(folder)
-            aliases = {alias: read.parameter for read in reads for alias in read.cut.aliases}
+            aliases = {alias: read.name.rpartition(".")[2] for read in reads for alias in read.cut.aliases}
             checkpoint.entries = {
                 _without_alias(model.NAMES.canonical(name), aliases): entry
                 for name, entry in checkpoint.entries.items()

@@ -10,20 +10,24 @@ T = tokens of the step, D = model width, S = tokens to be sampled. With x the su
     parallel_two_norms  x += a(n1(x)) + m(n2(x))                                           GPT-NeoX, Falcon-40B
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import msgspec
 import torch
 from torch import Tensor, nn
 
-from argosy.cluster.protocol.model_spec import ModelSpec
+from argosy.cluster.protocol.errors import UnsupportedModel
+from argosy.cluster.protocol.model_spec import CONFIG_FILE, ModelSpec
+from argosy.cluster.protocol.quant_spec import WeightScheme
 from argosy.placement.plan import RankInfo
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.layers.activation import ACTIVATIONS
 from argosy.workers.layers.attention import Attention
 from argosy.workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from argosy.workers.layers.fp8_experts import Fp8Experts, RoundedExperts
 from argosy.workers.layers.fused_checkpoint import cuts_of, transposed
 from argosy.workers.layers.linear import ColumnParallelLinear, ParallelLinear, ReplicatedLinear, RowParallelLinear
 from argosy.workers.layers.mla import LatentAttention
@@ -147,7 +151,6 @@ class GeneralDecoder(Decoder):
     """This rank's part of a decoder of any family. A family's file has its names, and what no fact can say."""
 
     TRANSPOSED = False  # the checkpoint has weights as [inputs, outputs]
-    EXPERTS: type[Experts] = Experts
 
     def __init__(
         self, spec: ModelSpec, rank: RankInfo, parallel: ParallelContext, dtype: torch.dtype, device: torch.device
@@ -222,9 +225,22 @@ class GeneralDecoder(Decoder):
     def make_mlp(self, layer: int) -> nn.Module:
         """Its MLP, or its experts."""
         if self.spec.moe is not None and self.spec.has_experts(layer):
-            return MoE(self.spec, self.parallel, dtype=self.dtype, shared=self._shared_mlp(), experts=self.EXPERTS)
+            experts = self.make_experts(layer)
+            return MoE(self.spec, self.parallel, dtype=self.dtype, shared=self._shared_mlp(), experts=experts)
         mlp = GatedMLP if self.spec.gated else PlainMLP
         return mlp(self.spec, self.parallel, self.method, dtype=self.dtype)
+
+    def make_experts(self, layer: int) -> Callable[..., Experts]:
+        """How its experts are stored, as the checkpoint says or as we are told to round them."""
+        rows = [row for row in self.NAMES.rows if row.count("{}") > 1]
+        if self.spec.quantization is None or not rows:
+            return Experts
+        scheme = self.spec.quantization.scheme_of(rows[0].format(layer, 0))
+        if scheme is None:
+            return Experts
+        if not isinstance(scheme, WeightScheme):
+            raise UnsupportedModel(CONFIG_FILE, "quantization_config", "experts in this format are not supported")
+        return RoundedExperts if scheme.online else partial(Fp8Experts, scheme=scheme)
 
     def _shared_mlp(self) -> GatedMLP | None:
         moe = self.spec.moe

@@ -120,8 +120,7 @@ class GptOssForCausalLM(GeneralDecoder):
         }
     )
 
-    @property
-    def EXPERTS(self) -> type[Experts]:  # type: ignore[override]  # follows from the checkpoint's format
-        """How its experts are stored."""
+    def make_experts(self, layer: int) -> type[Experts]:
+        """As the checkpoint has them."""
         packed = self.spec.quantization is not None and self.spec.quantization.method == "mxfp4"
         return PackedExperts if packed else StackedExperts
