@@ -68,6 +68,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         ),
         Flag("device", "text", "auto, cpu or cuda"),
         Flag("cpu-threads", "int", "threads of each rank on a CPU (default: cores divided by ranks)"),
+        Flag("enable-expert-parallel", "switch", "whole experts on each rank of a group, not a part of each"),
         Flag("enforce-eager", "switch", "no CUDA graphs"),
         Flag("start-deadline-seconds", "float", "longest that a start may take"),
         Flag("step-deadline-seconds", "float", "longest that one step may take before its rank counts as lost"),
@@ -113,7 +114,7 @@ SETTING_FLAGS: Final[tuple[Flag, ...]] = tuple(flag for group in FLAGS.values() 
 # Of vLLM's names, those that nothing here depends on: other mechanisms do it, or there is nothing to switch.
 _IGNORED_SWITCHES = """
     trust_remote_code headless disable_custom_all_reduce enable_return_routed_experts disable_cascade_attn
-    enable_expert_parallel enable_log_requests disable_log_requests enable_request_id_headers use_v2_block_manager
+    enable_log_requests disable_log_requests enable_request_id_headers use_v2_block_manager
     disable_uvicorn_access_log ray_workers_use_nsight enable_prompt_tokens_details enable_force_include_usage
     return_tokens_as_token_ids calculate_kv_scales disable_sliding_window use_tqdm_on_load
 """

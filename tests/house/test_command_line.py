@@ -9,7 +9,8 @@ EXPECTED = {
     "serve": """
         --api-key --api-keys-file --async-scheduling --block-size --chat-template --config --cpu-threads
         --data-parallel-size --device --disable-log-stats --drain-seconds --dtype --enable-chunked-prefill
-        --enable-prefix-caching --enforce-eager --generation-config --gpu-memory-utilization --hf-overrides --host
+        --enable-expert-parallel --enable-prefix-caching --enforce-eager --generation-config --gpu-memory-utilization
+        --hf-overrides --host
         --job-dir --kv-cache-dtype --kv-cache-memory-bytes --layout --load-format --max-body-bytes --max-logprobs
         --max-model-len --max-num-batched-tokens --max-num-seqs --max-num-waiting --max-upload-bytes --model
         --num-gpu-blocks-override --pipeline-layers --pipeline-parallel-size --port --quantization --ray-address
@@ -23,8 +24,8 @@ EXPECTED = {
     """,
     "batch": """
         --async-scheduling --backend --block-size --chat-template --cpu-threads --data-parallel-size --device --dtype
-        --enable-chunked-prefill --enable-prefix-caching --endpoint --enforce-eager --generation-config
-        --gpu-memory-utilization --hf-overrides --kv-cache-dtype --kv-cache-memory-bytes --layout --load-format
+        --enable-chunked-prefill --enable-expert-parallel --enable-prefix-caching --endpoint --enforce-eager
+        --generation-config --gpu-memory-utilization --hf-overrides --kv-cache-dtype --kv-cache-memory-bytes --layout --load-format
         --max-logprobs --max-model-len --max-num-batched-tokens --max-num-seqs --max-num-waiting --model
         --num-gpu-blocks-override --output --pipeline-layers --pipeline-parallel-size --quantization --ray-address
         --request-deadline-seconds --scheduling-policy --seed --served-model-name --skip-tokenizer-init
