@@ -9,7 +9,7 @@ from typing import Any, Final
 import msgspec
 
 from argosy.cluster.protocol.config import ServingConfig
-from argosy.cluster.protocol.errors import ConfigError, PlacementImpossible
+from argosy.cluster.protocol.errors import ConfigError
 from argosy.deploy.plan_svg import plan_svg
 from argosy.deploy.plan_text import describe_model, plan_json, plan_lines
 from argosy.placement.calibration import Calibration, read_calibration
@@ -17,7 +17,7 @@ from argosy.placement.data_sheets import DATA_SHEETS
 from argosy.placement.layout import Traffic
 from argosy.placement.model_shape import ModelShape
 from argosy.placement.model_sources import known_models, read_model_shape
-from argosy.placement.planner import PlanOptions, PlanReport, plan_cluster
+from argosy.placement.planner import PlanOptions, fits, plan_cluster
 from argosy.placement.rank_memory import Serving
 from argosy.placement.topology import ClusterTopology
 from argosy.placement.topology_sources import parse_topology, read_topology
@@ -152,15 +152,16 @@ def options_from(args: argparse.Namespace) -> PlanOptions:
     )
 
 
-def smallest_cluster(shape: ModelShape, serving: Serving, gpu: str, *, max_nodes: int = 64) -> PlanReport | None:
-    """The fewest GPUs of a kind that hold the model: 1, 2, 4, 8 of a node, then nodes of 8; None: more than allowed."""
+def smallest_cluster(shape: ModelShape, serving: Serving, gpu: str, *, max_nodes: int) -> tuple[int, int] | None:
+    """The fewest GPUs of a kind that hold the model, as (nodes, GPUs in each); None: more than `max_nodes` of them.
+
+    1, 2, 4 or 8 of one node, then nodes of 8.
+    """
     sizes = [(1, gpus) for gpus in NODE_SIZES] + [(nodes, NODE_SIZES[-1]) for nodes in range(2, max_nodes + 1)]
     for num_nodes, num_gpus in sizes:
         content = {"network": "400Gbit", "nodes": [{"name": "node", "count": num_nodes, "gpus": f"{num_gpus} x {gpu}"}]}
-        try:
-            return plan_cluster(shape, parse_topology(content), PlanOptions(num_replicas=1), serving)
-        except PlacementImpossible:
-            continue
+        if fits(shape, parse_topology(content), PlanOptions(num_replicas=1), serving):
+            return num_nodes, num_gpus
     return None
 
 
@@ -175,11 +176,8 @@ def _print_needs(shape: ModelShape, serving: Serving, *, as_json: bool) -> int:
         for gpu in DATA_SHEETS:
             if gpu == "CPU":
                 continue
-            found = smallest_cluster(shape, stored, gpu, max_nodes=16)
-            needs[gpu] = "-"
-            if found is not None:
-                nodes, each = len(found.topology.nodes), len(found.topology.nodes[0].gpus)
-                needs[gpu] = f"{nodes} x {each}" if nodes > 1 else str(each)
+            nodes, each = smallest_cluster(shape, stored, gpu, max_nodes=16) or (0, 0)
+            needs[gpu] = "-" if not nodes else f"{nodes} x {each}" if nodes > 1 else str(each)
         rows.append((name if name != "none" else shape.spec.dtype, stored, needs))
     if as_json:
         print(json.dumps([{"format": name, "needs": needs} for name, _, needs in rows], indent=1))

@@ -161,6 +161,16 @@ def plan_cluster(
     )
 
 
+def fits(shape: ModelShape, topology: ClusterTopology, options: PlanOptions, serving: Serving) -> bool:
+    """Whether any layout of the model fits the cluster; sooner told than which is the best."""
+    sizes = StageBytes(shape, serving)
+    usable = sum(gpu.usable_bytes for node in topology.nodes for gpu in node.gpus)
+    if sizes.stage_bytes(1, 0, shape.num_layers) > usable + options.offload_bytes * topology.num_gpus:
+        return False
+    judge = LayoutJudge(sizes, options.traffic, offload_bytes=options.offload_bytes, calibration=options.calibration)
+    return any(candidate.replicas for candidate in _candidates(judge, topology, options))
+
+
 # -------------------------------------------------------------------------------------------------------- candidates
 
 

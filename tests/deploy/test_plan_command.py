@@ -1,0 +1,97 @@
+"""`argosy plan` as a user types it."""
+
+import json
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+from argosy.deploy import cli
+
+
+def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
+    """Exit code, what was printed, what was complained about."""
+    code = cli.main(["plan", *words])
+    shown = capsys.readouterr()
+    return code, shown.out, shown.err
+
+
+def test_a_plan_says_where_everything_goes_and_what_it_will_do(capsys: pytest.CaptureFixture[str]) -> None:
+    """Weights, cards, stages, blocks, times, cost, and why the others lost."""
+    code, shown, _ = run(capsys, "llama-3.1-70b", "--gpus", "4 x H200", "--price", "3")
+    assert code == 0
+    for part in ("70.55 B parameters, 141.11 GB", "plan: 2 x TP2 x PP1, 4 of 4 devices", "layers 0-79", "H200 0,1",
+                 "KV cache", "first token", "output tokens/s", "a million output tokens at 12.00 an hour",
+                 "why not another:", "% slower", "lacks", "argosy serve llama-3.1-70b -tp 2 -pp 1"):  # fmt: skip
+        assert part in shown, part
+    assert "█" in shown
+
+
+def test_json_holds_the_same_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
+    """Bytes and seconds, every rank with node, card and layers, every loser with its reason."""
+    code, shown, _ = run(capsys, "deepseek-r1", "--gpus", "8 x H100", "--nodes", "2", "--json")
+    answer = json.loads(shown)
+    assert code == 0
+    assert answer["chosen"]["fits"]
+    assert answer["settings"]["tensor_parallel_size"] * answer["settings"]["pipeline_parallel_size"] == 16
+    assert len(answer["ranks"]) == 16
+    assert {rank["node"] for rank in answer["ranks"]} == {"node-0", "node-1"}
+    stages = answer["replicas"][0]["stages"]
+    assert sum(stage["last_layer"] - stage["first_layer"] for stage in stages) == 61
+    assert min(stage["num_blocks"] for stage in stages) == answer["replicas"][0]["num_blocks"]
+    assert all(loser["why"] for loser in answer["losers"])
+
+
+def test_without_a_cluster_it_says_what_the_model_needs(capsys: pytest.CaptureFixture[str]) -> None:
+    """The table of cards: 405B takes 8 H200, 4 in FP8, 2 in 4 bits."""
+    code, shown, _ = run(capsys, "llama-3.1-405b", "--json")
+    assert code == 0
+    needs = {row["format"]: row["needs"]["H200"] for row in json.loads(shown)}
+    assert needs == {"bfloat16": "8", "fp8": "4", "awq": "2"}
+    _, shown, _ = run(capsys, "llama-3.1-405b")
+    assert "fewest GPUs that hold it" in shown
+
+
+def test_a_picture_is_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """Valid SVG with a box a card; what is not used says so."""
+    path = tmp_path / "plan.svg"
+    code, _, _ = run(capsys, "llama-3.1-8b", "--gpus", "4 x L4", "--nodes", "3", "-tp", "2", "-pp", "1", "--replicas", "1", "--svg",
+                     str(path))  # fmt: skip
+    assert code == 0
+    text = path.read_text(encoding="utf-8")
+    root = ElementTree.fromstring(text)
+    assert root.tag.endswith("svg")
+    assert text.count(">GPU ") == 12
+    assert text.count("not used") == 10
+    assert "replica 0 rank 1" in text
+
+
+def test_what_cannot_be_is_refused_with_reasons(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """No plan is exit code 1, a mistake is 2; both say what to do in words."""
+    code, _, complaint = run(capsys, "llama-3.1-405b", "--gpus", "4 x A10G")
+    assert code == 1
+    assert "lacks" in complaint
+    assert "--quantization fp8" in complaint
+    code, _, complaint = run(capsys, "llama-3.1-8b", "--gpus", "8 x GTX")
+    assert (code, "unknown GPU model" in complaint) == (2, True)
+    code, _, complaint = run(capsys, "llama-3.1-8b", "--gpus", "1 x L4", "--cluster", "x.yaml")
+    assert (code, "not both" in complaint) == (2, True)
+    code, _, complaint = run(capsys, "llama-3.1-8b", "--cluster", str(tmp_path / "none.yaml"))
+    assert (code, "none.yaml" in complaint) == (2, True)
+    code, _, complaint = run(capsys, "llama-99", "--gpus", "1 x L4")
+    assert (code, "known by name" in complaint) == (2, True)
+    code, _, complaint = run(capsys, "llama-3.1-8b", "--gpus", "1 x H200", "--svg", str(tmp_path / "a" / "b.svg"))
+    assert (code, "can't be written" in complaint) == (2, True)
+
+
+def test_settings_change_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
+    """FP8 keys and values double the blocks; half the memory is less than half of them."""
+
+    def blocks(*words: str) -> int:
+        _, shown, _ = run(capsys, "llama-3.1-8b", "--gpus", "1 x H100", "--json", *words)
+        return int(json.loads(shown)["replicas"][0]["num_blocks"])
+
+    plain = blocks()
+    assert blocks("--kv-cache-dtype", "fp8_e4m3") in (2 * plain, 2 * plain + 1)
+    assert blocks("--gpu-memory-utilization", "0.46") < plain / 2
+    assert blocks("-q", "fp8") > plain
