@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Final
 from argosy.cluster.driver_client import DriverClient
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ClusterError, ConfigError
+from argosy.cluster.protocol.ledger import describe_ledger
 from argosy.deploy import haproxy, proxy_guard
 from argosy.deploy.doctor import is_port_free
 from argosy.deploy.http_auth import ApiKeys
@@ -79,6 +80,8 @@ def check_port(config: ServingConfig) -> None:
         socket.getaddrinfo(host, port)
     except OSError as error:
         raise ConfigError(f"host={host!r}: no such address on this machine ({error})") from error
+    if not is_port_free(host, 0):
+        raise ConfigError(f"host={host!r}: is no address of this machine; use 127.0.0.1, 0.0.0.0, or one of its own")
     if port and not is_port_free(host, port):
         raise ConfigError(f"port {port} on {host} is taken; stop what listens there, or choose another with --port")
 
@@ -111,7 +114,7 @@ def with_api_keys(config: ServingConfig, api_keys: tuple[str, ...], folder: Path
 
 def ready_block(config: ServingConfig, engine: "Engine", seconds: float) -> str:
     """What to know and to paste once it serves."""
-    info, server = engine.info, config.server
+    info, server, scheduler = engine.info, config.server, config.scheduler
     name = config.model.served_model_name[0]
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(server.host, server.host)
     url = f"http://{host}:{server.port}"
@@ -121,6 +124,8 @@ def ready_block(config: ServingConfig, engine: "Engine", seconds: float) -> str:
         "model": f"{name} ({info.dtype} on {info.device}, up to {info.max_model_len} tokens)",
         "layout": info.layout or f"TP{info.tensor_parallel_size} x PP{info.pipeline_parallel_size}",
         "KV cache": f"{info.num_blocks} blocks x {info.block_size} = {info.num_blocks * info.block_size} tokens",
+        **({"memory": f"{describe_ledger(engine.ranks[0].ledger)} of rank 0"} if engine.ranks else {}),
+        "a step": f"up to {scheduler.max_num_seqs} requests and {scheduler.max_num_batched_tokens} tokens",
         "stop": "Ctrl-C (running requests may end; a second Ctrl-C stops at once)",
     }
     body = f'{{"model": "{name}", "prompt": "Return a list of", "max_tokens": 32}}'

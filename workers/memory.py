@@ -15,6 +15,7 @@ import torch
 
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import PlacementImpossible
+from argosy.cluster.protocol.ledger import gib
 from argosy.workers.cuda_graphs import ladder
 from argosy.workers.device import MemoryReading
 from argosy.workers.model_runner import ModelRunner
@@ -74,14 +75,6 @@ class MemoryLedger:
         last = self._last
         kept = {"activations": last.reserved - last.allocated, "free": last.total - last.used}
         return {**self.purposes, **kept, "total": last.total}
-
-
-def describe_ledger(entries: dict[str, int]) -> str:
-    """One line for people: `weights 15.0 + KV cache 100.1 + ... + free 9.8 = 139.8 GiB`."""
-    parts = {name: size for name, size in entries.items() if name != "total"}
-    words = [f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size >= 2**20 or name == "free"]
-    total = entries.get("total")
-    return " + ".join(words) + (f" = {total / 2**30:.2f} GiB" if total else " GiB")
 
 
 def check_weights_fit(runner: ModelRunner, ledger: MemoryLedger) -> None:
@@ -224,8 +217,3 @@ def warm_up_shapes(runner: ModelRunner) -> list[tuple[int, ...]]:
         ]
         return [(1, tokens), *mixed, *((1 << power, 1) for power in range(scheduler.max_num_seqs.bit_length()))]
     return [(1, tokens), (min(CPU_ROWS, scheduler.max_num_seqs), 1), (1, 1)]
-
-
-def gib(num_bytes: float) -> str:
-    """For people."""
-    return f"{num_bytes / 2**30:.1f} GiB"

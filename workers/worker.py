@@ -22,6 +22,7 @@ import torch
 from argosy.cluster.protocol.channel import Channel
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ChannelClosed, ServingError, WorkerFailed
+from argosy.cluster.protocol.ledger import describe_ledger
 from argosy.cluster.protocol.messages import (
     AllocateCache,
     Hello,
@@ -51,7 +52,6 @@ from argosy.workers.loading.resolve import resolve_model
 from argosy.workers.memory import (
     MemoryLedger,
     check_weights_fit,
-    describe_ledger,
     explain_out_of_memory,
     measure_num_blocks,
     warm_up_shapes,

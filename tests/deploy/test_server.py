@@ -68,8 +68,10 @@ def test_the_ready_block_can_be_pasted() -> None:
         model="m", max_model_len=2048, vocab_size=9, num_blocks=100, block_size=16, tensor_parallel_size=2,
         pipeline_parallel_size=1, dtype="bfloat16", max_logprobs=20, max_num_seqs=8, layout="TP2 x PP1, layers 0-7",
     )  # fmt: skip
-    engine: Any = SimpleNamespace(info=info)
+    rank = SimpleNamespace(ledger={"weights": 3 << 30, "free": 1 << 30, "total": 4 << 30})
+    engine: Any = SimpleNamespace(info=info, ranks=(rank,))
     text = server.ready_block(config(port=8123, host="0.0.0.0"), engine, 12.34)
+    assert "weights 3.00 + free 1.00 = 4.00 GiB" in text
     assert "http://127.0.0.1:8123/v1" in text
     assert "TP2 x PP1" in text
     assert "100 blocks x 16 = 1600 tokens" in text

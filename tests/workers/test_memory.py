@@ -13,6 +13,7 @@ from rig import SHAPE, InProcessRank, make_config, oracle_config
 
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import PlacementImpossible
+from argosy.cluster.protocol.ledger import describe_ledger
 from argosy.workers import memory
 from argosy.workers.device import MemoryReading
 from argosy.workers.memory import MemoryLedger, measure_num_blocks, warm_up_shapes
@@ -100,7 +101,7 @@ def test_the_ledger_names_each_growth_and_adds_up_to_the_card() -> None:
         "activations": 2 * GIB, "free": 29 * GIB, "total": 100 * GIB,
     }  # fmt: skip
     assert sum(entries.values()) == 2 * entries["total"]
-    assert memory.describe_ledger(entries).endswith("free 29.00 = 100.00 GiB")
+    assert describe_ledger(entries).endswith("free 29.00 = 100.00 GiB")
 
 
 def test_the_cache_gets_what_the_share_leaves_beside_all_else(tmp_path: Path) -> None:

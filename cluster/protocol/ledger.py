@@ -1,0 +1,18 @@
+"""A rank's bytes by purpose, for people. `total`, where there is one, is what the device has."""
+
+from collections.abc import Mapping
+
+_LEAST_SHOWN = 2**20
+
+
+def describe_ledger(entries: Mapping[str, int]) -> str:
+    """One line: `weights 15.0 + kv 100.1 + ... + free 9.8 = 139.8 GiB`."""
+    parts = {name: size for name, size in entries.items() if name != "total"}
+    words = [f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size >= _LEAST_SHOWN or name == "free"]
+    total = entries.get("total")
+    return " + ".join(words) + (f" = {total / 2**30:.2f} GiB" if total else " GiB")
+
+
+def gib(num_bytes: float) -> str:
+    """Such as 15.0 GiB."""
+    return f"{num_bytes / 2**30:.1f} GiB"
