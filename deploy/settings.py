@@ -43,7 +43,13 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("dtype", "text", "auto, float32, bfloat16 or float16; auto is what the folder says"),
         Flag("max-model-len", "int", "most tokens of prompt and answer together; 32k is 32768 (default: the model's)"),
         Flag("load-format", "text", "auto, safetensors, or dummy (random weights, to measure)"),
-        Flag("quantization", "text", "how weights are packed (default: what the folder says)", short="-q"),
+        Flag(
+            "quantization",
+            "text",
+            "round plain weights while they load: fp8, fp8_per_tensor, fp8_block, int8, int4; packed checkpoints are "
+            "recognised (default: what the folder says)",
+            short="-q",
+        ),
         Flag("chat-template", "text", "a Jinja file or text instead of the model's own"),
         Flag("generation-config", "text", "auto (sampling defaults of the folder) or vllm (none)"),
         Flag("hf-overrides", "json", "JSON of values that replace those in config.json"),
@@ -78,7 +84,9 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("kv-cache-memory-bytes", "int", "bytes for the KV cache of each rank, such as 2GiB; overrides the above"),
         Flag("num-gpu-blocks-override", "int", "number of KV blocks; overrides both"),
         Flag("block-size", "int", "tokens a KV block"),
-        Flag("kv-cache-dtype", "text", "auto, bfloat16, float16, float32 or fp8_e4m3"),
+        Flag(
+            "kv-cache-dtype", "text", "auto, bfloat16, float16, float32 or fp8 (e4m3: half the bytes, twice the blocks)"
+        ),
         Flag("enable-prefix-caching", "switch", "keep blocks of finished requests for equal beginnings (default: on)"),
     ),
     "scheduling": (
