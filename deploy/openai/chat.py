@@ -10,7 +10,7 @@ from argosy.cluster.protocol.errors import InvalidRequest
 from argosy.deploy.gateway import Gateway, PreparedRequest
 from argosy.deploy.http_io import HttpRequest, Responder
 from argosy.deploy.openai.errors import missing
-from argosy.deploy.openai.fields import MAX_ANSWERS, ChatFields, note_unknown, read_fields
+from argosy.deploy.openai.fields import ChatFields, note_unknown, read_fields
 from argosy.deploy.openai.serving import (
     DONE,
     EventLog,
@@ -48,8 +48,6 @@ class ChatRun:
         self.numbered = request.wants_event_numbers
         fields.check_common()
         _check_not_supported(fields)
-        if fields.n > MAX_ANSWERS:
-            raise InvalidRequest("n", fields.n, f"at most {MAX_ANSWERS} answers in one request")
         params = fields.sampling_params(
             gateway.sampling_defaults, logprobs=self._num_logprobs(), max_tokens=self._max_tokens()
         )
@@ -78,6 +76,8 @@ class ChatRun:
             truncate_prompt_tokens=fields.truncate_prompt_tokens,
             truncation_side=fields.truncation_side,
         )
+        asked = "max_tokens" if fields.max_completion_tokens is None else "max_completion_tokens"
+        gateway.check_room(self.request, asked, getattr(fields, asked))
 
     async def run_whole(self, responder: Responder) -> None:
         """Answer with one JSON object."""

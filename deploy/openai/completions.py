@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from argosy.cluster.protocol.errors import InvalidRequest
+from argosy.cluster.protocol.sampling import MAX_N
 from argosy.deploy.gateway import Gateway, PreparedRequest
 from argosy.deploy.http_io import HttpRequest, Responder
 from argosy.deploy.openai.errors import missing
@@ -55,9 +56,12 @@ class CompletionRun:
             raise InvalidRequest("best_of", num_answers, f"must be at least n, which is {fields.n}")
         if fields.best_of is not None and num_answers != fields.n and fields.stream:
             raise InvalidRequest("best_of", num_answers, "can't be streamed: the best is known at the end only")
+        if not 1 <= num_answers <= MAX_N:
+            field = "best_of" if fields.best_of is not None else "n"
+            raise InvalidRequest(field, num_answers, f"must be an integer from 1 to {MAX_N}")
         if num_answers * len(prompts) > MAX_ANSWERS:
-            field = "best_of" if fields.best_of is not None else "n" if len(prompts) == 1 else "prompt"
-            raise InvalidRequest(field, num_answers * len(prompts), f"at most {MAX_ANSWERS} answers in one request")
+            what = f"{len(prompts)} prompts with {num_answers} answers each"
+            raise InvalidRequest("prompt", what, f"at most {MAX_ANSWERS} answers in one request")
         more: dict[str, Any] = {"n": num_answers, "logprobs": fields.logprobs}
         more["max_tokens"] = (
             1 if self.prompt_only else fields.max_tokens if fields.max_tokens is not None else _MAX_TOKENS
@@ -77,6 +81,7 @@ class CompletionRun:
                 truncate_prompt_tokens=fields.truncate_prompt_tokens,
                 truncation_side=fields.truncation_side,
             )
+            gateway.check_room(prepared, "max_tokens", fields.max_tokens)
             self.requests.append(prepared)
             await asyncio.sleep(0)  # many prompts together may be long: other streams get their turn
             self.prompt_texts.append(self._echo_text(prepared) if fields.echo else "")
