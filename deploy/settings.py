@@ -46,8 +46,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag(
             "quantization",
             "text",
-            "round plain weights while they load: fp8, fp8_per_tensor, fp8_block, int8, int4; packed checkpoints are "
-            "recognised (default: what the folder says)",
+            "round plain weights: fp8, fp8_per_tensor, fp8_block, int8, int4 (default: what the folder says)",
             short="-q",
         ),
         Flag("chat-template", "text", "a Jinja file or text instead of the model's own"),
@@ -84,9 +83,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("kv-cache-memory-bytes", "int", "bytes for the KV cache of each rank, such as 2GiB; overrides the above"),
         Flag("num-gpu-blocks-override", "int", "number of KV blocks; overrides both"),
         Flag("block-size", "int", "tokens a KV block"),
-        Flag(
-            "kv-cache-dtype", "text", "auto, bfloat16, float16, float32 or fp8 (e4m3: half the bytes, twice the blocks)"
-        ),
+        Flag("kv-cache-dtype", "text", "auto, bfloat16, float16, float32 or fp8 (half the bytes)"),
         Flag("enable-prefix-caching", "switch", "keep blocks of finished requests for equal beginnings (default: on)"),
     ),
     "scheduling": (
