@@ -173,9 +173,10 @@ class Gateway:
     def check_room(self, request: PreparedRequest, field: str, max_tokens: int | None) -> None:
         """Refuse a number of tokens that the caller named and that can't follow this prompt, as vLLM and OpenAI do."""
         num_prompt_tokens, most = len(request.prompt_token_ids), self.info.max_model_len
-        if max_tokens is not None and max_tokens > most - num_prompt_tokens:
+        room = most - num_prompt_tokens
+        if max_tokens is not None and max_tokens > room:
             fix = f"this model takes {most} tokens and the prompt has {num_prompt_tokens}"
-            raise InvalidRequest(field, max_tokens, f"{fix}; ask for at most {most - num_prompt_tokens}, or leave it out")
+            raise InvalidRequest(field, max_tokens, f"{fix}; ask for at most {room}, or leave it out")
 
     async def stream(self, request: PreparedRequest) -> AsyncGenerator[list[TextDelta], None]:
         """The answers as they come. Close it (or let it be cancelled) to abort what has not ended."""
