@@ -24,22 +24,36 @@ def agree_on_num_blocks(reports: Sequence[WorkerReport], config: ServingConfig) 
     smallest = min(reports, key=lambda report: (report.num_blocks, report.global_rank))
     num_blocks, block_size = smallest.num_blocks, config.cache.block_size
     where = f"rank {smallest.global_rank} ({smallest.device} on {smallest.node or 'this node'})"
+    max_model_len = config.model.max_model_len
     if num_blocks < 2:
+        needed = max(2, -(-(max_model_len or 1) // block_size))
         raise PlacementImpossible(
             f"{where} has room for {max(num_blocks, 0)} KV blocks after {_gib(smallest.weight_bytes)} of weights and "
-            f"{_gib(smallest.activation_bytes)} of activations; raise --gpu-memory-utilization or "
-            "--kv-cache-memory-bytes, or spread the model over more ranks with --tensor-parallel-size"
+            f"{_gib(smallest.activation_bytes)} of activations, and one request of full length needs {needed}; "
+            f"{_way_out(smallest, config, needed)}"
         )
-    max_model_len = config.model.max_model_len
     if max_model_len is not None and num_blocks * block_size < max_model_len:
         needed = -(-max_model_len // block_size)
         raise ConfigError(
             f"max_model_len={max_model_len} needs {needed} KV blocks and {where} has room for {num_blocks}; "
             f"start with --max-model-len {num_blocks * block_size} or less, or give the cache "
-            f"{_gib(needed * smallest.block_bytes)} (--kv-cache-memory-bytes {needed * smallest.block_bytes}, "
-            "or a higher --gpu-memory-utilization)"
+            f"{_gib(needed * smallest.block_bytes)}: {_way_out(smallest, config, needed)}"
         )
     return num_blocks
+
+
+def _way_out(report: WorkerReport, config: ServingConfig, needed: int) -> str:
+    """The flag that gives the cache so many blocks, with its value."""
+    cache, wanted = config.cache, needed * report.block_bytes
+    if cache.num_gpu_blocks_override is not None:
+        return f"use --num-gpu-blocks-override {needed} or more"
+    if cache.kv_cache_memory_bytes is not None or not (total := report.ledger.get("total")):
+        return f"use --kv-cache-memory-bytes {wanted} or more"
+    share = cache.gpu_memory_utilization + max(wanted - report.free_bytes, 0) / total + 0.01
+    if share < 0.99:
+        return f"use --gpu-memory-utilization {share:.2f}"
+    tp_size = config.parallel.tensor_parallel_size
+    return f"spread the model over more ranks, such as --tensor-parallel-size {2 * tp_size}"
 
 
 def error_of_rank(error: WorkerError, node: str, epoch: int) -> ServingError:
