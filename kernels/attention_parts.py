@@ -14,9 +14,42 @@ def is_scaled(cache: Tensor, kv_scales: tuple[float, float]) -> bool:
 
 
 @triton.jit
+def for_cache(q, cache_ptr):
+    """Queries in the numbers that they are multiplied in: with keys of e4m3 float16, cut off where it ends, because
+    e4m3 becomes that in one instruction and bfloat16 in several."""
+    if cache_ptr.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
+        q = tl.minimum(tl.maximum(q.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
+    return q
+
+
+@triton.jit
 def scaled(x, inverse):
     """Keys or values as a cache keeps them: over their scale, cut off at the largest e4m3."""
     return tl.minimum(tl.maximum(x.to(tl.float32) * inverse, -448.0), 448.0)
+
+
+@triton.jit
+def angles(
+    position_ptr, rotation_ptr, dim, WIDTH: tl.constexpr, ROTARY: tl.constexpr, INTERLEAVED: tl.constexpr
+):  # fmt: skip
+    """For each dimension [W] of a head: the other one of its pair, the cosine, and the sine with the pair's sign."""
+    partner = dim
+    cos = tl.full((WIDTH,), 1.0, tl.float32)
+    sin = tl.zeros((WIDTH,), tl.float32)
+    if ROTARY > 0:
+        HALF: tl.constexpr = ROTARY // 2
+        turns = dim < ROTARY
+        if INTERLEAVED:
+            partner = tl.where(turns, dim ^ 1, dim)
+            pair = dim // 2
+        else:
+            partner = tl.where(turns, tl.where(dim < HALF, dim + HALF, dim - HALF), dim)
+            pair = dim % HALF
+        row = rotation_ptr + tl.load(position_ptr).to(tl.int64) * ROTARY
+        cos = tl.load(row + pair, turns, other=1.0)
+        sin = tl.load(row + HALF + pair, turns, other=0.0)
+        sin = tl.where(partner > dim, -sin, sin)
+    return partner, cos, sin
 
 
 @triton.jit

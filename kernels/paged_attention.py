@@ -17,7 +17,17 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
-from argosy.kernels.attention_parts import choose_splits, fusing_pays, is_scaled, join, prefetch, scaled, turn
+from argosy.kernels.attention_parts import (
+    angles,
+    choose_splits,
+    for_cache,
+    fusing_pays,
+    is_scaled,
+    join,
+    prefetch,
+    scaled,
+    turn,
+)
 from argosy.kernels.shared_prefix import SharedPrefix, attend_prefix, begin_with_prefix
 
 __all__ = ["choose_splits", "decode_attention", "fusing_pays", "paged_attention"]
@@ -115,22 +125,7 @@ def _paged_attention_kernel(
     begin = first + split * piece
     end = tl.minimum(begin + piece, cached)
     if NEW:  # all that does not hang on the projection
-        partner = dim
-        cos = tl.full((WIDTH,), 1.0, tl.float32)
-        sin = tl.zeros((WIDTH,), tl.float32)
-        if ROTARY > 0:
-            HALF: tl.constexpr = ROTARY // 2
-            turns = dim < ROTARY
-            if INTERLEAVED:
-                partner = tl.where(turns, dim ^ 1, dim)
-                pair = dim // 2
-            else:
-                partner = tl.where(turns, tl.where(dim < HALF, dim + HALF, dim - HALF), dim)
-                pair = dim % HALF
-            angles = rotation_ptr + tl.load(positions_ptr + row).to(tl.int64) * ROTARY
-            cos = tl.load(angles + pair, turns, other=1.0)
-            sin = tl.load(angles + HALF + pair, turns, other=0.0)
-            sin = tl.where(partner > dim, -sin, sin)
+        partner, cos, sin = angles(positions_ptr + row, rotation_ptr, dim, WIDTH, ROTARY, INTERLEAVED)
         slot = tl.load(slots_ptr + row).to(tl.int64)
         q_weight = tl.zeros((WIDTH,), tl.float32)
         q_other = q_weight
@@ -194,6 +189,7 @@ def _paged_attention_kernel(
                     shared_part_ptr, shared_stats_ptr, shared, shared_pieces, row, tl.num_programs(0), kv_head * G,
                     in_group, in_tile, K, G, H, GROUP, WIDTH, SHARED,
                 )  # fmt: skip
+    q = for_cache(q, k_cache_ptr)
     if ALIBI:
         slope = tl.load(slopes_ptr + kv_head * G + head, in_group, other=0.0).to(tl.float32) * LOG2E
     for start in tl.range(begin, end, BLOCK_L, num_stages=STAGES):
