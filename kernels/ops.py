@@ -132,7 +132,7 @@ def store_kv(
     *,
     kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> None:
-    """Write token t's key and value, over their scales, to slot slots_T[t] of the caches; -1 is padding: not written."""
+    """Write token t's key and value, over their scales, to slot slots_T[t] of the caches; slot -1 is not written."""
     if k_TKH.is_cuda:
         from argosy.kernels import kv_cache
 
@@ -215,8 +215,8 @@ def paged_attention(
 
         return kernel.paged_attention(
             q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, max_context=max_context,
-            sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, kv_scales=kv_scales,
-            out_RNH=out_RNH,
+            sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+            kv_scales=kv_scales, out_RNH=out_RNH,
         )  # fmt: skip
     attended = reference.paged_attention(
         q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, sliding_window=sliding_window,
@@ -317,12 +317,13 @@ def prefill_attention(
 
         return kernel.prefill_attention(
             q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, scale=scale,
-            sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, kv_scales=kv_scales,
-            out_TNH=out_TNH,
+            sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+            kv_scales=kv_scales, out_TNH=out_TNH,
         )  # fmt: skip
     attended = reference.prefill_attention(
         q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, scale=scale,
-        sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, kv_scales=kv_scales,
+        sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+        kv_scales=kv_scales,
     )  # fmt: skip
     return attended if out_TNH is None else out_TNH.copy_(attended)
 

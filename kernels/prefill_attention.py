@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
+from argosy.kernels.attention_parts import for_cache
 
 
 @triton.jit
@@ -151,6 +152,7 @@ def _prefill_attention_kernel(
     position = context - num_queries + query
     token = (query_start + query).to(tl.int64)
     q = tl.load(q_ptr + (token * stride_q + head * H)[:, None] + dim[None, :], in_tile, other=0.0)
+    q = for_cache(q, k_cache_ptr)
     slope = tl.zeros((BLOCK_M,), tl.float32)
     if ALIBI:
         slope += tl.load(slopes_ptr + head, present, other=0.0).to(tl.float32) * LOG2E

@@ -17,6 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
+from argosy.kernels.attention_parts import for_cache
 from argosy.kernels.prefill_attention import _walk
 
 MIN_PIECE = 256  # tokens: a shorter piece costs more to join than to walk
@@ -63,6 +64,7 @@ def _shared_prefix_kernel(
     present = (line < BLOCK_Q * G) & (row < num_rows)
     in_tile = present[:, None] & (dim < H)[None, :]
     q = tl.load(q_ptr + (row * stride_q + head * H)[:, None] + dim[None, :], in_tile, other=0.0)
+    q = for_cache(q, k_cache_ptr)
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
