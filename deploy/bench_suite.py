@@ -17,14 +17,18 @@ from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any, Final
 
+from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError
-from argosy.cluster.protocol.model_spec import ModelSpec, kv_bytes_per_token, read_model_spec
 from argosy.deploy import bench_models, bench_table
 from argosy.deploy.bench_table import Group, SuperLinear
 from argosy.deploy.device_defaults import read_gpus
+from argosy.placement.calibration import default_calibration
+from argosy.placement.model_sources import read_model_shape
+from argosy.placement.rank_memory import Serving, StageBytes, rank_memory
+from argosy.placement.topology import Gpu
 
 SUPER_LINEAR: Final = "super-linear"
-OVERHEAD_BYTES: Final = 900_000_000  # of a rank beside weights and cache with small steps: context, activations, graphs
+_CARD: Final = "H200"  # whose calibration foretells what a rank needs beside weights
 _LONGEST_SECONDS: Final = 3600.0
 _POLL_SECONDS: Final = 0.2
 Row = dict[str, Any]
@@ -201,11 +205,20 @@ def stop(job: Job) -> None:
             job.process.wait(timeout=30.0)
 
 
-def foretell_blocks(spec: ModelSpec, usable_bytes: int, tp_size: int, block_size: int = 16) -> int:
-    """KV blocks of a rank that may use so many bytes: what its share of the weights leaves, without asking a card."""
-    weights = 2 * spec.num_parameters // tp_size
-    block = block_size * kv_bytes_per_token(spec, 2, tp_size, spec.num_layers)
-    return max(0, usable_bytes - weights - OVERHEAD_BYTES) // block
+def foretell_blocks(folder: Path, pair: SuperLinear, tp_size: int) -> int:
+    """KV blocks of a rank that may use so many bytes, by the planner's accounting: no card is asked."""
+    shape = read_model_shape(folder)
+    config = ServingConfig.from_mapping({"model": str(folder), "gpu_memory_utilization": 1.0, **pair.settings})
+    memory = rank_memory(
+        StageBytes(shape, Serving.from_config(config, shape)),
+        default_calibration(_CARD),
+        Gpu(index=0, model=_CARD, memory_bytes=pair.usable_memory),
+        tp_size=tp_size,
+        pp_size=1,
+        first_layer=0,
+        last_layer=shape.num_layers,
+    )
+    return memory.num_blocks
 
 
 def super_linear_row(rows: Sequence[Row], pair: SuperLinear, parent: Path) -> Row | None:
@@ -215,8 +228,7 @@ def super_linear_row(rows: Sequence[Row], pair: SuperLinear, parent: Path) -> Ro
     if small is None or large is None:
         return None
     folder, _ = bench_models.make_folder(pair.model, parent)
-    spec = read_model_spec(folder)
-    foretold = [foretell_blocks(spec, pair.usable_memory, size) for size in pair.tensor_parallel_sizes]
+    foretold = [foretell_blocks(folder, pair, size) for size in pair.tensor_parallel_sizes]
     keep = ("time", "gpus", "versions", "commit", "python", "argosy", "digest", "repeats")
     return {
         **{key: large[key] for key in keep if key in large},
