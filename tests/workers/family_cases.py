@@ -46,6 +46,10 @@ def _longrope(original: int) -> dict[str, Any]:
 
 
 CASES: dict[str, Case] = {
+    "llama": Case("LlamaConfig", "LlamaForCausalLM", SMALL | {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "mistral": Case("MistralConfig", "MistralForCausalLM", SMALL | {"sliding_window": 6, "head_dim": 16}),
+    "qwen2": Case("Qwen2Config", "Qwen2ForCausalLM", SMALL | {"rope_parameters": YARN}),
+    "qwen3": Case("Qwen3Config", "Qwen3ForCausalLM", SMALL | {"head_dim": 24}),
     "gpt2": Case("GPT2Config", "GPT2LMHeadModel", GPT),
     "opt": Case("OPTConfig", "OPTForCausalLM", MHA | {"ffn_dim": 80, "word_embed_proj_dim": 48, "init_std": 0.2}),
     "opt post-norm, projected": Case(
