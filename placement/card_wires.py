@@ -1,13 +1,16 @@
 """Messages between the stages of one host, written straight into the next card's memory.
 
-NCCL's send and receive are kernels, which hold multiprocessors while they wait for each other, and compete for them with
-the products of the next step. Here a copy engine moves the bytes and the command processors wait for each other at
+NCCL's send and receive are kernels, which hold multiprocessors while they wait for each other, and compete for them
+with the products of the next step. Here a copy engine moves the bytes and the command processors wait for each other at
 counters, which takes no multiprocessor. Two H200, 8B, 64 rows that decode: 5.63 ms a token with NCCL, 5.41 with this.
 
     sender's side stream        wait until message n - SLOTS was taken; copy to slot n; counter "sent" there := n
     receiver's compute stream   wait until "sent" >= n; copy out of the slot; counter "taken" at the sender := n
 
-Each rank has one buffer that all others can address: two counters for each wire, then the slots of what it receives.
+Short messages, those of decode steps, go the same way by one small kernel on each side (`Mover`, given by who knows
+kernels): it is there sooner. They have slots and counters of their own; both sides know from its size which way a
+message goes. Each rank has one buffer that all others can address: the counters of all wires, then the slots of what it
+receives.
 """
 
 import ctypes
@@ -28,8 +31,9 @@ logger = logging.getLogger(__name__)
 
 SLOTS: Final = 2  # a message may come while the one before it is still being taken
 NUM_WIRES: Final = 3
-COUNTER_BYTES: Final = 128  # apart from each other, as two sides poll them
-HEADER_BYTES: Final = (2 * NUM_WIRES + 1) * COUNTER_BYTES
+SHORT_BYTES: Final = 1 << 20
+COUNTER_BYTES: Final = 128  # apart from each other, as two sides poll them; a mover has one of 4 bytes a program
+HEADER_BYTES: Final = (4 * NUM_WIRES + 1) * COUNTER_BYTES
 TRIAL: Final = 77
 AT_LEAST: Final = 0  # the driver's flag: until the counter has reached the value
 ALIGNMENT: Final = 1024
@@ -79,6 +83,22 @@ class DriverCommands:
             raise RuntimeError(f"the CUDA driver refused a command for a stream with error {status}")
 
 
+class Mover(Protocol):
+    """`kernels.card_message.move`: the same by one launch on the current stream."""
+
+    def __call__(
+        self,
+        source: int,
+        target: int,
+        num_bytes: int,
+        *,
+        await_address: int,
+        least: int,
+        announce_address: int,
+        count: int,
+    ) -> None: ...
+
+
 class CardWire:
     """One direction between two ranks, seen from one end. `slot_bytes`: the largest message."""
 
@@ -106,6 +126,33 @@ class CardWire:
         self._commands.copy(stream, target, self._slot(self._slots_here), num_bytes)
         self._commands.write(stream, self._taken_there, self._count)
 
+    def send_short(self, move: Mover, source: int, num_bytes: int) -> None:
+        """The same by a kernel. A wire goes one way or the other, always."""
+        self._count += 1
+        assert num_bytes <= self._slot_bytes, (num_bytes, self._slot_bytes)
+        move(
+            source,
+            self._slot(self._slots_there),
+            num_bytes,
+            await_address=self._taken_here,
+            least=self._count - SLOTS,
+            announce_address=self._sent_there,
+            count=self._count,
+        )
+
+    def receive_short(self, move: Mover, target: int, num_bytes: int) -> None:
+        """Its other end."""
+        self._count += 1
+        move(
+            self._slot(self._slots_here),
+            target,
+            num_bytes,
+            await_address=self._sent_here,
+            least=self._count,
+            announce_address=self._taken_there,
+            count=self._count,
+        )
+
     def _slot(self, slots: int) -> int:
         return slots + self._count % SLOTS * self._slot_bytes
 
@@ -113,44 +160,68 @@ class CardWire:
 class CardWires:
     """All wires of this rank: tokens from the last stage to the first, hidden states from each to the next."""
 
-    def __init__(self, parallel: ParallelContext, commands: Commands, token_bytes: int, hidden_bytes: int):
+    def __init__(
+        self, parallel: ParallelContext, commands: Commands, token_bytes: int, hidden_bytes: int, move: Mover | None
+    ):
         """Collective. `token_bytes`, `hidden_bytes`: of the largest message."""
         assert parallel.world is not None
-        self._device = parallel.device
-        token_bytes, hidden_bytes = (-(-size // ALIGNMENT) * ALIGNMENT for size in (token_bytes, hidden_bytes))
-        tokens_at = -(-HEADER_BYTES // ALIGNMENT) * ALIGNMENT
-        hidden_at = tokens_at + SLOTS * token_bytes
-        self._buffer = SymmetricBuffer(parallel.world, parallel.device, hidden_at + SLOTS * hidden_bytes)
+        self._device, self._commands, self._move = parallel.device, commands, move
+        sizes = {"tokens": token_bytes, "hidden states": hidden_bytes, "short hidden states": SHORT_BYTES}
+        self._slots_at: dict[str, tuple[int, int]] = {}  # of each kind: where, and how large one is
+        end = -(-HEADER_BYTES // ALIGNMENT) * ALIGNMENT
+        for kind, size in sizes.items():
+            rounded = -(-size // ALIGNMENT) * ALIGNMENT
+            self._slots_at[kind] = (end, rounded)
+            end += SLOTS * rounded
+        self._buffer = SymmetricBuffer(parallel.world, parallel.device, end)
         self.addresses: list[int] = self._buffer.addresses_W.tolist()
         rank = parallel.rank
-        here, own = rank.global_rank, self.addresses[rank.global_rank]
         first, last = (parallel.global_rank_of(rank.tp_rank, stage) for stage in (0, rank.pp_size - 1))
+        here = self._here = rank.global_rank
         self.outgoing: dict[str, CardWire] = {}
         self.incoming: dict[str, CardWire] = {}
         if here == last:
-            self.outgoing["tokens"] = CardWire(commands, 0, own, self.addresses[first], tokens_at, token_bytes)
+            self.outgoing["tokens"] = self._wire("tokens", 0, first)
         if here == first:
-            self.incoming["tokens"] = CardWire(commands, 0, own, self.addresses[last], tokens_at, token_bytes)
-        if parallel.next_rank is not None:
-            wire, peer = 1 + rank.pp_rank % 2, self.addresses[parallel.next_rank]
-            self.outgoing["hidden states"] = CardWire(commands, wire, own, peer, hidden_at, hidden_bytes)
-        if parallel.previous_rank is not None:
-            wire, peer = 1 + (rank.pp_rank - 1) % 2, self.addresses[parallel.previous_rank]
-            self.incoming["hidden states"] = CardWire(commands, wire, own, peer, hidden_at, hidden_bytes)
+            self.incoming["tokens"] = self._wire("tokens", 0, last)
+        for short, kind in enumerate(("hidden states", "short hidden states")):
+            if parallel.next_rank is not None:
+                number = short * NUM_WIRES + 1 + rank.pp_rank % 2
+                self.outgoing[kind] = self._wire(kind, number, parallel.next_rank)
+            if parallel.previous_rank is not None:
+                number = short * NUM_WIRES + 1 + (rank.pp_rank - 1) % 2
+                self.incoming[kind] = self._wire(kind, number, parallel.previous_rank)
         make_stream: Any = torch.cuda.Stream  # torch gives it no types
-        self._streams = {what: make_stream(parallel.device, priority=-1) for what in self.outgoing}
+        self._streams = {kind: make_stream(parallel.device, priority=-1) for kind in self.outgoing}
 
-    def send(self, what: str, tensor: Tensor) -> None:
-        """Send, beside the current stream and after what that was told so far. The tensor must not be changed."""
-        stream = self._streams[what]
+    def _wire(self, kind: str, number: int, peer: int) -> CardWire:
+        addresses = self.addresses
+        return CardWire(self._commands, number, addresses[self._here], addresses[peer], *self._slots_at[kind])
+
+    def _is_short(self, num_bytes: int) -> bool:
+        return self._move is not None and num_bytes <= SHORT_BYTES and num_bytes % 4 == 0
+
+    def send(self, kind: str, tensor: Tensor, *, changes: bool = False) -> None:
+        """Send what the current stream has made. `changes`: that stream will write there again."""
+        num_bytes = tensor.numel() * tensor.element_size()
+        if self._move is not None and self._is_short(num_bytes):
+            self.outgoing[_short(kind)].send_short(self._move, tensor.data_ptr(), num_bytes)
+            return
+        if changes:
+            tensor = tensor.clone()
+        stream = self._streams[kind]
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        self.outgoing[what].send(stream.cuda_stream, tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        self.outgoing[kind].send(stream.cuda_stream, tensor.data_ptr(), num_bytes)
         tensor.record_stream(stream)
 
-    def receive(self, what: str, tensor: Tensor) -> None:
+    def receive(self, kind: str, tensor: Tensor) -> None:
         """Let the current stream wait for the next message and put it into the tensor."""
+        num_bytes = tensor.numel() * tensor.element_size()
+        if self._move is not None and self._is_short(num_bytes):
+            self.incoming[_short(kind)].receive_short(self._move, tensor.data_ptr(), num_bytes)
+            return
         stream = torch.cuda.current_stream(self._device).cuda_stream
-        self.incoming[what].receive(stream, tensor.data_ptr(), tensor.numel() * tensor.element_size())
+        self.incoming[kind].receive(stream, tensor.data_ptr(), num_bytes)
 
     def finish(self) -> None:
         """Wait until all that was sent has left."""
@@ -160,7 +231,7 @@ class CardWires:
     def reaches(self, parallel: ParallelContext) -> bool:
         """Whether commands of each card reach the next one's memory. Collective."""
         world_size, rank = len(self.addresses), parallel.rank.global_rank
-        place = 2 * NUM_WIRES * COUNTER_BYTES
+        place = HEADER_BYTES - COUNTER_BYTES
         commands, stream = DriverCommands(), torch.cuda.current_stream(self._device).cuda_stream
         commands.write(stream, self.addresses[(rank + 1) % world_size] + place, TRIAL + rank)
         torch.cuda.synchronize(self._device)
@@ -170,7 +241,13 @@ class CardWires:
         return found == TRIAL + (rank - 1) % world_size
 
 
-def open_card_wires(parallel: ParallelContext, token_bytes: int, hidden_bytes: int) -> CardWires | None:
+def _short(kind: str) -> str:
+    return "tokens" if kind == "tokens" else f"short {kind}"
+
+
+def open_card_wires(
+    parallel: ParallelContext, token_bytes: int, hidden_bytes: int, move: Mover | None = None
+) -> CardWires | None:
     """The wires of a replica on one host, None where its cards can't address each other; the same on all ranks."""
     wanted = os.environ.get("ARGOSY_DISABLE_SYMMETRIC_MEMORY") != "1"
     host = zlib.crc32(socket.gethostname().encode()) if wanted else 0
@@ -181,7 +258,7 @@ def open_card_wires(parallel: ParallelContext, token_bytes: int, hidden_bytes: i
         return None
     wires: CardWires | None = None
     try:
-        wires = CardWires(parallel, DriverCommands(), token_bytes, hidden_bytes)
+        wires = CardWires(parallel, DriverCommands(), token_bytes, hidden_bytes, move)
         works = wires.reaches(parallel)
     except (RuntimeError, ImportError, AttributeError) as error:
         logger.info("stages send by NCCL: %s", str(error).splitlines()[0] if str(error) else error)

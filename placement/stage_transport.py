@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from argosy.cluster.protocol.errors import WorkerFailed
-from argosy.placement.card_wires import CardWires, open_card_wires
+from argosy.placement.card_wires import CardWires, Mover, open_card_wires
 from argosy.placement.process_groups import ParallelContext
 
 NCCL_BLOCKS = 8  # multiprocessors that a send may hold while it waits for its taker
@@ -39,8 +39,10 @@ class StageTransport:
         max_steps_in_flight: int = 2,
         max_tokens: int = 0,
         max_rows: int = 0,
+        move: Mover | None = None,
     ):
-        """`max_tokens`, `max_rows`: of the largest messages; without them cards don't share memory."""
+        """`max_tokens`, `max_rows`: of the largest messages; without them cards don't share memory. `move`: a kernel
+        for short messages between such cards."""
         self.parallel, self._hidden_size, self._dtype = parallel, hidden_size, dtype
         self.timeout_seconds = timeout_seconds
         self.max_steps_in_flight = max_steps_in_flight
@@ -49,7 +51,7 @@ class StageTransport:
         self._cards: CardWires | None = None
         if rank.pp_size > 1 and parallel.device.type == "cuda" and max_tokens:
             hidden_bytes = max_tokens * hidden_size * dtype.itemsize
-            self._cards = open_card_wires(parallel, max_rows * torch.int64.itemsize, hidden_bytes)
+            self._cards = open_card_wires(parallel, max_rows * torch.int64.itemsize, hidden_bytes, move)
         if rank.pp_size > 1 and self._cards is None:
             # by all ranks, in one order; neighbouring boundaries alternate, so that a stage between two others
             # receives on one wire and sends on another
@@ -58,11 +60,11 @@ class StageTransport:
 
     # ---------------------------------------------------------------------------------------------- hidden states
 
-    def send(self, hidden_TD: Tensor) -> None:
-        """Start to send to the next stage; the tensor must not be changed any more."""
+    def send(self, hidden_TD: Tensor, *, changes: bool = False) -> None:
+        """Start to send to the next stage. `changes`: later steps write to the same tensor."""
         target = self.parallel.next_rank
         assert target is not None
-        self._send(hidden_TD, target, self._forward_wire(self.parallel.rank.pp_rank), "hidden states")
+        self._send(hidden_TD, target, self._forward_wire(self.parallel.rank.pp_rank), "hidden states", changes)
 
     def receive(self, num_tokens: int, into_TD: Tensor | None = None) -> Tensor:
         """The hidden states of the previous stage for this step: [num_tokens, D], in `into_TD` if given."""
@@ -76,9 +78,9 @@ class StageTransport:
     # ----------------------------------------------------------------------------------------------------- tokens
 
     def send_tokens(self, last_token_N: Tensor) -> None:
-        """From the last stage to the first: who has which last token. The tensor must not be changed any more."""
+        """From the last stage to the first: who has which last token. Later steps may write there."""
         parallel = self.parallel
-        self._send(last_token_N, parallel.global_rank_of(parallel.rank.tp_rank, 0), 0, "tokens")
+        self._send(last_token_N, parallel.global_rank_of(parallel.rank.tp_rank, 0), 0, "tokens", True)
 
     def receive_tokens(self, into_N: Tensor) -> Tensor:
         """On the first stage: the tokens of the oldest step whose tokens weren't received."""
@@ -99,11 +101,13 @@ class StageTransport:
     def _forward_wire(self, boundary: int) -> int:
         return 1 + boundary % 2
 
-    def _send(self, tensor: Tensor, target: int, wire: int, what: str) -> None:
+    def _send(self, tensor: Tensor, target: int, wire: int, what: str, changes: bool) -> None:
         tensor = tensor.contiguous()
         if self._cards is not None:
-            self._cards.send(what, tensor)
+            self._cards.send(what, tensor, changes=changes)
             return
+        if changes:
+            tensor = tensor.clone()
         sent = self._sent.setdefault(wire, deque())
         # the scheduler keeps fewer steps unanswered, so this waits only when something is wrong
         while sent and (len(sent) > self.max_steps_in_flight or sent[0][0].is_completed()):

@@ -3,6 +3,7 @@
 T tokens of the step, S rows that sample, D model width, V vocabulary.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +16,7 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
 from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.cluster.protocol.sampling import TokenParams
+from argosy.placement.card_wires import Mover
 from argosy.placement.process_groups import ParallelContext
 from argosy.placement.stage_transport import StageTransport
 from argosy.workers.attention.base import AttentionBackend, AttentionMetadata
@@ -127,6 +129,7 @@ class ModelRunner:
             max_steps_in_flight=config.max_steps_in_flight,
             max_tokens=max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs),
             max_rows=scheduler.max_num_seqs,
+            move=_short_message_mover(device),
         )
         self.batch = InputBatch(
             max_num_seqs=scheduler.max_num_seqs,
@@ -326,7 +329,7 @@ class ModelRunner:
             self.transport.receive(num_rows, self.graphs.hidden_RD[:num_rows])
         result = self.graphs.run(num_rows)
         if not self.rank.is_last_stage:
-            self.transport.send(result.clone())  # the next replay writes there again
+            self.transport.send(result, changes=True)  # the next replay writes there again
             return None
         if self.sampler.is_greedy:
             sampled = Sampled(self.graphs.run_greedy(num_rows).clone())
@@ -423,3 +426,12 @@ class ModelRunner:
         if not self.rank.answers:
             return None
         return StepOutcome(output, None, None, [], {}, started, None)
+
+
+def _short_message_mover(device: torch.device) -> Mover | None:
+    """The kernel for short messages between stages, on a GPU."""
+    if device.type != "cuda" or os.environ.get("ARGOSY_SHORT_MESSAGES", "0") != "1":
+        return None
+    from argosy.kernels import card_message  # Triton, which a CPU host has no need of
+
+    return card_message.move

@@ -42,7 +42,7 @@ class TokenReturn:
 
     def send(self) -> None:
         """On the last stage: the step's tokens stand in the table."""
-        self._transport.send_tokens(self._batch.last_token_N.clone())
+        self._transport.send_tokens(self._batch.last_token_N)
 
     @property
     def is_outstanding(self) -> bool:

@@ -8,7 +8,7 @@ import pytest
 
 pytest.importorskip("torch")
 
-from argosy.placement.card_wires import COUNTER_BYTES, HEADER_BYTES, SLOTS, CardWire
+from argosy.placement.card_wires import COUNTER_BYTES, HEADER_BYTES, NUM_WIRES, SLOTS, CardWire
 
 SLOT_BYTES = 16
 
@@ -20,6 +20,7 @@ class Cards:
         self.memory: dict[int, object] = {}
         self.streams: dict[int, deque[Callable[[], bool]]] = {}
         self._rng = random.Random(seed)
+        self.current = 0
 
     def wait(self, stream: int, address: int, value: int) -> None:
         """Stays first in its stream until the counter is there."""
@@ -40,6 +41,22 @@ class Cards:
         del num_bytes
         self._tell(stream, lambda: (self.memory.__setitem__(target, self.memory[source]), True)[1])
 
+    def move(
+        self,
+        source: int,
+        target: int,
+        num_bytes: int,
+        *,
+        await_address: int,
+        least: int,
+        announce_address: int,
+        count: int,
+    ) -> None:
+        """One launch is these three in a row; which card's stream is told by the test."""
+        self.wait(self.current, await_address, least)
+        self.copy(self.current, target, source, num_bytes)
+        self.write(self.current, announce_address, count)
+
     def _tell(self, stream: int, command: Callable[[], bool]) -> None:
         self.streams.setdefault(stream, deque()).append(command)
 
@@ -56,8 +73,9 @@ class Cards:
                     commands.popleft()
 
 
+@pytest.mark.parametrize("short", [False, True])
 @pytest.mark.parametrize("seed", range(8))
-def test_every_message_arrives_once_and_none_is_overwritten(seed: int) -> None:
+def test_every_message_arrives_once_and_none_is_overwritten(seed: int, short: bool) -> None:
     """A sender that is told everything at once, as hosts run ahead of their cards; the receiver as well."""
     cards, count = Cards(seed), 12
     sender, receiver = 0, 1 << 20
@@ -67,8 +85,14 @@ def test_every_message_arrives_once_and_none_is_overwritten(seed: int) -> None:
     sources, targets = 1 << 30, 1 << 31
     for message in range(count):
         cards.memory[sources + message] = f"message {message}"
-        outgoing.send(0, sources + message, SLOT_BYTES)
-        incoming.receive(1, targets + message, SLOT_BYTES)
+        if short:
+            cards.current = 0
+            outgoing.send_short(cards.move, sources + message, SLOT_BYTES)
+            cards.current = 1
+            incoming.receive_short(cards.move, targets + message, SLOT_BYTES)
+        else:
+            outgoing.send(0, sources + message, SLOT_BYTES)
+            incoming.receive(1, targets + message, SLOT_BYTES)
     cards.run()
     assert [cards.memory[targets + message] for message in range(count)] == [f"message {m}" for m in range(count)]
     slots = {address for address in cards.memory if receiver + slots_at <= address < sources}
@@ -78,7 +102,7 @@ def test_every_message_arrives_once_and_none_is_overwritten(seed: int) -> None:
 def test_wires_have_their_own_counters() -> None:
     """Tokens one way and hidden states the other, between the same two cards: nothing of them overlaps."""
     cards = Cards(0)
-    ends = [CardWire(cards, wire, 0, 1 << 20, HEADER_BYTES, SLOT_BYTES) for wire in range(3)]
+    ends = [CardWire(cards, wire, 0, 1 << 20, HEADER_BYTES, SLOT_BYTES) for wire in range(2 * NUM_WIRES)]
     counters = [address for end in ends for address in (end._sent_here, end._taken_here)]
-    assert len(set(counters)) == 6
+    assert len(set(counters)) == 4 * NUM_WIRES
     assert max(counters) + 4 <= HEADER_BYTES - COUNTER_BYTES
