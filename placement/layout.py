@@ -96,10 +96,7 @@ class LayoutJudge:
             problem = f"{pp_size} stages are more than the {shape.num_layers} layers"
         if problem is not None:
             return Layout(tp_size=tp_size, pp_size=pp_size, problem=problem)
-        counts, most_blocks = self._split(replica, tp_size)
-        if most_blocks < self._needed_blocks(1):
-            return self._does_not_fit(replica, tp_size, counts)
-        return self._predict(replica, tp_size, counts, hops)
+        return self.judge_split(replica, tp_size, hops, self._split(replica, tp_size))
 
     def judge_split(
         self, replica: Sequence[DeviceGroup], tp_size: int, hops: Sequence[Link], counts: Sequence[int]
@@ -112,11 +109,8 @@ class LayoutJudge:
 
     # --------------------------------------------------------------------------------------------------- the split
 
-    def _split(self, replica: Sequence[DeviceGroup], tp_size: int) -> tuple[tuple[int, ...], float]:
-        """Layers of each stage: room for the traffic first, then the least time on the slowest stage.
-
-        Returns the blocks of the stage that has the fewest, too; less than one need not be whole.
-        """
+    def _split(self, replica: Sequence[DeviceGroup], tp_size: int) -> tuple[int, ...]:
+        """Layers of each stage: room for the traffic first, then the least time on the slowest stage."""
         num_layers = self.sizes.shape.num_layers
         room = [self._room(group, tp_size, len(replica)) for group in replica]
 
@@ -138,7 +132,7 @@ class LayoutJudge:
         most, roomy = best
         needed = min(most, float(self._needed_blocks(self._wanted_concurrency())))
         if most < self._needed_blocks(1) or len(replica) == 1:
-            return roomy, most
+            return roomy
         seconds = [self._seconds_of_layers(group, tp_size) for group in replica]
 
         def speed(stage: int, first: int, last: int) -> float:
@@ -149,11 +143,14 @@ class LayoutJudge:
 
         fastest = split_layers(num_layers, len(replica), speed)
         assert fastest is not None  # `roomy` is one
-        return fastest[1], most
+        return fastest[1]
 
     def _room(self, group: DeviceGroup, tp_size: int, pp_size: int) -> tuple[float, float, float]:
         """(bytes for layers and blocks, what the embedding takes of it, what the head takes of it)."""
-        shape, sizes = self.sizes.shape, self.sizes
+        shape = self.sizes.shape
+        # bytes or blocks that the user names for the cache are the same on every stage: splits are by what is there
+        unasked = {"kv_cache_memory_bytes": None, "num_gpu_blocks_override": None}
+        sizes = StageBytes(shape, msgspec.structs.replace(self.sizes.serving, **unasked))
         calibration = self.calibration_of(group)
 
         def left(first: int, last: int) -> float:

@@ -18,6 +18,10 @@ from argosy.placement.weight_format import FORMATS, WeightFormat
 CPU_CACHE_BYTES: Final = 4 * 2**30  # as in workers/memory.py, and held to it by a test
 CPU_CACHE_FRACTION: Final = 0.3
 MIN_BLOCKS: Final = 1
+# What a GPU's allocator may take beyond the tensors. It comes out of the share that `gpu_memory_utilization` leaves;
+# who names the cache's bytes has no such share.
+ROUNDED_WEIGHTS: Final = 0.03
+ROUNDED_TENSOR: Final = 2 * 2**20
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True):
@@ -182,6 +186,8 @@ def rank_memory(
         asked = serving.num_gpu_blocks_override * block
     if asked is not None:  # taken at its word, as ranks do; what can't be allocated does not fit
         room = gpu.usable_bytes - workspace - weights - activations
+        if gpu.model != "CPU":
+            room -= int(ROUNDED_WEIGHTS * weights) + 2 * (last_layer - first_layer) * ROUNDED_TENSOR
         budget = asked if asked <= room else room - asked
     blocks = max(0, min(budget // block, serving.most_blocks))
     if serving.num_gpu_blocks_override is not None and budget >= 0:

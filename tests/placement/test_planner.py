@@ -204,3 +204,15 @@ def test_the_shipped_calibrations_can_be_read() -> None:
     assert default_calibration("H200") is default_calibration("H200")
     assert default_calibration("A10G").device == default_calibration("H200").device
     assert default_calibration("CPU").device == "CPU rank"
+
+
+def test_bytes_that_are_asked_for_must_be_there() -> None:
+    """kv_cache_memory_bytes is taken at its word by ranks; a plan that can't keep it is no plan."""
+    shape = read_model_shape("llama-3.1-8b")
+    for asked, is_there in ((4, True), (7, False)):
+        serving = make_serving(shape, max_model_len=8192, kv_cache_memory_bytes=asked * 2**30)
+        if is_there:
+            assert plan_cluster(shape, cluster("1 x A10G"), None, serving).chosen.replicas[0].num_blocks == asked * 512
+        else:
+            with pytest.raises(PlacementImpossible, match="lacks"):
+                plan_cluster(shape, cluster("1 x A10G"), None, serving)
