@@ -7,7 +7,30 @@ from torch import Tensor
 
 from argosy.kernels import moe_reference
 
-choose_experts = moe_reference.choose_experts
+
+def choose_experts(
+    logits_TE: Tensor,
+    top_k: int,
+    *,
+    scoring: str = "softmax",
+    renormalise: bool = False,
+    scaling_factor: float = 1.0,
+    correction_E: Tensor | None = None,
+    num_groups: int = 1,
+    top_groups: int = 1,
+    group_score: str = "max",
+) -> tuple[Tensor, Tensor]:
+    """(ids [T, K] int32, weights [T, K] float32) from a router's logits."""
+    if logits_TE.is_cuda:
+        from argosy.kernels import moe_route
+
+        run = moe_route.choose_experts
+    else:
+        run = moe_reference.choose_experts
+    return run(
+        logits_TE, top_k, scoring=scoring, renormalise=renormalise, scaling_factor=scaling_factor,
+        correction_E=correction_E, num_groups=num_groups, top_groups=top_groups, group_score=group_score,
+    )  # fmt: skip
 
 
 def experts(

@@ -1,12 +1,13 @@
 """Experts on the card against plain torch: ugly sizes, experts that nobody wants, choices of other ranks."""
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from argosy.kernels import moe_gemm, moe_reference
+from argosy.kernels import moe_gemm, moe_reference, moe_route
 
 Near = Callable[[Tensor, Tensor], None]
 
@@ -78,6 +79,32 @@ def test_experts_of_8_bits(device: torch.device, assert_near: Near) -> None:
     ids, weights = choices(9, 2, num_experts, device)
     got = moe_gemm.experts(x, *weights_8, ids, weights, gate_up_scale=scales[0], down_scale=scales[1])
     assert_near(got, moe_reference.experts(x.double(), *plain, ids, weights))
+
+
+ROUTERS: dict[str, tuple[int, int, dict[str, Any]]] = {
+    "mixtral": (8, 2, {"renormalise": True}),
+    "qwen2": (60, 4, {}),
+    "gpt-oss": (128, 4, {"scoring": "softmax_after"}),
+    "deepseek v2": (160, 6, {"num_groups": 8, "top_groups": 3, "scaling_factor": 16.0}),
+    "deepseek v3": (256, 8, {"scoring": "sigmoid", "num_groups": 8, "top_groups": 4, "group_score": "top2",
+        "renormalise": True, "scaling_factor": 2.5}),
+    "one of three": (3, 1, {"scoring": "sigmoid"}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ROUTERS)
+@pytest.mark.parametrize("corrected", [False, True])
+def test_experts_are_chosen(kind: str, corrected: bool, device: torch.device, assert_near: Near) -> None:
+    """All kinds of routers: the same experts with the same weights, whatever their order."""
+    num_experts, top_k, options = ROUTERS[kind]
+    logits = torch.randn(21, num_experts + 5, device=device)[:, :num_experts]
+    if corrected and options.get("scoring") != "softmax_after":
+        options = options | {"correction_E": torch.rand(num_experts, device=device) * 0.1}
+    ids, weights = moe_route.choose_experts(logits, top_k, **options)
+    want_ids, want_weights = moe_reference.choose_experts(logits, top_k, **options)
+    order, want_order = ids.argsort(-1), want_ids.argsort(-1)
+    assert torch.equal(ids.gather(1, order), want_ids.gather(1, want_order))
+    assert_near(weights.gather(1, order), want_weights.gather(1, want_order))
 
 
 def test_a_sigmoid_router_chooses_within_groups_and_by_the_correction() -> None:
