@@ -1,5 +1,6 @@
 """Both attention kernels against the reference: every option, ugly heads, padding rows, splits, strided queries."""
 
+import random
 from collections.abc import Callable
 
 import pytest
@@ -162,3 +163,30 @@ def test_decode_of_rows_that_share_a_prefix(
     )  # fmt: skip
     assert_near(got, want)
     assert not got[-1].any()
+
+
+@pytest.mark.parametrize("seed", [*range(4), *(pytest.param(seed, marks=pytest.mark.gpu) for seed in range(4, 40))])
+def test_both_on_shapes_that_nobody_chose(seed: int, device: torch.device, assert_near: Near) -> None:
+    """Any heads, head size, block size and lengths, and any of the options together."""
+    rng = random.Random(seed)
+    on_gpu = device.type == "cuda"
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    num_kv_heads, group = rng.choice([1, 2, 3, 8]), rng.choice([1, 2, 3, 4, 7, 16])
+    num_heads, head_size = num_kv_heads * group, rng.choice([64, 80, 96, 128, 256])
+    block_size, most = rng.choice([16, 32, 48, 128]), 3000 if on_gpu else 60
+    names = rng.sample(OPTIONS[1:], rng.randrange(4))
+    options = {key: value for name in names for key, value in chosen(name, num_heads, device).items()}
+    contexts = [rng.randrange(1, most) for _ in range(rng.randrange(1, 40 if on_gpu else 4))]
+    queries = [rng.randrange(min(300 if on_gpu else 9, context) + 1) for context in contexts]
+    k_cache, v_cache, table, context = paged(contexts, block_size, num_kv_heads, head_size, dtype, device)
+    q = torch.randn(len(contexts), num_heads, head_size, device=device).to(dtype)
+    want = reference.paged_attention(q, k_cache, v_cache, table, context, scale=0.1, **options)
+    assert_near(paged_attention.paged_attention(q, k_cache, v_cache, table, context, scale=0.1, **options), want)
+    starts = torch.tensor([0, *queries], device=device).cumsum(0).int()
+    q = torch.randn(sum(queries) + 1, num_heads, head_size, device=device).to(dtype)[: sum(queries)]
+    sizes = None if on_gpu else {"block_m": 16, "block_l": 16, "warps": 4, "stages": 1, "one_loop": seed % 2}
+    want = reference.prefill_attention(q, k_cache, v_cache, starts, context, table, scale=0.1, **options)
+    got = prefill_attention.prefill_attention(
+        q, k_cache, v_cache, starts, context, table, scale=0.1, sizes=sizes, **options
+    )  # fmt: skip
+    assert_near(got, want)
