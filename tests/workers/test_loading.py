@@ -155,9 +155,9 @@ BROKEN: dict[str, tuple[Callable[[Path], None], type[WeightError], list[str]]] =
     ),
     "dtype": (change_config(torch_dtype="float8"), UnsupportedModel, ["torch_dtype", "float8"]),
     "quantised": (
-        change_config(quantization_config={"quant_method": "awq"}),
+        change_config(quantization_config={"quant_method": "bitnet"}),
         UnsupportedModel,
-        ["quantization_config", "awq", "supported: fp8"],
+        ["quantization_config", "bitnet", "supported: fp8"],
     ),
     "eos": (change_config(eos_token_id="</s>"), WeightError, ["eos_token_id", "</s>"]),
     "generation config": (
