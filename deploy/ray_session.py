@@ -5,6 +5,7 @@ with this process, however that ends (Ray's processes share its fate).
 """
 
 import contextlib
+import importlib
 import logging
 import os
 import shutil
@@ -79,10 +80,14 @@ class RaySession:
             _forget_cached_auth()
         session = cls(connected=True, environment=environment)
         try:
+            _check_admitted(address)
             ray.init(address=address, namespace=NAMESPACE, log_to_driver=False, logging_level=logging.ERROR)
         except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
             session.close()
-            raise ClusterError(f"no Ray cluster can be joined at {address!r}: {_why_not(error)}") from error
+            raise ClusterError(f"no Ray cluster can be joined at {address!r}: {_one_line(error)}") from error
+        except ClusterError:
+            session.close()
+            raise
         return session
 
     @classmethod
@@ -158,13 +163,28 @@ def _has_token() -> bool:
     return given or (Path.home() / ".ray" / "auth_token").is_file()
 
 
-def _why_not(error: BaseException) -> str:
-    text = _one_line(error)
-    if "auth" in str(error).lower():
-        return (
-            f"it wants its token ({text}); copy ~/.ray/auth_token from the machine of 'ray up', or set RAY_AUTH_TOKEN"
-        )
-    return text
+def _check_admitted(address: str) -> None:
+    """Ask the cluster one small thing: with a wrong token `ray.init` tries for twenty seconds and does not say why."""
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        return
+    try:  # Ray's insides: where they have moved, `ray.init` says what it can
+        grpc: Any = importlib.import_module("grpc")
+        utils: Any = importlib.import_module("ray._private.grpc_utils")
+        messages: Any = importlib.import_module("ray.core.generated.gcs_service_pb2")
+        services: Any = importlib.import_module("ray.core.generated.gcs_service_pb2_grpc")
+    except ImportError:
+        return
+    with contextlib.closing(utils.init_grpc_channel(address)) as channel:
+        try:
+            ask = services.NodeInfoGcsServiceStub(channel).GetClusterId
+            ask(messages.GetClusterIdRequest(), timeout=_REACH_SECONDS)
+        except grpc.RpcError as error:
+            if error.code() is grpc.StatusCode.UNAUTHENTICATED:
+                raise ClusterError(
+                    f"the Ray cluster at {address!r} wants its token: copy ~/.ray/auth_token from where 'ray up' was "
+                    "called, or set RAY_AUTH_TOKEN_PATH to a file with it"
+                ) from error
 
 
 def _write_token(folder: Path) -> Path:

@@ -27,7 +27,7 @@ PACKAGES: Final = ("argosy", "torch", "triton", "ray", "transformers", "tokenize
 NCCL_PACKAGES: Final = ("nvidia-nccl-cu12", "nvidia-nccl-cu13")
 _VARIABLES: Final = ("NCCL_", "GLOO_", "CUDA_VISIBLE_DEVICES", "TORCH_NCCL_", "UCX_", "OMP_NUM_THREADS")
 _SMI_SECONDS: Final = 8.0
-_NAME_SECONDS: Final = 3.0
+_NAME_SECONDS: Final = 1.2
 _GPU_COLUMNS: Final = (
     "index,uuid,name,memory.total,memory.used,driver_version,pcie.link.width.current,pcie.link.width.max,"
     "ecc.errors.uncorrected.volatile.total,compute_mode,mig.mode.current"
@@ -96,7 +96,7 @@ def gather_facts(address: str) -> NodeFacts:
     gpus, gpu_problem = read_gpus()
     interface = interface_of(address)
     memory, shm = psutil.virtual_memory(), _usage("/dev/shm")
-    folder = tempfile.gettempdir()
+    folder = os.environ.get("TMPDIR") or "/tmp"  # and not what `tempfile` would fall back to
     return NodeFacts(
         address=address,
         hostname=socket.gethostname(),

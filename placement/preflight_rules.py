@@ -205,7 +205,7 @@ def _of_network(facts: NodeFacts) -> Iterator[Fault]:
             )  # fmt: skip
     if facts.name_seconds >= 1.0:
         yield _warn(
-            "name-slow", facts, f"its own name {facts.hostname} took {facts.name_seconds:.1f} s to resolve",
+            "name-slow", facts, f"its own name {facts.hostname} took {facts.name_seconds:.1f} s or more to resolve",
             f"put '{facts.address} {facts.hostname}' into its /etc/hosts, or mend its name server",
         )  # fmt: skip
 
