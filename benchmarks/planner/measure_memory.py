@@ -22,6 +22,7 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext
+from argosy.workers.device import DeviceMemory
 from argosy.workers.memory import MemoryLedger, measure_num_blocks, warm_up_shapes
 from argosy.workers.model_runner import ModelRunner
 
@@ -35,22 +36,26 @@ def measure(folder: str, model: str, tokens: int, rows: int) -> dict[str, object
             "max_num_batched_tokens": tokens, "max_num_seqs": rows, "max_cuda_graph_batch": rows,
         }
     )  # fmt: skip
+    ledger = MemoryLedger(meter=DeviceMemory(device))
+    ledger.mark("context", outside="context")
     spec = read_model_spec(folder)
     rank = make_plan(spec.num_layers, 1, 1).ranks[0]
     parallel = ParallelContext(rank, device, 60.0)
     runner = ModelRunner(config, spec, parallel, device=device, dtype=torch.bfloat16, cache_dtype=torch.bfloat16)
-    ledger = MemoryLedger()
-    ledger.weight_bytes = runner.load(Path(folder), None).num_bytes
+    ledger.mark("buffers")
+    runner.load(Path(folder), None)
+    ledger.mark("weights", outside="workspace")
     blocks = measure_num_blocks(runner, ledger)
     runner.allocate(blocks)
+    ledger.mark("kv")
     runner.warm_up(warm_up_shapes(runner))
-    free_before = torch.cuda.mem_get_info(device)[0]
+    ledger.mark("workspace")
     runner.record_graphs()
-    free_after, total = torch.cuda.mem_get_info(device)
+    ledger.mark("graphs", outside="graphs")
     row = {
         "model": model, "tokens": tokens, "rows": rows, "blocks": blocks, "block_bytes": runner.block_bytes,
-        **ledger.entries(), "total": total, "graphs": free_before - free_after, "free_at_end": free_after,
-        "allocated_at_end": torch.cuda.memory_allocated(device), "gpu": torch.cuda.get_device_name(device),
+        "activation_bytes": ledger.activation_bytes, "graph_bytes": ledger.graph_bytes, "room": ledger.room_bytes,
+        "ledger": ledger.entries(), "gpu": torch.cuda.get_device_name(device),
     }  # fmt: skip
     del runner
     gc.collect()
