@@ -288,7 +288,7 @@ DENSE_FAMILIES: Final[Mapping[str, Family]] = {
         qkv_bias="bias", o_bias="bias", mlp_bias="bias", wide_mlp=True, extra=_falcon,
         names={
             "rms_norm_eps": "layer_norm_epsilon", "hidden_act": "activation", "intermediate_size": "ffn_hidden_size",
-            "num_hidden_layers": "n_layer", "num_attention_heads": "n_head",
+            "num_hidden_layers": "n_layer", "num_attention_heads": "n_head", "num_kv_heads": "n_head_kv",
         },
         defaults={
             "tie_word_embeddings": True, "layer_norm_epsilon": 1e-5, "activation": "gelu",
