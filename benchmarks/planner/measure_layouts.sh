@@ -8,7 +8,7 @@ workload=${3:-fixed512x256}
 measure() { # name, cards of each replica separated by /, tp, pp
     local number=0
     for cards in ${2//\// }; do
-        CUDA_VISIBLE_DEVICES=$cards timeout 100 python benchmarks/gpu/bench_gpu.py --model "$model" -tp "$3" -pp "$4" \
+        CUDA_VISIBLE_DEVICES=$cards timeout 100 python3 benchmarks/gpu/bench_gpu.py --model "$model" -tp "$3" -pp "$4" \
             --workload "$workload" --repeats 1 --note "replica $number of $1" --output "$out" >"/tmp/layout-$1-$number.log" 2>&1 &
         number=$((number + 1))
     done
