@@ -11,6 +11,7 @@ settings; the rest is mended by a small script that stands in for the program, c
 reads it, and sees to it that HAProxy does not outlive Ray.
 """
 
+import random
 import re
 import socket
 from pathlib import Path
@@ -22,6 +23,8 @@ from argosy.cluster.protocol.errors import ConfigError
 MOST_FOLDER_BYTES: Final = 97 - len("/") - 56 - len("/a")
 NODE_FOLDER: Final = ".argosy/doors"  # in the home of whoever runs a cluster's node
 _LOOPBACK: Final = "127.0.0.1"
+_HTTP_PORTS, _GRPC_PORTS = 160, 39  # a port rests for 35 s after its replica has gone
+_PORT_RANGES: Final = (20_000, 30_000, 200)  # above Ray's own, below those of outgoing connections
 _REAL: Final = "@HAPROXY@"
 _SCRIPT: Final = r"""#!/bin/sh
 # Stands in for HAProxy; see argosy/deploy/haproxy.py.
@@ -74,6 +77,7 @@ def environment(folder: Path) -> dict[str, str]:
     real = find()
     if real is None:
         return {}
+    first = reserve_ports()
     script = folder / "haproxy"
     script.write_text(_SCRIPT.replace(_REAL, real), encoding="utf-8")
     script.chmod(0o700)
@@ -85,6 +89,10 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT": str(first),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _HTTP_PORTS - 1),
+        "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first + _HTTP_PORTS),
+        "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first + _HTTP_PORTS + _GRPC_PORTS - 1),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
         # a client that breaks off is no reason to take the only replica out
@@ -93,6 +101,30 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
     }
+
+
+def reserve_ports() -> int:
+    """The first of the ports on which the replicas of this server, and of no other on this machine, are reached.
+
+    By default all servers of a machine take them from one range. HAProxy goes on asking the port of a replica that has
+    died until it is told, and by then another server's replica may have it: requests were answered by the wrong server
+    for seconds. The port in front of each range is bound as long as this process lives, which keeps others away.
+    """
+    ranges = list(range(*_PORT_RANGES))
+    random.SystemRandom().shuffle(ranges)
+    for sign in ranges:
+        holder = socket.socket()
+        try:
+            holder.bind(("127.0.0.1", sign))
+        except OSError:
+            holder.close()
+            continue
+        _held.append(holder)
+        return sign + 1
+    raise ConfigError(f"no range of ports is free from {_PORT_RANGES[0]} to {_PORT_RANGES[1]}; stop other servers")
+
+
+_held: list[socket.socket] = []
 
 
 def _free_port() -> int:

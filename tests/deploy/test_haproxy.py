@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 import tempfile
 from pathlib import Path
 
@@ -86,3 +87,21 @@ def test_the_door_listens_where_it_is_asked_to_and_replicas_stay_on_loopback(fol
     with pytest.raises(ConfigError, match="must be an address"):
         haproxy.listen_at(folder, "x; rm -rf")
     assert haproxy.listen_at(folder / "none", "192.0.2.7") == "192.0.2.7"  # Serve's own proxy
+
+
+def test_two_servers_never_share_a_port_for_their_replicas(folder: Path) -> None:
+    """The replica of one died, the other's took its port, and questions to the first were answered by the second."""
+    spans = []
+    for _ in range(3):
+        settings = haproxy.environment(folder)
+        names = [f"RAY_SERVE_DIRECT_INGRESS_{end}_{kind}_PORT" for kind in ("HTTP", "GRPC") for end in ("MIN", "MAX")]
+        first, last, next_first, next_last = (int(settings[name]) for name in names)
+        assert first < last < next_first < next_last
+        spans.append(set(range(first - 1, next_last + 1)))
+    assert len(set.union(*spans)) == sum(len(span) for span in spans)
+    sign = min(spans[0])
+    program = f"from argosy.deploy import haproxy; haproxy._PORT_RANGES = ({sign}, {sign + 1})"
+    told = subprocess.run(
+        [sys.executable, "-P", "-c", f"{program}; haproxy.reserve_ports()"], capture_output=True, text=True, check=False
+    )
+    assert "no range of ports is free" in told.stderr
