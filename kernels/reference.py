@@ -117,6 +117,11 @@ def store_kv(
         as_bytes(cache_BSKH).view(-1, *cache_BSKH.shape[2:]).index_copy_(0, slots_T.long(), as_bytes(kept_TKH))
 
 
+def _pick(cache_BSKH: Tensor, ids: Tensor) -> Tensor:
+    """These blocks of a cache."""
+    return as_bytes(cache_BSKH).index_select(0, ids).view(cache_BSKH.dtype)
+
+
 def as_bytes(x: Tensor) -> Tensor:
     """e4m3 as bytes, for operations that torch has for bytes alone; anything else as it is."""
     return x.view(torch.uint8) if x.dtype == torch.float8_e4m3fn else x
@@ -209,7 +214,7 @@ def paged_attention(
         num_blocks = -(-length // block_size)
         ids = block_table_RB[rows, :num_blocks].reshape(-1)
         k_RKLH, v_RKLH = (
-            cache.index_select(0, ids).view(-1, num_blocks * block_size, num_kv_heads, head_size)[:, :length]
+            _pick(cache, ids).view(-1, num_blocks * block_size, num_kv_heads, head_size)[:, :length]
             .to(q_RNH.dtype).transpose(1, 2)
             for cache in (k_cache_BSKH, v_cache_BSKH)
         )  # fmt: skip
@@ -311,7 +316,7 @@ def prefill_attention(
             continue
         ids = block_table_RB[row, : -(-length // block_size)]
         k_1KLH, v_1KLH = (
-            cache.index_select(0, ids).view(-1, num_kv_heads, head_size)[:length].to(q_TNH.dtype).transpose(0, 1)[None]
+            _pick(cache, ids).view(-1, num_kv_heads, head_size)[:length].to(q_TNH.dtype).transpose(0, 1)[None]
             for cache in (k_cache_BSKH, v_cache_BSKH)
         )
         tokens_of_row = slice(starts[row], starts[row + 1])
