@@ -10,6 +10,7 @@ import msgspec
 
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError
+from argosy.deploy import device_defaults
 from argosy.deploy.plan_svg import plan_svg
 from argosy.deploy.plan_text import describe_model, plan_json, plan_lines
 from argosy.placement.calibration import Calibration, read_calibration
@@ -79,8 +80,8 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", help="default: the checkpoint's")
     parser.add_argument("--kv-cache-dtype", help="auto, bfloat16, float16, float32 or fp8_e4m3")
     parser.add_argument("--max-model-len", type=int, help="default: the model's")
-    parser.add_argument("--max-num-seqs", type=int, help="most requests at once on a replica (default: 256)")
-    parser.add_argument("--max-num-batched-tokens", type=int, help="token budget of a step (default: 2048)")
+    parser.add_argument("--max-num-seqs", type=int, help="most requests at once on a replica (default: by the GPU)")
+    parser.add_argument("--max-num-batched-tokens", type=int, help="token budget of a step (default: by the GPU)")
     parser.add_argument("--block-size", type=int, help="tokens of a KV block (default: 16)")
     parser.add_argument("--gpu-memory-utilization", type=float, help="share of the memory to use (default: 0.92)")
     parser.add_argument("--kv-cache-memory-bytes", type=int, help="bytes for KV on each GPU instead of what is left")
@@ -90,10 +91,10 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace) -> int:
     """Plan and print; 0 when there is a plan."""
     shape = read_model_shape(args.model)
-    serving = serving_from(args, shape)
     if args.cluster is None and args.gpus is None:
-        return _print_needs(shape, serving, as_json=args.json)
-    report = plan_cluster(shape, topology_from(args), options_from(args), serving)
+        return _print_needs(shape, serving_from(args, shape), as_json=args.json)
+    topology = topology_from(args)
+    report = plan_cluster(shape, topology, options_from(args), serving_from(args, shape, topology))
     if args.svg:
         _write(args.svg, plan_svg(report))
     if args.json:
@@ -114,16 +115,18 @@ def topology_from(args: argparse.Namespace) -> ClusterTopology:
     )
 
 
-def config_from(args: argparse.Namespace, shape: ModelShape) -> ServingConfig:
-    """The settings that the flags name, the others at their defaults."""
+def config_from(args: argparse.Namespace, shape: ModelShape, topology: ClusterTopology | None = None) -> ServingConfig:
+    """The settings that the flags name, the others at their defaults: a step's size is what suits the cards."""
     given: dict[str, Any] = {name: getattr(args, name) for name in SERVING_FLAGS if getattr(args, name) is not None}
-    return ServingConfig.from_mapping({"model": shape.name or "model", **given})
+    models = [gpu.model for node in topology.nodes for gpu in node.gpus] if topology is not None else []
+    filled = device_defaults.fill({**given, "model": shape.name or "model"}, card=models[0] if models else "")
+    return ServingConfig.from_mapping(filled)
 
 
-def serving_from(args: argparse.Namespace, shape: ModelShape) -> Serving:
+def serving_from(args: argparse.Namespace, shape: ModelShape, topology: ClusterTopology | None = None) -> Serving:
     """The settings that decide bytes, from the flags."""
     weight_format = format_by_name(args.quantization) if args.quantization else None
-    return Serving.from_config(config_from(args, shape), shape, weight_format)
+    return Serving.from_config(config_from(args, shape, topology), shape, weight_format)
 
 
 def calibration_from(args: argparse.Namespace) -> Calibration | None:

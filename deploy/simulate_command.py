@@ -73,7 +73,8 @@ def main(args: argparse.Namespace) -> int:
     if args.cluster is None and args.gpus is None:
         raise ConfigError("say on what: --gpus '4 x H200', or --cluster FILE")
     shape = read_model_shape(args.model)
-    serving = plan_command.serving_from(args, shape)
+    topology = plan_command.topology_from(args)
+    config = plan_command.config_from(args, shape, topology)
     options = PlanOptions(
         tp_size=args.tensor_parallel_size,
         pp_size=args.pipeline_parallel_size,
@@ -82,10 +83,10 @@ def main(args: argparse.Namespace) -> int:
         offload_bytes=int(args.offload_gb * 1e9),
         calibration=plan_command.calibration_from(args),
     )
-    report = plan_cluster(shape, plan_command.topology_from(args), options, serving)
+    report = plan_cluster(shape, topology, options, plan_command.serving_from(args, shape, topology))
     arrivals, seconds, about = _arrivals(args, report)
     started = time.perf_counter()
-    cluster = simulate(report, plan_command.config_from(args, shape), arrivals, seconds, leaps=not args.step_by_step)
+    cluster = simulate(report, config, arrivals, seconds, leaps=not args.step_by_step)
     took = time.perf_counter() - started
     slo = Slo(
         ttft_seconds=None if args.slo_ttft_ms is None else args.slo_ttft_ms / 1e3,

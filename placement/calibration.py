@@ -32,10 +32,13 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     layer_us: float = 12.0
     group_layer_us: float = 12.0  # a layer's further overhead when several ranks share it
     row_us: float = 0.3  # of each row of a step
+    fp8_layer_us: float = 0.0  # a layer's further overhead with FP8 weights: its inputs are rounded, too
+    fp8_flops_ratio: float = 1.0  # of the share of peak that 16-bit products reach
     eager_layer_us: float = 60.0  # the host's time for a layer of a step that is no recorded graph
     request_us: float = 2000.0  # from arrival to the first step, and from the last step to the caller
     # communication
-    reduce_latency: float = 2.2  # times the link's latency, for two ranks; more ranks add half a latency each
+    reduce_latency: float = 2.2  # times the link's latency, for two ranks
+    reduce_rank_latency: float = 0.2  # the same for each further rank
     reduce_efficiency: float = 0.5  # of the link's bandwidth
     hop_us: float = 14.0  # of a stage's hand-over, beside the link's latency
     host_link_efficiency: float = 0.9
@@ -43,6 +46,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     hidden_copies: float = 4.0  # hidden states that live at once in the largest step
     inner_copies: float = 3.0  # the same for the MLP's inner width
     logit_bytes: float = 16.0  # a row and vocabulary entry, while sampling
+    num_graphs: int = 0  # recorded for the sizes of decode steps; 0: none are
     workspace_bytes: int = 700 * 2**20
     group_bytes: int = 400 * 2**20  # what communication adds
 

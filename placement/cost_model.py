@@ -52,7 +52,8 @@ class StageCost:
         self.calibration, self.num_layers, self.tp_size = calibration, last_layer - first_layer, tp_size
         self.is_last, self.is_first = last_layer == shape.num_layers, first_layer == 0
         bandwidth = sheet.gbytes_per_second * 1e9
-        peak = (sheet.fp8_tflops if serving.weight_format.computes_in_fp8 else sheet.bf16_tflops) * 1e12
+        is_fp8 = serving.weight_format.computes_in_fp8
+        peak = (sheet.fp8_tflops * calibration.fp8_flops_ratio if is_fp8 else sheet.bf16_tflops) * 1e12
         if serving.dtype_bytes == 4 and sheet.name != "CPU":
             peak /= 8  # float32 runs beside the matrix units
         self._peak = peak
@@ -92,7 +93,7 @@ class StageCost:
         self._sample_seconds = spec.vocab_size * 8 / bandwidth if self.is_last else 0.0  # float32, written and read
         self._hidden_bytes = spec.hidden_size * serving.dtype_bytes
         self._group_link = group_link
-        extra = calibration.group_layer_us if tp_size > 1 else 0.0
+        extra = calibration.group_layer_us * (tp_size > 1) + calibration.fp8_layer_us * is_fp8
         self._fixed_seconds = (self.num_layers * (calibration.layer_us + extra) + calibration.step_us) * _US
         self._eager_seconds = (self.num_layers * calibration.eager_layer_us + calibration.step_us) * _US
         host_rate = sheet.pcie_gbytes_per_second * 1e9 * calibration.host_link_efficiency / host_link_sharers
@@ -128,7 +129,7 @@ class StageCost:
     def reduce_seconds(self, num_bytes: float) -> float:
         """One sum over the group."""
         link, calibration, ranks = self._group_link, self.calibration, self.tp_size
-        latency = link.latency_seconds * (calibration.reduce_latency + 0.5 * (ranks - 2))
+        latency = link.latency_seconds * (calibration.reduce_latency + calibration.reduce_rank_latency * (ranks - 2))
         moved = 2 * (ranks - 1) / ranks * num_bytes
         return latency + moved / (link.bytes_per_second * calibration.reduce_efficiency)
 

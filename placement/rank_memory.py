@@ -18,6 +18,8 @@ from argosy.placement.weight_format import FORMATS, WeightFormat
 CPU_CACHE_BYTES: Final = 4 * 2**30  # as in workers/memory.py, and held to it by a test
 CPU_CACHE_FRACTION: Final = 0.3
 MIN_BLOCKS: Final = 1
+MIN_SLACK: Final = 2**28  # as in workers/memory.py
+GRAPH_BYTES_A_KERNEL: Final = 2048  # likewise
 # What a GPU's allocator may take beyond the tensors. It comes out of the share that `gpu_memory_utilization` leaves;
 # who names the cache's bytes has no such share.
 ROUNDED_WEIGHTS: Final = 0.03
@@ -139,16 +141,20 @@ class StageBytes:
         per_token = self.shape.kv_bytes_per_token(self.serving.kv_dtype_bytes, tp_size, last_layer - first_layer)
         return per_token * self.serving.block_size
 
-    def activation_bytes(self, calibration: Calibration, tp_size: int, *, is_last: bool) -> int:
-        """What the largest step holds beside weights and blocks: hidden states, and logits on the last stage."""
+    def activation_bytes(self, calibration: Calibration, tp_size: int, first_layer: int, last_layer: int) -> int:
+        """What steps hold beside weights and blocks: the larger of a step full of prompts and one of all rows that
+        sample, and the recorded graphs, which keep as much as the second once more.
+        """
         shape, spec, serving = self.shape, self.shape.spec, self.serving
         tokens = min(serving.max_num_batched_tokens, serving.max_model_len * serving.max_num_seqs)
-        heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size // tp_size
-        inner = calibration.inner_copies * shape.inner_size / tp_size
-        total = tokens * (calibration.hidden_copies * spec.hidden_size + inner + heads) * serving.dtype_bytes
-        if is_last:
-            total += serving.max_num_seqs * spec.vocab_size * calibration.logit_bytes
-        return int(total)
+        heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size / tp_size
+        width = calibration.hidden_copies * spec.hidden_size + calibration.inner_copies * shape.inner_size / tp_size
+        prompts = tokens * (width + heads) * serving.dtype_bytes
+        is_last = last_layer == shape.num_layers
+        rows = serving.max_num_seqs * spec.vocab_size * calibration.logit_bytes if is_last else 0.0
+        kernels = 8 * (last_layer - first_layer) + 8
+        graphs = calibration.num_graphs * kernels * GRAPH_BYTES_A_KERNEL
+        return int(max(prompts, rows) + (rows + graphs if calibration.num_graphs else 0))
 
 
 def rank_memory(
@@ -166,8 +172,7 @@ def rank_memory(
     serving = sizes.serving
     weights = sizes.stage_bytes(tp_size, first_layer, last_layer)
     block = sizes.block_bytes(tp_size, first_layer, last_layer)
-    is_last = last_layer == sizes.shape.num_layers
-    activations = sizes.activation_bytes(calibration, tp_size, is_last=is_last)
+    activations = sizes.activation_bytes(calibration, tp_size, first_layer, last_layer)
     taken = gpu.memory_bytes - gpu.usable_bytes
     offloaded = 0
     if gpu.model == "CPU":
@@ -176,7 +181,7 @@ def rank_memory(
         budget = min(share, limit - weights - activations)
     else:
         workspace = calibration.workspace_bytes + (calibration.group_bytes if tp_size * pp_size > 1 else 0)
-        limit = int(gpu.memory_bytes * serving.gpu_memory_utilization)
+        limit = min(int(gpu.memory_bytes * serving.gpu_memory_utilization), gpu.memory_bytes - MIN_SLACK)
         budget = limit - taken - workspace - weights - activations
         wanted = block * max(MIN_BLOCKS, -(-serving.max_model_len // serving.block_size))
         offloaded = min(offload_bytes, max(0, wanted - budget), weights)

@@ -47,9 +47,9 @@ def test_the_example_clusters_get_the_layouts_that_their_files_tell(path: Path) 
     words = shlex.split(command[1].replace(f"examples/clusters/{path.name}", str(path)))
     args = cli.build_parser().parse_args(words)
     shape = read_model_shape(args.model)
-    report = plan_cluster(
-        shape, plan_command.topology_from(args), plan_command.options_from(args), plan_command.serving_from(args, shape)
-    )
+    topology = plan_command.topology_from(args)
+    serving = plan_command.serving_from(args, shape, topology)
+    report = plan_cluster(shape, topology, plan_command.options_from(args), serving)
     found = report.chosen.describe()
     if report.chosen.pp_size > 1:
         splits = sorted({replica.layer_counts for replica in report.chosen.replicas})

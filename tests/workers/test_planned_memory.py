@@ -125,6 +125,8 @@ def test_a_cpu_gives_the_cache_the_same_share_in_both(tmp_path: Path, monkeypatc
     """Where nothing bounds it but the machine: 0.3 of what is available, 4 GiB at most, over the ranks."""
     assert memory.CPU_CACHE_BYTES == planned.CPU_CACHE_BYTES
     assert memory.CPU_CACHE_FRACTION == planned.CPU_CACHE_FRACTION
+    assert memory.MIN_SLACK == planned.MIN_SLACK
+    assert memory.GRAPH_BYTES_A_KERNEL == planned.GRAPH_BYTES_A_KERNEL
     folder = folder_of(tmp_path, "llama")
     shape = read_model_shape(folder)
     config = ServingConfig.from_mapping({"model": str(folder), "max_num_seqs": 256})
