@@ -1,8 +1,12 @@
 """Products with weights of 4 or 8 bits. Meaning: `packed_reference.linear`.
 
 One token: the weight is read once and multiplied in float32 registers, a number by a shift, an insertion of exponent
-bits and a multiply-add. Some tokens: tensor cores, with the weight brought to 16 bits in registers on its way. Many:
-the weight is brought to 16 bits a slice at a time and cuBLAS multiplies, since reading it is then no longer what costs.
+bits and a multiply-add. More: the weight is brought to 16 bits a slice at a time, and cuBLAS multiplies.
+
+On an H200 one token takes as long as with a weight of 16 bits (1.0 to 1.2 times as fast: 1 TB/s of 4.4), and two and
+more take two to three times as long. A product by tensor cores with the weight unpacked in registers was tried: each
+position of the words took its own way through shared memory, and 8 tokens of 4096 x 28672 took 220 us where a slice of
+plain weight and cuBLAS move 530 MB (126 us). What is saved is memory, so far, not time.
 """
 
 import torch
@@ -14,8 +18,13 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from argosy.kernels import tuning
 from argosy.kernels.packed_reference import PackedWeight
 
-MANY_TOKENS = 384  # from here on a slice of plain weight and cuBLAS
 SLICE_BYTES = 64 << 20  # of plain weight at a time
+DEFAULT_SIZES = {
+    "rows": 4,
+    "words": 256,
+    "warps": 2,
+    "stages": 2,
+}  # the best or near it for all shapes of 8B on an H200
 
 
 @triton.jit
@@ -95,44 +104,6 @@ def _vector_kernel(
         tl.store(out_ptr + out, y.to(out_ptr.dtype.element_ty), kept)
 
 
-@triton.jit(do_not_specialize=["num_tokens"])
-def _matrix_kernel(
-    x_ptr, words_ptr, scale_zero_ptr, bias_ptr, out_ptr,
-    num_tokens, num_words, num_outputs, num_groups, stride_x, stride_out,
-    BITS: tl.constexpr, UNIT: tl.constexpr, TOKENS: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr,
-    STAGES: tl.constexpr, BIAS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """TOKENS x ROWS of the result by tensor cores; each position of the words is a product of its own."""
-    PER: tl.constexpr = 32 // BITS
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    weight_row = tl.minimum(row, num_outputs - 1).to(tl.int64)
-    token = tl.program_id(1) * TOKENS + tl.arange(0, TOKENS)
-    x_row = x_ptr + token.to(tl.int64) * stride_x
-    column = tl.arange(0, WORDS)
-    if PDL:
-        gdc_wait()
-        gdc_launch_dependents()
-    acc = tl.zeros((TOKENS, ROWS), tl.float32)
-    for start in tl.range(0, num_words, WORDS, num_stages=STAGES):
-        word = start + column
-        there = word < num_words
-        inside = (weight_row[:, None] >= 0) & there[None, :]
-        words = tl.load(words_ptr + weight_row[:, None] * num_words + word[None, :], inside, other=0)
-        scale, zero = _scale_and_zero(scale_zero_ptr, weight_row, word, num_groups, inside, UNIT)
-        for position in tl.static_range(PER):
-            index = word // UNIT * (UNIT * PER) + position * UNIT + word % UNIT
-            here = (token < num_tokens)[:, None] & there[None, :]
-            x = tl.load(x_row[:, None] + index[None, :], here, other=0.0)
-            w = ((_number(words, position, BITS) - zero) * scale).to(x.dtype)
-            acc = tl.dot(x, tl.trans(w), acc)
-    if BIAS:
-        acc += tl.load(bias_ptr + weight_row).to(tl.float32)[None, :]
-    kept = (token < num_tokens)[:, None] & (row < num_outputs)[None, :]
-    tl.store(
-        out_ptr + token.to(tl.int64)[:, None] * stride_out + row[None, :], acc.to(out_ptr.dtype.element_ty), kept
-    )  # fmt: skip
-
-
 @triton.jit
 def _unpack_kernel(
     words_ptr, scale_zero_ptr, out_ptr, num_words, num_groups, first_row, BITS: tl.constexpr, UNIT: tl.constexpr,
@@ -153,18 +124,6 @@ def _unpack_kernel(
         tl.store(out_ptr + row * num_words * PER + index, made.to(out_ptr.dtype.element_ty), there)
 
 
-def _sizes(kind: str, num_tokens: int, num_in: int, num_out: int, device: torch.device) -> tuning.Sizes:
-    """Tuned sizes, else sizes that suit most shapes."""
-    bucket = 1 if num_tokens == 1 else min(256, max(16, tuning.next_power_of_two(num_tokens)))
-    tuned = tuning.pick(f"packed_{kind}", f"{num_in}x{num_out}x{bucket}", device)
-    if tuned is not None:
-        return tuned
-    if kind == "vector":
-        return {"rows": 8, "words": 256, "warps": 4, "stages": 3}
-    tokens = min(64, max(16, tuning.next_power_of_two(num_tokens)))
-    return {"tokens": tokens, "rows": 64, "words": 64, "warps": 4, "stages": 3}
-
-
 def linear(
     x_TI: Tensor,
     weight: PackedWeight,
@@ -182,7 +141,10 @@ def linear(
     assert num_in == weight.num_inputs
     assert x_TI.stride(1) == 1
     num_outputs = num_rows // 2 if gated else num_rows
-    if num_tokens >= MANY_TOKENS:
+    if num_tokens > 1:
+        assert norm_weight_I is None
+        assert residual_TO is None
+        assert not gated
         return _by_slices(x_TI, weight, bias_O)
     out_TO = residual_TO
     if out_TO is None:
@@ -190,30 +152,15 @@ def linear(
     unit, num_words = weight.group * weight.bits // 32, weight.words_OW.shape[1]
     num_groups = weight.scale_zero_OG2.shape[1]
     unused = weight.words_OW
-    if num_tokens == 1:
-        sizes = sizes or _sizes("vector", 1, num_in, num_rows, x_TI.device)
-        words = min(sizes["words"], tuning.next_power_of_two(num_words))
-        _vector_kernel[(triton.cdiv(num_rows, sizes["rows"]),)](
-            x_TI, weight.words_OW, weight.scale_zero_OG2, unused if bias_O is None else bias_O,
-            unused if norm_weight_I is None else norm_weight_I, out_TO, out_TO,
-            num_words, num_outputs, num_groups, eps,
-            BITS=weight.bits, UNIT=unit, WORDS=words, ROWS=sizes["rows"], STAGES=sizes["stages"],
-            NORM=norm_weight_I is not None, BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual_TO is not None,
-            num_warps=sizes["warps"], **tuning.overlap(x_TI.device),
-        )  # fmt: skip
-        return out_TO
-    assert norm_weight_I is None
-    assert residual_TO is None
-    assert not gated
-    sizes = sizes or _sizes("matrix", num_tokens, num_in, num_rows, x_TI.device)
-    tokens = min(sizes["tokens"], max(16, tuning.next_power_of_two(num_tokens)))
-    words = max(16, min(sizes["words"], tuning.next_power_of_two(num_words)))
-    grid = (triton.cdiv(num_rows, sizes["rows"]), triton.cdiv(num_tokens, tokens))
-    _matrix_kernel[grid](
-        x_TI, weight.words_OW, weight.scale_zero_OG2, unused if bias_O is None else bias_O, out_TO,
-        num_tokens, num_words, num_rows, num_groups, x_TI.stride(0), out_TO.stride(0),
-        BITS=weight.bits, UNIT=unit, TOKENS=tokens, WORDS=words, ROWS=sizes["rows"], STAGES=sizes["stages"],
-        BIAS=bias_O is not None, num_warps=sizes["warps"], **tuning.overlap(x_TI.device),
+    sizes = sizes or tuning.pick("packed_vector", f"{num_in}x{num_rows}", x_TI.device) or DEFAULT_SIZES
+    words = min(sizes["words"], tuning.next_power_of_two(num_words))
+    _vector_kernel[(triton.cdiv(num_rows, sizes["rows"]),)](
+        x_TI, weight.words_OW, weight.scale_zero_OG2, unused if bias_O is None else bias_O,
+        unused if norm_weight_I is None else norm_weight_I, out_TO, out_TO,
+        num_words, num_outputs, num_groups, eps,
+        BITS=weight.bits, UNIT=unit, WORDS=words, ROWS=sizes["rows"], STAGES=sizes["stages"],
+        NORM=norm_weight_I is not None, BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual_TO is not None,
+        num_warps=sizes["warps"], **tuning.overlap(x_TI.device),
     )  # fmt: skip
     return out_TO
 

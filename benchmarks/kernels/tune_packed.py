@@ -30,13 +30,8 @@ def sizes_for(tokens: int) -> Iterator[dict[str, int]]:
         for rows, words, warps, stages in itertools.product((2, 4, 8, 16), (64, 128, 256, 512), (2, 4, 8), (2, 3, 4)):
             if 8 <= rows * words // (32 * warps) <= 32:
                 yield {"rows": rows, "words": words, "warps": warps, "stages": stages}
-        return
-    widest = min(128, max(16, tokens))
-    for block, rows, words, warps, stages in itertools.product(
-        sorted({min(64, widest), widest}), (32, 64, 128), (32, 64), (4, 8), (2, 3, 4)
-    ):
-        if block * rows <= 128 * 64:
-            yield {"tokens": block, "rows": rows, "words": words, "warps": warps, "stages": stages}
+    else:
+        yield {}  # a slice of plain weight at a time has no sizes
 
 
 def weights_of(num_in: int, num_out: int, count: int) -> list[packed_reference.PackedWeight]:
@@ -65,7 +60,7 @@ def main() -> None:
         ]
         for other in others:
             other.wait()
-    found: dict[str, dict[str, dict[str, int]]] = {"packed_vector": {}, "packed_matrix": {}}
+    found: dict[str, dict[str, dict[str, int]]] = {"packed_vector": {}}
     turn = 0
     with Path(args.report).open("a", encoding="utf-8") as report:
         for name, (num_in, num_out) in SHAPES.items():
@@ -78,7 +73,7 @@ def main() -> None:
                     turn += 1
                     if part is not None and turn % part[1] != part[0]:
                         continue
-                    calls = [lambda w=w, s=sizes: packed_linear.linear(x, w, sizes=s) for w in weights]  # noqa: B023
+                    calls = [lambda w=w, s=sizes: packed_linear.linear(x, w, sizes=s or None) for w in weights]  # noqa: B023
                     try:
                         if part is not None:
                             calls[0]()
@@ -89,8 +84,8 @@ def main() -> None:
                 if part is not None:
                     continue
                 best = min(times, key=times.__getitem__)
-                kind, bucket = ("packed_vector", 1) if tokens == 1 else ("packed_matrix", max(16, tokens))
-                found[kind][f"{num_in}x{num_out}x{bucket}"] = json.loads(best)
+                if tokens == 1:
+                    found["packed_vector"][f"{num_in}x{num_out}"] = json.loads(best)
                 plain = [torch.randn(num_out, num_in, device="cuda").bfloat16() for _ in range(max(2, count // 4))]
                 by_library = microseconds([lambda w=w: F.linear(x, w) for w in plain], launches=40, replays=3)[0]  # noqa: B023
                 size = weights[0].num_bytes
