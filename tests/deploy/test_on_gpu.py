@@ -107,6 +107,14 @@ def distance(first: Scores, second: Scores) -> float:
     return (sum((a - b) ** 2 for a, b in pairs) / len(pairs)) ** 0.5
 
 
+def regret_of(chosen: Scores, best: Scores) -> float:
+    """How far the least likely of the chosen answers' tokens is behind the most likely one at its place."""
+    pairs = [
+        (c, b) for cs, bs in zip(chosen, best, strict=True) for c, b in zip(cs[-NUM_NEW:], bs[-NUM_NEW:], strict=True)
+    ]
+    return max(b - c for c, b in pairs)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_family_in_bfloat16_is_as_near_to_exact_numbers_as_transformers_is(
     family: str, folders: dict[str, Path], prompts: list[list[int]]
@@ -119,8 +127,7 @@ def test_a_family_in_bfloat16_is_as_near_to_exact_numbers_as_transformers_is(
     theirs, _ = score(folders[family], sequences, torch.bfloat16)
     bound = 1.5 * distance(theirs, exact) + 0.01
     assert distance(ours, exact) < bound, (distance(ours, exact), distance(theirs, exact))
-    regret = [b[-NUM_NEW + i] - e[-NUM_NEW + i] for e, b in zip(exact, best, strict=True) for i in range(NUM_NEW)]
-    assert max(regret) < 8 * bound, "a token was chosen that is not nearly the most likely one"
+    assert regret_of(exact, best) < 8 * bound, "a token was chosen that is not nearly the most likely one"
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -138,8 +145,7 @@ def test_graphs_and_eager_steps_give_transformers_tokens_in_float32(
     sequences = [[*prompt, *new] for prompt, new in zip(prompts, tokens, strict=True)]
     exact, best = score(folders[family], sequences, torch.float32)
     assert distance(scores, exact) < 1e-3
-    regret = [b[-NUM_NEW + i] - e[-NUM_NEW + i] for e, b in zip(exact, best, strict=True) for i in range(NUM_NEW)]
-    assert max(regret) < 1e-3
+    assert regret_of(exact, best) < 1e-3
 
 
 def test_drawn_tokens_are_the_same_again(folders: dict[str, Path], prompts: list[list[int]]) -> None:
@@ -155,24 +161,26 @@ def test_drawn_tokens_are_the_same_again(folders: dict[str, Path], prompts: list
 
 
 LAYOUTS = [
-    pytest.param(tp, pp, marks=pytest.mark.skipif(tp * pp > NUM_CARDS, reason=f"needs {tp * pp} cards"))
-    for tp, pp in ((2, 1), (1, 2), (4, 1), (2, 2), (1, 3))
-]
+    pytest.param(family, tp, pp, marks=pytest.mark.skipif(tp * pp > NUM_CARDS, reason=f"needs {tp * pp} cards"))
+    for family, tp, pp in (
+        ("llama", 2, 1), ("qwen3", 1, 2), ("qwen3", 4, 1), ("llama", 2, 2), ("mistral", 1, 3), ("qwen2", 2, 1)
+    )
+]  # fmt: skip
 
 
-@pytest.mark.parametrize(("tp", "pp"), LAYOUTS)
-@pytest.mark.parametrize("family", ["llama", "qwen3"])
+@pytest.mark.parametrize(("family", "tp", "pp"), LAYOUTS)
 def test_a_layout_says_what_one_card_says(
     family: str, tp: int, pp: int, folders: dict[str, Path], prompts: list[list[int]]
 ) -> None:
-    """In float32 the same tokens, in bfloat16 as near to exact numbers as one card."""
+    """As near to exact numbers as one card is held to above: a thousandth in float32, what 16 bits cost in bfloat16."""
     sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
-    with engine(folders[family], dtype="float32") as llm:
-        tokens, scores = answer(llm, prompts)
     with engine(folders[family], dtype="float32", **sizes) as llm:
-        spread_tokens, spread_scores = answer(llm, prompts)
-    assert spread_tokens == tokens
-    assert distance(spread_scores, scores) < 1e-3
+        tokens, scores = answer(llm, prompts)
+        assert len(llm._engine.ranks) == tp * pp
+    sequences = [[*prompt, *new] for prompt, new in zip(prompts, tokens, strict=True)]
+    exact, best = score(folders[family], sequences, torch.float32)
+    assert distance(scores, exact) < 1e-3
+    assert regret_of(exact, best) < 1e-3
     with engine(folders[family], dtype="bfloat16", **sizes) as llm:
         tokens, scores = answer(llm, prompts)
     sequences = [[*prompt, *new] for prompt, new in zip(prompts, tokens, strict=True)]
