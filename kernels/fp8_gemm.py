@@ -8,6 +8,7 @@ rescales sums on the way, one group of columns after the other. Few tokens are t
 from functools import cache
 
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 from torch import Tensor
@@ -113,7 +114,7 @@ def library_takes(rows: Fp8Rows, weight: Fp8Weight, dtype: torch.dtype) -> bool:
         return False
     if weight.block is None:
         return num_inputs % 16 == 0 and num_outputs % 16 == 0
-    fits = num_inputs % 128 == 0 and num_outputs % 128 == 0 and rows.shape[0] % 4 == 0
+    fits = num_inputs % 128 == 0 and num_outputs % 128 == 0
     return weight.block == (128, 128) and fits and _library_has_blocks(weight.scale.device)
 
 
@@ -127,6 +128,8 @@ def _library_has_blocks(device: torch.device) -> bool:
 def library_linear(rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
     """cuBLAS by way of torch."""
     by_block = weight.block is not None
+    if by_block and rows.shape[0] % 4:  # it reads the groups' scales of four tokens at once
+        return library_linear(_padded(rows, -rows.shape[0] % 4), weight, bias_O, dtype)[: rows.shape[0]]
     product: Tensor = torch._scaled_mm(
         rows.values_TI, weight.values_OI.t(),
         scale_a=rows.scale_TG if by_block else rows.scale_TG.reshape(-1, 1),
@@ -134,6 +137,12 @@ def library_linear(rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dtyp
         out_dtype=dtype, use_fast_accum=not by_block,
     )  # fmt: skip
     return product if bias_O is None else product.add_(bias_O)
+
+
+def _padded(rows: Fp8Rows, count: int) -> Fp8Rows:
+    """So many tokens of zeros behind the others."""
+    values_TI = F.pad(rows.values_TI.view(torch.uint8), (0, 0, 0, count)).view(rows.values_TI.dtype)
+    return Fp8Rows(values_TI, F.pad(rows.scale_TG.t(), (0, count)).t(), rows.group)
 
 
 @triton.jit
@@ -179,7 +188,7 @@ def rescaled_linear(rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dty
 
 # as `kernel` in the tuned sizes counts them; the first two take what `library_takes`
 LIBRARY, RESCALED, TILES, SPLIT = range(4)
-MAX_SPLIT_TOKENS, MAX_RESCALED_TOKENS = 128, 384  # where nothing was measured
+MAX_SPLIT_TOKENS, MAX_RESCALED_TOKENS = 64, 384  # where nothing was measured
 
 
 def _default_kernel(num_tokens: int, blocks: bool) -> int:
