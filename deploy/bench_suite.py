@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,6 +29,7 @@ from argosy.placement.rank_memory import Serving, StageBytes, rank_memory
 from argosy.placement.topology import Gpu
 
 SUPER_LINEAR: Final = "super-linear"
+DOORS: Final = "doors-"
 _CARD: Final = "H200"  # whose calibration foretells what a rank needs beside weights
 _LONGEST_SECONDS: Final = 3600.0
 _POLL_SECONDS: Final = 0.2
@@ -98,6 +100,7 @@ def main(args: argparse.Namespace) -> int:
 def pick(suite: bench_table.Suite, patterns: Sequence[str]) -> dict[str, list[str]]:
     """Groups with those of their rows that a pattern names, as group/workload or group alone. Raises `ConfigError`."""
     everything = {group.name: list(group.rows) for group in suite.groups}
+    everything |= {f"{DOORS}{group.name}": ["http"] for group in suite.doors}
     if suite.super_linear is not None:
         everything[SUPER_LINEAR] = [suite.super_linear.workload]
     wanted = [(p, f"{p}/*") for p in patterns]
@@ -138,7 +141,17 @@ def make_jobs(
             words += [word for key, value in pair.settings.items() for word in (_flag(key), str(value))]
             jobs.append(Job(f"{SUPER_LINEAR}-TP{tp_size}", tp_size, words, folder / f"super-{tp_size}.jsonl"))
     for job in jobs:
-        job.words += ["--output", str(job.output), "--backend", args.backend, "--note", args.note]
+        job.words += ["--backend", args.backend]
+    for number, group in enumerate(suite.doors):
+        if (name := f"{DOORS}{group.name}") not in picked:
+            continue
+        if find_spec("ray") is None:
+            print(f"left out: {name} needs Ray, which is not installed", file=sys.stderr)
+            continue
+        words = [*_engine_words(group), "--over", "http", "--backend", "ray", "--repeats", str(args.repeats)]
+        jobs.append(Job(name, group.num_cards, words, folder / f"doors-{number}.jsonl"))
+    for job in jobs:
+        job.words += ["--output", str(job.output), "--note", args.note]
     return sorted(jobs, key=lambda job: -job.num_cards)
 
 

@@ -70,6 +70,7 @@ class Suite(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     device: str
     units: str
     groups: tuple[Group, ...]
+    doors: tuple[Group, ...] = ()  # whose HTTP doors are measured
     super_linear: SuperLinear | None = None
 
     def target(self, row: Row) -> Target:

@@ -75,6 +75,8 @@ def test_the_words_of_a_job_are_words_that_bench_takes(tmp_path: Path) -> None:
     assert asked["super-linear-TP2"].usable_memory == 18_300_000_000
     assert asked["super-linear-TP2"].max_model_len == 2048
     assert asked["8b-bf16-TP1"].repeats == 2
+    if "doors-8b-bf16-TP2" in asked:  # with Ray
+        assert (asked["doors-8b-bf16-TP2"].over, asked["doors-8b-bf16-TP2"].backend) == ("http", "ray")
 
 
 def fake(name: str, num_cards: int, folder: Path, code: str) -> Job:
