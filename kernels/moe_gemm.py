@@ -83,8 +83,8 @@ def group_tokens(ids_TK: Tensor, num_experts: int, rows: int) -> tuple[Tensor, T
 @triton.jit
 def _gemm_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, weight_ptr, out_ptr, places_ptr, expert_of_block_ptr,
-    num_choices, num_outputs, num_inputs, stride_x, stride_we, stride_wo, stride_se, stride_so,
-    SHARED: tl.constexpr, ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, BAND: tl.constexpr,
+    num_choices, num_outputs, num_inputs, stride_x, stride_we, stride_wo, stride_se, stride_so, shared,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, BAND: tl.constexpr,
     HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SCALE_BLOCK: tl.constexpr, num_blocks,
 ):  # fmt: skip
     # programs that follow each other take the same tile of weights for several blocks of rows, which the cache shares
@@ -98,7 +98,7 @@ def _gemm_kernel(
     if expert >= 0:
         place = tl.load(places_ptr + block * ROWS + tl.arange(0, ROWS))
         is_row = place < num_choices
-        source = (tl.where(is_row, place, 0) // SHARED).to(tl.int64)
+        source = (tl.where(is_row, place, 0) // shared).to(tl.int64)
         output = tile * OUTPUTS + tl.arange(0, OUTPUTS)
         is_output = output < num_outputs
         column = tl.arange(0, INPUTS)
@@ -137,23 +137,25 @@ def grouped_gemm(
     bias_EO: Tensor | None = None,
     weights: Tensor | None = None,
     scale_EOI: Tensor | None = None,
+    tile: tuple[int, int, int, int] | None = None,
 ) -> Tensor:
     """Row c of the result is w[expert of c] · x[c // shared], for each choice c that some expert here has: [C, O].
 
-    `scale_EOI`: of e4m3 weights, one for 128 x 128 of them. `weights`: by choice, multiplied in float32.
+    `scale_EOI`: of e4m3 weights, one for 128 x 128 of them. `weights`: by choice, multiplied in float32. `tile`:
+    (outputs, inputs, warps, stages) other than the rule's.
     """
     _, num_outputs, num_inputs = w_EOI.shape
     num_blocks = expert_of_block.shape[0]
     rows = places.shape[0] // num_blocks
     out = torch.empty((num_choices, num_outputs), dtype=x.dtype, device=x.device)
-    outputs, inputs, warps, stages = _tile(rows, x.element_size(), scale_EOI is not None)
+    outputs, inputs, warps, stages = tile or _tile(rows, x.element_size(), scale_EOI is not None)
     grid = (num_blocks * triton.cdiv(num_outputs, outputs),)
     scale = x if scale_EOI is None else scale_EOI
     _gemm_kernel[grid](
         x, w_EOI, scale, x if bias_EO is None else bias_EO, x if weights is None else weights, out, places,
         expert_of_block, num_choices, num_outputs, num_inputs, x.stride(0), w_EOI.stride(0), w_EOI.stride(1),
         0 if scale_EOI is None else scale_EOI.stride(0), 0 if scale_EOI is None else scale_EOI.stride(1),
-        SHARED=shared, ROWS=rows, OUTPUTS=outputs, INPUTS=inputs, BAND=8, HAS_BIAS=bias_EO is not None,
+        shared, ROWS=rows, OUTPUTS=outputs, INPUTS=inputs, BAND=8, HAS_BIAS=bias_EO is not None,
         WEIGHTED=weights is not None, SCALE_BLOCK=scale_EOI is not None, num_blocks=num_blocks, num_warps=warps,
         num_stages=stages,
     )  # fmt: skip

@@ -68,7 +68,7 @@ CASES: dict[str, Case] = {
     "phi3 longrope, long": Case("Phi3Config", "Phi3ForCausalLM", SMALL | {"pad_token_id": 0, **_longrope(4)}),
     "gemma": Case("GemmaConfig", "GemmaForCausalLM", SMALL | {"head_dim": 16}),
     "gemma2": Case("Gemma2Config", "Gemma2ForCausalLM", SMALL | GEMMA | {"attn_logit_softcapping": 5.0,
-        "final_logit_softcapping": 3.0}),
+        "final_logit_softcapping": 20.0}),
     "gemma3": Case("Gemma3TextConfig", "Gemma3ForCausalLM", SMALL | GEMMA | {"layer_types": [
         "sliding_attention", "full_attention", "sliding_attention"]}),
     "granite": Case("GraniteConfig", "GraniteForCausalLM", SMALL | {"embedding_multiplier": 3.0,

@@ -1,0 +1,112 @@
+"""Which tiles are fastest for the grouped product of experts on this card: the figures behind `moe_gemm._tile`.
+
+    python benchmarks/kernels/tune_moe.py --seconds 120 --output tiles.jsonl
+
+For each published shape and number of tokens every tile is timed on its own; a line says the best three, in
+microseconds, and what part of the card's 4.8 TB/s the weights of the experts asked come to.
+"""
+
+import argparse
+import json
+import sys
+import time
+
+import torch
+
+from argosy.kernels import moe_gemm, moe_reference
+
+CARD_BYTES_A_SECOND = 4.8e12
+# name -> experts, outputs, inputs, chosen, e4m3
+SHAPES = {
+    "mixtral gate-up": (8, 28672, 4096, 2, False),
+    "mixtral down": (8, 4096, 14336, 2, False),
+    "qwen3-30b gate-up": (128, 1536, 2048, 8, False),
+    "qwen3-30b down": (128, 2048, 768, 8, False),
+    "gpt-oss-120b gate-up": (128, 5760, 2880, 4, False),
+    "gpt-oss-120b down": (128, 2880, 2880, 4, False),
+    "deepseek-r1 tp8 gate-up fp8": (256, 512, 7168, 8, True),
+    "deepseek-r1 ep8 gate-up fp8": (32, 4096, 7168, 1, True),
+    "deepseek-r1 ep8 down fp8": (32, 7168, 2048, 1, True),
+}
+TILES = {
+    16: [(32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 4, 5), (64, 256, 4, 3),
+         (128, 128, 4, 3), (128, 64, 4, 4)],
+    32: [(64, 128, 4, 4), (128, 128, 4, 3), (128, 64, 4, 4), (128, 128, 8, 3)],
+    64: [(64, 128, 4, 3), (128, 64, 4, 4), (128, 64, 8, 3), (128, 128, 8, 3)],
+    128: [(128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3), (128, 128, 8, 3)],
+}  # fmt: skip
+
+
+def main() -> int:
+    """Measure within the time given; the shapes that matter first."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 256, 2048])
+    parser.add_argument("--output")
+    args = parser.parse_args()
+    started = time.perf_counter()
+    machine = torch.cuda.get_device_name(0)
+    for name, (experts, outputs, inputs, top_k, is_fp8) in SHAPES.items():
+        weight = torch.randn(experts, outputs, inputs, device="cuda", dtype=torch.bfloat16) * 0.02
+        scale = None
+        if is_fp8:
+            weight = weight.to(torch.float8_e4m3fn)
+            scale = torch.ones(experts, -(-outputs // 128), -(-inputs // 128), device="cuda")
+        for tokens in args.tokens:
+            if time.perf_counter() - started > args.seconds:
+                return 0
+            x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
+            ids, _ = moe_reference.choose_experts(torch.randn(tokens, experts, device="cuda"), top_k)
+            average = tokens * top_k / experts
+            found = []
+            for rows, tiles in TILES.items():
+                if not average / 4 <= rows <= max(32, 4 * average):
+                    continue
+                places, of_block = moe_gemm.group_tokens(ids, experts, rows)
+                for tile in tiles:
+                    if is_fp8 and tile[1] != 128:
+                        continue  # a step of inputs is what shares a scale
+                    try:
+                        seconds = timed(x, weight, places, of_block, tokens * top_k, top_k, scale, tile)
+                    except Exception as error:  # a tile too large for the card's shared memory
+                        print(f"# {name} {rows} {tile}: {type(error).__name__}", flush=True)
+                        continue
+                    found.append((seconds, rows, *tile))
+            found.sort()
+            asked = len(ids.unique())
+            bound = asked * outputs * inputs * weight.element_size() / CARD_BYTES_A_SECOND
+            line = {
+                "kernel": "moe_gemm", "shape": name, "tokens": tokens, "machine": machine,
+                "bandwidth": round(bound / found[0][0], 3),
+                "best": [[round(f[0] * 1e6, 1), *f[1:]] for f in found[:3]],
+                "worst_us": round(found[-1][0] * 1e6, 1),
+            }  # fmt: skip
+            print(json.dumps(line), flush=True)
+            if args.output:
+                with open(args.output, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(line) + "\n")
+        del weight
+    return 0
+
+
+def timed(x, weight, places, of_block, choices, shared, scale, tile) -> float:  # type: ignore[no-untyped-def]
+    """Seconds of one product, the median of five times ten."""
+
+    def run() -> None:
+        moe_gemm.grouped_gemm(x, weight, places, of_block, choices, shared=shared, scale_EOI=scale, tile=tile)
+
+    run()
+    times = []
+    for _ in range(5):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        for _ in range(10):
+            run()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e4)
+    return sorted(times)[2]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
