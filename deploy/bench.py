@@ -110,7 +110,7 @@ def machine_name() -> str:
 
 
 def commit() -> str:
-    """Of the tree that this package runs from, with a mark when it was changed since; an exported tree has it in a file."""
+    """Of the tree that this package runs from, with a mark when it was changed; an exported tree has it in a file."""
     exported = Path(__file__).resolve().parents[1] / ".commit"
     if exported.is_file():
         return exported.read_text(encoding="utf-8").strip()
