@@ -65,7 +65,7 @@ def _planned(config: ServingConfig, topology: ClusterTopology, note: Note) -> La
     model = config.model
     shape = read_model_shape(model.model, overrides=model.hf_overrides)
     serving = Serving.from_config(config, shape)
-    options = PlanOptions(num_replicas=1, traffic=_traffic(serving))
+    options = PlanOptions(traffic=_traffic(serving))
     # The size of a cache that was given says nothing of where the model fits: judged by what there is room for.
     free = msgspec.structs.replace(serving, num_gpu_blocks_override=None, kv_cache_memory_bytes=None)
     report = plan_cluster(shape, topology, options, free)

@@ -38,10 +38,15 @@ class EngineStream(Protocol):
 
 
 class EngineClient(Protocol):
-    """What the gateway needs of `cluster.driver_client.DriverClient`."""
+    """What the gateway needs of `cluster.driver_client.DriverClient` or `cluster.replica_client.ReplicaClient`."""
 
-    info: EngineInfo
-    closed: bool
+    @property
+    def info(self) -> EngineInfo:
+        """What stands behind the driver."""
+
+    @property
+    def closed(self) -> bool:
+        """Whether it went away."""
 
     def submit(
         self,

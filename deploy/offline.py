@@ -19,10 +19,10 @@ from typing import TYPE_CHECKING, Any, Final, Literal, Self, TypeVar
 import msgspec
 from tqdm import tqdm
 
-from argosy.cluster.driver_client import DriverClient
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ChannelClosed, ConfigError, InvalidRequest, RequestAborted
 from argosy.cluster.protocol.sampling import SamplingParams
+from argosy.cluster.replica_client import connect_engine
 from argosy.deploy import prompts as forms
 from argosy.deploy import settings
 from argosy.deploy.gateway import Gateway, PreparedRequest
@@ -312,7 +312,7 @@ class _LoopThread:
 
 
 async def _connect(engine: "Engine", tokenizer: Tokenizer | None, config: ServingConfig) -> Gateway:
-    client = await DriverClient.connect(engine.address, engine.secret, timeout_seconds=_CONNECT_SECONDS)
+    client = await connect_engine(engine.address, engine.secret, timeout_seconds=_CONNECT_SECONDS)
     return Gateway(client, tokenizer, config)
 
 

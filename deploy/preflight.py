@@ -32,6 +32,7 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     nodes: dict[str, NodeFacts]
     links: tuple[LinkFacts, ...] = ()
     wanted: Wanted = Wanted()
+    ray_memory: dict[str, int] = {}  # by node id, what Ray may give away: of a container it knows the limit
     seconds: float = 0.0
 
     @property
@@ -42,7 +43,10 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
     def probes(self) -> dict[str, NodeProbe]:
         """For the planner: what memory each device really has free. A node without GPUs is one seat of its CPU."""
         on_cpu = self.wanted.device == "cpu"
-        return {node_id: NodeProbe(gpus=_seats(facts, on_cpu)) for node_id, facts in self.nodes.items()}
+        return {
+            node_id: NodeProbe(gpus=_seats(facts, on_cpu, self.ray_memory.get(node_id, facts.memory_bytes)))
+            for node_id, facts in self.nodes.items()
+        }
 
     def node_links(self) -> list[NodeLink]:
         """For the planner: the slower direction of each pair that was measured."""
@@ -124,7 +128,13 @@ def inspect_cluster(
             links = _try_links({node_id: probes[node_id] for node_id in nodes}, addresses)
     silent = {node_id: address for node_id, address in addresses.items() if node_id not in nodes}
     wanted = Wanted(device=device, ray_gpus=ray_gpus, silent=silent)  # type: ignore[arg-type]  # checked by its config
-    return Inspection(nodes=nodes, links=tuple(links), wanted=wanted, seconds=round(time.monotonic() - began, 2))
+    return Inspection(
+        nodes=nodes,
+        links=tuple(links),
+        wanted=wanted,
+        ray_memory=_memory_of(list(alive.values())),
+        seconds=round(time.monotonic() - began, 2),
+    )
 
 
 def _only_node(folder: str, with_weights: bool, device: str) -> Inspection | None:
@@ -138,7 +148,9 @@ def _only_node(folder: str, with_weights: bool, device: str) -> Inspection | Non
     if folder:
         facts = msgspec.structs.replace(facts, model=examine_model(folder, with_weights=with_weights))
     wanted = Wanted(device=device, ray_gpus={own: float(alive[0]["Resources"].get("GPU", 0.0))})  # type: ignore[arg-type]
-    return Inspection(nodes={own: facts}, wanted=wanted, seconds=round(time.monotonic() - began, 2))
+    return Inspection(
+        nodes={own: facts}, wanted=wanted, ray_memory=_memory_of(alive), seconds=round(time.monotonic() - began, 2)
+    )
 
 
 def inspect_for(config: ServingConfig, tell: Callable[[str], None]) -> Inspection:
@@ -218,9 +230,10 @@ def _gather(asked: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     return found
 
 
-def _seats(facts: NodeFacts, on_cpu: bool) -> tuple[Gpu, ...]:
+def _seats(facts: NodeFacts, on_cpu: bool, ray_memory: int) -> tuple[Gpu, ...]:
     if on_cpu or not facts.gpus:
-        return (Gpu(index=0, model="CPU", memory_bytes=facts.memory_bytes, free_bytes=facts.free_memory_bytes),)
+        memory = min(facts.memory_bytes, ray_memory)
+        return (Gpu(index=0, model="CPU", memory_bytes=memory, free_bytes=min(memory, facts.free_memory_bytes)),)
     return tuple(
         Gpu(
             index=gpu.index,
@@ -231,6 +244,10 @@ def _seats(facts: NodeFacts, on_cpu: bool) -> tuple[Gpu, ...]:
         )
         for gpu in facts.gpus
     )
+
+
+def _memory_of(nodes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+    return {node["NodeID"]: int(node["Resources"]["memory"]) for node in nodes if "memory" in node["Resources"]}
 
 
 def _ray_nodes() -> list[dict[str, Any]]:

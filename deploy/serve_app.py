@@ -23,9 +23,9 @@ import ray
 from ray import serve
 from ray.serve import Application
 
-from argosy.cluster.driver_client import DriverClient
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ChannelClosed, StartupTimeout
+from argosy.cluster.replica_client import connect_engine
 from argosy.deploy import settings
 from argosy.deploy.gateway import Gateway
 from argosy.deploy.http_app import build_http_app
@@ -88,7 +88,7 @@ class Door:
             # Deployed without `argosy serve`: the first replica starts the engine, the others find it.
             self._engine = await asyncio.to_thread(launch_engine, config)
             address, secret = self._engine.address, self._engine.secret
-        self._client = await DriverClient.connect(address, secret, timeout_seconds=_CONNECT_SECONDS)
+        self._client = await connect_engine(address, secret, timeout_seconds=_CONNECT_SECONDS)
         _set_app(build_http_app(Gateway(self._client, load_tokenizer(config), config), config.server))
 
     async def __del__(self) -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
 
-from argosy.cluster.driver_client import DriverClient
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ClusterError, ConfigError
 from argosy.cluster.protocol.ledger import describe_ledger
+from argosy.cluster.replica_client import connect_engine
 from argosy.deploy import haproxy, proxy_guard
 from argosy.deploy.doctor import is_port_free
 from argosy.deploy.http_auth import ApiKeys
@@ -139,7 +139,7 @@ async def drain(address: str, secret: str, seconds: float) -> bool:
     """Have the driver refuse new requests and wait until those it has are answered; False when time ran out first."""
     deadline = time.monotonic() + seconds
     try:
-        client = await DriverClient.connect(address, secret, timeout_seconds=min(5.0, seconds))
+        client = await connect_engine(address, secret, timeout_seconds=min(5.0, seconds))
         client.drain()
         while time.monotonic() < deadline:
             values = (await client.stats()).values

@@ -63,7 +63,8 @@ def test_what_does_not_fit_is_refused_at_once_with_asked_and_offered(
 ) -> None:
     """Ray itself would wait for ever."""
     began = time.monotonic()
-    with pytest.raises(PlacementImpossible, match=r"4 stages of 4 CPU, each within one node; 127\.0\.0\.1 has .* of 8 CPU free"):
+    said = r"4 stages of 4 CPU, each within one node; 127\.0\.0\.1 has .* of 8 CPU free"
+    with pytest.raises(PlacementImpossible, match=said):
         launch_engine(oracle_settings(tensor_parallel_size=4, pipeline_parallel_size=4))
     assert time.monotonic() - began < 20.0
 

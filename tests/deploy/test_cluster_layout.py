@@ -1,0 +1,95 @@
+"""No flag says how: the layout follows from what the nodes have, and nodes that are unfit are left out or named."""
+
+from typing import Any
+
+import msgspec
+import pytest
+
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import PlacementImpossible, PreflightFailed
+from argosy.deploy import model_folder, settings
+from argosy.deploy.cluster_layout import Layout, choose_layout
+
+pytest.importorskip("ray")
+
+from argosy.deploy.preflight import Inspection
+from argosy.placement.preflight_facts import NodeFacts
+from argosy.placement.seating import Offer
+from argosy.placement.topology_sources import topology_from_ray
+
+NEEDED = ("torch", "ray", "transformers", "tokenizers", "safetensors", "msgspec", "numpy")
+SOUND = NodeFacts(
+    address="", hostname="h", python="3.11.7", system="Linux x86_64", packages=dict.fromkeys(NEEDED, "1"), code="c",
+    interface="eth0", interfaces=("eth0",), mtu=1500, memory_bytes=8 << 30, free_memory_bytes=8 << 30,
+    shm_bytes=4 << 30, free_shm_bytes=4 << 30, free_temp_bytes=9 << 30, num_cpus=4, open_files=65536,
+)  # fmt: skip
+
+
+def config(**given: Any) -> ServingConfig:
+    """Of the model that ships, as `argosy serve` reads it."""
+    given = {"model": settings.default_model(), "max_model_len": 256, **given}
+    made, _ = settings.make_config(settings.plan_what_is_open(given))
+    return model_folder.localize(made)
+
+
+def choose(wanted: ServingConfig, memory_mib: dict[str, int], **odd: NodeFacts) -> tuple[Layout, list[str]]:
+    """On nodes of two CPUs each with so much memory; `odd` replaces some nodes' facts."""
+    nodes = {name: odd.get(name, msgspec.structs.replace(SOUND, address=name)) for name in memory_mib}
+    memory = {name: mib << 20 for name, mib in memory_mib.items()}
+    inspection = Inspection(nodes=nodes, ray_memory=memory)
+    rows = [
+        {"Alive": True, "NodeID": name, "NodeManagerAddress": name, "Resources": {"CPU": 2.0, "memory": size}}
+        for name, size in memory.items()
+    ]
+    offers = [Offer(node_id=name, address=name, total={"CPU": 2.0}, free={"CPU": 2.0}) for name in memory]
+    notes: list[str] = []
+    return choose_layout(wanted, topology_from_ray(rows, inspection.probes()), inspection, offers, notes.append), notes
+
+
+def nodes_of(layout: Layout) -> list[list[str]]:
+    return [[rank.node for rank in plan.ranks] for plan in layout.plans]
+
+
+def test_one_node_is_one_rank() -> None:
+    """`argosy serve` on a laptop."""
+    layout, notes = choose(config(), {"a": 4096})
+    assert nodes_of(layout) == [["a"]]
+    assert any("planned" in note for note in notes)
+
+
+def test_two_nodes_that_hold_it_are_two_replicas_and_two_that_don_t_are_two_stages() -> None:
+    """The same command on both; the second pair has too little memory for a node alone."""
+    assert nodes_of(choose(config(), {"a": 4096, "b": 4096})[0]) == [["a"], ["b"]]
+    layout, _ = choose(config(), {"a": 24, "b": 24})
+    assert nodes_of(layout) == [["a", "b"]]
+    assert layout.config.parallel.pipeline_parallel_size == 2
+
+
+def test_sizes_that_are_given_are_kept() -> None:
+    """A stage on each node, whatever the planner would like."""
+    layout, _ = choose(config(pipeline_parallel_size=2), {"a": 4096, "b": 4096})
+    assert nodes_of(layout) == [["a", "b"]]
+    layout, _ = choose(config(data_parallel_size=2), {"a": 4096, "b": 4096})
+    assert nodes_of(layout) == [["a"], ["b"]]
+
+
+def test_an_unfit_node_is_left_out_and_said() -> None:
+    """One healthy node is enough for this model."""
+    broken = msgspec.structs.replace(SOUND, address="b", free_shm_bytes=1 << 20)
+    layout, notes = choose(config(), {"a": 4096, "b": 4096}, b=broken)
+    assert nodes_of(layout) == [["a"]]
+    assert layout.unfit == ("b",)
+    assert any(note.startswith("not used: b: /dev/shm has 1 MiB free") for note in notes)
+
+
+def test_where_the_rest_is_not_enough_every_fault_is_named() -> None:
+    """Two stages were asked for, and one of two nodes is unfit."""
+    broken = msgspec.structs.replace(SOUND, address="b", code="other")
+    with pytest.raises(PreflightFailed, match="b: sources of argosy: other here, c on a"):
+        choose(config(pipeline_parallel_size=2), {"a": 4096, "b": 4096}, b=broken)
+
+
+def test_a_model_that_fits_nowhere_is_refused_with_numbers() -> None:
+    """Before any rank starts."""
+    with pytest.raises(PlacementImpossible, match="lacks"):
+        choose(config(), {"a": 8})
