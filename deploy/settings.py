@@ -199,6 +199,9 @@ def take_ignored(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return kept, ignored
 
 
+_BITS: Final[Mapping[str, str]] = {"load_in_8bit": "int8", "load_in_4bit": "int4"}  # as transformers calls it
+
+
 def refuse_unknown(rest: Sequence[str], known_flags: Iterable[str] = ()) -> None:
     """Raise `ConfigError` for the first of the words that the parser had no use for."""
     for word in rest:
@@ -224,7 +227,10 @@ def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
     for key, value in given.items():
         name = str(key).replace("-", "_")
         name = {"scheduling_policy": "policy"}.get(name, name)
-        if name in IGNORED:
+        if name in _BITS:
+            if value:
+                known["quantization"] = _BITS[name]
+        elif name in IGNORED:
             ignored.append(name)
         elif name in settings:
             known[name] = _clean(name, value)

@@ -62,12 +62,18 @@ ONLINE: Final[Mapping[str, WeightScheme | IntScheme]] = {
     "fp8_block": WeightScheme(weight="block", block=BLOCK, online=True),
     **int_quant_spec.ONLINE,
 }
+# names that users of other engines write
+OTHER_NAMES: Final[Mapping[str, str]] = {
+    "awq_marlin": "awq", "gptq_marlin": "gptq", "fbgemm_fp8": "fp8", "ptpc_fp8": "fp8",
+    "bitsandbytes": "int8", "experts_int8": "int8",
+}  # fmt: skip
 # of plain checkpoints: heads and whatever chooses experts are small, and errors in them change much
 ONLINE_IGNORED: Final = ("lm_head", "embed_out", r"re:.*\.(gate|router|shared_expert_gate)$")
 
 
 def choose_quantization(config: Mapping[str, Any], wanted: str | None) -> QuantSpec | None:
     """From a `config.json` and the setting `quantization` to what will be done. None: weights stay as they are."""
+    wanted = OTHER_NAMES.get(wanted, wanted) if wanted is not None else None
     key = next((key for key in KEYS if config.get(key) is not None), None)
     if key is None:
         if wanted is None:

@@ -6,6 +6,7 @@ import pytest
 
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError
+from argosy.cluster.protocol.quant_spec import choose_quantization
 from argosy.deploy import cli, settings
 
 
@@ -110,3 +111,13 @@ def test_every_setting_has_a_flag_or_a_reason() -> None:
     assert not settings.NOT_YET & (settings.IGNORED | set(ServingConfig.known_settings()))
     with pytest.raises(ConfigError, match="enable_lora is not supported yet"):
         settings.config_from_kwargs("m", {"enable_lora": True})
+
+
+def test_small_weights_by_the_names_that_users_bring() -> None:
+    assert settings.config_from_kwargs("some/model", {"load_in_8bit": True}).model.quantization == "int8"
+    assert settings.config_from_kwargs("some/model", {"load_in_4bit": False}).model.quantization is None
+    plain = {"architectures": ["LlamaForCausalLM"]}
+    for name, method in (("bitsandbytes", "int8"), ("int4", "int4")):
+        found = choose_quantization(plain, name)
+        assert found is not None
+        assert found.method == method
