@@ -167,6 +167,7 @@ def _node_address() -> str:
 
 def _make_private(folder: str) -> None:
     """A folder that is ours alone; refuses one that somebody else put there."""
+    os.makedirs(os.path.dirname(folder), exist_ok=True)  # on a node whose Ray keeps its files elsewhere
     with contextlib.suppress(FileExistsError):
         os.mkdir(folder, 0o700)
     found = os.lstat(folder)

@@ -12,9 +12,10 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import PlacementImpossible, PreflightFailed
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.placement.layout import Traffic
+from argosy.placement.model_shape import ModelShape
 from argosy.placement.model_sources import read_model_shape
 from argosy.placement.plan import PlacementPlan, make_plan
-from argosy.placement.planner import PlanOptions, plan_cluster
+from argosy.placement.planner import PlanOptions, PlanReport, plan_cluster
 from argosy.placement.preflight_rules import Fault, usable_nodes
 from argosy.placement.rank_memory import Serving
 from argosy.placement.seating import Offer, StageRoom, seat_stages
@@ -48,7 +49,7 @@ def choose_layout(
     all_ids = [node.node_id for node in topology.nodes]
     unfit = tuple(node_id for node_id in all_ids if node_id not in usable)
     try:
-        if config.parallel.layout == "auto":
+        if config.parallel.layout != "given":
             layout = _planned(config, _free_part(topology, [o for o in offers if o.node_id in usable]), note)
         else:
             layout = _given(config, [offer for offer in offers if offer.node_id in usable], len(all_ids))
@@ -65,16 +66,28 @@ def _planned(config: ServingConfig, topology: ClusterTopology, note: Note) -> La
     model = config.model
     shape = read_model_shape(model.model, overrides=model.hf_overrides)
     serving = Serving.from_config(config, shape)
-    options = PlanOptions(traffic=_traffic(serving))
+    traffic = _traffic(serving)
     # The size of a cache that was given says nothing of where the model fits: judged by what there is room for.
     free = msgspec.structs.replace(serving, num_gpu_blocks_override=None, kv_cache_memory_bytes=None)
-    report = plan_cluster(shape, topology, options, free)
+    if config.parallel.layout == "auto":
+        report = plan_cluster(shape, topology, PlanOptions(traffic=traffic), free)
+    else:
+        report = _plan_one(shape, topology, traffic, free)
     note(f"planned: {report.chosen.describe()}")
     for text in report.notes:
         note(text)
     replicas = report.plan.replicas
     parallel = config.parallel.replace(**report.plan.settings(), data_parallel_size=len(replicas))
     return Layout(config=config.replace(parallel=parallel), plans=tuple(replicas))
+
+
+def _plan_one(shape: ModelShape, topology: ClusterTopology, traffic: Traffic, serving: Serving) -> PlanReport:
+    """A single replica: one device where that holds it, so that there is room for the next; else what is best."""
+    try:
+        small = PlanOptions(tp_size=1, pp_size=1, num_replicas=1, traffic=traffic)
+        return plan_cluster(shape, topology, small, serving)
+    except PlacementImpossible:
+        return plan_cluster(shape, topology, PlanOptions(num_replicas=1, traffic=traffic), serving)
 
 
 def _traffic(serving: Serving) -> Traffic:

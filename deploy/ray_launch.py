@@ -8,7 +8,7 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 
 import ray
 
@@ -30,6 +30,7 @@ from argosy.placement.seating import StageRoom
 from argosy.workers.worker_actor import WorkerActor, encode_boot
 
 _LOOPBACK: Final = "127.0.0.1"
+_MOST_FOLDER_BYTES: Final = 80  # a socket's path has at most 107, and 22 come below it
 
 
 class RayRankStarter:
@@ -112,6 +113,13 @@ def driver_addresses(door: RankDoor, here: str, node_ids: Sequence[str], name: s
     return addresses
 
 
+def _cluster_folder() -> str:
+    """Where drivers of a cluster that is not ours keep their sockets: among its own files, so that they go with it."""
+    node: Any = ray._private.worker._global_node
+    folder = str(node.get_session_dir_path()) if node is not None else ""
+    return folder if 0 < len(os.fsencode(folder)) <= _MOST_FOLDER_BYTES else short_temp_folder(50)
+
+
 class StartedDrivers(NamedTuple):
     """The driver actor of each replica and what they stand on."""
 
@@ -150,7 +158,7 @@ def start_ray_drivers(
             layers = plan.layer_counts if plan.pp_size > 1 else ()
             own = layout.config.replace(parallel=layout.config.parallel.replace(pipeline_layers=layers))
             name = f"argosy-{secrets.token_hex(4)}"
-            folders.append(os.path.join(session.folder or short_temp_folder(50), name))
+            folders.append(os.path.join(session.folder or _cluster_folder(), name))
             boot = DriverBoot(
                 name=name,
                 config=own,

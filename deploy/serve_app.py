@@ -4,12 +4,7 @@ Tokens come over that connection in one message a step, never as a Ray object ea
 anybody with a Ray cluster, by the builder:
 
     serve run argosy.deploy.serve_app:build model=Qwen/Qwen3-0.6B tensor_parallel_size=2
-
-    applications:                                # or: serve deploy this.yaml
-      - name: argosy
-        route_prefix: /
-        import_path: argosy.deploy.serve_app:build
-        args: {model: Qwen/Qwen3-0.6B, tensor_parallel_size: 2}
+    serve deploy deploy/serve_config.yaml        # which explains itself; replicas by load, down to none
 """
 
 import asyncio
@@ -85,7 +80,7 @@ class Door:
         confine_replica()
         self._engine: Engine | None = None
         if not address:
-            # Deployed without `argosy serve`: the first replica starts the engine, the others find it.
+            # Deployed without `argosy serve`: each replica has an engine of its own, and Serve has as many as it needs.
             self._engine = await asyncio.to_thread(launch_engine, config)
             address, secret = self._engine.address, self._engine.secret
         self._client = await connect_engine(address, secret, timeout_seconds=_CONNECT_SECONDS)
@@ -123,7 +118,7 @@ def application(config: ServingConfig, address: str, secret: str) -> Application
 def build(args: Mapping[str, Any]) -> Application:
     """Builder for `serve run` and `serve deploy`; `args` are the flags of `argosy serve` by name."""
     given = {"model": settings.default_model(), **args}
-    config, ignored = settings.make_config(settings.plan_what_is_open(given))
+    config, ignored = settings.make_config(settings.plan_what_is_open(given, "one"))
     if text := settings.describe_ignored(ignored):
         logger.warning(text)
     return application(localize(config), "", "")

@@ -241,10 +241,10 @@ def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
     return ServingConfig.from_mapping(device_defaults.fill(known)), ignored
 
 
-def plan_what_is_open(given: Mapping[str, object]) -> dict[str, object]:
+def plan_what_is_open(given: Mapping[str, object], layout: str = "auto") -> dict[str, object]:
     """The settings of a server: where no size of the layout is named, the planner chooses all of them."""
     named = {str(name).replace("-", "_") for name in given}
-    return dict(given) if named & _SIZES else {**given, "layout": "auto"}
+    return dict(given) if named & _SIZES else {**given, "layout": layout}
 
 
 def describe_ignored(ignored: Iterable[str]) -> str:

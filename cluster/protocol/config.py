@@ -78,9 +78,8 @@ class ParallelConfig(_Settings, frozen=True):
     cpu_threads: int | None = None  # a CPU rank's threads; None: cores divided by ranks
     enforce_eager: bool = False
     max_cuda_graph_batch: int = 1024  # steps of more rows run eagerly
-    layout: Literal["given", "auto"] = (
-        "given"  # auto: the planner chooses the sizes above for the cluster that is there
-    )
+    # auto: the planner chooses the sizes above for the cluster that is there; one: the same, for a single replica
+    layout: Literal["given", "auto", "one"] = "given"
     ray_address: str | None = None  # of a Ray cluster that runs; None: one of our own
     enable_expert_parallel: bool = False  # each rank of a tensor-parallel group has whole experts, not a part of each
 
