@@ -23,7 +23,7 @@ from argosy.cluster.protocol.errors import ConfigError
 MOST_FOLDER_BYTES: Final = 97 - len("/") - 56 - len("/a")
 NODE_FOLDER: Final = ".argosy/doors"  # in the home of whoever runs a cluster's node
 _LOOPBACK: Final = "127.0.0.1"
-_HTTP_PORTS, _GRPC_PORTS = 160, 39  # a port rests for 35 s after its replica has gone
+_HTTP_PORTS, _GRPC_PORTS = 160, 32  # a port rests for 35 s after its replica has gone
 _PORT_RANGES: Final = (20_000, 30_000, 200)  # above Ray's own, below those of outgoing connections
 _REAL: Final = "@HAPROXY@"
 _SCRIPT: Final = r"""#!/bin/sh
@@ -93,6 +93,8 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT": str(first + _HTTP_PORTS - 1),
         "RAY_SERVE_DIRECT_INGRESS_MIN_GRPC_PORT": str(first + _HTTP_PORTS),
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first + _HTTP_PORTS + _GRPC_PORTS - 1),
+        "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(first + _HTTP_PORTS + _GRPC_PORTS),
+        "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(first + _HTTP_PORTS + _GRPC_PORTS + 1),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
         # a client that breaks off is no reason to take the only replica out
@@ -104,11 +106,12 @@ def environment(folder: Path) -> dict[str, str]:
 
 
 def reserve_ports() -> int:
-    """The first of the ports on which the replicas of this server, and of no other on this machine, are reached.
+    """The first of the ports on which the parts of this server, and of no other on this machine, are reached.
 
     By default all servers of a machine take them from one range. HAProxy goes on asking the port of a replica that has
-    died until it is told, and by then another server's replica may have it: requests were answered by the wrong server
-    for seconds. The port in front of each range is bound as long as this process lives, which keeps others away.
+    died until it is told, and by then another server's replica may have it; where there is no replica it asks a proxy
+    whose one port is shared by all servers. Requests were answered by the wrong server for seconds. The port in front
+    of each range is bound as long as this process lives, which keeps others away.
     """
     ranges = list(range(*_PORT_RANGES))
     random.SystemRandom().shuffle(ranges)

@@ -94,11 +94,12 @@ def test_two_servers_never_share_a_port_for_their_replicas(folder: Path) -> None
     spans = []
     for _ in range(3):
         settings = haproxy.environment(folder)
-        names = [f"RAY_SERVE_DIRECT_INGRESS_{end}_{kind}_PORT" for kind in ("HTTP", "GRPC") for end in ("MIN", "MAX")]
-        first, last, next_first, next_last = (int(settings[name]) for name in names)
-        assert first < last < next_first < next_last
-        spans.append(set(range(first - 1, next_last + 1)))
-    assert len(set.union(*spans)) == sum(len(span) for span in spans)
+        names = [f"DIRECT_INGRESS_{end}_{kind}" for kind in ("HTTP", "GRPC") for end in ("MIN", "MAX")]
+        names += ["FALLBACK_PROXY_HTTP", "FALLBACK_PROXY_GRPC"]
+        ports = [int(settings[f"RAY_SERVE_{name}_PORT"]) for name in names]
+        assert ports == sorted(set(ports))
+        spans.append(range(ports[0] - 1, ports[-1] + 1))
+    assert len(set().union(*spans)) == sum(len(span) for span in spans)
     sign = min(spans[0])
     program = f"from argosy.deploy import haproxy; haproxy._PORT_RANGES = ({sign}, {sign + 1})"
     told = subprocess.run(
