@@ -26,7 +26,7 @@ from argosy.workers.layers.linear import MergedColumnParallelLinear, ParallelLin
 from argosy.workers.layers.norm import RMSNorm
 from argosy.workers.layers.rotary import RotaryEmbedding
 from argosy.workers.loading.names import LLAMA_NAMES, NameTable
-from argosy.workers.models.group_forward import GroupForward
+from argosy.workers.models.group_forward import HALF_MULTIPLE, GroupForward
 from argosy.workers.quantization.base import Cut, Fusion, LinearMethod, linear_method_for
 
 
@@ -154,7 +154,7 @@ class Decoder(nn.Module):
             self.parallel, max_tokens=max_tokens, width=width, max_rows=max_rows, dtype=self.dtype
         )  # fmt: skip
         if sums is not None:
-            copies = open_group_copies(self.parallel, sums, max_rows=max_tokens)
+            copies = open_group_copies(self.parallel, sums, max_rows=max_tokens // 2 + HALF_MULTIPLE)
             self._group = GroupForward(
                 self._stack, self.embed, self.norm, sums, copies, width=width, dtype=self.dtype, device=self.device
             )
