@@ -247,14 +247,15 @@ def decode_attention(
     alibi_slopes_N: Tensor | None = None,
     sinks_N: Tensor | None = None,
     kv_scales: tuple[float, float] = (1.0, 1.0),
-    shared_len_1: Tensor | None = None,
+    shared_len_R: Tensor | None = None,
     inputs_early: bool = False,
 ) -> Tensor:
     """A decode step from the fused projection to the heads' outputs: `rope_and_store`, then `paged_attention`.
 
-    One launch on a GPU, or two with many rows. `shared_len_1` (int32, on the device) says how many tokens all rows have
-    in the same blocks at the front of their tables (whole blocks, fewer than any row has): they are read once for many
-    rows, in a launch of its own. A caller without such rows leaves it out. What qkv holds afterwards is undefined.
+    One launch on a GPU, or two with many rows. `shared_len_R` (int32) says how many tokens at the front, in whole
+    blocks, a row has in the same blocks as others that say so too; 0 for rows without, one length for all that have it,
+    fewer tokens than any of them has. They are read once for many rows, in a launch of its own. A caller without such
+    rows leaves it out. What qkv holds afterwards is undefined.
 
     `inputs_early` promises that on the device nothing but `qkv_RD` comes from the kernel launched just before:
     positions, slots, table, lengths and the cache's older tokens were written before that one, and may be read while it
@@ -264,7 +265,7 @@ def decode_attention(
         from argosy.kernels import paged_attention as kernel
 
         num_groups, normed = qkv_RD.shape[0] * k_cache_BSKH.shape[2], q_norm_weight_H is not None
-        if shared_len_1 is not None or not kernel.fusing_pays(num_groups, normed, qkv_RD.device):
+        if shared_len_R is not None or not kernel.fusing_pays(num_groups, normed, qkv_RD.device):
             q_RNH = rope_and_store(
                 qkv_RD, positions_R, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_R, num_heads=num_heads,
                 interleaved=interleaved, q_norm_weight_H=q_norm_weight_H, k_norm_weight_H=k_norm_weight_H, eps=eps,
@@ -273,7 +274,7 @@ def decode_attention(
             return kernel.paged_attention(
                 q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, max_context=max_context,
                 sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
-                kv_scales=kv_scales, shared_len_1=shared_len_1,
+                kv_scales=kv_scales, shared_len_R=shared_len_R,
             )  # fmt: skip
         return kernel.decode_attention(
             qkv_RD, positions_R, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_R, block_table_RB, context_len_R,

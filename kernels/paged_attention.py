@@ -56,7 +56,7 @@ def _paged_attention_kernel(
     part_ptr,  # [R, K, splits, G, H] unnormalised outputs, float32
     stats_ptr,  # [R, K, splits, 2, G]: largest logit (base 2), sum
     counter_ptr,  # [R · K] pieces done; zero between launches
-    shared_ptr,  # when SHARED: tokens of the prefix; what `shared_prefix` left of it
+    shared_ptr,  # when SHARED: tokens of each row's prefix, and what `shared_prefix` left of it
     shared_part_ptr,
     shared_stats_ptr,
     shared_pieces,
@@ -99,8 +99,8 @@ def _paged_attention_kernel(
     PDL: tl.constexpr,
 ):
     LOG2E: tl.constexpr = 1.4426950408889634
-    row = tl.program_id(0).to(tl.int64)
-    kv_head = tl.program_id(1)
+    kv_head = tl.program_id(0)  # heads beside each other: their keys lie beside each other
+    row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
     head = tl.arange(0, GROUP)
     dim = tl.arange(0, WIDTH)
@@ -113,7 +113,7 @@ def _paged_attention_kernel(
     context = tl.load(context_ptr + row)
     first = tl.maximum(context - window, 0) if WINDOW else 0
     if SHARED > 0:
-        shared = tl.maximum(tl.load(shared_ptr), 0)
+        shared = tl.maximum(tl.load(shared_ptr + row), 0)
         first = tl.minimum(shared, context)
     cached = context - 1 if NEW else context  # how many tokens are read from the cache
     length = tl.maximum(cached - first, 0)
@@ -186,7 +186,7 @@ def _paged_attention_kernel(
         if SHARED > 0:  # noqa: SIM102 - known when compiling, the other only when running
             if split == 0:
                 acc, largest, total = begin_with_prefix(
-                    shared_part_ptr, shared_stats_ptr, shared, shared_pieces, row, tl.num_programs(0), kv_head * G,
+                    shared_part_ptr, shared_stats_ptr, shared, shared_pieces, row, tl.num_programs(1), kv_head * G,
                     in_group, in_tile, K, G, H, GROUP, WIDTH, SHARED,
                 )  # fmt: skip
     q = for_cache(q, k_cache_ptr)
@@ -307,7 +307,7 @@ def _launch(
     } | (new or {})  # fmt: skip
     if few and about_new["EARLY"]:
         about_new["PREFETCHED"] = 512  # not for many rows: their keys push each other out again (139 us instead of 102)
-    _paged_attention_kernel[(num_rows, num_kv_heads, splits)](
+    _paged_attention_kernel[(num_kv_heads, num_rows, splits)](
         q_ptr=q_RD, k_cache_ptr=k_cache_BSKH, v_cache_ptr=v_cache_BSKH, table_ptr=block_table_RB,
         context_ptr=context_len_R, out_ptr=out_RNH, slopes_ptr=out_RNH if alibi_slopes_N is None else alibi_slopes_N,
         sinks_ptr=out_RNH if sinks_N is None else sinks_N, part_ptr=part, stats_ptr=stats, counter_ptr=counters,
@@ -320,7 +320,7 @@ def _launch(
         min_piece=min_piece, HEADS=tuning.next_power_of_two(group),
         JOIN=max(2, min(16, 4096 // (tuning.next_power_of_two(group) * width))), STAGES=sizes["stages"],
         PRECISION="ieee" if q_RD.dtype == torch.float32 else "tf32",
-        shared_ptr=context_len_R if shared is None else shared.length_1,
+        shared_ptr=context_len_R if shared is None else shared.length_R,
         shared_part_ptr=out_RNH if shared is None else shared.part,
         shared_stats_ptr=out_RNH if shared is None else shared.stats,
         shared_pieces=1 if shared is None else shared.pieces, SHARED=0 if shared is None else shared.block_l,
@@ -344,7 +344,7 @@ def paged_attention(
     sinks_N: Tensor | None = None,
     kv_scales: tuple[float, float] = (1.0, 1.0),
     out_RNH: Tensor | None = None,
-    shared_len_1: Tensor | None = None,
+    shared_len_R: Tensor | None = None,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
     """Shapes as in `ops.paged_attention`; tokens of q may be strided (a view of the fused projection).
@@ -354,10 +354,10 @@ def paged_attention(
     """
     assert q_RNH.stride()[1:] == (q_RNH.shape[2], 1)
     shared = None
-    if shared_len_1 is not None and sliding_window is None and alibi_slopes_N is None and q_RNH.shape[0]:
+    if shared_len_R is not None and sliding_window is None and alibi_slopes_N is None and q_RNH.shape[0]:
         bound = block_table_RB.shape[1] * k_cache_BSKH.shape[1]
         shared = attend_prefix(
-            q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, shared_len_1, scale=scale * kv_scales[0],
+            q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, shared_len_R, scale=scale * kv_scales[0],
             max_length=bound if max_context is None else min(bound, max_context), soft_cap=soft_cap,
         )  # fmt: skip
     return _launch(

@@ -1,11 +1,12 @@
-"""The first tokens that all rows of a decode step have in common (a system prompt), read once for many rows.
+"""The first tokens that many rows of a decode step have in common (a system prompt), read once for many rows.
 
 Rows that share a prefix have the same blocks at the front of their tables. A program takes BLOCK_Q rows with the G
 query heads of one key/value head, as the rows of one matrix, and one piece of the prefix; what it leaves (unnormalised
 sums in float32, the largest logit, the weight) is where `paged_attention` then begins with each row's own tokens. 256
 rows with 2048 shared tokens read 2 GB a layer from the second-level cache one by one, and 17 to 70 MB so.
 
-How long the prefix is stands on the device, so that a recorded step serves any; 0 leaves nothing to do.
+Whose prefix it is and how long stands on the device, so that a recorded step serves any. One prefix at a time: the
+rows that have it say its length, the others 0. (These are computed with the others, and nobody reads the outcome.)
 """
 
 from dataclasses import dataclass
@@ -28,7 +29,7 @@ MAX_PIECES = 16
 class SharedPrefix:
     """What the rows' queries saw of the prefix, in pieces that are each a multiple of `block_l` tokens."""
 
-    length_1: Tensor  # int32: tokens
+    length_R: Tensor  # int32: tokens; 0 for rows without it
     part: Tensor  # [pieces, R, N, H], float32
     stats: Tensor  # [pieces, 2, R, N], float32: largest logit (base 2), sum
     pieces: int
@@ -37,11 +38,12 @@ class SharedPrefix:
 
 # as in `prefill_attention`
 @triton.jit(
-    do_not_specialize=["num_rows", "num_pieces"], do_not_specialize_on_alignment=["length_ptr", "table_ptr"]
-)  # fmt: skip
+    do_not_specialize=["stride_table", "num_rows", "num_pieces"],
+    do_not_specialize_on_alignment=["length_ptr", "table_ptr"],
+)
 def _shared_prefix_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, length_ptr, part_ptr, stats_ptr,
-    stride_q, scale, soft_cap, num_rows, num_pieces,
+    stride_q, stride_table, scale, soft_cap, num_rows, num_pieces,
     K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_Q: tl.constexpr, BLOCK_L: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr,
     PRECISION: tl.constexpr, PDL: tl.constexpr,
@@ -51,7 +53,13 @@ def _shared_prefix_kernel(
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    length = tl.load(length_ptr)
+    length = 0
+    owner = num_rows
+    for first in range(0, num_rows, 128):
+        other = first + tl.arange(0, 128)
+        its_length = tl.load(length_ptr + other, other < num_rows, other=0)
+        owner = tl.minimum(owner, tl.min(tl.where(its_length > 0, other, num_rows), 0))
+        length = tl.maximum(length, tl.max(its_length, 0))
     step = tl.cdiv(tl.cdiv(length, num_pieces), BLOCK_L) * BLOCK_L
     begin = piece * step
     end = tl.minimum(begin + step, length)
@@ -68,16 +76,17 @@ def _shared_prefix_kernel(
     largest = tl.full((BLOCK_M,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, WIDTH), tl.float32)
+    table_row = table_ptr + owner.to(tl.int64) * stride_table
     k_base = k_cache_ptr + kv_head * H
     v_base = v_cache_ptr + kv_head * H
     middle = begin + (end - begin) // BLOCK_L * BLOCK_L
     position = tl.zeros((BLOCK_M,), tl.int32) + (end - 1)
     acc, largest, total = _walk(
-        q, acc, largest, total, begin, middle, position, end - 1, 0, 0.0, scale, soft_cap, k_base, v_base, table_ptr,
+        q, acc, largest, total, begin, middle, position, end - 1, 0, 0.0, scale, soft_cap, k_base, v_base, table_row,
         K, H, S, WIDTH, BLOCK_L, False, False, SOFT_CAP, False, STAGES, PRECISION,
     )  # fmt: skip
     acc, largest, total = _walk(
-        q, acc, largest, total, middle, end, position, end - 1, 0, 0.0, scale, soft_cap, k_base, v_base, table_ptr,
+        q, acc, largest, total, middle, end, position, end - 1, 0, 0.0, scale, soft_cap, k_base, v_base, table_row,
         K, H, S, WIDTH, BLOCK_L, True, False, SOFT_CAP, False, 1, PRECISION,
     )  # fmt: skip
     stats = stats_ptr + (piece * 2 * num_rows + row) * K * G + head
@@ -119,13 +128,13 @@ def attend_prefix(
     k_cache_BSKH: Tensor,
     v_cache_BSKH: Tensor,
     block_table_RB: Tensor,
-    length_1: Tensor,
+    length_R: Tensor,
     *,
     scale: float,
     max_length: int,
     soft_cap: float | None = None,
 ) -> SharedPrefix:
-    """One launch. The blocks are those of the first row; `max_length` bounds the length on the host."""
+    """One launch. `max_length` bounds the length on the host."""
     num_rows, num_heads, head_size = q_RNH.shape
     block_size, num_kv_heads = k_cache_BSKH.shape[1:3]
     group = num_heads // num_kv_heads
@@ -139,18 +148,19 @@ def attend_prefix(
     block_m = max(sizes["block_m"], tuning.next_power_of_two(group))
     block_q = block_m // group
     row_blocks = triton.cdiv(num_rows, block_q)
-    wanted = -(-2 * facts.num_sms // (row_blocks * num_kv_heads))
+    wanted = facts.num_sms // (row_blocks * num_kv_heads)
     pieces = max(1, min(wanted, -(-max_length // MIN_PIECE), MAX_PIECES))
     part = torch.empty((pieces, num_rows, num_heads, head_size), dtype=torch.float32, device=device)
     stats = torch.empty((pieces, 2, num_rows, num_heads), dtype=torch.float32, device=device)
     _shared_prefix_kernel[(num_kv_heads, row_blocks, pieces)](
-        q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, length_1, part, stats, q_RNH.stride(0), scale,
-        soft_cap or 0.0, num_rows, pieces, K=num_kv_heads, G=group, H=head_size, S=block_size, WIDTH=width,
-        BLOCK_M=block_m, BLOCK_Q=block_q, BLOCK_L=sizes["block_l"], SOFT_CAP=soft_cap is not None,
-        STAGES=sizes["stages"], PRECISION="ieee" if q_RNH.dtype == torch.float32 else "tf32",
-        num_warps=sizes["warps"], **tuning.overlap(device),
+        q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, length_R, part, stats, q_RNH.stride(0),
+        block_table_RB.stride(0), scale, soft_cap or 0.0, num_rows, pieces, K=num_kv_heads, G=group, H=head_size,
+        S=block_size, WIDTH=width, BLOCK_M=block_m, BLOCK_Q=block_q, BLOCK_L=sizes["block_l"],
+        SOFT_CAP=soft_cap is not None, STAGES=sizes["stages"],
+        PRECISION="ieee" if q_RNH.dtype == torch.float32 else "tf32", num_warps=sizes["warps"],
+        **tuning.overlap(device),
     )  # fmt: skip
-    return SharedPrefix(length_1, part, stats, pieces, sizes["block_l"])
+    return SharedPrefix(length_R, part, stats, pieces, sizes["block_l"])
 
 
 def _default_sizes(width: int, lines: int, dtype: torch.dtype) -> dict[str, int]:

@@ -25,7 +25,7 @@ from argosy.workers.input_batch import InputBatch, StepInputs
 
 LEAST_SHARED_TOKENS = 256  # of a prefix that is worth a launch of its own a layer
 LEAST_SHARED_READS = 1 << 16  # rows times tokens
-MOST_SHARED_BLOCKS = 1024  # that the host compares
+MOST_SHARED_BLOCKS = 512  # that the host compares
 NUM_CONTROL_BUFFERS = 4  # steps whose control may be on its way to the device at once, at least
 Forward = Callable[[Tensor | None, Tensor | None, Tensor, AttentionMetadata], Tensor]
 
@@ -88,14 +88,12 @@ class DecodeTables:
         pinned = device.type == "cuda"
         # rows: handles | new blocks | tokens that aren't the last ones sampled (none so far)
         count = max(NUM_CONTROL_BUFFERS, batch.max_steps_in_flight + 1)
-        # and one more column: how many tokens all rows share
-        width = max_rows + 1
-        self._controls = [torch.full((3, width), -1, dtype=torch.int32, pin_memory=pinned) for _ in range(count)]
+        # | tokens of a prefix that it shares with others
+        self._controls = [torch.full((4, max_rows), -1, dtype=torch.int32, pin_memory=pinned) for _ in range(count)]
         event: Any = torch.cuda.Event  # torch gives it no types
         self._sent = [event() for _ in self._controls] if pinned else []
         self._turn = 0
-        self.control_3R = torch.full((3, width), -1, dtype=torch.int32, device=device)
-        self.shared_len_1 = self.control_3R[0, max_rows:]
+        self.control_4R = torch.full((4, max_rows), -1, dtype=torch.int32, device=device)
         self.token_ids_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.positions_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.slots_R = torch.full((max_rows,), -1, dtype=torch.int64, device=device)
@@ -120,20 +118,38 @@ class DecodeTables:
             blocks_R[row] = block_ids[0]
         return blocks_R
 
-    def shared_tokens(self, handles_R: np.ndarray, start_R: np.ndarray) -> int:
-        """Tokens at the front that all rows have in the same whole blocks; 0 if they are not worth it."""
-        size, table_NB = self.batch.block_size, self.batch.block_table_NB
-        count, limit = len(handles_R), min(int(start_R.min()) // size, MOST_SHARED_BLOCKS)
-        least = max(LEAST_SHARED_TOKENS, LEAST_SHARED_READS // count)
-        first = -(-least // size) - 1
-        if limit <= first or (table_NB[handles_R, first] != table_NB[handles_R[0], first]).any():
-            return 0
-        blocks_RB = table_NB[handles_R, :limit]
-        differ_B = (blocks_RB != blocks_RB[0]).any(axis=0)
-        shared = size * (int(differ_B.argmax()) if differ_B.any() else limit)
-        return shared if shared >= least else 0
+    def shared_tokens(self, handles_R: np.ndarray, start_R: np.ndarray) -> np.ndarray | None:
+        """Tokens at the front that a row has in the same whole blocks as others, 0 if it has not; None: not worth it.
 
-    def send(self, handles_R: np.ndarray, blocks_R: np.ndarray, num_padded: int, shared: int = 0) -> None:
+        Of several prefixes the one of most rows, and of that as much as saves most.
+        """
+        size, table_NB = self.batch.block_size, self.batch.block_table_NB
+        limit_R = np.minimum(start_R // size, MOST_SHARED_BLOCKS)
+        least = -(-LEAST_SHARED_TOKENS // size)
+        candidates = np.flatnonzero(limit_R >= least)
+        block_ids, inverse, counts = np.unique(
+            table_NB[handles_R[candidates], least - 1], return_inverse=True, return_counts=True
+        )
+        if not len(block_ids) or counts.max() * MOST_SHARED_BLOCKS * size < LEAST_SHARED_READS:
+            return None
+        candidates = candidates[inverse == counts.argmax()]
+        limit_M = limit_R[candidates]
+        blocks_MB = table_NB[handles_R[candidates], : limit_M.max()]
+        differ_MB = blocks_MB != blocks_MB[0]
+        equal_M = np.where(differ_MB.any(axis=1), differ_MB.argmax(axis=1), blocks_MB.shape[1])
+        equal_M = np.minimum(equal_M, limit_M)
+        lengths_M = np.sort(equal_M)[::-1]
+        saved_M = lengths_M * np.arange(len(lengths_M))  # one row has to read it anyway
+        length = lengths_M[saved_M.argmax()]
+        if length < least or saved_M.max() * size < LEAST_SHARED_READS:
+            return None
+        shared_R = np.zeros(len(handles_R), dtype=np.int32)
+        shared_R[candidates[equal_M >= length]] = length * size
+        return shared_R
+
+    def send(
+        self, handles_R: np.ndarray, blocks_R: np.ndarray, num_padded: int, shared_R: np.ndarray | None = None
+    ) -> None:
         """One copy to the device, in stream order."""
         turn = self._turn = (self._turn + 1) % len(self._controls)
         if self._sent:
@@ -143,8 +159,10 @@ class DecodeTables:
         host[0, :count] = handles_R
         host[0, count:num_padded] = -1
         host[1, :count] = blocks_R
-        host[0, -1] = shared
-        self.control_3R.copy_(control, non_blocking=True)
+        if shared_R is not None:
+            host[3, :count] = shared_R
+            host[3, count:num_padded] = 0
+        self.control_4R.copy_(control, non_blocking=True)
         if self._sent:
             self._sent[turn].record()
 
@@ -152,7 +170,7 @@ class DecodeTables:
         """Inputs of a step of so many (padded) rows, from the control and the tables."""
         rows = slice(0, num_rows)
         ops.prepare_decode(
-            self.control_3R[0, rows], self.control_3R[1, rows], self.control_3R[2, rows], self.batch.last_token_N,
+            self.control_4R[0, rows], self.control_4R[1, rows], self.control_4R[2, rows], self.batch.last_token_N,
             self.num_computed_N, self.block_table_NB, self.token_ids_R[rows], self.positions_R[rows],
             self.slots_R[rows], self.context_len_R[rows], self.block_table_RB[rows],
             block_size=self.batch.block_size,
@@ -169,7 +187,7 @@ class DecodeTables:
             slot_mapping_T=self.slots_R[:num_rows],
             max_query_len=1,
             max_context_len=max_context_len,
-            shared_len_1=self.shared_len_1 if shares else None,
+            shared_len_R=self.control_4R[3, :num_rows] if shares else None,
         )
 
     def take_over(self, inputs: StepInputs) -> None:
@@ -211,7 +229,7 @@ class CUDAGraphRunner:
         self._recorded: dict[tuple[int, bool], RecordedStep] = {}  # by size, and whether the rows share a prefix
         self._size_of = [_sizes_of(sizes, max_rows) for sizes in (self.sizes, self.shared_sizes)]
         self._last_rows: object = ()
-        self._shared = 0  # tokens that the rows of the step in progress share
+        self._shared_R: np.ndarray | None = None  # of the step in progress, see `DecodeTables.shared_tokens`
 
     # ------------------------------------------------------------------------------------------------- recording
 
@@ -221,7 +239,7 @@ class CUDAGraphRunner:
 
         All rows are padding while recording: nothing is written to the cache.
         """
-        self.tables.control_3R.fill_(-1)
+        self.tables.control_4R.fill_(-1)
         pool = torch.cuda.graph_pool_handle()
         make_stream: Any = torch.cuda.Stream  # torch gives it no types
         stream = make_stream(self.batch.device)
@@ -276,7 +294,7 @@ class CUDAGraphRunner:
         """Keep what was sampled for the next step. Returns the ids, those of failed rows below 0."""
         out_R = self.tables.sampled_R[:num_rows]
         ops.remember_tokens(
-            self.tables.control_3R[0, :num_rows], token_ids_R, logits_RV, self.batch.last_token_N, out_R
+            self.tables.control_4R[0, :num_rows], token_ids_R, logits_RV, self.batch.last_token_N, out_R
         )
         return out_R
 
@@ -300,9 +318,9 @@ class CUDAGraphRunner:
             return None
         start_R = batch.num_computed_N[handles_R]
         if not same_rows:
-            self._shared = self.tables.shared_tokens(handles_R, start_R) if self.shared_sizes else 0
+            self._shared_R = self.tables.shared_tokens(handles_R, start_R) if self.shared_sizes else None
         size = self._size(count)
-        self.tables.send(handles_R, blocks_R, size, self._shared)
+        self.tables.send(handles_R, blocks_R, size, self._shared_R)
         return StepInputs(
             handles_R=handles_R,
             num_tokens_R=None,
@@ -310,7 +328,7 @@ class CUDAGraphRunner:
             num_tokens=count,
             token_ids_T=self.tables.token_ids_R[:count],
             positions_T=self.tables.positions_R[:count],
-            metadata=self._recorded[size, self._shared > 0].metadata,
+            metadata=self._recorded[size, self._shares].metadata,
             sample_rows_S=None,
             hidden_rows_S=None,
             handles_device_R=None,
@@ -323,24 +341,28 @@ class CUDAGraphRunner:
         self._last_rows = ()
         self.tables.take_over(inputs)
 
+    @property
+    def _shares(self) -> bool:
+        return self._shared_R is not None
+
     def _size(self, num_rows: int) -> int:
-        return int(self._size_of[self._shared > 0][num_rows])
+        return int(self._size_of[self._shares][num_rows])
 
     @property
     def handles_R(self) -> Tensor:
         """Handles of the step in progress, on the device (int32); -1 is padding."""
-        return self.tables.control_3R[0]
+        return self.tables.control_4R[0]
 
     def run(self, num_rows: int) -> Tensor:
         """Replay the forward pass. Logits or hidden states of the rows; they last until the next step."""
-        recorded = self._recorded[self._size(num_rows), self._shared > 0]
+        recorded = self._recorded[self._size(num_rows), self._shares]
         assert recorded.graph is not None
         recorded.graph.replay()
         return recorded.result[:num_rows]
 
     def run_greedy(self, num_rows: int) -> Tensor:
         """After `run`: replay the choice of the most likely tokens. Ids, below 0 where a row failed."""
-        recorded = self._recorded[self._size(num_rows), self._shared > 0]
+        recorded = self._recorded[self._size(num_rows), self._shares]
         assert recorded.greedy_graph is not None
         recorded.greedy_graph.replay()
         return self.tables.sampled_R[:num_rows]

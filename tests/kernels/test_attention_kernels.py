@@ -147,19 +147,19 @@ def test_decode_of_rows_that_share_a_prefix(
     num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype, shared: int, option: str,
     device: torch.device, assert_near: Near,
 ) -> None:  # fmt: skip
-    """A row with a token of its own, a long one, padding last; the length stands on the device."""
-    contexts = [shared + 1, shared + 37, shared + 5, 0]
+    """A row without it, one with a token of its own, a long one, padding last; the lengths stand on the device."""
+    contexts = [shared + 3, shared + 1, shared + 37, shared + 5, 0]
     if device.type == "cuda":
         shared *= 40
-        contexts = [shared + 1, shared + 300, *range(shared + 2, shared + 200), 0]
+        contexts = [shared + 3, shared + 1, shared + 300, *range(shared + 2, shared + 200), 0]
     k_cache, v_cache, table, context = paged(contexts, 16, num_kv_heads, head_size, dtype, device)
-    table[:, : shared // 16] = table[:1, : shared // 16].clone()
+    table[1:, : shared // 16] = table[1:2, : shared // 16].clone()
     q = torch.randn(len(contexts), num_heads, head_size, device=device).to(dtype)
     options = chosen(option, num_heads, device)
     want = reference.paged_attention(q, k_cache, v_cache, table, context, scale=0.2, **options)
-    length = torch.tensor([shared], dtype=torch.int32, device=device)
+    length = torch.tensor([0, *[shared] * (len(contexts) - 2), 0], dtype=torch.int32, device=device)
     got = paged_attention.paged_attention(
-        q, k_cache, v_cache, table, context, scale=0.2, shared_len_1=length, **options
+        q, k_cache, v_cache, table, context, scale=0.2, shared_len_R=length, **options
     )  # fmt: skip
     assert_near(got, want)
     assert not got[-1].any()

@@ -22,39 +22,60 @@ def tables() -> DecodeTables:
     return DecodeTables(batch, ROWS)
 
 
-def shared(tables: DecodeTables, handles: list[int]) -> int:
+def shared(tables: DecodeTables, handles: list[int]) -> list[int]:
     handles_R = np.array(handles)
-    return tables.shared_tokens(handles_R, tables.batch.num_computed_N[handles_R])
+    shared_R = tables.shared_tokens(handles_R, tables.batch.num_computed_N[handles_R])
+    return [] if shared_R is None else shared_R.tolist()
 
 
-def test_rows_share_the_whole_blocks_at_the_front_of_all_their_tables(tables: DecodeTables) -> None:
-    """One prompt for all, of 70 blocks; one request has a block more in common with another."""
+def test_rows_share_the_whole_blocks_at_the_front_of_their_tables(tables: DecodeTables) -> None:
+    """One prompt for all, of 70 blocks; two requests have a block more in common."""
     table = tables.batch.block_table_NB
     table[:, :70] = table[0, :70]
     table[3, 70] = table[4, 70]
-    assert shared(tables, list(range(ROWS))) == 70 * BLOCK
-    assert shared(tables, list(range(ROWS))[::-1]) == 70 * BLOCK
+    assert shared(tables, list(range(ROWS))) == [70 * BLOCK] * ROWS
+    assert shared(tables, list(range(ROWS))[::-1]) == [70 * BLOCK] * ROWS
 
 
-def test_what_no_row_has_computed_yet_is_not_shared(tables: DecodeTables) -> None:
+def test_the_first_requests_with_a_prompt_have_copies_of_their_own(tables: DecodeTables) -> None:
+    """They were computed in one step, before any of them could find the prompt in the cache."""
+    table = tables.batch.block_table_NB
+    table[4:, :80] = table[4, :80]
+    assert shared(tables, list(range(ROWS))) == [0] * 4 + [80 * BLOCK] * (ROWS - 4)
+
+
+def test_the_length_that_saves_most_is_shared(tables: DecodeTables) -> None:
+    """All have 40 blocks in common, more than half of them 90; then only a few have more than 70."""
+    table = tables.batch.block_table_NB
+    table[:, :70] = table[0, :70]
+    table[:60, :90] = table[0, :90]
+    assert shared(tables, list(range(ROWS))) == [90 * BLOCK] * 60 + [0] * 4
+    table[8:60, 80:] += 100_000 * np.arange(52)[:, None]
+    table[8:60, 72:] += 200_000 * np.arange(52)[:, None]
+    assert shared(tables, list(range(ROWS))) == [70 * BLOCK] * ROWS
+
+
+def test_what_a_row_has_not_computed_yet_it_does_not_share(tables: DecodeTables) -> None:
     """Stale ids behind the end of a table may be equal by chance, and the block that takes the new token is its own."""
     table = tables.batch.block_table_NB
     table[:, :] = table[0]
     tables.batch.num_computed_N[7] = 80 * BLOCK + 5
-    assert shared(tables, list(range(ROWS))) == 80 * BLOCK
+    tables.batch.num_computed_N[9] = 3
+    got = shared(tables, list(range(ROWS)))
+    assert got.pop(9) == 0
+    assert got.pop(7) == 0
+    assert got == [1500 // BLOCK * BLOCK] * (ROWS - 2)
 
 
 def test_a_prefix_that_saves_little_is_read_row_by_row(tables: DecodeTables) -> None:
-    """Short, or of few rows, or not of all."""
+    """None, a short one, or of few rows."""
     table = tables.batch.block_table_NB
-    assert shared(tables, list(range(ROWS))) == 0
-    table[:, :63] = table[0, :63]
-    assert shared(tables, list(range(ROWS))) == 0
+    assert not shared(tables, list(range(ROWS)))
+    table[:, :15] = table[0, :15]
+    assert not shared(tables, list(range(ROWS)))
     table[:, :90] = table[0, :90]
-    assert shared(tables, list(range(30))) == 0
-    assert shared(tables, list(range(50))) == 90 * BLOCK
-    table[40, 0] = 99_999
-    assert shared(tables, list(range(50))) == 0
+    assert not shared(tables, list(range(40)))
+    assert shared(tables, list(range(50))) == [90 * BLOCK] * 50
 
 
 def test_sizes_grow_to_the_most_rows() -> None:

@@ -26,9 +26,7 @@ class AttentionMetadata:
     slot_mapping_T: Tensor  # int64 [T]: block_id * S + offset; -1 is padding
     max_query_len: int
     max_context_len: int
-    shared_len_1: Tensor | None = (
-        None  # int32: decode rows alone, tokens that all have in the same blocks; None: unknown
-    )
+    shared_len_R: Tensor | None = None  # int32, in steps of decode rows alone: see `ops.decode_attention`
     scratch: dict[Any, Any] = field(default_factory=dict)
 
 

@@ -48,7 +48,7 @@ class TritonBackend:
             alibi_slopes_N=shape.alibi_slopes_N,
             sinks_N=shape.sinks_N,
             kv_scales=shape.kv_scales,
-            shared_len_1=metadata.shared_len_1,
+            shared_len_R=metadata.shared_len_R,
             inputs_early=True,
         ).flatten(1)
 
