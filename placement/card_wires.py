@@ -4,7 +4,7 @@ NCCL's send and receive are kernels, which hold multiprocessors while they wait 
 with the products of the next step. Here a copy engine moves the bytes and the command processors wait for each other at
 counters, which takes no multiprocessor. Two H200, 8B, 64 rows that decode: 5.63 ms a token with NCCL, 5.41 with this.
 
-    sender's side stream        wait until message n - SLOTS was taken; copy to slot n; counter "sent" there := n
+    sender's side stream        wait until message n - slots was taken; copy to slot n; counter "sent" there := n
     receiver's compute stream   wait until "sent" >= n; copy out of the slot; counter "taken" at the sender := n
 
 Short messages, those of decode steps, go the same way by one small kernel on each side (`Mover`, given by who knows
@@ -29,7 +29,7 @@ from argosy.placement.symmetric_memory import SymmetricBuffer
 
 logger = logging.getLogger(__name__)
 
-SLOTS: Final = 2  # a message may come while the one before it is still being taken
+SLOTS: Final = 2  # for hidden states: one may come while the one before it is still being taken
 NUM_WIRES: Final = 3
 SHORT_BYTES: Final = 1 << 20
 COUNTER_BYTES: Final = 128  # apart from each other, as two sides poll them; a mover has one of 4 bytes a program
@@ -102,9 +102,11 @@ class Mover(Protocol):
 class CardWire:
     """One direction between two ranks, seen from one end. `slot_bytes`: the largest message."""
 
-    def __init__(self, commands: Commands, wire: int, own: int, peer: int, slots_at: int, slot_bytes: int):
+    def __init__(
+        self, commands: Commands, wire: int, own: int, peer: int, slots_at: int, slot_bytes: int, slots: int = SLOTS
+    ):
         """`own` and `peer`: addresses of the buffers; `slots_at`: where slots begin in that of the receiver."""
-        self._commands, self._count = commands, 0
+        self._commands, self._count, self._slots = commands, 0, slots
         sent, taken = 2 * wire * COUNTER_BYTES, (2 * wire + 1) * COUNTER_BYTES
         self._sent_here, self._taken_here = own + sent, own + taken
         self._sent_there, self._taken_there = peer + sent, peer + taken
@@ -114,8 +116,8 @@ class CardWire:
         """Tell the stream to send what stands at `source`."""
         self._count += 1
         assert num_bytes <= self._slot_bytes, (num_bytes, self._slot_bytes)
-        if self._count > SLOTS:
-            self._commands.wait(stream, self._taken_here, self._count - SLOTS)
+        if self._count > self._slots:
+            self._commands.wait(stream, self._taken_here, self._count - self._slots)
         self._commands.copy(stream, self._slot(self._slots_there), source, num_bytes)
         self._commands.write(stream, self._sent_there, self._count)
 
@@ -135,7 +137,7 @@ class CardWire:
             self._slot(self._slots_there),
             num_bytes,
             await_address=self._taken_here,
-            least=self._count - SLOTS,
+            least=self._count - self._slots,
             announce_address=self._sent_there,
             count=self._count,
         )
@@ -154,25 +156,37 @@ class CardWire:
         )
 
     def _slot(self, slots: int) -> int:
-        return slots + self._count % SLOTS * self._slot_bytes
+        return slots + self._count % self._slots * self._slot_bytes
 
 
 class CardWires:
     """All wires of this rank: tokens from the last stage to the first, hidden states from each to the next."""
 
     def __init__(
-        self, parallel: ParallelContext, commands: Commands, token_bytes: int, hidden_bytes: int, move: Mover | None
+        self,
+        parallel: ParallelContext,
+        commands: Commands,
+        *,
+        token_bytes: int,
+        token_slots: int,
+        hidden_bytes: int,
+        move: Mover | None,
     ):
-        """Collective. `token_bytes`, `hidden_bytes`: of the largest message."""
+        """Collective. `token_bytes`, `hidden_bytes`: of the largest message. `token_slots`: as many steps as may be in
+        flight; tokens that nobody needs yet stay there, and no step must wait for room."""
         assert parallel.world is not None
         self._device, self._commands, self._move = parallel.device, commands, move
-        sizes = {"tokens": token_bytes, "hidden states": hidden_bytes, "short hidden states": SHORT_BYTES}
-        self._slots_at: dict[str, tuple[int, int]] = {}  # of each kind: where, and how large one is
+        sizes = {
+            "tokens": (token_bytes, token_slots),
+            "hidden states": (hidden_bytes, SLOTS),
+            "short hidden states": (SHORT_BYTES, SLOTS),
+        }
+        self._slots_at: dict[str, tuple[int, int, int]] = {}  # of each kind: where, how large one is, how many
         end = -(-HEADER_BYTES // ALIGNMENT) * ALIGNMENT
-        for kind, size in sizes.items():
+        for kind, (size, count) in sizes.items():
             rounded = -(-size // ALIGNMENT) * ALIGNMENT
-            self._slots_at[kind] = (end, rounded)
-            end += SLOTS * rounded
+            self._slots_at[kind] = (end, rounded, count)
+            end += count * rounded
         self._buffer = SymmetricBuffer(parallel.world, parallel.device, end)
         self.addresses: list[int] = self._buffer.addresses_W.tolist()
         rank = parallel.rank
@@ -246,7 +260,7 @@ def _short(kind: str) -> str:
 
 
 def open_card_wires(
-    parallel: ParallelContext, token_bytes: int, hidden_bytes: int, move: Mover | None = None
+    parallel: ParallelContext, *, token_bytes: int, token_slots: int, hidden_bytes: int, move: Mover | None = None
 ) -> CardWires | None:
     """The wires of a replica on one host, None where its cards can't address each other; the same on all ranks."""
     wanted = os.environ.get("ARGOSY_DISABLE_SYMMETRIC_MEMORY") != "1"
@@ -258,7 +272,14 @@ def open_card_wires(
         return None
     wires: CardWires | None = None
     try:
-        wires = CardWires(parallel, DriverCommands(), token_bytes, hidden_bytes, move)
+        wires = CardWires(
+            parallel,
+            DriverCommands(),
+            token_bytes=token_bytes,
+            token_slots=token_slots,
+            hidden_bytes=hidden_bytes,
+            move=move,
+        )
         works = wires.reaches(parallel)
     except (RuntimeError, ImportError, AttributeError) as error:
         logger.info("stages send by NCCL: %s", str(error).splitlines()[0] if str(error) else error)

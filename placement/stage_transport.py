@@ -50,8 +50,13 @@ class StageTransport:
         self._wires: list[dist.ProcessGroup] = []
         self._cards: CardWires | None = None
         if rank.pp_size > 1 and parallel.device.type == "cuda" and max_tokens:
-            hidden_bytes = max_tokens * hidden_size * dtype.itemsize
-            self._cards = open_card_wires(parallel, max_rows * torch.int64.itemsize, hidden_bytes, move)
+            self._cards = open_card_wires(
+                parallel,
+                token_bytes=max_rows * torch.int64.itemsize,
+                token_slots=max(2, max_steps_in_flight),
+                hidden_bytes=max_tokens * hidden_size * dtype.itemsize,
+                move=move,
+            )
         if rank.pp_size > 1 and self._cards is None:
             # by all ranks, in one order; neighbouring boundaries alternate, so that a stage between two others
             # receives on one wire and sends on another

@@ -1,14 +1,25 @@
 """Messages through slots in the other card's memory, in whatever order the two cards get to their commands."""
 
+import itertools
 import random
 from collections import deque
 from collections.abc import Callable
 
 import pytest
 
-pytest.importorskip("torch")
+torch = pytest.importorskip("torch")
 
-from argosy.placement.card_wires import COUNTER_BYTES, HEADER_BYTES, NUM_WIRES, SLOTS, CardWire
+from argosy.placement import card_wires  # noqa: E402
+from argosy.placement.card_wires import (  # noqa: E402
+    COUNTER_BYTES,
+    HEADER_BYTES,
+    NUM_WIRES,
+    SLOTS,
+    CardWire,
+    CardWires,
+)
+from argosy.placement.plan import make_plan  # noqa: E402
+from argosy.placement.process_groups import ParallelContext  # noqa: E402
 
 SLOT_BYTES = 16
 
@@ -99,6 +110,19 @@ def test_every_message_arrives_once_and_none_is_overwritten(seed: int, short: bo
     assert len(slots) == SLOTS
 
 
+def test_a_sender_with_slots_for_all_steps_in_flight_never_waits() -> None:
+    """Prompts alone: their tokens are needed by no step, so none is taken, and yet the last stage has to go on."""
+    cards = Cards(0)
+    outgoing = CardWire(cards, 0, 0, 1 << 20, HEADER_BYTES, SLOT_BYTES, slots=3)
+    for message in range(3):
+        cards.memory[(1 << 30) + message] = f"message {message}"
+        outgoing.send_short(cards.move, (1 << 30) + message, SLOT_BYTES)
+    cards.run()
+    outgoing.send_short(cards.move, 1 << 30, SLOT_BYTES)
+    with pytest.raises(AssertionError, match="all streams wait"):
+        cards.run()
+
+
 def test_wires_have_their_own_counters() -> None:
     """Tokens one way and hidden states the other, between the same two cards: nothing of them overlaps."""
     cards = Cards(0)
@@ -106,3 +130,45 @@ def test_wires_have_their_own_counters() -> None:
     counters = [address for end in ends for address in (end._sent_here, end._taken_here)]
     assert len(set(counters)) == 4 * NUM_WIRES
     assert max(counters) + 4 <= HEADER_BYTES - COUNTER_BYTES
+
+
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(1, 2), (2, 2), (1, 3)])
+def test_both_ends_of_each_wire_mean_the_same_places(
+    tp_size: int, pp_size: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks of a replica, with buffers at made-up addresses: what one end writes is where the other looks, wires
+    of different ranks lie in different places, and the last slot ends where the buffer does."""
+    sizes: list[int] = []
+
+    class Buffer:
+        """Where the buffers of all ranks begin; how large they are is noted."""
+
+        def __init__(self, group: object, device: object, num_bytes: int):
+            sizes.append(num_bytes)
+            self.addresses_W = torch.arange(tp_size * pp_size, dtype=torch.int64) * (1 << 30)
+
+    monkeypatch.setattr(card_wires, "SymmetricBuffer", Buffer)
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device, priority: priority)
+    ranks = make_plan(4, tp_size, pp_size).ranks
+    made = []
+    for rank in ranks:
+        parallel = ParallelContext(rank, torch.device("cpu"), 1.0, world=object())  # type: ignore[arg-type]
+        made.append(
+            CardWires(parallel, Cards(0), token_bytes=800, token_slots=4, hidden_bytes=5 << 20, move=None)  # type: ignore[arg-type]
+        )
+    assert len(set(sizes)) == 1
+    places: list[tuple[int, int]] = []
+    for rank, wires in zip(ranks, made, strict=True):
+        for kind, outgoing in wires.outgoing.items():
+            stage = 0 if kind == "tokens" else rank.pp_rank + 1
+            incoming = made[stage * tp_size + rank.tp_rank].incoming[kind]
+            assert outgoing._sent_there == incoming._sent_here
+            assert outgoing._taken_here == incoming._taken_there
+            assert outgoing._slots_there == incoming._slots_here
+            assert (outgoing._slots, outgoing._slot_bytes) == (incoming._slots, incoming._slot_bytes)
+            end = outgoing._slots_there + outgoing._slots * outgoing._slot_bytes
+            assert end % (1 << 30) <= sizes[0]
+            places += [(outgoing._slots_there, end), (outgoing._sent_there, outgoing._sent_there + COUNTER_BYTES)]
+            places.append((outgoing._taken_here, outgoing._taken_here + COUNTER_BYTES))
+    places.sort()
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(places))
