@@ -24,6 +24,7 @@ from argosy.deploy import bench_models, bench_table
 from argosy.deploy.bench_table import Group, SuperLinear
 from argosy.deploy.device_defaults import read_gpus
 from argosy.placement.calibration import default_calibration
+from argosy.placement.data_sheets import DATA_SHEETS
 from argosy.placement.model_sources import read_model_shape
 from argosy.placement.rank_memory import Serving, StageBytes, rank_memory
 from argosy.placement.topology import Gpu
@@ -221,11 +222,13 @@ def stop(job: Job) -> None:
 def foretell_blocks(folder: Path, pair: SuperLinear, tp_size: int) -> int:
     """KV blocks of a rank that may use so many bytes, by the planner's accounting: no card is asked."""
     shape = read_model_shape(folder)
-    config = ServingConfig.from_mapping({"model": str(folder), "gpu_memory_utilization": 1.0, **pair.settings})
+    card = DATA_SHEETS[_CARD].memory_bytes
+    share = {"gpu_memory_utilization": pair.usable_memory / card}
+    config = ServingConfig.from_mapping({"model": str(folder), **pair.settings, **share})
     memory = rank_memory(
         StageBytes(shape, Serving.from_config(config, shape)),
         default_calibration(_CARD),
-        Gpu(index=0, model=_CARD, memory_bytes=pair.usable_memory),
+        Gpu(index=0, model=_CARD, memory_bytes=card),
         tp_size=tp_size,
         pp_size=1,
         first_layer=0,
