@@ -169,12 +169,13 @@ def _in_process(args: argparse.Namespace) -> Iterator[Row]:
         answers: dict[str, list[list[int]]] = {}
         names = workloads_of(args)
         with LLM.from_config(config, backend=args.backend) as llm:
+            first_seconds = bench_engine.seconds_of_this_process()
             base |= bench_engine.describe_engine(llm, args)
-            if "start" in names:
-                yield {**base, **bench_engine.start_row(llm)}
             for name in names:
                 if name != "start":
                     yield {**base, **bench_engine.measure(llm, name, vocab, args.repeats, answers)}
+        if "start" in names:
+            yield {**base, **bench_engine.start_row(config, args.backend, first_seconds)}
         for name in names if args.peer else ():
             peer = _measure_peer(args, config, folder, options, name, vocab, answers[name])
             yield from ({**base, **row} for row in peer)

@@ -25,6 +25,7 @@ CPU_CACHE_FRACTION = 0.3  # and never more than this part of what is available
 CPU_PROMPT_TOKENS = 32  # a CPU has no compilation to warm up, only thread pools and allocators
 CPU_ROWS = 8
 GRAPH_BYTES_A_KERNEL = 2048  # what the driver keeps of each kernel of a recorded graph
+GRAPH_SCRATCH_BYTES = 2**26  # partial sums of attention and products
 MIN_SLACK = 2**28  # beside the cache: what a later step's fragments and lazily loaded kernels may take
 
 
@@ -144,6 +145,16 @@ def reckon_graphs(num_graphs: int, kernels_a_graph: int, pool_bytes: int) -> int
     return pool_bytes + num_graphs * kernels_a_graph * GRAPH_BYTES_A_KERNEL
 
 
+def decode_bytes(runner: ModelRunner, num_rows: int) -> int:
+    """What a recorded step of so many rows holds at most: all states of a layer at once, and logits without a draw."""
+    spec, tp_size = runner.spec, runner.rank.tp_size
+    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size // tp_size
+    numbers = 6 * spec.hidden_size + heads + 3 * spec.intermediate_size // tp_size
+    if runner.rank.is_last_stage:
+        numbers += spec.vocab_size
+    return num_rows * numbers * runner.dtype.itemsize + GRAPH_SCRATCH_BYTES
+
+
 def _measure_cpu(runner: ModelRunner, ledger: MemoryLedger) -> None:
     spec, config, rank = runner.spec, runner.config, runner.rank
     available = psutil.virtual_memory().available
@@ -172,9 +183,10 @@ def _measure_device(runner: ModelRunner, ledger: MemoryLedger) -> None:
     meter.release()
     ledger.mark("workspace")
     ledger.activation_bytes = max(peaks)
-    if num_graphs := 2 * len(graph_sizes(runner)):
+    if sizes := graph_sizes(runner):
         layers = runner.rank.last_layer - runner.rank.first_layer
-        ledger.graph_bytes = reckon_graphs(num_graphs, 8 * layers + 8, peaks[-1])
+        pool_bytes = min(peaks[-1], decode_bytes(runner, sizes[-1]))
+        ledger.graph_bytes = reckon_graphs(2 * len(sizes), 8 * layers + 8, pool_bytes)
     reading = meter.read()
     ledger.room_bytes = cache_room(
         reading,
