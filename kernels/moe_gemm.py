@@ -19,6 +19,7 @@ from argosy.kernels import tuning
 from argosy.kernels.moe_reference import most_blocks
 
 CHUNK = 1024  # ids that a program of the grouping reads at once
+PLAIN, E4M3_BLOCKS, MXFP4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how weights are stored
 
 
 @triton.jit
@@ -85,7 +86,7 @@ def _gemm_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, weight_ptr, out_ptr, places_ptr, expert_of_block_ptr,
     num_choices, num_outputs, num_inputs, stride_x, stride_we, stride_wo, stride_se, stride_so, shared,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, BAND: tl.constexpr,
-    HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, SCALE_BLOCK: tl.constexpr, num_blocks,
+    HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, FORMAT: tl.constexpr, num_blocks,
 ):  # fmt: skip
     # programs that follow each other take the same tile of weights for several blocks of rows, which the cache shares
     tiles_o = tl.cdiv(num_outputs, OUTPUTS)
@@ -101,22 +102,40 @@ def _gemm_kernel(
         source = (tl.where(is_row, place, 0) // shared).to(tl.int64)
         output = tile * OUTPUTS + tl.arange(0, OUTPUTS)
         is_output = output < num_outputs
-        column = tl.arange(0, INPUTS)
         safe_output = tl.minimum(output, num_outputs - 1).to(tl.int64)
-        x_here = x_ptr + source[:, None] * stride_x + column[None, :]
-        w_here = w_ptr + expert.to(tl.int64) * stride_we + safe_output[None, :] * stride_wo + column[:, None]
-        s_here = scale_ptr + expert.to(tl.int64) * stride_se + (safe_output // 128) * stride_so
+        x_row = x_ptr + source[:, None] * stride_x
+        w_row = w_ptr + expert.to(tl.int64) * stride_we + safe_output[None, :] * stride_wo
         acc = tl.zeros((ROWS, OUTPUTS), tl.float32)
-        for start in range(0, num_inputs, INPUTS):
-            inside = start + column < num_inputs
-            x = tl.load(x_here + start, is_row[:, None] & inside[None, :], other=0.0)
-            w = tl.load(w_here + start, inside[:, None], other=0.0)
-            if SCALE_BLOCK:
-                # e4m3 weights: each is exact in 16 bits, and 128 columns share a scale
-                scale = tl.load(s_here + start // 128)
-                acc += tl.dot(x, w.to(x.dtype)) * scale[None, :]
-            else:
-                acc = tl.dot(x, w, acc, input_precision="ieee")
+        if FORMAT == MXFP4:
+            # two numbers a byte: those of even columns are multiplied apart from those of odd ones
+            s_row = scale_ptr + expert.to(tl.int64) * stride_se + safe_output[None, :] * stride_so
+            byte = tl.arange(0, INPUTS // 2)
+            for start in range(0, num_inputs // 2, INPUTS // 2):
+                at = start + byte
+                inside = at < num_inputs // 2
+                even = tl.load(x_row + 2 * at[None, :], is_row[:, None] & inside[None, :], other=0.0)
+                odd = tl.load(x_row + 2 * at[None, :] + 1, is_row[:, None] & inside[None, :], other=0.0)
+                both = tl.load(w_row + at[:, None], inside[:, None], other=0).to(tl.uint16)
+                exponent = tl.load(s_row + (at // 16)[:, None], inside[:, None], other=127).to(tl.int32)
+                # the bits of e2m1 in the places of a float16 are the number times 2^-14, also where it is 0.5
+                power = (exponent << 23).to(tl.float32, bitcast=True) * 16384.0
+                low = (((both & 7) << 9) | ((both & 8) << 12)).to(tl.uint16).to(tl.float16, bitcast=True)
+                high = (((both & 112) << 5) | ((both & 128) << 8)).to(tl.uint16).to(tl.float16, bitcast=True)
+                acc = tl.dot(even, (low.to(tl.float32) * power).to(even.dtype), acc, input_precision="ieee")
+                acc = tl.dot(odd, (high.to(tl.float32) * power).to(odd.dtype), acc, input_precision="ieee")
+        else:
+            column = tl.arange(0, INPUTS)
+            s_here = scale_ptr + expert.to(tl.int64) * stride_se + (safe_output // 128) * stride_so
+            for start in range(0, num_inputs, INPUTS):
+                inside = start + column < num_inputs
+                x = tl.load(x_row + (start + column)[None, :], is_row[:, None] & inside[None, :], other=0.0)
+                w = tl.load(w_row + (start + column)[:, None], inside[:, None], other=0.0)
+                if FORMAT == E4M3_BLOCKS:
+                    # each number is exact in 16 bits, and 128 columns share a scale
+                    scale = tl.load(s_here + start // 128)
+                    acc += tl.dot(x, w.to(x.dtype)) * scale[None, :]
+                else:
+                    acc = tl.dot(x, w, acc, input_precision="ieee")
         if HAS_BIAS:
             bias = tl.load(bias_ptr + expert * num_outputs + output, is_output, other=0.0)
             acc += bias.to(tl.float32)[None, :]
@@ -141,14 +160,17 @@ def grouped_gemm(
 ) -> Tensor:
     """Row c of the result is w[expert of c] · x[c // shared], for each choice c that some expert here has: [C, O].
 
-    `scale_EOI`: of e4m3 weights, one for 128 x 128 of them. `weights`: by choice, multiplied in float32. `tile`:
-    (outputs, inputs, warps, stages) other than the rule's.
+    `scale_EOI`: of e4m3 weights, one for 128 x 128 of them; of MXFP4 (uint8 [E, O, I / 2]), a byte for 32 inputs.
+    `weights`: by choice, multiplied in float32. `tile`: (outputs, inputs, warps, stages) other than the rule's.
     """
     _, num_outputs, num_inputs = w_EOI.shape
+    kind = (PLAIN if scale_EOI is None else MXFP4 if w_EOI.dtype == torch.uint8 else E4M3_BLOCKS).value
+    if kind == MXFP4.value:
+        num_inputs *= 2
     num_blocks = expert_of_block.shape[0]
     rows = places.shape[0] // num_blocks
     out = torch.empty((num_choices, num_outputs), dtype=x.dtype, device=x.device)
-    outputs, inputs, warps, stages = tile or _tile(rows, x.element_size(), scale_EOI is not None)
+    outputs, inputs, warps, stages = tile or _tile(rows, x.element_size(), kind)
     grid = (num_blocks * triton.cdiv(num_outputs, outputs),)
     scale = x if scale_EOI is None else scale_EOI
     _gemm_kernel[grid](
@@ -156,19 +178,19 @@ def grouped_gemm(
         expert_of_block, num_choices, num_outputs, num_inputs, x.stride(0), w_EOI.stride(0), w_EOI.stride(1),
         0 if scale_EOI is None else scale_EOI.stride(0), 0 if scale_EOI is None else scale_EOI.stride(1),
         shared, ROWS=rows, OUTPUTS=outputs, INPUTS=inputs, BAND=8, HAS_BIAS=bias_EO is not None,
-        WEIGHTED=weights is not None, SCALE_BLOCK=scale_EOI is not None, num_blocks=num_blocks, num_warps=warps,
+        WEIGHTED=weights is not None, FORMAT=kind, num_blocks=num_blocks, num_warps=warps,
         num_stages=stages,
     )  # fmt: skip
     return out
 
 
-def _tile(rows: int, item_bytes: int, is_scaled: bool) -> tuple[int, int, int, int]:
+def _tile(rows: int, item_bytes: int, kind: int) -> tuple[int, int, int, int]:
     """(outputs, inputs, warps, stages): few rows wait for weights and want many loads in flight, many want reuse."""
     if item_bytes == 4:
         return 32, 32, 4, 2
     if rows <= 32:
-        return 64, 128, 4, 4
-    return (128, 128 if is_scaled else 64, 8, 3)
+        return (64, 256, 4, 3) if kind == MXFP4.value else (64, 128, 4, 4)
+    return (128, 64 if kind == PLAIN.value else 128, 8, 3)
 
 
 def block_rows(num_tokens: int, top_k: int, num_experts: int) -> int:
@@ -220,7 +242,7 @@ def experts(
     limit: float = 0.0,
     alpha: float = 1.0,
 ) -> Tensor:
-    """See `moe_reference.experts`. Weights may be e4m3 with a scale for each 128 x 128 of them."""
+    """See `moe_reference.experts`."""
     num_tokens, top_k = ids_TK.shape
     num_experts, both_width = gate_up_EID.shape[:2]
     width, inner = x_TD.shape[1], both_width // 2

@@ -49,7 +49,7 @@ def experts(
 ) -> Tensor:
     """The weighted sum of what each token's experts make of it, [T, D]; ids of -1 add nothing.
 
-    Weights may be e4m3 with a scale for each 128 x 128 of them ([E, O / 128, I / 128], float32).
+    With scales, weights are e4m3 in blocks or MXFP4.
     """
     if x_TD.is_cuda:
         from argosy.kernels import moe_gemm

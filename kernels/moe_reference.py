@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from argosy.kernels import mxfp4
+
 
 def choose_experts(
     logits_TE: Tensor,
@@ -69,7 +71,11 @@ def experts(
     limit: float = 0.0,
     alpha: float = 1.0,
 ) -> Tensor:
-    """The sum over each token's experts of weight * down(swiglu(gate_up(x))), [T, D]. `gate_up_EID`: [E, 2 I, D]."""
+    """The sum over each token's experts of weight * down(swiglu(gate_up(x))), [T, D]. `gate_up_EID`: [E, 2 I, D].
+
+    With scales, weights are e4m3 with one for each 128 x 128 of them ([E, O / 128, I / 128], float32), or MXFP4 (uint8
+    [E, O, I / 2], scales uint8 [E, O, I / 32]).
+    """
     out_TD = torch.zeros(x_TD.shape, dtype=torch.float32, device=x_TD.device)
     for expert in sorted(set(ids_TK.flatten().tolist())):
         if expert < 0:
@@ -84,9 +90,11 @@ def experts(
 
 
 def _unscaled(weight: Tensor, scale: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor:
-    """A weight of 8 bits with the scales of its 128 x 128 blocks multiplied in; another as it is."""
+    """A weight of 8 or 4 bits with its scales multiplied in; another as it is."""
     if scale is None:
         return weight
+    if weight.dtype == torch.uint8:
+        return mxfp4.unpack(weight.unflatten(-1, (-1, mxfp4.BLOCK // 2)), scale[expert], dtype)
     whole = scale[expert].repeat_interleave(128, 0).repeat_interleave(128, 1)
     return (weight.float() * whole[: weight.shape[0], : weight.shape[1]]).to(dtype)
 

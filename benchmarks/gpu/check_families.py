@@ -90,6 +90,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 SHAPES["deepseek-r1-fp8"] = SHAPES["deepseek-r1"] | {"quantization_config": FP8}  # as it is published; timed alone
+SHAPES["gpt-oss-mxfp4"] = SHAPES["gpt-oss"] | {"quantization_config": {"quant_method": "mxfp4"}}
 
 
 class Slice:

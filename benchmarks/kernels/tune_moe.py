@@ -16,17 +16,17 @@ import torch
 from argosy.kernels import moe_gemm, moe_reference
 
 CARD_BYTES_A_SECOND = 4.8e12
-# name -> experts, outputs, inputs, chosen, e4m3
+# name -> experts, outputs, inputs, chosen, format
 SHAPES = {
-    "mixtral gate-up": (8, 28672, 4096, 2, False),
-    "mixtral down": (8, 4096, 14336, 2, False),
-    "qwen3-30b gate-up": (128, 1536, 2048, 8, False),
-    "qwen3-30b down": (128, 2048, 768, 8, False),
-    "gpt-oss-120b gate-up": (128, 5760, 2880, 4, False),
-    "gpt-oss-120b down": (128, 2880, 2880, 4, False),
-    "deepseek-r1 tp8 gate-up fp8": (256, 512, 7168, 8, True),
-    "deepseek-r1 ep8 gate-up fp8": (32, 4096, 7168, 1, True),
-    "deepseek-r1 ep8 down fp8": (32, 7168, 2048, 1, True),
+    "mixtral gate-up": (8, 28672, 4096, 2, "plain"),
+    "mixtral down": (8, 4096, 14336, 2, "plain"),
+    "qwen3-30b gate-up": (128, 1536, 2048, 8, "plain"),
+    "qwen3-30b down": (128, 2048, 768, 8, "plain"),
+    "gpt-oss-120b gate-up mxfp4": (128, 5760, 2880, 4, "mxfp4"),
+    "gpt-oss-120b down mxfp4": (128, 2880, 2880, 4, "mxfp4"),
+    "deepseek-r1 tp8 gate-up fp8": (256, 512, 7168, 8, "e4m3"),
+    "deepseek-r1 ep8 gate-up fp8": (32, 4096, 7168, 1, "e4m3"),
+    "deepseek-r1 ep8 down fp8": (32, 7168, 2048, 1, "e4m3"),
 }
 TILES = {
     16: [(32, 128, 4, 4), (32, 256, 4, 3), (64, 128, 4, 3), (64, 128, 4, 4), (64, 128, 4, 5), (64, 256, 4, 3),
@@ -46,10 +46,13 @@ def main() -> int:
     args = parser.parse_args()
     started = time.perf_counter()
     machine = torch.cuda.get_device_name(0)
-    for name, (experts, outputs, inputs, top_k, is_fp8) in SHAPES.items():
+    for name, (experts, outputs, inputs, top_k, kind) in SHAPES.items():
         weight = torch.randn(experts, outputs, inputs, device="cuda", dtype=torch.bfloat16) * 0.02
         scale = None
-        if is_fp8:
+        if kind == "mxfp4":
+            weight = torch.randint(0, 256, (experts, outputs, inputs // 2), device="cuda", dtype=torch.uint8)
+            scale = torch.full((experts, outputs, inputs // 32), 119, device="cuda", dtype=torch.uint8)
+        if kind == "e4m3":
             weight = weight.to(torch.float8_e4m3fn)
             scale = torch.ones(experts, -(-outputs // 128), -(-inputs // 128), device="cuda")
         for tokens in args.tokens:
@@ -64,7 +67,7 @@ def main() -> int:
                     continue
                 places, of_block = moe_gemm.group_tokens(ids, experts, rows)
                 for tile in tiles:
-                    if is_fp8 and tile[1] != 128:
+                    if kind == "e4m3" and tile[1] != 128:
                         continue  # a step of inputs is what shares a scale
                     try:
                         seconds = timed(x, weight, places, of_block, tokens * top_k, top_k, scale, tile)
@@ -74,7 +77,7 @@ def main() -> int:
                     found.append((seconds, rows, *tile))
             found.sort()
             asked = len(ids.unique())
-            bound = asked * outputs * inputs * weight.element_size() / CARD_BYTES_A_SECOND
+            bound = asked * weight[0].nbytes / CARD_BYTES_A_SECOND
             line = {
                 "kernel": "moe_gemm", "shape": name, "tokens": tokens, "machine": machine,
                 "bandwidth": round(bound / found[0][0], 3),

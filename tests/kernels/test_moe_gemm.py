@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from argosy.kernels import moe_gemm, moe_reference, moe_route
+from argosy.kernels import moe_gemm, moe_reference, moe_route, mxfp4
 
 Near = Callable[[Tensor, Tensor], None]
 
@@ -79,6 +79,28 @@ def test_experts_of_8_bits(device: torch.device, assert_near: Near) -> None:
     ids, weights = choices(9, 2, num_experts, device)
     got = moe_gemm.experts(x, *weights_8, ids, weights, gate_up_scale=scales[0], down_scale=scales[1])
     assert_near(got, moe_reference.experts(x.double(), *plain, ids, weights))
+
+
+def test_experts_of_4_bits(device: torch.device, assert_near: Near) -> None:
+    """gpt-oss's weights stay as they are stored: e2m1, a power of two for each 32, at a width that no tile divides."""
+    num_experts, width, inner = 3, 96, 64
+    packed, scales, plain = [], [], []
+    for rows, columns in ((2 * inner, width), (width, inner)):
+        blocks = torch.randint(0, 256, (num_experts, rows, columns // 32, 16), dtype=torch.uint8, device=device)
+        scale = torch.randint(120, 124, (num_experts, rows, columns // 32), dtype=torch.uint8, device=device)
+        packed.append(blocks.flatten(2))
+        scales.append(scale)
+        plain.append(mxfp4.unpack(blocks, scale, torch.float64))
+    x = torch.randn(9, width, device=device).half()
+    ids, weights = choices(9, 2, num_experts, device)
+    options = {"limit": 7.0, "alpha": 1.702}
+    got = moe_gemm.experts(x, *packed, ids, weights, gate_up_scale=scales[0], down_scale=scales[1], **options)
+    assert_near(got, moe_reference.experts(x.double(), *plain, ids, weights, **options))
+    # and the reference's own way with packed weights
+    same = moe_reference.experts(
+        x.double(), *packed, ids, weights, gate_up_scale=scales[0], down_scale=scales[1], **options
+    )
+    torch.testing.assert_close(same, moe_reference.experts(x.double(), *plain, ids, weights, **options))
 
 
 ROUTERS: dict[str, tuple[int, int, dict[str, Any]]] = {

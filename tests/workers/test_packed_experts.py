@@ -16,9 +16,9 @@ from family_cases import DEEPSEEK, SMALL, Case, make_checkpoint
 from family_harness import CPU, WAYS, Expected, Harness, load_expected, run_layouts
 
 from argosy.cluster.protocol.errors import ConfigError
+from argosy.kernels import mxfp4
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext, init_parallel
-from argosy.workers.layers import mxfp4
 
 CLOSE = 1e-3
 WIDE = {"hidden_size": 128, "moe_intermediate_size": 256, "num_hidden_layers": 2, "n_routed_experts": 4}

@@ -1,7 +1,7 @@
 """gpt-oss: sinks, alternating windows, experts with biases and a clamped gate, whose weights come in MXFP4.
 
 The checkpoint has all experts of a layer in one tensor, gate and up rows taking turns: plain as [E, D, 2 I] (inputs
-first), packed as [E, 2 I, D / 32, 16] (outputs first). Packed weights are made plain when all of a layer are there.
+first), packed as [E, 2 I, D / 32, 16] (outputs first). On a GPU they stay packed.
 """
 
 from collections.abc import Iterator
@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from argosy.cluster.protocol.errors import UnsupportedModel
 from argosy.cluster.protocol.model_spec import MoESpec
+from argosy.kernels import mxfp4
 from argosy.placement.process_groups import ParallelContext
-from argosy.workers.layers import mxfp4
 from argosy.workers.layers.moe import ALL, Experts
 from argosy.workers.loading.names import LLAMA_NAMES, Slot
 from argosy.workers.models.general import GeneralDecoder
@@ -45,7 +45,7 @@ class StackedExperts(Experts):
 
 
 class PackedExperts(StackedExperts):
-    """The same in MXFP4: packed while it is loaded, plain from `finish` on."""
+    """The same in MXFP4."""
 
     def __init__(self, moe: MoESpec, parallel: ParallelContext, width: int, *, dtype: torch.dtype):
         super().__init__(moe, parallel, width, dtype=dtype)
@@ -67,7 +67,7 @@ class PackedExperts(StackedExperts):
         rows = slice(2 * inner.start, 2 * inner.stop)
         for suffix, last in (("blocks", (16,)), ("scales", ())):
             every = tuple(ALL for _ in last)
-            make = partial(Cut, dtypes=("U8",))
+            make = partial(Cut, dtypes=("U8",), dummy=mxfp4.BIAS - 8 if suffix == "scales" else None)
             shape = (count, 2 * full, self.width // mxfp4.BLOCK, *last)
             cut = make(shape, (own, rows, ALL, *every), arrange=_untwine)
             yield f"gate_up_proj_{suffix}", f"gate_up_{suffix}", cut
@@ -77,19 +77,29 @@ class PackedExperts(StackedExperts):
         yield "down_proj_bias", "down_bias", cuts["down_proj_bias"]
 
     def finish(self) -> None:
-        """Make the weights plain, an expert at a time, and let go of the packed ones."""
+        """On a GPU the product reads packed weights; on a CPU, or cut inside a block, they are made plain."""
         for name, columns in (("gate_up", ALL), ("down", self.own_inner)):
             blocks, scales = getattr(self, f"{name}_blocks"), getattr(self, f"{name}_scales")
+            for packed in (f"{name}_blocks", f"{name}_scales"):
+                delattr(self, packed)
+            whole = columns == ALL or not (columns.start % mxfp4.BLOCK or columns.stop % mxfp4.BLOCK)
+            if blocks.is_cuda and whole:
+                own = ALL if columns == ALL else slice(columns.start // mxfp4.BLOCK, columns.stop // mxfp4.BLOCK)
+                setattr(self, name, _frozen(blocks[:, :, own].flatten(2)))
+                setattr(self, f"{name}_scale", _frozen(scales[:, :, own]))
+                continue
             plain: Tensor | None = None
-            for expert in range(len(self.own_experts)):
+            for expert in range(len(self.own_experts)):  # one by one: all at once would need three times the memory
                 made = mxfp4.unpack(blocks[expert], scales[expert], self.dtype)[:, columns]
                 if plain is None:
                     plain = torch.empty((len(self.own_experts), *made.shape), dtype=self.dtype, device=made.device)
                 plain[expert] = made
             assert plain is not None
-            setattr(self, name, nn.Parameter(plain, requires_grad=False))
-            for packed in (f"{name}_blocks", f"{name}_scales"):
-                delattr(self, packed)
+            setattr(self, name, _frozen(plain))
+
+
+def _frozen(values: Tensor) -> nn.Parameter:
+    return nn.Parameter(values.contiguous(), requires_grad=False)
 
 
 def _as_slice(numbers: range) -> slice:
