@@ -164,7 +164,7 @@ def _prefill_attention_kernel(
     last_key = tl.minimum(first_position + BLOCK_Q, context) - 1
     k_base = k_cache_ptr + kv_head * H
     v_base = v_cache_ptr + kv_head * H
-    table_row = table_ptr + row.to(tl.int64) * stride_table  # type: ignore[attr-defined]  # a Triton scalar
+    table_row = table_ptr + row.to(tl.int64) * stride_table
     # The window's lower edge cuts through tiles too, so with a window every tile is masked.
     begin = tl.maximum(first_position - window + 1, 0) // BLOCK_L * BLOCK_L if WINDOW else 0
     middle = begin if WINDOW or ONE_LOOP else (first_position + 1) // BLOCK_L * BLOCK_L

@@ -25,7 +25,7 @@ from argosy.kernels.sampling_parts import DONE, JUDGED, LARGEST, LOW, STATE, gum
 
 CHUNK = 4096  # tokens that one program of the survey or the draw looks at
 CANDIDATES = 2048  # tokens among which the search finds the threshold and draws
-MAX_GROUPS = 1024
+MAX_GROUPS = 2048
 RANGE = 40.0  # a logit that much below the best is e^-40 as probable: less than the last digit of the total
 PIVOTS, PASSES = 8, 9  # of the search for a large k: 40 / 8^9 is the last digit of a logit
 
@@ -280,8 +280,8 @@ def search(
     _search_kernel[(num_rows,)](
         logits_RV, *columns, seed_R, position_R, largest, masses, chosen, values, ids, state, out_R,
         logits_RV.stride(0), vocabulary, num_chunks * (chunk // group), num_chunks,
-        CANDIDATES=CANDIDATES, AT_ONCE=max(1, 2048 // group), STATE=STATE, RANGE=RANGE, PIVOTS=PIVOTS, PASSES=PASSES,
-        BLOCK=2048, FAST=_has_fast_log(device), num_warps=8, **sizes,
+        CANDIDATES=CANDIDATES, AT_ONCE=max(1, 1024 // group), STATE=STATE, RANGE=RANGE, PIVOTS=PIVOTS, PASSES=PASSES,
+        BLOCK=512, FAST=_has_fast_log(device), num_warps=8, **sizes,
     )  # fmt: skip
     found: Tensor = state.view(num_rows, STATE)
     return found

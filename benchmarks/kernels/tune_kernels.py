@@ -117,13 +117,13 @@ def tune_linear(part: Part) -> Mapping[str, Sizes]:
 
 def attention_sizes(kind: str, size: int) -> Iterator[Sizes]:
     few = kind == "few"
-    for block_l in (64, 128, 256) if few else (32, 64, 128):
-        for warps in (4, 8) if few else (1, 2, 4, 8):
-            for stages in (2, 3, 5):
+    for block_l in (32, 64, 128):
+        for warps in (1, 2, 4) if few else (1, 2, 4, 8):
+            for stages in (3, 5) if few else (2, 3, 5):
                 if 2 * block_l * size * 2 * max(1, stages - 3) > SHARED_BYTES:
                     continue
                 for min_piece in (128, 256, 512) if few else (128,):
-                    for per_sm in (1,) if few else (1, 4):
+                    for per_sm in (1, 2, 4) if few else (1, 4):
                         yield {"block_l": block_l, "warps": warps, "stages": stages, "per_sm": per_sm,
                                "min_piece": min_piece}  # fmt: skip
 
@@ -132,7 +132,7 @@ def tune_decode(part: Part) -> Mapping[str, Sizes]:
     """For each head size, the best geometric mean over cases of few rows, of many, and of more than the card holds."""
     best: dict[str, Sizes] = {}
     cases = {
-        "few": ((1, 256), (1, 4096), (8, 1024)), "many": ((32, 384), (64, 384), (64, 1024)),
+        "few": ((1, 256), (1, 640), (1, 4096), (8, 256), (8, 640), (8, 2048)), "many": ((32, 384), (64, 384), (64, 1024)),
         "crowd": ((256, 256), (256, 640), (512, 640)),
     }  # fmt: skip
     rotations = torch.randn(8192, 128, device="cuda")
