@@ -40,7 +40,7 @@ class Case(msgspec.Struct, frozen=True):
     figure: float = 0.0
     ttft: float = 0.0
     quantization: str = "none"
-    max_num_seqs: int = 512
+    max_num_seqs: int = 1024  # what the card decides
 
 
 def read_cases(paths: Sequence[str]) -> Iterator[Case]:
@@ -60,7 +60,7 @@ def read_cases(paths: Sequence[str]) -> Iterator[Case]:
             case = Case(
                 raw["model"], int(tp.removeprefix("TP")), int(pp.removeprefix("PP") or 1), raw["workload"],
                 raw["figure"] * scale, raw["ttft_ms_p50"] / 1e3, str(raw.get("quantization") or "none"),
-                int(raw.get("max_num_seqs") or 512),
+                int(raw.get("max_num_seqs") or 1024),
             )  # fmt: skip
             newest[case.model, raw["layout"], case.workload, case.quantization] = case
     yield from newest.values()

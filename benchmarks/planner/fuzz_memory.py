@@ -138,12 +138,16 @@ def check(config: dict[str, Any], cluster: dict[str, Any], settings: dict[str, A
         report = plan_cluster(shape, topology, PlanOptions(traffic=Traffic(input_len=128, output_len=64)), serving)
     except PlacementImpossible:
         return 0
-    spec, proved = read_model_spec(folder), 0
+    spec = read_model_spec(folder)
+    seen = set()  # replicas on devices of the same kinds are the same
     for layout, plan in zip(report.chosen.replicas, report.plan.replicas, strict=True):
         for stage in range(layout.pp_size):
-            _check_rank(spec, serving, layout, plan, stage)
-            proved += 1
-    return proved
+            rank = plan.stage(stage)[0]
+            key = (rank.first_layer, rank.last_layer, layout.num_blocks, layout.stages[stage].group.kind)
+            if key not in seen:
+                seen.add(key)
+                _check_rank(spec, serving, layout, plan, stage)
+    return len(seen)
 
 
 def _check_rank(spec: Any, serving: Serving, layout: Layout, plan: PlacementPlan, stage: int) -> None:
