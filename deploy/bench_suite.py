@@ -51,6 +51,12 @@ class Job:
     beside: int = 0  # the most engines that ran at the same time
     num_told: int = 0
 
+    num_rows: int = 1
+
+    def disturbs(self, others: "Sequence[Job]") -> bool:
+        """Whether it must wait for one of them: two Ray clusters with doors on one host would share ports."""
+        return self.name.startswith(DOORS) and any(other.name.startswith(DOORS) for other in others)
+
     @property
     def log(self) -> Path:
         """What it printed."""
@@ -129,12 +135,13 @@ def cards_of_host(wanted: int | None) -> list[str]:
 def make_jobs(
     suite: bench_table.Suite, picked: dict[str, list[str]], args: argparse.Namespace, folder: Path
 ) -> list[Job]:
-    """One for each engine, those of most cards first."""
+    """One for each engine."""
     jobs = []
     for number, group in enumerate(suite.groups):
         if group.name in picked:
             words = [*_engine_words(group), "--workload", *picked[group.name], "--repeats", str(args.repeats)]
-            jobs.append(Job(group.name, group.num_cards, words, folder / f"group-{number}.jsonl"))
+            output = folder / f"group-{number}.jsonl"
+            jobs.append(Job(group.name, group.num_cards, words, output, num_rows=len(picked[group.name])))
     if SUPER_LINEAR in picked and (pair := suite.super_linear) is not None:
         for tp_size in pair.tensor_parallel_sizes:
             words = [*_engine_words(Group(model=pair.model, rows={}, tensor_parallel_size=tp_size))]
@@ -153,7 +160,12 @@ def make_jobs(
         jobs.append(Job(name, group.num_cards, words, folder / f"doors-{number}.jsonl"))
     for job in jobs:
         job.words += ["--output", str(job.output), "--note", args.note]
-    return sorted(jobs, key=lambda job: -job.num_cards)
+    return jobs
+
+
+def in_order(jobs: Sequence[Job], num_cards: int) -> list[Job]:
+    """Those that need all cards first, then those that measure most, so that short ones fill the gaps at the end."""
+    return sorted(jobs, key=lambda job: (-job.num_cards if job.num_cards == num_cards else 0, -job.num_rows))
 
 
 def run_jobs(jobs: Sequence[Job], cards: Sequence[str], *, one_at_a_time: bool = False) -> Iterator[Job]:
@@ -161,7 +173,7 @@ def run_jobs(jobs: Sequence[Job], cards: Sequence[str], *, one_at_a_time: bool =
 
     Yields a job whenever it may have measured something, and once more when it has ended.
     """
-    waiting = [job for job in jobs if job.num_cards <= len(cards)]
+    waiting = in_order([job for job in jobs if job.num_cards <= len(cards)], len(cards))
     for job in jobs:
         if job not in waiting:
             print(f"left out: {job.name} needs {job.num_cards} cards", file=sys.stderr)
@@ -170,7 +182,7 @@ def run_jobs(jobs: Sequence[Job], cards: Sequence[str], *, one_at_a_time: bool =
     try:
         while waiting or running:
             for job in list(waiting):
-                if job.num_cards <= len(free) and not (one_at_a_time and running):
+                if job.num_cards <= len(free) and not (running and (one_at_a_time or job.disturbs(running))):
                     waiting.remove(job)
                     job.cards, free = free[: job.num_cards], free[job.num_cards :]
                     start(job)

@@ -64,11 +64,15 @@ def test_rows_are_picked_by_name_and_a_typo_is_told() -> None:
 
 
 def test_the_words_of_a_job_are_words_that_bench_takes(tmp_path: Path) -> None:
-    """Each engine is a command line of its own; the largest first, so that small ones fill the gaps."""
+    """Each engine is a command line of its own; those of all cards first, and short ones fill the gaps at the end."""
     parser = build_parser()
     args = parser.parse_args(["bench", "--suite", "h200", "--repeats", "2"])
     jobs = bench_suite.make_jobs(SUITE, bench_suite.pick(SUITE, ["*"]), args, tmp_path)
-    assert [job.num_cards for job in jobs] == sorted((job.num_cards for job in jobs), reverse=True)
+    order = [job.name for job in bench_suite.in_order(jobs, 4)]
+    assert order[:5] == ["8b-bf16-TP4", "8b-bf16-TP2xPP2", "70b-bf16-TP4", "70b-bf16-TP2xPP2", "8b-bf16-TP1"]
+    assert set(order[-2:]) <= {"super-linear-TP1", "super-linear-TP2", "doors-8b-bf16-TP1", "doors-8b-bf16-TP2"}
+    doors = [job for job in jobs if job.name.startswith("doors")]
+    assert not doors or (doors[0].disturbs(doors[1:]) and not jobs[0].disturbs(doors))
     asked = {job.name: parser.parse_args(["bench", *job.words]) for job in jobs}
     assert asked["8b-fp8-TP1"].quantization == "fp8"
     assert asked["8b-bf16-TP2xPP2"].pipeline_parallel_size == 2
