@@ -132,7 +132,8 @@ def tune_decode(part: Part) -> Mapping[str, Sizes]:
     """For each head size, the best geometric mean over cases of few rows, of many, and of more than the card holds."""
     best: dict[str, Sizes] = {}
     cases = {
-        "few": ((1, 256), (1, 640), (1, 4096), (8, 256), (8, 640), (8, 2048)), "many": ((32, 384), (64, 384), (64, 1024)),
+        "few": ((1, 256), (1, 640), (1, 4096), (8, 256), (8, 640), (8, 2048)),
+        "many": ((32, 384), (64, 384), (64, 1024)),
         "crowd": ((256, 256), (256, 640), (512, 640)),
     }  # fmt: skip
     rotations = torch.randn(8192, 128, device="cuda")
