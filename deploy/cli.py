@@ -144,6 +144,7 @@ def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
         return 0
     if rest:
         settings.refuse_unknown(rest, known_flags=flags_of(parser, args.command))
+    settings.take_hub_token(getattr(args, "hf_token", ""), on_command_line=True)
     match args.command:
         case "serve":
             from argosy.deploy import server  # Ray: only when a server starts

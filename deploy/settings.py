@@ -6,7 +6,9 @@ with the nearest that we do. Nothing here needs torch or Ray.
 
 import argparse
 import json
+import os
 import re
+import sys
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
@@ -40,6 +42,9 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
     "model": (
         Flag("served-model-name", "list", "names that requests may use for it (default: the model's own)"),
         Flag("tokenizer", "text", "folder or hub name of the tokenizer (default: the model's)"),
+        Flag("revision", "text", "branch, tag or commit of a model from the hub (default: main)"),
+        Flag("tokenizer-revision", "text", "the same for the tokenizer (default: the model's)"),
+        Flag("download-dir", "text", "folder for models from the hub (default: the hub's own cache)"),
         Flag("dtype", "text", "auto, float32, bfloat16 or float16; auto is what the folder says"),
         Flag("max-model-len", "int", "most tokens of prompt and answer together; 32k is 32768 (default: the model's)"),
         Flag("load-format", "text", "auto, safetensors, or dummy (random weights, to measure)"),
@@ -125,7 +130,7 @@ _IGNORED_SWITCHES = """
 """
 _IGNORED_VALUES = """
     distributed_executor_backend nnodes node_rank master_addr master_port runner convert
-    tokenizer_mode revision tokenizer_revision download_dir code_revision hf_token hf_config_path swap_space
+    tokenizer_mode code_revision hf_config_path swap_space
     cpu_offload_gb compilation_config optimization_level performance_mode attention_config attention_backend
     profiler_config kv_offloading_size kv_offloading_backend max_log_len otlp_traces_endpoint uvicorn_log_level
     api_server_count shutdown_timeout allowed_local_media_path allowed_media_domains limit_mm_per_prompt
@@ -181,6 +186,22 @@ def add_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -
                     group.add_argument(*names, nargs="+", metavar="NAME", **options)
                 case kind:
                     group.add_argument(*names, metavar=kind.upper(), **options)
+    token = "the hub's key (default: $HF_TOKEN, or what 'hf auth login' keeps)"
+    parser.add_argument("--hf-token", default="", metavar="TOKEN", help=token)
+
+
+def take_hub_token(token: object, *, on_command_line: bool = False) -> None:
+    """The hub's key goes to the hub's own library, by the environment, and never into our settings.
+
+    True means the one that `hf auth login` keeps, which is looked for anyway.
+    """
+    if isinstance(token, str) and token:
+        os.environ["HF_TOKEN"] = token
+        if on_command_line:
+            hint = "HF_TOKEN or 'hf auth login' keeps it private"
+            print(
+                f"argosy: a token on the command line is shown to all who can list processes; {hint}", file=sys.stderr
+            )
 
 
 def take_ignored(words: Sequence[str]) -> tuple[list[str], list[str]]:
@@ -227,6 +248,9 @@ def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
     for key, value in given.items():
         name = str(key).replace("-", "_")
         name = {"scheduling_policy": "policy"}.get(name, name)
+        if name == "hf_token":
+            take_hub_token(value)
+            continue
         if name in _BITS:
             if value:
                 known["quantization"] = _BITS[name]

@@ -183,7 +183,10 @@ class Worker:
             self.ledger.meter = DeviceMemory(device)
             self.ledger.mark("context", outside="context")
         self._progress("joining the process groups", 0.0)
-        folder = resolve_model(self.config.model.model)
+        model = self.config.model
+        folder = resolve_model(
+            model.model, hub_name=model.hub_name, revision=model.revision, download_dir=model.download_dir
+        )
         spec = read_model_spec(folder, self.config.model.hf_overrides, self.config.model.quantization)
         spec = spec.as_served(
             self.config.model.max_model_len, expert_parallel=self.config.parallel.enable_expert_parallel

@@ -38,6 +38,10 @@ class ModelConfig(_Settings, frozen=True):
     max_logprobs: int = 20
     quantization: str | None = None
     hf_overrides: dict[str, Any] | None = None
+    revision: str | None = None  # of a hub name: branch, tag or commit
+    tokenizer_revision: str | None = None
+    download_dir: str | None = None  # instead of the hub's own cache
+    hub_name: str | None = None  # where `model` came from when it was made a folder; for nodes that lack the folder
 
 
 class CacheConfig(_Settings, frozen=True):

@@ -12,6 +12,7 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, WeightError
 from argosy.cluster.protocol.messages import EngineInfo, StatsReply
 from argosy.deploy import model_folder, server, settings
+from argosy.workers.loading import resolve
 
 
 def config(**given: object) -> ServingConfig:
@@ -116,7 +117,23 @@ def test_a_model_is_a_folder_a_hub_name_or_a_mistake(tmp_path: Path, monkeypatch
     (tmp_path / "file").touch()
     with pytest.raises(WeightError, match="is a file"):
         model_folder.model_folder(str(tmp_path / "file"))
-    with pytest.raises(WeightError, match="no such folder"):
+    with pytest.raises(WeightError, match="neither a folder here nor a name"):
         model_folder.model_folder("./missing")
-    monkeypatch.setattr(model_folder, "_fetch", lambda name: str(tmp_path))
-    assert model_folder.model_folder("org/model") == str(tmp_path)
+    monkeypatch.setattr(resolve, "fetch", lambda name, revision, folder: tmp_path)
+    assert model_folder.model_folder("org/model") == str(tmp_path.resolve())
+
+
+def test_a_model_from_the_hub_is_pinned_to_its_commit(tmp_path: Path) -> None:
+    """Whoever reads the settings later, here or on another node, reads the same files."""
+    commit, repo = "c" * 40, tmp_path / "models--org--model"
+    for name, target in (("main", commit), ("v1", "d" * 40)):
+        (repo / "refs").mkdir(parents=True, exist_ok=True)
+        (repo / "refs" / name).write_text(target)
+        (repo / "snapshots" / target).mkdir(parents=True)
+        (repo / "snapshots" / target / "config.json").write_text("{}")
+    found = config(model="org/model", download_dir=str(tmp_path), tokenizer_revision="v1").model
+    assert (found.hub_name, found.revision, found.served_model_name) == ("org/model", commit, ("org/model",))
+    assert Path(found.model) == repo / "snapshots" / commit
+    assert Path(str(found.tokenizer)) == repo / "snapshots" / ("d" * 40)
+    again = model_folder.localize(ServingConfig(model=found)).model
+    assert again == found

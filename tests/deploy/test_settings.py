@@ -1,7 +1,9 @@
 """From flags, keyword arguments and files to one config; typos are named, vLLM's other flags are taken."""
 
+import os
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from argosy.cluster.protocol.config import ServingConfig
@@ -39,11 +41,11 @@ def test_flags_without_effect_are_named_once_and_their_values_are_not_taken_for_
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A command line that worked elsewhere should work here."""
-    config = serve_config("--download-dir", "/models", "--trust-remote-code", "m", "--swap-space=4")
+    config = serve_config("--otlp-traces-endpoint", "/models", "--trust-remote-code", "m", "--swap-space=4")
     assert config.model.model == "m"
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
-    assert "download_dir, swap_space, trust_remote_code" in shown
+    assert "otlp_traces_endpoint, swap_space, trust_remote_code" in shown
 
 
 @pytest.mark.parametrize(
@@ -106,7 +108,7 @@ def test_keyword_arguments_of_llm() -> None:
 def test_every_setting_has_a_flag_or_a_reason() -> None:
     """A setting that no flag sets can only come from a file; those are these."""
     file_only = set(ServingConfig.known_settings()) - {flag.field for flag in settings.SETTING_FLAGS} - {"model"}
-    assert file_only == {"max_recoveries", "watermark", "max_cuda_graph_batch"}
+    assert file_only == {"max_recoveries", "watermark", "max_cuda_graph_batch", "hub_name"}
     assert not settings.IGNORED & set(ServingConfig.known_settings())
     assert not settings.NOT_YET & (settings.IGNORED | set(ServingConfig.known_settings()))
     with pytest.raises(ConfigError, match="enable_lora is not supported yet"):
@@ -121,3 +123,19 @@ def test_small_weights_by_the_names_that_users_bring() -> None:
         found = choose_quantization(plain, name)
         assert found is not None
         assert found.method == method
+
+
+def test_the_hubs_key_goes_to_the_hubs_library_and_into_no_setting(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Settings are sent to other processes and kept by Ray; a key is not."""
+    monkeypatch.setenv("HF_TOKEN", "old")
+    config = settings.config_from_kwargs("m", {"hf_token": "hf_secret", "revision": "v1"})
+    assert os.environ["HF_TOKEN"] == "hf_secret"
+    assert b"hf_secret" not in msgspec.json.encode(config)
+    settings.config_from_kwargs("m", {"hf_token": True})
+    assert os.environ["HF_TOKEN"] == "hf_secret"
+    settings.take_hub_token("hf_other", on_command_line=True)
+    shown = capsys.readouterr().err
+    assert "list processes" in shown
+    assert "hf_other" not in shown
