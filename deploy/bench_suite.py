@@ -83,13 +83,16 @@ def main(args: argparse.Namespace) -> int:
     failed = []
     folder = Path(tempfile.mkdtemp(prefix="argosy-suite-"))
     try:
-        for job in run_jobs(make_jobs(suite, picked, args, folder), cards, one_at_a_time=args.one_at_a_time):
-            name = {"group": job.name} if job.name.startswith(SUPER_LINEAR) else {}
-            for row in job.new_rows():
-                rows.append({**row, **name, "suite": args.suite})
-                _tell(rows[-1], args.output)
-            if job.process is not None and job.process.returncode:
-                failed.append(f"{job.name}: {_last_words(job.log)}")
+        try:
+            for job in run_jobs(make_jobs(suite, picked, args, folder), cards, one_at_a_time=args.one_at_a_time):
+                name = {"group": job.name} if job.name.startswith(SUPER_LINEAR) else {}
+                for row in job.new_rows():
+                    rows.append({**row, **name, "suite": args.suite})
+                    _tell(rows[-1], args.output)
+                if job.process is not None and job.process.returncode:
+                    failed.append(f"{job.name}: {_last_words(job.log)}")
+        except KeyboardInterrupt:
+            failed.append("it was interrupted: the table has what was measured until then")
         if suite.super_linear is not None and (ratio := super_linear_row(rows, suite.super_linear, folder)):
             _tell(ratio, args.output)
             rows.append(ratio)
