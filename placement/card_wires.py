@@ -35,6 +35,7 @@ SHORT_BYTES: Final = 1 << 20
 COUNTER_BYTES: Final = 128  # apart from each other, as two sides poll them; a mover has one of 4 bytes a program
 HEADER_BYTES: Final = (4 * NUM_WIRES + 1) * COUNTER_BYTES
 TRIAL: Final = 77
+TRIAL_AT: Final = HEADER_BYTES - COUNTER_BYTES
 AT_LEAST: Final = 0  # the driver's flag: until the counter has reached the value
 ALIGNMENT: Final = 1024
 
@@ -243,16 +244,24 @@ class CardWires:
             stream.synchronize()
 
     def reaches(self, parallel: ParallelContext) -> bool:
-        """Whether commands of each card reach the next one's memory. Collective."""
+        """Whether commands of each card reach the next one's memory: a counter, and a copy. Collective."""
         world_size, rank = len(self.addresses), parallel.rank.global_rank
-        place = HEADER_BYTES - COUNTER_BYTES
-        commands, stream = DriverCommands(), torch.cuda.current_stream(self._device).cuda_stream
-        commands.write(stream, self.addresses[(rank + 1) % world_size] + place, TRIAL + rank)
+        own, following = self.addresses[rank] + TRIAL_AT, self.addresses[(rank + 1) % world_size] + TRIAL_AT
+        stream = torch.cuda.current_stream(self._device).cuda_stream
+        try:
+            self._commands.write(stream, own, TRIAL + rank)
+            self._commands.write(stream, following + 16, TRIAL + rank)
+            self._commands.copy(stream, following + 32, own, 4)
+        except RuntimeError as error:  # the others wait at the barrier: told when all have met
+            logger.info("stages send by NCCL: %s", error)
         torch.cuda.synchronize(self._device)
         dist.barrier(parallel.world)
         torch.cuda.synchronize(self._device)
-        found = int(self._buffer.local[place : place + 4].view(torch.int32))
-        return found == TRIAL + (rank - 1) % world_size
+        expected = TRIAL + (rank - 1) % world_size
+        return self._word_at(TRIAL_AT + 16) == expected and self._word_at(TRIAL_AT + 32) == expected
+
+    def _word_at(self, place: int) -> int:
+        return int(self._buffer.local[place : place + 4].view(torch.int32))
 
 
 def _short(kind: str) -> str:

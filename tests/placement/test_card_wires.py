@@ -4,6 +4,7 @@ import itertools
 import random
 from collections import deque
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 
@@ -172,3 +173,34 @@ def test_both_ends_of_each_wire_mean_the_same_places(
             places.append((outgoing._taken_here, outgoing._taken_here + COUNTER_BYTES))
     places.sort()
     assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(places))
+
+
+@pytest.mark.parametrize("broken", ["", "write", "copy"])
+def test_a_card_that_does_not_reach_the_next_one_is_found_out(broken: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks in turn, each of which is asked twice, since both must have told their cards before either looks.
+    Where the driver refuses a command, no rank leaves early: all meet, and nothing has come."""
+    memory: dict[int, int] = {}
+
+    def refuse(*_: int) -> None:
+        raise RuntimeError("refused with error 1")
+
+    commands = SimpleNamespace(
+        write=lambda stream, address, value: memory.__setitem__(address, value),
+        copy=lambda stream, target, source, num_bytes: memory.__setitem__(target, memory[source]),
+    )
+    met: list[int] = []
+    if broken:
+        setattr(commands, broken, refuse)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=0))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(card_wires.dist, "barrier", lambda group: met.append(1))
+    found = []
+    for rank in [*make_plan(2, 1, 2).ranks] * 2:
+        wires = object.__new__(CardWires)
+        wires._commands, wires._device, wires.addresses = commands, torch.device("cpu"), [0, 1 << 20]
+        here = rank.global_rank << 20
+        wires._word_at = lambda place, here=here: memory.get(here + place, 0)  # type: ignore[method-assign,misc]
+        parallel = ParallelContext(rank, torch.device("cpu"), 1.0, world=object())  # type: ignore[arg-type]
+        found.append(wires.reaches(parallel))
+    assert found == ([False, True, True, True] if not broken else [False] * 4)
+    assert len(met) == 4
