@@ -92,4 +92,6 @@ def test_a_wheel_holds_the_rooms_and_the_default_model(tmp_path: Path) -> None:
     for name in ("cluster/protocol/messages.py", "deploy/cli.py", "py.typed", "default_model/config.json"):
         assert f"argosy/{name}" in names
     assert "argosy/kernels/tuned/nvidia_h200.json" in names
+    assert "argosy/placement/model_configs/llama-3.1-8b/config.json" in names
+    assert "argosy/placement/calibrations/nvidia_h200.json" in names
     assert any(n.startswith("argosy/default_model/") and n.endswith(".safetensors") for n in names)
