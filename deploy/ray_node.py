@@ -21,6 +21,11 @@ _HEALTH: Final = {
     "RAY_health_check_timeout_ms": "1000",
     "RAY_health_check_failure_threshold": "3",
 }
+# Serve starts HAProxy anew whenever a replica comes or goes; the old one must live until its last answer has ended.
+_REPLICAS_COME_AND_GO: Final = {
+    "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "10",
+}
 _NO_TOKEN: Final = (
     "this node has no Ray token: run 'ray get-auth-token --generate' where you call 'ray up' and have "
     "~/.ray/auth_token on all nodes (ray_cluster.yaml does), or set RAY_AUTH_MODE=disabled on a network of your own"
@@ -49,7 +54,7 @@ def node_environment(given: Mapping[str, str], home: Path) -> dict[str, str]:
     if "RAY_SERVE_ENABLE_HA_PROXY" not in given and len(os.fsencode(folder)) <= haproxy.MOST_FOLDER_BYTES:
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
-        found |= haproxy.environment(folder)
+        found |= haproxy.environment(folder) | _REPLICAS_COME_AND_GO
     return found
 
 
