@@ -224,16 +224,19 @@ def main() -> int:
     loop = DriverLoop(boot.config, ranks, info=boot.info, folder=boot.folder, secret=boot.secret)
     thread = threading.Thread(target=loop.run, name="driver-loop")
     thread.start()
-    for line in _lines(commands):
-        command = msgspec.json.decode(line, type=LocalCommand)
-        if command.stop:
-            loop.stop(command.drain_seconds)
-            loop.stopped.wait(command.drain_seconds + _EXIT_SECONDS)
-            break
-        answers.write(msgspec.json.encode(loop.status()) + b"\n")
-    loop.stop()
-    thread.join(timeout=_EXIT_SECONDS)
-    shutil.rmtree(boot.folder, ignore_errors=True)  # the owner does so as well, unless it was killed
+    try:
+        for line in _lines(commands):
+            command = msgspec.json.decode(line, type=LocalCommand)
+            if command.stop:
+                loop.stop(command.drain_seconds)
+                loop.stopped.wait(command.drain_seconds + _EXIT_SECONDS)
+                break
+            with contextlib.suppress(BrokenPipeError):  # who asked has gone: the end of the input says so, too
+                answers.write(msgspec.json.encode(loop.status()) + b"\n")
+    finally:  # whatever it was: a loop that nobody owns must not go on
+        loop.stop()
+        thread.join(timeout=_EXIT_SECONDS)
+        shutil.rmtree(boot.folder, ignore_errors=True)  # the owner does so as well, unless it was killed
     return 0
 
 

@@ -17,6 +17,7 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, ServingError, WeightError, WorkerFailed
 from argosy.cluster.protocol.sampling import FinishReason, TokenParams
 from argosy.deploy.launch import Engine, launch_engine
+from argosy.deploy.local_launch import LocalCommand
 from argosy.workers.zero_cost_rank import expected_token
 
 ZERO_COST = "argosy.workers.zero_cost_rank"
@@ -141,6 +142,18 @@ def test_the_driver_ends_with_its_owner() -> None:
     engine = launch_engine(settings(), backend="local", rank_module=ZERO_COST)
     processes = [psutil.Process(engine._driver.pid), *rank_processes(engine)]  # type: ignore[attr-defined]
     engine._driver._process.stdin.close()  # type: ignore[attr-defined]
+    assert psutil.wait_procs(processes, timeout=15.0)[1] == []
+    engine.close()
+
+
+def test_the_driver_ends_with_an_owner_that_died_while_it_asked() -> None:
+    """The answer finds nobody: the driver was left running for ever by the error."""
+    engine = launch_engine(settings(), backend="local", rank_module=ZERO_COST)
+    driver: Any = engine._driver
+    processes = [psutil.Process(driver.pid), *rank_processes(engine)]
+    driver._process.stdout.close()
+    driver._write(LocalCommand())
+    driver._process.stdin.close()
     assert psutil.wait_procs(processes, timeout=15.0)[1] == []
     engine.close()
 
