@@ -47,8 +47,14 @@ def _longrope(original: int) -> dict[str, Any]:
 
 CASES: dict[str, Case] = {
     "llama": Case("LlamaConfig", "LlamaForCausalLM", SMALL | {"tie_word_embeddings": True, "rope_parameters": LLAMA3}),
+    "llama, one kv head, biases": Case("LlamaConfig", "LlamaForCausalLM", SMALL | {"attention_bias": True,
+        "mlp_bias": True, "num_key_value_heads": 1, "hidden_act": "gelu_pytorch_tanh"}),
+    "llama linear": Case("LlamaConfig", "LlamaForCausalLM", SMALL | {"rope_parameters": {"rope_type": "linear",
+        "factor": 2.0, "rope_theta": 1e4}}),
     "mistral": Case("MistralConfig", "MistralForCausalLM", SMALL | {"sliding_window": 6, "head_dim": 16}),
     "qwen2": Case("Qwen2Config", "Qwen2ForCausalLM", SMALL | {"rope_parameters": YARN}),
+    "qwen2 window": Case("Qwen2Config", "Qwen2ForCausalLM", SMALL | {"use_sliding_window": True, "sliding_window": 5,
+        "max_window_layers": 1, "tie_word_embeddings": True}),
     "qwen3": Case("Qwen3Config", "Qwen3ForCausalLM", SMALL | {"head_dim": 24}),
     "gpt2": Case("GPT2Config", "GPT2LMHeadModel", GPT),
     "opt": Case("OPTConfig", "OPTForCausalLM", MHA | {"ffn_dim": 80, "word_embed_proj_dim": 48, "init_std": 0.2}),

@@ -22,6 +22,8 @@ CLOSE = 2e-4  # logits are a few units; float32 sums in another order differ by 
 EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "deepseek v2", "deepseek v2 lite", "deepseek v3")
 CLOSE_ON_A_CARD = 1e-2  # tensor cores multiply float32 in parts
 RUNS = [(name, layout) for layout in ("TP2", "PP2", "TP2xPP2") for name in CASES]
+MANY = ("llama", "llama, one kv head, biases", "qwen3", "bloom", "falcon 40b", "olmo2", "command-r", "gpt-oss")
+RUNS += [(name, "TP4") for name in (*MANY, "deepseek v3")]  # more ranks than key/value heads
 RUNS += [(name, "EP2") for name in EXPERTS]  # whole experts on each rank
 
 
