@@ -139,7 +139,7 @@ def apply_rotary(
     for x in (q_TNH, k_TKH):
         num_tokens, num_heads, head_size = x.shape
         assert x.stride(2) == 1
-        assert x.stride(1) == head_size
+        assert x.stride(1) == head_size or num_heads == 1
         assert cos_sin_PD.is_contiguous()
         sizes = _sizes(num_tokens, num_heads, head_size, cos_sin_PD.shape[1])
         if num_tokens == 0:
