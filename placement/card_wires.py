@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from argosy.placement.process_groups import ParallelContext
+from argosy.placement.stream_flags import StreamFlags
 from argosy.placement.symmetric_memory import SymmetricBuffer
 
 logger = logging.getLogger(__name__)
@@ -36,52 +37,38 @@ COUNTER_BYTES: Final = 128  # apart from each other, as two sides poll them; a m
 HEADER_BYTES: Final = (4 * NUM_WIRES + 1) * COUNTER_BYTES
 TRIAL: Final = 77
 TRIAL_AT: Final = HEADER_BYTES - COUNTER_BYTES
-AT_LEAST: Final = 0  # the driver's flag: until the counter has reached the value
 ALIGNMENT: Final = 1024
 
 
 class Commands(Protocol):
-    """What a stream is told, in its order. Streams and addresses are the driver's numbers."""
+    """What a stream is told, in its order. Addresses are as this card knows them."""
 
-    def wait(self, stream: int, address: int, value: int) -> None:
+    def wait(self, stream: Any, address: int, value: int) -> None:
         """Go on when the 32-bit counter there is `value` or more."""
 
-    def write(self, stream: int, address: int, value: int) -> None:
+    def write(self, stream: Any, address: int, value: int) -> None:
         """Set the counter, after all that came before can be seen."""
 
-    def copy(self, stream: int, target: int, source: int, num_bytes: int) -> None:
+    def copy(self, stream: Any, target: int, source: int, num_bytes: int) -> None:
         """Move bytes between cards, or on one."""
 
 
-class DriverCommands:
-    """The CUDA driver's. Raises `RuntimeError` where it has no such function or refuses."""
+class DriverCommands(StreamFlags):
+    """The CUDA driver's, for streams of torch. Raises `RuntimeError` where it has no such function or refuses."""
 
     def __init__(self) -> None:
         try:
-            driver = ctypes.CDLL("libcuda.so.1")
-            self._wait, self._write = driver.cuStreamWaitValue32_v2, driver.cuStreamWriteValue32_v2
-            self._copy = driver.cuMemcpyDtoDAsync_v2
+            super().__init__()
+            self._copy = ctypes.CDLL("libcuda.so.1").cuMemcpyDtoDAsync_v2
         except (OSError, AttributeError) as error:
             raise RuntimeError(f"the driver can't: {error}") from error
-        number, pointer = ctypes.c_uint32, ctypes.c_uint64
-        self._wait.argtypes = self._write.argtypes = [ctypes.c_void_p, pointer, number, number]
-        self._copy.argtypes = [pointer, pointer, ctypes.c_size_t, ctypes.c_void_p]
+        self._copy.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
+        self._copy.restype = ctypes.c_int
 
-    def wait(self, stream: int, address: int, value: int) -> None:
-        """Go on when the 32-bit counter there is `value` or more."""
-        self._check(self._wait(stream, address, value & 0xFFFFFFFF, AT_LEAST))
-
-    def write(self, stream: int, address: int, value: int) -> None:
-        """Set the counter, after all that came before can be seen."""
-        self._check(self._write(stream, address, value & 0xFFFFFFFF, 0))
-
-    def copy(self, stream: int, target: int, source: int, num_bytes: int) -> None:
+    def copy(self, stream: Any, target: int, source: int, num_bytes: int) -> None:
         """Move bytes between cards, or on one."""
-        self._check(self._copy(target, source, num_bytes, stream))
-
-    def _check(self, status: int) -> None:
-        if status:
-            raise RuntimeError(f"the CUDA driver refused a command for a stream with error {status}")
+        if status := self._copy(target, source, num_bytes, stream.cuda_stream):
+            raise RuntimeError(f"the CUDA driver refused to copy in a stream: CUresult {status}")
 
 
 class Mover(Protocol):
@@ -113,7 +100,7 @@ class CardWire:
         self._sent_there, self._taken_there = peer + sent, peer + taken
         self._slots_here, self._slots_there, self._slot_bytes = own + slots_at, peer + slots_at, slot_bytes
 
-    def send(self, stream: int, source: int, num_bytes: int) -> None:
+    def send(self, stream: Any, source: int, num_bytes: int) -> None:
         """Tell the stream to send what stands at `source`."""
         self._count += 1
         assert num_bytes <= self._slot_bytes, (num_bytes, self._slot_bytes)
@@ -122,7 +109,7 @@ class CardWire:
         self._commands.copy(stream, self._slot(self._slots_there), source, num_bytes)
         self._commands.write(stream, self._sent_there, self._count)
 
-    def receive(self, stream: int, target: int, num_bytes: int) -> None:
+    def receive(self, stream: Any, target: int, num_bytes: int) -> None:
         """Tell the stream to wait for the next message and put it to `target`."""
         self._count += 1
         self._commands.wait(stream, self._sent_here, self._count)
@@ -226,7 +213,7 @@ class CardWires:
             tensor = tensor.clone()
         stream = self._streams[kind]
         stream.wait_stream(torch.cuda.current_stream(self._device))
-        self.outgoing[kind].send(stream.cuda_stream, tensor.data_ptr(), num_bytes)
+        self.outgoing[kind].send(stream, tensor.data_ptr(), num_bytes)
         tensor.record_stream(stream)
 
     def receive(self, kind: str, tensor: Tensor) -> None:
@@ -235,7 +222,7 @@ class CardWires:
         if self._move is not None and self._is_short(num_bytes):
             self.incoming[_short(kind)].receive_short(self._move, tensor.data_ptr(), num_bytes)
             return
-        stream = torch.cuda.current_stream(self._device).cuda_stream
+        stream = torch.cuda.current_stream(self._device)
         self.incoming[kind].receive(stream, tensor.data_ptr(), num_bytes)
 
     def finish(self) -> None:
@@ -247,7 +234,7 @@ class CardWires:
         """Whether commands of each card reach the next one's memory: a counter, and a copy. Collective."""
         world_size, rank = len(self.addresses), parallel.rank.global_rank
         own, following = self.addresses[rank] + TRIAL_AT, self.addresses[(rank + 1) % world_size] + TRIAL_AT
-        stream = torch.cuda.current_stream(self._device).cuda_stream
+        stream = torch.cuda.current_stream(self._device)
         try:
             self._commands.write(stream, own, TRIAL + rank)
             self._commands.write(stream, following + 16, TRIAL + rank)

@@ -22,7 +22,7 @@ MAY_IMPORT = {
 # rooms and files that may know a heavy library; everything else must work without it
 TORCH_ROOMS = ("kernels", "workers")
 TORCH_FILES = {"placement/process_groups.py", "placement/stage_transport.py", "placement/symmetric_memory.py"}
-TORCH_FILES |= {"placement/card_wires.py"}
+TORCH_FILES |= {"placement/stream_flags.py", "placement/card_wires.py"}
 # deploy asks torch nothing about requests; these measure or describe the machine, inside functions
 TORCH_FILES |= {"deploy/preflight_torch.py", "deploy/bench_peers.py", "deploy/bench_models.py"}
 RAY_FILES = {
