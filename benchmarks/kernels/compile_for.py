@@ -1,0 +1,192 @@
+"""Compile kernels for a GPU that is not here, and say what they would take there: `python compile_for.py [part ...]`.
+
+Every launch becomes a compilation for compute capability 9.0 (Triton brings the assembler). A kernel that does not
+compile, or that asks for more shared memory than a multiprocessor has, is found without a card; registers, spills and
+shared memory are printed, so that a change can be read before it is measured. Shapes are those of 8b.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver, jit
+
+from argosy.kernels import (
+    fp8_gemm,
+    fp8_gemv,
+    fp8_quantize,
+    fp8_reference,
+    fp8_split,
+    gemv,
+    kv_cache,
+    paged_attention,
+    prefill_attention,
+    rotary,
+    tuning,
+)
+from argosy.kernels.fp8_reference import E4M3, Fp8Rows, Fp8Weight, Rounding
+
+BF16 = torch.bfloat16
+CPU = torch.device("cpu")
+SHARED_BYTES = 232448  # of a multiprocessor of an H100 or H200
+FACTS = tuning.DeviceFacts("nvidia_h200", 132, True)
+COMPILED: list[Any] = []
+
+
+class _NoDriver:
+    """What Triton asks its driver before a launch."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def _compile_only(kernel: Any, grid: object) -> Callable[..., Any]:
+    def run(*args: object, **options: object) -> Any:
+        compiled = kernel.run(*args, grid=grid, warmup=True, **options)
+        COMPILED.append(compiled)
+        return compiled
+
+    return run
+
+
+def prepare() -> None:
+    """From now on launches compile. CPU tensors stand for the card's."""
+    driver.set_active(_NoDriver())  # type: ignore[arg-type]
+    jit.JITFunction.__getitem__ = _compile_only
+    tuning.device_facts = lambda device: FACTS  # type: ignore[assignment]
+    tuning.counters = lambda device: torch.zeros(tuning.MAX_COUNTERS, dtype=torch.int32)  # type: ignore[assignment]
+
+
+def describe(kernel: Any) -> str:
+    """Registers and spilled bytes of a thread, shared bytes of a program."""
+    folder, told = Path(triton.__file__).parent / "backends" / "nvidia" / "bin", ""
+    with tempfile.TemporaryDirectory() as scratch:
+        source, output = Path(scratch, "kernel.ptx"), Path(scratch, "out")
+        source.write_text(kernel.asm["ptx"])
+        for name in ("ptxas", "ptxas-blackwell"):  # the second is newer, and some releases write for it
+            command = [folder / name, "-v", "--gpu-name=sm_90a", source, "-o", output]
+            if (folder / name).exists() and "registers" not in told:
+                ran = subprocess.run(command, capture_output=True, text=True)
+                told = ran.stdout + ran.stderr
+    registers, spilled = re.search(r"Used (\d+) registers", told), re.search(r"(\d+) bytes spill stores", told)
+    return (
+        f"{registers.group(1) if registers else '?':>4} registers {spilled.group(1) if spilled else '?':>5} spilled "
+        f"{kernel.metadata.shared:>7} shared  {kernel.name}"
+    )
+
+
+def attention(report: Callable[..., None]) -> None:
+    """Decode and prompts, over 16 bits and over e4m3."""
+    for dtype in (BF16, E4M3):
+        k_cache, v_cache = (torch.zeros(64, 16, 8, 128, dtype=dtype) for _ in range(2))
+        rotations, name = torch.zeros(8192, 128), str(dtype)[6:]
+        for rows in (1, 64, 256):
+            table = torch.zeros(rows, 512, dtype=torch.int32)
+            lengths, ids = torch.ones(rows, dtype=torch.int32), torch.zeros(rows, dtype=torch.int64)
+            qkv = torch.zeros(rows, 48 * 128, dtype=BF16)
+            report(
+                f"decode, {rows} rows, {name}", paged_attention.decode_attention, qkv, ids, rotations, k_cache, v_cache,
+                ids, table, lengths, num_heads=32, scale=0.1, max_context=8192, inputs_early=True,
+            )  # fmt: skip
+            report(
+                f"rotate and store, {rows} rows, {name}", rotary.rope_and_store, qkv, ids, rotations, k_cache, v_cache,
+                ids, num_heads=32,
+            )  # fmt: skip
+            heads = torch.zeros(rows, 8, 128, dtype=BF16)
+            report(f"store, {rows} rows, {name}", kv_cache.store_kv, heads, heads, k_cache, v_cache, ids)
+        for tokens, rows in ((8192, 16), (40, 20)):
+            q = torch.zeros(tokens, 32, 128, dtype=BF16)
+            starts, lengths = torch.zeros(rows + 1, dtype=torch.int32), torch.ones(rows, dtype=torch.int32)
+            table = torch.zeros(rows, 512, dtype=torch.int32)
+            report(
+                f"prompts, {tokens} tokens of {rows}, {name}", prefill_attention.prefill_attention, q, k_cache, v_cache,
+                starts, lengths, table, scale=0.1,
+            )  # fmt: skip
+
+
+def linear(report: Callable[..., None]) -> None:
+    """Products with 16-bit weights."""
+    for num_in, num_out in ((4096, 6144), (14336, 4096)):
+        weight = torch.zeros(num_out, num_in, dtype=BF16)
+        for tokens in (1, 8):
+            x = torch.zeros(tokens, num_in, dtype=BF16)
+            report(f"linear {num_in}x{num_out}, {tokens} tokens", gemv.fused_linear, x, weight)
+
+
+def fp8(report: Callable[..., None]) -> None:
+    """Roundings and products with e4m3 weights."""
+    for tokens in (1, 64, 512):
+        x, wide = torch.zeros(tokens, 4096, dtype=BF16), torch.zeros(tokens, 28672, dtype=BF16)
+        for group in (0, 128):
+            name = f"{tokens} tokens, groups of {group}"
+            options = {"norm_weight_I": x[0], "residual_TI": x}
+            report(f"add, norm, round, {name}", fp8_quantize.quantize, x, Rounding(group), **options)
+            report(f"gate, round, {name}", fp8_quantize.quantize, wide, Rounding(group), gate="silu")
+    for num_in, num_out in ((4096, 6144), (4096, 4096), (4096, 28672), (14336, 4096)):
+        for block in (None, (128, 128)):
+            scale = torch.ones(num_out) if block is None else torch.ones(num_out // 128, num_in // 128)
+            weight = Fp8Weight(torch.zeros(num_out, num_in, dtype=E4M3), scale, block)
+            name = f"{num_in}x{num_out}{' by block' if block else ''}"
+            report(f"e4m3 {name}, 1 token", fp8_gemv.fused_linear, torch.zeros(1, num_in, dtype=BF16), weight)
+            for tokens in (8, 32, 64, 128, 256):
+                rows = fp8_reference.quantize_rows(torch.zeros(tokens, num_in), Rounding(128 if block else 0))
+                key = f"{num_in}x{num_out}x{fp8_gemm.bucket(tokens)}{'b' if block else ''}"
+                _product(report, f"e4m3 {name}, {tokens} tokens", rows, weight, tuning.pick("fp8_gemm", key, CPU))
+
+
+def _product(
+    report: Callable[..., None], name: str, rows: Fp8Rows, weight: Fp8Weight, sizes: tuning.Sizes | None
+) -> None:
+    """In pieces and in tiles by rule, and as measured."""
+    report(f"{name}, pieces", fp8_split.linear, rows, weight, None, BF16)
+    report(f"{name}, tiles", fp8_gemm.triton_linear, rows, weight, None, BF16)
+    if sizes and sizes["kernel"] in (fp8_gemm.TILES, fp8_gemm.SPLIT):
+        run = fp8_split.linear if sizes["kernel"] == fp8_gemm.SPLIT else fp8_gemm.triton_linear
+        report(f"{name}, tuned", run, rows, weight, None, BF16, sizes)
+
+
+PARTS = {"attention": attention, "linear": linear, "fp8": fp8}
+
+
+def main() -> int:
+    """Compile, print, and fail where something would not run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which parts; all without")
+    arguments = parser.parse_args()
+    prepare()
+    failures = 0
+
+    def report(name: str, launch: Callable[..., object], *args: object, **options: object) -> None:
+        nonlocal failures
+        COMPILED.clear()
+        try:
+            launch(*args, **options)
+        except Exception as error:  # each kernel is judged alone
+            failures += 1
+            print(f"FAILED {name}: {type(error).__name__}: {' '.join(str(error).split())[:200]}", flush=True)
+        for kernel in COMPILED:
+            too_much = kernel.metadata.shared > SHARED_BYTES
+            failures += too_much
+            print(f"{describe(kernel)}  {name}{'  TOO MUCH' if too_much else ''}", flush=True)
+
+    for part in arguments.parts or PARTS:
+        PARTS[part](report)
+    return 1 if failures else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
