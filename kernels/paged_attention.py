@@ -41,40 +41,16 @@ __all__ = ["choose_splits", "decode_attention", "fusing_pays", "paged_attention"
 )
 def _paged_attention_kernel(
     q_ptr,  # queries, or when NEW the fused projection [q | k | v]
-    positions_ptr,
-    rotation_ptr,
-    q_norm_ptr,
-    k_norm_ptr,
-    slots_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    table_ptr,
-    context_ptr,
-    out_ptr,
-    slopes_ptr,
-    sinks_ptr,
+    positions_ptr, rotation_ptr, q_norm_ptr, k_norm_ptr, slots_ptr,
+    k_cache_ptr, v_cache_ptr, table_ptr, context_ptr, out_ptr, slopes_ptr, sinks_ptr,
     part_ptr,  # [R, K, splits, G, H] unnormalised outputs, float32
     stats_ptr,  # [R, K, splits, 2, G]: largest logit (base 2), sum
     counter_ptr,  # [R · K] pieces done; zero between launches
     shared_ptr,  # when SHARED: tokens of each row's prefix, and what `shared_prefix` left of it
-    shared_part_ptr,
-    shared_stats_ptr,
-    shared_pieces,
-    stride_q,
-    stride_table,
-    scale,
-    soft_cap,
-    window,
-    eps,
-    k_inverse,
-    v_inverse,
-    v_scale,
-    num_splits,
+    shared_part_ptr, shared_stats_ptr, shared_pieces,
+    stride_q, stride_table, scale, soft_cap, window, eps, k_inverse, v_inverse, v_scale, num_splits,
     min_piece,  # tokens, a multiple of BLOCK_L: below it a piece costs more to join than to walk
-    K: tl.constexpr,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    S: tl.constexpr,
+    K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, S: tl.constexpr,
     GROUP: tl.constexpr,  # power of two >= 16 and >= G
     WIDTH: tl.constexpr,  # power of two >= H
     BLOCK_L: tl.constexpr,
@@ -94,10 +70,8 @@ def _paged_attention_kernel(
     HEADS: tl.constexpr,  # power of two >= G
     JOIN: tl.constexpr,  # pieces that are joined at once
     SHARED: tl.constexpr,  # the multiple of a piece's tokens; 0: no prefix
-    STAGES: tl.constexpr,
-    PRECISION: tl.constexpr,
-    PDL: tl.constexpr,
-):
+    STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
     kv_head = tl.program_id(0)  # heads beside each other: their keys lie beside each other
     row = tl.program_id(1).to(tl.int64)
