@@ -94,6 +94,10 @@ class Attention(nn.Module):
         """[T, D]."""
         return self.o_proj(self.attend(self.qkv_proj(x_TD), positions_T, ctx))  # type: ignore[no-any-return]
 
+    def partial(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
+        """`forward` without the sum over the group."""
+        return self.o_proj.product(self.attend(self.qkv_proj(x_TD), positions_T, ctx))
+
     def attend(self, qkv_TX: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """From the product of q, k and v to what the heads saw, [T, N * H]."""
         if self._changes_qkv:

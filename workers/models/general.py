@@ -54,6 +54,10 @@ class PlainMLP(nn.Module):
         self.down_proj = RowParallelLinear(parallel, method, inner, width, bias=bias, dtype=dtype)
         self.activate = ACTIVATIONS[spec.activation]
 
+    def partial(self, x_TD: Tensor) -> Tensor:
+        """`forward` without the sum over the group."""
+        return self.down_proj.product(self.activate(self.up_proj(x_TD)))
+
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D]."""
         return self.down_proj(self.activate(self.up_proj(x_TD)))  # type: ignore[no-any-return]
@@ -88,13 +92,13 @@ class GeneralLayer(nn.Module):
         self,
         spec: ModelSpec,
         parallel: ParallelContext,
-        attention: nn.Module,
-        mlp: nn.Module,
+        attention: Any,  # nn.Module: called, and asked for its `partial`
+        mlp: Any,
         *,
         dtype: torch.dtype,
     ):
         super().__init__()
-        self.block, self.residual_scale = spec.block, spec.residual_scale
+        self.block, self.residual_scale, self.parallel = spec.block, spec.residual_scale, parallel
 
         def norm() -> RMSNorm | LayerNorm:
             return make_norm(spec.norm, spec.hidden_size, spec.norm_eps, dtype=dtype)
@@ -117,11 +121,11 @@ class GeneralLayer(nn.Module):
             return None
         norm = self.input_norm
         x_TD = norm(residual_TD) if delta_TD is None else norm.add(delta_TD, residual_TD)
+        if self.block in PARALLEL_BLOCKS:  # one sum over the group for both
+            mlp_in_TD = x_TD if self.mlp_norm is None else self.mlp_norm(residual_TD)
+            attended_TD = self.attention.partial(x_TD, positions_T, ctx)
+            return self.parallel.all_reduce(attended_TD.add_(self.mlp.partial(mlp_in_TD)))
         attended_TD = self.attention(x_TD, positions_T, ctx)
-        if self.block in PARALLEL_BLOCKS:
-            if self.mlp_norm is not None:
-                x_TD = self.mlp_norm(residual_TD)
-            return attended_TD + self.mlp(x_TD)  # type: ignore[no-any-return]
         if self.attention_out_norm is not None:
             attended_TD = self.attention_out_norm(attended_TD)
         assert self.mlp_norm is not None
