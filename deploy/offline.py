@@ -103,9 +103,14 @@ class LLM:
         self.config = config
         tokenizer = load_tokenizer(config)  # this and the next before anything starts: a mistake costs a second
         read_generation_config(config.model.model, config.model.generation_config)
-        progress = StartProgress(is_quiet=not sys.stderr.isatty())
+        is_shown = sys.stderr.isatty()
+        progress = StartProgress(is_quiet=not is_shown)
+        if not is_shown:  # in a log: that it goes on, and that it is done, since Ray alone may take half a minute
+            print(f"argosy: starting {config.model.served_model_name[0]} ...", file=sys.stderr, flush=True)
         self._engine = launch_engine(config, backend=backend, on_progress=progress)
         progress.close()
+        if not is_shown:
+            print(f"argosy: ready after {progress.seconds:.1f} s", file=sys.stderr, flush=True)
         self._loop = _LoopThread()
         # Also when nobody closes it: at exit, or when the last reference goes.
         self._finalizer = weakref.finalize(self, _close, self._loop, self._engine)
