@@ -14,8 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Final
 
-from argosy.cluster.driver_client import DriverClient
 from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.replica_client import connect_engine
 from argosy.deploy import bench_engine, bench_http, bench_models, bench_table, server, workload
 from argosy.deploy.bench_engine import Row
 from argosy.deploy.bench_load import Timing, ask_gateway, run_clients
@@ -126,7 +126,7 @@ def _compare(config: ServingConfig, engine: Any, url: str, vocab: int, concurren
 
 
 async def _in_process(config: ServingConfig, engine: Any, requests: Workload, concurrency: int) -> Load:
-    client = await DriverClient.connect(engine.address, engine.secret, timeout_seconds=_CONNECT_SECONDS)
+    client = await connect_engine(engine.address, engine.secret, timeout_seconds=_CONNECT_SECONDS)
     try:
         gateway = Gateway(client, load_tokenizer(config), config)
         return await run_clients([ask_gateway(gateway)] * concurrency, requests)

@@ -63,7 +63,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
 
     fake = SimpleNamespace(address="", secret="", info=INFO, close=lambda: closed.append(True), client=client)
     fake.closed = closed
-    monkeypatch.setattr(offline.DriverClient, "connect", connect)
+    monkeypatch.setattr(offline, "connect_engine", connect)
     monkeypatch.setattr(launch, "launch_engine", lambda config, **options: fake)
     yield fake
     assert closed, "an LLM left its engine running"
