@@ -27,7 +27,8 @@ from argosy.deploy.workload import Workload
 
 _CONCURRENCY: Final = (1, 32, 256)
 _REQUESTS_A_CLIENT: Final = 4
-_LEAST_REQUESTS: Final = 24
+_LEAST_REQUESTS, _MOST_REQUESTS = 16, 512
+_MOST_REPEATS: Final = 2
 _CONNECT_SECONDS: Final = 30.0
 Load = tuple[float, list[Timing]]
 
@@ -92,12 +93,14 @@ def _group(args: argparse.Namespace, dtype: str) -> str:
 
 def _compare(config: ServingConfig, engine: Any, url: str, vocab: int, concurrency: int, repeats: int) -> Row:
     """In process and over HTTP in turns, each after a warm-up; medians over all repeats."""
-    count = max(_LEAST_REQUESTS, _REQUESTS_A_CLIENT * concurrency)
+    count = min(max(_LEAST_REQUESTS, _REQUESTS_A_CLIENT * concurrency), _MOST_REQUESTS)
+    repeats = min(repeats, _MOST_REPEATS)
     in_process, over_http = [], []
     for repeat in range(-1, repeats):
         salt = 1000 * concurrency + 2 * repeat
-        requests = workload.fixed(count, 128, 128, vocab=vocab, seed=9, salt=salt)
-        others = workload.fixed(count, 128, 128, vocab=vocab, seed=9, salt=salt + 1)
+        some = max(concurrency, count // 4) if repeat < 0 else count
+        requests = workload.fixed(some, 128, 128, vocab=vocab, seed=9, salt=salt)
+        others = workload.fixed(some, 128, 128, vocab=vocab, seed=9, salt=salt + 1)
         near = asyncio.run(_in_process(config, engine, requests, concurrency))
         # without a tokenizer a token has no text, and an event without text would not be sent
         ask_ids = {"return_token_ids": True}
