@@ -8,6 +8,7 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 import ray
@@ -23,6 +24,7 @@ from argosy.deploy import preflight
 from argosy.deploy.cluster_layout import choose_layout
 from argosy.deploy.local_launch import free_port
 from argosy.deploy.owned_folder import short_temp_folder
+from argosy.deploy.promised_nodes import wait_for_nodes
 from argosy.deploy.ray_session import RaySession
 from argosy.placement import ray_cluster
 from argosy.placement.plan import PlacementPlan
@@ -149,6 +151,8 @@ def start_ray_drivers(
     session = RaySession.open(address, num_cpus=num_cpus)
     drivers: list[DriverHandle] = []
     try:
+        if address and (lacking := wait_for_nodes(lambda: len(ray_cluster.discover().nodes), Path.home(), tell)):
+            note(lacking)
         tell("looking at the nodes", 0.0)
         inspection = preflight.inspect_for(config, lambda text: tell(text, 0.0))
         topology = ray_cluster.discover(inspection.probes(), links=inspection.node_links())
