@@ -5,6 +5,7 @@ from typing import Any, Final
 
 from argosy.placement.layout import Layout, Stage
 from argosy.placement.model_shape import ModelShape
+from argosy.placement.plan import make_plan
 from argosy.placement.planner import Candidate, PlanReport
 from argosy.placement.rank_memory import Serving, StageBytes
 from argosy.placement.topology import ClusterTopology
@@ -79,8 +80,9 @@ def plan_lines(report: PlanReport, *, all_losers: bool = False) -> Iterator[str]
         yield f"  ... {len(report.losers) - len(shown)} more (--all shows them)"
     start = report.plan.settings()
     flags = f"-tp {start['tensor_parallel_size']} -pp {start['pipeline_parallel_size']}"
-    if start["pipeline_layers"]:
-        flags += " --pipeline-layers " + ",".join(map(str, start["pipeline_layers"]))
+    even = make_plan(report.model.num_layers, 1, start["pipeline_parallel_size"]).layer_counts
+    if start["pipeline_layers"] and start["pipeline_layers"] != even:
+        flags += f" --pipeline-layers [{','.join(map(str, start['pipeline_layers']))}]"
     yield ""
     yield f"the same by hand: argosy serve {report.model.name} {flags}"
 

@@ -21,7 +21,9 @@ from argosy.placement.topology import ClusterTopology
 from argosy.placement.weight_format import format_by_name
 
 PP_SIZES: Final = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
-CLOSE: Final = 0.03  # what the cost model can't tell apart: of such layouts the simplest is taken
+CLOSE: Final = (
+    0.05  # what the cost model can't tell apart: of such layouts the better one by the other objective is taken
+)
 PATIENCE: Final = 4  # longer pipelines are no longer tried after so many that fit and were each slower
 
 Objective = Literal["throughput", "latency"]
@@ -148,7 +150,7 @@ def plan_cluster(
     if not within:
         raise PlacementImpossible(_explain_refusal(shape, serving, topology, candidates, options))
     ranked = sorted(within, key=lambda candidate: _order(candidate, options))
-    chosen = _simplest_of_close(ranked, options)
+    chosen = _best_of_close(ranked, options)
     return PlanReport(
         model=shape,
         topology=topology,
@@ -178,7 +180,7 @@ def _candidates(judge: LayoutJudge, topology: ClusterTopology, options: PlanOpti
     models = sorted({gpu.model for node in topology.nodes for gpu in node.gpus})
     choices = [("all", topology)]
     if len(models) > 1:
-        choices += [(model, _only(topology, model)) for model in models]
+        choices += [(model, topology.only(model)) for model in models]
     for devices, part in choices:
         for tp_size in _tp_sizes(judge.sizes.shape, part, options):
             yield from _pipelines(judge, part, devices, tp_size, options)
@@ -257,14 +259,6 @@ def _tp_sizes(shape: ModelShape, topology: ClusterTopology, options: PlanOptions
     return [size for size in sorted(sizes) if shape.why_not_tp(size) is None]
 
 
-def _only(topology: ClusterTopology, model: str) -> ClusterTopology:
-    nodes = tuple(
-        msgspec.structs.replace(node, gpus=tuple(gpu for gpu in node.gpus if gpu.model == model))
-        for node in topology.nodes
-    )
-    return msgspec.structs.replace(topology, nodes=tuple(node for node in nodes if node.gpus))
-
-
 # ------------------------------------------------------------------------------------------------------ choice, words
 
 
@@ -274,11 +268,13 @@ def _order(candidate: Candidate, options: PlanOptions) -> tuple[float, int, int]
     return -candidate.tokens_per_second, candidate.pp_size, candidate.tp_size
 
 
-def _simplest_of_close(ranked: Sequence[Candidate], options: PlanOptions) -> Candidate:
-    """Of those within a hundredth of the best: the fewest stages, then the fewest ranks in a group."""
+def _best_of_close(ranked: Sequence[Candidate], options: PlanOptions) -> Candidate:
+    """Of those that can't be told apart: the shortest lone request, or the most tokens where that was the objective."""
     best = _score(ranked[0], options)
     close = [candidate for candidate in ranked if _score(candidate, options) >= best * (1 - CLOSE)]
-    return min(close, key=lambda candidate: (candidate.pp_size, candidate.tp_size, _order(candidate, options)))
+    if options.objective == "latency":
+        return max(close, key=lambda candidate: (candidate.tokens_per_second, -candidate.pp_size))
+    return min(close, key=lambda candidate: (candidate.lone_seconds(options.traffic), candidate.pp_size))
 
 
 def _score(candidate: Candidate, options: PlanOptions) -> float:
@@ -307,10 +303,11 @@ def _losers(
         if candidate is chosen:
             continue
         share = _score(candidate, options) / best
+        other = "fewer tokens/s" if options.objective == "latency" else "slower answers"
         if share > 1.0:
-            why = f"{100 * (share - 1):.1f} % faster, within what the model can tell, and less simple"
+            why = f"{100 * (share - 1):.1f} % better, which is within what the model can tell, with {other}"
         elif share > 1 - CLOSE:
-            why = f"as fast within {100 * CLOSE:.0f} %, and no simpler"
+            why = f"as good within {100 * CLOSE:.0f} %, with {other}"
         else:
             why = f"{100 * (1 - share):.0f} % slower"
         if options.objective == "latency":
@@ -346,7 +343,8 @@ def _explain_refusal(
     lines = [f"  {one.describe()}: {one.problem}" for one in (*misfits[:4], *others[:2])]
     hints = "Add GPUs or nodes, store the weights smaller (--quantization fp8 or awq)"
     hints += ", or let some live in the host's memory (--offload-gb)" if not options.offload_bytes else ""
-    what = f"{shape.name} ({weights:.1f} GB of weights, {serving.weight_format.name} format) does not fit {there}"
+    stored = shape.spec.dtype if serving.weight_format.bits == 16 else serving.weight_format.name
+    what = f"{shape.name} ({weights:.1f} GB of weights, {stored}) does not fit {there}"
     return "\n".join([what + ":", *(lines or ["  no layout divides the model over these devices"]), hints])
 
 

@@ -111,6 +111,14 @@ class ClusterTopology(msgspec.Struct, frozen=True, kw_only=True):
                 return entry.link
         return self.network
 
+    def only(self, model: str) -> "ClusterTopology":
+        """The GPUs of one model, and the nodes that have any."""
+        nodes = tuple(
+            msgspec.structs.replace(node, gpus=tuple(gpu for gpu in node.gpus if gpu.model == model))
+            for node in self.nodes
+        )
+        return msgspec.structs.replace(self, nodes=tuple(node for node in nodes if node.gpus))
+
     def describe(self) -> str:
         """One line for people."""
         return "; ".join(node.describe() for node in self.nodes) or "no node"

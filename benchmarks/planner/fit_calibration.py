@@ -33,7 +33,7 @@ LIMITS = {
     "request_us": (500.0, 20_000.0),
 }  # fmt: skip
 FLOPS_POINTS = (64.0, 256.0, 512.0, 8192.0)
-WORKLOADS = ("fixed512x256", "chat1000", "decode1")  # simulated when --workloads is given, for the next two:
+WORKLOADS = ("fixed512x256", "decode1")  # simulated when --workloads is given, for the next two:
 WORKLOAD_NAMES = ("request_us",)
 WORKLOAD_POINTS = (512.0, 8192.0)
 

@@ -101,10 +101,10 @@ def test_a_window_bounds_what_is_looked_back_on() -> None:
 
 
 def test_decode_steps_are_foretold_within_an_eighth() -> None:
-    """The newest plain rows of TP1 in benchmarks/results/engine_h200.jsonl; docs/planning.md has the whole table."""
+    """The plain rows of TP1 that the calibration was fitted to; docs/planning.md has the whole table."""
     names = {"06b": "qwen3-0.6b", "8b": "llama-3.1-8b"}
     newest = {}
-    for line in (ROOT / "benchmarks" / "results" / "engine_h200.jsonl").read_text(encoding="utf-8").splitlines():
+    for line in (ROOT / "benchmarks" / "results" / "planner_h200.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         plain = (
             row.get("unit") == "ms/step" and row["layout"] == "TP1" and not row["note"] and row["dtype"] == "bfloat16"

@@ -98,12 +98,12 @@ def test_two_cards_hold_13_9_times_the_blocks_of_one_when_weights_fill_it() -> N
     shape = read_model_shape("llama-2-7b")
     serving = Serving(
         dtype_bytes=2, kv_dtype_bytes=2, weight_format=shape.weight_format, max_num_batched_tokens=1,
-        gpu_memory_utilization=1.0, max_num_seqs=4096, max_model_len=4096,
+        gpu_memory_utilization=0.5, max_num_seqs=4096, max_model_len=4096,
     )  # fmt: skip
     sizes = StageBytes(shape, serving)
     usable = int(sizes.stage_bytes(1, 0, 32) / 0.9225)
     blocks = [
-        rank_memory(sizes, EXACT, Gpu(index=0, model="H200", memory_bytes=usable), tp_size=tp_size, pp_size=1,
+        rank_memory(sizes, EXACT, Gpu(index=0, model="H200", memory_bytes=2 * usable), tp_size=tp_size, pp_size=1,
                     first_layer=0, last_layer=32).num_blocks
         for tp_size in (1, 2)
     ]  # fmt: skip
@@ -113,10 +113,10 @@ def test_two_cards_hold_13_9_times_the_blocks_of_one_when_weights_fill_it() -> N
 def test_uneven_layers_use_the_memory_of_unequal_cards() -> None:
     """Two ranks, one with half its memory: 97 % of the free bytes of both, 1.4 times the blocks of the even split."""
     shape = read_model_shape("llama-3.1-8b")
-    serving = make_serving(shape, max_model_len=8192, max_num_seqs=4096, max_num_batched_tokens=8192)
-    whole = 24 * 2**30
+    serving = make_serving(shape, max_model_len=8192, max_num_seqs=256, max_num_batched_tokens=8192)
+    whole = 40 * 2**30
     topology = parse_topology(
-        {"nodes": [{"name": "pair", "gpus": [{"model": "L4", "memory_gib": 24}, {"model": "L4", "memory_gib": 12}]}]}
+        {"nodes": [{"name": "pair", "gpus": [{"model": "L4", "memory_gib": 40}, {"model": "L4", "memory_gib": 20}]}]}
     )
     judge = LayoutJudge(StageBytes(shape, serving), Traffic(input_len=2048, output_len=2048))
     groups = find_groups(topology, 1)
