@@ -96,7 +96,7 @@ class Attention(nn.Module):
 
     def partial(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """`forward` without the sum over the group."""
-        return self.o_proj.product(self.attend(self.qkv_proj(x_TD), positions_T, ctx))
+        return self.o_proj.product(self.attend(self.qkv_proj.product(x_TD), positions_T, ctx))
 
     def attend(self, qkv_TX: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """From the product of q, k and v to what the heads saw, [T, N * H]."""
