@@ -45,15 +45,15 @@ def test_the_same_seed_gives_the_same_json(capsys: pytest.CaptureFixture[str]) -
 
 
 def test_more_load_makes_requests_wait(capsys: pytest.CaptureFixture[str]) -> None:
-    """Twice what a card can do: the queue grows and fewer keep their time; two cards keep up."""
+    """Four times what a card can do: the queue grows and few keep their time; four cards keep up."""
 
     def figures(*words: str) -> dict[str, object]:
         common = ("--requests", "800", "--lengths", "fixed", "--slo-ttft-ms", "500", "--json")
         return json.loads(run(capsys, *words, *common)[1])  # type: ignore[no-any-return]
 
-    light, heavy = (figures(*ONE, "--rate", rate) for rate in ("10", "80"))
-    two = figures("llama-3.1-8b", "--gpus", "2 x H200", "--rate", "80")
-    attained = [run["slo"]["attainment"] for run in (light, heavy, two)]  # type: ignore[index]
+    light, heavy = (figures(*ONE, "--rate", rate) for rate in ("10", "160"))
+    four = figures("llama-3.1-8b", "--gpus", "4 x H200", "--rate", "160")
+    attained = [run["slo"]["attainment"] for run in (light, heavy, four)]  # type: ignore[index]
     assert attained[0] == 1.0
     assert attained[1] < 0.6
     assert attained[2] > attained[1] + 0.2
