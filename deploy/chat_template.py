@@ -70,7 +70,7 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _raise_exception
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self._special_tokens = dict(special_tokens)
+        self.sources, self.special_tokens = dict(templates), dict(special_tokens)
         self._templates: dict[str, jinja2.Template] = {}
         for name, text in templates.items():
             try:
@@ -98,7 +98,7 @@ class ChatTemplate:
         )
         try:
             text = template.render(
-                **self._special_tokens,
+                **self.special_tokens,
                 **checked_template_kwargs(template_kwargs),
                 messages=messages,
                 tools=tools,

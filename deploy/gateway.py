@@ -24,6 +24,7 @@ from argosy.cluster.protocol.sampling import SamplingParams, TokenParams
 from argosy.deploy.answer_text import AnswerText
 from argosy.deploy.outputs import OutputCollector, RequestOutput, TextDelta
 from argosy.deploy.remote_errors import rebuild_error
+from argosy.deploy.template_process import TemplateProcess
 from argosy.deploy.token_params import TokenParamsBuilder, read_generation_config
 from argosy.deploy.tokenizer import Tokenizer, check_text
 
@@ -91,6 +92,8 @@ class Gateway:
         self.config = config
         generation = read_generation_config(config.model.model, config.model.generation_config)
         self._builder = TokenParamsBuilder(client.info, tokenizer, generation)
+        template = tokenizer.chat_template if tokenizer is not None else None
+        self._templates = TemplateProcess(template) if template is not None else None
         self.model_names: tuple[str, ...] = config.model.served_model_name or (config.model.model,)
 
     @property
@@ -244,6 +247,22 @@ class Gateway:
                 for delta in batch:
                     collector.add(delta)
         return collector.snapshot()
+
+    async def start_templates(self) -> None:
+        """From now on `render_conversation` has chat templates run in a process of their own."""
+        if self._templates is not None:
+            await self._templates.start()
+
+    async def stop_templates(self) -> None:
+        """End that process."""
+        if self._templates is not None:
+            await self._templates.close()
+
+    async def render_conversation(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+        """As `render_chat`, for conversations of strangers: within a time, and without stopping anything else."""
+        if self._templates is None or not self._templates.is_started:
+            return self.render_chat(messages, **options)
+        return await self._templates.render(messages, **options)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
         """The prompt for a conversation. `options` are those of `Tokenizer.apply_chat_template`."""

@@ -174,11 +174,14 @@ class HttpApp:
         """The application's own start and end, as uvicorn and Ray Serve announce them."""
         while True:
             kind = (await receive())["type"]
-            if self.jobs is not None:
-                if kind == "lifespan.startup":
+            if kind == "lifespan.startup":
+                await self.gateway.start_templates()
+                if self.jobs is not None:
                     self.jobs.start()
-                else:
+            else:
+                if self.jobs is not None:
                     await self.jobs.stop()
+                await self.gateway.stop_templates()
             await send({"type": f"{kind}.complete"})
             if kind == "lifespan.shutdown":
                 return

@@ -47,7 +47,7 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         self._backend = backend
-        self._chat_template = chat_template
+        self.chat_template = chat_template
         self.special_tokens = dict(special_tokens)
         added = backend.get_added_tokens_decoder()
         self.added_tokens: dict[int, str] = {token_id: token.content for token_id, token in added.items()}
@@ -90,7 +90,7 @@ class Tokenizer:
     @property
     def has_chat_template(self) -> bool:
         """Whether chat requests can be served."""
-        return self._chat_template is not None
+        return self.chat_template is not None
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`; `add_special_tokens` puts the beginning (and end) token where the model wants it."""
@@ -153,11 +153,11 @@ class Tokenizer:
         template_kwargs: Mapping[str, Any] | None = None,
     ) -> str:
         """The prompt for a conversation, by the model's chat template."""
-        if self._chat_template is None:
+        if self.chat_template is None:
             raise InvalidRequest(
                 "messages", "chat", "this model has no chat template; use completions, or start with --chat-template"
             )
-        return self._chat_template.render(
+        return self.chat_template.render(
             messages,
             tools=tools,
             documents=documents,

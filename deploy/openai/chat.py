@@ -59,7 +59,7 @@ class ChatRun:
         kwargs = dict(fields.chat_template_kwargs or {})
         if fields.reasoning_effort is not None:
             kwargs.setdefault("reasoning_effort", fields.reasoning_effort)
-        prompt = gateway.render_chat(
+        prompt = await gateway.render_conversation(
             messages,
             documents=fields.documents,
             add_generation_prompt=fields.add_generation_prompt,

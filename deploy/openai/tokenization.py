@@ -41,7 +41,7 @@ async def serve_tokenize(gateway: Gateway, body: Mapping[str, Any], request: Htt
     if fields.messages is not None:
         if fields.prompt is not None:
             raise InvalidRequest("prompt", "given", "send a prompt or messages, not both")
-        text = gateway.render_chat(
+        text = await gateway.render_conversation(
             read_messages(fields.messages),
             add_generation_prompt=fields.add_generation_prompt,
             continue_final_message=fields.continue_final_message,
