@@ -32,6 +32,7 @@ from argosy.placement.topology import Gpu
 SUPER_LINEAR: Final = "super-linear"
 DOORS: Final = "doors-"
 _CARD: Final = "H200"  # whose calibration foretells what a rank needs beside weights
+_DOORS_ROWS: Final = 5  # as long as so many rows of an engine
 _LONGEST_SECONDS: Final = 3600.0
 _POLL_SECONDS: Final = 0.2
 Row = dict[str, Any]
@@ -160,7 +161,7 @@ def make_jobs(
             print(f"left out: {name} needs Ray, which is not installed", file=sys.stderr)
             continue
         words = [*_engine_words(group), "--over", "http", "--backend", "ray", "--repeats", str(args.repeats)]
-        jobs.append(Job(name, group.num_cards, words, folder / f"doors-{number}.jsonl"))
+        jobs.append(Job(name, group.num_cards, words, folder / f"doors-{number}.jsonl", num_rows=_DOORS_ROWS))
     for job in jobs:
         job.words += ["--output", str(job.output), "--note", args.note]
     return jobs
