@@ -15,6 +15,11 @@ FEW_TOKENS = 1
 MOST_TOKENS = 16  # that the fused kernel takes, for checkpoints whose activations are not to be rounded
 
 
+def has_e4m3(device: torch.device) -> bool:
+    """Whether this GPU knows e4m3: from compute capability 8.9 (Ada, Hopper) on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
 def quantize_rows(x_TI: Tensor, rounding: Rounding) -> Fp8Rows:
     """Activations to e4m3."""
     if x_TI.is_cuda:

@@ -21,7 +21,7 @@ import torch
 
 from argosy.cluster.protocol.channel import Channel
 from argosy.cluster.protocol.config import ServingConfig
-from argosy.cluster.protocol.errors import ChannelClosed, ServingError, WorkerFailed
+from argosy.cluster.protocol.errors import ChannelClosed, ConfigError, ServingError, WorkerFailed
 from argosy.cluster.protocol.ledger import describe_ledger
 from argosy.cluster.protocol.messages import (
     AllocateCache,
@@ -38,6 +38,7 @@ from argosy.cluster.protocol.messages import (
     WorkerReport,
 )
 from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.kernels import fp8_ops
 from argosy.placement.plan import RankInfo
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
 from argosy.workers.device import (
@@ -200,7 +201,7 @@ class Worker:
         self._progress("loading weights", 0.0)
         self.runner = ModelRunner(
             self.config, spec, self.parallel, device=device, dtype=dtype,
-            cache_dtype=_cache_dtype(self.config.cache.kv_cache_dtype, dtype),
+            cache_dtype=_cache_dtype(self.config.cache.kv_cache_dtype, dtype, device),
         )  # fmt: skip
         self._clock.mark("buffers")
         self.ledger.mark("buffers")
@@ -344,10 +345,17 @@ def _first_line(error: BaseException) -> str:
     return lines[0][:500] if lines else "no message"
 
 
-def _cache_dtype(wanted: str, dtype: torch.dtype) -> torch.dtype:
+def _cache_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if wanted == "auto":
         return dtype
-    return torch.float8_e4m3fn if wanted == "fp8_e4m3" else TORCH_DTYPES[wanted]
+    if wanted != "fp8_e4m3":
+        return TORCH_DTYPES[wanted]
+    if device.type == "cuda" and not fp8_ops.has_e4m3(device):
+        raise ConfigError(
+            f"kv_cache_dtype={wanted!r}: {describe_device(device)} does not know e4m3 (compute capability 8.9 and up "
+            "do); use auto"
+        )
+    return torch.float8_e4m3fn
 
 
 def _num_threads(config: ServingConfig, rank: RankInfo) -> int:

@@ -25,6 +25,7 @@ from argosy.workers.loading.stream import load_weights
 from argosy.workers.models.decoder import Decoder
 from argosy.workers.models.registry import build_model
 from argosy.workers.quantization.fp8 import Fp8Method
+from argosy.workers.worker import _cache_dtype
 
 CPU = torch.device("cpu")
 E4M3 = torch.float8_e4m3fn
@@ -336,6 +337,19 @@ def test_scales_of_keys_and_values_come_from_the_checkpoint(tmp_path: Path) -> N
         load(write(tmp_path / "incomplete", stored | scales, config), 1, 0)
     plain = load(write(tmp_path / "plain", stored, FORMATS["compressed, channel"][0]), 1, 0)
     assert plain.layers["0"].attention.shape.kv_scales == (1.0, 1.0)
+
+
+def test_a_card_that_does_not_know_e4m3_says_so_before_steps_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An A100 takes FP8 checkpoints (made plain) and refuses an FP8 cache, by name and with a way out."""
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
+    card = torch.device("cuda", 0)
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype='fp8_e4m3': NVIDIA A100 .* use auto"):
+        _cache_dtype("fp8_e4m3", torch.bfloat16, card)
+    assert _cache_dtype("auto", torch.bfloat16, card) == torch.bfloat16
+    assert _cache_dtype("fp8_e4m3", torch.bfloat16, CPU) == E4M3
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    assert _cache_dtype("fp8_e4m3", torch.bfloat16, card) == E4M3
 
 
 def test_the_setting_must_fit_the_checkpoint(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ class Fp8Method:
         layer.weight_scale.data[self._scale_rows(cut)] = self._scales(cut, rounded.scale)
 
     def finish(self, layer: LinearLayer) -> None:
-        """On a CPU, and where groups are too narrow for the tensor cores: make the weight plain."""
+        """On a CPU, an older GPU, and where groups are too narrow for the tensor cores: make the weight plain."""
         assert layer.weight is not None
         assert layer.weight_scale is not None
         weight = Fp8Weight(layer.weight.data, layer.weight_scale.data, self._block)
@@ -158,7 +158,7 @@ class Fp8Method:
             fixed = None if layer.input_scale is None else layer.input_scale.data.max().reshape(1)
             self._rounding = Rounding(self._block[1] if self._block else 0, fixed)
         narrow = self._block is not None and self._block[1] < MIN_COLUMNS
-        if not weight.values_OI.is_cuda or narrow:
+        if narrow or not fp8_ops.has_e4m3(weight.values_OI.device):
             layer.weight = nn.Parameter(fp8_reference.dequantize_weight(weight, self._dtype), requires_grad=False)
             layer.weight_scale = None
             self._plain = UnquantizedMethod()
