@@ -38,7 +38,9 @@ def refuse(read: Reader, key: str, *wanted: object) -> None:
     value = read.get(key)
     if value is not None and value not in wanted:
         raise UnsupportedModel(
-            read.file, read.spelt(key), f"{value!r:.80} is not supported for this family, only {wanted}"
+            read.file,
+            read.prefix + read.spelt(key),
+            f"{value!r:.80}: this family is supported with {', '.join(map(str, wanted))} only",
         )
 
 
