@@ -24,6 +24,7 @@ GRAPH_BYTES_A_KERNEL: Final = 2048  # likewise
 # who names the cache's bytes has no such share.
 ROUNDED_WEIGHTS: Final = 0.03
 ROUNDED_TENSOR: Final = 2 * 2**20
+OPEN_SEGMENTS: Final = 44 * 2**20  # begun for tensors of less than 10 MiB, and not full
 
 
 class Serving(msgspec.Struct, frozen=True, kw_only=True):
@@ -192,7 +193,7 @@ def rank_memory(
     if asked is not None:  # taken at its word, as ranks do; what can't be allocated does not fit
         room = gpu.usable_bytes - workspace - weights - activations
         if gpu.model != "CPU":
-            room -= int(ROUNDED_WEIGHTS * weights) + 2 * (last_layer - first_layer) * ROUNDED_TENSOR
+            room -= int(ROUNDED_WEIGHTS * weights) + 2 * (last_layer - first_layer) * ROUNDED_TENSOR + OPEN_SEGMENTS
         budget = asked if asked <= room else room - asked
     blocks = max(0, min(budget // block, serving.most_blocks))
     if serving.num_gpu_blocks_override is not None and budget >= 0:

@@ -177,10 +177,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--start", type=int, default=0, help="number of the first config")
     args = parser.parse_args()
     started, fits, ranks, refused = time.perf_counter(), 0, 0, 0
     with tempfile.TemporaryDirectory(prefix="argosy-fuzz-") as name:
-        for number in range(args.count):
+        for number in range(args.start, args.start + args.count):
             rng = random.Random(f"{args.seed}/{number}")
             drawn = draw_model(rng), draw_cluster(rng), draw_settings(rng)
             try:
@@ -189,7 +190,7 @@ def main() -> int:
                 print(f"case {args.seed}/{number}: {error}\n{json.dumps(drawn)}", file=sys.stderr, flush=True)
                 return 1
             fits, ranks, refused = fits + (proved > 0), ranks + proved, refused + (proved == 0)
-            if (number + 1) % 10_000 == 0:
+            if (number + 1) % 5_000 == 0:
                 print(f"{number + 1} configs: {fits} fit, {refused} refused", flush=True)
     seconds = round(time.perf_counter() - started, 1)
     found = {"configs": args.count, "fit": fits, "refused": refused, "ranks_allocated": ranks, "out_of_memory": 0}
