@@ -131,7 +131,7 @@ def free_port() -> int:
 
 def actors_of(host: Host) -> str:
     """Our processes on that host."""
-    return host.enter("pgrep -f 'ray::(DriverActor|WorkerActor)'", check=False).stdout
+    return host.enter("pgrep -af 'ray::(DriverActor|WorkerActor)'", check=False).stdout
 
 
 def main() -> int:
@@ -179,11 +179,13 @@ def main() -> int:
                 answers = [ask(address, PROMPTS[0])]
                 result["first_token_seconds"] = round(time.monotonic() - began, 1)
                 answers += [ask(address, prompt) for prompt in PROMPTS[1:]]
+                result["ranks"] = {host.address: actors_of(host).count("WorkerActor") for host in hosts.all}
                 result["answers"] = [answer["logprobs"]["tokens"] for answer in answers]
                 result["layout"] = next(
                     line.split("layout", 1)[1].strip() for line in log.read_text().splitlines() if "  layout " in line
                 )
                 print(f"first token {result['first_token_seconds']} s after the first command; {result['layout']}")
+                print(f"ranks on each host: {result['ranks']}")
             with timer("Ctrl-C, until no driver and no rank is left"):
                 wait_for(lambda: not any(actors_of(host) for host in hosts.all), 60, "the end of drivers and ranks")
             with timer("ray down -y ray_cluster.yaml"):

@@ -27,3 +27,4 @@ def test_a_cluster_of_two_hosts_from_ray_up_to_ray_down() -> None:
     result = json.loads(done.stdout.splitlines()[-1])
     assert result["same_tokens_as_one_host"]
     assert "PP2" in result["layout"]
+    assert list(result["ranks"].values()) == [1, 1]  # a stage on each host
