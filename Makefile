@@ -77,4 +77,4 @@ wheel: $(STAMP)
 	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) $(BARE) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis argosy.egg-info
+	rm -rf $(VENV) $(BARE) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis argosy.egg-info src/argosy.egg-info

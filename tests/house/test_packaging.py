@@ -1,5 +1,6 @@
 """What a user installs is what lies in the tree."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -36,6 +37,18 @@ def test_the_rooms_are_links_beside_the_face() -> None:
     """`argosy.cluster` and the folder cluster/ are the same files."""
     for room in ROOMS:
         assert (ROOT / "argosy" / room).resolve() == ROOT / room
+
+
+def test_a_script_beside_a_clone_finds_the_package_and_not_the_folder(tmp_path: Path) -> None:
+    """Python looks beside the script first, where the clone lies under the package's own name."""
+    (tmp_path / "argosy").symlink_to(ROOT)
+    assert (ROOT / "src" / "argosy").resolve() == ROOT / "argosy"
+    assert PROJECT["tool"]["setuptools"]["package-dir"] == {"": "src"}
+    script = tmp_path / "script.py"
+    script.write_text("from argosy import SamplingParams; print(SamplingParams(max_tokens=3).max_tokens)")
+    environment = {"PYTHONPATH": str(ROOT / "src"), "PATH": os.environ["PATH"]}
+    run = subprocess.run([sys.executable, script], capture_output=True, text=True, env=environment, check=False)
+    assert run.stdout.strip() == "3", run.stderr
 
 
 def test_public_names_grow_on_purpose() -> None:
