@@ -66,12 +66,12 @@ def read_cases(paths: Sequence[str]) -> Iterator[Case]:
     yield from newest.values()
 
 
-def predict(case: Case, calibration: Calibration) -> tuple[float, float]:
+def predict(case: Case, calibration: Calibration, gpu: str = "H200") -> tuple[float, float]:
     """(tokens a second or seconds a step, median seconds to the first token) of one replica."""
     shape = read_model_shape(MODELS[case.model])
     config = ServingConfig.from_mapping({"model": shape.name, "max_num_seqs": case.max_num_seqs, **SETTINGS})
     serving = Serving.from_config(config, shape, format_by_name(case.quantization))
-    topology = parse_topology({"nodes": [{"name": "node", "gpus": f"{case.tp_size * case.pp_size} x H200"}]})
+    topology = parse_topology({"nodes": [{"name": "node", "gpus": f"{case.tp_size * case.pp_size} x {gpu}"}]})
     options = PlanOptions(
         tp_size=case.tp_size, pp_size=case.pp_size, num_replicas=1, calibration=calibration, traffic=Traffic()
     )
@@ -98,22 +98,23 @@ def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", nargs="+", default=["benchmarks/results/engine_h200.jsonl"])
+    parser.add_argument("--gpu", default="H200", help="that the rows were measured on")
     parser.add_argument("--calibration", help="instead of the one that ships")
     parser.add_argument("--predict", nargs="+", metavar="MODEL:TPxPP:WORKLOAD", help="such as 8b:2x2:fixed512x256")
     args = parser.parse_args()
-    calibration = read_calibration(args.calibration) if args.calibration else default_calibration("H200")
+    calibration = read_calibration(args.calibration) if args.calibration else default_calibration(args.gpu)
     if args.predict:
         for text in args.predict:
             model, layout, workload = text.split(":")
             tp, pp = map(int, layout.split("x"))
-            figure, ttft = predict(Case(model, tp, pp, workload), calibration)
+            figure, ttft = predict(Case(model, tp, pp, workload), calibration, args.gpu)
             shown = f"{1e3 * figure:.3f} ms/step" if workload.startswith("decode") else f"{figure:,.0f} tokens/s"
             print(f"{text:28} {shown:>18}   first token p50 {1e3 * ttft:,.0f} ms", flush=True)
         return 0
     print("| model | layout | workload | measured | foretold | off by | TTFT p50 measured | foretold | off by |")
     print("|---|---|---|---|---|---|---|---|---|")
     for case in read_cases(args.results):
-        figure, ttft = predict(case, calibration)
+        figure, ttft = predict(case, calibration, args.gpu)
         steps = case.workload.startswith("decode")
         shown = [f"{1e3 * one:.3f} ms" if steps else f"{one:,.0f} tok/s" for one in (case.figure, figure)]
         stored = "" if case.quantization == "none" else f" {case.quantization}"

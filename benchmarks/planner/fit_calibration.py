@@ -3,7 +3,7 @@
     python benchmarks/planner/fit_calibration.py --results benchmarks/results/engine_h200.jsonl \
         --write placement/calibrations/nvidia_h200.json
 
-Rows are those of `benchmarks/gpu/bench_gpu.py`; of each (model, layout, workload) the newest counts. Prints what the
+Rows are those of `argosy bench --output` and `benchmarks/gpu/bench_gpu.py` for the shapes 06b, 8b and 70b; of each (model, layout, workload) the newest counts. Prints what the
 fitted model says beside each measured row.
 """
 
@@ -68,11 +68,11 @@ def read_rows(paths: Sequence[str]) -> list[Row]:
     return list(newest.values())
 
 
-def predict_ms(row: Row, calibration: Calibration) -> float:
+def predict_ms(row: Row, calibration: Calibration, gpu: str) -> float:
     """Milliseconds of the step that the row measured: 128 tokens in, 256 out, so 256 in view on average."""
     shape = read_shape(row.model)
     serving = Serving(dtype_bytes=2, kv_dtype_bytes=2, weight_format=format_by_name(row.quantization), max_num_seqs=512)
-    sizes, sheet = StageBytes(shape, serving), DATA_SHEETS["H200"]
+    sizes, sheet = StageBytes(shape, serving), DATA_SHEETS[gpu]
     cuts = [shape.num_layers * stage // row.pp_size for stage in range(row.pp_size + 1)]
     stages = [
         StageCost(sizes, sheet, calibration, tp_size=row.tp_size, first_layer=first, last_layer=last,
@@ -95,24 +95,24 @@ def read_shape(model: str):  # type: ignore[no-untyped-def]  # cached here only
 _SHAPES: dict[str, object] = {}
 
 
-def loss(rows: Sequence[Row], cases: Sequence[Case], calibration: Calibration) -> float:
+def loss(rows: Sequence[Row], cases: Sequence[Case], calibration: Calibration, gpu: str) -> float:
     """Mean squared log ratio of steps, throughputs and, at half the weight, first tokens."""
-    terms = [math.log(predict_ms(row, calibration) / row.milliseconds) ** 2 for row in rows if row.pp_size == 1]
+    terms = [math.log(predict_ms(row, calibration, gpu) / row.milliseconds) ** 2 for row in rows if row.pp_size == 1]
     for case in cases:
-        figure, ttft = predict(case, calibration)
+        figure, ttft = predict(case, calibration, gpu)
         terms.append(math.log(figure / case.figure) ** 2 if not case.workload.startswith("decode") else 0.0)
         terms.append(0.5 * math.log(ttft / case.ttft) ** 2)
     return sum(terms) / len(terms)
 
 
-def fit(rows: Sequence[Row], cases: Sequence[Case], start: Calibration) -> Calibration:
+def fit(rows: Sequence[Row], cases: Sequence[Case], start: Calibration, gpu: str) -> Calibration:
     """The best values by turns, with steps that get smaller."""
     names, points = (WORKLOAD_NAMES, WORKLOAD_POINTS) if cases else (LIMITS, FLOPS_POINTS)
-    best, least, step = start, loss(rows, cases, start), 0.3
+    best, least, step = start, loss(rows, cases, start, gpu), 0.3
     while step > (0.003 if not cases else 0.03):
         improved = False
         for candidate in _neighbours(best, step, names, points):
-            value = loss(rows, cases, candidate)
+            value = loss(rows, cases, candidate, gpu)
             if value < least - 1e-9:
                 best, least, improved = candidate, value, True
         if not improved:
@@ -140,6 +140,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--results", nargs="+", default=["benchmarks/results/engine_h200.jsonl"])
     parser.add_argument("--start", default="placement/calibrations/nvidia_h200.json", help="what isn't fitted stays")
+    parser.add_argument("--gpu", choices=tuple(DATA_SHEETS), default="H200", help="that the rows were measured on")
     parser.add_argument("--workloads", action="store_true", help="fit simulated throughput and first tokens, too")
     parser.add_argument("--write", help="store the calibration here")
     args = parser.parse_args()
@@ -150,14 +151,15 @@ def main() -> int:
     names = ", ".join(Path(path).name for path in args.results)
     start = msgspec.structs.replace(
         start,
+        device=args.gpu,
         flops_efficiency=tuple((point, start.flops_share(point)) for point in FLOPS_POINTS),
         source=f"fitted to {len(rows)} decode steps and {len(cases)} workloads of {names}",
     )
-    best = fit(rows, [], start)
+    best = fit(rows, [], start, args.gpu)
     if cases:
-        best = fit(rows, cases, best)
+        best = fit(rows, cases, best, args.gpu)
     for row in rows:
-        found = predict_ms(row, best)
+        found = predict_ms(row, best, args.gpu)
         kind = f"{row.model:4} {row.quantization:5} TP{row.tp_size}xPP{row.pp_size} batch {row.batch:4}"
         print(f"{kind} measured {row.milliseconds:8.3f} ms, model {found:8.3f} {found / row.milliseconds - 1:+7.1%}")
     text = msgspec.json.format(msgspec.json.encode(best), indent=1).decode()
