@@ -3,7 +3,8 @@
     python benchmarks/planner/fit_calibration.py --results benchmarks/results/engine_h200.jsonl \
         --write placement/calibrations/nvidia_h200.json
 
-Rows are those of `argosy bench --output` and `benchmarks/gpu/bench_gpu.py` for the shapes 06b, 8b and 70b; of each (model, layout, workload) the newest counts. Prints what the
+Rows are those of `argosy bench --output` and `benchmarks/gpu/bench_gpu.py` for the shapes 06b, 8b and 70b; of each
+(model, layout, workload) the newest counts. Prints what the
 fitted model says beside each measured row.
 """
 
