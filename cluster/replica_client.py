@@ -114,6 +114,11 @@ class ReplicaClient:
         return all(replica.client.closed for replica in self._replicas)
 
     @property
+    def num_open(self) -> int:
+        """Replicas that are connected."""
+        return len(self._open)
+
+    @property
     def closed_reason(self) -> str:
         """Why, once all have."""
         return "; ".join(f"{replica.address}: {replica.client.closed_reason}" for replica in self._replicas)

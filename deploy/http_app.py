@@ -61,6 +61,7 @@ class HttpApp:
     def __init__(self, gateway: Gateway, server: ServerConfig, *, public_metrics: bool = False):
         self.gateway = gateway
         self.metrics = EdgeMetrics()
+        self.num_working = 0  # requests that the engine works for
         self._keys = ApiKeys.read(server.api_keys_file)
         self._engine = _EngineFigures(gateway)
         self._started = int(time.time())
@@ -122,10 +123,14 @@ class HttpApp:
             await ask(request, responder)
         elif work is not None and request.method == "POST":
             body = await request.json()
-            if not await run_while_client_stays(
-                lambda: work(self.gateway, body, request, responder), request, responder
-            ):
-                self.metrics.disconnects += 1
+            self.num_working += 1
+            try:
+                if not await run_while_client_stays(
+                    lambda: work(self.gateway, body, request, responder), request, responder
+                ):
+                    self.metrics.disconnects += 1
+            finally:
+                self.num_working -= 1
         else:
             allowed = "GET" if ask is not None else "POST"
             responder.add_header(b"allow", allowed.encode())
@@ -153,7 +158,7 @@ class HttpApp:
         if folder is None:
             return None
         works = self.job_works()
-        return JobService(JobFolder(folder), self.gateway, works, num_interactive=lambda: self.metrics.in_flight)
+        return JobService(JobFolder(folder), self.gateway, works, num_interactive=lambda: self.num_working)
 
     def job_works(self) -> dict[str, Work]:
         """Where a job's items may go: every door below /v1 that takes JSON."""

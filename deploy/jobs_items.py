@@ -75,7 +75,7 @@ class GatewayItems:
         """Nearly all rows of a step, less those that people need: an eighth stays free for who comes next."""
         if self._client_of.client.closed or time.monotonic() < self._not_before:
             return 0
-        most = self._gateway.info.max_num_seqs
+        most = self._gateway.info.max_num_seqs * getattr(self._client_of.client, "num_open", 1)
         if self._is_alone:
             return most + max(1, most // 4)  # some wait at the engine, so that it never runs dry
         return max(1, most - max(1, most // 8) - self._num_interactive())

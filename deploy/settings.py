@@ -309,6 +309,8 @@ def _clean(name: str, value: object) -> object:
     if name in ("dtype", "kv_cache_dtype"):
         text = str(value).removeprefix("torch.")  # torch.bfloat16, as users of vLLM pass it
         return _DTYPES.get(text, "fp8_e4m3" if text == "fp8" else text)
+    if name == "job_dir" and value == "none":
+        return None
     if isinstance(value, list):
         return tuple(value)
     if not isinstance(value, str):
