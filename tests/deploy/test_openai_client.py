@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import socket
 import threading
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -257,3 +258,22 @@ def assert_at_rest(server: Server) -> None:
             return
         time.sleep(0.05)
     raise AssertionError([figures[name] for name in names])
+
+
+def test_a_flood_of_tiny_chunks_is_answered_and_cut_off(server: Server) -> None:
+    """One byte a chunk, as fast as the socket takes it, and never an end: 413, and the connection is closed."""
+    host, port = server.url.removeprefix("http://").split(":")
+    head = b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    head += b"Transfer-Encoding: chunked\r\n\r\n"
+    answer = b""
+    with socket.create_connection((host, int(port)), timeout=60) as flood:
+        with contextlib.suppress(ConnectionError):
+            flood.sendall(head)
+            while True:
+                flood.sendall(b"1\r\n \r\n" * 1000)
+        with contextlib.suppress(ConnectionError):
+            while piece := flood.recv(65536):
+                answer += piece
+    assert not answer or b" 413 " in answer.splitlines()[0]  # a reset may overtake the answer
+    with httpx.Client(base_url=server.url, timeout=30) as http:
+        assert http.get("/v1/models").status_code == 200
