@@ -24,7 +24,7 @@ _HEALTH: Final = {
 # Serve starts HAProxy anew whenever a replica comes or goes; the old one must live until its last answer has ended.
 _REPLICAS_COME_AND_GO: Final = {
     "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
-    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "10",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
 }
 _NO_TOKEN: Final = (
     "this node has no Ray token: run 'ray get-auth-token --generate' where you call 'ray up' and have "

@@ -1,6 +1,7 @@
 """What is wrong with a cluster, from its nodes' facts and links: each fault with its node, what was found, and the fix.
 
-Pure, and in the order in which one would mend things. "fail" stops a start; "warn" is said and may stay.
+Pure, and in the order in which one would mend things. "fail" is for what can't work: it keeps the node out of a start.
+"warn" is for what may work, or not well: it is said, and the ranks find out.
 """
 
 from collections import Counter
@@ -13,7 +14,7 @@ from argosy.placement.preflight_facts import NCCL_PACKAGES, GpuFacts, NodeFacts
 from argosy.placement.preflight_links import LinkFacts
 
 _GIB: Final = 2**30
-_NEEDED: Final = ("torch", "ray", "transformers", "tokenizers", "safetensors", "msgspec", "numpy")
+_NEEDED: Final = ("torch", "ray", "tokenizers", "safetensors", "msgspec", "numpy")
 _SAME: Final = ("argosy", "torch", "ray", "msgspec", "transformers", "tokenizers", "safetensors", "triton")
 _LEAST_DRIVER: Final = {12: 525, 13: 580}  # CUDA's major version: the first driver that runs it
 _INTERFACE_VARIABLES: Final = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -114,11 +115,11 @@ def _of_gpus(facts: NodeFacts, ray_gpus: float, device: str) -> Iterator[Fault]:
         yield from _of_gpu(facts, gpu)
     modes = {gpu.mig for gpu in facts.gpus if gpu.mig in ("Enabled", "Disabled")}
     if len(modes) == 2:
-        yield _fail("gpu-mig", facts, "MIG is on for some of its GPUs and off for others", "nvidia-smi -mig 0 for all")
+        yield _warn("gpu-mig", facts, "MIG is on for some of its GPUs and off for others", "nvidia-smi -mig 0 for all")
     cuda = _cuda_major(facts)
     driver = next((gpu.driver for gpu in facts.gpus), "")
     if cuda and driver.split(".")[0].isdigit() and int(driver.split(".")[0]) < _LEAST_DRIVER.get(cuda, 0):
-        yield _fail(
+        yield _warn(
             "driver-old", facts, f"driver {driver} is too old for CUDA {cuda} of torch {facts.packages.get('torch')}",
             f"install driver {_LEAST_DRIVER[cuda]} or newer, or a torch for an older CUDA",
         )  # fmt: skip
@@ -127,7 +128,7 @@ def _of_gpus(facts: NodeFacts, ray_gpus: float, device: str) -> Iterator[Fault]:
 def _of_gpu(facts: NodeFacts, gpu: GpuFacts) -> Iterator[Fault]:
     name = f"GPU {gpu.index} ({gpu.name})"
     if gpu.used_mib > 0.5 * gpu.memory_mib > 0:
-        yield _fail(
+        yield _warn(
             "gpu-occupied", facts, f"{name} has {gpu.used_mib} of {gpu.memory_mib} MiB in use by others",
             "end what uses it ('nvidia-smi' lists processes; often a rank of an earlier run)",
         )  # fmt: skip
@@ -137,7 +138,7 @@ def _of_gpu(facts: NodeFacts, gpu: GpuFacts) -> Iterator[Fault]:
             "end what uses it, or accept so much less KV cache",
         )  # fmt: skip
     if gpu.ecc_errors > 0:
-        yield _fail(
+        yield _warn(
             "gpu-ecc", facts, f"{name} has {gpu.ecc_errors} uncorrected memory errors",
             "reset it ('nvidia-smi -r' with nothing running) and replace it when they come back",
         )  # fmt: skip
@@ -154,7 +155,7 @@ def _of_gpu(facts: NodeFacts, gpu: GpuFacts) -> Iterator[Fault]:
 
 def _of_machine(facts: NodeFacts) -> Iterator[Fault]:
     if facts.free_memory_bytes < 2 * _GIB:
-        yield _fail(
+        yield (_fail if facts.free_memory_bytes < _GIB // 2 else _warn)(
             "memory-low", facts, f"{facts.free_memory_bytes / _GIB:.1f} GiB of memory are free",
             "end something there: Ray and a rank need 2 GiB beside the weights",
         )  # fmt: skip
@@ -174,12 +175,12 @@ def _of_machine(facts: NodeFacts) -> Iterator[Fault]:
             "mount it read-write and let this user write there, or set TMPDIR before Ray starts",
         )  # fmt: skip
     elif facts.free_temp_bytes < _GIB:
-        yield _fail(
+        yield (_fail if facts.free_temp_bytes < _GIB // 4 else _warn)(
             "temp-full", facts, f"{facts.temp_folder} has {facts.free_temp_bytes >> 20} MiB free",
             "free a GiB: Ray stops placing work on a full disk",
         )  # fmt: skip
     if facts.open_files < 1024:
-        yield _fail(
+        yield _warn(
             "open-files", facts, f"a process may open {facts.open_files} files",
             "ulimit -n 65536 before Ray starts (or LimitNOFILE= of its service)",
         )  # fmt: skip
@@ -197,8 +198,12 @@ def _of_network(facts: NodeFacts) -> Iterator[Fault]:
             "start Ray there with --node-ip-address set to an address of its own (behind NAT nodes can't be reached)",
         )  # fmt: skip
     for name in _INTERFACE_VARIABLES:
-        wished = facts.environment.get(name, "").lstrip("=^")
-        if wished and not any(each.startswith(part) for part in wished.split(",") for each in facts.interfaces):
+        wished = facts.environment.get(name, "").lstrip("=")
+        if (
+            wished
+            and wished[0] != "^"
+            and not any(each.startswith(part) for part in wished.split(",") for each in facts.interfaces)
+        ):
             yield _fail(
                 "interface-wrong", facts, f"{name}={facts.environment[name]} names no interface of this node",
                 f"unset it where Ray starts: {facts.interface or 'the right one'} is found without it",
@@ -289,7 +294,7 @@ def _of_links(nodes: Mapping[str, NodeFacts], links: Sequence[LinkFacts]) -> Ite
         counts = Counter(node for node, seconds in late.items() if seconds > MOST_CLOCK_SECONDS)
         names = ", ".join(sorted(nodes[node].address for node in counts))
         yield Fault(
-            check="clock", node=names, level="fail", found=f"clocks differ by {worst:.1f} s",
+            check="clock", node=names, level="warn", found=f"clocks differ by {worst:.1f} s",
             fix="run an NTP client on all nodes ('timedatectl set-ntp true')",
         )  # fmt: skip
 
