@@ -10,7 +10,6 @@ import socket
 import struct
 import threading
 import time
-from collections.abc import Sequence
 from typing import Final
 
 import msgspec
@@ -165,8 +164,3 @@ def _skip(call: socket.socket, count: int) -> None:
         if not received:
             raise ConnectionError("the other side closed the connection")
         count -= received
-
-
-def missing_calls(links: Sequence[LinkFacts]) -> list[LinkFacts]:
-    """Those that failed."""
-    return [link for link in links if link.problem]
