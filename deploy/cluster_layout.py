@@ -52,7 +52,7 @@ def choose_layout(
         if config.parallel.layout != "given":
             layout = _planned(config, _free_part(topology, [o for o in offers if o.node_id in usable]), note)
         else:
-            layout = _given(config, [offer for offer in offers if offer.node_id in usable], len(all_ids))
+            layout = _given(config, offers, usable)
     except PlacementImpossible as error:
         if failures:
             raise PreflightFailed((*_lines(failures), str(error))) from error
@@ -99,7 +99,7 @@ def _traffic(serving: Serving) -> Traffic:
     return Traffic(input_len=min(usual.input_len, half), output_len=min(usual.output_len, half))
 
 
-def _given(config: ServingConfig, offers: Sequence[Offer], num_nodes: int) -> Layout:
+def _given(config: ServingConfig, offers: Sequence[Offer], usable: Sequence[str]) -> Layout:
     """The sizes that were given. A node each for the stages of all replicas where the cluster has so many."""
     parallel = config.parallel
     spec = read_model_spec(config.model.model, config.model.hf_overrides, config.model.quantization)
@@ -107,16 +107,18 @@ def _given(config: ServingConfig, offers: Sequence[Offer], num_nodes: int) -> La
         spec.num_layers, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.pipeline_layers
     )
     num_stages = plan.pp_size * parallel.data_parallel_size
-    if len(offers) < min(num_stages, num_nodes):
-        raise PlacementImpossible(
-            f"{num_stages} stages want a node each, and {len(offers)} of {num_nodes} nodes are fit for one"
-        )
     device = _device(parallel.device, offers)
-    room = StageRoom(resources={device: float(plan.tp_size)})
+    able = [offer for offer in offers if offer.total.get(device, 0.0) > 0]
+    fit = [offer for offer in able if offer.node_id in usable]
+    if len(fit) < min(num_stages, len(able)):
+        raise PlacementImpossible(
+            f"{num_stages} stages want a node each, and {len(fit)} of {len(able)} nodes are fit for one"
+        )
+    rooms = [StageRoom(resources={device: float(plan.tp_size)})] * num_stages
     try:
-        seats = seat_stages([room] * num_stages, offers)
+        seats = seat_stages(rooms, fit)
     except PlacementImpossible:  # who holds the rest may be about to go: the reservation waits for a while
-        seats = seat_stages([room] * num_stages, offers, by_total=True)
+        seats = seat_stages(rooms, fit or offers, by_total=True)
     plans = []
     for replica in range(parallel.data_parallel_size):
         mine = seats[replica * plan.pp_size : (replica + 1) * plan.pp_size]

@@ -41,8 +41,11 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
         return judge(self.nodes, self.links, self.wanted)
 
     def probes(self) -> dict[str, NodeProbe]:
-        """For the planner: what memory each device really has free. A node without GPUs is one seat of its CPU."""
-        on_cpu = self.wanted.device == "cpu"
+        """For the planner: what memory each device really has free.
+
+        A node without GPUs is one seat of its CPU where no node has any, and no seat beside nodes that do.
+        """
+        on_cpu = self.wanted.device == "cpu" or not any(facts.gpus for facts in self.nodes.values())
         return {
             node_id: NodeProbe(gpus=_seats(facts, on_cpu, self.ray_memory.get(node_id, facts.memory_bytes)))
             for node_id, facts in self.nodes.items()
@@ -231,7 +234,7 @@ def _gather(asked: Mapping[str, Any], seconds: float) -> dict[str, Any]:
 
 
 def _seats(facts: NodeFacts, on_cpu: bool, ray_memory: int) -> tuple[Gpu, ...]:
-    if on_cpu or not facts.gpus:
+    if on_cpu:
         memory = min(facts.memory_bytes, ray_memory)
         return (Gpu(index=0, model="CPU", memory_bytes=memory, free_bytes=min(memory, facts.free_memory_bytes)),)
     return tuple(

@@ -13,7 +13,8 @@ from argosy.deploy.cluster_layout import Layout, choose_layout
 pytest.importorskip("ray")
 
 from argosy.deploy.preflight import Inspection
-from argosy.placement.preflight_facts import NodeFacts
+from argosy.placement.preflight_facts import GpuFacts, NodeFacts
+from argosy.placement.preflight_rules import Wanted
 from argosy.placement.seating import Offer
 from argosy.placement.topology_sources import topology_from_ray
 
@@ -63,6 +64,20 @@ def test_two_nodes_that_hold_it_are_two_replicas_and_two_that_don_t_are_two_stag
     layout, _ = choose(config(), {"a": 24, "b": 24})
     assert nodes_of(layout) == [["a", "b"]]
     assert layout.config.parallel.pipeline_parallel_size == 2
+
+
+def test_a_head_without_gpus_gets_no_rank_beside_nodes_that_have_some() -> None:
+    """It runs the doors and Ray's own services; on a cluster of CPUs it would take part."""
+    card = GpuFacts(index=0, uuid="GPU-1", name="NVIDIA H100", memory_mib=81559, used_mib=0, driver="580.1")
+    big = msgspec.structs.replace(SOUND, address="b", gpus=(card,))
+    nodes = {"a": msgspec.structs.replace(SOUND, address="a"), "b": big}
+    inspection = Inspection(nodes=nodes, wanted=Wanted(ray_gpus={"b": 1.0}))
+    resources = {"a": {"CPU": 2.0}, "b": {"CPU": 2.0, "GPU": 1.0}}
+    rows = [{"Alive": True, "NodeID": n, "NodeManagerAddress": n, "Resources": r} for n, r in resources.items()]
+    offers = [Offer(node_id=n, address=n, total=r, free=r) for n, r in resources.items()]
+    topology = topology_from_ray(rows, inspection.probes())
+    for wanted in (config(), config(tensor_parallel_size=1)):
+        assert nodes_of(choose_layout(wanted, topology, inspection, offers, lambda text: None)) == [["b"]]
 
 
 def test_sizes_that_are_given_are_kept() -> None:
