@@ -57,9 +57,8 @@ class GatewayItems:
     ):
         self.works = works
         self._gateway = copy.copy(gateway)
-        self._gateway.client = cast(
-            EngineClient, _LowPriorityClient(gateway)
-        )  # it reads `closed` anew, so it's a property
+        # a cast: its `closed` is a property, since it reads the client's anew each time
+        self._gateway.client = cast(EngineClient, _LowPriorityClient(gateway))
         self._client_of = gateway
         self._folder = folder
         self._num_interactive = num_interactive

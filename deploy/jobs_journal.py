@@ -17,6 +17,7 @@ import msgspec
 from argosy.deploy.jobs_folder import JobFolder, transaction
 from argosy.deploy.jobs_rows import LIVE, FileRow, ItemState, JobRow, file_row, job_row, result_line
 
+ORPHAN_SECONDS: Final = 3600
 MAX_RESULT_BYTES_AT_ONCE: Final = 8 * 1024 * 1024
 LIVE_SQL: Final = f"({', '.join(repr(status) for status in LIVE)})"
 _RESUMABLE: Final = ("cancelled", "expired")
@@ -76,10 +77,17 @@ class Journal:
         self.folder.file(file_id).unlink(missing_ok=True)
         return None
 
-    def expire_files(self) -> int:
-        """Delete the files whose time is up and which no job needs; how many they were."""
+    def sweep(self) -> int:
+        """Delete files whose time is up and which no job needs, and bytes that a kill left; how many they were."""
         rows = self.db.execute("SELECT tenant, id FROM files WHERE expires_at <= ?", (self.now(),)).fetchall()
-        return sum(self.delete_file(row["tenant"], row["id"]) is None for row in rows)
+        num_deleted = sum(self.delete_file(row["tenant"], row["id"]) is None for row in rows)
+        known = {row["id"] for row in self.db.execute("SELECT id FROM files").fetchall()}
+        for path in self.folder.file("").iterdir():
+            # what is young may be an upload that goes on, or whose row is about to be written
+            if path.name not in known and path.stat().st_mtime < self.now() - ORPHAN_SECONDS:
+                path.unlink(missing_ok=True)
+                num_deleted += 1
+        return num_deleted
 
     # -------------------------------------------------------------------------------------------------------- jobs
 

@@ -21,7 +21,7 @@ from argosy.deploy.jobs_turns import Turns
 log = logging.getLogger("argosy.jobs")
 
 POLL_SECONDS: Final = 1.0  # for jobs, and ends of jobs, that other processes wrote down
-_FULL_DISK_SECONDS: Final = 5.0
+_FULL_DISK_SECONDS: Final = 2.0
 _HOUSEKEEPING_SECONDS: Final = 60.0
 
 Value = TypeVar("Value")
@@ -104,11 +104,8 @@ class JobRunner:
                         self._take(job_id)
                 if loop.time() >= next_housekeeping:
                     next_housekeeping = loop.time() + _HOUSEKEEPING_SECONDS
-                    await self._thread.call(self._thread.journal.expire_files)
-            except (
-                sqlite3.Error,
-                OSError,
-            ) as error:  # the top of a loop that must not die: a full disk gets room again
+                    await self._thread.call(self._thread.journal.sweep)
+            except (sqlite3.Error, OSError) as error:  # a loop that must not die: a full disk gets room again
                 log.error("the journal of jobs can't be read or written: %s", error)
                 await asyncio.sleep(_FULL_DISK_SECONDS)
             await self.pause(POLL_SECONDS)

@@ -88,11 +88,9 @@ class Turns:
                     )
                     continue
                 taken = self._end_item(job_id, one.line, ItemState.RUNNING, state, seq, one.result)
-                seq, completed, failed = (
-                    seq + taken,
-                    completed + taken * one.is_done,
-                    failed + taken * (not one.is_done),
-                )
+                seq += taken
+                completed += taken * one.is_done
+                failed += taken * (not one.is_done)
             status, ending = job["status"], job["ending"]
             if status in ("validating", "in_progress") and now >= job["expires_at"]:
                 status, ending = "finalizing", "expired"

@@ -31,6 +31,12 @@ _MAX_METADATA: Final = (16, 64, 512)  # entries, characters of a name, character
 _WINDOW = re.compile(r"([1-9][0-9]{0,5})([smhd])")
 _UNITS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86400}
 _MAX_WINDOW_SECONDS: Final = 30 * 86400
+_CANCELLED: Final = ("cancelling", "cancelled")
+_RESUMED: Final = ("validating", "in_progress", "finalizing")
+_REFUSALS: Final = {
+    _CANCELLED: "only a job that runs can be cancelled",
+    _RESUMED: "only a cancelled or expired job whose input is still there can be resumed",
+}
 
 
 class BatchFields(msgspec.Struct, kw_only=True):
@@ -55,12 +61,9 @@ async def serve_batches(jobs: JobService, path: str, request: HttpRequest, respo
         case ("GET", [job_id]):
             await responder.json(batch_json(await _find(jobs, request, job_id)))
         case ("POST", [job_id, "cancel"]):
-            await _change(
-                jobs, request, responder, job_id, jobs.journal.cancel, "only a job that runs can be cancelled"
-            )
+            await _change(jobs, request, responder, job_id, jobs.journal.cancel, _CANCELLED)
         case ("POST", [job_id, "resume"]):
-            why = "only a cancelled or expired job whose input is still there can be resumed"
-            await _change(jobs, request, responder, job_id, jobs.journal.resume, why)
+            await _change(jobs, request, responder, job_id, jobs.journal.resume, _RESUMED)
         case ("GET", [job_id, "results"]):
             job = await _find(jobs, request, job_id)
             await run_while_client_stays(lambda: _send_results(jobs, job, request, responder), request, responder)
@@ -151,11 +154,12 @@ async def _find(jobs: JobService, request: HttpRequest, job_id: str) -> JobRow:
 
 
 async def _change(
-    jobs: JobService, request: HttpRequest, responder: Responder, job_id: str, change: Any, refusal: str
+    jobs: JobService, request: HttpRequest, responder: Responder, job_id: str, change: Any, wanted: tuple[str, ...]
 ) -> None:
+    """Make the change, unless it was made already: who did not hear our answer asks twice."""
     job = await _find(jobs, request, job_id)
-    if not await jobs.call(change, job_id):
-        raise HttpRefusal(409, "wrong_status", f"{job_id} is {job.status}: {refusal}", param="batch_id")
+    if job.status not in wanted and not await jobs.call(change, job_id):
+        raise HttpRefusal(409, "wrong_status", f"{job_id} is {job.status}: {_REFUSALS[wanted]}", param="batch_id")
     jobs.runner.wake()
     await responder.json(batch_json(await _find(jobs, request, job_id)))
 

@@ -7,6 +7,7 @@ import signal
 import sqlite3
 import stat
 import tempfile
+import time
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -181,6 +182,22 @@ def test_a_file_in_use_stays_and_results_go_with_their_file(tmp_path: Path) -> N
     assert b"word" not in b"".join(text for _, _, text in journal.results(job_id, 0, 9))
     assert journal.delete_file("", "file-in") is None
     assert not journal.folder.file("file-in").exists()
+
+
+def test_what_a_killed_upload_left_is_swept_away_after_a_while(tmp_path: Path) -> None:
+    """Files whose time is up, and bytes that no row knows; a young one may be an upload that goes on."""
+    clock = Clock(time.time())
+    journal = new_journal(tmp_path, clock)
+    add_input(journal, "file-kept")
+    journal.folder.file("file-x.part").write_bytes(b"half")
+    journal.folder.file("file-short").write_bytes(b"x")
+    row = FileRow(id="file-short", purpose="batch", filename="s", bytes=1, created_at=0, expires_at=journal.now() + 60)
+    journal.add_file("", row)
+    assert journal.sweep() == 0
+    clock.now += 7200
+    assert journal.sweep() == 2
+    assert [path.name for path in (tmp_path / "files").iterdir()] == ["file-kept"]
+    assert journal.file("", "file-short") is None
 
 
 def test_an_item_that_kills_is_found_and_its_neighbours_are_not_blamed(tmp_path: Path) -> None:
