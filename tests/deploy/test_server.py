@@ -97,7 +97,7 @@ async def test_draining_waits_for_the_last_answer(monkeypatch: pytest.MonkeyPatc
     async def connect(address: str, secret: str, *, timeout_seconds: float) -> Client:
         return Client()
 
-    monkeypatch.setattr(server.DriverClient, "connect", connect)
+    monkeypatch.setattr(server, "connect_engine", connect)
     monkeypatch.setattr(server, "_POLL_SECONDS", 0.0)
     monkeypatch.setattr(server, "_LAST_BYTES_SECONDS", 0.0)
     assert await server.drain("address", "secret", 5.0)
