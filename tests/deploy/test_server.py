@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from argosy.cluster.protocol.config import ServingConfig
-from argosy.cluster.protocol.errors import ConfigError, WeightError
+from argosy.cluster.protocol.errors import ClusterError, ConfigError, WeightError
 from argosy.cluster.protocol.messages import EngineInfo, StatsReply
 from argosy.deploy import model_folder, server, settings
 from argosy.workers.loading import resolve
@@ -137,3 +137,30 @@ def test_a_model_from_the_hub_is_pinned_to_its_commit(tmp_path: Path) -> None:
     assert Path(str(found.tokenizer)) == repo / "snapshots" / ("d" * 40)
     again = model_folder.localize(ServingConfig(model=found)).model
     assert again == found
+
+
+def test_a_ray_cluster_is_joined_only_when_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By flag or in the environment, the flag first; "local" is one of our own whatever the environment says."""
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    assert server.with_ray_address(config()).parallel.ray_address is None
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert server.with_ray_address(config()).parallel.ray_address == "auto"
+    assert server.with_ray_address(config(ray_address="10.0.0.1:6379")).parallel.ray_address == "10.0.0.1:6379"
+    assert server.with_ray_address(config(ray_address="local")).parallel.ray_address is None
+
+
+def test_a_cluster_that_is_not_there_is_said_in_seconds() -> None:
+    """Ray itself tries for a minute."""
+    pytest.importorskip("ray")
+    from argosy.deploy.ray_session import RaySession
+
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+    with pytest.raises(ClusterError, match=rf"127.0.0.1:{port}.*nobody answers there"):
+        RaySession.open(f"127.0.0.1:{port}", num_cpus=1)
+
+
+def test_an_address_that_is_no_interface_of_this_machine_is_refused() -> None:
+    """203.0.113.0/24 is for documentation."""
+    with pytest.raises(ConfigError, match="no address of this machine"):
+        server.check_port(config(host="203.0.113.7"))
