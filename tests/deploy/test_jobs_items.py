@@ -5,12 +5,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import httpx
+
 import argosy
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.sampling import FinishReason
 from argosy.cluster.request import BATCH_PRIORITY
 from argosy.deploy.gateway import Gateway
-from argosy.deploy.http_app import HttpApp
+from argosy.deploy.http_app import HttpApp, build_http_app
 from argosy.deploy.jobs_folder import JobFolder
 from argosy.deploy.jobs_items import GatewayItems
 from argosy.deploy.jobs_journal import Journal
@@ -102,3 +104,43 @@ def test_a_mistake_of_ours_gives_an_error_line_without_the_prompt(tmp_path: Path
     line = json.loads(ended.result)
     assert line["response"]["status_code"] == 500
     assert "Hi is" not in str(line)
+
+
+def test_each_key_has_files_and_jobs_of_its_own(tmp_path: Path) -> None:
+    """Another tenant's ids are as unknown as made-up ones; without a key nothing is told; without a folder, why."""
+    keys = tmp_path / "keys"
+    keys.write_text("sk-the-first\nsk-the-second\n")
+    settings = {"model": str(MODEL), "served_model_name": "tiny", "api_keys_file": str(keys)}
+
+    def app(**more: Any) -> Any:
+        config = ServingConfig.from_mapping({**settings, **more})
+        return build_http_app(Gateway(ScriptedClient(), TOKENIZER, config), config.server)
+
+    async def main() -> None:
+        transport = httpx.ASGITransport(app=app(job_dir=str(tmp_path / "jobs")))
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as http:
+            one, two = ({"authorization": f"Bearer sk-the-{name}"} for name in ("first", "second"))
+            form: dict[str, Any] = {"files": {"file": ("a", b"x")}, "data": {"purpose": "batch"}}
+            file = (await http.post("/v1/files", headers=one, **form)).json()["id"]
+            body = {"input_file_id": file, "endpoint": "/v1/completions", "completion_window": "24h"}
+            job = (await http.post("/v1/batches", headers=one, json=body)).json()["id"]
+            assert (await http.post("/v1/batches", headers=two, json=body)).json()["error"]["param"] == "input_file_id"
+            for method, path in (
+                ("GET", f"/v1/files/{file}"),
+                ("GET", f"/v1/files/{file}/content"),
+                ("DELETE", f"/v1/files/{file}"),
+                ("GET", f"/v1/batches/{job}"),
+                ("GET", f"/v1/batches/{job}/results"),
+                ("POST", f"/v1/batches/{job}/cancel"),
+                ("POST", f"/v1/batches/{job}/resume"),
+            ):
+                assert (await http.request(method, path, headers=two)).status_code == 404, path
+                assert (await http.request(method, path)).status_code == 401, path
+            for path in ("/v1/files", "/v1/batches"):
+                assert len((await http.get(path, headers=one)).json()["data"]) == 1
+                assert (await http.get(path, headers=two)).json()["data"] == []
+        async with httpx.AsyncClient(transport=httpx.ASGITransport(app=app()), base_url="http://test") as http:
+            told = await http.get("/v1/files", headers=one)
+            assert (told.status_code, told.json()["error"]["code"]) == (404, "no_jobs")
+
+    asyncio.run(asyncio.wait_for(main(), 30))
