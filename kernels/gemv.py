@@ -17,6 +17,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from argosy.kernels import rms_norm, tuning
 
 MAX_TOKENS = 16  # the smallest tile of the tensor cores; above it cuBLAS is at the bandwidth of the card
+MAX_DEFAULT_INPUTS = 16384  # of one token where nothing was tuned
 
 
 @triton.jit
@@ -199,7 +200,9 @@ def suits(x_TI: Tensor, weight_OI: Tensor) -> bool:
     if weight_OI.dtype != x_TI.dtype or weight_OI.stride(1) != 1 or x_TI.stride(1) != 1 or num_inputs % 8:
         return False
     tuned = tuning.pick("gemv", _key(num_tokens, weight_OI), weight_OI.device)
-    return tuned is None or not tuned.get("library", 0)
+    if tuned is None:  # a row of weights would not fit on chip by the default sizes
+        return num_tokens > 1 or num_inputs <= MAX_DEFAULT_INPUTS
+    return not tuned.get("library", 0)
 
 
 def _key(num_tokens: int, weight_OI: Tensor) -> str:
