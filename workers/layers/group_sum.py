@@ -13,7 +13,7 @@ from argosy.placement.stream_flags import StreamFlags, open_stream_flags
 from argosy.workers.layers.norm import RMSNorm
 
 NUM_PARTS = 2  # in turn: a peer may still read what was written last, never what was written before that
-SCATTER_ROWS = 64  # from so many on, with more than two ranks, bytes count more than a second trip over the link
+SCATTER_ROWS = 32  # from more rows on, with more than two ranks, bytes count more than a second trip over the link
 
 
 class GroupSum:
