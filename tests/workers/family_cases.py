@@ -156,7 +156,10 @@ def make_checkpoint(folder: Path, name: str, *, wide: bool = False, case: Case |
     case = case or (CASES | FALLBACKS | REFUSED)[name]
     case = widened(case) if wide else case
     torch.manual_seed(len(name))
-    config = getattr(transformers, case.config)(**case.settings)
+    settings = dict(case.settings)
+    if "attn_logit_softcapping" in settings:
+        settings["attn_implementation"] = "eager"  # some versions choose an attention that leaves soft caps out
+    config = getattr(transformers, case.config)(**settings)
     model = getattr(transformers, case.model)(config).eval()
     with torch.no_grad():
         for parameter_name, parameter in [*model.named_parameters(), *model.named_buffers()]:
