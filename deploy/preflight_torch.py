@@ -23,6 +23,7 @@ def time_all_reduce(rank: int, world_size: int, rendezvous: str, sizes: Sequence
         rank=rank,
         world_size=world_size,
         timeout=timedelta(seconds=_SECONDS),
+        device_id=device if device.type == "cuda" else None,
     )
     try:
         found = []

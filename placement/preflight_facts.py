@@ -94,6 +94,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
 def gather_facts(address: str) -> NodeFacts:
     """Of this node, which others reach at `address`."""
     gpus, gpu_problem = read_gpus()
+    gpus = visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     interface = interface_of(address)
     memory, shm = psutil.virtual_memory(), _usage("/dev/shm")
     folder = os.environ.get("TMPDIR") or "/tmp"  # and not what `tempfile` would fall back to
@@ -142,6 +143,14 @@ def read_gpus() -> tuple[tuple[GpuFacts, ...], str]:
     rows = [[cell.strip() for cell in line.split(",")] for line in answer.stdout.splitlines() if line.strip()]
     width = len(_GPU_COLUMNS.split(","))
     return tuple(_gpu(row + [""] * (width - len(row))) for row in rows), ""
+
+
+def visible_gpus(gpus: tuple[GpuFacts, ...], visible: str) -> tuple[GpuFacts, ...]:
+    """Those that CUDA_VISIBLE_DEVICES leaves to programs; the others belong to somebody else. Empty: all."""
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    if not names:
+        return gpus
+    return tuple(gpu for gpu in gpus if any(name == str(gpu.index) or gpu.uuid.startswith(name) for name in names))
 
 
 def hash_of_sources() -> str:

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("psutil")
 
-from argosy.placement.preflight_facts import GpuFacts, ModelFacts, NodeFacts
+from argosy.placement.preflight_facts import GpuFacts, ModelFacts, NodeFacts, visible_gpus
 from argosy.placement.preflight_links import LinkFacts
 from argosy.placement.preflight_rules import Fault, Wanted, judge, usable_nodes
 
@@ -158,3 +158,19 @@ def test_nodes_that_failed_are_left_out_and_warned_ones_stay() -> None:
     blocked = [link(caller="a", problem="blocked"), link(caller="b", problem="blocked")]
     faults = judge(nodes, blocked, Wanted(ray_gpus=dict.fromkeys(nodes, 1.0)))
     assert usable_nodes(nodes, faults) == ["a", "b"]
+
+
+def test_cards_that_are_left_to_others_don_t_count() -> None:
+    """Two servers share a machine by CUDA_VISIBLE_DEVICES: what the one holds is no fault of the other's cards."""
+    cards = tuple(msgspec.structs.replace(CARD, index=index, uuid=f"GPU-{index}a") for index in range(4))
+    assert [gpu.index for gpu in visible_gpus(cards, "1,3")] == [1, 3]
+    assert [gpu.index for gpu in visible_gpus(cards, "GPU-2a")] == [2]
+    assert visible_gpus(cards, "") == cards
+
+
+def test_a_card_that_others_use_is_said_and_stops_nothing() -> None:
+    """Ray may give out another one, and a small model fits beside: the rank measures and knows."""
+    nodes = {"a": node(1, gpus=card(used_mib=70000))}
+    faults = judge(nodes, [], Wanted(ray_gpus={"a": 1.0}))
+    assert [(fault.check, fault.level) for fault in faults] == [("gpu-occupied", "warn")]
+    assert usable_nodes(nodes, faults) == ["a"]
