@@ -317,9 +317,14 @@ def main() -> int:
         if not found["ok"]:
             failed.append(name)
         print(json.dumps(found), flush=True)
-        rows = [{"model": name, "machine": machine, **time_decode(ours, n, args.context)} for n in args.rows if on_gpu]
-        for row in rows:
-            print(json.dumps(row), flush=True)
+        rows = []
+        for num_rows in args.rows if on_gpu else ():
+            try:
+                rows.append({"model": name, "machine": machine, **time_decode(ours, num_rows, args.context)})
+            except RuntimeError as error:  # the other sizes are to be measured, too
+                rows.append({"model": name, "rows": num_rows, "error": f"{type(error).__name__}: {error}"[:300]})
+                failed.append(name)
+            print(json.dumps(rows[-1]), flush=True)
         if args.output:
             with open(args.output, "a", encoding="utf-8") as file:
                 file.writelines(json.dumps(line) + "\n" for line in (found, *rows))
