@@ -35,7 +35,7 @@ LIMITS = {
 }  # fmt: skip
 FLOPS_POINTS = (64.0, 256.0, 512.0, 8192.0)
 WORKLOADS = ("fixed512x256", "decode1")  # simulated when --workloads is given, for the next two:
-WORKLOAD_NAMES = ("request_us",)
+WORKLOAD_NAMES = ("request_us", "reduce_efficiency")
 WORKLOAD_POINTS = (512.0, 8192.0)
 
 
