@@ -5,6 +5,7 @@ A probe is an actor that takes no CPU. All have a deadline; a node that does not
 
 import contextlib
 import secrets
+import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -91,6 +92,12 @@ class Probe:
         self._server = LinkServer(address, secret)
         return self._server.port
 
+    def free_port(self, address: str) -> int:
+        """One that was free a moment ago."""
+        with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+            port: int = probe.getsockname()[1]
+            return port
+
     def call(self, caller: str, callee: str, address: str, port: int, secret: str) -> bytes:
         """`LinkFacts` as JSON."""
         return msgspec.json.encode(call_link(caller, callee, address, port, secret))
@@ -173,9 +180,8 @@ def measure_all_reduce(
     with _probes(node_ids) as probes:
         first = node_ids[0]
         try:
-            port = ray.get(probes[first].listen.remote(addresses[first], secrets.token_hex(8)), timeout=seconds)
-            # the port above is taken by the probe itself: the next one up is as free as any
-            rendezvous = f"{addresses[first]}:{port + 1}"
+            port = ray.get(probes[first].free_port.remote(addresses[first]), timeout=seconds)
+            rendezvous = f"{addresses[first]}:{port}"
             asked = [
                 probes[node_id].all_reduce.remote(rank, len(node_ids), rendezvous, list(sizes))
                 for rank, node_id in enumerate(node_ids)
