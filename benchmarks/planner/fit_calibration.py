@@ -1,11 +1,10 @@
 """Fit the cost model's ratios and overheads to measured decode steps: coordinate search on the mean squared log ratio.
 
-    python benchmarks/planner/fit_calibration.py --results benchmarks/results/engine_h200.jsonl \
+    python benchmarks/planner/fit_calibration.py --results benchmarks/results/planner_h200.jsonl --workloads \
         --write placement/calibrations/nvidia_h200.json
 
 Rows are those of `argosy bench --output` and `benchmarks/gpu/bench_gpu.py` for the shapes 06b, 8b and 70b; of each
-(model, layout, workload) the newest counts. Prints what the
-fitted model says beside each measured row.
+(model, layout, workload) the newest counts. Prints what the fitted model says beside each measured row.
 """
 
 import argparse
