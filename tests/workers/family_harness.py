@@ -30,6 +30,7 @@ CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS = 4, 96
 LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP4": (4, 1), "TP2xPP2": (2, 2), "EP2": (2, 1)}
 WAYS = ("whole", "chunked", "preempted", "n = 3")
+PARTED_WAYS = WAYS[1:]  # over several ranks, where all that whole prompts could show shows in chunks
 
 
 @dataclass
@@ -211,7 +212,7 @@ def run_rank(job: dict[str, Any], index: int) -> None:
                 folder, parallel.rank, parallel, max_model_len=max_model_len, expert_parallel=layout == "EP2"
             )
             expected = load_expected(Path(folder))
-            for way in WAYS:
+            for way in PARTED_WAYS:
                 answers[f"{name}|{layout}|{way}"] = harness.largest_difference(expected, way)
         dist.barrier()
         destroy_parallel(parallel)

@@ -13,7 +13,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).parent))
 import family_cases
 from family_cases import DEEPSEEK, SMALL, Case, make_checkpoint
-from family_harness import CPU, WAYS, Expected, Harness, load_expected, run_layouts
+from family_harness import CPU, PARTED_WAYS, WAYS, Expected, Harness, load_expected, run_layouts
 
 from argosy.cluster.protocol.errors import ConfigError
 from argosy.kernels import mxfp4
@@ -138,4 +138,4 @@ def test_in_parts(deepseek: Path, gpt_oss: Path, tmp_path: Path) -> None:
     found = run_layouts({"TP2": both, "EP2": both, "TP4": both[1:]}, tmp_path)
     for rank in found:
         assert max(rank.values()) < CLOSE, rank
-    assert [len(rank) for rank in found] == [5 * len(WAYS)] * 2 + [len(WAYS)] * 2
+    assert [len(rank) for rank in found] == [5 * len(PARTED_WAYS)] * 2 + [len(PARTED_WAYS)] * 2
