@@ -1,6 +1,6 @@
 """A server with jobs in a process of its own, to be killed: the real doors and driver, simulated ranks.
 
-    python job_server.py JOB_DIR [PORT [STEP_SECONDS]]        prints its address, and ends with its standard input
+python job_server.py JOB_DIR [PORT [STEP_SECONDS]]        prints its address, and ends with its standard input
 """
 
 import asyncio

@@ -55,8 +55,8 @@ def test_without_a_cluster_it_says_what_the_model_needs(capsys: pytest.CaptureFi
 def test_a_picture_is_drawn(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     """Valid SVG with a box a card; what is not used says so."""
     path = tmp_path / "plan.svg"
-    code, _, _ = run(capsys, "llama-3.1-8b", "--gpus", "4 x L4", "--nodes", "3", "-tp", "2", "-pp", "1", "--replicas", "1", "--svg",
-                     str(path))  # fmt: skip
+    words = ["llama-3.1-8b", "--gpus=4xL4", "--nodes", "3", "-tp", "2", "-pp", "1", "--replicas", "1", "--svg"]
+    code, _, _ = run(capsys, *words, str(path))
     assert code == 0
     text = path.read_text(encoding="utf-8")
     root = ElementTree.fromstring(text)

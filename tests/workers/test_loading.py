@@ -316,7 +316,9 @@ def test_code_in_a_folder_is_left_alone(folder: Path) -> None:
 
 def test_a_name_that_is_nowhere_is_one_clear_line() -> None:
     """A typing mistake, or no network."""
-    with pytest.raises(WeightError, match=r"^nobody/no-such-model: is no folder here.*downloaded: HF_HUB_OFFLINE") as caught:
+    with pytest.raises(
+        WeightError, match=r"^nobody/no-such-model: is no folder here.*downloaded: HF_HUB_OFFLINE"
+    ) as caught:
         resolve_model("nobody/no-such-model")
     assert "\n" not in str(caught.value)
     with pytest.raises(WeightError, match="neither a folder here nor a name"):
