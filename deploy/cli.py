@@ -5,6 +5,7 @@ The modules behind the commands are imported inside the commands: `argosy --help
 
 import argparse
 import os
+import select
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -61,11 +62,20 @@ _KEY_NAMES = ("ARGOSY_API_KEY", "VLLM_API_KEY")  # the second so that a server o
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; the exit code: 0 fine, 1 it failed, 2 it was asked for something that can't be."""
+    """Run one command; the exit code: 0 fine, 1 it failed, 2 it was asked for something that can't be.
+
+    141 when whoever read its output had enough (`| head`), as the shell says of any program.
+    """
     words = list(sys.argv[1:] if argv is None else argv)
     parser = build_parser()
     try:
-        return _run(parser, words)
+        code = _run(parser, words)
+        sys.stdout.flush()  # here, where a closed pipe can be told from a failure
+        return code
+    except BrokenPipeError:
+        if not is_output_closed():
+            raise  # some other pipe
+        return 141
     except KeyboardInterrupt:
         return 130
     except (ConfigError, WeightError) as error:
@@ -74,6 +84,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ServingError as error:
         print(f"argosy: {error}", file=sys.stderr)
         return 1
+
+
+def is_output_closed() -> bool:
+    """Whether nobody reads our standard output any more; what was still to be written to it is dropped then."""
+    descriptor = sys.stdout.fileno()
+    pipe = select.poll()
+    pipe.register(descriptor, 0)  # errors are always told
+    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in pipe.poll(0)):
+        return False
+    with open(os.devnull, "w", encoding="utf-8") as nowhere:
+        os.dup2(nowhere.fileno(), descriptor)  # Python flushes once more when it ends
+    return True
 
 
 def build_parser() -> argparse.ArgumentParser:

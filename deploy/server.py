@@ -225,7 +225,8 @@ def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, sto
             raise ClusterError(f"the HTTP doors did not open: {_reason(serve.status())}") from error
         progress("opening the doors", 1.0)
         progress.close()
-        print(ready_block(config, engine, progress.seconds), flush=True)
+        with contextlib.suppress(BrokenPipeError):  # nobody reads it; clients may still come
+            print(ready_block(config, engine, progress.seconds), flush=True)
         stop.wait()
         if config.server.drain_seconds > 0:
             asyncio.run(drain(engine.address, engine.secret, config.server.drain_seconds))

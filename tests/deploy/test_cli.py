@@ -1,6 +1,8 @@
-"""Where a server's keys come from."""
+"""Where a server's keys come from, and how commands end when nobody reads on."""
 
 import os
+import subprocess
+import sys
 
 import pytest
 
@@ -31,3 +33,18 @@ def test_a_file_of_keys_is_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """The environment's key is for clients then."""
     monkeypatch.setenv("ARGOSY_API_KEY", "for-clients")
     assert serve_keys(None, "keys.txt") == ()
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["plan", "llama-3.1-405b", "--gpus", "8 x H200", "--all"],
+     ["simulate", "qwen3-0.6b", "--gpus", "1 x H200", "--requests", "200"]],
+)  # fmt: skip
+def test_a_command_whose_reader_had_enough_ends_quietly(words: list[str]) -> None:
+    """`argosy plan ... | head -1`: no traceback, and the code that the shell gives any program in that place."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "argosy", *words]
+    ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    os.close(writer)
+    assert (ended.returncode, ended.stderr) == (141, "")
