@@ -69,15 +69,17 @@ def judge(nodes: Mapping[str, NodeFacts], links: Sequence[LinkFacts], wanted: Wa
 
 
 def usable_nodes(nodes: Mapping[str, NodeFacts], faults: Sequence[Fault]) -> list[str]:
-    """Ids of the nodes that no failure speaks against; of two that can't reach each other, the one with more such."""
-    addresses = {facts.address: node_id for node_id, facts in nodes.items()}
-    failed = {addresses[fault.node] for fault in faults if fault.level == "fail" and fault.node in addresses}
+    """Ids of the nodes that no failure speaks against; of two that can't reach each other, the one with more such.
+
+    Faults name addresses: what is wrong with one is so for all raylets that share it.
+    """
+    failed = {fault.node for fault in faults if fault.level == "fail"}
     broken = [fault.node.split(" -> ") for fault in faults if fault.level == "fail" and " -> " in fault.node]
-    left = {address for address, node_id in addresses.items() if node_id not in failed}
+    left = {facts.address for facts in nodes.values()} - failed
     while pairs := [pair for pair in broken if left.issuperset(pair)]:
         counts = Counter(address for pair in pairs for address in pair)
         left.discard(max(counts, key=lambda address: (counts[address], address)))
-    return sorted(addresses[address] for address in left)
+    return sorted(node_id for node_id, facts in nodes.items() if facts.address in left)
 
 
 def _of_software(facts: NodeFacts) -> Iterator[Fault]:

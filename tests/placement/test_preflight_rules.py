@@ -160,6 +160,13 @@ def test_nodes_that_failed_are_left_out_and_warned_ones_stay() -> None:
     assert usable_nodes(nodes, faults) == ["a", "b"]
 
 
+def test_raylets_that_share_an_address_are_nodes_each() -> None:
+    """Half of a machine's cards each: both are used, and what is wrong with the machine is wrong with both."""
+    nodes = {"a": node(1), "b": node(1), "c": node(3)}
+    assert usable_nodes(nodes, []) == ["a", "b", "c"]
+    assert usable_nodes(nodes, [Fault(check="temp-full", node="10.0.0.1", level="fail", text="", fix="")]) == ["c"]
+
+
 def test_cards_that_are_left_to_others_don_t_count() -> None:
     """Two servers share a machine by CUDA_VISIBLE_DEVICES: what the one holds is no fault of the other's cards."""
     cards = tuple(msgspec.structs.replace(CARD, index=index, uuid=f"GPU-{index}a") for index in range(4))
