@@ -1,10 +1,11 @@
 """Layouts of one host's cards as Ray sees them: as one node, as two raylets with half of the cards each, as one a card.
 
-    python benchmarks/planner/measure_topologies.py --topologies 1x4 2x2 4x1 --output benchmarks/results/layouts_h200.jsonl
+    python benchmarks/planner/measure_topologies.py --output benchmarks/results/layouts_h200.jsonl
 
 Each topology is a Ray cluster of its own raylets (nodes x cards) on this machine. On each, the layout that the planner
 takes is run first ("auto"), then those of `--layouts` (replicas x TP x PP); all replicas work at the same time, behind
-one client, on as many copies of the workload as there are replicas. One JSON line a run; `compare_layouts.py` makes the table.
+one client, on as many copies of the workload as there are replicas. One JSON line a run; `compare_layouts.py` makes
+the table.
 """
 
 import argparse

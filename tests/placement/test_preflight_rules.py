@@ -164,7 +164,7 @@ def test_raylets_that_share_an_address_are_nodes_each() -> None:
     """Half of a machine's cards each: both are used, and what is wrong with the machine is wrong with both."""
     nodes = {"a": node(1), "b": node(1), "c": node(3)}
     assert usable_nodes(nodes, []) == ["a", "b", "c"]
-    assert usable_nodes(nodes, [Fault(check="temp-full", node="10.0.0.1", level="fail", text="", fix="")]) == ["c"]
+    assert usable_nodes(nodes, [Fault(check="temp-full", node="10.0.0.1", level="fail", found="full", fix="")]) == ["c"]
 
 
 def test_cards_that_are_left_to_others_don_t_count() -> None:
