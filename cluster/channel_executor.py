@@ -39,6 +39,7 @@ from argosy.cluster.protocol.errors import (
     WorkerFailed,
     WorkerLost,
 )
+from argosy.cluster.protocol.kv_groups import ONE_TABLE, KVGroups
 from argosy.cluster.protocol.messages import (
     AllocateCache,
     FromRank,
@@ -81,6 +82,7 @@ class ChannelExecutor:
         self.status = "stopped"
         self.epoch = -1
         self.num_blocks = 0
+        self.groups = ONE_TABLE
         self.reports: dict[int, WorkerReport] = {}
         self.ready: dict[int, WorkerReady] = {}
         self.progress: dict[int, tuple[str, float]] = {}
@@ -248,6 +250,7 @@ class ChannelExecutor:
         if self.status == "loading" and len(self.reports) == self.num_ranks:
             try:
                 num_blocks = agree_on_num_blocks(list(self.reports.values()), self.config)
+                self.groups = KVGroups(report.kv_windows)
             except ServingError as error:
                 self._lose(self.epoch, error)
                 return
@@ -259,7 +262,7 @@ class ChannelExecutor:
         self.ready[ready.global_rank] = ready
         if self.status == "allocating" and len(self.ready) == self.num_ranks:
             self.status = "ready"
-            self._events.append(RanksReady(self.epoch, self.num_blocks))
+            self._events.append(RanksReady(self.epoch, self.num_blocks, self.groups))
 
     # --------------------------------------------------------------------------------------------------- the wire
 

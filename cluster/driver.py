@@ -299,8 +299,10 @@ class Driver:
                 self._fail_all(command)
 
     def _begin_steps(self, command: BeginSteps) -> None:
-        self.scheduler.begin_epoch(command.epoch, command.num_blocks)
-        self.info = msgspec.structs.replace(self.info, num_blocks=command.num_blocks, epoch=command.epoch)
+        self.scheduler.begin_epoch(command.epoch, command.num_blocks, command.groups)
+        self.info = msgspec.structs.replace(
+            self.info, num_blocks=command.num_blocks, epoch=command.epoch, kv_windows=command.groups.windows
+        )
         self._progress_seconds = self._clock.now()
         self._settle()
 

@@ -173,6 +173,7 @@ class DriverLoop:
             self._info = msgspec.structs.replace(
                 self._info,
                 num_blocks=executor.num_blocks,
+                kv_windows=executor.groups.windows,
                 epoch=executor.epoch,
                 device=reports[0].device,
                 weight_bytes=sum(report.weight_bytes for report in reports.values()),

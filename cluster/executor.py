@@ -7,16 +7,17 @@ at once, answers and losses come back as events from `poll`. Steps are answered 
 from typing import Protocol, TypeAlias
 
 from argosy.cluster.protocol.errors import ServingError
+from argosy.cluster.protocol.kv_groups import ONE_TABLE, KVGroups
 from argosy.cluster.protocol.messages import ModelRunnerOutput, SchedulerOutput
 
 
 class RanksReady:
-    """Event: all ranks of `epoch` have their weights and `num_blocks` KV blocks."""
+    """Event: all ranks of `epoch` have their weights and `num_blocks` KV blocks for layers in `groups`."""
 
-    __slots__ = ("epoch", "num_blocks")
+    __slots__ = ("epoch", "groups", "num_blocks")
 
-    def __init__(self, epoch: int, num_blocks: int):
-        self.epoch, self.num_blocks = epoch, num_blocks
+    def __init__(self, epoch: int, num_blocks: int, groups: KVGroups | None = None):
+        self.epoch, self.num_blocks, self.groups = epoch, num_blocks, groups or ONE_TABLE
 
 
 class RanksLost:

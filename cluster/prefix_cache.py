@@ -57,8 +57,15 @@ class PrefixCache:
             found.append(block_id)
         return found
 
-    def register(self, block_id: int, block_hash: BlockHash) -> None:
+    def get(self, block_hash: BlockHash, group: int) -> int | None:
+        """The block in which a group of layers has this content."""
+        block_id = self._block_of.get(_name(block_hash[0], group))
+        return block_id if block_id is not None and self._hash_of[block_id][1] == block_hash[1] else None
+
+    def register(self, block_id: int, block_hash: BlockHash, group: int = 0) -> None:
         """The block now holds what the name says. The first holder of a content stays the one that is found."""
+        if group:
+            block_hash = _name(block_hash[0], group), block_hash[1]
         if block_hash[0] not in self._block_of and block_id not in self._hash_of:
             self._block_of[block_hash[0]] = block_id
             self._hash_of[block_id] = block_hash
@@ -73,3 +80,8 @@ class PrefixCache:
         assert len(self._block_of) == len(self._hash_of)
         for digest, block_id in self._block_of.items():
             assert self._hash_of[block_id][0] == digest, block_id
+
+
+def _name(digest: bytes, group: int) -> bytes:
+    """The name of a content in the blocks of one group of layers; each group has a copy for its own layers."""
+    return digest + group.to_bytes(1, "little") if group else digest

@@ -21,6 +21,7 @@ from argosy.cluster.protocol.errors import (
     WeightError,
     WorkerFailed,
 )
+from argosy.cluster.protocol.kv_groups import ONE_TABLE, KVGroups
 
 MAX_FAILED_STARTS: Final = 3
 """So many groups in a row that never got ready, and the replica gives up."""
@@ -54,10 +55,11 @@ class StartRanks:
 
 @dataclass(frozen=True, slots=True)
 class BeginSteps:
-    """Command: steps may go to the ranks of `epoch`, which have `num_blocks` empty blocks."""
+    """Command: steps may go to the ranks of `epoch`, which have `num_blocks` empty blocks for layers in `groups`."""
 
     epoch: int
     num_blocks: int
+    groups: KVGroups = ONE_TABLE
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,7 @@ class ReplicaState:
         if isinstance(event, RanksReady):
             self._num_failed_starts = 0
             self._move(ReplicaStatus.READY, f"epoch {event.epoch} is ready with {event.num_blocks} blocks")
-            return [BeginSteps(event.epoch, event.num_blocks)]
+            return [BeginSteps(event.epoch, event.num_blocks, event.groups)]
         return self._on_lost(event.error)
 
     def _on_lost(self, error: ServingError) -> list[Command]:

@@ -166,8 +166,8 @@ class Request:
         """Whether steps in flight will bring its last token: nothing is left to schedule."""
         return self.num_computed_tokens >= self.end - 1
 
-    def set_computed(self, num_computed_tokens: int, block_size: int) -> None:
-        """Say how far it is computed, and work out when the step loop has to look again.
+    def set_computed(self, num_computed_tokens: int, num_slots: int) -> None:
+        """Say how far it is computed, and work out when the step loop has to look again. Its table has `num_slots`.
 
         That is where the table ends, one token before the last step (so that its token is watched), and after it.
         """
@@ -175,7 +175,7 @@ class Request:
         if num_computed_tokens >= near_end:
             near_end = self.end - 1
             self.watched = WATCH_ALL
-        self.boundary = min(len(self.block_ids) * block_size, near_end)
+        self.boundary = min(num_slots, near_end)
         self.countdown = self.boundary - num_computed_tokens
 
     def rest(self) -> None:

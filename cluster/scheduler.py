@@ -17,11 +17,13 @@ from collections.abc import Iterator
 
 from argosy.cluster.block_manager import BlockManager
 from argosy.cluster.clock import Clock
+from argosy.cluster.kv_groups import with_zeros
 from argosy.cluster.metrics import Metrics
 from argosy.cluster.micro_batches import MicroBatches
 from argosy.cluster.outcome import Outcomes
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import InvalidRequest, InvariantBroken, ServingError
+from argosy.cluster.protocol.kv_groups import KVGroups
 from argosy.cluster.protocol.messages import ModelRunnerOutput, NewRequest, SchedulerOutput, TokenLogprobs
 from argosy.cluster.protocol.sampling import FinishReason
 from argosy.cluster.request import WATCH_ALL, Request, RequestStatus, order_key
@@ -86,7 +88,7 @@ class Scheduler:
     @property
     def capacity(self) -> int:
         """Tokens that the pool can hold."""
-        return self.blocks.pool.num_blocks * self._cache.block_size
+        return self.blocks.capacity()
 
     def add(self, requests: list[Request]) -> None:
         """Take up the answers of one message, of one prompt: the first computes it, the others wait for its blocks."""
@@ -147,13 +149,17 @@ class Scheduler:
             self.queue.push(forks[0])
         self.outcomes.close(request, reason, error, stop_token_id, token_ids, logprobs)
 
-    def begin_epoch(self, epoch: int, num_blocks: int) -> None:
+    def begin_epoch(self, epoch: int, num_blocks: int, groups: KVGroups | None = None) -> None:
         """Ranks with empty blocks are ready; nothing is in flight. All that ran before must have been taken back."""
         assert not self._running
         assert not self._in_flight
         self.epoch = epoch
         self.blocks = BlockManager(
-            num_blocks, self._cache.block_size, enable_prefix_caching=self._cache.enable_prefix_caching
+            num_blocks,
+            self._cache.block_size,
+            enable_prefix_caching=self._cache.enable_prefix_caching,
+            groups=groups,
+            max_chunk=self._max_tokens,
         )
         self._running.take_given_back()  # those ranks are gone
         self._blocked = None
@@ -224,8 +230,9 @@ class Scheduler:
             self._running.stop_decoding(request)
             return
         self.blocks.register_full_blocks(request)
+        self.blocks.trim(request)
         if self._make_room(request, num_computed, draft):
-            request.set_computed(num_computed, self._cache.block_size)
+            request.set_computed(num_computed, self.blocks.num_slots(request))
 
     def _whose_turn(self, shares: MicroBatches) -> list[Request]:
         """With several stages each step takes its share of those that decode."""
@@ -244,7 +251,8 @@ class Scheduler:
                 return
             if request.status is not RequestStatus.RUNNING:
                 continue
-            num_tokens = min(request.num_uncomputed_tokens, draft.budget)
+            room = self.blocks.most_tokens(request) - request.num_computed_tokens
+            num_tokens = min(request.num_uncomputed_tokens, draft.budget, room)
             if self._make_room(request, request.num_computed_tokens + num_tokens, draft):
                 self._take_tokens(request, num_tokens, draft)
 
@@ -262,13 +270,16 @@ class Scheduler:
             elif self._blocked == (request, self.blocks.pool.num_free, len(self._running.prefilling)):
                 return
             shared = [] if is_fork else self.blocks.find_prefix(request)
-            num_computed = request.num_computed_tokens if is_fork else len(shared) * self._cache.block_size
+            num_computed = request.num_computed_tokens if is_fork else self.blocks.num_cached_tokens(shared)
             num_tokens = self._chunk(len(request.token_ids) - num_computed, draft)
             if not num_tokens:
                 return
-            if not self._fits_now(request, shared, promised):
-                if not self._running and self._drop_waiting_forks():
-                    continue
+            fits = self._fits_now(request, shared, promised)
+            if not fits and not self._running and self._drop_waiting_forks():
+                continue
+            if not self._running:  # it has the pool for itself, if only for small chunks
+                num_tokens = min(num_tokens, self.blocks.most_tokens(request, shared) - num_computed)
+            elif not fits:
                 self._blocked = (request, self.blocks.pool.num_free, len(self._running.prefilling))
                 return
             self._start(request, shared, num_tokens, draft)
@@ -283,7 +294,7 @@ class Scheduler:
     def _fits_now(self, request: Request, shared: list[int], promised: int) -> bool:
         """Whether all its known tokens have room beside the blocks that are promised to those that run."""
         spared = int(self._watermark * self.blocks.pool.num_blocks) if self._running else 0
-        needed = self.blocks.num_missing(request) - len(shared)
+        needed = self.blocks.num_missing(request, shared)
         return self.blocks.num_free_after(shared) - promised - needed >= spared
 
     def _start(self, request: Request, shared: list[int], num_tokens: int, draft: Draft) -> None:
@@ -294,8 +305,7 @@ class Scheduler:
         is_fork = bool(request.block_ids)
         if is_fork:
             self._waiting_forks.remove(request)
-            if self.blocks.needs_own_tail(request):
-                draft.copies.append(self.blocks.own_tail(request))
+            draft.copies += self.blocks.own_tail(request)
         else:
             self.blocks.begin(request, shared)
         num_computed = request.num_computed_tokens
@@ -308,7 +318,7 @@ class Scheduler:
                 token_ids=tuple(request.token_ids),
                 num_prompt_tokens=request.num_prompt_tokens,
                 num_computed_tokens=num_computed,
-                block_ids=tuple(request.block_ids),
+                block_ids=with_zeros(request.block_ids),
                 params=request.params,
             )
         )
@@ -317,7 +327,7 @@ class Scheduler:
     def _take_tokens(self, request: Request, num_tokens: int, draft: Draft) -> None:
         """Put a row of a prefilling request into the step."""
         num_computed = request.num_computed_tokens + num_tokens
-        request.set_computed(num_computed, self._cache.block_size)
+        request.set_computed(num_computed, self.blocks.num_slots(request))
         self.blocks.register_full_blocks(request)
         is_partial = num_computed < len(request.token_ids)
         draft.prefills.append((request, num_tokens, is_partial))
@@ -342,6 +352,8 @@ class Scheduler:
             self.blocks.end_step()
         if draft.prefills:
             self._settle_prefills([request for request, _, is_partial in draft.prefills if not is_partial])
+            for request, _, _ in draft.prefills:
+                self.blocks.trim(request)
         return output
 
     def _settle_prefills(self, computed: list[Request]) -> None:

@@ -13,6 +13,7 @@ from argosy.cluster.clock import ManualClock
 from argosy.cluster.metrics import Metrics
 from argosy.cluster.outcome import Outcomes
 from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.kv_groups import KVGroups
 from argosy.cluster.protocol.messages import ModelRunnerOutput, SchedulerOutput
 from argosy.cluster.request import WATCH_ALL, Request
 from argosy.cluster.scheduler import Scheduler
@@ -61,12 +62,13 @@ class SimulatedReplica:
         *,
         num_stages: int = 1,
         leaps: bool = True,
+        groups: KVGroups | None = None,
     ):
         self.replica_id, self.num_blocks = replica_id, num_blocks
         self.clock, self.metrics = ManualClock(), Metrics()
         self.scheduler = Scheduler(config, self.clock, self.metrics)
         self.scheduler.outcomes = QuietOutcomes(self.clock, self.metrics, self.scheduler.end, num_stages)
-        self.scheduler.begin_epoch(0, num_blocks)
+        self.scheduler.begin_epoch(0, num_blocks, groups)
         self._stage_seconds, self._num_stages, self._leaps = stage_seconds, num_stages, leaps
         self._finishes: deque[float] = deque()  # of the steps in flight, in order
         self._free_at = [0.0] * num_stages
@@ -207,4 +209,4 @@ class SimulatedReplica:
 
     def cached_tokens(self, request: Request) -> int:
         """How many of the request's tokens its prefix cache knows."""
-        return len(self.scheduler.blocks.find_prefix(request)) * self.scheduler.blocks.block_size
+        return self.scheduler.blocks.num_cached_tokens(self.scheduler.blocks.find_prefix(request))

@@ -16,6 +16,7 @@ from argosy.cluster.driver import Driver
 from argosy.cluster.executor import ExecutorEvent, RanksLost, RanksReady
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import InvariantBroken, ServingError, WorkerLost
+from argosy.cluster.protocol.kv_groups import KVGroups
 from argosy.cluster.protocol.messages import (
     AbortRequest,
     GenerateRequest,
@@ -56,14 +57,22 @@ class _Row:
 
     def __init__(self, request: NewRequest):
         self.token_ids, self.num_prompt = list(request.token_ids), request.num_prompt_tokens
-        self.num_computed, self.block_ids = request.num_computed_tokens, list(request.block_ids)
+        self.num_computed, self.block_ids = request.num_computed_tokens, list(request.block_ids)  # place by place
         self.params = request.params
 
 
 class PagedTokens:
     """The ranks of one epoch as one: a paged memory of token ids, and the rows that live in it."""
 
-    def __init__(self, num_blocks: int, block_size: int, max_num_seqs: int, next_token: NextToken):
+    def __init__(
+        self,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        next_token: NextToken,
+        windows: tuple[int, ...] = (0,),
+    ):
+        self._windows = windows
         self._slots = [[_EMPTY] * block_size for _ in range(num_blocks)]
         self._block_size, self._max_num_seqs, self._next_token = block_size, max_num_seqs, next_token
         self._rows: dict[int, _Row] = {}
@@ -90,11 +99,12 @@ class PagedTokens:
             row = self._rows[handle]
             if row.params.prompt_logprobs is not None and row.num_computed < row.num_prompt:
                 prompt_logprobs.append(self._prompt_figures(handle, row, count))
-            row.num_computed += count
+            first, row.num_computed = row.num_computed, row.num_computed + count
+            seen = self._read(row, first, row.num_computed, output)
             if place in partial:
                 _require(row.num_computed < len(row.token_ids), "a partial row has no more tokens", output)
                 continue
-            token_id = self._next_token(self._read(row), row.params)
+            token_id = self._next_token(seen, row.params)
             if token_id < 0:
                 failed.append((place, "it was told to fail"))
             row.token_ids.append(max(token_id, 0))  # fed by the ranks themselves
@@ -123,19 +133,35 @@ class PagedTokens:
     def _write(self, row: _Row, count: int, written: set[tuple[int, int]], output: SchedulerOutput) -> None:
         end = row.num_computed + count
         _require(count > 0 and end <= len(row.token_ids), "a row computes tokens that nobody knows", output)
-        _require(end <= len(row.block_ids) * self._block_size, "a row has no block for its tokens", output)
-        for position in range(row.num_computed, end):
-            place, slot = divmod(position, self._block_size)
-            at = (row.block_ids[place], slot)
-            _require(at not in written, f"two rows write slot {at}", output)
-            written.add(at)
-            self._slots[at[0]][slot] = row.token_ids[position]
+        num_groups = len(self._windows)
+        _require(end * num_groups <= len(row.block_ids) * self._block_size, "a row has no block for its tokens", output)
+        for group in range(num_groups):
+            table = row.block_ids[group::num_groups]
+            for position in range(row.num_computed, end):
+                place, slot = divmod(position, self._block_size)
+                at = (table[place], slot)
+                _require(at not in written, f"two rows write slot {at}", output)
+                written.add(at)
+                self._slots[at[0]][slot] = row.token_ids[position]
 
-    def _read(self, row: _Row) -> list[int]:
-        found: list[int] = []
-        for block_id in row.block_ids[: -(-row.num_computed // self._block_size)]:
-            found += self._slots[block_id]
-        return found[: row.num_computed]
+    def _read(self, row: _Row, first: int, end: int, output: SchedulerOutput) -> list[int]:
+        """What the layers of all groups together know of the tokens [0, end) while [first, end) are computed.
+
+        Each group sees the window of the first of them; what all see must be the same, and the rest is a matter of
+        layers that saw it before.
+        """
+        known = list(row.token_ids[:end])
+        for group, window in enumerate(self._windows):
+            begin = max(0, first - window + 1) if window else 0
+            table = row.block_ids[group :: len(self._windows)]
+            seen: list[int] = []
+            for block_id in table[begin // self._block_size : -(-end // self._block_size)]:
+                seen += self._slots[block_id]
+            skipped = begin % self._block_size
+            seen = seen[skipped : skipped + end - begin]
+            _require(group == 0 or seen == known[begin:], f"group {group} of handle sees other tokens", output)
+            known[begin:] = seen
+        return known
 
     def _prompt_figures(self, handle: int, row: _Row, count: int) -> tuple[int, int, list[TokenLogprobs]]:
         first = row.num_computed + 1
@@ -164,7 +190,10 @@ class SimulatedExecutor:
         next_token: NextToken | None = None,
         late_answers: bool = False,
         stage_clock: StageClock | None = None,
+        windows: tuple[int, ...] = (0,),
     ):
+        """`windows`: of the groups of layers, see `KVGroups`."""
+        self._windows = windows
         self._stage_clock = stage_clock
         self._config, self._clock, self.num_blocks = config, clock, num_blocks
         self._step_seconds = step_seconds if callable(step_seconds) else lambda _: step_seconds
@@ -189,8 +218,9 @@ class SimulatedExecutor:
             self._config.cache.block_size,
             self._config.scheduler.max_num_seqs,
             self._next_token,
+            self._windows,
         )
-        self._events.append((when, RanksReady(epoch, self.num_blocks)))
+        self._events.append((when, RanksReady(epoch, self.num_blocks, KVGroups(self._windows))))
 
     def submit(self, output: SchedulerOutput) -> None:
         """Carry out a step at once; its answer can be had after `step_seconds`."""

@@ -13,6 +13,7 @@ from argosy.cluster.protocol.errors import (
     WorkerFailed,
     WorkerLost,
 )
+from argosy.cluster.protocol.kv_groups import KVGroups
 from argosy.cluster.protocol.messages import WorkerError, WorkerReport
 
 
@@ -23,20 +24,27 @@ def agree_on_num_blocks(reports: Sequence[WorkerReport], config: ServingConfig) 
     """
     smallest = min(reports, key=lambda report: (report.num_blocks, report.global_rank))
     num_blocks, block_size = smallest.num_blocks, config.cache.block_size
+    other = next((report for report in reports if report.kv_windows != smallest.kv_windows), None)
+    if other is not None:
+        raise PlacementImpossible(
+            f"rank {other.global_rank} on {other.node or 'this node'} has layers with windows {other.kv_windows}, rank "
+            f"{smallest.global_rank} {smallest.kv_windows}: their folders of the model differ; give all nodes the same"
+        )
+    groups = KVGroups(smallest.kv_windows)
     where = f"rank {smallest.global_rank} ({smallest.device} on {smallest.node or 'this node'})"
     max_model_len = config.model.max_model_len
-    if num_blocks < 2:
-        needed = max(2, -(-(max_model_len or 1) // block_size))
+    if num_blocks < 2 * groups.num_groups:
+        needed = max(2 * groups.num_groups, groups.num_blocks(max_model_len or 1, block_size))
         raise PlacementImpossible(
             f"{where} has room for {max(num_blocks, 0)} KV blocks after {_gib(smallest.weight_bytes)} of weights and "
             f"{_gib(smallest.activation_bytes)} of activations, and one request of full length needs {needed}; "
             f"{_way_out(smallest, config, needed)}"
         )
-    if max_model_len is not None and num_blocks * block_size < max_model_len:
-        needed = -(-max_model_len // block_size)
+    needed = groups.num_blocks(max_model_len or 1, block_size)
+    if max_model_len is not None and num_blocks < needed:
         raise ConfigError(
             f"max_model_len={max_model_len} needs {needed} KV blocks and {where} has room for {num_blocks}; "
-            f"start with --max-model-len {num_blocks * block_size} or less, or give the cache "
+            f"start with --max-model-len {groups.num_tokens(num_blocks, block_size)} or less, or give the cache "
             f"{_gib(needed * smallest.block_bytes)}: {_way_out(smallest, config, needed)}"
         )
     return num_blocks

@@ -58,6 +58,7 @@ class EngineInfo(msgspec.Struct, frozen=True, kw_only=True):
     eos_token_ids: tuple[int, ...] = ()
     weight_bytes: int = 0
     layout: str = ""  # one line for people: "TP2 x PP2 on 2 nodes"
+    kv_windows: tuple[int, ...] = (0,)  # see `kv_groups.KVGroups`
 
 
 class Welcome(_Message, frozen=True):
@@ -199,6 +200,7 @@ class WorkerReport(_Message, frozen=True):
     node: str
     load_seconds: float
     ledger: dict[str, int] = {}
+    kv_windows: tuple[int, ...] = (0,)  # see `kv_groups.KVGroups`
 
 
 class AllocateCache(_Message, frozen=True):
@@ -248,7 +250,8 @@ class NewRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
     """A request that ranks don't know (new, or back after preemption or recovery), in full.
 
     `handle` is a row below `max_num_seqs`, free again once it was named in `finished`. `token_ids` is the prompt and
-    all that was generated so far; [0, num_computed_tokens) of it is already in the blocks.
+    all that was generated so far; [0, num_computed_tokens) of it is already in the blocks. With several groups of
+    layers (`kv_groups`) ids of blocks come place by place, one for each group.
     """
 
     handle: int

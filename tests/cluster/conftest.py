@@ -9,6 +9,7 @@ from argosy.cluster.clock import ManualClock
 from argosy.cluster.driver import Driver
 from argosy.cluster.metrics import Metrics
 from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.kv_groups import KVGroups
 from argosy.cluster.protocol.messages import GenerateRequest, TokenDelta
 from argosy.cluster.protocol.sampling import FinishReason, TokenParams
 from argosy.cluster.simulation import SimulatedExecutor, Simulation, hash_token
@@ -26,6 +27,7 @@ class World(Simulation):
         step_seconds: float = 0.01,
         late_answers: bool = False,
         fails: Callable[[], bool] = lambda: False,
+        windows: tuple[int, ...] = (0,),
         **settings: Any,
     ) -> None:
         given = {"model": "m", "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32, **settings}
@@ -39,7 +41,9 @@ class World(Simulation):
             step_seconds=step_seconds,
             next_token=lambda token_ids, params: -1 if fails() else draw(token_ids, params),
             late_answers=late_answers,
+            windows=windows,
         )
+        self.groups = KVGroups(windows)
         executor.keeps_outputs = True
         super().__init__(Driver(self.config, executor, self.clock, self.metrics), executor)
         self.sent: dict[int, GenerateRequest] = {}
@@ -70,8 +74,8 @@ class World(Simulation):
         draw, seed = hash_token(VOCAB_SIZE), params.seed + index
         token_ids, answer = list(message.prompt_token_ids), list[int]()
         longest = min(params.max_tokens, self.driver.info.max_model_len - len(token_ids))
-        capacity = self.executor.num_blocks * self.config.cache.block_size
-        longest = min(longest, capacity - len(token_ids))
+        capacity = self.groups.num_tokens(self.executor.num_blocks, self.config.cache.block_size)
+        longest = longest if capacity is None else min(longest, capacity - len(token_ids))
         while True:
             sampled = TokenParams(max_tokens=1, seed=seed, temperature=params.temperature)
             token_id = draw(token_ids, sampled)

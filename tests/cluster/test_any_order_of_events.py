@@ -18,6 +18,11 @@ SHAPES = [
     {"async_scheduling": True, "enable_chunked_prefill": False},
     {"async_scheduling": True, "policy": "priority"},
     {"async_scheduling": True, "policy": "priority", "pipeline_parallel_size": 3},
+    {"windows": (7,)},
+    {"windows": (1,), "enable_chunked_prefill": False},
+    {"windows": (0, 6), "policy": "priority"},
+    {"windows": (0, 9, 9), "pipeline_parallel_size": 2},
+    {"windows": (0, 0, 5), "enable_prefix_caching": False},
 ]
 
 
@@ -60,7 +65,8 @@ def test_every_answer_is_that_of_an_undisturbed_run(
 ) -> None:
     """Blocks run out, owners leave, rows fail, ranks die, and prompts share prefixes; `check` after each round."""
     rng = random.Random(seed)
-    here = world(num_blocks=rng.choice([18, 24, 40, 200]), max_recoveries=1000, watermark=rng.choice([0.0, 0.05]),
+    num_blocks = rng.choice([18, 24, 40, 200]) * len(shape.get("windows", (0,)))
+    here = world(num_blocks=num_blocks, max_recoveries=1000, watermark=rng.choice([0.0, 0.05]),
                  late_answers=bool(seed % 2), fails=lambda: rng.random() < 0.001, **shape)  # fmt: skip
     prefixes = [[rng.randrange(101) for _ in range(30)] for _ in range(3)]
     aborted: set[tuple[int, int]] = set()

@@ -24,7 +24,7 @@ def compute(manager: BlockManager, one: Request) -> None:
     """The request's tokens are computed, as `Scheduler` does it."""
     manager.begin(one, manager.find_prefix(one))
     assert manager.grow(one, len(one.token_ids)) is not None
-    one.set_computed(len(one.token_ids), manager.block_size)
+    one.set_computed(len(one.token_ids), manager.num_slots(one))
     manager.register_full_blocks(one)
 
 
@@ -76,8 +76,7 @@ def test_a_fork_shares_the_prompt_and_copies_the_tail_before_it_writes() -> None
     manager.fork(parent, child)
     assert child.block_ids == parent.block_ids
     assert child.num_computed_tokens == 9
-    assert manager.needs_own_tail(child)
-    source, destination = manager.own_tail(child)
+    ((source, destination),) = manager.own_tail(child)
     assert (source, destination) == (parent.block_ids[2], child.block_ids[2])
     assert source != destination
     manager.check([parent, child])
@@ -95,7 +94,7 @@ def test_a_fork_at_a_block_border_has_no_tail_to_copy() -> None:
     child = request(list(range(9)), index=1)
     manager.fork(parent, child)
     assert child.block_ids == parent.block_ids[:2]
-    assert not manager.needs_own_tail(child)
+    assert manager.own_tail(child) == []
 
 
 def test_a_fork_does_not_write_into_a_block_that_can_be_found() -> None:
@@ -105,7 +104,7 @@ def test_a_fork_does_not_write_into_a_block_that_can_be_found() -> None:
     child = request(list(range(8)), index=1)
     manager.fork(parent, child)
     manager.free(parent)
-    assert manager.needs_own_tail(child)
+    assert len(manager.own_tail(child)) == 1
 
 
 def test_blocks_of_a_failed_row_are_not_found() -> None:

@@ -33,11 +33,11 @@ def test_prefill_decode_and_recompute_are_one_number() -> None:
     request = one()
     request.block_ids = [0, 1]
     assert request.num_uncomputed_tokens == 3
-    request.set_computed(2, 4)
+    request.set_computed(2, 8)
     assert request.num_uncomputed_tokens == 1
-    request.set_computed(3, 4)  # the first token is in flight
+    request.set_computed(3, 8)  # the first token is in flight
     assert request.num_uncomputed_tokens == 1
-    request.set_computed(0, 4)
+    request.set_computed(0, 8)
     request.token_ids += [8, 9]
     assert request.num_uncomputed_tokens == 5
 
@@ -46,16 +46,16 @@ def test_the_step_loop_looks_up_at_the_end_of_the_table_and_before_the_last_toke
     """Between these it only counts down."""
     request = one()
     request.block_ids = [0, 1]
-    request.set_computed(3, 4)
+    request.set_computed(3, 8)
     assert (request.boundary, request.countdown) == (8, 5)
     request.block_ids = list(range(11))
-    request.set_computed(4, 4)
+    request.set_computed(4, 44)
     assert request.boundary == 41 == request.end - 2
     request.watched = request.quiet_watch
-    request.set_computed(41, 4)
+    request.set_computed(41, 44)
     assert request.boundary == 42
     assert 12345 in request.watched, "the next step brings the last token"
-    request.set_computed(42, 4)
+    request.set_computed(42, 44)
     assert request.is_fully_scheduled
 
 
