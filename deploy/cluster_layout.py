@@ -64,7 +64,11 @@ def choose_layout(
 
 def _planned(config: ServingConfig, topology: ClusterTopology, note: Note) -> Layout:
     model = config.model
-    shape = read_model_shape(model.model, overrides=model.hf_overrides)
+    asked = config.parallel
+    shape = read_model_shape(
+        model.model, overrides=model.hf_overrides, expert_parallel=asked.enable_expert_parallel,
+        all2all=asked.all2all_backend,
+    )  # fmt: skip
     serving = Serving.from_config(config, shape)
     traffic = _traffic(serving)
     # The size of a cache that was given says nothing of where the model fits: judged by what there is room for.
@@ -77,7 +81,11 @@ def _planned(config: ServingConfig, topology: ClusterTopology, note: Note) -> La
     for text in report.notes:
         note(text)
     replicas = report.plan.replicas
-    parallel = config.parallel.replace(**report.plan.settings(), data_parallel_size=len(replicas))
+    parallel = config.parallel.replace(
+        **report.plan.settings(),
+        data_parallel_size=len(replicas),
+        enable_expert_parallel=asked.enable_expert_parallel or shape.deals_experts(replicas[0].tp_size),
+    )
     return Layout(config=config.replace(parallel=parallel), plans=tuple(replicas))
 
 

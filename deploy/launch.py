@@ -135,7 +135,7 @@ def resolve(config: ServingConfig) -> tuple[ServingConfig, ModelSpec, PlacementP
     if config.cache.kv_cache_dtype == "auto" and spec.quantization is not None and spec.quantization.has_kv_scales:
         config = config.replace(cache=config.cache.replace(kv_cache_dtype="fp8_e4m3"))
     parallel = config.parallel
-    spec = spec.as_served(None, expert_parallel=parallel.enable_expert_parallel)
+    spec = spec.as_served(None, expert_parallel=parallel.enable_expert_parallel, all2all=parallel.all2all_backend)
     spec.check_layout(parallel.tensor_parallel_size, parallel.pipeline_parallel_size)
     plan = make_plan(
         spec.num_layers, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.pipeline_layers

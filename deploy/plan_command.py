@@ -43,7 +43,7 @@ Models known by name ({len(known_models())}; a folder or a config.json does as w
 """
 SERVING_FLAGS: Final = (
     "dtype", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
-    "gpu_memory_utilization", "kv_cache_memory_bytes",
+    "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_expert_parallel", "all2all_backend",
 )  # fmt: skip
 NODE_SIZES: Final = (1, 2, 4, 8)  # GPUs of a node that can be bought, for the table of needs
 
@@ -85,12 +85,17 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--block-size", type=int, help="tokens of a KV block (default: 16)")
     parser.add_argument("--gpu-memory-utilization", type=float, help="share of the memory to use (default: 0.92)")
     parser.add_argument("--kv-cache-memory-bytes", type=int, help="bytes for KV on each GPU instead of what is left")
+    parser.add_argument("--enable-expert-parallel", action="store_true", default=None,
+                        help="whole experts on each rank of a group, not a part of each")  # fmt: skip
+    parser.add_argument("--all2all-backend", help="how tokens reach whole experts: auto, sum or all_to_all")
     parser.add_argument("--calibration", metavar="FILE", help="measured efficiencies (default: those that ship)")
 
 
 def main(args: argparse.Namespace) -> int:
     """Plan and print; 0 when there is a plan."""
-    shape = read_model_shape(args.model)
+    shape = read_model_shape(
+        args.model, expert_parallel=bool(args.enable_expert_parallel), all2all=args.all2all_backend or "auto"
+    )
     if args.cluster is None and args.gpus is None:
         return _print_needs(shape, serving_from(args, shape), as_json=args.json)
     topology = topology_from(args)

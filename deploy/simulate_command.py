@@ -72,7 +72,9 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("give --workload or --trace, not both")
     if args.cluster is None and args.gpus is None:
         raise ConfigError("say on what: --gpus '4 x H200', or --cluster FILE")
-    shape = read_model_shape(args.model)
+    shape = read_model_shape(
+        args.model, expert_parallel=bool(args.enable_expert_parallel), all2all=args.all2all_backend or "auto"
+    )
     topology = plan_command.topology_from(args)
     config = plan_command.config_from(args, shape, topology)
     options = PlanOptions(

@@ -193,9 +193,8 @@ def _tile(rows: int, item_bytes: int, kind: int) -> tuple[int, int, int, int]:
     return (128, 64 if kind == PLAIN.value else 128, 8, 3)
 
 
-def block_rows(num_tokens: int, top_k: int, num_experts: int) -> int:
+def block_rows(average: int) -> int:
     """Rows of a block: about what an expert gets, between a tensor core's 16 and the 128 that keep one busy."""
-    average = num_tokens * top_k // max(1, num_experts)
     return 16 if average <= 16 else 32 if average <= 48 else 64 if average <= 256 else 128
 
 
@@ -241,8 +240,9 @@ def experts(
     down_scale: Tensor | None = None,
     limit: float = 0.0,
     alpha: float = 1.0,
+    average: int | None = None,
 ) -> Tensor:
-    """See `moe_reference.experts`."""
+    """See `moe_reference.experts`; `average` in `moe_ops`."""
     num_tokens, top_k = ids_TK.shape
     num_experts, both_width = gate_up_EID.shape[:2]
     width, inner = x_TD.shape[1], both_width // 2
@@ -251,7 +251,7 @@ def experts(
     out_TD = torch.empty((num_tokens, width), dtype=x_TD.dtype, device=x_TD.device)
     if num_tokens == 0:
         return out_TD
-    rows = block_rows(num_tokens, top_k, num_experts)
+    rows = block_rows(num_tokens * top_k // num_experts if average is None else average)
     ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
     places, expert_of_block = group_tokens(ids_TK, num_experts, rows)
     both = grouped_gemm(

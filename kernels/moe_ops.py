@@ -46,10 +46,12 @@ def experts(
     down_scale: Tensor | None = None,
     limit: float = 0.0,
     alpha: float = 1.0,
+    average: int | None = None,
 ) -> Tensor:
     """The weighted sum of what each token's experts make of it, [T, D]; ids of -1 add nothing.
 
-    With scales, weights are e4m3 in blocks or MXFP4.
+    With scales, weights are e4m3 in blocks or MXFP4. `average`: about how many tokens each of these experts gets, where
+    many ids are -1; a hint for launches.
     """
     if x_TD.is_cuda:
         from argosy.kernels import moe_gemm
@@ -57,6 +59,7 @@ def experts(
         return moe_gemm.experts(
             x_TD, gate_up_EID, down_EDI, ids_TK, weights_TK, gate_up_bias_EI=gate_up_bias_EI,
             down_bias_ED=down_bias_ED, gate_up_scale=gate_up_scale, down_scale=down_scale, limit=limit, alpha=alpha,
+            average=average,
         )  # fmt: skip
     return moe_reference.experts(
         x_TD, gate_up_EID, down_EDI, ids_TK, weights_TK, gate_up_bias_EI=gate_up_bias_EI, down_bias_ED=down_bias_ED,

@@ -1,7 +1,7 @@
 """Seconds of a step: a roofline for each stage, times what was measured of it, plus what no roofline tells.
 
 stage      read weights (of experts, those that are chosen) | multiply     overlapping, then
-           read keys and values, attend prompts, sum over the group, overheads
+           read keys and values, attend prompts, sum over the group or exchange its tokens, overheads
 step       its stages one after the other, and a hop between them
 """
 
@@ -11,10 +11,12 @@ import msgspec
 
 from argosy.placement.calibration import Calibration
 from argosy.placement.data_sheets import DataSheet
+from argosy.placement.expert_traffic import exchange_numbers, least_tokens
 from argosy.placement.rank_memory import StageBytes
 from argosy.placement.topology import Link
 
 _US: Final = 1e-6
+EXCHANGE_CALLS: Final = 5  # collectives of a layer that exchanges its tokens: two for attention, sizes, there and back
 
 
 class StepLoad(msgspec.Struct, frozen=True, gc=False):
@@ -93,6 +95,10 @@ class StageCost:
         self._sample_seconds = spec.vocab_size * 8 / bandwidth if self.is_last else 0.0  # float32, written and read
         self._hidden_bytes = spec.hidden_size * serving.dtype_bytes
         self._group_link = group_link
+        self._least_exchanged = None
+        if spec.moe is not None:
+            self._least_exchanged = least_tokens(spec.moe, tp_size, "cpu" if sheet.name == "CPU" else "cuda")
+            self._exchanged = exchange_numbers(spec.moe, tp_size)
         extra = calibration.group_layer_us * (tp_size > 1) + calibration.fp8_layer_us * is_fp8
         self._fixed_seconds = (self.num_layers * (calibration.layer_us + extra) + calibration.step_us) * _US
         self._eager_seconds = (self.num_layers * calibration.eager_layer_us + calibration.step_us) * _US
@@ -120,7 +126,8 @@ class StageCost:
         if load.prefill_pairs:
             total += load.prefill_pairs * self._pair_seconds
         if self.tp_size > 1:
-            total += (2 * self.num_layers + self.is_first) * self.reduce_seconds(tokens * self._hidden_bytes)
+            total += self.is_first * self.reduce_seconds(tokens * self._hidden_bytes)
+            total += self.num_layers * self.group_seconds(tokens)
         total += self._fixed_seconds + (load.num_decodes + load.num_sampled) * calibration.row_us * _US
         if load.prefill_tokens:
             total = max(total, self._eager_seconds)
@@ -132,6 +139,15 @@ class StageCost:
         latency = link.latency_seconds * (calibration.reduce_latency + calibration.reduce_rank_latency * (ranks - 2))
         moved = 2 * (ranks - 1) / ranks * num_bytes
         return latency + moved / (link.bytes_per_second * calibration.reduce_efficiency)
+
+    def group_seconds(self, num_tokens: int) -> float:
+        """What a layer's ranks tell each other: two sums, or from some tokens on those of experts exchanged."""
+        num_bytes = num_tokens * self._hidden_bytes
+        if self._least_exchanged is None or num_tokens < self._least_exchanged:
+            return 2 * self.reduce_seconds(num_bytes)
+        link, calibration = self._group_link, self.calibration
+        moved = self._exchanged * num_bytes / (link.bytes_per_second * calibration.reduce_efficiency)
+        return EXCHANGE_CALLS * self.reduce_seconds(0) + moved
 
     def hop_seconds(self, num_tokens: int, link: Link) -> float:
         """Hidden states of a step to the next stage; each rank sends its copy at the same time."""

@@ -2,6 +2,8 @@
 
 from typing import Final
 
+import msgspec
+
 from argosy.cluster.protocol.model_spec import MLASpec, ModelSpec, MoESpec
 from argosy.placement.model_shape import LayerShape, Matrix, ModelShape
 from argosy.placement.weight_format import WeightFormat
@@ -97,7 +99,8 @@ def _mixture(width: int, moe: MoESpec) -> tuple[Matrix, ...]:
         ),
     ]  # fmt: skip
     if moe.shared_size:
-        matrices += _mlp(width, moe.shared_size, gated=True, bias=False, prefix="shared.")
+        shared = _mlp(width, moe.shared_size, gated=True, bias=False, prefix="shared.")
+        matrices += [msgspec.structs.replace(m, cut="none") if moe.shared_is_whole else m for m in shared]
     if moe.shared_gate:
         matrices.append(Matrix(name="shared.gate", num_out=1, num_in=width, cut="none", quantised=False))
     return tuple(matrices)

@@ -115,9 +115,13 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         return None
 
     def deals_experts(self, tp_size: int) -> bool:
-        """Whether a group of so many ranks must have whole experts each, since their width can't be divided."""
+        """Whether each rank of a group has whole experts: as asked for, or since their width can't be divided."""
         moe = self.spec.moe
-        if moe is None or moe.intermediate_size % tp_size == 0:
+        if moe is None or tp_size == 1:
+            return False
+        if moe.expert_parallel:
+            return True
+        if moe.intermediate_size % tp_size == 0:
             return False
         dealt = msgspec.structs.replace(self.spec, moe=msgspec.structs.replace(moe, expert_parallel=True))
         try:

@@ -21,14 +21,22 @@ def known_models() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in CONFIG_FOLDER.glob(f"*/{CONFIG_FILE}")))
 
 
-def read_model_shape(name: str | Path, *, overrides: Mapping[str, Any] | None = None) -> ModelShape:
+def read_model_shape(
+    name: str | Path,
+    *,
+    overrides: Mapping[str, Any] | None = None,
+    expert_parallel: bool = False,
+    all2all: str = "auto",
+) -> ModelShape:
     """The shape of a model folder, a `config.json`, or a well-known model by its name (with or without its owner).
 
-    Raises `WeightError` or `UnsupportedModel`.
+    `expert_parallel`, `all2all`: whether ranks are to have whole experts, and how tokens come to them. Raises
+    `WeightError` or `UnsupportedModel`.
     """
     folder = _find(name)
     # packed weights are sized here in more formats than can be served
     spec = read_model_spec(folder, {**(overrides or {}), "quantization_config": None, "compression_config": None})
+    spec = spec.with_experts(expert_parallel=expert_parallel, all2all=all2all)
     weight_format = format_from_config(_read_config(folder / CONFIG_FILE))
     shape = shape_from_spec(spec, name=str(name), weight_format=weight_format)
     sizes = sum(size for file in sorted(folder.glob("*.safetensors")) for size in _tensor_bytes(file))

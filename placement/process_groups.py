@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator
 from datetime import timedelta
 
+import msgspec
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -72,6 +73,40 @@ class ParallelContext:
         else:
             dist.all_gather(list(parts.unbind(0)), x, group=self.tp_group)
         return parts.movedim(0, -2).reshape(*x.shape[:-1], self.tp_size * x.shape[-1])
+
+    def gather_rows(self, x_SD: Tensor) -> Tensor:
+        """The rows of all tensor-parallel ranks below each other, on every rank; all have equally many."""
+        if self.tp_size == 1:
+            return x_SD
+        whole = torch.empty((self.tp_size * x_SD.shape[0], *x_SD.shape[1:]), dtype=x_SD.dtype, device=x_SD.device)
+        dist.all_gather_into_tensor(whole, x_SD.contiguous(), group=self.tp_group)
+        return whole
+
+    def scatter_sum(self, x_TD: Tensor) -> Tensor:
+        """This rank's share of the rows of the sum over the group; where they can't be divided, rows of 0 follow."""
+        if self.tp_size == 1:
+            return x_TD
+        num_rows = -(-x_TD.shape[0] // self.tp_size)
+        missing = num_rows * self.tp_size - x_TD.shape[0]
+        whole = torch.nn.functional.pad(x_TD, (0, 0, 0, missing)) if missing else x_TD.contiguous()
+        own = torch.empty((num_rows, *x_TD.shape[1:]), dtype=x_TD.dtype, device=x_TD.device)
+        dist.reduce_scatter_tensor(own, whole, group=self.tp_group)
+        return own
+
+    def all_to_all(self, rows: Tensor, sent: list[int] | None, received: list[int] | None) -> Tensor:
+        """`sent[r]` rows go to tensor-parallel rank r, in order; `received[r]` come from it. None: equally many."""
+        if self.tp_size == 1:
+            return rows
+        count = rows.shape[0] if received is None else sum(received)
+        made = torch.empty((count, *rows.shape[1:]), dtype=rows.dtype, device=rows.device)
+        dist.all_to_all_single(made, rows.contiguous(), received, sent, group=self.tp_group)
+        return made
+
+    def alone(self) -> "ParallelContext":
+        """The same rank without its group: what is made with it is whole on every rank."""
+        return ParallelContext(
+            msgspec.structs.replace(self.rank, tp_size=1, tp_rank=0), self.device, self.timeout_seconds, self.world
+        )
 
     def broadcast(self, x: Tensor, src_tp_rank: int = 0) -> Tensor:
         """Everyone in the tensor-parallel group gets the tensor of `src_tp_rank`, in place. Returns `x`."""

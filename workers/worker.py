@@ -189,9 +189,11 @@ class Worker:
             model.model, hub_name=model.hub_name, revision=model.revision, download_dir=model.download_dir
         )
         spec = read_model_spec(folder, self.config.model.hf_overrides, self.config.model.quantization)
+        parallel = self.config.parallel
         spec = spec.as_served(
-            self.config.model.max_model_len, expert_parallel=self.config.parallel.enable_expert_parallel
-        )
+            self.config.model.max_model_len, expert_parallel=parallel.enable_expert_parallel,
+            all2all=parallel.all2all_backend,
+        )  # fmt: skip
         spec.check_layout(self.rank.tp_size, self.rank.pp_size)
         self._clock.mark("device")
         self.parallel = init_parallel(self.rank, message.rendezvous, device, message.deadline_seconds)

@@ -86,6 +86,7 @@ class ParallelConfig(_Settings, frozen=True):
     layout: Literal["given", "auto", "one"] = "given"
     ray_address: str | None = None  # of a Ray cluster that runs; None: one of our own
     enable_expert_parallel: bool = False  # each rank of a tensor-parallel group has whole experts, not a part of each
+    all2all_backend: Literal["auto", "sum", "all_to_all"] = "auto"  # how tokens come to them: see docs/models.md
 
 
 class ServerConfig(_Settings, frozen=True):

@@ -34,6 +34,16 @@ class MoESpec(msgspec.Struct, frozen=True, kw_only=True):
     swiglu_alpha: float = 1.702
     layers: tuple[bool, ...] = ()  # which layers have experts; empty: all
     expert_parallel: bool = False  # a rank of the tensor-parallel group has whole experts, not a part of each
+    all2all: str = "auto"  # with whole experts: "sum" over the group, "all_to_all", or what was measured to be faster
+
+    def own_experts(self, tp_size: int, tp_rank: int) -> range:
+        """The experts of one rank of a group that has whole ones: as even as can be, none where there are too few."""
+        return range(tp_rank * self.num_experts // tp_size, (tp_rank + 1) * self.num_experts // tp_size)
+
+    @property
+    def shared_is_whole(self) -> bool:
+        """Whether each rank has all of the shared expert: where tokens are divided over the ranks, not weights."""
+        return self.expert_parallel and self.all2all == "all_to_all"
 
 
 class MLASpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -110,19 +120,31 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         """Whether the MLP of a layer is a mixture of experts."""
         return self.moe is not None and (not self.moe.layers or self.moe.layers[layer])
 
-    def as_served(self, max_model_len: int | None, *, expert_parallel: bool = False) -> "ModelSpec":
+    def as_served(
+        self, max_model_len: int | None, *, expert_parallel: bool = False, all2all: str = "auto"
+    ) -> "ModelSpec":
         """The same for sequences of at most `max_model_len` tokens (some rotations depend on what is promised)."""
         if self.position == "learned" and (max_model_len or 0) > self.max_position:
             raise ConfigError(f"max_model_len={max_model_len} exceeds the {self.max_position} positions of the model")
-        moe = self.moe
-        if moe is not None and expert_parallel:
-            moe = msgspec.structs.replace(moe, expert_parallel=True)
-        return msgspec.structs.replace(self, max_position=max_model_len or self.max_position, moe=moe)
+        spec = msgspec.structs.replace(self, max_position=max_model_len or self.max_position)
+        return spec.with_experts(expert_parallel=expert_parallel, all2all=all2all)
+
+    def with_experts(self, *, expert_parallel: bool, all2all: str = "auto") -> "ModelSpec":
+        """The same with whole experts on each rank of a group, if it has experts, reached in this way."""
+        if self.moe is None or not expert_parallel:
+            return self
+        moe = msgspec.structs.replace(self.moe, expert_parallel=True, all2all=all2all)
+        return msgspec.structs.replace(self, moe=moe)
 
     def check_layout(self, tp_size: int, pp_size: int = 1) -> None:
         """Raise `ConfigError` when heads or widths can't be divided over so many ranks."""
         if pp_size > self.num_layers:
             raise ConfigError(f"pipeline_parallel_size={pp_size} exceeds the model's {self.num_layers} layers")
+        if self.moe is not None and self.moe.expert_parallel and self.moe.num_experts < tp_size:
+            raise ConfigError(
+                f"tensor_parallel_size={tp_size} exceeds {CONFIG_FILE}'s num_experts={self.moe.num_experts}: with "
+                "enable_expert_parallel a rank would have none"
+            )
         for name, count in self._divided():
             if count % tp_size:
                 raise ConfigError(
@@ -141,11 +163,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         if not all(self.has_experts(layer) for layer in range(self.num_layers)):
             divided.append(("intermediate_size", self.intermediate_size))
         if self.moe is not None:
-            experts = ("num_experts", self.moe.num_experts)
-            divided.append(
-                experts if self.moe.expert_parallel else ("moe_intermediate_size", self.moe.intermediate_size)
-            )
-            divided.append(("shared_expert_intermediate_size", self.moe.shared_size))
+            if not self.moe.expert_parallel:  # whole experts are dealt out, to some ranks one more
+                divided.append(("moe_intermediate_size", self.moe.intermediate_size))
+            if not self.moe.shared_is_whole:
+                divided.append(("shared_expert_intermediate_size", self.moe.shared_size))
         return divided
 
     def _possible_tp_sizes(self) -> str:

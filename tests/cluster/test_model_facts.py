@@ -33,7 +33,7 @@ def test_a_cache_of_latents_is_as_large_on_every_rank(tp_size: int, tmp_path: Pa
 
 
 def test_whole_experts_need_another_divisor_than_parts_of_them(tmp_path: Path) -> None:
-    """Six experts of 40: two ranks can have either, three only whole ones, and the error names what is possible."""
+    """Six experts of 40: three ranks can have only whole ones, four may have one or two of them, twelve some none."""
     spec = read(tmp_path, "MixtralForCausalLM", MOE | {"num_attention_heads": 12, "hidden_size": 96,
                                                        "num_key_value_heads": 12})  # fmt: skip
     spec.check_layout(2)
@@ -41,8 +41,11 @@ def test_whole_experts_need_another_divisor_than_parts_of_them(tmp_path: Path) -
         spec.check_layout(3)
     whole = spec.as_served(None, expert_parallel=True)
     whole.check_layout(3)
-    with pytest.raises(ConfigError, match="num_experts=6"):
-        whole.check_layout(4)
+    whole.check_layout(4)
+    assert whole.moe is not None
+    assert [len(whole.moe.own_experts(4, rank)) for rank in range(4)] == [1, 2, 1, 2]
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size=12 exceeds.*num_experts=6"):
+        whole.check_layout(12)
 
 
 def test_a_table_of_positions_ends(tmp_path: Path) -> None:

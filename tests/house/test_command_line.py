@@ -7,7 +7,7 @@ from argosy.deploy import cli
 SHARED = ["--help", "-h"]
 EXPECTED = {
     "serve": """
-        --api-key --api-keys-file --async-scheduling --block-size --chat-template --config --cpu-threads
+        --all2all-backend --api-key --api-keys-file --async-scheduling --block-size --chat-template --config --cpu-threads
         --data-parallel-size --device --disable-log-stats --download-dir --drain-seconds --dtype
         --enable-chunked-prefill --enable-expert-parallel --enable-prefix-caching --enforce-eager --generation-config
         --gpu-memory-utilization --hf-overrides --hf-token --host --job-dir --kv-cache-dtype --kv-cache-memory-bytes
@@ -23,7 +23,7 @@ EXPECTED = {
         --again --api-key --endpoint --key --max-tokens --model --output --seed --temperature --url --wait --window
     """,
     "batch": """
-        --async-scheduling --backend --block-size --chat-template --cpu-threads --data-parallel-size --device
+        --all2all-backend --async-scheduling --backend --block-size --chat-template --cpu-threads --data-parallel-size --device
         --download-dir --dtype --enable-chunked-prefill --enable-expert-parallel --enable-prefix-caching --endpoint
         --enforce-eager --generation-config --gpu-memory-utilization --hf-overrides --hf-token --kv-cache-dtype
         --kv-cache-memory-bytes --layout --load-format --max-logprobs --max-model-len --max-num-batched-tokens
@@ -35,13 +35,15 @@ EXPECTED = {
     "jobs": "--api-key --limit --output --url",
     "doctor": "--json --no-all-reduce --port --ray-address",
     "plan": """
-        --all --block-size --calibration --cluster --concurrency --dtype --gpu-memory-utilization --gpus --input-len
+        --all --all2all-backend --block-size --calibration --cluster --concurrency --dtype --enable-expert-parallel
+        --gpu-memory-utilization --gpus --input-len
         --json --kv-cache-dtype --kv-cache-memory-bytes --max-model-len --max-num-batched-tokens --max-num-seqs
         --max-tpot-ms --max-ttft-ms --network --nodes --objective --offload-gb --output-len --pipeline-parallel-size
         --price --quantization --replicas --svg --tensor-parallel-size -pp -q -tp
     """,
     "simulate": """
-        --arrivals --block-size --burst-size --calibration --cluster --dtype --gpu-memory-utilization --gpus --input-len
+        --all2all-backend --arrivals --block-size --burst-size --calibration --cluster --dtype --enable-expert-parallel
+        --gpu-memory-utilization --gpus --input-len
         --json --kv-cache-dtype --kv-cache-memory-bytes --lengths --max-model-len --max-num-batched-tokens
         --max-num-seqs --network --nodes --offload-gb --output-len --pipeline-parallel-size --prefix-len --prefixes
         --quantization --rate --replicas --requests --seed --slo-tpot-ms --slo-ttft-ms --step-by-step --svg

@@ -29,6 +29,7 @@ from argosy.workers.models.registry import build_model
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS = 4, 96
 LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP4": (4, 1), "TP2xPP2": (2, 2), "EP2": (2, 1)}
+LAYOUTS |= {"A2A2": (2, 1), "A2A4": (4, 1), "A2A2xPP2": (2, 2)}  # whole experts, and tokens exchanged
 WAYS = ("whole", "chunked", "preempted", "n = 3")
 PARTED_WAYS = WAYS[1:]  # over several ranks, where all that whole prompts could show shows in chunks
 
@@ -61,14 +62,14 @@ class Harness:
         parallel: ParallelContext,
         *,
         max_model_len: int | None = None,
-        expert_parallel: bool = False,
+        all2all: str = "",  # whole experts on each rank, reached this way
         seed: int = 0,
         backend: AttentionBackend | None = None,
         device: torch.device = CPU,
         block_size: int = BLOCK_SIZE,
     ):
         self.device, self.block_size = device, block_size
-        self.spec = read_model_spec(folder).as_served(max_model_len, expert_parallel=expert_parallel)
+        self.spec = read_model_spec(folder).as_served(max_model_len, expert_parallel=bool(all2all), all2all=all2all)
         self.rank, self.parallel = rank, parallel
         self.model = build_model(self.spec, rank, parallel, torch.float32, device)
         load_weights(self.model, folder, self.spec, rank)
@@ -208,9 +209,8 @@ def run_rank(job: dict[str, Any], index: int) -> None:
             if num_layers not in ranks:
                 ranks[num_layers] = make_plan(num_layers, tp_size, pp_size).ranks[index]
             parallel.rank = ranks[num_layers]
-            harness = Harness(
-                folder, parallel.rank, parallel, max_model_len=max_model_len, expert_parallel=layout == "EP2"
-            )
+            all2all = "sum" if layout == "EP2" else "all_to_all" if layout.startswith("A2A") else ""
+            harness = Harness(folder, parallel.rank, parallel, max_model_len=max_model_len, all2all=all2all)
             expected = load_expected(Path(folder))
             for way in PARTED_WAYS:
                 answers[f"{name}|{layout}|{way}"] = harness.largest_difference(expected, way)

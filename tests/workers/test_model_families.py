@@ -24,7 +24,8 @@ CLOSE_ON_A_CARD = 1e-2  # tensor cores multiply float32 in parts
 RUNS = [(name, layout) for layout in ("TP2", "PP2", "TP2xPP2") for name in CASES]
 MANY = ("llama", "llama, one kv head, biases", "qwen3", "bloom", "falcon 40b", "olmo2", "command-r", "gpt-oss")
 RUNS += [(name, "TP4") for name in (*MANY, "deepseek v3")]  # more ranks than key/value heads
-RUNS += [(name, "EP2") for name in EXPERTS]  # whole experts on each rank
+RUNS += [(name, layout) for name in EXPERTS for layout in ("EP2", "A2A2", "A2A4")]  # whole experts on each rank
+RUNS += [("mixtral", "A2A2xPP2"), ("deepseek v3", "A2A2xPP2")]
 
 
 @pytest.fixture(scope="module")

@@ -78,6 +78,14 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """[T, D]."""
+        return self.o_proj(self._attend(x_TD, positions_T, ctx))  # type: ignore[no-any-return]
+
+    def partial(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
+        """`forward` without the sum over the group."""
+        return self.o_proj.product(self._attend(x_TD, positions_T, ctx))
+
+    def _attend(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
+        """What this rank's heads saw, [T, N * V]."""
         mla, metadata = self.mla, ctx.metadata
         latent_cache, key_cache = ctx.kv_cache.layers[self.cache_index]
         low = x_TD if self.q_a_proj is None or self.q_a_norm is None else self.q_a_norm(self.q_a_proj(x_TD))
@@ -90,8 +98,8 @@ class LatentAttention(nn.Module):
         mla_ops.store_latent(latent_TC, key_T1P[:, 0], latent_cache, key_cache, metadata.slot_mapping_T)
         num_decodes = metadata.num_decode_rows
         if num_decodes == metadata.num_rows:
-            return self.o_proj(self._decode(q_nope_TNQ, q_rotated_TNP, latent_cache, key_cache, metadata))  # type: ignore[no-any-return]
-        out_TX = q_TNH.new_zeros(len(q_TNH), self.num_heads * mla.value_size)
+            return self._decode(q_nope_TNQ, q_rotated_TNP, latent_cache, key_cache, metadata)
+        out_TX: Tensor = q_TNH.new_zeros(len(q_TNH), self.num_heads * mla.value_size)
         if num_decodes:
             rows = slice(0, num_decodes)
             out_TX[rows] = self._decode(q_nope_TNQ[rows], q_rotated_TNP[rows], latent_cache, key_cache, metadata)
@@ -102,7 +110,7 @@ class LatentAttention(nn.Module):
                 q_QNH = torch.cat((q_nope_TNQ[tokens], q_rotated_TNP[tokens]), dim=-1)
                 own = mla_ops.gather(latent_cache, key_cache, metadata.block_table_RB[row], lengths[row])
                 out_TX[tokens] = self._attend_expanded(q_QNH, *own)
-        return self.o_proj(out_TX)  # type: ignore[no-any-return]
+        return out_TX
 
     def _decode(
         self,

@@ -1,9 +1,11 @@
 """A mixture of experts in place of an MLP: router, this rank's experts, the expert that sees every token.
 
-Over a tensor-parallel group either each expert is cut (its inner width), or each rank has whole experts and leaves the
-choices of others out; both end in the one sum over the group that an MLP needs, too.
+Over a tensor-parallel group either each expert is cut (its inner width), or each rank has whole experts. With few
+tokens a rank then leaves the choices of others out, and both end in the one sum over the group that an MLP needs, too;
+with many, tokens may go to the ranks that hold their experts (`expert_exchange`).
 
-T = tokens, D = model width, E = experts of this rank, I = inner width of an expert on this rank.
+T = tokens, S = those of this rank's slice, D = model width, E = experts of this rank, I = inner width of an expert on
+this rank.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from argosy.cluster.protocol.model_spec import ModelSpec, MoESpec
 from argosy.kernels import moe_ops
 from argosy.placement.process_groups import ParallelContext
+from argosy.workers.layers.expert_exchange import ExpertExchange
 from argosy.workers.loading.names import Slot
 from argosy.workers.quantization.base import Cut, empty_parameter
 
@@ -69,15 +72,14 @@ class Experts(nn.Module):
         super().__init__()
         self.moe, self.width = moe, width
         tp_size, tp_rank = parallel.tp_size, parallel.rank.tp_rank
-        count, inner, first = moe.num_experts, moe.intermediate_size, 0
+        inner, self.own_experts = moe.intermediate_size, range(moe.num_experts)
         if moe.expert_parallel:
-            count //= tp_size
-            first = tp_rank * count
+            self.own_experts = moe.own_experts(tp_size, tp_rank)
             self.own_inner = slice(0, inner)
         else:
             inner //= tp_size
             self.own_inner = slice(tp_rank * inner, tp_rank * inner + inner)
-        self.own_experts = range(first, first + count)
+        count = len(self.own_experts)
         self.inner = inner
         self.gate_up = empty_parameter(count, 2 * inner, width, dtype=dtype)
         self.down = empty_parameter(count, width, inner, dtype=dtype)
@@ -97,8 +99,11 @@ class Experts(nn.Module):
         target = (place, slice(first, first + self.inner))
         yield "weight", "gate_up", Cut((full, self.width), (self.own_inner, ALL), target)
 
-    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor) -> Tensor:
-        """The weighted sum over those of the chosen experts that this rank has, [T, D]."""
+    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, num_tokens: int | None = None) -> Tensor:
+        """The weighted sum over those of the chosen experts that this rank has, [T, D].
+
+        `num_tokens` of the whole group, where `x_TD` are only those that have experts here.
+        """
         if self.moe.expert_parallel:
             ids_TK = ids_TK - self.own_experts.start
             ids_TK = torch.where((ids_TK >= 0) & (ids_TK < len(self.own_experts)), ids_TK, -1)
@@ -114,6 +119,7 @@ class Experts(nn.Module):
             down_scale=self.down_scale,
             limit=self.moe.swiglu_limit,
             alpha=self.moe.swiglu_alpha,
+            average=(num_tokens or len(x_TD)) * self.moe.top_k // self.moe.num_experts,
         )
 
 
@@ -142,7 +148,7 @@ class SharedMLP(Protocol):
 
 
 class MoE(nn.Module):
-    """Router, experts and shared expert; one all-reduce at the end."""
+    """Router, experts and shared expert; one all-reduce at the end, or tokens exchanged between the ranks."""
 
     def __init__(
         self,
@@ -152,11 +158,13 @@ class MoE(nn.Module):
         dtype: torch.dtype,
         shared: SharedMLP | None = None,
         experts: Callable[..., Experts] = Experts,
+        exchange: ExpertExchange | None = None,
     ):
         super().__init__()
         moe = spec.moe
         assert moe is not None
-        self.parallel = parallel
+        self.parallel, self.exchange = parallel, exchange
+        self.shared_is_whole = moe.shared_is_whole
         self.router = Router(moe, spec.hidden_size, dtype=dtype)
         self.experts = experts(moe, parallel, spec.hidden_size, dtype=dtype)
         self.shared = shared
@@ -166,9 +174,23 @@ class MoE(nn.Module):
         """[T, D]."""
         ids_TK, weights_TK = self.router(x_TD)
         out_TD: Tensor = self.experts(x_TD, ids_TK, weights_TK)
-        if self.shared is not None:
-            shared_TD = self.shared.partial(x_TD)
-            if self.shared_gate is not None:
-                shared_TD = shared_TD * self.shared_gate(x_TD)
-            out_TD = out_TD + shared_TD
-        return self.parallel.all_reduce(out_TD)
+        if self.shared_is_whole:
+            return self._with_shared(self.parallel.all_reduce(out_TD), x_TD)
+        return self.parallel.all_reduce(self._with_shared(out_TD, x_TD))
+
+    def forward_slice(self, x_SD: Tensor, num_tokens: int) -> Tensor:
+        """The same of this rank's slice of `num_tokens`, [S, D]: tokens go to their experts and come back."""
+        assert self.exchange is not None
+        ids_SK, weights_SK = self.router(x_SD)
+        way = self.exchange.dispatch(x_SD, ids_SK, weights_SK, self.exchange.num_own(num_tokens))
+        made_RD: Tensor = self.experts(way.rows_RD, way.ids_RK, way.weights_RK, num_tokens=num_tokens)
+        return self._with_shared(self.exchange.combine(made_RD, way), x_SD)
+
+    def _with_shared(self, out_TD: Tensor, x_TD: Tensor) -> Tensor:
+        """With what the expert that sees every token adds, whole or this rank's part of it."""
+        if self.shared is None:
+            return out_TD
+        shared_TD = self.shared.partial(x_TD)
+        if self.shared_gate is not None:
+            shared_TD = shared_TD * self.shared_gate(x_TD)
+        return out_TD + shared_TD

@@ -22,6 +22,7 @@ from argosy.workers.layers.activation import ACTIVATIONS
 from argosy.workers.layers.attention import Attention
 from argosy.workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from argosy.workers.layers.linear import ColumnParallelLinear, RowParallelLinear
+from argosy.workers.layers.moe import MoE
 from argosy.workers.layers.norm import LayerNorm, RMSNorm, make_norm
 from argosy.workers.models.decoder import GatedMLP
 from argosy.workers.quantization.base import Cut, LinearMethod, empty_parameter
@@ -117,6 +118,21 @@ class GeneralLayer(nn.Module):
         assert self.mlp_norm is not None
         x_TD = self._run_mlp(self.mlp_norm.add(self._scaled(attended_TD), residual_TD))
         return self._scaled(x_TD if self.mlp_out_norm is None else self.mlp_out_norm(x_TD))
+
+    def forward_slice(
+        self, delta_SD: Tensor | None, residual_SD: Tensor, positions_T: Tensor, ctx: ForwardContext
+    ) -> Tensor:
+        """`forward` with the tokens divided over the group: this rank's slice of everything but the attention."""
+        assert self.block == "sequential", self.block  # as all families with experts are
+        assert self.mlp_norm is not None
+        norm, parallel, num_tokens = self.input_norm, self.parallel, len(positions_T)
+        x_SD = norm(residual_SD) if delta_SD is None else norm.add(delta_SD, residual_SD)
+        x_TD = parallel.gather_rows(x_SD)[:num_tokens]
+        attended_SD = parallel.scatter_sum(self.attention.partial(x_TD, positions_T, ctx))
+        x_SD = self.mlp_norm.add(self._scaled(attended_SD), residual_SD)
+        if isinstance(self.mlp, MoE):
+            return self._scaled(self.mlp.forward_slice(x_SD, num_tokens))
+        return self._scaled(parallel.scatter_sum(self.mlp.partial(parallel.gather_rows(x_SD))))
 
     def _attend(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """The attention; a few tokens by the products that are made for them."""

@@ -19,6 +19,7 @@ from argosy.placement.process_groups import ParallelContext
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.layers.attention import Attention
 from argosy.workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
+from argosy.workers.layers.expert_exchange import ExpertExchange
 from argosy.workers.layers.fp8_experts import Fp8Experts, RoundedExperts
 from argosy.workers.layers.fused_checkpoint import cuts_of, transposed
 from argosy.workers.layers.linear import ParallelLinear, ReplicatedLinear
@@ -56,6 +57,7 @@ class GeneralDecoder(Decoder):
         self.local_rotary = (
             self.rotary if spec.local_rope is None else RotaryEmbedding(spec.local_rope, rotated, spec.max_position)
         )
+        self.exchange = None if spec.moe is None else ExpertExchange(parallel, spec.moe)
         self.embed: VocabParallelEmbedding | None = None
         self.embed_norm: RMSNorm | LayerNorm | None = None
         self.position_table: LearnedPositions | None = None
@@ -118,7 +120,10 @@ class GeneralDecoder(Decoder):
         """Its MLP, or its experts."""
         if self.spec.moe is not None and self.spec.has_experts(layer):
             experts = self.make_experts(layer)
-            return MoE(self.spec, self.parallel, dtype=self.dtype, shared=self._shared_mlp(), experts=experts)
+            return MoE(
+                self.spec, self.parallel, dtype=self.dtype, shared=self._shared_mlp(), experts=experts,
+                exchange=self.exchange,
+            )  # fmt: skip
         mlp = GatedMLP if self.spec.gated else PlainMLP
         return mlp(self.spec, self.parallel, self.method, dtype=self.dtype)
 
@@ -139,7 +144,8 @@ class GeneralDecoder(Decoder):
         if moe is None or not moe.shared_size:
             return None
         shared = msgspec.structs.replace(self.spec, intermediate_size=moe.shared_size, mlp_bias=False)
-        return GatedMLP(shared, self.parallel, self.method, dtype=self.dtype)
+        parallel = self.parallel.alone() if moe.shared_is_whole else self.parallel
+        return GatedMLP(shared, parallel, self.method, dtype=self.dtype)
 
     # ------------------------------------------------------------------------------------------------------ running
 
@@ -150,9 +156,24 @@ class GeneralDecoder(Decoder):
         if hidden_TD is None:
             assert token_ids_T is not None
             hidden_TD = self.enter(token_ids_T, positions_T)
+        num_tokens = len(positions_T)
+        if self.exchange is not None and self.exchange.takes(num_tokens):
+            out_SD = self._finish(*self._run_slices(self.exchange.own_slice(hidden_TD), positions_T, ctx))
+            return self.parallel.gather_rows(out_SD)[:num_tokens]
         delta_TD: Tensor | None = None
         for layer in self.layers.values():
             delta_TD = layer(delta_TD, hidden_TD, positions_T, ctx)
+        return self._finish(hidden_TD, delta_TD)
+
+    def _run_slices(self, hidden_SD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor | None]:
+        """All layers with the tokens divided over the group: (what came of this rank's slice, what is to be added)."""
+        delta_SD: Tensor | None = None
+        for layer in self.layers.values():
+            delta_SD = layer.forward_slice(delta_SD, hidden_SD, positions_T, ctx)  # type: ignore[operator]
+        return hidden_SD, delta_SD
+
+    def _finish(self, hidden_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
+        """What this stage hands on: the hidden state, on the last stage normed."""
         if self.norm is not None:
             normed: Tensor = self.norm(hidden_TD) if delta_TD is None else self.norm.add(delta_TD, hidden_TD)
             return normed
