@@ -13,6 +13,7 @@ from argosy.cluster.protocol.errors import ConfigError
 from argosy.deploy import device_defaults
 from argosy.deploy.plan_svg import plan_svg
 from argosy.deploy.plan_text import describe_model, plan_json, plan_lines
+from argosy.deploy.settings import clean_setting
 from argosy.placement.calibration import Calibration, read_calibration
 from argosy.placement.data_sheets import DATA_SHEETS
 from argosy.placement.layout import Traffic
@@ -44,6 +45,7 @@ Models known by name ({len(known_models())}; a folder or a config.json does as w
 SERVING_FLAGS: Final = (
     "dtype", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
     "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_expert_parallel", "all2all_backend",
+    "cpu_offload_gb",
 )  # fmt: skip
 NODE_SIZES: Final = (1, 2, 4, 8)  # GPUs of a node that can be bought, for the table of needs
 
@@ -75,8 +77,8 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-pp", "--pipeline-parallel-size", type=int, help="default: the planner chooses")
     parser.add_argument("--replicas", type=int, help="default: as many as fit")
     parser.add_argument("-q", "--quantization", choices=tuple(FORMATS), help="default: as the checkpoint is stored")
-    parser.add_argument("--offload-gb", type=float, default=0.0, metavar="GB",
-                        help="so much of each GPU's weights may live in the host's memory")  # fmt: skip
+    parser.add_argument("--cpu-offload-gb", "--offload-gb", metavar="GIB",
+                        help="GiB of each GPU's weights in the host's memory; auto: what is needed to fit")  # fmt: skip
     parser.add_argument("--dtype", help="default: the checkpoint's")
     parser.add_argument("--kv-cache-dtype", help="auto, bfloat16, float16, float32 or fp8_e4m3")
     parser.add_argument("--max-model-len", type=int, help="default: the model's")
@@ -123,6 +125,8 @@ def topology_from(args: argparse.Namespace) -> ClusterTopology:
 def config_from(args: argparse.Namespace, shape: ModelShape, topology: ClusterTopology | None = None) -> ServingConfig:
     """The settings that the flags name, the others at their defaults: a step's size is what suits the cards."""
     given: dict[str, Any] = {name: getattr(args, name) for name in SERVING_FLAGS if getattr(args, name) is not None}
+    if "cpu_offload_gb" in given:
+        given["cpu_offload_gb"] = clean_setting("cpu_offload_gb", given["cpu_offload_gb"])
     models = [gpu.model for node in topology.nodes for gpu in node.gpus] if topology is not None else []
     filled = device_defaults.fill({**given, "model": shape.name or "model"}, card=models[0] if models else "")
     return ServingConfig.from_mapping(filled)
@@ -144,8 +148,6 @@ def options_from(args: argparse.Namespace) -> PlanOptions:
     for name in ("input_len", "output_len"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
-    if args.offload_gb < 0:
-        raise ConfigError(f"--offload-gb {args.offload_gb:g}: must not be negative")
     return PlanOptions(
         tp_size=args.tensor_parallel_size,
         pp_size=args.pipeline_parallel_size,
@@ -154,7 +156,6 @@ def options_from(args: argparse.Namespace) -> PlanOptions:
         traffic=Traffic(input_len=args.input_len, output_len=args.output_len, concurrency=args.concurrency),
         max_ttft_seconds=None if args.max_ttft_ms is None else args.max_ttft_ms / 1e3,
         max_tpot_seconds=None if args.max_tpot_ms is None else args.max_tpot_ms / 1e3,
-        offload_bytes=int(args.offload_gb * 1e9),
         price_per_gpu_hour=args.price,
         calibration=calibration_from(args),
     )

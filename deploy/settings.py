@@ -27,7 +27,7 @@ class Flag(NamedTuple):
     """One flag of the command line and the setting it sets."""
 
     name: str
-    kind: str  # text, int, float, switch, list, json
+    kind: str  # text, int, float, gib, switch, list, json
     help: str
     setting: str = ""  # empty: the flag's name
     short: str = ""
@@ -90,6 +90,12 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("num-gpu-blocks-override", "int", "number of KV blocks; overrides both"),
         Flag("block-size", "int", "tokens a KV block"),
         Flag("kv-cache-dtype", "text", "auto, bfloat16, float16, float32 or fp8 (half the bytes)"),
+        Flag(
+            "cpu-offload-gb",
+            "gib",
+            "GiB of each rank's weights that live in the host's memory and are copied in every step; auto: what is "
+            "needed to fit (default: 0)",
+        ),
         Flag("enable-prefix-caching", "switch", "keep blocks of finished requests for equal beginnings (default: on)"),
     ),
     "scheduling": (
@@ -132,7 +138,7 @@ _IGNORED_SWITCHES = """
 _IGNORED_VALUES = """
     distributed_executor_backend nnodes node_rank master_addr master_port runner convert
     tokenizer_mode code_revision hf_config_path swap_space
-    cpu_offload_gb compilation_config optimization_level performance_mode attention_config attention_backend
+    compilation_config optimization_level performance_mode attention_config attention_backend
     profiler_config kv_offloading_size kv_offloading_backend max_log_len otlp_traces_endpoint uvicorn_log_level
     api_server_count shutdown_timeout allowed_local_media_path allowed_media_domains limit_mm_per_prompt
     mm_processor_kwargs logprobs_mode chat_template_content_format num_scheduler_steps max_seq_len_to_capture
@@ -258,7 +264,7 @@ def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
         elif name in IGNORED:
             ignored.append(name)
         elif name in settings:
-            known[name] = _clean(name, value)
+            known[name] = clean_setting(name, value)
         else:
             _refuse_not_yet(key, name)
             near = get_close_matches(name, [*settings, "scheduling_policy", *sorted(IGNORED)], n=1)
@@ -304,7 +310,7 @@ def read_config_file(path: str) -> dict[str, object]:
     return {renamed.get(key, key): value for key, value in plain.items()}
 
 
-def _clean(name: str, value: object) -> object:
+def clean_setting(name: str, value: object) -> object:
     """The value in the type of its setting, where people write it in more than one way."""
     kind = next((flag.kind for flag in SETTING_FLAGS if flag.field == name), "")
     if name in ("dtype", "kv_cache_dtype"):
@@ -321,6 +327,8 @@ def _clean(name: str, value: object) -> object:
             return _integer(value)
         if kind == "float":
             return float(value)
+        if kind == "gib":
+            return _gib(value)
         if kind == "json":
             parsed = json.loads(value)
             return tuple(parsed) if isinstance(parsed, list) else parsed
@@ -329,7 +337,12 @@ def _clean(name: str, value: object) -> object:
     return value
 
 
-_KIND_WORDS = {"int": "a whole number, such as 4096, 32k or 2GiB", "float": "a number", "json": "valid JSON"}
+_KIND_WORDS = {
+    "int": "a whole number, such as 4096, 32k or 2GiB",
+    "float": "a number",
+    "gib": "a number of GiB, or auto",
+    "json": "valid JSON",
+}
 
 
 def _integer(text: str) -> int:
@@ -337,3 +350,14 @@ def _integer(text: str) -> int:
     if plain and plain[-1] in _UNITS:
         return int(float(plain[:-1]) * _UNITS[plain[-1]])
     return int(plain)
+
+
+def _gib(text: str) -> float | str:
+    """A number of GiB: 4, 4.5, 4GiB or 512MiB; "auto" stays."""
+    plain = text.strip().lower()
+    if plain == "auto":
+        return plain
+    number = plain.removesuffix("ib").removesuffix("b")
+    if number and number[-1] in _UNITS:
+        return float(number[:-1]) * _UNITS[number[-1]] / _UNITS["g"]
+    return float(plain)

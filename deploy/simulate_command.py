@@ -82,7 +82,6 @@ def main(args: argparse.Namespace) -> int:
         pp_size=args.pipeline_parallel_size,
         num_replicas=args.replicas,
         traffic=Traffic(input_len=args.input_len, output_len=args.output_len),
-        offload_bytes=int(args.offload_gb * 1e9),
         calibration=plan_command.calibration_from(args),
     )
     report = plan_cluster(shape, topology, options, plan_command.serving_from(args, shape, topology))
@@ -145,10 +144,7 @@ def simulate(
 
 def _judge(report: PlanReport) -> LayoutJudge:
     options = report.options
-    return LayoutJudge(
-        StageBytes(report.model, report.serving), options.traffic, offload_bytes=options.offload_bytes,
-        calibration=options.calibration,
-    )  # fmt: skip
+    return LayoutJudge(StageBytes(report.model, report.serving), options.traffic, calibration=options.calibration)
 
 
 def _config_of(config: ServingConfig, layout: Layout) -> ServingConfig:

@@ -77,10 +77,9 @@ class LayoutJudge:
         sizes: StageBytes,
         traffic: Traffic,
         *,
-        offload_bytes: int = 0,
         calibration: Calibration | None = None,
     ):
-        self.sizes, self.traffic, self.offload_bytes = sizes, traffic, offload_bytes
+        self.sizes, self.traffic = sizes, traffic
         self._calibration = calibration
         self._layer_seconds: dict[tuple[object, ...], tuple[list[float], float]] = {}
 
@@ -147,17 +146,17 @@ class LayoutJudge:
 
     def _room(self, group: DeviceGroup, tp_size: int, pp_size: int) -> tuple[float, float, float]:
         """(bytes for layers and blocks, what the embedding takes of it, what the head takes of it)."""
-        shape = self.sizes.shape
+        shape, serving = self.sizes.shape, self.sizes.serving
         # bytes or blocks that the user names for the cache are the same on every stage: splits are by what is there
-        unasked = {"kv_cache_memory_bytes": None, "num_gpu_blocks_override": None}
-        sizes = StageBytes(shape, msgspec.structs.replace(self.sizes.serving, **unasked))
+        unasked = {"kv_cache_memory_bytes": None, "num_gpu_blocks_override": None, "offload_bytes": 0}
+        sizes = StageBytes(shape, msgspec.structs.replace(serving, **unasked))
         calibration = self.calibration_of(group)
 
         def left(first: int, last: int) -> float:
             ledger = rank_memory(
                 sizes, calibration, group.gpu, tp_size=tp_size, pp_size=pp_size, first_layer=first, last_layer=last
             )
-            return ledger.kv_budget_bytes + sizes.layer_bytes(tp_size, first, last) + self.offload_bytes
+            return ledger.kv_budget_bytes + sizes.layer_bytes(tp_size, first, last) + (serving.offload_bytes or 0)
 
         if shape.num_layers < 3:
             whole = left(0, shape.num_layers)
@@ -201,7 +200,7 @@ class LayoutJudge:
             found.append(
                 rank_memory(
                     self.sizes, self.calibration_of(group), group.gpu, tp_size=tp_size, pp_size=len(replica),
-                    first_layer=first, last_layer=first + count, offload_bytes=self.offload_bytes,
+                    first_layer=first, last_layer=first + count,
                 )
             )  # fmt: skip
             first += count

@@ -39,7 +39,6 @@ class PlanOptions(msgspec.Struct, frozen=True, kw_only=True):
     traffic: Traffic = Traffic()
     max_ttft_seconds: float | None = None
     max_tpot_seconds: float | None = None
-    offload_bytes: int = 0  # of each device's weights, at most
     price_per_gpu_hour: float | None = None
     calibration: Calibration | None = None
 
@@ -141,7 +140,6 @@ def plan_cluster(
     judge = LayoutJudge(
         StageBytes(shape, serving),
         options.traffic,
-        offload_bytes=options.offload_bytes,
         calibration=options.calibration,
     )
     candidates = list(_candidates(judge, topology, options))
@@ -167,9 +165,9 @@ def fits(shape: ModelShape, topology: ClusterTopology, options: PlanOptions, ser
     """Whether any layout of the model fits the cluster; sooner told than which is the best."""
     sizes = StageBytes(shape, serving)
     usable = sum(gpu.usable_bytes for node in topology.nodes for gpu in node.gpus)
-    if sizes.stage_bytes(1, 0, shape.num_layers) > usable + options.offload_bytes * topology.num_gpus:
+    if serving.offload_bytes == 0 and sizes.stage_bytes(1, 0, shape.num_layers) > usable:
         return False
-    judge = LayoutJudge(sizes, options.traffic, offload_bytes=options.offload_bytes, calibration=options.calibration)
+    judge = LayoutJudge(sizes, options.traffic, calibration=options.calibration)
     return any(candidate.replicas for candidate in _candidates(judge, topology, options))
 
 
@@ -342,7 +340,7 @@ def _explain_refusal(
     others = [one for one in candidates if not one.missing_bytes and not one.replicas]
     lines = [f"  {one.describe()}: {one.problem}" for one in (*misfits[:4], *others[:2])]
     hints = "Add GPUs or nodes, store the weights smaller (--quantization fp8 or awq)"
-    hints += ", or let some live in the host's memory (--offload-gb)" if not options.offload_bytes else ""
+    hints += ", or let some live in the host's memory (--cpu-offload-gb auto)" if serving.offload_bytes == 0 else ""
     stored = shape.spec.dtype if serving.weight_format.bits == 16 else serving.weight_format.name
     what = f"{shape.name} ({weights:.1f} GB of weights, {stored}) does not fit {there}"
     return "\n".join([what + ":", *(lines or ["  no layout divides the model over these devices"]), hints])

@@ -14,6 +14,7 @@ from argosy.placement.calibration import Calibration
 from argosy.placement.model_shape import Matrix, ModelShape
 from argosy.placement.topology import Gpu
 from argosy.placement.weight_format import FORMATS, WeightFormat
+from argosy.placement.weight_offload import buffer_bytes, count_for, count_to_gain, offloaded_bytes
 
 CPU_CACHE_BYTES: Final = 4 * 2**30  # as in workers/memory.py, and held to it by a test
 CPU_CACHE_FRACTION: Final = 0.3
@@ -40,6 +41,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: float = 0.92
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None
+    offload_bytes: int | None = 0  # of a rank's weights, in whole layers; None: as few as are needed to fit
 
     @classmethod
     def from_config(
@@ -64,6 +66,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
             gpu_memory_utilization=config.cache.gpu_memory_utilization,
             kv_cache_memory_bytes=config.cache.kv_cache_memory_bytes,
             num_gpu_blocks_override=config.cache.num_gpu_blocks_override,
+            offload_bytes=offload_setting(config),
         )
 
     @property
@@ -72,11 +75,18 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
         return self.max_num_seqs * -(-self.max_model_len // self.block_size)
 
 
+def offload_setting(config: ServingConfig) -> int | None:
+    """The bytes that `cpu_offload_gb` asks for; None for "auto"."""
+    asked = config.offload.cpu_offload_gb
+    return None if isinstance(asked, str) else int(asked * 2**30)
+
+
 class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
     """Where the bytes of one rank go."""
 
     weight_bytes: int  # on the device
     offloaded_bytes: int  # of the weights, in the host's memory
+    buffer_bytes: int  # on the device, for those that come from there
     activation_bytes: int
     workspace_bytes: int  # context, communication, libraries
     limit_bytes: int  # what may be used in all, beside what others have taken
@@ -167,15 +177,14 @@ def rank_memory(
     pp_size: int,
     first_layer: int,
     last_layer: int,
-    offload_bytes: int = 0,
 ) -> RankMemory:
-    """The ledger of a rank on `gpu`. `offload_bytes` of its weights may live in the host's memory, as few as needed."""
+    """The ledger of a rank on `gpu`."""
     serving = sizes.serving
     weights = sizes.stage_bytes(tp_size, first_layer, last_layer)
     block = sizes.block_bytes(tp_size, first_layer, last_layer)
     activations = sizes.activation_bytes(calibration, tp_size, first_layer, last_layer)
     taken = gpu.memory_bytes - gpu.usable_bytes
-    offloaded = 0
+    offloaded = buffers = 0
     if gpu.model == "CPU":
         workspace, limit, taken = 0, gpu.usable_bytes, 0
         share = int(min(CPU_CACHE_BYTES, limit * CPU_CACHE_FRACTION)) // (tp_size * pp_size)
@@ -184,14 +193,16 @@ def rank_memory(
         workspace = calibration.workspace_bytes + (calibration.group_bytes if tp_size * pp_size > 1 else 0)
         limit = min(int(gpu.memory_bytes * serving.gpu_memory_utilization), gpu.memory_bytes - MIN_SLACK)
         budget = limit - taken - workspace - weights - activations
-        wanted = block * max(MIN_BLOCKS, -(-serving.max_model_len // serving.block_size))
-        offloaded = min(offload_bytes, max(0, wanted - budget), weights)
-        weights, budget = weights - offloaded, budget + offloaded
+        if serving.offload_bytes != 0:
+            layers = [sizes.layer_bytes(tp_size, layer, layer + 1) for layer in range(first_layer, last_layer)]
+            count = num_offloaded(serving, layers, block, budget)
+            offloaded, buffers = offloaded_bytes(layers, count), buffer_bytes(layers, count)
+            weights, budget = weights - offloaded, budget + offloaded - buffers
     asked = serving.kv_cache_memory_bytes
     if serving.num_gpu_blocks_override is not None:
         asked = serving.num_gpu_blocks_override * block
     if asked is not None:  # taken at its word, as ranks do; what can't be allocated does not fit
-        room = gpu.usable_bytes - workspace - weights - activations
+        room = gpu.usable_bytes - workspace - weights - buffers - activations
         if gpu.model != "CPU":
             room -= int(ROUNDED_WEIGHTS * weights) + 2 * (last_layer - first_layer) * ROUNDED_TENSOR + OPEN_SEGMENTS
         budget = asked if asked <= room else room - asked
@@ -201,6 +212,7 @@ def rank_memory(
     return RankMemory(
         weight_bytes=weights,
         offloaded_bytes=offloaded,
+        buffer_bytes=buffers,
         activation_bytes=activations,
         workspace_bytes=workspace,
         limit_bytes=max(0, limit - taken),
@@ -208,6 +220,18 @@ def rank_memory(
         block_bytes=block,
         num_blocks=blocks,
     )
+
+
+def num_offloaded(serving: Serving, layer_bytes: list[int], block_bytes: int, budget: int) -> int:
+    """How many of these layers have their weights in the host's memory. `budget`: bytes for blocks if none had."""
+    if serving.offload_bytes is not None:
+        return count_for(layer_bytes, serving.offload_bytes)
+    wanted = max(MIN_BLOCKS, -(-serving.max_model_len // serving.block_size)) * block_bytes
+    if serving.num_gpu_blocks_override is not None:
+        wanted = serving.num_gpu_blocks_override * block_bytes
+    elif serving.kv_cache_memory_bytes is not None:
+        wanted = serving.kv_cache_memory_bytes
+    return count_to_gain(layer_bytes, wanted - budget)
 
 
 def _matrix_bytes(shape: ModelShape, matrix: Matrix, serving: Serving, tp_size: int) -> int:

@@ -10,14 +10,22 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
 import psutil
 import torch
 
 from argosy.cluster.protocol.config import ServingConfig
-from argosy.cluster.protocol.errors import PlacementImpossible
-from argosy.cluster.protocol.ledger import gib
+from argosy.cluster.protocol.errors import ConfigError, PlacementImpossible
+from argosy.cluster.protocol.ledger import HOST, gib
+from argosy.placement.calibration import default_calibration
+from argosy.placement.data_sheets import find_data_sheet
+from argosy.placement.model_families import shape_from_spec
+from argosy.placement.rank_memory import Serving, StageBytes, num_offloaded, offload_setting, rank_memory
+from argosy.placement.topology import Gpu
+from argosy.placement.weight_offload import buffer_bytes, count_for, offloaded_bytes
 from argosy.workers.cuda_graphs import ladder
-from argosy.workers.device import MemoryReading
+from argosy.workers.device import MemoryReading, describe_device
+from argosy.workers.host_memory import check_host_room
 from argosy.workers.model_runner import ModelRunner
 
 CPU_CACHE_BYTES = 4 * 2**30  # all ranks of a machine together, unless kv_cache_memory_bytes says otherwise
@@ -54,6 +62,7 @@ class MemoryLedger:
     activation_bytes: int = 0  # the most that a step needs
     graph_bytes: int = 0  # what recorded graphs are reckoned to need
     meter: Meter | None = None
+    host: dict[str, int] = field(default_factory=dict)  # bytes of the host's memory by purpose
     _last: MemoryReading | None = None
 
     def mark(self, purpose: str, outside: str = "workspace") -> None:
@@ -66,23 +75,33 @@ class MemoryLedger:
         self._add(outside, now.outside - before.outside)
         self._last = now
 
+    def move(self, source: str, target: str, num_bytes: int) -> None:
+        """So many of one purpose's bytes have another."""
+        self._add(source, -num_bytes)
+        self._add(target, num_bytes)
+
     def _add(self, purpose: str, num_bytes: int) -> None:
         self.purposes[purpose] = self.purposes.get(purpose, 0) + num_bytes
 
     def entries(self) -> dict[str, int]:
-        """All purposes, what torch holds ready for activations, what is free, and their sum as `total`."""
+        """All purposes, what torch holds ready for activations, what is free, and their sum as `total`; then those of
+        the host."""
+        host = {HOST + purpose: size for purpose, size in self.host.items()}
         if self._last is None:
-            return {**self.purposes, "activations": self.activation_bytes, "free": self.room_bytes}
+            return {**self.purposes, "activations": self.activation_bytes, "free": self.room_bytes, **host}
         last = self._last
         kept = {"activations": last.reserved - last.allocated, "free": last.total - last.used}
-        return {**self.purposes, **kept, "total": last.total}
+        return {**self.purposes, **kept, "total": last.total, **host}
 
 
-def check_weights_fit(runner: ModelRunner, ledger: MemoryLedger) -> None:
-    """Before any is allocated. Raises `PlacementImpossible` naming the layout that would fit."""
+def check_weights_fit(runner: ModelRunner, ledger: MemoryLedger, count: int = 0) -> None:
+    """Before any is allocated; so many layers are offloaded. Raises `PlacementImpossible` naming what would fit."""
     if ledger.meter is None:
         return
-    needed = sum(parameter.numel() * parameter.dtype.itemsize for parameter in runner.model.parameters())
+    needed = _bytes_of(runner.model)
+    if count:
+        layers = [_bytes_of(layer) for layer in runner.model.layers.values()]
+        needed += buffer_bytes(layers, count) - offloaded_bytes(layers, count)
     now = ledger.meter.read()
     limit = int(now.total * runner.config.cache.gpu_memory_utilization)
     free = min(limit - now.used, now.total - now.used)
@@ -99,10 +118,64 @@ def check_weights_fit(runner: ModelRunner, ledger: MemoryLedger) -> None:
         advice = f"use --gpu-memory-utilization {share:.2f} or more, or {spread}"
     else:
         advice = f"use {spread}"
+    advice += ", or keep some in the host's memory (--cpu-offload-gb auto)" if not count else ""
     raise PlacementImpossible(
         f"rank {rank.global_rank} needs {gib(needed)} for its part of the weights and may use {gib(max(free, 0))} of "
         f"the card's {gib(now.total)}; {advice}"
     )
+
+
+def choose_num_offloaded(runner: ModelRunner, ledger: MemoryLedger) -> int:
+    """How many layers have their weights in the host's memory: the planner's rule, for what is here.
+
+    Raises `ConfigError` for a model without layers of ours, `PlacementImpossible` where the host has no room.
+    """
+    config, rank = runner.config, runner.rank
+    asked = offload_setting(config)
+    if asked == 0:
+        return 0
+    if not hasattr(runner.model, "layers"):
+        if asked is None:
+            return 0
+        raise ConfigError(
+            f"cpu_offload_gb={config.offload.cpu_offload_gb:g}: {runner.spec.architecture} runs through modules that "
+            "are not ours, whose weights stay on the device; leave it out, or serve a smaller or quantised model"
+        )
+    layers = [_bytes_of(layer) for layer in runner.model.layers.values()]
+    if asked is not None:
+        count = count_for(layers, asked)
+    elif ledger.meter is None:
+        return 0  # a CPU's weights are there already
+    else:
+        count = _fewest_offloaded(runner, layers, ledger.meter.read())
+    check_host_room(
+        offloaded_bytes(layers, count),
+        f"cpu_offload_gb={config.offload.cpu_offload_gb}",
+        "set a smaller one, or spread the model over more ranks (--tensor-parallel-size)",
+        num_ranks=rank.tp_size,
+    )
+    return count
+
+
+def _fewest_offloaded(runner: ModelRunner, layers: list[int], now: MemoryReading) -> int:
+    """As `argosy plan` has it for a card with so much free, with this model's own bytes."""
+    rank, name = runner.rank, describe_device(runner.device)
+    shape = shape_from_spec(runner.spec)
+    serving = Serving.from_config(runner.config, shape)
+    sizes = StageBytes(shape, msgspec.structs.replace(serving, offload_bytes=0))
+    sheet = find_data_sheet(name)
+    gpu = Gpu(index=0, model=name, memory_bytes=now.total, free_bytes=now.total - now.used)
+    planned = rank_memory(
+        sizes, default_calibration(name if sheet is None else sheet.name), gpu, tp_size=rank.tp_size,
+        pp_size=rank.pp_size, first_layer=rank.first_layer, last_layer=rank.last_layer,
+    )  # fmt: skip
+    budget = planned.kv_budget_bytes + planned.weight_bytes - _bytes_of(runner.model)
+    return num_offloaded(serving, layers, runner.block_bytes, budget)
+
+
+def _bytes_of(part: torch.nn.Module) -> int:
+    """Of its parameters, which may have no memory yet."""
+    return sum(parameter.numel() * parameter.dtype.itemsize for parameter in part.parameters())
 
 
 @contextmanager

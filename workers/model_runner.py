@@ -19,6 +19,7 @@ from argosy.cluster.protocol.sampling import TokenParams
 from argosy.placement.card_wires import Mover
 from argosy.placement.process_groups import ParallelContext
 from argosy.placement.stage_transport import StageTransport
+from argosy.placement.weight_offload import offloaded_places
 from argosy.workers.attention.base import AttentionBackend, AttentionMetadata
 from argosy.workers.attention.torch_backend import TorchBackend
 from argosy.workers.attention.triton_backend import TritonBackend
@@ -32,6 +33,7 @@ from argosy.workers.models.registry import build_model
 from argosy.workers.quantization.base import count_products
 from argosy.workers.sampler import FAILURES, LogprobTensors, Sampled, Sampler, gather_logprobs, mark_failures
 from argosy.workers.token_return import TokenReturn
+from argosy.workers.weight_offload import WeightOffload
 
 PROMPT_LOGPROB_ROWS = 256  # prompt positions whose logits exist at once
 WARM_UP_EPOCH = -1
@@ -145,6 +147,7 @@ class ModelRunner:
             self._token_return = TokenReturn(self.batch, self.transport)
         self.sampler = Sampler(scheduler.max_num_seqs, spec.vocab_size, device, gives_logprobs=self.rank.answers)
         self.kv_cache: KVCache | None = None
+        self.offload: WeightOffload | None = None
         self.graphs: CUDAGraphRunner | None = None
         self._threads: ThreadChoice | None = None  # on a CPU
         self.last_step_id = -1
@@ -155,12 +158,19 @@ class ModelRunner:
 
     # ----------------------------------------------------------------------------------------------------- starting
 
-    def load(self, folder: Path, on_progress: Callable[[float], None] | None) -> LoadReport:
-        """Fill the weights of this rank."""
+    def load(self, folder: Path, on_progress: Callable[[float], None] | None, *, num_offloaded: int = 0) -> LoadReport:
+        """Fill the weights of this rank, those of so many layers in the host's memory."""
         model = self.config.model
+        if num_offloaded:
+            layers = list(self.model.layers.values())
+            chosen = [layers[place] for place in offloaded_places(len(layers), num_offloaded)]
+            self.offload = WeightOffload(self.model, chosen, self.device)
         report = load_weights(
-            self.model, folder, self.spec, self.rank, on_progress, load_format=model.load_format, seed=model.seed
-        )
+            self.model, folder, self.spec, self.rank, on_progress, load_format=model.load_format, seed=model.seed,
+            offload=self.offload,
+        )  # fmt: skip
+        if self.offload is not None:
+            self.model.offload = self.offload
         if hasattr(self.model, "open_group_sum"):
             scheduler = self.config.scheduler
             self.model.open_group_sum(

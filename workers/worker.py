@@ -53,6 +53,7 @@ from argosy.workers.loading.resolve import resolve_model
 from argosy.workers.memory import (
     MemoryLedger,
     check_weights_fit,
+    choose_num_offloaded,
     explain_out_of_memory,
     measure_num_blocks,
     warm_up_shapes,
@@ -207,14 +208,20 @@ class Worker:
         )  # fmt: skip
         self._clock.mark("buffers")
         self.ledger.mark("buffers")
-        check_weights_fit(self.runner, self.ledger)
+        num_offloaded = choose_num_offloaded(self.runner, self.ledger)
+        check_weights_fit(self.runner, self.ledger, num_offloaded)
         with explain_out_of_memory("loading weights", "use --tensor-parallel-size, or free the card for this rank"):
-            report = self.runner.load(folder, self._throttled("loading weights"))
+            report = self.runner.load(folder, self._throttled("loading weights"), num_offloaded=num_offloaded)
         self._clock.mark("weights")
         self._progress("loading weights", 1.0)
         self.ledger.mark("weights", outside="groups" if self.rank.tp_size > 1 else "workspace")
+        offload = self.runner.offload
         if self.ledger.meter is None:
             self.ledger.purposes["weights"] = report.num_bytes
+        elif offload is not None:  # of what was counted as weights, these are there for others to come to
+            self.ledger.move("weights", "weight buffers", offload.buffer_bytes)
+        if offload is not None:
+            self.ledger.host["weights"] = offload.host_bytes
         measured = measure_num_blocks(self.runner, self.ledger)
         self._clock.mark("measuring memory")
         self.channel.send(

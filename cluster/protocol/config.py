@@ -89,6 +89,12 @@ class ParallelConfig(_Settings, frozen=True):
     all2all_backend: Literal["auto", "sum", "all_to_all"] = "auto"  # how tokens come to them: see docs/models.md
 
 
+class OffloadConfig(_Settings, frozen=True):
+    """What lives in the host's memory beside a GPU, in GiB of each rank. "auto": as much as is needed, or nothing."""
+
+    cpu_offload_gb: float | Literal["auto"] = 0.0  # of the weights: whole layers, at least so much
+
+
 class ServerConfig(_Settings, frozen=True):
     """The doors."""
 
@@ -110,6 +116,7 @@ class ServingConfig(_Settings, frozen=True):
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
     parallel: ParallelConfig = ParallelConfig()
+    offload: OffloadConfig = OffloadConfig()
     server: ServerConfig = ServerConfig()
 
     def __post_init__(self) -> None:
@@ -137,6 +144,7 @@ class ServingConfig(_Settings, frozen=True):
         check.at_least("data_parallel_size", parallel.data_parallel_size, 1)
         check.at_least("max_model_len", self.model.max_model_len, 1)
         check.between("port", self.server.port, 0, 65535)
+        check.gib("cpu_offload_gb", self.offload.cpu_offload_gb)
         if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={scheduler.max_num_batched_tokens} is below max_num_seqs="
@@ -188,6 +196,7 @@ _SECTIONS: dict[str, type[_Settings]] = {
     "cache": CacheConfig,
     "scheduler": SchedulerConfig,
     "parallel": ParallelConfig,
+    "offload": OffloadConfig,
     "server": ServerConfig,
 }
 _SECTION_OF = {field: section for section, kind in _SECTIONS.items() for field in kind.__struct_fields__}
@@ -200,11 +209,16 @@ _CHOICES = {
 }
 
 
+_GIB = ("cpu_offload_gb",)
+
+
 def _explain(error: msgspec.ValidationError, values: Mapping[str, object]) -> str:
     text = str(error)
     for key, value in values.items():
         if f"$.{key}" in text:
             choices = _CHOICES.get(key)
+            if key in _GIB:
+                return f"{key}={value!r}: must be a number of GiB from 0 on, or auto"
             problem = f"must be one of {', '.join(choices)}" if choices else text.split(" - at")[0]
             return f"{key}={value!r}: {problem}"
     return text
@@ -220,6 +234,13 @@ class _Checks:
     def seconds(name: str, value: float, low: float) -> None:
         if not low <= value < math.inf:
             raise ConfigError(f"{name}={value}: must be a finite number, at least {low:g}")
+
+    @staticmethod
+    def gib(name: str, value: float | str) -> None:
+        if isinstance(value, str):
+            return  # "auto", and nothing else comes here
+        if not 0.0 <= value < math.inf:
+            raise ConfigError(f"{name}={value}: must be a number of GiB from 0 on, or auto")
 
     @staticmethod
     def between(name: str, value: float, low: float, high: float) -> None:

@@ -27,10 +27,17 @@ def cluster(gpus: str, nodes: int = 1, network: str = "400Gbit") -> ClusterTopol
     return parse_topology({"network": network, "nodes": [{"name": "node", "gpus": gpus, "count": nodes}]})
 
 
-def plan(model: str, topology: ClusterTopology, quantization: str | None = None, **options: object) -> PlanReport:
+def plan(
+    model: str,
+    topology: ClusterTopology,
+    quantization: str | None = None,
+    offload: float | str = 0.0,
+    **options: object,
+) -> PlanReport:
     """A plan with sequences of 8192 tokens."""
     shape = read_model_shape(model)
-    serving = make_serving(shape, quantization=quantization, max_model_len=min(8192, shape.spec.max_position))
+    longest = min(8192, shape.spec.max_position)
+    serving = make_serving(shape, quantization=quantization, max_model_len=longest, cpu_offload_gb=offload)
     return plan_cluster(shape, topology, PlanOptions(**options), serving)  # type: ignore[arg-type]
 
 
@@ -83,7 +90,7 @@ def test_golden_counts_of_h200(model: str, quantization: str | None, gpus: int) 
 
 def test_gpt3_in_bfloat16_on_two_cards_needs_the_hosts_memory() -> None:
     """Quantise, or let some weights live in the host's memory; the note says how much is read in every step."""
-    report = plan("gpt3-175b", cluster("2 x H200"), offload_bytes=80 * 10**9)
+    report = plan("gpt3-175b", cluster("2 x H200"), offload="auto")
     assert any("host's memory" in note for note in report.notes)
     fast = plan("gpt3-175b", cluster("2 x H200"), "fp8")
     assert fast.chosen.tokens_per_second > 5 * report.chosen.tokens_per_second
@@ -137,7 +144,7 @@ def test_a_refusal_says_what_each_layout_lacks_and_what_would_help() -> None:
     assert "811.7 GB of weights" in text
     assert re.search(r"TP\d x PP\d: node.*: each A10G lacks \d+\.\d\d GB: weights", text)
     assert "--quantization" in text
-    assert "--offload-gb" in text
+    assert "--cpu-offload-gb auto" in text
 
 
 def test_every_loser_has_a_reason() -> None:

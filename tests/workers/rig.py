@@ -36,6 +36,7 @@ from argosy.cluster.request import Request, make_requests
 from argosy.cluster.scheduler import Scheduler
 from argosy.placement.plan import PlacementPlan, RankInfo, make_plan
 from argosy.placement.process_groups import ParallelContext
+from argosy.workers.memory import MemoryLedger, choose_num_offloaded
 from argosy.workers.model_runner import ModelRunner
 
 DEADLINE_SECONDS = 60.0
@@ -141,7 +142,8 @@ class InProcessRank:
             config, spec, ParallelContext(rank, device, DEADLINE_SECONDS),
             device=device, dtype=torch.float32, cache_dtype=torch.float32,
         )  # fmt: skip
-        self.runner.load(Path(config.model.model), None)
+        offloaded = choose_num_offloaded(self.runner, MemoryLedger())
+        self.runner.load(Path(config.model.model), None, num_offloaded=offloaded)
         self.runner.allocate(num_blocks)
         self._answers: deque[ModelRunnerOutput] = deque()
 

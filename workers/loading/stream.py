@@ -5,7 +5,7 @@ The order matters: names, shapes and dtypes are compared from the headers alone;
 
 import hashlib
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
@@ -22,6 +22,7 @@ from argosy.workers.loading.fast_read import Slice, read_slices
 from argosy.workers.loading.kv_scales import load_kv_scales
 from argosy.workers.loading.names import NameTable
 from argosy.workers.quantization.base import Cut
+from argosy.workers.weight_offload import WeightOffload
 
 DUMMY_STD = 0.02  # logits of a few units at any width
 POOL_SIZE = 1_048_573  # a prime: rows of a matrix start at different places
@@ -50,11 +51,14 @@ class LoadableModel(Protocol):
     def known_names(self) -> set[str]:
         """All tensors that a checkpoint of this model may hold."""
 
-    def allocate(self) -> None:
-        """Give the parameters memory."""
+    def allocate(self, modules: Collection[nn.Module] | None = None) -> None:
+        """Give the parameters memory, those of these modules alone if some are named."""
 
-    def finish(self) -> None:
-        """All are loaded."""
+    def finish(self, modules: Collection[nn.Module] | None = None) -> None:
+        """All are loaded, or all of these modules."""
+
+    def modules(self) -> Iterable[nn.Module]:
+        """All modules, the model itself first."""
 
     def parameters(self) -> Iterable[Tensor]:
         """All parameters."""
@@ -80,6 +84,18 @@ class _Read:
     cut: Cut
 
 
+class _Progress:
+    """What share of the bytes is there."""
+
+    def __init__(self, total: int, report: Callable[[float], None]):
+        self._total, self._done, self._report = max(total, 1), 0, report
+
+    def add(self, count: int) -> None:
+        """So many more."""
+        self._done += count
+        self._report(self._done / self._total)
+
+
 def load_weights(
     model: LoadableModel,
     folder: str | Path,
@@ -89,34 +105,58 @@ def load_weights(
     *,
     load_format: str = "auto",
     seed: int = 0,
+    offload: WeightOffload | None = None,
 ) -> LoadReport:
     """Allocate and fill the parameters of `model` from `folder`, or with random numbers for `load_format` "dummy".
 
+    The layers of `offload` come last, one at a time: no more than one of them is on the device by itself.
     Raises `WeightError` before anything is allocated when the checkpoint does not hold exactly this model.
     """
     start = time.perf_counter()
     report = on_progress or (lambda fraction: None)
     reads = [_Read(*read) for read in model.checkpoint_tensors()]
+    checkpoint: Checkpoint | None = None
+    if load_format != "dummy":
+        checkpoint = Checkpoint.open(folder)
+        aliases = {alias: read.name.rpartition(".")[2] for read in reads for alias in read.cut.aliases}
+        checkpoint.entries = {
+            _without_alias(model.NAMES.canonical(name), aliases): entry for name, entry in checkpoint.entries.items()
+        }
+        check_checkpoint(checkpoint, model, reads)
+    total = len(reads) if checkpoint is None else sum(checkpoint.entries[read.name].num_bytes for read in reads)
+    progress = _Progress(total, report)
+    num_bytes = num_read = 0
     with torch.inference_mode(False), torch.no_grad():
-        if load_format == "dummy":
-            model.allocate()
-            num_read = _fill_randomly(model, reads, seed, report)
-        else:
-            checkpoint = Checkpoint.open(folder)
-            aliases = {alias: read.name.rpartition(".")[2] for read in reads for alias in read.cut.aliases}
-            checkpoint.entries = {
-                _without_alias(model.NAMES.canonical(name), aliases): entry
-                for name, entry in checkpoint.entries.items()
-            }
-            check_checkpoint(checkpoint, model, reads)
-            model.allocate()
-            num_read = _fill(checkpoint, model, reads, report)
-            if spec.quantization is not None and spec.quantization.has_kv_scales:
-                load_kv_scales(checkpoint, model)
-        num_bytes = sum(parameter.nbytes for parameter in model.parameters())
-        model.finish()
+        if checkpoint is not None and spec.quantization is not None and spec.quantization.has_kv_scales:
+            load_kv_scales(checkpoint, model)
+        for layer, modules, own_reads in _parts(model, reads, offload):
+            model.allocate(modules)
+            if checkpoint is None:
+                _fill_randomly(model, own_reads, seed, progress)
+            else:
+                num_read += _fill(checkpoint, model, own_reads, progress)
+            # before they are finished: as they are stored
+            num_bytes += sum(one.nbytes for module in modules for one in module.parameters(recurse=False))
+            model.finish(modules)
+            if offload is not None and layer is not None:
+                offload.pack(layer)
+        if offload is not None:
+            offload.open()
     report(1.0)
     return LoadReport(len(reads), num_bytes, num_read, time.perf_counter() - start)
+
+
+def _parts(
+    model: LoadableModel, reads: list[_Read], offload: WeightOffload | None
+) -> Iterator[tuple[nn.Module | None, list[nn.Module], list[_Read]]]:
+    """(offloaded layer, its modules, its reads), one after the other; first everything else, as layer None."""
+    own = [] if offload is None else [(layer, offload.modules_of(layer)) for layer in offload.layers]
+    moved = {module for _, modules in own for module in modules}
+    resident = [module for module in model.modules() if module not in moved]
+    yield None, resident, [read for read in reads if read.module not in moved]
+    for layer, modules in own:
+        names = set(modules)
+        yield layer, modules, [read for read in reads if read.module in names]
 
 
 def check_checkpoint(checkpoint: Checkpoint, model: LoadableModel, reads: list[_Read]) -> None:
@@ -161,18 +201,17 @@ def _some(names: list[str]) -> str:
     return shown if len(names) <= MAX_NAMES_SHOWN else f"{shown} and {len(names) - MAX_NAMES_SHOWN} more"
 
 
-def _fill(checkpoint: Checkpoint, model: LoadableModel, reads: list[_Read], report: Callable[[float], None]) -> int:
+def _fill(checkpoint: Checkpoint, model: LoadableModel, reads: list[_Read], progress: _Progress) -> int:
     """Read file after file, each from front to back."""
     by_file: dict[Path, list[tuple[TensorEntry, _Read]]] = {}
     for read in reads:
         entry = checkpoint.entries[read.name]
         by_file.setdefault(entry.file, []).append((entry, read))
-    total, done = max(1, sum(checkpoint.entries[read.name].num_bytes for read in reads)), 0
     num_read = 0
     for pairs in by_file.values():
         pairs.sort(key=lambda pair: pair[0].offset)
     if model.device.type != "cpu":
-        return _fill_device(by_file, model.device, total, report)
+        return _fill_device(by_file, model.device, progress)
     for path in sorted(by_file):
         try:
             with safe_open(path, framework="pt", device="cpu") as file:
@@ -186,8 +225,7 @@ def _fill(checkpoint: Checkpoint, model: LoadableModel, reads: list[_Read], repo
                         tensor = file.get_slice(entry.name)[read.cut.source]
                     _put(read, target, tensor)
                     num_read += tensor.nbytes
-                    done += entry.num_bytes
-                    report(done / total)
+                    progress.add(entry.num_bytes)
         except (SafetensorError, OSError) as error:
             raise WeightError(path.name, "", f"can't be read: {error}") from error
     return num_read
@@ -196,14 +234,13 @@ def _fill(checkpoint: Checkpoint, model: LoadableModel, reads: list[_Read], repo
 def _fill_device(
     by_file: dict[Path, list[tuple[TensorEntry, _Read]]],
     device: torch.device,
-    total: int,
-    report: Callable[[float], None],
+    progress: _Progress,
 ) -> int:
     """The same onto a GPU, with reading and copying at the same time."""
     found = [(path, entry, read, _target(read)) for path in sorted(by_file) for entry, read in by_file[path]]
     kept = [(path, entry, read, target) for path, entry, read, target in found if target is not None]
     slices = read_slices([Slice(entry, read.cut.source) for _, entry, read, _ in kept], device)
-    done = num_read = 0
+    num_read = 0
     for path, entry, read, target in kept:
         try:
             tensor = next(slices)
@@ -211,13 +248,12 @@ def _fill_device(
             raise WeightError(path.name, entry.name, f"can't be read: {error}") from error
         _put(read, target, tensor)
         num_read += tensor.nbytes
-        done += entry.num_bytes
-        report(done / total)
+        progress.add(entry.num_bytes)
     slices.close()
     return num_read
 
 
-def _fill_randomly(model: LoadableModel, reads: list[_Read], seed: int, report: Callable[[float], None]) -> int:
+def _fill_randomly(model: LoadableModel, reads: list[_Read], seed: int, progress: _Progress) -> None:
     """Weights that depend on (seed, name) alone.
 
     On a CPU the full tensor is made and cut, so that every layout is the same model; its numbers are a window of one
@@ -228,7 +264,8 @@ def _fill_randomly(model: LoadableModel, reads: list[_Read], seed: int, report: 
     generator = torch.Generator(model.device)
     pool = torch.empty(POOL_SIZE if on_cpu else 0, device=model.device)
     pool.normal_(0.0, DUMMY_STD, generator=generator.manual_seed(seed & (2**63 - 1)))
-    for number, read in enumerate(reads):
+    for read in reads:
+        progress.add(1)
         target = _target(read)
         if target is None:
             continue
@@ -250,8 +287,6 @@ def _fill_randomly(model: LoadableModel, reads: list[_Read], seed: int, report: 
             _put(read, target, part * PACKED_SPREAD if read.cut.dtypes else part)
         else:
             target.normal_(0.0, DUMMY_STD, generator=generator.manual_seed(own_seed))
-        report((number + 1) / len(reads))
-    return 0
 
 
 def _window(pool: Tensor, first: int, shape: tuple[int, ...]) -> Tensor:

@@ -7,7 +7,7 @@ T = tokens of the step (padding included), D = model width, S = tokens to be sam
                                           residual += mlp(norm(residual))
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from argosy.workers.layers.rotary import RotaryEmbedding
 from argosy.workers.loading.names import LLAMA_NAMES, NameTable
 from argosy.workers.models.group_forward import HALF_MULTIPLE, GroupForward
 from argosy.workers.quantization.base import Cut, Fusion, LinearMethod, linear_method_for
+from argosy.workers.weight_offload import WeightOffload
 
 
 class GatedMLP(nn.Module):
@@ -142,6 +143,7 @@ class Decoder(nn.Module):
             )
         self._stack = [layer for layer in self.layers.values() if isinstance(layer, DecoderLayer)]
         self._group: GroupForward | None = None
+        self.offload: WeightOffload | None = None
 
     def open_group_sum(self, max_tokens: int, max_rows: int) -> None:
         """Share memory with the tensor-parallel group where its GPUs can. Collective, once, before the first step."""
@@ -156,8 +158,9 @@ class Decoder(nn.Module):
         if sums is not None:
             copies = open_group_copies(self.parallel, sums, max_rows=max_tokens // 2 + HALF_MULTIPLE)
             self._group = GroupForward(
-                self._stack, self.embed, self.norm, sums, copies, width=width, dtype=self.dtype, device=self.device
-            )
+                self._stack, self.embed, self.norm, sums, copies, width=width, dtype=self.dtype, device=self.device,
+                in_turn=self.in_turn,
+            )  # fmt: skip
 
     def forward(
         self, token_ids_T: Tensor | None, hidden_TD: Tensor | None, positions_T: Tensor, ctx: ForwardContext
@@ -174,16 +177,20 @@ class Decoder(nn.Module):
             assert hidden_TD is not None
             residual_TD = hidden_TD
         if self._fuses(residual_TD):
-            for layer in self._stack:
+            for layer in self.in_turn():
                 layer.forward_fused(residual_TD, positions_T, ctx)
             return residual_TD if self.norm is None else self.norm(residual_TD)
         delta_TD: Tensor | None = None
-        for layer in self._stack:
+        for layer in self.in_turn():
             delta_TD = layer(delta_TD, residual_TD, positions_T, ctx)
         assert delta_TD is not None
         if self.norm is None:
             return residual_TD.add_(delta_TD)
         return self.norm.add(delta_TD, residual_TD)
+
+    def in_turn(self) -> "Iterable[DecoderLayer]":
+        """The layers of this stage, each with its weights on the device while the loop's body runs."""
+        return self._stack if self.offload is None else self.offload.in_turn(self._stack)
 
     def _fuses(self, residual_TD: Tensor) -> bool:
         """Whether products are fused with their neighbours. Not over a group: its sum stands between them."""
@@ -222,18 +229,22 @@ class Decoder(nn.Module):
         """The same in float32, contiguous."""
         return self.compute_raw_logits(hidden_SD).float().contiguous()
 
-    def allocate(self) -> None:
-        """Give the parameters and the rotary table their memory on the device. Padding rows are zero."""
-        for module in self.modules():
+    def allocate(self, modules: Collection[nn.Module] | None = None) -> None:
+        """Give the parameters and the rotary table their memory on the device. Padding rows are zero.
+
+        `modules`: those alone; the table comes with the model itself.
+        """
+        for module in self.modules() if modules is None else modules:
             for name, parameter in module.named_parameters(recurse=False):
                 empty = torch.zeros if _is_padded(module) else torch.empty
                 memory = empty(parameter.shape, dtype=parameter.dtype, device=self.device)
                 setattr(module, name, nn.Parameter(memory, requires_grad=False))
-        self.rotary.allocate(self.device)
+        if modules is None or self in modules:
+            self.rotary.allocate(self.device)
 
-    def finish(self) -> None:
-        """All weights are loaded: let every layer bring its own into shape."""
-        for module in self.modules():
+    def finish(self, modules: Collection[nn.Module] | None = None) -> None:
+        """All weights are loaded (or those of `modules`): let every layer bring its own into shape."""
+        for module in self.modules() if modules is None else modules:
             if isinstance(module, Attention | ParallelLinear | ParallelLMHead | RMSNorm):
                 module.finish()
 

@@ -3,7 +3,7 @@
 Its layers are in `blocks`. T = tokens of the step, D = model width, S = tokens to be sampled.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from functools import partial
 from typing import Any
 
@@ -74,6 +74,7 @@ class GeneralDecoder(Decoder):
             self._make_exit()
         self._stack = list(self.layers.values())  # type: ignore[arg-type]  # layers of another class than the base's
         self._group = None
+        self.offload = None
         # as transformers has it: the scale is rounded to the model's numbers first
         self.embedding_scale = float(torch.tensor(spec.embedding_scale, dtype=dtype))
 
@@ -161,7 +162,7 @@ class GeneralDecoder(Decoder):
             out_SD = self._finish(*self._run_slices(self.exchange.own_slice(hidden_TD), positions_T, ctx))
             return self.parallel.gather_rows(out_SD)[:num_tokens]
         delta_TD: Tensor | None = None
-        for layer in self.layers.values():
+        for layer in self.in_turn():
             delta_TD = layer(delta_TD, hidden_TD, positions_T, ctx)
         return self._finish(hidden_TD, delta_TD)
 
@@ -206,19 +207,20 @@ class GeneralDecoder(Decoder):
 
     # ------------------------------------------------------------------------------------------------------ loading
 
-    def allocate(self) -> None:
+    def allocate(self, modules: Collection[nn.Module] | None = None) -> None:
         """As `Decoder.allocate`, with the second table of rotations where there is one."""
-        super().allocate()
-        if self.local_rotary is not self.rotary:
+        super().allocate(modules)
+        if self.local_rotary is not self.rotary and (modules is None or self in modules):
             self.local_rotary.allocate(self.device)
 
-    def finish(self) -> None:
-        """All weights are loaded: let every layer bring its own into shape."""
-        for module in self.modules():
+    def finish(self, modules: Collection[nn.Module] | None = None) -> None:
+        """As `Decoder.finish`."""
+        loaded = list(self.modules() if modules is None else modules)
+        for module in loaded:
             finish = getattr(module, "finish", None)
             if module is not self and finish is not None:
                 finish()
-        for module in self.modules():
+        for module in loaded:
             if isinstance(module, LatentAttention):
                 module.after_finish()
 

@@ -8,7 +8,7 @@ With many tokens the sums of one half are done by copy engines while the other h
 T = tokens of the step, D = model width, X = width of q, k and v.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -40,8 +40,10 @@ class GroupForward:
         width: int,
         dtype: torch.dtype,
         device: torch.device,
+        in_turn: "Callable[[], Iterable[DecoderLayer]]",
     ):
-        self.sums = sums
+        """`in_turn`: the same layers, each with its weights on the device while a loop's body runs."""
+        self.sums, self._in_turn = sums, in_turn
         self._layers, self._embed = layers, embed
         self._norms: list[RMSNorm | None] = [*(layer.input_norm for layer in layers), norm]
         self._width, self._dtype, self._device = width, dtype, device
@@ -69,7 +71,7 @@ class GroupForward:
             residual_TD, x_TD = hidden_TD, self._layers[0].input_norm(hidden_TD)
         if self._copies is not None and self._overlaps(len(x_TD)):
             return self._overlapped(self._copies, x_TD, residual_TD, positions_T, ctx)
-        for layer, next_norm in zip(self._layers, self._norms[1:], strict=True):
+        for layer, next_norm in zip(self._in_turn(), self._norms[1:], strict=True):
             attention, mlp = layer.attention, layer.mlp
             seen_TX = attention.attend(attention.qkv_proj.product(x_TD), positions_T, ctx)
             attention.o_proj.part(seen_TX, sums.part(0, len(x_TD)))
@@ -91,7 +93,7 @@ class GroupForward:
         main = torch.cuda.current_stream(self._device)
         parts = sums.part(0, num_tokens), sums.part(1, num_tokens)
         shared_TD = sums.shared(num_tokens)
-        for number, layer in enumerate(self._layers):
+        for number, layer in enumerate(self._in_turn()):
             attention, mlp = layer.attention, layer.mlp
             qkv = attention.qkv_proj
             qkv_TX = torch.empty((num_tokens, qkv.num_out_own), dtype=self._dtype, device=self._device)

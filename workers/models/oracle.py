@@ -6,7 +6,7 @@ hands a hidden state to the next stage. `cluster.oracle` says in plain Python wh
 T tokens, R rows, K heads of this rank, H head size, P positions of the longest context, J parts of the hash.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -51,10 +51,10 @@ class OracleForCausalLM(nn.Module):
         """There is nothing to load."""
         return set()
 
-    def allocate(self) -> None:
+    def allocate(self, modules: Collection[nn.Module] | None = None) -> None:
         """There is nothing to load."""
 
-    def finish(self) -> None:
+    def finish(self, modules: Collection[nn.Module] | None = None) -> None:
         """There is nothing to load."""
 
     def forward(

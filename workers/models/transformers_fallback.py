@@ -6,7 +6,7 @@ served, and so is an architecture whose attention does not ask the interface. T 
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -99,7 +99,7 @@ class TransformersFallback(nn.Module):
         """Whatever transformers makes of them."""
         return _Everything()
 
-    def allocate(self) -> None:
+    def allocate(self, modules: Collection[nn.Module] | None = None) -> None:
         """Let transformers load the folder; without weight files (`load_format` dummy) they are random."""
         _register()
         try:
@@ -129,7 +129,7 @@ class TransformersFallback(nn.Module):
             )
         return make.from_config(self._config, **options)
 
-    def finish(self) -> None:
+    def finish(self, modules: Collection[nn.Module] | None = None) -> None:
         """All is in shape."""
 
     # ------------------------------------------------------------------------------------------------------ running
