@@ -9,12 +9,12 @@ Where layers have sliding windows there are several blocks a place, and holes am
 The last prompt token is always computed, even on a full hit: without it there is no logit to sample from.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Final
 
 from argosy.cluster.block_pool import BlockPool
 from argosy.cluster.kv_groups import HOLE, GroupRules
-from argosy.cluster.prefix_cache import PrefixCache, extend_hashes
+from argosy.cluster.prefix_cache import BlockHash, PrefixCache, extend_hashes
 from argosy.cluster.protocol.kv_groups import ONE_TABLE, KVGroups
 from argosy.cluster.request import Request
 
@@ -38,7 +38,8 @@ class BlockManager:
         self.block_size = block_size
         self.rules = GroupRules(groups or ONE_TABLE, block_size, max_chunk)
         self.prefix_cache = PrefixCache()
-        self.pool = BlockPool(num_blocks, on_evict=self.prefix_cache.forget)
+        self.pool = BlockPool(num_blocks, on_evict=self._evict)
+        self.on_evict: Callable[[int, BlockHash], None] | None = None  # told of content that gives way to other
         self._enable_prefix_caching = enable_prefix_caching
         self._copy_sources: list[int] = []  # held until the step that copies them is complete
 
@@ -66,8 +67,7 @@ class BlockManager:
 
     def find_prefix(self, request: Request) -> list[int]:
         """The blocks that hold the longest known prefix of the request's tokens, all but the last token at most."""
-        reads = self._enable_prefix_caching and request.params.read_prefix_cache and request.prompt_logprobs is None
-        if not reads:
+        if not self.reads_prefixes(request):
             return []
         num_blocks = (len(request.token_ids) - 1) // self.block_size
         if len(request.block_hashes) < num_blocks:
@@ -78,10 +78,14 @@ class BlockManager:
         """How many tokens the blocks of a prefix hold."""
         return len(shared) // self.rules.num_groups * self.block_size
 
+    def reads_prefixes(self, request: Request) -> bool:
+        """Whether the request may go on from blocks that others computed."""
+        return self._enable_prefix_caching and request.params.read_prefix_cache and request.prompt_logprobs is None
+
     def num_free_after(self, shared: Iterable[int]) -> int:
         """How many blocks are free once `shared` were taken up."""
         counts = self.pool.ref_counts
-        return self.pool.num_free - sum(1 for block_id in shared if block_id != HOLE and counts[block_id] == 0)
+        return self.pool.num_free - sum(1 for block_id in shared if block_id >= 0 and counts[block_id] == 0)
 
     def num_missing(self, request: Request, shared: Sequence[int] = ()) -> int:
         """Blocks that its known tokens need beyond those it has or shares; a fork needs some to write to anyway."""
@@ -227,6 +231,11 @@ class BlockManager:
     def _num_unused_slots(self, request: Request) -> int:
         held = len(request.block_ids) - (request.block_ids.count(HOLE) if self.rules.has_windows else 0)
         return held * self.block_size - self.rules.num_needed_slots(request.num_computed_tokens)
+
+    def _evict(self, block_id: int) -> None:
+        block_hash = self.prefix_cache.forget(block_id)
+        if self.on_evict is not None and block_hash is not None:
+            self.on_evict(block_id, block_hash)
 
     def _extend(self, request: Request, num_blocks: int) -> None:
         extend_hashes(request.block_hashes, request.token_ids, self.block_size, request.cache_salt, num_blocks)

@@ -15,7 +15,7 @@ class BlockPool:
     `on_evict` is told when a cached block is handed out for new content.
     """
 
-    def __init__(self, num_blocks: int, on_evict: Callable[[int], None] | None = None):
+    def __init__(self, num_blocks: int, on_evict: Callable[[int], object] | None = None):
         self.num_blocks = num_blocks
         self.ref_counts = [0] * num_blocks
         self._spare = list(range(num_blocks - 1, -1, -1))

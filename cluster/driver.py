@@ -160,7 +160,7 @@ class Driver:
         elif isinstance(message, StatsRequest):
             self._outbox.append((edge_id, self.stats()))
         elif isinstance(message, ResetPrefixCache):
-            self.scheduler.blocks.reset_prefix_cache()
+            self.scheduler.reset_prefix_cache()
             self._outbox.append((edge_id, PrefixCacheReset(done=True)))
         elif isinstance(message, Drain):
             self.drain()
@@ -299,7 +299,7 @@ class Driver:
                 self._fail_all(command)
 
     def _begin_steps(self, command: BeginSteps) -> None:
-        self.scheduler.begin_epoch(command.epoch, command.num_blocks, command.groups)
+        self.scheduler.begin_epoch(command.epoch, command.num_blocks, command.groups, command.swap)
         self.info = msgspec.structs.replace(
             self.info, num_blocks=command.num_blocks, epoch=command.epoch, kv_windows=command.groups.windows
         )

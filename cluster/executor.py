@@ -9,15 +9,16 @@ from typing import Protocol, TypeAlias
 from argosy.cluster.protocol.errors import ServingError
 from argosy.cluster.protocol.kv_groups import ONE_TABLE, KVGroups
 from argosy.cluster.protocol.messages import ModelRunnerOutput, SchedulerOutput
+from argosy.cluster.protocol.swap import NO_SWAP, SwapCosts
 
 
 class RanksReady:
-    """Event: all ranks of `epoch` have their weights and `num_blocks` KV blocks for layers in `groups`."""
+    """Event: all ranks of `epoch` have their weights, `num_blocks` KV blocks for layers in `groups`, host blocks."""
 
-    __slots__ = ("epoch", "groups", "num_blocks")
+    __slots__ = ("epoch", "groups", "num_blocks", "swap")
 
-    def __init__(self, epoch: int, num_blocks: int, groups: KVGroups | None = None):
-        self.epoch, self.num_blocks, self.groups = epoch, num_blocks, groups or ONE_TABLE
+    def __init__(self, epoch: int, num_blocks: int, groups: KVGroups | None = None, swap: SwapCosts = NO_SWAP):
+        self.epoch, self.num_blocks, self.groups, self.swap = epoch, num_blocks, groups or ONE_TABLE, swap
 
 
 class RanksLost:

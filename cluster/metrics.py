@@ -71,6 +71,17 @@ METRIC_NAMES: Final[Mapping[str, MetricName]] = {
     "argosy_preemptions_total": MetricName("counter", "Requests sent back for blocks.", "vllm:num_preemptions_total"),
     "argosy_recoveries_total": MetricName("counter", "Requests sent back by the loss of ranks."),
     "argosy_block_copies_total": MetricName("counter", "Blocks copied before a write."),
+    "argosy_requests_loading": MetricName("gauge", "Requests whose blocks come in from host memory."),
+    "argosy_host_blocks_total": MetricName("gauge", "KV blocks of the pool in host memory (swap_space)."),
+    "argosy_host_blocks_used": MetricName("gauge", "Host blocks held by requests."),
+    "argosy_host_blocks_cached": MetricName("gauge", "Free host blocks whose content may be found again."),
+    "argosy_preemptions_swapped_total": MetricName(
+        "counter", "Requests sent back for blocks whose computed tokens went to host memory."
+    ),
+    "argosy_swap_blocks_total": MetricName("counter", "Blocks copied between device and host, by direction."),
+    "argosy_swap_bytes_total": MetricName("counter", "Their bytes on all ranks, by direction."),
+    "argosy_swap_seconds_total": MetricName("counter", "Seconds of these copies on one rank, by direction."),
+    "argosy_host_tier_hits_total": MetricName("counter", "Tokens of known prefixes that came in from host memory."),
     "argosy_requests_refused_total": MetricName("counter", "Requests refused on arrival, by error code."),
     "argosy_requests_finished_total": MetricName("counter", "Ended requests, by reason.", "vllm:request_success_total"),
     "argosy_step_tokens": MetricName("histogram", "Tokens computed in a step.", "vllm:iteration_tokens_total"),
@@ -88,6 +99,7 @@ METRIC_NAMES: Final[Mapping[str, MetricName]] = {
     "argosy_request_generation_tokens": MetricName("histogram", "Length of answers.", "vllm:request_generation_tokens"),
 }
 
+_DIRECTIONS: Final = ("out", "in")  # of the device
 _BOUNDS: Final[Mapping[str, tuple[float, ...]]] = {
     "argosy_step_tokens": _TOKENS,
     "argosy_request_prompt_tokens": _TOKENS,
@@ -118,6 +130,10 @@ class Metrics:
         self.generation_tokens = self.tokens_dropped = self.tokens_recomputed = 0
         self.prefix_queries = self.prefix_hits = 0
         self.preemptions = self.recoveries = self.block_copies = 0
+        self.preemptions_swapped = self.host_hits = 0
+        self.swap_blocks = dict.fromkeys(_DIRECTIONS, 0)
+        self.swap_bytes = dict.fromkeys(_DIRECTIONS, 0)
+        self.swap_seconds = dict.fromkeys(_DIRECTIONS, 0.0)
         self.refused: dict[str, int] = {}
         self.finished = dict.fromkeys(FinishReason, 0)
         self._histograms = {
@@ -153,12 +169,19 @@ class Metrics:
             "argosy_preemptions_total": self.preemptions,
             "argosy_recoveries_total": self.recoveries,
             "argosy_block_copies_total": self.block_copies,
+            "argosy_preemptions_swapped_total": self.preemptions_swapped,
+            "argosy_host_tier_hits_total": self.host_hits,
         }
         found: dict[str, float] = {}
         for name, value in plain.items():
             found[name] = float(value)
             if METRIC_NAMES[name].vllm:
                 found[METRIC_NAMES[name].vllm] = float(value)
+        for name, by_direction in (("blocks", self.swap_blocks), ("bytes", self.swap_bytes)):
+            for direction, amount in by_direction.items():
+                found[f'argosy_swap_{name}_total{{direction="{direction}"}}'] = float(amount)
+        for direction, seconds in self.swap_seconds.items():
+            found[f'argosy_swap_seconds_total{{direction="{direction}"}}'] = seconds
         for reason, count in self.finished.items():
             found[f'argosy_requests_finished_total{{reason="{reason}"}}'] = float(count)
             found[f'vllm:request_success_total{{finished_reason="{reason}"}}'] = float(count)

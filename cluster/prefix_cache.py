@@ -50,14 +50,13 @@ class PrefixCache:
     def find(self, hashes: Sequence[BlockHash]) -> list[int]:
         """The blocks that hold the longest known prefix of `hashes`."""
         found = []
-        for digest, packed in hashes:
-            block_id = self._block_of.get(digest)
-            if block_id is None or self._hash_of[block_id][1] != packed:
+        for block_hash in hashes:
+            if (block_id := self.get(block_hash)) is None:
                 break
             found.append(block_id)
         return found
 
-    def get(self, block_hash: BlockHash, group: int) -> int | None:
+    def get(self, block_hash: BlockHash, group: int = 0) -> int | None:
         """The block in which a group of layers has this content."""
         block_id = self._block_of.get(_name(block_hash[0], group))
         return block_id if block_id is not None and self._hash_of[block_id][1] == block_hash[1] else None
@@ -70,10 +69,11 @@ class PrefixCache:
             self._block_of[block_hash[0]] = block_id
             self._hash_of[block_id] = block_hash
 
-    def forget(self, block_id: int) -> None:
-        """The block's content is gone, or not to be trusted."""
+    def forget(self, block_id: int) -> BlockHash | None:
+        """The block's content is gone, or not to be trusted. The name that it had."""
         if (block_hash := self._hash_of.pop(block_id, None)) is not None:
             del self._block_of[block_hash[0]]
+        return block_hash
 
     def check(self) -> None:
         """Both directions say the same."""

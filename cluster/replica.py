@@ -22,6 +22,7 @@ from argosy.cluster.protocol.errors import (
     WorkerFailed,
 )
 from argosy.cluster.protocol.kv_groups import ONE_TABLE, KVGroups
+from argosy.cluster.protocol.swap import NO_SWAP, SwapCosts
 
 MAX_FAILED_STARTS: Final = 3
 """So many groups in a row that never got ready, and the replica gives up."""
@@ -60,6 +61,7 @@ class BeginSteps:
     epoch: int
     num_blocks: int
     groups: KVGroups = ONE_TABLE
+    swap: SwapCosts = NO_SWAP
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +118,7 @@ class ReplicaState:
         if isinstance(event, RanksReady):
             self._num_failed_starts = 0
             self._move(ReplicaStatus.READY, f"epoch {event.epoch} is ready with {event.num_blocks} blocks")
-            return [BeginSteps(event.epoch, event.num_blocks, event.groups)]
+            return [BeginSteps(event.epoch, event.num_blocks, event.groups, event.swap)]
         return self._on_lost(event.error)
 
     def _on_lost(self, error: ServingError) -> list[Command]:

@@ -18,14 +18,16 @@ from argosy.cluster.protocol.sampling import TokenParams
 class RequestStatus(IntEnum):
     """Where a request stands."""
 
-    WAITING = 0  # in the queue; holds no handle, and blocks only as the fork of another
+    WAITING = 0  # in the queue; holds no handle, device blocks only as the fork of another, perhaps host blocks
     RUNNING = 1  # has a handle on the ranks and blocks
     FINISHED = 2  # its owner was told; holds nothing
+    LOADING = 3  # its blocks are on their way in from the host; not in the queue, holds blocks and no handle
 
 
 TRANSITIONS: Final[Mapping[RequestStatus, frozenset[RequestStatus]]] = {
-    RequestStatus.WAITING: frozenset({RequestStatus.RUNNING, RequestStatus.FINISHED}),
-    RequestStatus.RUNNING: frozenset({RequestStatus.WAITING, RequestStatus.FINISHED}),  # WAITING: to be recomputed
+    RequestStatus.WAITING: frozenset({RequestStatus.RUNNING, RequestStatus.LOADING, RequestStatus.FINISHED}),
+    RequestStatus.RUNNING: frozenset({RequestStatus.WAITING, RequestStatus.FINISHED}),  # WAITING: had to make room
+    RequestStatus.LOADING: frozenset({RequestStatus.RUNNING, RequestStatus.WAITING, RequestStatus.FINISHED}),
     RequestStatus.FINISHED: frozenset(),
 }
 
@@ -72,6 +74,7 @@ class Request:
         "first_token_seconds",
         "forks",
         "handle",
+        "host_table",
         "index",
         "is_decoding",
         "is_first_delta",
@@ -123,6 +126,7 @@ class Request:
         self.block_ids: list[int] = []
         self.block_hashes: list[tuple[bytes, bytes]] = []  # of each full block: digest, packed token ids
         self.num_registered_blocks = 0
+        self.host_table: Any = None  # a `HostTable`, of what it has in host memory
         self.boundary = self.countdown = 0
         self.last_step_id = self.resume_after_step_id = -1
         self.is_queued = self.is_decoding = False

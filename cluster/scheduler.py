@@ -5,6 +5,7 @@ budget allows, then takes in waiting ones. Prefill, chunked prefill, decode, rec
 
     decoding    one token a step each; the loop over them only counts down to the next block boundary
     prefilling  running, with more than one token to compute
+    loading     taken from the queue; its blocks are on their way in from host memory (`host_tier`)
     queue       waiting, in order of priority and arrival
 
 Several steps may be in flight, and a request in each of them: its unknown token is fed by the ranks themselves. Ranks
@@ -15,8 +16,11 @@ takes a share of the work (`micro_batches`).
 from collections import deque
 from collections.abc import Iterator
 
+import msgspec
+
 from argosy.cluster.block_manager import BlockManager
 from argosy.cluster.clock import Clock
+from argosy.cluster.host_tier import HostTier, num_on_host
 from argosy.cluster.kv_groups import with_zeros
 from argosy.cluster.metrics import Metrics
 from argosy.cluster.micro_batches import MicroBatches
@@ -26,6 +30,7 @@ from argosy.cluster.protocol.errors import InvalidRequest, InvariantBroken, Serv
 from argosy.cluster.protocol.kv_groups import KVGroups
 from argosy.cluster.protocol.messages import ModelRunnerOutput, NewRequest, SchedulerOutput, TokenLogprobs
 from argosy.cluster.protocol.sampling import FinishReason
+from argosy.cluster.protocol.swap import NO_SWAP, SwapCosts
 from argosy.cluster.request import WATCH_ALL, Request, RequestStatus, order_key
 from argosy.cluster.running import RunningSet
 from argosy.cluster.step import Draft, Step
@@ -49,6 +54,7 @@ class Scheduler:
         self._cache, self._clock, self._metrics = config.cache, clock, metrics
         self.queue = WaitingQueue(by_priority=self._by_priority)
         self.blocks = BlockManager(0, self._cache.block_size)
+        self.host = HostTier(self.blocks, NO_SWAP, metrics)
         self.epoch = -1
         self._running = RunningSet(scheduler.max_num_seqs)
         self._waiting_forks: list[Request] = []  # in the queue, and holding blocks of their parents
@@ -137,21 +143,29 @@ class Scheduler:
                 self.blocks.register_full_blocks(request)
             self.blocks.free(request, trusted=reason is not FinishReason.ERROR)
             self._running.give_back(request)
+            if reason is FinishReason.ERROR:
+                self.host.distrust(request)
+        elif request.status is RequestStatus.LOADING:
+            self.host.call_off(request)
         else:
             if request.is_queued:
                 self.queue.forget(request)
             if request.block_ids:
                 self._waiting_forks.remove(request)
                 self.blocks.free(request)
+        self.host.release(request)
         forks, request.forks = [fork for fork in request.forks if not fork.is_finished], []
         if forks:  # they never saw their prompt's blocks: the first of them computes it now
             forks[0].forks = forks[1:]
             self.queue.push(forks[0])
         self.outcomes.close(request, reason, error, stop_token_id, token_ids, logprobs)
 
-    def begin_epoch(self, epoch: int, num_blocks: int, groups: KVGroups | None = None) -> None:
+    def begin_epoch(
+        self, epoch: int, num_blocks: int, groups: KVGroups | None = None, swap: SwapCosts = NO_SWAP
+    ) -> None:
         """Ranks with empty blocks are ready; nothing is in flight. All that ran before must have been taken back."""
         assert not self._running
+        assert not self.host.loading
         assert not self._in_flight
         self.epoch = epoch
         self.blocks = BlockManager(
@@ -161,6 +175,7 @@ class Scheduler:
             groups=groups,
             max_chunk=self._max_tokens,
         )
+        self.host = HostTier(self.blocks, swap, self._metrics)
         self._running.take_given_back()  # those ranks are gone
         self._blocked = None
         for request in list(self.queue):
@@ -171,9 +186,18 @@ class Scheduler:
                 self.end(request, FinishReason.LENGTH)
 
     def take_back_all(self) -> list[Request]:
-        """The ranks are gone, with all blocks and all steps in flight: the requests that ran, now in the queue."""
+        """The ranks are gone, with all blocks and all steps in flight: the requests that ran, now in the queue.
+
+        What was in host memory is gone as well: who waited for it is computed anew, and is not held to be the cause.
+        """
         self._in_flight.clear()
         self._applied_step_id = self._next_step_id - 1
+        for request in list(self.host.loading):
+            self._call_off(request, "lost its ranks")
+        for request in self.queue:
+            if request.host_table is not None:
+                self._metrics.tokens_recomputed += request.host_table.num_computed
+                self.host.release(request)
         running = sorted(self._running.by_handle.values(), key=lambda request: order_key(request, self._by_priority))
         for request in (*running, *self._waiting_forks):
             self.blocks.free(request)
@@ -193,15 +217,19 @@ class Scheduler:
             self._running.drop_stale()
         draft = Draft(self._max_tokens)
         self._advance_decodes(draft)
-        if self._shares is not None and self._chunked and (self._running.prefilling or self.queue):
+        if self._shares is not None and self._chunked and (self._running.prefilling or self.queue or self.host.loading):
             draft.budget = min(draft.budget, self._shares.prompt_budget(self._num_waiting_tokens(self._shares)))
         if self._running.prefilling:
             self._advance_prefills(draft)
+        if self.host.loading:  # before new ones, and after: what was just asked for may be there already
+            self._resume_loaded(draft)
         if self.queue:
             self._admit(draft)
+        if self.host.loading:
+            self._resume_loaded(draft)
         if draft.has_preempted:
             draft.drop_preempted()
-        if not draft.decodes and not draft.prefills:
+        if not draft.decodes and not draft.prefills and not self.host.has_orders:
             return None
         return self._complete(draft)
 
@@ -260,29 +288,37 @@ class Scheduler:
         """Take in waiting requests, in order, until the next one doesn't fit."""
         # who is started below has all its blocks at once, or takes the rest of the budget
         promised = sum(self.blocks.num_missing(one) for one in self._running.prefilling)
-        while draft.budget > 0 and self._running.num_free and not draft.has_preempted:
+        host = self.host
+        while draft.budget > 0 and self._running.num_free > len(host.loading) and not draft.has_preempted:
             request = self.queue.peek()
             if request is None or request.resume_after_step_id > self._applied_step_id:
                 return  # its tokens in flight come first
             is_fork = bool(request.block_ids)
-            if not self._running:
+            if not self._running and not host.loading:
                 self._blocked = None
             elif self._blocked == (request, self.blocks.pool.num_free, len(self._running.prefilling)):
                 return
             shared = [] if is_fork else self.blocks.find_prefix(request)
-            num_computed = request.num_computed_tokens if is_fork else self.blocks.num_cached_tokens(shared)
+            sources = host.find(request, shared) if host.num_host_blocks and not is_fork else shared
+            loads = sources is not shared or host.needs_load(shared)
+            num_computed = request.num_computed_tokens if is_fork else self.blocks.num_cached_tokens(sources)
             num_tokens = self._chunk(len(request.token_ids) - num_computed, draft)
-            if not num_tokens:
+            if not num_tokens and not loads:
                 return
-            fits = self._fits_now(request, shared, promised)
-            if not fits and not self._running and self._drop_waiting_forks():
+            fits = self._fits_now(request, sources, promised)
+            if not fits and not self._running and not host.loading and self._drop_waiting_forks():
                 continue
-            if not self._running:  # it has the pool for itself, if only for small chunks
-                num_tokens = min(num_tokens, self.blocks.most_tokens(request, shared) - num_computed)
+            if not self._running and not host.loading:  # it has the pool for itself, if only for small chunks
+                num_tokens = min(num_tokens, self.blocks.most_tokens(request, sources) - num_computed)
             elif not fits:
                 self._blocked = (request, self.blocks.pool.num_free, len(self._running.prefilling))
                 return
-            self._start(request, shared, num_tokens, draft)
+            if loads:
+                self.queue.pop()
+                request.move(RequestStatus.LOADING, f"its blocks come in from step {self._next_step_id} on")
+                host.load(request, sources, self._next_step_id)
+            else:
+                self._start(request, shared, num_tokens, draft)
 
     def _chunk(self, num_uncomputed: int, draft: Draft) -> int:
         """How many of its tokens a new request gets in this step."""
@@ -294,7 +330,7 @@ class Scheduler:
     def _fits_now(self, request: Request, shared: list[int], promised: int) -> bool:
         """Whether all its known tokens have room beside the blocks that are promised to those that run."""
         spared = int(self._watermark * self.blocks.pool.num_blocks) if self._running else 0
-        needed = self.blocks.num_missing(request, shared)
+        needed = self.blocks.num_missing(request, shared) + num_on_host(shared)
         return self.blocks.num_free_after(shared) - promised - needed >= spared
 
     def _start(self, request: Request, shared: list[int], num_tokens: int, draft: Draft) -> None:
@@ -308,8 +344,29 @@ class Scheduler:
             draft.copies += self.blocks.own_tail(request)
         else:
             self.blocks.begin(request, shared)
+        self.outcomes.note_start(request, request.num_computed_tokens, is_fork=is_fork)
+        self._enter(request, num_tokens, draft)
+
+    def _resume_loaded(self, draft: Draft) -> None:
+        """Requests whose blocks are in go on, in the order in which they were asked for.
+
+        When nobody else runs the first one goes on at once: then it does no harm that the step waits for the copies.
+        """
+        for request in list(self.host.loading):
+            num_tokens = self._chunk(len(request.token_ids) - request.num_computed_tokens, draft)
+            num_tokens = min(num_tokens, self.blocks.num_slots(request) - request.num_computed_tokens)
+            if draft.has_preempted or num_tokens <= 0 or not (self.host.is_in(request) or not self._running):
+                return
+            is_own = request.host_table.is_own
+            self.host.settle(request)
+            request.move(RequestStatus.RUNNING, f"went on in step {self._next_step_id}")
+            self._running.take(request)
+            self.outcomes.note_start(request, request.num_computed_tokens, is_fork=is_own)
+            self._enter(request, num_tokens, draft)
+
+    def _enter(self, request: Request, num_tokens: int, draft: Draft) -> None:
+        """Tell the ranks of a request that has just got a handle, and give it its first tokens."""
         num_computed = request.num_computed_tokens
-        self.outcomes.note_start(request, num_computed, is_fork=is_fork)
         added = self.blocks.grow(request, num_computed + num_tokens)
         assert added is not None, request
         draft.new.append(
@@ -340,6 +397,8 @@ class Scheduler:
         decode_rows = self._running.decode_rows if is_everybody else [request.handle for request in draft.decodes]
         given_back = self._running.take_given_back()
         output, step = draft.complete(step_id, self.epoch, decode_rows, given_back)
+        if (swaps := self.host.take_orders()) is not None:
+            output = msgspec.structs.replace(output, swaps=swaps)
         self._in_flight.append(step)
         self._metrics.step_tokens.observe(output.num_scheduled_tokens)
         if self._shares is not None:
@@ -375,6 +434,8 @@ class Scheduler:
         if step.step_id != output.step_id:
             raise InvariantBroken(f"step {output.step_id} was answered before step {step.step_id}")
         self._applied_step_id = step.step_id
+        if self.host.num_host_blocks:
+            self.host.note(output.swapped_in_step_id, output.swap_seconds)
         self.outcomes.apply(step, output)
 
     # ------------------------------------------------------------------------------------------------ making room
@@ -385,8 +446,11 @@ class Scheduler:
             if self._drop_waiting_forks():
                 continue
             candidates = [r for r in (*self._running.decoding, *self._running.prefilling) if r.handle >= 0]
-            victim = max(candidates, key=lambda r: order_key(r, self._by_priority))
-            self._preempt(victim)
+            victim = max((*candidates, *self.host.loading), key=lambda r: order_key(r, self._by_priority))
+            if victim.status is RequestStatus.LOADING:
+                self._call_off(victim, f"made room in step {self._next_step_id}")
+            else:
+                self._preempt(victim)
             draft.has_preempted = True
             if victim is request:
                 return False
@@ -395,13 +459,30 @@ class Scheduler:
         return True
 
     def _preempt(self, request: Request) -> None:
-        """Send a running request back to the queue, to be recomputed. Its tokens in flight are kept when they come."""
+        """Send a running request back to the queue: what it has computed goes to the host, or is to be recomputed.
+
+        Its tokens in flight are kept when they come.
+        """
         self._metrics.preemptions += 1
-        self._metrics.tokens_recomputed += request.num_computed_tokens
         request.num_preemptions += 1
+        if self.host.num_host_blocks and self.host.swap_out(request, self._num_submitted(request)):
+            self._metrics.preemptions_swapped += 1
+        else:
+            self._metrics.tokens_recomputed += request.num_computed_tokens
         self.blocks.free(request)
         self._running.give_back(request)
         self._requeue(request, f"preempted in step {self._next_step_id}")
+
+    def _num_submitted(self, request: Request) -> int:
+        """How many of its tokens are computed by steps that were sent; a step that is being put together isn't."""
+        if not request.is_decoding:
+            return request.num_computed_tokens  # of those with more than one token to compute none is counted ahead
+        return len(request.token_ids) - 1 + sum(request in step.sampling for step in self._in_flight)
+
+    def _call_off(self, request: Request, why: str) -> None:
+        """Send a request whose blocks are on their way in back to the queue."""
+        self.host.call_off(request)
+        self._requeue(request, why)
 
     def _requeue(self, request: Request, why: str) -> None:
         request.move(RequestStatus.WAITING, why)
@@ -426,11 +507,17 @@ class Scheduler:
             "argosy_steps_in_flight": len(self._in_flight),
             "argosy_epoch": self.epoch,
             **self.blocks.gauges(self._running.by_handle.values()),
+            **self.host.gauges(),
         }
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all known prefixes, on the device and on the host."""
+        self.blocks.reset_prefix_cache()
+        self.host.reset_names()
 
     def known_requests(self) -> Iterator[Request]:
         """All that run, wait, or wait for the prompt of one of these."""
-        for request in (*self._running.by_handle.values(), *self.queue):
+        for request in (*self._running.by_handle.values(), *self.host.loading, *self.queue):
             yield request
             yield from request.forks
 
@@ -438,7 +525,12 @@ class Scheduler:
         """Blocks, handles and lists agree with each other and with the status of each request."""
         waiting = list(self.queue)
         self.queue.check()
-        self.blocks.check([*self._running.by_handle.values(), *waiting])
+        self.blocks.check([*self._running.by_handle.values(), *self.host.loading, *waiting])
+        self.host.check([*self._running.by_handle.values(), *self.host.loading, *waiting])
+        for request in self.host.loading:
+            assert request.status is RequestStatus.LOADING, request
+            assert request.handle < 0, request
+            assert not request.is_queued, request
         self._running.check()
         for request in waiting:
             assert request.status is RequestStatus.WAITING, request

@@ -28,6 +28,7 @@ from argosy.cluster.protocol.messages import (
     TokenLogprobs,
 )
 from argosy.cluster.protocol.sampling import TokenParams
+from argosy.cluster.protocol.swap import NO_SWAP, SwapCosts
 from argosy.cluster.stage_clock import StageClock
 
 NextToken: TypeAlias = Callable[[Sequence[int], TokenParams], int]
@@ -71,9 +72,16 @@ class PagedTokens:
         max_num_seqs: int,
         next_token: NextToken,
         windows: tuple[int, ...] = (0,),
+        *,
+        num_host_blocks: int = 0,
+        swap_lag: int = 0,
     ):
+        """`swap_lag`: blocks come in from the host so many steps late, unless a step waits for them."""
         self._windows = windows
         self._slots = [[_EMPTY] * block_size for _ in range(num_blocks)]
+        self._host_slots = [[_EMPTY] * block_size for _ in range(num_host_blocks)]
+        self._arriving: deque[tuple[int, Sequence[tuple[int, int]]]] = deque()
+        self._swap_lag, self._swapped_in_step_id = swap_lag, -1
         self._block_size, self._max_num_seqs, self._next_token = block_size, max_num_seqs, next_token
         self._rows: dict[int, _Row] = {}
         self.last_step_id = -1
@@ -83,6 +91,7 @@ class PagedTokens:
         _require(output.step_id > self.last_step_id, "a step came out of order", output)
         self.last_step_id = output.step_id
         self._take_up(output)
+        self._swap(output)
         for source, destination in output.block_copies:
             self._slots[destination] = list(self._slots[source])
         counts = list(output.num_tokens) or [1] * len(output.rows)
@@ -118,7 +127,30 @@ class PagedTokens:
             logprobs=logprobs,
             prompt_logprobs=prompt_logprobs,
             failed=failed,
+            swapped_in_step_id=self._swapped_in_step_id,
         )
+
+    def _swap(self, output: SchedulerOutput) -> None:
+        """As a rank may do it at the latest: copies in read and write when they are done, not when they are ordered."""
+        swaps = output.swaps
+        self._land(max(swaps.await_step_id if swaps is not None else -1, output.step_id - self._swap_lag - 1))
+        if swaps is None:
+            return
+        for pairs in (swaps.out, swaps.into):
+            _require(len({to for _, to in pairs}) == len(pairs), "two blocks are copied to one place", output)
+        for block_id, host_id in swaps.out:
+            self._host_slots[host_id] = list(self._slots[block_id])
+        self._arriving.append((output.step_id, swaps.into))
+        for _, block_id in swaps.into:
+            self._slots[block_id] = [_EMPTY] * self._block_size
+        self._land(swaps.await_step_id)
+
+    def _land(self, step_id: int) -> None:
+        """What steps up to this one ordered in is in."""
+        while self._arriving and self._arriving[0][0] <= step_id:
+            self._swapped_in_step_id, pairs = self._arriving.popleft()
+            for host_id, block_id in pairs:
+                self._slots[block_id] = list(self._host_slots[host_id])
 
     def _take_up(self, output: SchedulerOutput) -> None:
         for handle in output.finished:
@@ -191,9 +223,12 @@ class SimulatedExecutor:
         late_answers: bool = False,
         stage_clock: StageClock | None = None,
         windows: tuple[int, ...] = (0,),
+        swap: SwapCosts = NO_SWAP,
+        swap_lag: int = 0,
     ):
-        """`windows`: of the groups of layers, see `KVGroups`."""
+        """`windows`: of the groups of layers, see `KVGroups`. `swap_lag`: see `PagedTokens`."""
         self._windows = windows
+        self._swap, self._swap_lag = swap, swap_lag
         self._stage_clock = stage_clock
         self._config, self._clock, self.num_blocks = config, clock, num_blocks
         self._step_seconds = step_seconds if callable(step_seconds) else lambda _: step_seconds
@@ -219,8 +254,10 @@ class SimulatedExecutor:
             self._config.scheduler.max_num_seqs,
             self._next_token,
             self._windows,
+            num_host_blocks=self._swap.num_host_blocks,
+            swap_lag=self._swap_lag,
         )
-        self._events.append((when, RanksReady(epoch, self.num_blocks, KVGroups(self._windows))))
+        self._events.append((when, RanksReady(epoch, self.num_blocks, KVGroups(self._windows), self._swap)))
 
     def submit(self, output: SchedulerOutput) -> None:
         """Carry out a step at once; its answer can be had after `step_seconds`."""

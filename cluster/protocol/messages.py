@@ -201,12 +201,14 @@ class WorkerReport(_Message, frozen=True):
     load_seconds: float
     ledger: dict[str, int] = {}
     kv_windows: tuple[int, ...] = (0,)  # see `kv_groups.KVGroups`
+    num_host_blocks: int = 0  # how many `swap_space` holds on this rank; -1: as many as make sense ("auto")
 
 
 class AllocateCache(_Message, frozen=True):
     """Driver -> rank: allocate exactly so many KV blocks and get ready (warm up, record graphs)."""
 
     num_blocks: int
+    num_host_blocks: int = 0  # of the pool in host memory that blocks are swapped to
 
 
 class WorkerReady(_Message, frozen=True):
@@ -217,6 +219,8 @@ class WorkerReady(_Message, frozen=True):
     warm_up_seconds: float
     ledger: dict[str, int] = {}
     phases: dict[str, float] = {}  # seconds of each part of the start, from the start of its process
+    # with a host pool, measured on this rank: seconds of one block out, of one in, and to compute one prompt token
+    swap_seconds: tuple[float, float, float] = (0.0, 0.0, 0.0)
 
 
 class WorkerError(_Message, frozen=True):
@@ -262,11 +266,25 @@ class NewRequest(msgspec.Struct, frozen=True, array_like=True, gc=False):
     params: TokenParams
 
 
+class BlockSwaps(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """Whole blocks between the device and the host; see `SchedulerOutput`.
+
+    `out` (device block, host block) is read before anything of the step is written; the device block may be written by
+    the same step. `into` (host block, device block) begins once the step before and `out` are done, and may take as
+    long as it likes: nobody uses those device blocks until a step names this one in its `await_step_id`. That step's
+    rows run, and whatever it copies is copied, when all that steps up to `await_step_id` ordered in has come in.
+    """
+
+    out: Sequence[tuple[int, int]] = ()
+    into: Sequence[tuple[int, int]] = ()
+    await_step_id: int = -1
+
+
 class SchedulerOutput(_Message, frozen=True):
     """Driver -> every rank of the replica: what step `step_id` computes. Each rank takes its part of the same value.
 
-    A rank does, in this order: forget `finished`; take up `new_requests`; append `new_blocks`; carry
-    out `block_copies`; run the rows; advance each row's computed count by its `num_tokens`.
+    A rank does, in this order: forget `finished`; take up `new_requests`; append `new_blocks`; begin `swaps`; carry
+    out `block_copies`; run the rows; advance each row's computed count by its `num_tokens`. A step may have no rows.
 
     `rows` are handles in batch order: rows of one token first (decodes), then the longer ones. Row i computes
     `num_tokens[i]` tokens from its computed count on (an empty `num_tokens` means one for each row). A row samples
@@ -286,6 +304,7 @@ class SchedulerOutput(_Message, frozen=True):
     new_blocks: Sequence[tuple[int, Sequence[int]]] = ()  # (handle, block ids to append)
     block_copies: Sequence[tuple[int, int]] = ()  # (source, destination), whole blocks, before the forward pass
     finished: Sequence[int] = ()
+    swaps: BlockSwaps | None = None
 
     @property
     def num_scheduled_tokens(self) -> int:
@@ -308,6 +327,8 @@ class ModelRunnerOutput(_Message, frozen=True):
     prompt_logprobs: Sequence[tuple[int, int, Sequence[TokenLogprobs]]] = ()
     failed: Sequence[tuple[int, str]] = ()
     step_seconds: float = 0.0
+    swapped_in_step_id: int = -1  # all blocks that steps up to this one ordered in are in, on this rank
+    swap_seconds: tuple[float, float] = (0.0, 0.0)  # of copies out and in that ended since the last answer
 
 
 FromEdge: TypeAlias = Hello | GenerateRequest | AbortRequest | StatsRequest | ResetPrefixCache | Drain

@@ -12,6 +12,7 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.kv_groups import KVGroups
 from argosy.cluster.protocol.messages import GenerateRequest, TokenDelta
 from argosy.cluster.protocol.sampling import FinishReason, TokenParams
+from argosy.cluster.protocol.swap import NO_SWAP, SwapCosts
 from argosy.cluster.simulation import SimulatedExecutor, Simulation, hash_token
 
 VOCAB_SIZE = 101
@@ -28,6 +29,8 @@ class World(Simulation):
         late_answers: bool = False,
         fails: Callable[[], bool] = lambda: False,
         windows: tuple[int, ...] = (0,),
+        swap: SwapCosts = NO_SWAP,
+        swap_lag: int = 0,
         **settings: Any,
     ) -> None:
         given = {"model": "m", "block_size": 4, "max_num_seqs": 8, "max_num_batched_tokens": 32, **settings}
@@ -42,6 +45,8 @@ class World(Simulation):
             next_token=lambda token_ids, params: -1 if fails() else draw(token_ids, params),
             late_answers=late_answers,
             windows=windows,
+            swap=swap,
+            swap_lag=swap_lag,
         )
         self.groups = KVGroups(windows)
         executor.keeps_outputs = True

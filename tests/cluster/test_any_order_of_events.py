@@ -8,6 +8,7 @@ import pytest
 
 from argosy.cluster.protocol.messages import AbortRequest
 from argosy.cluster.protocol.sampling import FinishReason
+from argosy.cluster.protocol.swap import SwapCosts
 
 SHAPES = [
     {"async_scheduling": False},
@@ -58,16 +59,25 @@ def assert_figures_are_complete(here: Any, stream_id: int, index: int) -> None:
         assert [figure.top_ids[0] for figure in others] == list(message.prompt_token_ids[1:])
 
 
+def _host_tier(rng: random.Random) -> dict[str, Any]:
+    """Host memory for few or many blocks, whose copies are late, and worth it always or for long requests."""
+    costs = SwapCosts(num_host_blocks=rng.choice([5, 30, 400]), out_seconds=rng.choice([0.0, 1.0, 2.0]),
+                      in_seconds=1.0, token_seconds=1.0)  # fmt: skip
+    return {"swap": costs, "swap_lag": rng.randrange(5)}
+
+
+@pytest.mark.parametrize("swaps", [False, True], ids=["recomputes", "swaps"])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "-".join(f"{value}" for value in shape.values()))
 @pytest.mark.parametrize("seed", range(6))
 def test_every_answer_is_that_of_an_undisturbed_run(
-    world: Callable[..., Any], shape: dict[str, Any], seed: int
+    world: Callable[..., Any], shape: dict[str, Any], seed: int, swaps: bool
 ) -> None:
     """Blocks run out, owners leave, rows fail, ranks die, and prompts share prefixes; `check` after each round."""
     rng = random.Random(seed)
     num_blocks = rng.choice([18, 24, 40, 200]) * len(shape.get("windows", (0,)))
+    tier = _host_tier(random.Random(seed)) if swaps else {}
     here = world(num_blocks=num_blocks, max_recoveries=1000, watermark=rng.choice([0.0, 0.05]),
-                 late_answers=bool(seed % 2), fails=lambda: rng.random() < 0.001, **shape)  # fmt: skip
+                 late_answers=bool(seed % 2), fails=lambda: rng.random() < 0.001, **shape, **tier)  # fmt: skip
     prefixes = [[rng.randrange(101) for _ in range(30)] for _ in range(3)]
     aborted: set[tuple[int, int]] = set()
     for _ in range(400):
@@ -98,5 +108,6 @@ def test_every_answer_is_that_of_an_undisturbed_run(
                 assert (stream_id, index) in aborted
                 answer = here.tokens(stream_id, index)
                 assert answer == here.expected(stream_id, index)[0][: len(answer)]
-    assert here.driver.scheduler.blocks.pool.num_held == 0
+    assert here.driver.scheduler.blocks.pool.num_held == here.driver.scheduler.host.pool.num_held == 0
+    assert swaps or not here.metrics.swap_blocks["out"]
     assert here.metrics.generation_tokens == sum(len(here.tokens(*key)) for key in here.deltas)
