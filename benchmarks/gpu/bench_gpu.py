@@ -36,6 +36,7 @@ def main() -> int:
     parser.add_argument("--max-num-batched-tokens", type=int, default=8192)
     parser.add_argument("--max-model-len", type=int, default=4096)
     parser.add_argument("--enforce-eager", action="store_true")
+    parser.add_argument("--cpu-offload-gb", type=float, default=0.0, help="of each rank's weights, on the host")
     parser.add_argument("--backend", default="local", choices=("local", "ray"))
     parser.add_argument("--note", default="")
     parser.add_argument("--trace", help="write what the rank's host did in each step to this file (local backend)")
@@ -62,6 +63,7 @@ def main() -> int:
             max_num_seqs=args.max_num_seqs,
             max_num_batched_tokens=args.max_num_batched_tokens, max_model_len=args.max_model_len,
             max_cuda_graph_batch=args.max_num_seqs, enforce_eager=args.enforce_eager,
+            cpu_offload_gb=args.cpu_offload_gb,
         ) as llm:  # fmt: skip
             print(f"engine ready after {time.perf_counter() - started:.1f} s", file=sys.stderr, flush=True)
             for name in args.workload:
