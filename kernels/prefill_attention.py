@@ -19,6 +19,8 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from argosy.kernels import tuning
 from argosy.kernels.attention_parts import for_cache
 
+LEAST_LINES = 64  # queries times heads of a row, in the mean, from which on tiles of 128 lines are filled well enough
+
 
 @triton.jit
 def _walk(
@@ -198,6 +200,16 @@ def _default_sizes(width: int, mean_queries: int, group: int, dtype: torch.dtype
     return {"block_m": max(16, rows), "block_l": 64 if width <= 128 else 32, "warps": 4, "stages": 3}
 
 
+def _hopper_sizes(q_TNH: Tensor, k_cache_BSKH: Tensor) -> tuning.Sizes | None:
+    """Sizes for `hopper_attention` where it was measured to be faster, and takes these."""
+    sizes = tuning.pick("hopper_attention", f"h{q_TNH.shape[2]}", q_TNH.device)
+    if sizes is None:
+        return None
+    from argosy.kernels import hopper_attention  # needs Gluon, which is part of newer Tritons only
+
+    return sizes if hopper_attention.takes(q_TNH, k_cache_BSKH) else None
+
+
 def prefill_attention(
     q_TNH: Tensor,
     k_cache_BSKH: Tensor,
@@ -233,6 +245,16 @@ def prefill_attention(
         return out_TNH
     width = tuning.next_power_of_two(head_size)
     mean_queries = num_tokens // num_rows
+    plain = sliding_window is None and soft_cap is None and alibi_slopes_N is None and sinks_N is None
+    if plain and sizes is None and mean_queries * group >= LEAST_LINES:
+        hopper = _hopper_sizes(q_TNH, k_cache_BSKH)
+        if hopper is not None:
+            from argosy.kernels.hopper_attention import hopper_attention
+
+            return hopper_attention(
+                q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, out_TNH,
+                scale=scale, kv_scales=kv_scales, sizes=hopper,
+            )  # fmt: skip
     # how many tiles of a row lie before the edge: contexts much longer than the queries have many
     prefixed = block_table_RB.shape[1] * block_size >= 4 * mean_queries
     many = "prefixed" if prefixed else "many"

@@ -26,6 +26,7 @@ from argosy.kernels import (
     fp8_reference,
     fp8_split,
     gemv,
+    hopper_attention,
     kv_cache,
     paged_attention,
     prefill_attention,
@@ -118,6 +119,24 @@ def attention(report: Callable[..., None]) -> None:
             )  # fmt: skip
 
 
+def prompts(report: Callable[..., None]) -> None:
+    """Attention of prompts by Hopper's own kernel."""
+    for heads, kv_heads, size in ((32, 8, 128), (14, 2, 64)):
+        counts = f"{heads}/{kv_heads}x{size}"
+        q = torch.zeros(64, heads + 2 * kv_heads, size, dtype=BF16)[:, :heads]
+        cache = torch.zeros(64, 16, kv_heads, size, dtype=BF16)
+        starts, lengths = torch.zeros(5, dtype=torch.int32), torch.ones(4, dtype=torch.int32)
+        table, out = torch.zeros(4, 16, dtype=torch.int32), torch.zeros(64, heads, size, dtype=BF16)
+        for block_l, stages, registers, fetch_registers in PROMPT_SIZES:
+            sizes = {
+                "block_l": block_l, "stages": stages, "registers": registers, "fetch_registers": fetch_registers
+            }  # fmt: skip
+            report(
+                f"prompts, {counts} {sizes}", hopper_attention.hopper_attention, q, cache, cache, starts,
+                lengths, table, out, scale=0.1, sizes=sizes,
+            )  # fmt: skip
+
+
 def linear(report: Callable[..., None]) -> None:
     """Products with 16-bit weights."""
     for num_in, num_out in ((4096, 6144), (14336, 4096)):
@@ -159,7 +178,8 @@ def _product(
         report(f"{name}, tuned", run, rows, weight, None, BF16, sizes)
 
 
-PARTS = {"attention": attention, "linear": linear, "fp8": fp8}
+PROMPT_SIZES = ((128, 2, 224, 56), (64, 3, 224, 56))
+PARTS = {"attention": attention, "prompts": prompts, "linear": linear, "fp8": fp8}
 
 
 def main() -> int:

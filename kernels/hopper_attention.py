@@ -1,0 +1,383 @@
+"""Causal attention of prompts for Hopper's tensor cores: one group of warps fetches, two multiply and weigh.
+
+Meaning: `reference.prefill_attention` without window, soft cap, slopes or sinks, over a cache of the queries' own type.
+Each multiprocessor keeps one program, which asks a counter for tiles of 128 lines (BLOCK_Q positions of the G heads of
+one key/value head, as in `prefill_attention`) until there are none. Its three groups of four warps:
+
+    fetch      finds the tile's row, copies queries, then keys and values from the edge of the triangle backwards, as
+               far ahead as the rings have room; of the next tile while the last one is still being multiplied
+    attend x2  64 lines each: logits of a tile of keys, and the products of the weights before them with their values
+               while these are being weighed. Two of them side by side: one multiplies while the other weighs
+
+Barriers count how often a ring's slot was filled and read: `*_full` is waited for by readers, `*_empty` by the fetcher.
+Written in Triton's lower language (Gluon), since Triton waits for each product at once.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    async_copy,
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from argosy.kernels import tuning
+
+# Triton 3.9 calls it otherwise than 3.6
+copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+LINES = 128  # of a tile: 64 for each of the two groups that multiply
+HEAD_SIZES = (64, 128)
+LOG2E = 1.4426950408889634
+DEFAULT_SIZES = {"block_l": 128, "stages": 2, "registers": 224, "fetch_registers": 56}
+
+
+@gluon.jit
+def _fact(facts, place: gl.constexpr, layout: gl.constexpr):
+    """One of the numbers that the fetcher left for a tile, as a scalar."""
+    return gl.sum(gl.where(gl.arange(0, 8, layout) == place, facts, 0), 0)
+
+
+@gluon.jit
+def _copy_rows(smem, base, offset, dim):
+    copy_async(smem, base + (offset[:, None] + dim[None, :]))
+
+
+@gluon.jit
+def _fetch(
+    q_ptr, k_cache_ptr, v_cache_ptr, query_start_ptr, context_ptr, table_ptr, counter_ptr, stride_q, stride_table,
+    num_rows, num_tiles,
+    q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    K: gl.constexpr, G: gl.constexpr, H: gl.constexpr, S: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_Q: gl.constexpr,
+    BLOCK_L: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+):  # fmt: skip
+    PER_ROW: gl.constexpr = H // 8
+    copying: gl.constexpr = gl.BlockedLayout([1, 8], [32 // PER_ROW, PER_ROW], [4, 1], [1, 0])
+    by_row: gl.constexpr = gl.SliceLayout(1, copying)
+    by_dim: gl.constexpr = gl.SliceLayout(0, copying)
+    plain: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
+    few: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    dim = gl.arange(0, H, by_dim)
+    line = gl.arange(0, BLOCK_M, by_row)
+    within = gl.arange(0, BLOCK_L, by_row)
+    total = num_tiles * K
+    turn = 0
+    step = 0
+    work = gl.atomic_add(counter_ptr, 1)
+    while work < total:
+        kv_head = work % K
+        tile = num_tiles - 1 - work // K
+        begun = 0
+        for first in range(0, num_rows, 64):
+            other = first + gl.arange(0, 64, plain)
+            start = gl.load(query_start_ptr + other, other < num_rows, other=1 << 30)
+            begun += gl.sum((start // BLOCK_Q + other <= tile).to(gl.int32), 0)
+        row = gl.maximum(begun, 1) - 1
+        query_start = gl.load(query_start_ptr + row)
+        num_queries = gl.load(query_start_ptr + row + 1) - query_start
+        first_query = (tile - query_start // BLOCK_Q - row) * BLOCK_Q
+        context = gl.load(context_ptr + row)
+        work = gl.atomic_add(counter_ptr, 1)
+        if first_query < num_queries:
+            first_position = context - num_queries + first_query
+            last_key = gl.minimum(first_position + BLOCK_Q, context) - 1
+            num_steps = last_key // BLOCK_L + 1
+            mbarrier.wait(q_empty, (turn & 1) ^ 1)
+            place = gl.arange(0, 8, few)
+            facts = gl.where(place == 0, num_steps, 0)
+            facts = gl.where(place == 1, first_position, facts)
+            facts = gl.where(place == 2, query_start + first_query, facts)
+            facts = gl.where(place == 3, num_queries - first_query, facts)
+            facts = gl.where(place == 4, kv_head, facts)
+            facts_smem.store(facts)
+            token = query_start + gl.minimum(first_query + line // G, num_queries - 1)
+            head = kv_head * G + gl.minimum(line % G, G - 1)
+            q_offset = token.to(gl.int64) * stride_q + head * H
+            _copy_rows(q_smem, q_ptr, q_offset, dim)
+            async_copy.mbarrier_arrive(q_full, increment_count=False)
+            mbarrier.arrive(q_full)
+            turn += 1
+            table_row = table_ptr + row.to(gl.int64) * stride_table
+            key = gl.minimum((num_steps - 1) * BLOCK_L + within, last_key)
+            block = gl.load(table_row + key // S)
+            for i in range(num_steps):
+                slot = step % STAGES
+                phase = (step // STAGES) & 1
+                step += 1
+                if WIDE:
+                    offset = (block.to(gl.int64) * S + key % S) * (K * H) + kv_head * H
+                else:
+                    offset = (block * S + key % S) * (K * H) + kv_head * H
+                key = gl.maximum(num_steps - 2 - i, 0) * BLOCK_L + within
+                block = gl.load(table_row + key // S)
+                mbarrier.wait(k_empty.index(slot), phase ^ 1)
+                _copy_rows(k_smem.index(slot), k_cache_ptr, offset, dim)
+                async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
+                mbarrier.wait(v_empty.index(slot), phase ^ 1)
+                _copy_rows(v_smem.index(slot), v_cache_ptr, offset, dim)
+                async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
+    # All tiles are given out. Each program asked once too often, and the last of them leaves the counter at zero.
+    if work == total + gl.num_programs(0) - 1:
+        gl.store(counter_ptr, 0)
+    mbarrier.wait(q_empty, (turn & 1) ^ 1)
+    facts_smem.store(gl.full([8], 0, gl.int32, few))
+    async_copy.mbarrier_arrive(q_full, increment_count=False)
+    mbarrier.arrive(q_full)
+
+
+@gluon.jit
+def _weigh(
+    logit, largest, total, position, start, factor, MASKED: gl.constexpr, BLOCK_L: gl.constexpr, logits_in: gl.constexpr
+):
+    """Weights of a tile of keys, and how much all before them shrinks."""
+    if MASKED:
+        key = start + gl.arange(0, BLOCK_L, gl.SliceLayout(0, logits_in))
+        logit = gl.where(key[None, :] <= position[:, None], logit, float("-inf"))
+    higher = gl.maximum(largest, gl.max(logit, 1) * factor)
+    pivot = gl.where(higher == float("-inf"), 0.0, higher) if MASKED else higher
+    weight = gl.exp2(logit * factor - pivot[:, None])
+    shrink = gl.exp2(largest - pivot)
+    total = total * shrink + gl.sum(weight, 1)
+    return weight, shrink, total, higher
+
+
+@gluon.jit
+def _walk(
+    begin, end, num_steps, step, q_half, k_smem, v_smem, k_full, k_empty, v_full, v_empty, acc, weight, largest, total,
+    position, factor,
+    BLOCK_L: gl.constexpr, STAGES: gl.constexpr, MASKED: gl.constexpr, logits_in: gl.constexpr, acc_in: gl.constexpr,
+):  # fmt: skip
+    weights_in: gl.constexpr = gl.DotOperandLayout(0, acc_in, 2)
+    dtype: gl.constexpr = q_half.dtype
+    empty = gl.zeros([64, BLOCK_L], gl.float32, logits_in)
+    for i in range(begin, end):
+        now = step + i
+        slot = now % STAGES
+        before = now - 1
+        slot_before = before % STAGES
+        mbarrier.wait(k_full.index(slot), (now // STAGES) & 1)
+        fence_async_shared()
+        logit = warpgroup_mma(q_half, k_smem.index(slot).permute((1, 0)), empty, use_acc=False, is_async=True)
+        mbarrier.wait(v_full.index(slot_before), (before // STAGES) & 1)
+        fence_async_shared()
+        acc = warpgroup_mma(weight, v_smem.index(slot_before), acc, is_async=True)
+        logit, acc = warpgroup_mma_wait(1, deps=[logit, acc])
+        mbarrier.arrive(k_empty.index(slot))
+        start = (num_steps - 1 - i) * BLOCK_L
+        soft, shrink, total, largest = _weigh(
+            logit, largest, total, position, start, factor, MASKED, BLOCK_L, logits_in
+        )
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_empty.index(slot_before))
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, acc_in))[:, None]
+        weight = gl.convert_layout(soft.to(dtype), weights_in)
+    return acc, weight, largest, total
+
+
+@gluon.jit
+def _attend(
+    out_ptr, factor, v_scale, q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    HALF: gl.constexpr, K: gl.constexpr, G: gl.constexpr, H: gl.constexpr, BLOCK_Q: gl.constexpr,
+    BLOCK_L: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    logits_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_L, 16])
+    acc_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, H, 16])
+    weights_in: gl.constexpr = gl.DotOperandLayout(0, acc_in, 2)
+    few: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    by_logit: gl.constexpr = gl.SliceLayout(1, logits_in)
+    dtype: gl.constexpr = q_smem.dtype
+    q_half = q_smem.slice(HALF * 64, 64, 0)
+    line = HALF * 64 + gl.arange(0, 64, by_logit)
+    out_line = HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, acc_in))
+    dim = gl.arange(0, H, gl.SliceLayout(0, acc_in))
+    turn = 0
+    step = 0
+    mbarrier.wait(q_full, 0)
+    facts = facts_smem.load(few)
+    num_steps = _fact(facts, 0, few)
+    while num_steps > 0:
+        first_position = _fact(facts, 1, few)
+        token = _fact(facts, 2, few)
+        num_queries = _fact(facts, 3, few)
+        kv_head = _fact(facts, 4, few)
+        position = first_position + line // G
+        acc = gl.zeros([64, H], gl.float32, acc_in)
+        largest = gl.full([64], float("-inf"), gl.float32, by_logit)
+        total = gl.zeros([64], gl.float32, by_logit)
+        slot = step % STAGES
+        mbarrier.wait(k_full.index(slot), (step // STAGES) & 1)
+        fence_async_shared()
+        empty = gl.zeros([64, BLOCK_L], gl.float32, logits_in)
+        logit = warpgroup_mma(q_half, k_smem.index(slot).permute((1, 0)), empty, use_acc=False, is_async=True)
+        logit = warpgroup_mma_wait(0, deps=[logit])
+        mbarrier.arrive(k_empty.index(slot))
+        soft, _, total, largest = _weigh(
+            logit, largest, total, position, (num_steps - 1) * BLOCK_L, factor, True, BLOCK_L, logits_in
+        )
+        weight = gl.convert_layout(soft.to(dtype), weights_in)
+        edge = gl.maximum(num_steps - (first_position + 1) // BLOCK_L, 1)
+        acc, weight, largest, total = _walk(
+            1,
+            edge,
+            num_steps,
+            step,
+            q_half,
+            k_smem,
+            v_smem,
+            k_full,
+            k_empty,
+            v_full,
+            v_empty,
+            acc,
+            weight,
+            largest,
+            total,
+            position,
+            factor,
+            BLOCK_L,
+            STAGES,
+            True,
+            logits_in,
+            acc_in,
+        )
+        acc, weight, largest, total = _walk(
+            edge,
+            num_steps,
+            num_steps,
+            step,
+            q_half,
+            k_smem,
+            v_smem,
+            k_full,
+            k_empty,
+            v_full,
+            v_empty,
+            acc,
+            weight,
+            largest,
+            total,
+            position,
+            factor,
+            BLOCK_L,
+            STAGES,
+            False,
+            logits_in,
+            acc_in,
+        )
+        step += num_steps
+        last = step - 1
+        mbarrier.arrive(q_empty)
+        turn += 1
+        mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
+        fence_async_shared()
+        acc = warpgroup_mma(weight, v_smem.index(last % STAGES), acc, is_async=True)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_empty.index(last % STAGES))
+        share = v_scale / gl.convert_layout(total, gl.SliceLayout(1, acc_in))
+        query = out_line // G
+        present = (query < num_queries) & (out_line < BLOCK_Q * G)
+        where = (token + query).to(gl.int64) * (K * G * H) + (kv_head * G + out_line % G) * H
+        gl.store(out_ptr + (where[:, None] + dim[None, :]), (acc * share[:, None]).to(dtype), present[:, None])
+        mbarrier.wait(q_full, turn & 1)
+        facts = facts_smem.load(few)
+        num_steps = _fact(facts, 0, few)
+
+
+@gluon.jit(
+    do_not_specialize=["stride_table", "num_rows", "num_tiles"],
+    do_not_specialize_on_alignment=["query_start_ptr", "context_ptr", "table_ptr"],
+)
+def _hopper_attention_kernel(
+    q_ptr, k_cache_ptr, v_cache_ptr, query_start_ptr, context_ptr, table_ptr, out_ptr, counter_ptr, stride_q,
+    stride_table, factor, v_scale, num_rows, num_tiles,
+    K: gl.constexpr, G: gl.constexpr, H: gl.constexpr, S: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_L: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, FETCH_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    BLOCK_M: gl.constexpr = 128
+    dtype: gl.constexpr = q_ptr.dtype.element_ty
+    swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+    q_smem = gl.allocate_shared_memory(dtype, [BLOCK_M, H], swizzled)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_L, H], swizzled)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_L, H], swizzled)
+    facts_smem = gl.allocate_shared_memory(gl.int32, [8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    flag: gl.constexpr = mbarrier.MBarrierLayout()
+    q_full = gl.allocate_shared_memory(gl.int64, [1], flag)
+    q_empty = gl.allocate_shared_memory(gl.int64, [1], flag)
+    k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], flag)
+    k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], flag)
+    v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], flag)
+    v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], flag)
+    mbarrier.init(q_full, count=129)
+    mbarrier.init(q_empty, count=2)
+    for i in gl.static_range(STAGES):
+        mbarrier.init(k_full.index(i), count=128)
+        mbarrier.init(k_empty.index(i), count=2)
+        mbarrier.init(v_full.index(i), count=128)
+        mbarrier.init(v_empty.index(i), count=2)
+    gl.warp_specialize(
+        [
+            (_attend, (
+                out_ptr, factor, v_scale, q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, 0, K, G, H, BLOCK_Q, BLOCK_L, STAGES,
+            )),
+            (_attend, (
+                out_ptr, factor, v_scale, q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full,
+                v_empty, 1, K, G, H, BLOCK_Q, BLOCK_L, STAGES,
+            )),
+            (_fetch, (
+                q_ptr, k_cache_ptr, v_cache_ptr, query_start_ptr, context_ptr, table_ptr, counter_ptr, stride_q,
+                stride_table, num_rows, num_tiles, q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full,
+                k_empty, v_full, v_empty, K, G, H, S, BLOCK_M, BLOCK_Q, BLOCK_L, STAGES, WIDE,
+            )),
+        ],
+        [4, 4],
+        [REGISTERS, FETCH_REGISTERS],
+    )  # fmt: skip
+
+
+def hopper_attention(
+    q_TNH: Tensor,
+    k_cache_BSKH: Tensor,
+    v_cache_BSKH: Tensor,
+    query_start_R1: Tensor,
+    context_len_R: Tensor,
+    block_table_RB: Tensor,
+    out_TNH: Tensor,
+    *,
+    scale: float,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
+    sizes: tuning.Sizes | None = None,
+) -> Tensor:
+    """`prefill_attention` of rows without anything done to their logits. Ask `takes` first."""
+    num_tokens, num_heads, head_size = q_TNH.shape
+    block_size, num_kv_heads = k_cache_BSKH.shape[1:3]
+    num_rows = context_len_R.shape[0]
+    group = num_heads // num_kv_heads
+    sizes = sizes or DEFAULT_SIZES
+    block_q = LINES // group
+    num_tiles = num_tokens // block_q + num_rows
+    programs = min(tuning.device_facts(q_TNH.device).num_sms, num_tiles * num_kv_heads)
+    _hopper_attention_kernel[(programs,)](
+        q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, out_TNH,
+        tuning.counters(q_TNH.device), q_TNH.stride(0), block_table_RB.stride(0), scale * kv_scales[0] * LOG2E,
+        kv_scales[1], num_rows, num_tiles,
+        K=num_kv_heads, G=group, H=head_size, S=block_size, BLOCK_Q=block_q, BLOCK_L=sizes["block_l"],
+        STAGES=sizes["stages"], WIDE=k_cache_BSKH.numel() >= 1 << 31, FETCH_REGISTERS=sizes["fetch_registers"],
+        REGISTERS=sizes["registers"], num_warps=4,
+    )  # fmt: skip
+    return out_TNH
+
+
+def takes(q_TNH: Tensor, k_cache_BSKH: Tensor) -> bool:
+    """Whether these can be attended here: 16 bits, the cache in the same, a head size that tiles are made for."""
+    num_heads, head_size = q_TNH.shape[1:]
+    return (
+        head_size in HEAD_SIZES
+        and q_TNH.element_size() == 2
+        and q_TNH.dtype == k_cache_BSKH.dtype
+        and num_heads // k_cache_BSKH.shape[2] <= LINES
+        and (torch.version.cuda is not None and torch.cuda.get_device_capability(q_TNH.device) == (9, 0))
+    )

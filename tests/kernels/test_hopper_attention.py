@@ -1,0 +1,79 @@
+"""Prompts on Hopper: equal to the reference on ugly rows, and chosen only where it was measured and can be had."""
+
+import os
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+
+from argosy.kernels import prefill_attention, reference, tuning
+
+Near = Callable[[Tensor, Tensor], None]
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "compile_for.py"
+HAS_ASSEMBLER = (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists()
+SIZES = [(128, 2, 224, 56), (64, 3, 224, 56)]
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not IS_HOPPER, reason="needs capability 9.0")
+@pytest.mark.parametrize("sizes", SIZES)
+@pytest.mark.parametrize("block_size", [16, 48])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads", "size"), [(32, 8, 128), (16, 8, 128), (14, 2, 64), (12, 12, 64), (6, 2, 128)]
+)
+def test_prompts_and_chunks_are_those_of_the_reference(
+    heads: int, kv_heads: int, size: int, block_size: int, sizes: tuple[int, ...], assert_near: Near
+) -> None:
+    """Rows of one token, of a tile and one more, chunks after a prefix; queries are a view of the product."""
+    from argosy.kernels.hopper_attention import hopper_attention, takes
+
+    drawn = random.Random(size + block_size)
+    rows = [(1, 1), (1, 300), (33, 33), (128, 128), (129, 400), (256, 256), (64, 1000)]
+    rows += [(n, n + drawn.randrange(200)) for n in (drawn.randrange(1, 300) for _ in range(70))]
+    per_row = -(-max(context for _, context in rows) // block_size)
+    shape = (len(rows) * per_row, block_size, kv_heads, size)
+    k_cache, v_cache = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    table = torch.randperm(len(rows) * per_row, device="cuda").int().view(len(rows), per_row)
+    starts = torch.tensor([0, *torch.tensor([n for n, _ in rows]).cumsum(0).tolist()], device="cuda", dtype=torch.int32)
+    lengths = torch.tensor([context for _, context in rows], device="cuda", dtype=torch.int32)
+    q = torch.randn(int(starts[-1]), heads + 2 * kv_heads, size, device="cuda", dtype=torch.bfloat16)[:, :heads]
+    assert takes(q, k_cache)
+    want = reference.prefill_attention(
+        q.float(), k_cache.float(), v_cache.float(), starts, lengths, table, scale=size**-0.5
+    )
+    names = ("block_l", "stages", "registers", "fetch_registers")
+    for _ in range(2):  # the counter of tiles was left at zero
+        out = torch.full((len(q), heads, size), float("nan"), device="cuda", dtype=torch.bfloat16)
+        hopper_attention(
+            q, k_cache, v_cache, starts, lengths, table, out, scale=size**-0.5,
+            sizes=dict(zip(names, sizes, strict=True)),
+        )  # fmt: skip
+        assert_near(out, want)
+    assert int(tuning.counters(q.device)[0]) == 0
+
+
+def test_it_is_not_chosen_where_nobody_measured_it(device: torch.device) -> None:
+    """An unknown GPU, and heads of a size that it has no tiles for, keep to the kernel for any."""
+    q, cache = torch.zeros(4, 8, 96), torch.zeros(2, 16, 2, 96)
+    assert prefill_attention._hopper_sizes(q, cache) is None
+
+
+@pytest.mark.skipif(not HAS_ASSEMBLER, reason="this Triton came without NVIDIA's assembler")
+def test_it_compiles_for_a_hopper_card_and_fits(tmp_path: Path) -> None:
+    """With tensor core products that don't wait for each other, and few registers spilled."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    ran = subprocess.run(
+        [sys.executable, SCRIPT, "prompts"], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    spilled = [int(line.split()[2]) for line in ran.stdout.splitlines() if "registers" in line]
+    assert spilled
+    assert max(spilled) < 256
