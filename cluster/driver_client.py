@@ -38,6 +38,7 @@ class TokenStream:
 
     def __init__(self, client: "DriverClient", stream_id: int, n: int):
         self.stream_id = stream_id
+        self.was_cut = False  # the driver went away before all answers had ended
         self._client = client
         self._unfinished = set(range(n))
         self._arrived: list[TokenDelta] = []
@@ -57,6 +58,11 @@ class TokenStream:
                 self._waiter = None
         arrived, self._arrived = self._arrived, []
         return arrived
+
+    @property
+    def client(self) -> "DriverClient":
+        """The connection that it came over."""
+        return self._client
 
     @property
     def finished(self) -> bool:
@@ -80,6 +86,7 @@ class TokenStream:
 
     def lose(self, reason: str) -> None:
         """The driver has gone: end every answer that has not ended."""
+        self.was_cut = bool(self._unfinished)
         for index in sorted(self._unfinished):
             self.push(
                 TokenDelta(
@@ -131,6 +138,9 @@ class DriverClient:
         except TimeoutError:
             await client.close()
             raise StartupTimeout("the engine", timeout_seconds) from None
+        except BaseException:
+            await client.close()
+            raise
         return client
 
     def submit(
@@ -143,6 +153,7 @@ class DriverClient:
         cache_salt: str = "",
         deadline_seconds: float | None = None,
         request_id: str | None = None,
+        generated_token_ids: Sequence[Sequence[int]] = (),
     ) -> TokenStream:
         """Ask for tokens. The stream also carries refusals; with the driver gone it ends at once as LOST."""
         self._next_stream_id += 1
@@ -159,6 +170,7 @@ class DriverClient:
             priority=priority,
             cache_salt=cache_salt,
             deadline_seconds=deadline_seconds,
+            generated_token_ids=generated_token_ids,
         )
         self.send(request)
         self._streams[stream.stream_id] = stream

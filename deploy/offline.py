@@ -317,7 +317,14 @@ class _LoopThread:
 
 
 async def _connect(engine: "Engine", tokenizer: Tokenizer | None, config: ServingConfig) -> Gateway:
-    client = await connect_engine(engine.address, engine.secret, timeout_seconds=_CONNECT_SECONDS)
+    client = await connect_engine(
+        engine.address,
+        engine.secret,
+        timeout_seconds=_CONNECT_SECONDS,
+        # Ray starts a driver that died again; a local one is gone for good
+        patience_seconds=config.parallel.start_deadline_seconds if engine.name else 0.0,
+        max_moves=config.scheduler.max_recoveries,
+    )
     return Gateway(client, tokenizer, config)
 
 

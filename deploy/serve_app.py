@@ -83,7 +83,13 @@ class Door:
             # Deployed without `argosy serve`: each replica has an engine of its own, and Serve has as many as it needs.
             self._engine = await asyncio.to_thread(launch_engine, config)
             address, secret = self._engine.address, self._engine.secret
-        self._client = await connect_engine(address, secret, timeout_seconds=_CONNECT_SECONDS)
+        self._client = await connect_engine(
+            address,
+            secret,
+            timeout_seconds=_CONNECT_SECONDS,
+            patience_seconds=config.parallel.start_deadline_seconds,  # Ray starts a driver that died again
+            max_moves=config.scheduler.max_recoveries,
+        )
         _set_app(build_http_app(Gateway(self._client, load_tokenizer(config), config), config.server))
 
     async def __del__(self) -> None:
@@ -97,8 +103,9 @@ class Door:
             raise ChannelClosed(f"the engine's driver has gone: {self._client.closed_reason}")
         try:
             await self._client.stats()
-        except StartupTimeout:
-            # Busy, or rebuilding its ranks: /health says so to those who ask, and a new replica would not help.
+        except (StartupTimeout, ChannelClosed):
+            # Busy, rebuilding its ranks, or beginning anew: /health says so to those who ask, and a new replica of the
+            # doors would not help, but lose the answers that wait here.
             logger.warning("the driver did not answer a health check in time")
 
 

@@ -4,10 +4,11 @@ import asyncio
 from collections.abc import Coroutine, Sequence
 from typing import Any
 
+from argosy.cluster.known_replica import SeenPrefixes, merge_stats
 from argosy.cluster.protocol.errors import ChannelClosed
 from argosy.cluster.protocol.messages import EngineInfo, StatsReply
 from argosy.cluster.protocol.sampling import TokenParams
-from argosy.cluster.replica_client import ReplicaClient, SeenPrefixes, merge_stats
+from argosy.cluster.replica_client import ReplicaClient
 
 INFO = EngineInfo(
     model="m", max_model_len=4096, vocab_size=100, num_blocks=8, block_size=4, tensor_parallel_size=1,
@@ -44,8 +45,11 @@ def replicas(count: int) -> tuple[ReplicaClient, list[FakeDriver]]:
 
 
 def ask(client: ReplicaClient, *prompts: Sequence[int], salt: str = "") -> None:
-    for prompt in prompts:
-        client.submit(prompt, TokenParams(max_tokens=1), cache_salt=salt)
+    async def submit() -> None:
+        for prompt in prompts:
+            client.submit(prompt, TokenParams(max_tokens=1), cache_salt=salt)
+
+    asyncio.run(submit())
 
 
 def run(work: Coroutine[Any, Any, Any]) -> Any:

@@ -58,10 +58,10 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """No processes: a client that echoes, and an engine that remembers being closed."""
     client, closed = EchoClient(), []
 
-    async def connect(address: str, secret: str, *, timeout_seconds: float) -> Any:
+    async def connect(address: str, secret: str, **_: Any) -> Any:
         return client
 
-    fake = SimpleNamespace(address="", secret="", info=INFO, close=lambda: closed.append(True), client=client)
+    fake = SimpleNamespace(name="", address="", secret="", info=INFO, close=lambda: closed.append(True), client=client)
     fake.closed = closed
     monkeypatch.setattr(offline, "connect_engine", connect)
     monkeypatch.setattr(launch, "launch_engine", lambda config, **options: fake)
