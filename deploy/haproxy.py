@@ -101,7 +101,9 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_OBSERVE_MARK_DOWN_ENABLED": "0",
         # `argosy serve` drains at the driver, which knows when the last request has ended; Serve would wait 30 s more
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
-        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "5",
+        # at each change of what stands behind it, also soon after the start, its old process ends what it carries;
+        # after 5 s it cut off the first answers of one start in two
+        "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
     }
 
 

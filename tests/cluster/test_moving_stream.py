@@ -114,7 +114,7 @@ def test_all_requests_of_a_lost_replica_move(make_driver: Callable[[str], Runnin
 
 
 def test_the_only_replica_comes_back_at_its_door(make_driver: Callable[[str], Running]) -> None:
-    """One driver, killed and started again: its requests wait for its next life, and so do those that come meanwhile."""
+    """One driver, killed and started again: its requests wait for its next life, as those do that come meanwhile."""
     drivers = [make_driver("a")]
 
     async def body(client: ReplicaClient) -> None:

@@ -16,6 +16,7 @@ from argosy.cluster.oracle import oracle_continuation
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ChannelClosed, PlacementImpossible, WeightError
 from argosy.cluster.protocol.sampling import FinishReason, TokenParams
+from argosy.cluster.replica_client import connect_engine
 from argosy.deploy.launch import Engine, launch_engine
 from argosy.deploy.ray_session import RaySession
 
@@ -33,15 +34,26 @@ async def first_answer(engine: Engine, num_tokens: int = 20) -> list[int]:
 def test_a_killed_driver_comes_back_at_the_same_door(
     ray_session: RaySession, oracle_settings: Callable[..., ServingConfig], private_tmp: str
 ) -> None:
-    """kill -9 of the driver actor: streams end as lost, Ray starts it again, it clears up and serves as before."""
+    """kill -9 of the driver actor: Ray starts it again, it clears up and serves as before.
+
+    Who was connected hears that its streams are lost; an edge with patience has them go on at the driver's next life.
+    """
 
     async def lose_one(engine: Engine) -> None:
-        client = await DriverClient.connect(engine.address, engine.secret)
-        stream = client.submit([1, 2], TokenParams(max_tokens=1000, temperature=0.0))
-        await anext(stream)
+        plain = await DriverClient.connect(engine.address, engine.secret)
+        patient = await connect_engine(engine.address, engine.secret, patience_seconds=60.0)
+        lost, kept = (
+            client.submit([1, 2], TokenParams(max_tokens=1000, temperature=0.0)) for client in (plain, patient)
+        )
+        await anext(lost)
+        token_ids = [token for delta in await anext(kept) for token in delta.token_ids]
         os.kill(DriverHandle.find(engine.name).door()[2], signal.SIGKILL)
-        reasons = [delta.finish_reason async for deltas in stream for delta in deltas]
+        reasons = [delta.finish_reason async for deltas in lost for delta in deltas]
         assert reasons[-1] is FinishReason.LOST
+        token_ids += [token async for deltas in kept for delta in deltas for token in delta.token_ids]
+        assert token_ids == oracle_continuation([1, 2], 1000, 997)
+        await plain.close()
+        await patient.close()
 
     with launch_engine(oracle_settings(tensor_parallel_size=2)) as engine:
         asyncio.run(lose_one(engine))
