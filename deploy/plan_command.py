@@ -80,7 +80,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu-offload-gb", "--offload-gb", metavar="GIB",
                         help="GiB of each GPU's weights in the host's memory; auto: what is needed to fit")  # fmt: skip
     parser.add_argument("--dtype", help="default: the checkpoint's")
-    parser.add_argument("--kv-cache-dtype", help="auto, bfloat16, float16, float32 or fp8_e4m3")
+    parser.add_argument("--kv-cache-dtype", help="auto, bfloat16, float16, float32, fp8, fp8_scaled or int8")
     parser.add_argument("--max-model-len", type=int, help="default: the model's")
     parser.add_argument("--max-num-seqs", type=int, help="most requests at once on a replica (default: by the GPU)")
     parser.add_argument("--max-num-batched-tokens", type=int, help="token budget of a step (default: by the GPU)")

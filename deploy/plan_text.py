@@ -18,7 +18,7 @@ SHOWN_LOSERS: Final = 8
 def describe_model(shape: ModelShape, serving: Serving) -> str:
     """One line: parameters, weights, KV of a token."""
     weights = StageBytes(shape, serving).stage_bytes(1, 0, shape.num_layers)
-    kv = shape.kv_bytes_per_token(serving.kv_dtype_bytes, 1, shape.num_layers)
+    kv = StageBytes(shape, serving).kv_bytes_per_token(1, shape.num_layers)
     stored = (
         shape.spec.dtype
         if serving.weight_format.bits == 16
@@ -135,7 +135,7 @@ def plan_json(report: PlanReport) -> dict[str, Any]:
             "parameters": shape.num_parameters,
             "active_parameters": shape.num_active_parameters,
             "weight_bytes": StageBytes(shape, serving).stage_bytes(1, 0, shape.num_layers),
-            "kv_bytes_per_token": shape.kv_bytes_per_token(serving.kv_dtype_bytes, 1, shape.num_layers),
+            "kv_bytes_per_token": StageBytes(shape, serving).kv_bytes_per_token(1, shape.num_layers),
             "weight_format": serving.weight_format.name,
             "checkpoint_bytes": shape.checkpoint_bytes,
         },

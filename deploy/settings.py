@@ -89,7 +89,12 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("kv-cache-memory-bytes", "int", "bytes for the KV cache of each rank, such as 2GiB; overrides the above"),
         Flag("num-gpu-blocks-override", "int", "number of KV blocks; overrides both"),
         Flag("block-size", "int", "tokens a KV block"),
-        Flag("kv-cache-dtype", "text", "auto, bfloat16, float16, float32 or fp8 (half the bytes)"),
+        Flag(
+            "kv-cache-dtype",
+            "text",
+            "auto, bfloat16, float16, float32; half the bytes: int8 and fp8_scaled (a scale "
+            "for each token and head), fp8 (e4m3 as it is, or over the checkpoint's scales)",
+        ),
         Flag(
             "cpu-offload-gb",
             "gib",
@@ -160,6 +165,8 @@ IGNORED: Final[frozenset[str]] = frozenset(_IGNORED_SWITCHES.split() + _IGNORED_
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 _DTYPES = {"half": "float16", "float": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+# what others call caches with a scale for each token and head
+_KV_DTYPES = {"fp8": "fp8_e4m3", "int8_per_token_head": "int8", "fp8_per_token_head": "fp8_scaled"}
 _SIZES = {"tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "data_parallel_size", "layout"}
 _UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
@@ -315,7 +322,7 @@ def clean_setting(name: str, value: object) -> object:
     kind = next((flag.kind for flag in SETTING_FLAGS if flag.field == name), "")
     if name in ("dtype", "kv_cache_dtype"):
         text = str(value).removeprefix("torch.")  # torch.bfloat16, as users of vLLM pass it
-        return _DTYPES.get(text, "fp8_e4m3" if text == "fp8" else text)
+        return _DTYPES.get(text, _KV_DTYPES.get(text, text) if name == "kv_cache_dtype" else text)
     if name == "job_dir" and value == "none":
         return None
     if isinstance(value, list):

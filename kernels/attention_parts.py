@@ -6,18 +6,32 @@ import triton.language as tl
 from torch import Tensor
 
 from argosy.kernels import tuning
+from argosy.kernels.kv_scales import has_scales
 
 
 def is_scaled(cache: Tensor, kv_scales: tuple[float, float]) -> bool:
-    """Whether keys and values change their numbers on the way to this cache."""
-    return cache.dtype == torch.float8_e4m3fn or kv_scales != (1.0, 1.0)
+    """Whether keys and values are divided by one scale for all on the way to this cache, or cut off."""
+    return not has_scales(cache) and (cache.dtype == torch.float8_e4m3fn or kv_scales != (1.0, 1.0))
+
+
+def check_caches(k_cache: Tensor, v_cache: Tensor, kv_scales: tuple[float, float]) -> tuple[float, float]:
+    """Asserts that they lie as kernels read them; returns the scales for all, 1 where each head has its own."""
+    scales = has_scales(k_cache)
+    assert scales == has_scales(v_cache)
+    for cache in (k_cache, v_cache):
+        heads, size = cache.shape[2:]
+        assert cache.stride()[1:] == (heads * size, size, 1)
+        assert cache.dtype != torch.int8 or scales
+        assert not scales or cache.shape[1] % 4 == 0  # codes are read by four
+    return (1.0, 1.0) if scales else kv_scales
 
 
 @triton.jit
 def for_cache(q, cache_ptr):
-    """Queries in the numbers that they are multiplied in: with keys of e4m3 float16, cut off where it ends, because
+    """Queries in the numbers that they are multiplied in: with keys of 8 bits float16, cut off where it ends, because
     e4m3 becomes that in one instruction and bfloat16 in several."""
-    if cache_ptr.dtype.element_ty == tl.float8e4nv and q.dtype == tl.bfloat16:
+    EIGHT_BITS: tl.constexpr = cache_ptr.dtype.element_ty == tl.float8e4nv or cache_ptr.dtype.element_ty == tl.int8
+    if EIGHT_BITS and q.dtype == tl.bfloat16:
         q = tl.minimum(tl.maximum(q.to(tl.float32), -65504.0), 65504.0).to(tl.float16)
     return q
 

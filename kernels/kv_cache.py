@@ -14,7 +14,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
-from argosy.kernels.attention_parts import is_scaled, scaled
+from argosy.kernels.attention_parts import check_caches, is_scaled, scaled
+from argosy.kernels.kv_scale_parts import code_of, code_place, codes_at, inverse_of, magnitude, number_place, rounded
+from argosy.kernels.kv_scales import has_scales
 
 UPLOADS, MAX_PAIRS = 8, 1024  # lists of pairs that may be on their way at once, and how long they may be
 COPY_BYTES = 16384  # of a block that one program copies: 128 threads with eight 16-byte loads in flight each
@@ -54,9 +56,17 @@ def store_kv(
     num_tokens, num_kv_heads, head_size = k_TKH.shape
     for x_TKH, cache_BSKH in ((k_TKH, k_cache_BSKH), (v_TKH, v_cache_BSKH)):
         assert x_TKH.stride()[1:] == (head_size, 1)
-        assert cache_BSKH.is_contiguous()
         assert cache_BSKH.shape[2:] == x_TKH.shape[1:]
         assert x_TKH.shape[0] == slots_T.shape[0]
+    kv_scales = check_caches(k_cache_BSKH, v_cache_BSKH, kv_scales)
+    if num_tokens and has_scales(k_cache_BSKH):
+        heads, width = (tuning.next_power_of_two(size) for size in (num_kv_heads, head_size))
+        _store_scaled_kernel[(num_tokens,)](
+            k_TKH, v_TKH, k_cache_BSKH, v_cache_BSKH, slots_T, k_TKH.stride(0), v_TKH.stride(0), K=num_kv_heads,
+            H=head_size, S=k_cache_BSKH.shape[1], HEADS=heads, WIDTH=width,
+            num_warps=max(1, min(8, heads * width // 256)), **tuning.overlap(k_TKH.device),
+        )  # fmt: skip
+        return
     width = num_kv_heads * head_size
     block = tuning.next_power_of_two(width)
     if num_tokens:
@@ -65,6 +75,32 @@ def store_kv(
             1.0 / kv_scales[0], 1.0 / kv_scales[1], SCALED=is_scaled(k_cache_BSKH, kv_scales),
             WIDTH=width, BLOCK=block, num_warps=max(1, min(8, block // 256)), **tuning.overlap(k_TKH.device),
         )  # fmt: skip
+
+
+@triton.jit(do_not_specialize_on_alignment=["slots_ptr"])
+def _store_scaled_kernel(
+    k_ptr, v_ptr, k_cache_ptr, v_cache_ptr, slots_ptr, stride_k, stride_v,
+    K: tl.constexpr, H: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr, WIDTH: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    token = tl.program_id(0).to(tl.int64)
+    head = tl.arange(0, HEADS)
+    dim = tl.arange(0, WIDTH)
+    inside = (head < K)[:, None] & (dim < H)[None, :]
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    slot = tl.load(slots_ptr + token).to(tl.int64)
+    if slot >= 0:
+        place = number_place(slot // S, slot % S, K, H, S) + head[:, None] * H + dim[None, :]
+        codes = code_place(slot // S, slot % S, head, K, H, S)
+        k = tl.load(k_ptr + token * stride_k + head[:, None] * H + dim[None, :], inside, other=0.0).to(tl.float32)
+        v = tl.load(v_ptr + token * stride_v + head[:, None] * H + dim[None, :], inside, other=0.0).to(tl.float32)
+        k_code = code_of(tl.max(magnitude(k), 1), k_cache_ptr)
+        v_code = code_of(tl.max(magnitude(v), 1), v_cache_ptr)
+        tl.store(k_cache_ptr + place, rounded(k, inverse_of(k_code)[:, None], k_cache_ptr), inside)
+        tl.store(v_cache_ptr + place, rounded(v, inverse_of(v_code)[:, None], v_cache_ptr), inside)
+        tl.store(codes_at(k_cache_ptr) + codes, k_code.to(tl.uint8), head < K)
+        tl.store(codes_at(v_cache_ptr) + codes, v_code.to(tl.uint8), head < K)
 
 
 @triton.jit

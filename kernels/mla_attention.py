@@ -11,6 +11,20 @@ import triton.language as tl
 from torch import Tensor
 
 from argosy.kernels import tuning
+from argosy.kernels.attention_parts import check_caches, scaled
+from argosy.kernels.kv_scale_parts import (
+    code_of,
+    code_place,
+    codes_at,
+    first_codes,
+    inverse_of,
+    load_codes,
+    magnitude,
+    number_place,
+    raw_scales,
+    rounded,
+)
+from argosy.kernels.kv_scales import has_scales
 
 HEADS = 16  # of a program: the rows of a tensor core's tile
 MAX_SPLITS = 64
@@ -19,17 +33,34 @@ MAX_SPLITS = 64
 @triton.jit
 def _store_kernel(
     latent_ptr, key_ptr, latent_cache_ptr, key_cache_ptr, slots_ptr, stride_latent, stride_key,
-    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr,
+    C: tl.constexpr, P: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_P: tl.constexpr, S: tl.constexpr,
+    KV_SCALES: tl.constexpr,
 ):  # fmt: skip
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slots_ptr + token).to(tl.int64)
     if slot >= 0:
-        at = tl.arange(0, BLOCK_C)
-        latent = tl.load(latent_ptr + token * stride_latent + at, at < C)
-        tl.store(latent_cache_ptr + slot * C + at, latent.to(latent_cache_ptr.dtype.element_ty), at < C)
-        at = tl.arange(0, BLOCK_P)
-        key = tl.load(key_ptr + token * stride_key + at, at < P)
-        tl.store(key_cache_ptr + slot * P + at, key.to(key_cache_ptr.dtype.element_ty), at < P)
+        _store_vector(latent_ptr + token * stride_latent, latent_cache_ptr, slot, C, BLOCK_C, S, KV_SCALES)
+        _store_vector(key_ptr + token * stride_key, key_cache_ptr, slot, P, BLOCK_P, S, KV_SCALES)
+
+
+@triton.jit
+def _store_vector(
+    x_ptr, cache_ptr, slot, SIZE: tl.constexpr, WIDTH: tl.constexpr, S: tl.constexpr, KV_SCALES: tl.constexpr
+):
+    at = tl.arange(0, WIDTH)
+    x = tl.load(x_ptr + at, at < SIZE, other=0.0)
+    if KV_SCALES:
+        x = x.to(tl.float32)
+        code = code_of(tl.max(magnitude(x), 0), cache_ptr)
+        tl.store(codes_at(cache_ptr) + code_place(slot // S, slot % S, 0, 1, SIZE, S), code.to(tl.uint8))
+        x = rounded(x, inverse_of(code), cache_ptr)
+        place = number_place(slot // S, slot % S, 1, SIZE, S)
+    else:
+        if cache_ptr.dtype.element_ty == tl.float8e4nv:
+            x = scaled(x, 1.0)
+        x = x.to(cache_ptr.dtype.element_ty)
+        place = slot * SIZE
+    tl.store(cache_ptr + place + at, x, at < SIZE)
 
 
 def store_latent(latent_TC: Tensor, key_TP: Tensor, latent_cache: Tensor, key_cache: Tensor, slots_T: Tensor) -> None:
@@ -37,12 +68,12 @@ def store_latent(latent_TC: Tensor, key_TP: Tensor, latent_cache: Tensor, key_ca
     num_tokens, c = latent_TC.shape
     p = key_TP.shape[1]
     assert latent_TC.stride(1) == key_TP.stride(1) == 1
-    assert latent_cache.is_contiguous()
-    assert key_cache.is_contiguous()
+    check_caches(latent_cache, key_cache, (1.0, 1.0))
     if num_tokens:
         _store_kernel[(num_tokens,)](
             latent_TC, key_TP, latent_cache, key_cache, slots_T, latent_TC.stride(0), key_TP.stride(0), C=c, P=p,
-            BLOCK_C=tuning.next_power_of_two(c), BLOCK_P=tuning.next_power_of_two(p), num_warps=4,
+            BLOCK_C=tuning.next_power_of_two(c), BLOCK_P=tuning.next_power_of_two(p), S=latent_cache.shape[1],
+            KV_SCALES=has_scales(latent_cache), num_warps=4,
         )  # fmt: skip
 
 
@@ -51,7 +82,9 @@ def _decode_kernel(
     q_latent_ptr, q_rotated_ptr, latent_ptr, key_ptr, table_ptr, length_ptr, out_ptr, peak_ptr, total_ptr, scale,
     num_heads, num_splits, stride_table,
     C: tl.constexpr, P: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
+    KV_SCALES: tl.constexpr,
 ):  # fmt: skip
+    UNIT: tl.constexpr = 3.0814879110195774e-33  # 2^-108
     row, group, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     head = group * HEADS + tl.arange(0, HEADS)
     is_head = head < num_heads
@@ -69,16 +102,34 @@ def _decode_kernel(
         token = start + tl.arange(0, KEYS)
         is_key = token < last
         block = tl.load(table_ptr + row * stride_table + token // S, is_key, other=0).to(tl.int64)
-        slot = block * S + token % S
-        latent = tl.load(latent_ptr + slot[:, None] * C + c[None, :], is_key[:, None], other=0.0).to(q_latent.dtype)
-        key = tl.load(key_ptr + slot[:, None] * P + p[None, :], is_key[:, None], other=0.0).to(q_latent.dtype)
+        if KV_SCALES:
+            latent_at = number_place(block, token % S, 1, C, S)
+            key_at = number_place(block, token % S, 1, P, S)
+        else:
+            latent_at = (block * S + token % S) * C
+            key_at = (block * S + token % S) * P
+        latent = tl.load(latent_ptr + latent_at[:, None] + c[None, :], is_key[:, None], other=0.0).to(q_latent.dtype)
+        key = tl.load(key_ptr + key_at[:, None] + p[None, :], is_key[:, None], other=0.0).to(q_latent.dtype)
         logits = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
-        logits = tl.dot(q_rotated, tl.trans(key), logits, input_precision="ieee") * scale
+        if KV_SCALES:
+            fourth = first_codes(start, KEYS)
+            block = tl.load(table_ptr + row * stride_table + fourth // S, fourth < last, other=0).to(tl.int64)
+            latent_codes = load_codes(latent_ptr, code_place(block, fourth % S, 0, 1, C, S), fourth < last)
+            key_codes = load_codes(key_ptr, code_place(block, fourth % S, 0, 1, P, S), fourth < last)
+            latent_scale = raw_scales(latent_codes, is_key, KEYS) * UNIT
+            key_scale = raw_scales(key_codes, is_key, KEYS) * UNIT
+            logits *= latent_scale[None, :]
+            logits += tl.dot(q_rotated, tl.trans(key), input_precision="ieee") * key_scale[None, :]
+            logits *= scale
+        else:
+            logits = tl.dot(q_rotated, tl.trans(key), logits, input_precision="ieee") * scale
         logits = tl.where(is_key[None, :], logits, float("-inf"))
         new_peak = tl.maximum(peak, tl.max(logits, axis=1))
         weights = tl.exp(logits - new_peak[:, None])
         decay = tl.exp(peak - new_peak)
         total = total * decay + tl.sum(weights, axis=1)
+        if KV_SCALES:  # the latent is normed, so its scales are near each other
+            weights *= latent_scale[None, :]
         acc = tl.dot(weights.to(latent.dtype), latent, acc * decay[:, None], input_precision="ieee")
         peak = new_peak
     place = (row * num_splits + split) * num_heads + head
@@ -140,8 +191,8 @@ def decode(
     peak, total = torch.empty((2, num_rows, splits, num_heads), dtype=torch.float32, device=q_latent_RNC.device)
     _decode_kernel[(num_rows, groups, splits)](
         q_latent_RNC, q_rotated_RNP, latent_cache, key_cache, block_table_RB, context_len_R, part, peak, total, scale,
-        num_heads, splits, block_table_RB.stride(0), C=c, P=p, S=block_size, HEADS=HEADS, KEYS=32, num_warps=4,
-        num_stages=2,
+        num_heads, splits, block_table_RB.stride(0), C=c, P=p, S=block_size, HEADS=HEADS, KEYS=32,
+        KV_SCALES=has_scales(latent_cache), num_warps=4, num_stages=2,
     )  # fmt: skip
     _join_kernel[(num_rows, num_heads)](
         part, peak, total, out_RNC, num_heads, splits, C=c, SPLITS=tuning.next_power_of_two(splits), num_warps=4

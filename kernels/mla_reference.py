@@ -8,6 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from argosy.kernels import kv_scales
+from argosy.kernels.reference import as_bytes, pick, to_cache
+
 
 def store_latent(latent_TC: Tensor, key_TP: Tensor, latent_cache: Tensor, key_cache: Tensor, slots_T: Tensor) -> None:
     """Write token t to slot slots_T[t] of both caches; -1 is padding and is not written."""
@@ -15,7 +18,11 @@ def store_latent(latent_TC: Tensor, key_TP: Tensor, latent_cache: Tensor, key_ca
         (kept,) = torch.where(slots_T >= 0)
         latent_TC, key_TP, slots_T = latent_TC[kept], key_TP[kept], slots_T[kept]
     for x, cache in ((latent_TC, latent_cache), (key_TP, key_cache)):
-        cache.view(-1, cache.shape[-1]).index_copy_(0, slots_T, x.to(cache.dtype))
+        if kv_scales.has_scales(cache):
+            kv_scales.store(x[:, None], cache, slots_T.long())
+        else:
+            kept = as_bytes(to_cache(x, cache.dtype, 1.0))
+            as_bytes(cache).view(-1, cache.shape[-1]).index_copy_(0, slots_T.long(), kept)
 
 
 def decode(
@@ -44,11 +51,9 @@ def decode(
 
 
 def gather(latent_cache: Tensor, key_cache: Tensor, blocks_B: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """The first `length` tokens of a row: latent [L, C] and key [L, P]."""
+    """The first `length` tokens of a row: latent [L, C] and key [L, P]; from caches with scales, in float32."""
     ids = blocks_B[: -(-length // latent_cache.shape[1])]
-    latent_LC, key_LP = (
-        cache.index_select(0, ids).view(-1, cache.shape[-1])[:length] for cache in (latent_cache, key_cache)
-    )
+    latent_LC, key_LP = (pick(cache, ids).view(-1, cache.shape[-1])[:length] for cache in (latent_cache, key_cache))
     return latent_LC, key_LP
 
 

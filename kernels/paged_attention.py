@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from argosy.kernels import tuning
 from argosy.kernels.attention_parts import (
     angles,
+    check_caches,
     choose_splits,
     for_cache,
     fusing_pays,
@@ -28,6 +29,22 @@ from argosy.kernels.attention_parts import (
     scaled,
     turn,
 )
+from argosy.kernels.kv_scale_parts import (
+    code_of,
+    code_place,
+    codes_at,
+    first_codes,
+    inverse_of,
+    load_codes,
+    log_of,
+    magnitude,
+    number_place,
+    numbers,
+    raw_scales,
+    rounded,
+    scale_of,
+)
+from argosy.kernels.kv_scales import has_scales
 from argosy.kernels.shared_prefix import SharedPrefix, attend_prefix, begin_with_prefix
 
 __all__ = ["choose_splits", "decode_attention", "fusing_pays", "paged_attention"]
@@ -66,6 +83,8 @@ def _paged_attention_kernel(
     NORM_K: tl.constexpr,
     EARLY: tl.constexpr,  # only the projection comes from the kernel before
     SCALED: tl.constexpr,  # the cache holds keys and values over their scales; that of keys is in `scale`
+    KV_SCALES: tl.constexpr,  # a scale for each token and head lies in the cache: see `kv_scales`
+    NATIVE: tl.constexpr,  # PTX may be used
     PREFETCHED: tl.constexpr,  # tokens of a piece to ask for while that one runs
     HEADS: tl.constexpr,  # power of two >= G
     JOIN: tl.constexpr,  # pieces that are joined at once
@@ -73,6 +92,7 @@ def _paged_attention_kernel(
     STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
+    UNIT: tl.constexpr = 3.0814879110195774e-33  # 2^-108
     kv_head = tl.program_id(0)  # heads beside each other: their keys lie beside each other
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -86,6 +106,9 @@ def _paged_attention_kernel(
 
     context = tl.load(context_ptr + row)
     first = tl.maximum(context - window, 0) if WINDOW else 0
+    oldest = first  # that is seen
+    if KV_SCALES and WINDOW:
+        first = first // 4 * 4  # codes are read by four
     if SHARED > 0:
         shared = tl.maximum(tl.load(shared_ptr + row), 0)
         first = tl.minimum(shared, context)
@@ -116,7 +139,10 @@ def _paged_attention_kernel(
             for start in range(begin, tl.minimum(end, begin + PREFETCHED), BLOCK_L):
                 token = start + tl.arange(0, BLOCK_L)
                 block = tl.load(table_ptr + row * stride_table + token // S, token < end, other=0).to(tl.int64)
-                place = ((block * S + token % S) * K + kv_head) * H
+                if KV_SCALES:
+                    place = number_place(block, token % S, K, H, S) + kv_head * H
+                else:
+                    place = ((block * S + token % S) * K + kv_head) * H
                 prefetch(k_cache_ptr + place, H * k_cache_ptr.dtype.element_ty.primitive_bitwidth // 8)
                 prefetch(v_cache_ptr + place, H * v_cache_ptr.dtype.element_ty.primitive_bitwidth // 8)
         gdc_wait()
@@ -138,22 +164,38 @@ def _paged_attention_kernel(
             one = tl.zeros((1, 1), tl.int64)
             new_k = q_ptr + row * stride_q + (K * G + kv_head) * H + one
             k_row = turn(new_k, (dim < H)[None, :], dim, partner, k_weight, k_other, cos, sin, eps, H, NORM_K)
-            if SCALED:
-                k_row = scaled(k_row, k_inverse)
-            k_row = k_row.to(k_cache_ptr.dtype.element_ty)
             v_row = tl.load(new_k + K * H + dim[None, :], (dim < H)[None, :], other=0.0)
-            if SCALED:
-                v_row = scaled(v_row, v_inverse)
-            v_row = v_row.to(v_cache_ptr.dtype.element_ty)
-            here = (slot * K + kv_head) * H + dim[None, :] + one
+            if KV_SCALES:
+                v_row = v_row.to(tl.float32)
+                k_code = code_of(tl.max(magnitude(k_row)), k_cache_ptr)
+                v_code = code_of(tl.max(magnitude(v_row)), v_cache_ptr)
+                k_row = rounded(k_row, inverse_of(k_code), k_cache_ptr)
+                v_row = rounded(v_row, inverse_of(v_code), v_cache_ptr)
+                here = number_place(slot // S, slot % S, K, H, S) + kv_head * H + dim[None, :] + one
+                code_here = code_place(slot // S, slot % S, kv_head, K, H, S)
+                tl.store(codes_at(k_cache_ptr) + code_here, k_code.to(tl.uint8), slot >= 0)
+                tl.store(codes_at(v_cache_ptr) + code_here, v_code.to(tl.uint8), slot >= 0)
+            else:
+                if SCALED:
+                    k_row = scaled(k_row, k_inverse)
+                    v_row = scaled(v_row, v_inverse)
+                k_row = k_row.to(k_cache_ptr.dtype.element_ty)
+                v_row = v_row.to(v_cache_ptr.dtype.element_ty)
+                here = (slot * K + kv_head) * H + dim[None, :] + one
             tl.store(k_cache_ptr + here, k_row, (dim < tl.where(slot >= 0, H, 0))[None, :])
             tl.store(v_cache_ptr + here, v_row, (dim < tl.where(slot >= 0, H, 0))[None, :])
             largest = tl.sum(q.to(tl.float32) * k_row.to(tl.float32), 1)
+            if KV_SCALES:
+                largest *= scale_of(k_code)
             if SOFT_CAP:
                 largest = (2.0 * tl.sigmoid(2.0 * (largest * scale / soft_cap)) - 1.0) * (soft_cap * LOG2E)
             else:
                 largest *= scale * LOG2E
-            total += 1.0
+            if KV_SCALES:
+                largest += tl.log2(scale_of(v_code))
+                total += 1.0 / scale_of(v_code)
+            else:
+                total += 1.0
             acc += v_row.to(tl.float32)
     else:
         q = tl.load(q_head + dim[None, :], in_tile, other=0.0)
@@ -168,13 +210,24 @@ def _paged_attention_kernel(
         slope = tl.load(slopes_ptr + kv_head * G + head, in_group, other=0.0).to(tl.float32) * LOG2E
     for start in tl.range(begin, end, BLOCK_L, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK_L)
-        inside = token < end
+        inside = (token < end) & (token >= oldest) if KV_SCALES and WINDOW else token < end
         block = tl.load(table_ptr + row * stride_table + token // S, inside, other=0).to(tl.int64)
-        place = ((block * S + token % S) * K + kv_head) * H
+        if KV_SCALES:
+            place = number_place(block, token % S, K, H, S) + kv_head * H
+            fourth = first_codes(start, BLOCK_L)
+            its_block = tl.load(table_ptr + row * stride_table + fourth // S, fourth < end, other=0).to(tl.int64)
+            codes = code_place(its_block, fourth % S, kv_head, K, H, S)
+            k_scales = raw_scales(load_codes(k_cache_ptr, codes, fourth < end), inside, BLOCK_L)
+            v_scales = raw_scales(load_codes(v_cache_ptr, codes, fourth < end), inside, BLOCK_L)
+            v_log = log_of(v_scales, NATIVE)
+        else:
+            place = ((block * S + token % S) * K + kv_head) * H
         here = inside[:, None] if WIDTH == H else inside[:, None] & (dim < H)[None, :]
-        k = tl.load(k_cache_ptr + place[:, None] + dim[None, :], here, other=0.0).to(q.dtype)
-        v = tl.load(v_cache_ptr + place[:, None] + dim[None, :], here, other=0.0).to(q.dtype)
+        k = numbers(tl.load(k_cache_ptr + place[:, None] + dim[None, :], here, other=0.0), q.dtype, NATIVE)
+        v = numbers(tl.load(v_cache_ptr + place[:, None] + dim[None, :], here, other=0.0), q.dtype, NATIVE)
         logit = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if KV_SCALES:
+            logit *= (k_scales * UNIT)[None, :]
         if SOFT_CAP:
             tanh = 2.0 * tl.sigmoid(2.0 * (logit * scale / soft_cap)) - 1.0
             logit = tanh * (soft_cap * LOG2E)
@@ -182,11 +235,16 @@ def _paged_attention_kernel(
             logit *= scale * LOG2E
         if ALIBI:
             logit += slope[:, None] * (token - context + 1).to(tl.float32)[None, :]
+        if KV_SCALES:
+            logit += v_log[None, :]
         logit = tl.where(inside[None, :], logit, float("-inf"))
         higher = tl.maximum(largest, tl.max(logit, 1))
         weight = tl.exp2(logit - higher[:, None])
         shrink = tl.exp2(largest - higher)
-        total = total * shrink + tl.sum(weight, 1)
+        if KV_SCALES:
+            total = total * shrink + tl.sum(weight * tl.exp2(-v_log)[None, :], 1)
+        else:
+            total = total * shrink + tl.sum(weight, 1)
         acc = tl.dot(weight.to(q.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         largest = higher
 
@@ -242,9 +300,8 @@ def _launch(
     num_rows = q_RD.shape[0]
     block_size, num_kv_heads, head_size = k_cache_BSKH.shape[1:]
     group = num_heads // num_kv_heads
+    kv_scales = check_caches(k_cache_BSKH, v_cache_BSKH, kv_scales)
     assert block_table_RB.stride(1) == 1
-    assert k_cache_BSKH.is_contiguous()
-    assert v_cache_BSKH.is_contiguous()
     device = q_RD.device
     if out_RNH is None:
         out_RNH = torch.empty((num_rows, num_heads, head_size), dtype=q_RD.dtype, device=device)
@@ -287,8 +344,9 @@ def _launch(
         sinks_ptr=out_RNH if sinks_N is None else sinks_N, part_ptr=part, stats_ptr=stats, counter_ptr=counters,
         stride_q=q_RD.stride(0), stride_table=block_table_RB.stride(0), scale=scale * kv_scales[0],
         soft_cap=soft_cap or 0.0, k_inverse=1.0 / kv_scales[0], v_inverse=1.0 / kv_scales[1], v_scale=kv_scales[1],
-        SCALED=is_scaled(k_cache_BSKH, kv_scales),
-        window=sliding_window or 0, num_splits=splits, K=num_kv_heads, G=group, H=head_size, S=block_size,
+        SCALED=is_scaled(k_cache_BSKH, kv_scales), KV_SCALES=has_scales(k_cache_BSKH),
+        NATIVE=facts.knows_ptx, window=sliding_window or 0, num_splits=splits, K=num_kv_heads, G=group, H=head_size,
+        S=block_size,
         GROUP=max(16, tuning.next_power_of_two(group)), WIDTH=width, BLOCK_L=block_l, WINDOW=sliding_window is not None,
         SOFT_CAP=soft_cap is not None, ALIBI=alibi_slopes_N is not None, SINKS=sinks_N is not None, SPLIT=splits > 1,
         min_piece=min_piece, HEADS=tuning.next_power_of_two(group),
@@ -331,7 +389,7 @@ def paged_attention(
     if shared_len_R is not None and sliding_window is None and alibi_slopes_N is None and q_RNH.shape[0]:
         bound = block_table_RB.shape[1] * k_cache_BSKH.shape[1]
         shared = attend_prefix(
-            q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, shared_len_R, scale=scale * kv_scales[0],
+            q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, shared_len_R, scale=scale, kv_scales=kv_scales,
             max_length=bound if max_context is None else min(bound, max_context), soft_cap=soft_cap,
         )  # fmt: skip
     return _launch(

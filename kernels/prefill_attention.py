@@ -17,7 +17,18 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
-from argosy.kernels.attention_parts import for_cache
+from argosy.kernels.attention_parts import check_caches, for_cache
+from argosy.kernels.kv_scale_parts import (
+    code_place,
+    codes_at,
+    first_codes,
+    load_codes,
+    log_of,
+    number_place,
+    numbers,
+    raw_scales,
+)
+from argosy.kernels.kv_scales import has_scales
 
 LEAST_LINES = 64  # queries times heads of a row, in the mean, from which on tiles of 128 lines are filled well enough
 
@@ -25,45 +36,70 @@ LEAST_LINES = 64  # queries times heads of a row, in the mean, from which on til
 @triton.jit
 def _walk(
     q, acc, largest, total, begin, end, position, last_key, window, slope, scale, soft_cap,
-    k_base, v_base, table_row,
+    k_base, v_base,
+    k_codes, v_codes,  # when KV_SCALES: the caches by bytes, moved on to the codes of this head
+    table_row,
     K: tl.constexpr, H: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr, BLOCK_L: tl.constexpr,
-    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ALIBI: tl.constexpr,
-    STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr = True,
+    MASKED: tl.constexpr, WINDOW: tl.constexpr, SOFT_CAP: tl.constexpr, ALIBI: tl.constexpr, KV_SCALES: tl.constexpr,
+    NATIVE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr = True,
 ):  # fmt: skip
     """Attend to the keys [begin, end) in tiles; `begin` is a multiple of BLOCK_L. WIDE: places need 64 bits."""
     LOG2E: tl.constexpr = 1.4426950408889634
+    UNIT: tl.constexpr = 3.0814879110195774e-33  # 2^-108
     dim = tl.arange(0, WIDTH)
     # Scaled where the exponent is taken, one multiply-add, unless something else is done to the logits before.
-    PLAIN: tl.constexpr = not SOFT_CAP and not ALIBI
+    PLAIN: tl.constexpr = not SOFT_CAP and not ALIBI and not KV_SCALES
     factor = scale * LOG2E if PLAIN else 1.0
     for start in tl.range(begin, end, BLOCK_L, num_stages=STAGES):
         key = start + tl.arange(0, BLOCK_L)
         if S % BLOCK_L == 0:  # the whole tile lies in one block
             block = tl.load(table_row + start // S)
             block = block.to(tl.int64) if WIDE else block
-            place = ((block * S + start % S + tl.arange(0, BLOCK_L)) * K) * H
+            offset = start % S + tl.arange(0, BLOCK_L)
         else:
             block = tl.load(table_row + tl.minimum(key, last_key) // S)
             block = block.to(tl.int64) if WIDE else block
-            place = (block * S + key % S) * K * H
+            offset = key % S
+        if KV_SCALES:
+            place = number_place(block, offset, K, H, S)
+            fourth = first_codes(start, BLOCK_L)
+            if S % BLOCK_L == 0:
+                codes = code_place(block, start % S + 4 * tl.arange(0, BLOCK_L // 4), 0, K, H, S)
+            else:
+                its_block = tl.load(table_row + tl.minimum(fourth, last_key) // S)
+                its_block = its_block.to(tl.int64) if WIDE else its_block
+                codes = code_place(its_block, fourth % S, 0, K, H, S)
+            k_scales = raw_scales(load_codes(k_codes, codes, fourth <= last_key), key <= last_key, BLOCK_L)
+            v_scales = raw_scales(load_codes(v_codes, codes, fourth <= last_key), key <= last_key, BLOCK_L)
+            v_log = log_of(v_scales, NATIVE)
+        else:
+            place = (block * S + offset) * K * H
         if MASKED:
             here = (key <= last_key)[:, None] & (dim < H)[None, :]
-            k = tl.load(k_base + place[:, None] + dim[None, :], here, other=0.0).to(q.dtype)
-            v = tl.load(v_base + place[:, None] + dim[None, :], here, other=0.0).to(q.dtype)
+            k = tl.load(k_base + place[:, None] + dim[None, :], here, other=0.0)
+            v = tl.load(v_base + place[:, None] + dim[None, :], here, other=0.0)
         elif WIDTH == H:
-            k = tl.load(k_base + place[:, None] + dim[None, :]).to(q.dtype)
-            v = tl.load(v_base + place[:, None] + dim[None, :]).to(q.dtype)
+            k = tl.load(k_base + place[:, None] + dim[None, :])
+            v = tl.load(v_base + place[:, None] + dim[None, :])
         else:
-            k = tl.load(k_base + place[:, None] + dim[None, :], (dim < H)[None, :], other=0.0).to(q.dtype)
-            v = tl.load(v_base + place[:, None] + dim[None, :], (dim < H)[None, :], other=0.0).to(q.dtype)
+            k = tl.load(k_base + place[:, None] + dim[None, :], (dim < H)[None, :], other=0.0)
+            v = tl.load(v_base + place[:, None] + dim[None, :], (dim < H)[None, :], other=0.0)
+        k = numbers(k, q.dtype, NATIVE)
+        v = numbers(v, q.dtype, NATIVE)
         logit = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        if KV_SCALES and SOFT_CAP:
+            logit *= (k_scales * UNIT)[None, :]
         if SOFT_CAP:
             tanh = 2.0 * tl.sigmoid(2.0 * (logit * scale / soft_cap)) - 1.0
             logit = tanh * (soft_cap * LOG2E)
+        elif KV_SCALES:
+            logit *= (k_scales * (scale * (LOG2E * UNIT)))[None, :]
         elif ALIBI:
             logit *= scale * LOG2E
         if ALIBI:
             logit += slope[:, None] * (key[None, :] - position[:, None]).to(tl.float32)
+        if KV_SCALES:
+            logit += v_log[None, :]
         if MASKED:
             seen = key[None, :] <= position[:, None]
             if WINDOW:
@@ -74,7 +110,10 @@ def _walk(
         pivot = tl.where(higher == float("-inf"), 0.0, higher) if WINDOW else higher
         weight = tl.exp2(logit * factor - pivot[:, None])
         shrink = tl.exp2(largest - pivot)
-        total = total * shrink + tl.sum(weight, 1)
+        if KV_SCALES:
+            total = total * shrink + tl.sum(weight * tl.exp2(-v_log)[None, :], 1)
+        else:
+            total = total * shrink + tl.sum(weight, 1)
         acc = tl.dot(weight.to(q.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
         largest = higher
     return acc, largest, total
@@ -115,6 +154,8 @@ def _prefill_attention_kernel(
     SOFT_CAP: tl.constexpr,
     ALIBI: tl.constexpr,
     SINKS: tl.constexpr,
+    KV_SCALES: tl.constexpr,  # a scale for each token and head lies in the cache: see `kv_scales`
+    NATIVE: tl.constexpr,  # PTX may be used
     STAGES: tl.constexpr,
     PRECISION: tl.constexpr,
     WIDE: tl.constexpr,
@@ -166,6 +207,8 @@ def _prefill_attention_kernel(
     last_key = tl.minimum(first_position + BLOCK_Q, context) - 1
     k_base = k_cache_ptr + kv_head * H
     v_base = v_cache_ptr + kv_head * H
+    k_codes = codes_at(k_cache_ptr) + kv_head * S
+    v_codes = codes_at(v_cache_ptr) + kv_head * S
     table_row = table_ptr + row.to(tl.int64) * stride_table
     # The window's lower edge cuts through tiles too, so with a window every tile is masked.
     begin = tl.maximum(first_position - window + 1, 0) // BLOCK_L * BLOCK_L if WINDOW else 0
@@ -173,11 +216,13 @@ def _prefill_attention_kernel(
     if not WINDOW and not ONE_LOOP:
         acc, largest, total = _walk(
             q, acc, largest, total, begin, middle, position, last_key, window, slope, scale, soft_cap, k_base, v_base,
-            table_row, K, H, S, WIDTH, BLOCK_L, False, WINDOW, SOFT_CAP, ALIBI, STAGES, PRECISION, WIDE,
+            k_codes, v_codes, table_row, K, H, S, WIDTH, BLOCK_L, False, WINDOW, SOFT_CAP, ALIBI, KV_SCALES, NATIVE,
+            STAGES, PRECISION, WIDE,
         )  # fmt: skip
     acc, largest, total = _walk(
         q, acc, largest, total, middle, last_key + 1, position, last_key, window, slope, scale, soft_cap, k_base,
-        v_base, table_row, K, H, S, WIDTH, BLOCK_L, True, WINDOW, SOFT_CAP, ALIBI, STAGES, PRECISION, WIDE,
+        v_base, k_codes, v_codes, table_row, K, H, S, WIDTH, BLOCK_L, True, WINDOW, SOFT_CAP, ALIBI, KV_SCALES, NATIVE,
+        STAGES, PRECISION, WIDE,
     )  # fmt: skip
     if SINKS:
         sink = tl.load(sinks_ptr + head, present, other=0.0).to(tl.float32) * LOG2E
@@ -237,7 +282,7 @@ def prefill_attention(
     group = num_heads // num_kv_heads
     assert q_TNH.stride()[1:] == (head_size, 1)
     assert block_table_RB.stride(1) == 1
-    assert k_cache_BSKH.is_contiguous() and v_cache_BSKH.is_contiguous()  # noqa: PT018
+    kv_scales = check_caches(k_cache_BSKH, v_cache_BSKH, kv_scales)
     if out_TNH is None:
         out_TNH = torch.empty((num_tokens, num_heads, head_size), dtype=q_TNH.dtype, device=q_TNH.device)
     assert out_TNH.is_contiguous()
@@ -272,8 +317,10 @@ def prefill_attention(
         num_rows, kv_scales[1],
         K=num_kv_heads, G=group, H=head_size, S=block_size, WIDTH=width, BLOCK_M=block_m, BLOCK_Q=block_q,
         BLOCK_L=sizes["block_l"], WINDOW=sliding_window is not None, SOFT_CAP=soft_cap is not None,
-        ALIBI=alibi_slopes_N is not None, SINKS=sinks_N is not None, STAGES=sizes["stages"],
-        PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32", WIDE=k_cache_BSKH.numel() >= 1 << 31,
+        ALIBI=alibi_slopes_N is not None, SINKS=sinks_N is not None, KV_SCALES=has_scales(k_cache_BSKH),
+        NATIVE=tuning.device_facts(q_TNH.device).knows_ptx, STAGES=sizes["stages"],
+        PRECISION="ieee" if q_TNH.dtype == torch.float32 else "tf32",
+        WIDE=k_cache_BSKH.shape[0] * k_cache_BSKH.stride(0) >= 1 << 31,
         ONE_LOOP=bool(sizes.get("one_loop", 0)),
         num_warps=sizes["warps"], **tuning.overlap(q_TNH.device),
     )  # fmt: skip

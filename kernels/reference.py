@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from argosy.kernels import kv_scales as own_scales
+
 # Keys gathered at once by `paged_attention`. Larger pieces leave the cache, and glibc hands their memory back to the
 # system after each one, to be mapped again page by page for the next.
 GATHER_BYTES = 1 << 20
@@ -107,18 +109,24 @@ def store_kv(
 ) -> None:
     """Write token t to slot slots_T[t] = block_id · S + offset of both caches. A slot of -1 is padding: not written.
 
-    What is written is the key or value divided by its scale; in an e4m3 cache, cut off at the largest number.
+    What is written is the key or value divided by its scale; in an e4m3 cache, cut off at the largest number. A cache
+    with a scale for each token and head (`kernels.kv_scales`) gets those, and `kv_scales` says nothing about it.
     """
     if slots_T.numel() and int(slots_T.min()) < 0:
         (kept,) = torch.where(slots_T >= 0)
         k_TKH, v_TKH, slots_T = k_TKH[kept], v_TKH[kept], slots_T[kept]
     for x_TKH, cache_BSKH, scale in zip((k_TKH, v_TKH), (k_cache_BSKH, v_cache_BSKH), kv_scales, strict=True):
+        if own_scales.has_scales(cache_BSKH):
+            own_scales.store(x_TKH, cache_BSKH, slots_T.long())
+            continue
         kept_TKH = to_cache(x_TKH, cache_BSKH.dtype, scale)
         as_bytes(cache_BSKH).view(-1, *cache_BSKH.shape[2:]).index_copy_(0, slots_T.long(), as_bytes(kept_TKH))
 
 
-def _pick(cache_BSKH: Tensor, ids: Tensor) -> Tensor:
-    """These blocks of a cache."""
+def pick(cache_BSKH: Tensor, ids: Tensor) -> Tensor:
+    """These blocks of a cache; from one with scales, float32."""
+    if own_scales.has_scales(cache_BSKH):
+        return own_scales.gather(cache_BSKH, ids)
     return as_bytes(cache_BSKH).index_select(0, ids).view(cache_BSKH.dtype)
 
 
@@ -199,6 +207,10 @@ def paged_attention(
     All rows of a piece at once: their blocks are gathered, and the G query heads of a key/value head stand in the
     place of query positions, so that keys are not repeated. Options as in `prefill_attention`.
     """
+    if own_scales.has_scales(k_cache_BSKH):
+        q_RNH, given, kv_scales = q_RNH.float(), q_RNH.dtype, (1.0, 1.0)
+    else:
+        given = q_RNH.dtype
     scale *= kv_scales[0]
     num_rows, num_heads, head_size = q_RNH.shape
     block_size, num_kv_heads = k_cache_BSKH.shape[1:3]
@@ -214,7 +226,7 @@ def paged_attention(
         num_blocks = -(-length // block_size)
         ids = block_table_RB[rows, :num_blocks].reshape(-1)
         k_RKLH, v_RKLH = (
-            _pick(cache, ids).view(-1, num_blocks * block_size, num_kv_heads, head_size)[:, :length]
+            pick(cache, ids).view(-1, num_blocks * block_size, num_kv_heads, head_size)[:, :length]
             .to(q_RNH.dtype).transpose(1, 2)
             for cache in (k_cache_BSKH, v_cache_BSKH)
         )  # fmt: skip
@@ -233,8 +245,8 @@ def paged_attention(
         ).reshape(-1, num_heads, head_size)  # fmt: skip
         if min(lengths[rows]) == 0:
             out = out.masked_fill((context_len_R[rows] == 0)[:, None, None], 0.0)
-        pieces.append(out if kv_scales[1] == 1.0 else out * kv_scales[1])
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces or [torch.empty_like(q_RNH)])
+        pieces.append((out if kv_scales[1] == 1.0 else out * kv_scales[1]).to(given))
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces or [torch.empty_like(q_RNH, dtype=given)])
 
 
 def decode_attention(
@@ -294,6 +306,13 @@ def prefill_attention(
     `sinks_N` are logits per head that take part in the softmax but carry no value. Tokens past the last row: zeros.
     `kv_scales`: what keys and values of the cache are to be multiplied by.
     """
+    if own_scales.has_scales(k_cache_BSKH):
+        if q_TNH.dtype != torch.float32:
+            return prefill_attention(
+                q_TNH.float(), k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, scale=scale,
+                sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+            ).to(q_TNH.dtype)  # fmt: skip
+        kv_scales = (1.0, 1.0)
     starts, lengths = query_start_R1.tolist(), context_len_R.tolist()
     num_heads, head_size = q_TNH.shape[1:]
     block_size, num_kv_heads = k_cache_BSKH.shape[1:3]
@@ -316,7 +335,7 @@ def prefill_attention(
             continue
         ids = block_table_RB[row, : -(-length // block_size)]
         k_1KLH, v_1KLH = (
-            _pick(cache, ids).view(-1, num_kv_heads, head_size)[:length].to(q_TNH.dtype).transpose(0, 1)[None]
+            pick(cache, ids).view(-1, num_kv_heads, head_size)[:length].to(q_TNH.dtype).transpose(0, 1)[None]
             for cache in (k_cache_BSKH, v_cache_BSKH)
         )
         tokens_of_row = slice(starts[row], starts[row + 1])

@@ -9,7 +9,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
-from argosy.kernels.attention_parts import is_scaled, scaled
+from argosy.kernels.attention_parts import check_caches, is_scaled, scaled
+from argosy.kernels.kv_scale_parts import code_of, code_place, codes_at, inverse_of, magnitude, number_place, rounded
+from argosy.kernels.kv_scales import has_scales
 
 
 # Addresses inside a packed buffer, differ from step to step: a compiled variant for each divisibility by 16
@@ -40,6 +42,7 @@ def _rotate_kernel(
     NORM_K: tl.constexpr,
     STORE: tl.constexpr,
     SCALED: tl.constexpr,
+    S: tl.constexpr,  # tokens in a block, of a cache with a scale for each token and head; 0: of one without
     PDL: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
@@ -102,11 +105,25 @@ def _rotate_kernel(
     if STORE:
         slot = tl.load(slots_ptr + token).to(tl.int64)
         kept = k_cache_ptr.dtype.element_ty
-        k_head = k_cache_ptr + (slot * K + head - N) * H
-        v_head = v_cache_ptr + (slot * K + head - N - K) * H
         end = tl.where(slot >= 0, N + 2 * K, 0)  # no head of a padding token is written
         write_k = (is_k & (head < end))[:, None]
         write_v = (is_v & (head < end))[:, None]
+        if S > 0:
+            k_head = k_cache_ptr + number_place(slot // S, slot % S, K, H, S) + (head - N) * H
+            v_head = v_cache_ptr + number_place(slot // S, slot % S, K, H, S) + (head - N - K) * H
+            largest = tl.maximum(tl.max(magnitude(first), 1), tl.max(magnitude(second), 1))
+            code = code_of(tl.maximum(largest, tl.max(magnitude(tail), 1)), k_cache_ptr)
+            inverse = inverse_of(code)[:, None]
+            first = rounded(first, inverse, k_cache_ptr)
+            second = rounded(second, inverse, k_cache_ptr)
+            tail = rounded(tail, inverse, k_cache_ptr)
+            k_code = codes_at(k_cache_ptr) + code_place(slot // S, slot % S, head - N, K, H, S)
+            v_code = codes_at(v_cache_ptr) + code_place(slot // S, slot % S, head - N - K, K, H, S)
+            tl.store(k_code, code.to(tl.uint8), is_k & (head < end))
+            tl.store(v_code, code.to(tl.uint8), is_v & (head < end))
+        else:
+            k_head = k_cache_ptr + (slot * K + head - N) * H
+            v_head = v_cache_ptr + (slot * K + head - N - K) * H
         if SCALED:
             inverse = tl.where(is_k, k_inverse, v_inverse)[:, None]
             first = scaled(first, inverse)
@@ -147,7 +164,7 @@ def apply_rotary(
         _rotate_kernel[(num_tokens, triton.cdiv(num_heads, sizes["HEADS"]))](
             x, positions_T, cos_sin_PD, x, x, x, x, positions_T, x.stride(0), 0.0, 1.0, 1.0,
             N=num_heads, K=0, H=head_size, INTERLEAVED=interleaved, NORM_Q=False, NORM_K=False, STORE=False,
-            SCALED=False,
+            SCALED=False, S=0,
             **sizes, **tuning.overlap(x.device),
         )  # fmt: skip
     return q_TNH, k_TKH
@@ -173,8 +190,7 @@ def rope_and_store(
     num_tokens, total_heads = qkv_TD.shape[0], num_heads + 2 * num_kv_heads
     assert qkv_TD.shape[1] == total_heads * head_size
     assert qkv_TD.stride(1) == 1
-    assert k_cache_BSKH.is_contiguous()
-    assert v_cache_BSKH.is_contiguous()
+    kv_scales = check_caches(k_cache_BSKH, v_cache_BSKH, kv_scales)
     assert slots_T.shape == (num_tokens,)
     assert cos_sin_PD is None or cos_sin_PD.is_contiguous()
     sizes = _sizes(num_tokens, total_heads, head_size, 0 if cos_sin_PD is None else cos_sin_PD.shape[1])
@@ -185,7 +201,7 @@ def rope_and_store(
             qkv_TD if k_norm_weight_H is None else k_norm_weight_H,
             k_cache_BSKH, v_cache_BSKH, slots_T, qkv_TD.stride(0), eps, 1.0 / kv_scales[0], 1.0 / kv_scales[1],
             N=num_heads, K=num_kv_heads, H=head_size, INTERLEAVED=interleaved, STORE=True,
-            SCALED=is_scaled(k_cache_BSKH, kv_scales),
+            SCALED=is_scaled(k_cache_BSKH, kv_scales), S=k_cache_BSKH.shape[1] if has_scales(k_cache_BSKH) else 0,
             NORM_Q=q_norm_weight_H is not None, NORM_K=k_norm_weight_H is not None,
             **sizes, **tuning.overlap(qkv_TD.device),
         )  # fmt: skip

@@ -18,7 +18,9 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
-from argosy.kernels.attention_parts import for_cache
+from argosy.kernels.attention_parts import check_caches, for_cache
+from argosy.kernels.kv_scale_parts import codes_at
+from argosy.kernels.kv_scales import has_scales
 from argosy.kernels.prefill_attention import _walk
 
 MIN_PIECE = 256  # tokens: a shorter piece costs more to join than to walk
@@ -45,8 +47,8 @@ def _shared_prefix_kernel(
     q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, length_ptr, part_ptr, stats_ptr,
     stride_q, stride_table, scale, soft_cap, num_rows, num_pieces,
     K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_Q: tl.constexpr, BLOCK_L: tl.constexpr, SOFT_CAP: tl.constexpr, STAGES: tl.constexpr,
-    PRECISION: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_Q: tl.constexpr, BLOCK_L: tl.constexpr, SOFT_CAP: tl.constexpr, KV_SCALES: tl.constexpr,
+    NATIVE: tl.constexpr, STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     kv_head = tl.program_id(0)
     piece = tl.program_id(2)
@@ -79,15 +81,18 @@ def _shared_prefix_kernel(
     table_row = table_ptr + owner.to(tl.int64) * stride_table
     k_base = k_cache_ptr + kv_head * H
     v_base = v_cache_ptr + kv_head * H
+    k_codes = codes_at(k_cache_ptr) + kv_head * S
+    v_codes = codes_at(v_cache_ptr) + kv_head * S
     middle = begin + (end - begin) // BLOCK_L * BLOCK_L
     position = tl.zeros((BLOCK_M,), tl.int32) + (end - 1)
     acc, largest, total = _walk(
-        q, acc, largest, total, begin, middle, position, end - 1, 0, 0.0, scale, soft_cap, k_base, v_base, table_row,
-        K, H, S, WIDTH, BLOCK_L, False, False, SOFT_CAP, False, STAGES, PRECISION,
+        q, acc, largest, total, begin, middle, position, end - 1, 0, 0.0, scale, soft_cap, k_base, v_base, k_codes,
+        v_codes, table_row, K, H, S, WIDTH, BLOCK_L, False, False, SOFT_CAP, False, KV_SCALES, NATIVE, STAGES,
+        PRECISION,
     )  # fmt: skip
     acc, largest, total = _walk(
-        q, acc, largest, total, middle, end, position, end - 1, 0, 0.0, scale, soft_cap, k_base, v_base, table_row,
-        K, H, S, WIDTH, BLOCK_L, True, False, SOFT_CAP, False, 1, PRECISION,
+        q, acc, largest, total, middle, end, position, end - 1, 0, 0.0, scale, soft_cap, k_base, v_base, k_codes,
+        v_codes, table_row, K, H, S, WIDTH, BLOCK_L, True, False, SOFT_CAP, False, KV_SCALES, NATIVE, 1, PRECISION,
     )  # fmt: skip
     stats = stats_ptr + (piece * 2 * num_rows + row) * K * G + head
     tl.store(stats, largest, present)
@@ -133,12 +138,14 @@ def attend_prefix(
     scale: float,
     max_length: int,
     soft_cap: float | None = None,
+    kv_scales: tuple[float, float] = (1.0, 1.0),
 ) -> SharedPrefix:
     """One launch. `max_length` bounds the length on the host."""
     num_rows, num_heads, head_size = q_RNH.shape
     block_size, num_kv_heads = k_cache_BSKH.shape[1:3]
     group = num_heads // num_kv_heads
     device = q_RNH.device
+    scale *= check_caches(k_cache_BSKH, v_cache_BSKH, kv_scales)[0]
     assert q_RNH.stride()[1:] == (head_size, 1)
     assert block_table_RB.stride(1) == 1
     facts = tuning.device_facts(device)
@@ -156,7 +163,8 @@ def attend_prefix(
         q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, length_R, part, stats, q_RNH.stride(0),
         block_table_RB.stride(0), scale, soft_cap or 0.0, num_rows, pieces, K=num_kv_heads, G=group, H=head_size,
         S=block_size, WIDTH=width, BLOCK_M=block_m, BLOCK_Q=block_q, BLOCK_L=sizes["block_l"],
-        SOFT_CAP=soft_cap is not None, STAGES=sizes["stages"],
+        SOFT_CAP=soft_cap is not None, KV_SCALES=has_scales(k_cache_BSKH), NATIVE=facts.knows_ptx,
+        STAGES=sizes["stages"],
         PRECISION="ieee" if q_RNH.dtype == torch.float32 else "tf32", num_warps=sizes["warps"],
         **tuning.overlap(device),
     )  # fmt: skip

@@ -25,6 +25,7 @@ class DeviceFacts:
     slug: str  # the name in lower case with underscores, the stem of its file in tuned/
     num_sms: int
     overlaps: bool  # may start a kernel while its predecessor drains (programmatic dependent launch, capability 9.0)
+    knows_ptx: bool = False
 
 
 @cache
@@ -35,7 +36,7 @@ def device_facts(device: torch.device) -> DeviceFacts:
     properties = torch.cuda.get_device_properties(device)
     is_nvidia = torch.version.hip is None
     slug = properties.name.lower().replace(" ", "_").replace("-", "_")
-    return DeviceFacts(slug, properties.multi_processor_count, is_nvidia and properties.major >= 9)
+    return DeviceFacts(slug, properties.multi_processor_count, is_nvidia and properties.major >= 9, is_nvidia)
 
 
 @cache

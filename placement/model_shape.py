@@ -100,9 +100,9 @@ class ModelShape(msgspec.Struct, frozen=True, kw_only=True):
         )
         return layers + self.spec.vocab_size * self.table_width
 
-    def kv_bytes_per_token(self, dtype_bytes: int, tp_size: int, num_layers: int) -> int:
+    def kv_bytes_per_token(self, dtype_bytes: int, tp_size: int, num_layers: int, *, scale_bytes: int = 0) -> int:
         """KV bytes of one token on one rank that has `num_layers` layers."""
-        return kv_bytes_per_token(self.spec, dtype_bytes, tp_size, num_layers)
+        return kv_bytes_per_token(self.spec, dtype_bytes, tp_size, num_layers, scale_bytes=scale_bytes)
 
     def why_not_tp(self, tp_size: int) -> str | None:
         """What can't be divided by so many ranks, in words; None when all can."""

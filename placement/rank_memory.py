@@ -9,7 +9,7 @@ from typing import Final
 import msgspec
 
 from argosy.cluster.protocol.config import ServingConfig
-from argosy.cluster.protocol.model_spec import DTYPE_BYTES
+from argosy.cluster.protocol.model_spec import DTYPE_BYTES, KV_SCALE_BYTES
 from argosy.placement.calibration import Calibration
 from argosy.placement.model_shape import Matrix, ModelShape
 from argosy.placement.topology import Gpu
@@ -33,6 +33,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
 
     dtype_bytes: int
     kv_dtype_bytes: int
+    kv_scale_bytes: int = 0  # for each token and key/value head of a cache
     weight_format: WeightFormat
     block_size: int = 16
     max_num_seqs: int = 256
@@ -58,6 +59,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
         return cls(
             dtype_bytes=DTYPE_BYTES[dtype],
             kv_dtype_bytes=DTYPE_BYTES[kv_dtype],
+            kv_scale_bytes=KV_SCALE_BYTES.get(kv_dtype, 0),
             weight_format=weight_format or shape.weight_format,
             block_size=config.cache.block_size,
             max_num_seqs=config.scheduler.max_num_seqs,
@@ -149,8 +151,14 @@ class StageBytes:
 
     def block_bytes(self, tp_size: int, first_layer: int, last_layer: int) -> int:
         """Bytes of one KV block on one rank of the stage."""
-        per_token = self.shape.kv_bytes_per_token(self.serving.kv_dtype_bytes, tp_size, last_layer - first_layer)
-        return per_token * self.serving.block_size
+        return self.kv_bytes_per_token(tp_size, last_layer - first_layer) * self.serving.block_size
+
+    def kv_bytes_per_token(self, tp_size: int, num_layers: int) -> int:
+        """Bytes of one token on one rank that has `num_layers` layers, scales included."""
+        serving = self.serving
+        return self.shape.kv_bytes_per_token(
+            serving.kv_dtype_bytes, tp_size, num_layers, scale_bytes=serving.kv_scale_bytes
+        )
 
     def activation_bytes(self, calibration: Calibration, tp_size: int, first_layer: int, last_layer: int) -> int:
         """What steps hold beside weights and blocks: the larger of a step full of prompts and one of all rows that

@@ -116,9 +116,11 @@ class ModelRunner:
         device: torch.device,
         dtype: torch.dtype,
         cache_dtype: torch.dtype,
+        cache_scales: bool = False,
     ):
         self.config, self.spec, self.parallel, self.rank = config, spec, parallel, parallel.rank
         self.device, self.dtype, self.cache_dtype = device, dtype, cache_dtype
+        self.cache_scales = cache_scales  # of the cache, one for each token and head
         scheduler = config.scheduler
         self.max_model_len = config.model.max_model_len or spec.max_position
         self.model = build_model(spec, self.rank, parallel, dtype, device)
@@ -184,8 +186,9 @@ class ModelRunner:
     def allocate(self, num_blocks: int) -> None:
         """Make the KV cache; from now on steps may come."""
         self.kv_cache = KVCache.allocate(
-            self.spec, self.rank, num_blocks, self.config.cache.block_size, self.cache_dtype, self.device
-        )
+            self.spec, self.rank, num_blocks, self.config.cache.block_size, self.cache_dtype, self.device,
+            scaled=self.cache_scales,
+        )  # fmt: skip
 
     @property
     def _chooses_over_group(self) -> bool:
@@ -195,7 +198,9 @@ class ModelRunner:
     @property
     def block_bytes(self) -> int:
         """Bytes of one KV block on this rank."""
-        return KVCache.block_bytes(self.spec, self.rank, self.config.cache.block_size, self.cache_dtype)
+        return KVCache.block_bytes(
+            self.spec, self.rank, self.config.cache.block_size, self.cache_dtype, scaled=self.cache_scales
+        )
 
     def warm_up(self, shapes: Sequence[tuple[int, ...]]) -> None:
         """Run steps of (rows, tokens a row), so that no request pays for what only the first use of a shape costs.
@@ -225,9 +230,8 @@ class ModelRunner:
         self.take_tokens()
         self.transport.flush()
         self.transport.timeout_seconds = self.config.parallel.step_deadline_seconds
-        for k_cache, v_cache in self.kv_cache.layers:
-            k_cache[0].zero_()
-            v_cache[0].zero_()
+        for tensor in self.kv_cache.tensors:
+            tensor[0].zero_()
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.last_step_id = -1

@@ -37,7 +37,7 @@ from argosy.cluster.protocol.messages import (
     WorkerReady,
     WorkerReport,
 )
-from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.cluster.protocol.model_spec import KV_SCALE_BYTES, read_model_spec
 from argosy.kernels import fp8_ops
 from argosy.placement.plan import RankInfo
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
@@ -205,6 +205,7 @@ class Worker:
         self.runner = ModelRunner(
             self.config, spec, self.parallel, device=device, dtype=dtype,
             cache_dtype=_cache_dtype(self.config.cache.kv_cache_dtype, dtype, device),
+            cache_scales=self.config.cache.kv_cache_dtype in KV_SCALE_BYTES,
         )  # fmt: skip
         self._clock.mark("buffers")
         self.ledger.mark("buffers")
@@ -357,12 +358,14 @@ def _first_line(error: BaseException) -> str:
 def _cache_dtype(wanted: str, dtype: torch.dtype, device: torch.device) -> torch.dtype:
     if wanted == "auto":
         return dtype
-    if wanted != "fp8_e4m3":
+    if wanted == "int8":
+        return torch.int8
+    if not wanted.startswith("fp8"):
         return TORCH_DTYPES[wanted]
     if device.type == "cuda" and not fp8_ops.has_e4m3(device):
         raise ConfigError(
             f"kv_cache_dtype={wanted!r}: {describe_device(device)} does not know e4m3 (compute capability 8.9 and up "
-            "do); use auto"
+            "do); use int8 or auto"
         )
     return torch.float8_e4m3fn
 

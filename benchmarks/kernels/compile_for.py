@@ -28,6 +28,7 @@ from argosy.kernels import (
     gemv,
     hopper_attention,
     kv_cache,
+    kv_scales,
     paged_attention,
     prefill_attention,
     rotary,
@@ -38,7 +39,7 @@ from argosy.kernels.fp8_reference import E4M3, Fp8Rows, Fp8Weight, Rounding
 BF16 = torch.bfloat16
 CPU = torch.device("cpu")
 SHARED_BYTES = 232448  # of a multiprocessor of an H100 or H200
-FACTS = tuning.DeviceFacts("nvidia_h200", 132, True)
+FACTS = tuning.DeviceFacts("nvidia_h200", 132, overlaps=True, knows_ptx=True)
 COMPILED: list[Any] = []
 
 
@@ -91,10 +92,13 @@ def describe(kernel: Any) -> str:
 
 
 def attention(report: Callable[..., None]) -> None:
-    """Decode and prompts, over 16 bits and over e4m3."""
-    for dtype in (BF16, E4M3):
+    """Decode and prompts, over 16 bits, over e4m3, and over 8 bits with a scale for each token and head."""
+    for dtype, scaled in ((BF16, False), (E4M3, False), (E4M3, True), (torch.int8, True)):
         k_cache, v_cache = (torch.zeros(64, 16, 8, 128, dtype=dtype) for _ in range(2))
-        rotations, name = torch.zeros(8192, 128), str(dtype)[6:]
+        if scaled:
+            raw = torch.zeros(64, kv_scales.block_bytes(16, 8, 128), dtype=torch.uint8)
+            k_cache, v_cache = (kv_scales.as_scaled_cache(raw, 16, 8, 128, dtype) for _ in range(2))
+        rotations, name = torch.zeros(8192, 128), f"{str(dtype)[6:]}{' with scales' * scaled}"
         for rows in (1, 64, 256):
             table = torch.zeros(rows, 512, dtype=torch.int32)
             lengths, ids = torch.ones(rows, dtype=torch.int32), torch.zeros(rows, dtype=torch.int64)

@@ -52,7 +52,8 @@ class CacheConfig(_Settings, frozen=True):
     kv_cache_memory_bytes: int | None = None  # overrides the above
     num_gpu_blocks_override: int | None = None  # overrides both
     enable_prefix_caching: bool = True
-    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8_e4m3"] = "auto"
+    # int8 and fp8_scaled: 8 bits, and a scale for each token and key/value head
+    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8_e4m3", "fp8_scaled", "int8"] = "auto"
 
 
 class SchedulerConfig(_Settings, frozen=True):

@@ -10,7 +10,8 @@ from argosy.cluster.protocol.quant_spec import QuantSpec
 from argosy.cluster.protocol.rope_spec import RopeSpec
 
 DTYPES: Final = ("float32", "bfloat16", "float16")
-DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1}
+DTYPE_BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8_e4m3": 1, "fp8_scaled": 1, "int8": 1}
+KV_SCALE_BYTES: Final = {"fp8_scaled": 1, "int8": 1}  # beside the numbers of each token and head in such a cache
 
 
 class MoESpec(msgspec.Struct, frozen=True, kw_only=True):
@@ -239,6 +240,9 @@ def kv_sizes(spec: ModelSpec) -> tuple[int, int]:
     return (spec.mla.kv_rank, spec.mla.rope_size) if spec.mla is not None else (spec.head_size, spec.head_size)
 
 
-def kv_bytes_per_token(spec: ModelSpec, dtype_bytes: int, tp_size: int, num_layers: int) -> int:
-    """KV bytes of one token on one rank that has `num_layers` layers."""
-    return num_layers * kv_heads_per_rank(spec, tp_size) * sum(kv_sizes(spec)) * dtype_bytes
+def kv_bytes_per_token(
+    spec: ModelSpec, dtype_bytes: int, tp_size: int, num_layers: int, *, scale_bytes: int = 0
+) -> int:
+    """KV bytes of one token on one rank that has `num_layers` layers; `scale_bytes` for each head of each cache."""
+    a_head = sum(size * dtype_bytes + scale_bytes for size in kv_sizes(spec))
+    return num_layers * kv_heads_per_rank(spec, tp_size) * a_head

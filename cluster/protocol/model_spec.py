@@ -19,6 +19,7 @@ from argosy.cluster.protocol.families_moe import FAMILIES
 from argosy.cluster.protocol.model_facts import (
     DTYPE_BYTES,
     DTYPES,
+    KV_SCALE_BYTES,
     MLASpec,
     ModelSpec,
     MoESpec,
@@ -34,6 +35,7 @@ __all__ = [
     "DTYPES",
     "DTYPE_BYTES",
     "FAMILIES",
+    "KV_SCALE_BYTES",
     "ROPE_TYPES",
     "Family",
     "MLASpec",

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from argosy.kernels import mla_attention, mla_reference
+from argosy.kernels import kv_scales, mla_attention, mla_reference
 
 Near = Callable[[Tensor, Tensor], None]
 BLOCK_SIZE, NUM_BLOCKS = 16, 40
@@ -65,3 +65,36 @@ def test_the_absorbed_form_gives_the_numbers_of_the_expanded_one() -> None:
         q_latent[None], q_rotated[-1:], latent_cache, key_cache, blocks[None], context, scale=0.2
     )
     torch.testing.assert_close(torch.einsum("nc,ncv->nv", seen[0], value_weight), expanded[-1], atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_caches_with_scales(dtype: torch.dtype, kind: torch.dtype, device: torch.device, assert_near: Near) -> None:
+    """A scale for each token's latent and one for its key; slots beyond a row's end hold what a failed row left."""
+    c, p, num_heads, lengths = 32, 16, 5, [1, 16, 150, 0, 97]
+    caches = []
+    for size in (c, p):
+        shape = (NUM_BLOCKS, kv_scales.block_bytes(BLOCK_SIZE, 1, size))
+        raw = torch.zeros(shape, dtype=torch.uint8, device=device)
+        caches.append(kv_scales.as_scaled_cache(raw, BLOCK_SIZE, 1, size, kind))
+        kv_scales.scales_of(caches[-1]).fill_(kv_scales.NAN_CODE)
+    table = torch.randperm(NUM_BLOCKS, device=device).int()
+    rows = table.new_zeros(len(lengths), 12)
+    for row, (start, length) in enumerate(zip([0, 1, 2, 0, 12], lengths, strict=True)):
+        blocks = table[start : start + -(-length // BLOCK_SIZE)]
+        rows[row, : len(blocks)] = blocks
+        where = torch.arange(length, device=device)
+        slots = blocks.long()[where // BLOCK_SIZE] * BLOCK_SIZE + where % BLOCK_SIZE
+        latent, key = torch.randn(length, c, device=device), 9 * torch.randn(length, p, device=device)
+        padded = torch.cat((slots, slots.new_full((1,), -1)))
+        latent, key = (torch.cat((x, x.new_zeros(1, x.shape[1]))) for x in (latent, key))
+        mla_attention.store_latent(latent.to(dtype), key.to(dtype), *caches, padded)
+        if length and kind == torch.int8:
+            seen = mla_reference.gather(*caches, rows[row], length)[0]
+            assert float((seen - latent[:-1]).abs().max()) < 0.04
+    context = torch.tensor(lengths, dtype=torch.int32, device=device)
+    q_latent = torch.randn(len(lengths), num_heads, c, device=device).to(dtype)
+    q_rotated = torch.randn(len(lengths), num_heads, p, device=device).to(dtype)
+    got = mla_attention.decode(q_latent, q_rotated, *caches, rows, context, scale=0.1)
+    assert_near(got, mla_reference.decode(q_latent, q_rotated, *caches, rows, context, scale=0.1))
+    assert not got[3].any()

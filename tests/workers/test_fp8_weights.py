@@ -344,7 +344,7 @@ def test_a_card_that_does_not_know_e4m3_says_so_before_steps_come(monkeypatch: p
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA A100")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
     card = torch.device("cuda", 0)
-    with pytest.raises(ConfigError, match=r"kv_cache_dtype='fp8_e4m3': NVIDIA A100 .* use auto"):
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype='fp8_e4m3': NVIDIA A100 .* use int8 or auto"):
         _cache_dtype("fp8_e4m3", torch.bfloat16, card)
     assert _cache_dtype("auto", torch.bfloat16, card) == torch.bfloat16
     assert _cache_dtype("fp8_e4m3", torch.bfloat16, CPU) == E4M3

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from argosy.kernels import kv_scales
 from argosy.kernels.reference import as_bytes, to_cache
 from argosy.workers.attention.base import AttentionMetadata, AttentionShape, QKNorm
 
@@ -149,6 +150,10 @@ class TorchBackend:
         if plan.kept_T is not None:
             k_TKH, v_TKH = k_TKH[plan.kept_T], v_TKH[plan.kept_T]
         k_cache, v_cache = kv_cache
+        if kv_scales.has_scales(k_cache):
+            kv_scales.store(k_TKH, k_cache, plan.slots_T)
+            kv_scales.store(v_TKH, v_cache, plan.slots_T)
+            return rotated[:, :num_heads]
         if k_TKH.dtype != k_cache.dtype or shape.kv_scales != NO_SCALES:
             k_TKH = to_cache(k_TKH, k_cache.dtype, shape.kv_scales[0])
             v_TKH = to_cache(v_TKH, v_cache.dtype, shape.kv_scales[1])
@@ -160,7 +165,8 @@ class TorchBackend:
         self, q_TNH: Tensor, kv_cache: tuple[Tensor, Tensor], metadata: AttentionMetadata, shape: AttentionShape
     ) -> Tensor:
         """Padding tokens give zeros."""
-        if shape.kv_scales != NO_SCALES:  # the keys' scale is one of the logits, the values' one of the outcome
+        if shape.kv_scales != NO_SCALES and not kv_scales.has_scales(kv_cache[0]):
+            # the keys' scale is one of the logits, the values' one of the outcome
             k_scale, v_scale = shape.kv_scales
             shape = dataclasses.replace(shape, scale=shape.scale * k_scale, kv_scales=NO_SCALES)
             return self.attend(q_TNH, kv_cache, metadata, shape).mul_(v_scale)
@@ -231,12 +237,21 @@ def _rotation(
     return found
 
 
+def _gather(cache_BSKH: Tensor, block_ids: Tensor) -> Tensor:
+    """These blocks; from a cache with scales, what they mean in float32."""
+    if kv_scales.has_scales(cache_BSKH):
+        return kv_scales.gather(cache_BSKH, block_ids)
+    return cache_BSKH.index_select(0, block_ids)
+
+
 def _decode(q_RNH: Tensor, kv_cache: tuple[Tensor, Tensor], group: _DecodeGroup, shape: AttentionShape) -> Tensor:
     """One token a row. The query heads of a key/value head stand in the place of query positions."""
     num_kv_heads, size = shape.num_kv_heads, shape.head_size
-    k_cache, v_cache = kv_cache
-    k_RLKH = k_cache.index_select(0, group.block_ids).view(group.num_rows, group.num_keys, num_kv_heads, size)
-    v_RLKH = v_cache.index_select(0, group.block_ids).view(group.num_rows, group.num_keys, num_kv_heads, size)
+    if kv_scales.has_scales(kv_cache[0]) and q_RNH.dtype != torch.float32:
+        return _decode(q_RNH.float(), kv_cache, group, shape).to(q_RNH.dtype)
+    k_RLKH, v_RLKH = (
+        _gather(cache, group.block_ids).view(group.num_rows, group.num_keys, num_kv_heads, size) for cache in kv_cache
+    )
     window = shape.sliding_window
     if not shape.is_plain:
         return _decode_special(q_RNH, k_RLKH, v_RLKH, group, shape)
@@ -300,9 +315,7 @@ def _softmax(logits: Tensor, sinks_N: Tensor | None, by_head: tuple[int, ...]) -
 def _prefill(q_QNH: Tensor, kv_cache: tuple[Tensor, Tensor], row: _PrefillRow, shape: AttentionShape) -> Tensor:
     """One row of several tokens."""
     num_kv_heads, size = shape.num_kv_heads, shape.head_size
-    k_cache, v_cache = kv_cache
-    k_LKH = k_cache.index_select(0, row.block_ids).view(-1, num_kv_heads, size)[: row.length]
-    v_LKH = v_cache.index_select(0, row.block_ids).view(-1, num_kv_heads, size)[: row.length]
+    k_LKH, v_LKH = (_gather(cache, row.block_ids).view(-1, num_kv_heads, size)[: row.length] for cache in kv_cache)
     window = shape.sliding_window
     if window is not None and window >= row.length:
         window = None

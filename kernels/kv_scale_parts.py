@@ -1,0 +1,121 @@
+"""Parts of kernels about caches with a scale for each token and head. Meaning and layout: `kv_scales`.
+
+Scales are never multiplied into tiles of keys and values. Those of keys are multiplied to the logits. Those of values
+join the exponent, by their logarithm: so the largest weight of a row is 1 whatever the scales are, which keeps the
+weights within float16, in which they are multiplied with the numbers of the cache; the sum of weights is that of
+weights over their scale. Both are relative to one pivot, so pieces are joined and sinks added as without scales.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def codes_at(cache_ptr):
+    """Where codes are counted from: the cache, by bytes."""
+    return cache_ptr.to(tl.pointer_type(tl.uint8), bitcast=True)
+
+
+@triton.jit
+def number_place(block, offset, K: tl.constexpr, H: tl.constexpr, S: tl.constexpr):
+    """Where the numbers of a token's first head begin."""
+    return block * (S * K * (H + 1)) + offset * (K * H)
+
+
+@triton.jit
+def code_place(block, offset, head, K: tl.constexpr, H: tl.constexpr, S: tl.constexpr):
+    """Where the code of a token's head lies."""
+    return block * (S * K * (H + 1)) + S * K * H + head * S + offset
+
+
+@triton.jit
+def scale_of(code):
+    """As `kv_scales.decode`."""
+    return ((code.to(tl.int32) + 766) << 21).to(tl.float32, bitcast=True) * 3.0814879110195774e-33
+
+
+@triton.jit
+def first_codes(start, BLOCK_L: tl.constexpr):
+    """Every fourth token of a tile: where words of four codes begin."""
+    return start + 4 * tl.arange(0, BLOCK_L // 4)
+
+
+@triton.jit
+def load_codes(cache_ptr, place, inside):
+    """Words of four codes. (Single bytes would not be fetched ahead while the tile before is worked on.)"""
+    return tl.load((codes_at(cache_ptr) + place).to(tl.pointer_type(tl.int32), bitcast=True), inside, other=0)
+
+
+@triton.jit
+def raw_scales(words, inside, BLOCK_L: tl.constexpr):
+    """Scales of a tile times 2^108, from words of four codes; the smallest for tokens outside, which may hold nan."""
+    code = tl.reshape((words[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 255, [BLOCK_L])
+    return ((tl.where(inside, code, 0) + 766) << 21).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def log_of(raw, NATIVE: tl.constexpr):
+    """Base 2, of a scale from `raw_scales`. Triton's own is exact where we need no more than 22 bits."""
+    if NATIVE:
+        log = tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=r,r", [raw], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        log = tl.log2(raw)
+    return log - 108.0
+
+
+@triton.jit
+def numbers(x, dtype: tl.constexpr, NATIVE: tl.constexpr):
+    """Numbers of a cache in the dtype that they are multiplied in."""
+    if NATIVE and x.dtype == tl.int8 and dtype == tl.float16:
+        # x + 128 in the low byte of a float16 of 1024 is 1152 + x: two instructions for two numbers, of which a
+        # conversion each, at a quarter of the rate, would be felt
+        y = tl.inline_asm_elementwise(
+            """{
+            .reg .b32 bytes, unit;
+            xor.b32 bytes, $2, 0x80808080;
+            mov.b32 unit, 0x64806480;
+            prmt.b32 $0, bytes, 0x64646464, 0x4140;
+            prmt.b32 $1, bytes, 0x64646464, 0x4342;
+            sub.f16x2 $0, $0, unit;
+            sub.f16x2 $1, $1, unit;
+            }""",
+            "=&r,=&r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
+        )  # fmt: skip
+    else:
+        y = x.to(dtype)
+    return y
+
+
+@triton.jit
+def magnitude(x):
+    """What the largest number of a head is sought among: nan counts as inf."""
+    return tl.where(x == x, tl.abs(x), float("inf"))
+
+
+@triton.jit
+def code_of(largest, cache_ptr):
+    """As `kv_scales.encode`, int32."""
+    TOP: tl.constexpr = 127.0 if cache_ptr.dtype.element_ty == tl.int8 else 448.0
+    bits = (largest * (3.24518553658426726783156020576256e32 / TOP)).to(tl.int32, bitcast=True)
+    code = tl.minimum(tl.maximum(((bits + 0x1FFFFF) >> 21) - 766, 0), 253)
+    return tl.where(largest < float("inf"), code, 255)
+
+
+@triton.jit
+def inverse_of(code):
+    """What numbers are multiplied with on their way to the cache, rounded as in `kv_scales.quantise`."""
+    return tl.div_rn(1.0, scale_of(code))
+
+
+@triton.jit
+def rounded(x, inverse, cache_ptr):
+    """Numbers as the cache keeps them, in its dtype."""
+    x = x * inverse
+    if cache_ptr.dtype.element_ty == tl.int8:
+        # adding 1.5 · 2^23 leaves no bits below 1: to the nearest, to the even one between two
+        x = (tl.minimum(tl.maximum(x, -127.0), 127.0) + 12582912.0) - 12582912.0
+    else:
+        x = tl.minimum(tl.maximum(x, -448.0), 448.0)
+    return x.to(cache_ptr.dtype.element_ty)
