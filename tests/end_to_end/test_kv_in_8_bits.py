@@ -18,7 +18,7 @@ Answers = list[tuple[list[int], list[float]]]
 
 
 def run(**settings: object) -> tuple[Answers, int]:
-    """(greedy tokens and their log probabilities, blocks of the cache), in float32; prompts in chunks, rows together."""
+    """(greedy tokens and their log probabilities, blocks), in float32; prompts in chunks, rows together."""
     with LLM(
         str(DEFAULT_MODEL), dtype="float32", device="cpu", distributed_executor_backend="local", cpu_threads=1,
         kv_cache_memory_bytes=CACHE_BYTES, max_num_batched_tokens=32, max_num_seqs=16, max_model_len=256,
