@@ -41,19 +41,19 @@ def map_ray_errors(actor: RankActor, epoch: int) -> Iterator[None]:
 
 
 def create_rank_actors(
-    actor_class: type, stages: Sequence[int], group: PlacementGroup, resources: Mapping[str, float], *, epoch: int
+    actor_class: type, bundles: Sequence[int], group: PlacementGroup, resources: Mapping[str, float], *, epoch: int
 ) -> list[RankActor]:
-    """One actor for each entry of `stages` (the bundle it belongs to), all up and located, or none."""
+    """One actor for each entry of `bundles` (that which it belongs to), all up and located, or none."""
     remote: Any = ray.remote  # its annotations don't know of concurrency groups
     remote_class = remote(concurrency_groups={"control": 2})(actor_class)
     actors = []
-    for global_rank, stage in enumerate(stages):
+    for global_rank, bundle in enumerate(bundles):
         handle = remote_class.options(
             num_cpus=resources.get("CPU", 0.0),
             num_gpus=resources.get("GPU", 0.0),
             scheduling_strategy=PlacementGroupSchedulingStrategy(
                 placement_group=group,
-                placement_group_bundle_index=stage,
+                placement_group_bundle_index=bundle,
             ),
         ).remote()
         actors.append(RankActor(global_rank, handle))

@@ -52,7 +52,7 @@ def choose_layout(
         if config.parallel.layout != "given":
             layout = _planned(config, _free_part(topology, [o for o in offers if o.node_id in usable]), note)
         else:
-            layout = _given(config, offers, usable)
+            layout = _given(config, topology, offers, usable, note)
     except PlacementImpossible as error:
         if failures:
             raise PreflightFailed((*_lines(failures), str(error))) from error
@@ -107,7 +107,9 @@ def _traffic(serving: Serving) -> Traffic:
     return Traffic(input_len=min(usual.input_len, half), output_len=min(usual.output_len, half))
 
 
-def _given(config: ServingConfig, offers: Sequence[Offer], usable: Sequence[str]) -> Layout:
+def _given(
+    config: ServingConfig, topology: ClusterTopology, offers: Sequence[Offer], usable: Sequence[str], note: Note
+) -> Layout:
     """The sizes that were given. A node each for the stages of all replicas where the cluster has so many."""
     parallel = config.parallel
     spec = read_model_spec(config.model.model, config.model.hf_overrides, config.model.quantization)
@@ -122,16 +124,38 @@ def _given(config: ServingConfig, offers: Sequence[Offer], usable: Sequence[str]
         raise PlacementImpossible(
             f"{num_stages} stages want a node each, and {len(fit)} of {len(able)} nodes are fit for one"
         )
-    rooms = [StageRoom(resources={device: float(plan.tp_size)})] * num_stages
+    parts = _nodes_of_a_group(plan.tp_size, num_stages, device, fit)
+    if parts > 1:
+        rate = topology.network.gbytes_per_second
+        measured = [link.link.gbytes_per_second for link in topology.links]
+        note(f"warning: no node has {plan.tp_size} {device} for a tensor-parallel group: each spans {parts} nodes, and "
+             f"every layer waits for the network ({min(measured, default=rate):.3g} GB/s)")  # fmt: skip
+    rooms = [StageRoom(resources={device: plan.tp_size / parts})] * (num_stages * parts)
     try:
         seats = seat_stages(rooms, fit)
     except PlacementImpossible:  # who holds the rest may be about to go: the reservation waits for a while
         seats = seat_stages(rooms, fit or offers, by_total=True)
     plans = []
+    num_seats = plan.pp_size * parts
     for replica in range(parallel.data_parallel_size):
-        mine = seats[replica * plan.pp_size : (replica + 1) * plan.pp_size]
-        plans.append(plan.placed([(mine[rank.pp_rank], None) for rank in plan.ranks]))
+        mine = seats[replica * num_seats : (replica + 1) * num_seats]
+        own = [mine[rank.global_rank * parts // plan.tp_size] for rank in plan.ranks]
+        plans.append(plan.placed([(node_id, None) for node_id in own]))
     return Layout(config=config, plans=tuple(plans))
+
+
+def _nodes_of_a_group(tp_size: int, num_stages: int, device: str, offers: Sequence[Offer]) -> int:
+    """Over how many nodes each group goes: one wherever an idle cluster would hold that, else as few as can be."""
+    for parts in (count for count in range(1, tp_size + 1) if tp_size % count == 0):
+        rooms = [StageRoom(resources={device: tp_size / parts})] * (num_stages * parts)
+        try:
+            seats = seat_stages(rooms, offers, by_total=True)
+        except PlacementImpossible:
+            continue
+        groups = [seats[at : at + parts] for at in range(0, len(seats), parts)]
+        if all(len(set(group)) == parts for group in groups):
+            return parts
+    return 1  # it fits nowhere, which is said of the whole
 
 
 def _device(wanted: str, offers: Sequence[Offer]) -> str:

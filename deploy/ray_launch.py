@@ -55,13 +55,17 @@ class RayRankStarter:
         plan = self.plan
         device = self._device()
         per_rank = {"GPU": 1.0} if device == "cuda" else {"CPU": 1.0}
-        bundle = {key: amount * plan.tp_size for key, amount in per_rank.items()}
-        rooms = [StageRoom(resources=bundle, node_id=plan.stage(stage)[0].node) for stage in range(plan.pp_size)]
+        places = plan.places()
+        rooms = [
+            StageRoom(resources={key: amount * len(place) for key, amount in per_rank.items()}, node_id=place[0].node)
+            for place in places
+        ]
         reservation = ray_cluster.reserve(self.group_name, rooms, unfit=self.unfit)
         try:
-            stages = [rank.pp_rank for rank in plan.ranks]
-            actors = ray_executor.create_rank_actors(WorkerActor, stages, reservation.group, per_rank, epoch=door.epoch)
-            _check_seats(actors, [reservation.stage_node_ids[stage] for stage in stages])
+            bundles = [number for number, place in enumerate(places) for _ in place]
+            group = reservation.group
+            actors = ray_executor.create_rank_actors(WorkerActor, bundles, group, per_rank, epoch=door.epoch)
+            _check_seats(actors, [reservation.stage_node_ids[bundle] for bundle in bundles])
             here = ray.get_runtime_context().get_node_id()
             one_node = len({actor.node_id for actor in actors}) == 1
             host = _LOOPBACK if one_node else actors[0].host

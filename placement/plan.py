@@ -38,7 +38,7 @@ class RankInfo(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class PlacementPlan(msgspec.Struct, frozen=True, kw_only=True):
-    """All ranks of one replica, in order of `global_rank`; ranks of a tensor-parallel group share a node."""
+    """All ranks of one replica, in order of `global_rank`; a tensor-parallel group's are together, node by node."""
 
     ranks: tuple[RankInfo, ...]
 
@@ -60,6 +60,16 @@ class PlacementPlan(msgspec.Struct, frozen=True, kw_only=True):
     def stage(self, pp_rank: int) -> tuple[RankInfo, ...]:
         """The ranks of one stage, in order of `tp_rank`."""
         return self.ranks[pp_rank * self.tp_size : (pp_rank + 1) * self.tp_size]
+
+    def places(self) -> tuple[tuple[RankInfo, ...], ...]:
+        """The ranks of each stage on each of its nodes: one place a stage, more where a group spans nodes."""
+        found: list[list[RankInfo]] = []
+        for rank in self.ranks:
+            if found and (found[-1][0].pp_rank, found[-1][0].node) == (rank.pp_rank, rank.node):
+                found[-1].append(rank)
+            else:
+                found.append([rank])
+        return tuple(map(tuple, found))
 
     def placed(self, seats: Sequence[tuple[str, int | None]]) -> "PlacementPlan":
         """The same ranks on devices: (node id, GPU index there) for each, in order of `global_rank`."""

@@ -7,6 +7,8 @@ share of them (two shots) for what is larger.
 
 import logging
 import os
+import socket
+import zlib
 from typing import Any, Final
 
 import torch
@@ -79,6 +81,8 @@ def open_symmetric(group: "dist.ProcessGroup", device: torch.device) -> Symmetri
     """The group's shared buffer, or None where its GPUs can't address each other; all ranks come to the same answer."""
     if os.environ.get("ARGOSY_DISABLE_SYMMETRIC_MEMORY") == "1":
         return None
+    if not _is_on_one_host(group, device):
+        return None  # opening it would wait for a peer that can't come
     opened: SymmetricAllReduce | None = None
     try:
         opened = SymmetricAllReduce(group, device)
@@ -90,3 +94,11 @@ def open_symmetric(group: "dist.ProcessGroup", device: torch.device) -> Symmetri
     agreed = torch.tensor([int(works)], device=device)
     dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=group)
     return opened if int(agreed) else None
+
+
+def _is_on_one_host(group: "dist.ProcessGroup", device: torch.device) -> bool:
+    own = zlib.crc32(socket.gethostname().encode())
+    ends = torch.tensor([own, -own], device=device)
+    dist.all_reduce(ends, op=dist.ReduceOp.MAX, group=group)
+    highest, lowest = ends.tolist()
+    return bool(highest == -lowest)

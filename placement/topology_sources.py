@@ -29,6 +29,7 @@ from argosy.placement.topology import NETWORK_25G, ClusterTopology, Gpu, Link, N
 
 MAX_NODES: Final = 4096
 MAX_GPUS_A_NODE: Final = 64
+NETWORK_LABEL: Final = "argosy-network"  # of a Ray node: what its operator says of the network, such as 400Gbit
 NETWORK_LATENCY_US: Final = ((100.0, 30.0), (math.inf, 6.0))  # below 100 Gbit/s: TCP; above: RDMA
 NETWORK_SHARE: Final = 0.9  # of the line rate that arrives
 _GIB: Final = 2**30
@@ -82,7 +83,9 @@ def topology_from_ray(
 ) -> ClusterTopology:
     """The cluster from what `ray.nodes()` gives and, by node id, what probes found there.
 
-    Without a probe a node's GPUs are known by Ray's `accelerator_type` resource and the data sheets alone.
+    Without a probe a node's GPUs are known by Ray's `accelerator_type` resource and the data sheets alone. Where every
+    node has the label `argosy-network`, the slowest counts, and not what a probe measured: that was TCP, and ranks may
+    have RDMA or NVLink. Raises `ConfigError` for a label that says no speed.
     """
     nodes = []
     for raw in ray_nodes:
@@ -102,6 +105,13 @@ def topology_from_ray(
                 gpu_link=probe.gpu_link,
             )
         )
+    said = [
+        _link(node.labels[NETWORK_LABEL], f"label {NETWORK_LABEL} of {node.address}", "network")
+        for node in nodes
+        if NETWORK_LABEL in node.labels
+    ]
+    if nodes and len(said) == len(nodes):
+        network, links = min(said, key=lambda link: link.gbytes_per_second), ()
     return ClusterTopology(
         nodes=tuple(sorted(nodes, key=lambda node: node.node_id)), network=network, links=tuple(links)
     )

@@ -108,3 +108,17 @@ def test_a_model_that_fits_nowhere_is_refused_with_numbers() -> None:
     """Before any rank starts."""
     with pytest.raises(PlacementImpossible, match="lacks"):
         choose(config(), {"a": 8})
+
+
+def test_a_group_that_no_node_holds_spans_nodes_where_it_was_asked_for() -> None:
+    """Half of it on each of two nodes, in order, and what that costs is said; a bundle for each half."""
+    layout, notes = choose(config(tensor_parallel_size=4), {"a": 4096, "b": 4096, "c": 4096})
+    assert nodes_of(layout) == [["a", "a", "b", "b"]]
+    assert [[rank.tp_rank for rank in place] for place in layout.plans[0].places()] == [[0, 1], [2, 3]]
+    assert any("each spans 2 nodes" in note for note in notes)
+    layout, notes = choose(config(tensor_parallel_size=2, pipeline_parallel_size=2), {"a": 4096, "b": 4096})
+    assert nodes_of(layout) == [["a", "a", "b", "b"]]
+    assert [len(place) for place in layout.plans[0].places()] == [2, 2]
+    assert notes == []
+    with pytest.raises(PlacementImpossible, match="1 stage of 8 CPU"):
+        choose(config(tensor_parallel_size=8), {"a": 4096, "b": 4096})

@@ -80,6 +80,19 @@ def ray_node(name: str, alive: bool = True, **resources: float) -> dict[str, Any
     }
 
 
+def test_what_an_operator_says_of_the_network_counts_where_all_nodes_say_it() -> None:
+    """TCP measured between two probes says nothing of RDMA or NVLink between ranks; one silent node, and it counts."""
+    wire = NodeLink(first="1", second="2", link=Link(kind="network", gbytes_per_second=3, latency_us=30, measured=True))
+    nodes = [ray_node("1", CPU=8), ray_node("2", CPU=8)]
+    nodes[0]["Labels"] = {"argosy-network": "900GB"}
+    assert topology_from_ray(nodes, links=[wire]).link_between("1", "2") == wire.link
+    nodes[1]["Labels"] = {"argosy-network": "400GB"}
+    assert topology_from_ray(nodes, links=[wire]).link_between("1", "2").gbytes_per_second == 400
+    nodes[1]["Labels"] = {"argosy-network": "fast"}
+    with pytest.raises(ConfigError, match=r"label argosy-network of 10\.0\.0\.2='fast': must be such as"):
+        topology_from_ray(nodes)
+
+
 def test_ray_and_probes_make_a_topology() -> None:
     """A probe's word counts; without one the accelerator type says what there is; the dead are left out."""
     seen = Gpu(index=0, model="NVIDIA H200", memory_bytes=150_000_000_000, free_bytes=75_000_000_000, uuid="GPU-1")
