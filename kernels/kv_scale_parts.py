@@ -66,9 +66,11 @@ def log_of(raw, NATIVE: tl.constexpr):
 
 
 @triton.jit
-def numbers(x, dtype: tl.constexpr, NATIVE: tl.constexpr):
-    """Numbers of a cache in the dtype that they are multiplied in."""
-    if NATIVE and x.dtype == tl.int8 and dtype == tl.float16:
+def numbers(x, dtype: tl.constexpr, NATIVE: tl.constexpr, STAGED: tl.constexpr):
+    """Numbers of a cache in the dtype that they are multiplied in. STAGED: at once, as they come from memory, where
+    Triton would do it last, after it has moved the bytes one by one to where the tensor cores want values."""
+    EIGHT_BITS: tl.constexpr = x.dtype == tl.int8 or x.dtype == tl.float8e4nv
+    if NATIVE and dtype == tl.float16 and x.dtype == tl.int8:
         # x + 128 in the low byte of a float16 of 1024 is 1152 + x: two instructions for two numbers, of which a
         # conversion each, at a quarter of the rate, would be felt
         y = tl.inline_asm_elementwise(
@@ -81,7 +83,17 @@ def numbers(x, dtype: tl.constexpr, NATIVE: tl.constexpr):
             sub.f16x2 $0, $0, unit;
             sub.f16x2 $1, $1, unit;
             }""",
-            "=&r,=&r,r", [x], dtype=tl.float16, is_pure=True, pack=4,
+            "=&r,=&r,r", [x], dtype=tl.float16, is_pure=not STAGED, pack=4,
+        )  # fmt: skip
+    elif NATIVE and dtype == tl.float16 and EIGHT_BITS and STAGED:
+        y = tl.inline_asm_elementwise(
+            """{
+            .reg .b16 low, high;
+            mov.b32 {low, high}, $2;
+            cvt.rn.f16x2.e4m3x2 $0, low;
+            cvt.rn.f16x2.e4m3x2 $1, high;
+            }""",
+            "=&r,=&r,r", [x], dtype=tl.float16, is_pure=False, pack=4,
         )  # fmt: skip
     else:
         y = x.to(dtype)

@@ -85,6 +85,7 @@ def _paged_attention_kernel(
     SCALED: tl.constexpr,  # the cache holds keys and values over their scales; that of keys is in `scale`
     KV_SCALES: tl.constexpr,  # a scale for each token and head lies in the cache: see `kv_scales`
     NATIVE: tl.constexpr,  # PTX may be used
+    STAGED: tl.constexpr,  # how values of 8 bits become 16: see `numbers`
     PREFETCHED: tl.constexpr,  # tokens of a piece to ask for while that one runs
     HEADS: tl.constexpr,  # power of two >= G
     JOIN: tl.constexpr,  # pieces that are joined at once
@@ -223,8 +224,8 @@ def _paged_attention_kernel(
         else:
             place = ((block * S + token % S) * K + kv_head) * H
         here = inside[:, None] if WIDTH == H else inside[:, None] & (dim < H)[None, :]
-        k = numbers(tl.load(k_cache_ptr + place[:, None] + dim[None, :], here, other=0.0), q.dtype, NATIVE)
-        v = numbers(tl.load(v_cache_ptr + place[:, None] + dim[None, :], here, other=0.0), q.dtype, NATIVE)
+        k = numbers(tl.load(k_cache_ptr + place[:, None] + dim[None, :], here, other=0.0), q.dtype, NATIVE, False)
+        v = numbers(tl.load(v_cache_ptr + place[:, None] + dim[None, :], here, other=0.0), q.dtype, NATIVE, STAGED)
         logit = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if KV_SCALES:
             logit *= (k_scales * UNIT)[None, :]
@@ -345,7 +346,8 @@ def _launch(
         stride_q=q_RD.stride(0), stride_table=block_table_RB.stride(0), scale=scale * kv_scales[0],
         soft_cap=soft_cap or 0.0, k_inverse=1.0 / kv_scales[0], v_inverse=1.0 / kv_scales[1], v_scale=kv_scales[1],
         SCALED=is_scaled(k_cache_BSKH, kv_scales), KV_SCALES=has_scales(k_cache_BSKH),
-        NATIVE=facts.knows_ptx, window=sliding_window or 0, num_splits=splits, K=num_kv_heads, G=group, H=head_size,
+        NATIVE=facts.knows_ptx, STAGED=bool(sizes.get("staged", 0)),
+        window=sliding_window or 0, num_splits=splits, K=num_kv_heads, G=group, H=head_size,
         S=block_size,
         GROUP=max(16, tuning.next_power_of_two(group)), WIDTH=width, BLOCK_L=block_l, WINDOW=sliding_window is not None,
         SOFT_CAP=soft_cap is not None, ALIBI=alibi_slopes_N is not None, SINKS=sinks_N is not None, SPLIT=splits > 1,

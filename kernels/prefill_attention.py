@@ -84,8 +84,8 @@ def _walk(
         else:
             k = tl.load(k_base + place[:, None] + dim[None, :], (dim < H)[None, :], other=0.0)
             v = tl.load(v_base + place[:, None] + dim[None, :], (dim < H)[None, :], other=0.0)
-        k = numbers(k, q.dtype, NATIVE)
-        v = numbers(v, q.dtype, NATIVE)
+        k = numbers(k, q.dtype, NATIVE, False)
+        v = numbers(v, q.dtype, NATIVE, False)
         logit = tl.dot(q, tl.trans(k), input_precision=PRECISION)
         if KV_SCALES and SOFT_CAP:
             logit *= (k_scales * UNIT)[None, :]
