@@ -45,7 +45,7 @@ Models known by name ({len(known_models())}; a folder or a config.json does as w
 SERVING_FLAGS: Final = (
     "dtype", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
     "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_expert_parallel", "all2all_backend",
-    "cpu_offload_gb",
+    "cpu_offload_gb", "activation_offload_gb", "activation_slice_tokens",
 )  # fmt: skip
 NODE_SIZES: Final = (1, 2, 4, 8)  # GPUs of a node that can be bought, for the table of needs
 
@@ -79,6 +79,9 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quantization", choices=tuple(FORMATS), help="default: as the checkpoint is stored")
     parser.add_argument("--cpu-offload-gb", "--offload-gb", metavar="GIB",
                         help="GiB of each GPU's weights in the host's memory; auto: what is needed to fit")  # fmt: skip
+    parser.add_argument("--activation-offload-gb", metavar="GIB",
+                        help="GiB of the host's memory for hidden states of long steps, or auto")  # fmt: skip
+    parser.add_argument("--activation-slice-tokens", type=int, help="tokens of such a step at once (default: 4096)")
     parser.add_argument("--dtype", help="default: the checkpoint's")
     parser.add_argument("--kv-cache-dtype", help="auto, bfloat16, float16, float32, fp8, fp8_scaled or int8")
     parser.add_argument("--max-model-len", type=int, help="default: the model's")
@@ -125,8 +128,9 @@ def topology_from(args: argparse.Namespace) -> ClusterTopology:
 def config_from(args: argparse.Namespace, shape: ModelShape, topology: ClusterTopology | None = None) -> ServingConfig:
     """The settings that the flags name, the others at their defaults: a step's size is what suits the cards."""
     given: dict[str, Any] = {name: getattr(args, name) for name in SERVING_FLAGS if getattr(args, name) is not None}
-    if "cpu_offload_gb" in given:
-        given["cpu_offload_gb"] = clean_setting("cpu_offload_gb", given["cpu_offload_gb"])
+    for name in ("cpu_offload_gb", "activation_offload_gb"):
+        if name in given:
+            given[name] = clean_setting(name, given[name])
     models = [gpu.model for node in topology.nodes for gpu in node.gpus] if topology is not None else []
     filled = device_defaults.fill({**given, "model": shape.name or "model"}, card=models[0] if models else "")
     return ServingConfig.from_mapping(filled)

@@ -98,9 +98,14 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag(
             "cpu-offload-gb",
             "gib",
-            "GiB of each rank's weights that live in the host's memory and are copied in every step; auto: what is "
-            "needed to fit (default: 0)",
+            "GiB of each rank's weights that stay in the host's memory, or auto: what it takes to fit (default: 0)",
         ),
+        Flag(
+            "activation-offload-gb",
+            "gib",
+            "GiB of the host's memory for hidden states of long steps, or auto (default: 0, none)",
+        ),
+        Flag("activation-slice-tokens", "int", "tokens of such a step that are computed at once (default: 4096)"),
         Flag("enable-prefix-caching", "switch", "keep blocks of finished requests for equal beginnings (default: on)"),
     ),
     "scheduling": (

@@ -21,6 +21,7 @@ CPU_CACHE_FRACTION: Final = 0.3
 MIN_BLOCKS: Final = 1
 MIN_SLACK: Final = 2**28  # as in workers/memory.py
 GRAPH_BYTES_A_KERNEL: Final = 2048  # likewise
+SLICE_BUFFERS: Final = 3  # of hidden states of long steps
 # What a GPU's allocator may take beyond the tensors. It comes out of the share that `gpu_memory_utilization` leaves;
 # who names the cache's bytes has no such share.
 ROUNDED_WEIGHTS: Final = 0.03
@@ -42,6 +43,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     gpu_memory_utilization: float = 0.92
     kv_cache_memory_bytes: int | None = None
     num_gpu_blocks_override: int | None = None
+    slice_tokens: int | None = None  # of longer steps, that are computed at once; None: all are
     offload_bytes: int | None = 0  # of a rank's weights, in whole layers; None: as few as are needed to fit
 
     @classmethod
@@ -68,6 +70,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
             gpu_memory_utilization=config.cache.gpu_memory_utilization,
             kv_cache_memory_bytes=config.cache.kv_cache_memory_bytes,
             num_gpu_blocks_override=config.cache.num_gpu_blocks_override,
+            slice_tokens=slice_setting(config),
             offload_bytes=offload_setting(config),
         )
 
@@ -81,6 +84,13 @@ def offload_setting(config: ServingConfig) -> int | None:
     """The bytes that `cpu_offload_gb` asks for; None for "auto"."""
     asked = config.offload.cpu_offload_gb
     return None if isinstance(asked, str) else int(asked * 2**30)
+
+
+def slice_setting(config: ServingConfig) -> int | None:
+    """Tokens of a slice where there may be longer steps whose hidden states go to the host; else None."""
+    size = config.offload.activation_slice_tokens
+    is_asked = config.offload.activation_offload_gb != 0 and config.scheduler.max_num_batched_tokens > size
+    return size if is_asked else None
 
 
 class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
@@ -166,6 +176,10 @@ class StageBytes:
         """
         shape, spec, serving = self.shape, self.shape.spec, self.serving
         tokens = min(serving.max_num_batched_tokens, serving.max_model_len * serving.max_num_seqs)
+        buffers = 0
+        if serving.slice_tokens is not None:
+            tokens = min(tokens, max(serving.slice_tokens, serving.max_num_seqs))
+            buffers = SLICE_BUFFERS * serving.slice_tokens * spec.hidden_size * serving.dtype_bytes
         heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size / tp_size
         width = calibration.hidden_copies * spec.hidden_size + calibration.inner_copies * shape.inner_size / tp_size
         prompts = tokens * (width + heads) * serving.dtype_bytes
@@ -173,7 +187,7 @@ class StageBytes:
         rows = serving.max_num_seqs * spec.vocab_size * calibration.logit_bytes if is_last else 0.0
         kernels = 8 * (last_layer - first_layer) + 8
         graphs = calibration.num_graphs * kernels * GRAPH_BYTES_A_KERNEL
-        return int(max(prompts, rows) + (rows + graphs if calibration.num_graphs else 0))
+        return int(max(prompts, rows) + buffers + (rows + graphs if calibration.num_graphs else 0))
 
 
 def rank_memory(

@@ -26,6 +26,7 @@ from argosy.placement.weight_offload import buffer_bytes, count_for, offloaded_b
 from argosy.workers.cuda_graphs import ladder
 from argosy.workers.device import MemoryReading, describe_device
 from argosy.workers.host_memory import check_host_room
+from argosy.workers.long_steps import NUM_BUFFERS
 from argosy.workers.model_runner import ModelRunner
 
 CPU_CACHE_BYTES = 4 * 2**30  # all ranks of a machine together, unless kv_cache_memory_bytes says otherwise
@@ -234,7 +235,9 @@ def _measure_cpu(runner: ModelRunner, ledger: MemoryLedger) -> None:
     num_ranks = rank.tp_size * rank.pp_size
     ledger.room_bytes = int(min(CPU_CACHE_BYTES, available * CPU_CACHE_FRACTION)) // num_ranks
     width = 4 * spec.hidden_size + (2 * spec.intermediate_size + 3 * spec.num_heads * spec.head_size) // rank.tp_size
-    ledger.activation_bytes = config.scheduler.max_num_batched_tokens * width * runner.dtype.itemsize
+    ledger.activation_bytes = runner.most_tokens * width * runner.dtype.itemsize
+    if runner.long_steps is not None:
+        ledger.activation_bytes += runner.long_steps.buffer_bytes
     if rank.is_last_stage:
         ledger.activation_bytes += config.scheduler.max_num_seqs * spec.vocab_size * 4
 
@@ -278,11 +281,19 @@ def graph_sizes(runner: ModelRunner) -> list[int]:
 
 
 def largest_shapes(runner: ModelRunner) -> list[tuple[int, int]]:
-    """The steps that need most: a full token budget of prompts, and all rows sampling."""
-    scheduler = runner.config.scheduler
-    tokens = min(scheduler.max_num_batched_tokens, runner.max_model_len)
-    rows = max(1, min(scheduler.max_num_batched_tokens // tokens, scheduler.max_num_seqs))
-    return [(rows, tokens), (scheduler.max_num_seqs, 1)]
+    """The steps that need most: a full token budget of prompts, and all rows sampling.
+
+    Of steps that are computed in slices one of as many as have a buffer and two more needs what the longest does.
+    """
+    scheduler, long_steps = runner.config.scheduler, runner.long_steps
+    budgets = [scheduler.max_num_batched_tokens]
+    if long_steps is not None:
+        budgets = [min(budgets[0], (NUM_BUFFERS + 2) * long_steps.slice_tokens), long_steps.slice_tokens]
+    shapes = []
+    for budget in budgets:
+        tokens = min(budget, runner.max_model_len)
+        shapes.append((max(1, min(budget // tokens, scheduler.max_num_seqs)), tokens))
+    return [*shapes, (scheduler.max_num_seqs, 1)]
 
 
 def warm_up_shapes(runner: ModelRunner) -> list[tuple[int, ...]]:

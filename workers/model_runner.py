@@ -29,6 +29,7 @@ from argosy.workers.forward_context import ForwardContext
 from argosy.workers.input_batch import InputBatch, StepInputs
 from argosy.workers.kv_cache import KVCache
 from argosy.workers.loading.stream import LoadReport, load_weights
+from argosy.workers.long_steps import LongHidden, LongSteps, slice_tokens_of
 from argosy.workers.models.registry import build_model
 from argosy.workers.quantization.base import count_products
 from argosy.workers.sampler import FAILURES, LogprobTensors, Sampled, Sampler, gather_logprobs, mark_failures
@@ -125,13 +126,16 @@ class ModelRunner:
         self.max_model_len = config.model.max_model_len or spec.max_position
         self.model = build_model(spec, self.rank, parallel, dtype, device)
         self.backend: AttentionBackend = TritonBackend() if device.type == "cuda" else TorchBackend()
+        slice_tokens = slice_tokens_of(config, self.model, spec.hidden_size * dtype.itemsize)
+        # that go through the model at once
+        self.most_tokens = max(slice_tokens or scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
         self.transport = StageTransport(
             parallel,
             spec.hidden_size,
             dtype,
             timeout_seconds=config.parallel.start_deadline_seconds,
             max_steps_in_flight=config.max_steps_in_flight,
-            max_tokens=max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs),
+            max_tokens=self.most_tokens,
             max_rows=scheduler.max_num_seqs,
             move=_short_message_mover(device),
         )
@@ -150,6 +154,12 @@ class ModelRunner:
         self.sampler = Sampler(scheduler.max_num_seqs, spec.vocab_size, device, gives_logprobs=self.rank.answers)
         self.kv_cache: KVCache | None = None
         self.offload: WeightOffload | None = None
+        self.long_steps: LongSteps | None = None
+        if slice_tokens is not None:
+            self.long_steps = LongSteps(
+                self.model, self.rank, self.transport, slice_tokens=slice_tokens,
+                max_tokens=scheduler.max_num_batched_tokens, width=spec.hidden_size, dtype=dtype, device=device,
+            )  # fmt: skip
         self.graphs: CUDAGraphRunner | None = None
         self._threads: ThreadChoice | None = None  # on a CPU
         self.last_step_id = -1
@@ -174,10 +184,7 @@ class ModelRunner:
         if self.offload is not None:
             self.model.offload = self.offload
         if hasattr(self.model, "open_group_sum"):
-            scheduler = self.config.scheduler
-            self.model.open_group_sum(
-                max(scheduler.max_num_batched_tokens, scheduler.max_num_seqs), scheduler.max_num_seqs
-            )
+            self.model.open_group_sum(self.most_tokens, self.config.scheduler.max_num_seqs)
         num_products, num_weights = count_products(self.model)
         if self.device.type == "cpu" and num_products:
             self._threads = ThreadChoice(torch.get_num_threads(), num_products, num_weights, self.dtype.itemsize)
@@ -292,9 +299,8 @@ class ModelRunner:
             inputs = self.batch.build(output)
             if self._threads is not None:
                 self._threads.choose(inputs.num_tokens)
-            context = ForwardContext(self.backend, self.kv_cache, inputs.metadata)
-            hidden_TD = self._forward(inputs, context)
-            if self.rank.is_last_stage:
+            hidden_TD = self._forward(inputs, self.kv_cache)
+            if hidden_TD is not None:
                 outcome = self._sample(output, inputs, hidden_TD, started)
             if self.graphs is not None:
                 self.graphs.take_over(inputs)
@@ -326,13 +332,18 @@ class ModelRunner:
                 if request.params.prompt_logprobs is not None:
                     self._prompt_logprobs[request.handle] = request.params.prompt_logprobs
 
-    def _forward(self, inputs: StepInputs, context: ForwardContext) -> Tensor:
+    def _forward(self, inputs: StepInputs, kv_cache: KVCache) -> Tensor | LongHidden | None:
+        """The final hidden states; None where the next stage goes on."""
+        if self.long_steps is not None and self.long_steps.takes(inputs.num_tokens):
+            return self.long_steps.run(inputs, self.backend, kv_cache, keeps_all=bool(self._prompt_logprobs))
+        context = ForwardContext(self.backend, kv_cache, inputs.metadata)
         hidden_TD = None if self.rank.is_first_stage else self.transport.receive(inputs.num_tokens)
         token_ids_T = inputs.token_ids_T if self.rank.is_first_stage else None
         made_TD: Tensor = self.model(token_ids_T, hidden_TD, inputs.positions_T, context)
-        if not self.rank.is_last_stage:
-            self.transport.send(made_TD)
-        return made_TD
+        if self.rank.is_last_stage:
+            return made_TD
+        self.transport.send(made_TD)
+        return None
 
     def _replay(self, output: SchedulerOutput, inputs: StepInputs, started: float) -> StepOutcome | None:
         """A decode step by its recorded graph; the draw as well where all rows take the most likely token."""
@@ -357,13 +368,16 @@ class ModelRunner:
         return self._outcome(output, inputs, sampled, [], started)
 
     def _sample(
-        self, output: SchedulerOutput, inputs: StepInputs, hidden_TD: Tensor, started: float
+        self, output: SchedulerOutput, inputs: StepInputs, hidden_TD: Tensor | LongHidden, started: float
     ) -> StepOutcome | None:
         """Every TP rank of the last stage draws, from the same logits, the same tokens."""
         prompt_logprobs = self._make_prompt_logprobs(inputs, hidden_TD) if self._prompt_logprobs else []
         sampled = None
         if inputs.num_sampled:
-            hidden_SD = hidden_TD if inputs.hidden_rows_S is None else hidden_TD[inputs.hidden_rows_S]
+            if isinstance(hidden_TD, LongHidden):
+                hidden_SD = hidden_TD.sampled_SD
+            else:
+                hidden_SD = hidden_TD if inputs.hidden_rows_S is None else hidden_TD[inputs.hidden_rows_S]
             if self._chooses_over_group and self.sampler.is_greedy:
                 sampled = Sampled(mark_failures(*self.model.choose(self.model.compute_own_logits(hidden_SD))))
             else:
@@ -406,7 +420,9 @@ class ModelRunner:
         if self._token_return is not None:
             self._token_return.send()
 
-    def _make_prompt_logprobs(self, inputs: StepInputs, hidden_TD: Tensor) -> list[tuple[int, int, LogprobTensors]]:
+    def _make_prompt_logprobs(
+        self, inputs: StepInputs, hidden_TD: Tensor | LongHidden
+    ) -> list[tuple[int, int, LogprobTensors]]:
         """For rows that asked: (handle, first position, figures) of the prompt tokens that follow this chunk's."""
         counts_R = np.ones(inputs.num_rows, dtype=np.int64) if inputs.num_tokens_R is None else inputs.num_tokens_R
         figures = []

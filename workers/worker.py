@@ -223,6 +223,11 @@ class Worker:
             self.ledger.move("weights", "weight buffers", offload.buffer_bytes)
         if offload is not None:
             self.ledger.host["weights"] = offload.host_bytes
+        long_steps = self.runner.long_steps
+        if long_steps is not None:
+            self.ledger.host["hidden states"] = long_steps.host_bytes
+            if self.ledger.meter is not None:
+                self.ledger.move("buffers", "slice buffers", long_steps.buffer_bytes)
         measured = measure_num_blocks(self.runner, self.ledger)
         self._clock.mark("measuring memory")
         self.channel.send(

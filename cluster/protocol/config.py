@@ -94,6 +94,8 @@ class OffloadConfig(_Settings, frozen=True):
     """What lives in the host's memory beside a GPU, in GiB of each rank. "auto": as much as is needed, or nothing."""
 
     cpu_offload_gb: float | Literal["auto"] = 0.0  # of the weights: whole layers, at least so much
+    activation_offload_gb: float | Literal["auto"] = 0.0  # hidden states of long steps, at most so much
+    activation_slice_tokens: int = 4096  # of such a step, that are computed at once
 
 
 class ServerConfig(_Settings, frozen=True):
@@ -146,6 +148,8 @@ class ServingConfig(_Settings, frozen=True):
         check.at_least("max_model_len", self.model.max_model_len, 1)
         check.between("port", self.server.port, 0, 65535)
         check.gib("cpu_offload_gb", self.offload.cpu_offload_gb)
+        check.gib("activation_offload_gb", self.offload.activation_offload_gb)
+        check.at_least("activation_slice_tokens", self.offload.activation_slice_tokens, 1)
         if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={scheduler.max_num_batched_tokens} is below max_num_seqs="
@@ -210,7 +214,7 @@ _CHOICES = {
 }
 
 
-_GIB = ("cpu_offload_gb",)
+_GIB = ("cpu_offload_gb", "activation_offload_gb")
 
 
 def _explain(error: msgspec.ValidationError, values: Mapping[str, object]) -> str:

@@ -16,9 +16,11 @@ from argosy.placement.model_sources import read_model_shape
 from argosy.placement.plan import RankInfo, make_plan
 from argosy.placement.process_groups import ParallelContext
 from argosy.placement.rank_memory import Serving, StageBytes
+from argosy.placement.stage_transport import StageTransport
 from argosy.placement.topology import Gpu
 from argosy.workers import memory
 from argosy.workers.kv_cache import KVCache
+from argosy.workers.long_steps import LongSteps, slice_tokens_of
 from argosy.workers.memory import MemoryLedger, measure_num_blocks
 from argosy.workers.models.registry import build_model
 
@@ -44,6 +46,17 @@ MODELS: dict[str, dict[str, Any]] = {
 LAYOUTS: list[tuple[str, dict[str, Any], int, tuple[int, ...]]] = [
     ("llama", {}, 1, (6,)),
     ("llama", {"block_size": 32}, 2, (6,)),
+    (
+        "llama",
+        {
+            "max_num_batched_tokens": 512,
+            "max_num_seqs": 8,
+            "activation_offload_gb": "auto",
+            "activation_slice_tokens": 16,
+        },
+        1,
+        (6,),
+    ),
     ("llama", {"dtype": "bfloat16"}, 4, (6,)),  # more ranks than key/value heads
     ("llama", {"kv_cache_memory_bytes": 1_000_003}, 2, (4, 2)),
     ("llama_tied", {}, 1, (2, 4)),
@@ -82,6 +95,16 @@ class RealRank:
         self.max_model_len = self.config.model.max_model_len or self.spec.max_position
         parallel = ParallelContext(rank, self.device, 5.0)
         self.model = build_model(self.spec, rank, parallel, self.dtype, self.device)
+        scheduler, width = self.config.scheduler, self.spec.hidden_size
+        slice_tokens = slice_tokens_of(self.config, self.model, width * self.dtype.itemsize)
+        self.most_tokens = max(slice_tokens or scheduler.max_num_batched_tokens, scheduler.max_num_seqs)
+        self.long_steps = None
+        if slice_tokens is not None:
+            self.long_steps = LongSteps(
+                self.model, rank, StageTransport(parallel, width, self.dtype, timeout_seconds=1.0),
+                slice_tokens=slice_tokens, max_tokens=scheduler.max_num_batched_tokens, width=width, dtype=self.dtype,
+                device=self.device,
+            )  # fmt: skip
         block_size = self.config.cache.block_size
         self.block_bytes = KVCache.block_bytes(self.spec, rank, block_size, self.cache_dtype)
 

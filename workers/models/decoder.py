@@ -188,6 +188,15 @@ class Decoder(nn.Module):
             return residual_TD.add_(delta_TD)
         return self.norm.add(delta_TD, residual_TD)
 
+    def enter(self, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
+        """From tokens to what the first layer gets, [T, D]."""
+        assert self.embed is not None
+        return self.embed(token_ids_T)  # type: ignore[no-any-return]
+
+    def leave(self, residual_TD: Tensor) -> Tensor:
+        """From what the last layer of the model left to what `compute_logits` takes, [T, D]."""
+        return residual_TD if self.norm is None else self.norm(residual_TD)
+
     def in_turn(self) -> "Iterable[DecoderLayer]":
         """The layers of this stage, each with its weights on the device while the loop's body runs."""
         return self._stack if self.offload is None else self.offload.in_turn(self._stack)
