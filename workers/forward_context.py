@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from torch import Tensor
+
 from argosy.workers.attention.base import AttentionBackend, AttentionMetadata
 from argosy.workers.kv_cache import KVCache
 
@@ -13,3 +15,4 @@ class ForwardContext:
     backend: AttentionBackend
     kv_cache: KVCache
     metadata: AttentionMetadata
+    asked_rows_S: Tensor | None = None  # places among T of the tokens whose last state is asked for; None: all

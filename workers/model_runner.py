@@ -332,11 +332,17 @@ class ModelRunner:
                 if request.params.prompt_logprobs is not None:
                     self._prompt_logprobs[request.handle] = request.params.prompt_logprobs
 
+    def _asked_rows(self, inputs: StepInputs) -> Tensor | None:
+        """Tokens that sample, on the last stage of a step with others: its last layer may leave the others out."""
+        if not self.rank.is_last_stage or self._prompt_logprobs or inputs.num_sampled == inputs.num_tokens:
+            return None
+        return inputs.hidden_rows_S
+
     def _forward(self, inputs: StepInputs, kv_cache: KVCache) -> Tensor | LongHidden | None:
         """The final hidden states; None where the next stage goes on."""
         if self.long_steps is not None and self.long_steps.takes(inputs.num_tokens):
             return self.long_steps.run(inputs, self.backend, kv_cache, keeps_all=bool(self._prompt_logprobs))
-        context = ForwardContext(self.backend, kv_cache, inputs.metadata)
+        context = ForwardContext(self.backend, kv_cache, inputs.metadata, self._asked_rows(inputs))
         hidden_TD = None if self.rank.is_first_stage else self.transport.receive(inputs.num_tokens)
         token_ids_T = inputs.token_ids_T if self.rank.is_first_stage else None
         made_TD: Tensor = self.model(token_ids_T, hidden_TD, inputs.positions_T, context)
@@ -374,10 +380,13 @@ class ModelRunner:
         prompt_logprobs = self._make_prompt_logprobs(inputs, hidden_TD) if self._prompt_logprobs else []
         sampled = None
         if inputs.num_sampled:
+            # fewer rows than tokens: the model gave those that were asked for
             if isinstance(hidden_TD, LongHidden):
                 hidden_SD = hidden_TD.sampled_SD
+            elif inputs.hidden_rows_S is None or hidden_TD.shape[0] < inputs.num_tokens:
+                hidden_SD = hidden_TD
             else:
-                hidden_SD = hidden_TD if inputs.hidden_rows_S is None else hidden_TD[inputs.hidden_rows_S]
+                hidden_SD = hidden_TD[inputs.hidden_rows_S]
             if self._chooses_over_group and self.sampler.is_greedy:
                 sampled = Sampled(mark_failures(*self.model.choose(self.model.compute_own_logits(hidden_SD))))
             else:

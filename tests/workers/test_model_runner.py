@@ -74,6 +74,29 @@ def test_greedy_tokens_are_those_of_transformers(
         assert run.metrics.prefix_hits > 50
 
 
+def test_the_last_layer_multiplies_only_tokens_that_somebody_asks_for(
+    families: dict[str, tuple[Path, list[list[int]]]],
+) -> None:
+    """A prompt of 37 tokens in chunks of 16: nothing, nothing, then one row; with logprobs of the prompt all of them."""
+    folder, expected = families["llama"]
+    config = make_config(folder, async_scheduling=False)
+    rank = InProcessRank(config, 128)
+    layers = list(rank.runner.model.layers.values())
+    seen: dict[int, list[int]] = {0: [], len(layers) - 1: []}
+    for place, rows in seen.items():
+        layers[place].mlp.register_forward_pre_hook(lambda _, inputs, rows=rows: rows.append(len(inputs[0])))
+    run = Run(rank, config, 128)
+    run.add(greedy(ragged_prompts()[5], NUM_TOKENS))
+    run.finish()
+    assert answers(run.requests) == [expected[5]]
+    assert seen[0][:3] == [16, 16, 5]
+    assert seen[len(layers) - 1][:2] == [1, 1]  # the third chunk, then the first token after it
+    run.add(greedy(ragged_prompts()[4], NUM_TOKENS, stream_id=7, prompt_logprobs=1))
+    seen[len(layers) - 1].clear()
+    run.finish()
+    assert sum(seen[len(layers) - 1][:2]) == 21
+
+
 def test_draws_are_the_same_in_any_batch_and_after_preemption(
     families: dict[str, tuple[Path, list[list[int]]]],
 ) -> None:

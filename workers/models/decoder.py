@@ -85,24 +85,52 @@ class DecoderLayer(nn.Module):
 
     def forward(self, delta_TD: Tensor | None, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """What is still to be added to `residual_TD`, which this layer updates in place."""
+        return self.forward_rows(delta_TD, residual_TD, positions_T, ctx, None)[0]
+
+    def forward_rows(
+        self,
+        delta_TD: Tensor | None,
+        residual_TD: Tensor,
+        positions_T: Tensor,
+        ctx: ForwardContext,
+        rows_S: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """What is still to be added, and the residual to add it to: of `rows_S` alone, where nobody asks for others.
+
+        All tokens leave their keys and values in the cache.
+        """
         norm, attention, mlp = self.input_norm, self.attention, self.mlp
         rounding = attention.qkv_proj.rounding(residual_TD)
         if delta_TD is None:
             x_TD = norm.rounded(residual_TD, rounding)
         else:
             x_TD = norm.add_rounded(delta_TD, residual_TD, rounding)
-        delta_TD = attention(x_TD, positions_T, ctx)
+        if rows_S is None:
+            delta_TD = attention(x_TD, positions_T, ctx)
+        else:
+            seen_TX = attention.attend(attention.qkv_proj(x_TD), positions_T, ctx)
+            residual_TD = residual_TD[rows_S]
+            if residual_TD.shape[0] == 0:
+                return residual_TD, residual_TD
+            delta_TD = attention.o_proj(seen_TX[rows_S])
         x_TD = self.mlp_norm.add_rounded(delta_TD, residual_TD, mlp.gate_up_proj.rounding(residual_TD))
-        return mlp(x_TD)  # type: ignore[no-any-return]
+        return mlp(x_TD), residual_TD
 
-    def forward_fused(self, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> None:
-        """The same for a few tokens on one GPU, with nothing left to add: six launches, four of them products."""
+    def forward_fused(
+        self, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext, rows_S: Tensor | None = None
+    ) -> Tensor:
+        """The same on one GPU, with nothing left to add: six launches, four of them products. Returns the residual."""
         attention, mlp = self.attention, self.mlp
         qkv_TX = attention.qkv_proj.fused(residual_TD, Fusion(self.input_norm.weight, self.input_norm.eps))
         seen_TX = attention.attend(qkv_TX, positions_T, ctx)
+        if rows_S is not None:
+            seen_TX, residual_TD = seen_TX[rows_S], residual_TD[rows_S]
+            if residual_TD.shape[0] == 0:
+                return residual_TD
         attention.o_proj.fused(seen_TX, Fusion(residual_TO=residual_TD))
         inner_TX = mlp.gate_up_proj.fused(residual_TD, Fusion(self.mlp_norm.weight, self.mlp_norm.eps, gated=True))
         mlp.down_proj.fused(inner_TX, Fusion(residual_TO=residual_TD))
+        return residual_TD
 
 
 class Decoder(nn.Module):
@@ -167,7 +195,8 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """[T, D]: the hidden state for the next stage, or on the last one the normed state for `compute_logits`.
 
-        The first stage gets token ids; the others what the stage before them returned, which is overwritten.
+        The first stage gets token ids; the others what the stage before them returned, which is overwritten. The last
+        one may give [S, D], the rows that the context asks for: its last layer then multiplies these alone.
         """
         if self._group is not None:
             return self._group(token_ids_T, hidden_TD, positions_T, ctx)
@@ -176,17 +205,21 @@ class Decoder(nn.Module):
         else:
             assert hidden_TD is not None
             residual_TD = hidden_TD
-        if self._fuses(residual_TD):
-            for layer in self.in_turn():
-                layer.forward_fused(residual_TD, positions_T, ctx)
-            return residual_TD if self.norm is None else self.norm(residual_TD)
+        # the last layer of all leaves out the tokens whose state nobody asks for, once their keys are in the cache
+        last = len(self._stack) if self.norm is not None else 0
+        fuses = self._fuses(residual_TD)
         delta_TD: Tensor | None = None
-        for layer in self.in_turn():
-            delta_TD = layer(delta_TD, residual_TD, positions_T, ctx)
-        assert delta_TD is not None
-        if self.norm is None:
-            return residual_TD.add_(delta_TD)
-        return self.norm.add(delta_TD, residual_TD)
+        for number, layer in enumerate(self.in_turn(), start=1):
+            rows_S = ctx.asked_rows_S if number == last else None
+            if fuses:
+                residual_TD = layer.forward_fused(residual_TD, positions_T, ctx, rows_S)
+            else:
+                delta_TD, residual_TD = layer.forward_rows(delta_TD, residual_TD, positions_T, ctx, rows_S)
+        if residual_TD.shape[0] == 0:
+            return residual_TD
+        if delta_TD is None:
+            return residual_TD if self.norm is None else self.norm(residual_TD)
+        return residual_TD.add_(delta_TD) if self.norm is None else self.norm.add(delta_TD, residual_TD)
 
     def enter(self, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
         """From tokens to what the first layer gets, [T, D]."""
