@@ -189,6 +189,23 @@ def test_a_layout_says_what_one_card_says(
     assert distance(scores, exact) < 1.5 * distance(theirs, exact) + 0.01
 
 
+@pytest.mark.parametrize(("family", "tp", "pp"), [("llama", 1, 1), *LAYOUTS[:4]])
+def test_steps_of_many_prompt_tokens_say_what_transformers_says(
+    family: str, tp: int, pp: int, folders: dict[str, Path]
+) -> None:
+    """So many that a group sums them in halves, and that the last layer leaves most of them out; the last prompts come
+    in pieces beside rows that decode."""
+    rng = random.Random(9)
+    prompts = [[rng.randrange(3, 1000) for _ in range(length)] for length in (300, 411, 460, 333, 470, 250, 401, 380)]
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True, detokenize=False)
+    sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp, "max_num_batched_tokens": 1300}
+    with engine(folders[family], dtype="float32", **sizes) as llm:
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+    sequences = [[*prompt, *output.outputs[0].token_ids] for prompt, output in zip(prompts, outputs, strict=True)]
+    exact, best = score(folders[family], sequences, torch.float32)
+    assert regret_of(exact, best) < 1e-3
+
+
 def test_the_ledger_adds_up_to_what_the_driver_reports(folders: dict[str, Path]) -> None:
     """Weights, cache, graphs, activations, workspace and what is free, to within two in a hundred."""
     with engine(folders["llama"], dtype="bfloat16", num_gpu_blocks_override=None, gpu_memory_utilization=0.5) as llm:

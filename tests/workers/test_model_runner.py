@@ -77,7 +77,7 @@ def test_greedy_tokens_are_those_of_transformers(
 def test_the_last_layer_multiplies_only_tokens_that_somebody_asks_for(
     families: dict[str, tuple[Path, list[list[int]]]],
 ) -> None:
-    """A prompt of 37 tokens in chunks of 16: nothing, nothing, then one row; with logprobs of the prompt all of them."""
+    """A prompt of 37 in chunks of 16: nothing, nothing, one row; with logprobs of the prompt all of them."""
     folder, expected = families["llama"]
     config = make_config(folder, async_scheduling=False)
     rank = InProcessRank(config, 128)

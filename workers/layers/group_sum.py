@@ -5,6 +5,8 @@ Products of a rank are written where its peers can read them; `add_norm` sums th
 T = tokens, D = model width, R = rows that sample, V = this rank's part of the vocabulary.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -141,6 +143,14 @@ class GroupCopies:
             theirs = self._share(rows, share, peer)
             self._await(stream, 1, peer)
             sums.shared(num_tokens)[theirs].copy_(self._shared[peer][theirs])
+
+    def owns(self, rows_S: Tensor, parts: Sequence[slice]) -> Tensor:
+        """Of which rows this rank's residual is up to date after sums of these parts of the tokens."""
+        owned_S = torch.zeros_like(rows_S, dtype=torch.bool)
+        for part in parts:
+            own = self._share(part, -(-(part.stop - part.start) // self._world), self._rank)
+            owned_S |= (rows_S >= own.start) & (rows_S < own.stop)
+        return owned_S
 
     def _share(self, rows: slice, share: int, rank: int) -> slice:
         first = min(rows.start + rank * share, rows.stop)

@@ -102,6 +102,14 @@ class GroupForward:
                     main.wait_event(ready)
                 qkv.part((shared_TD if number else x_TD)[half], qkv_TX[half])
             seen_TX = attention.attend(qkv_TX, positions_T, ctx)
+            if (
+                ctx.asked_rows_S is not None
+                and number
+                and number + 2 == len(self._norms)
+                and self._norms[-1] is not None
+            ):
+                owned_S = copies.owns(ctx.asked_rows_S, halves)
+                return self._finish_rows(seen_TX, residual_TD, layer, ctx.asked_rows_S, owned_S)
             for half, ready in zip(halves, self._after_attention, strict=True):
                 attention.o_proj.part(seen_TX[half], parts[0][half])
                 self._sum_aside(copies, main, ready, 0, residual_TD, half, layer.mlp_norm)
@@ -114,6 +122,25 @@ class GroupForward:
         for ready in self._after_mlp:
             main.wait_event(ready)
         return shared_TD if self._norms[-1] is not None else residual_TD.copy_(shared_TD)
+
+    def _finish_rows(
+        self, seen_TX: Tensor, residual_TD: Tensor, layer: "DecoderLayer", rows_S: Tensor, owned_S: Tensor
+    ) -> Tensor:
+        """The rest of the last layer for the rows that are asked for, [S, D]: few, so sums are kernels again.
+
+        Each row of the residual comes from its owner; nobody reads the parts of the layer before any more, since this
+        stream has waited for its sums.
+        """
+        sums, num_rows = self.sums, len(rows_S)
+        residual_SD = residual_TD[rows_S]
+        if num_rows == 0:
+            return residual_SD
+        sums.part(1, num_rows).copy_(residual_SD.masked_fill_(~owned_S[:, None], 0.0))
+        sums.add_norm(1, residual_SD, None, add=False)
+        layer.attention.o_proj.part(seen_TX[rows_S], sums.part(0, num_rows))
+        x_SD = sums.add_norm(0, residual_SD, layer.mlp_norm)
+        layer.mlp.down_proj.part(layer.mlp.inner(x_SD), sums.part(1, num_rows))
+        return sums.add_norm(1, residual_SD, self._norms[-1])
 
     def _sum_aside(
         self,
