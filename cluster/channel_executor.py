@@ -55,7 +55,7 @@ from argosy.cluster.protocol.messages import (
     WorkerReport,
 )
 from argosy.cluster.rank_processes import RankDoor, RankKeeper, StartRanks
-from argosy.cluster.start_rules import agree_on_num_blocks, error_of_rank
+from argosy.cluster.start_rules import agree_on_num_blocks, agree_on_num_host_blocks, error_of_rank, swap_costs
 from argosy.cluster.step_deadline import StepDeadline
 
 _log = logging.getLogger(__name__)
@@ -83,6 +83,7 @@ class ChannelExecutor:
         self.epoch = -1
         self.num_blocks = 0
         self.groups = ONE_TABLE
+        self._num_host_blocks = 0
         self.reports: dict[int, WorkerReport] = {}
         self.ready: dict[int, WorkerReady] = {}
         self.progress: dict[int, tuple[str, float]] = {}
@@ -251,18 +252,20 @@ class ChannelExecutor:
             try:
                 num_blocks = agree_on_num_blocks(list(self.reports.values()), self.config)
                 self.groups = KVGroups(report.kv_windows)
+                self._num_host_blocks = agree_on_num_host_blocks(list(self.reports.values()), self.config, num_blocks)
             except ServingError as error:
                 self._lose(self.epoch, error)
                 return
             self.status = "allocating"
             self.num_blocks = num_blocks
-            self._send_all(AllocateCache(num_blocks=num_blocks))
+            self._send_all(AllocateCache(num_blocks=num_blocks, num_host_blocks=self._num_host_blocks))
 
     def _on_worker_ready(self, ready: WorkerReady) -> None:
         self.ready[ready.global_rank] = ready
         if self.status == "allocating" and len(self.ready) == self.num_ranks:
             self.status = "ready"
-            self._events.append(RanksReady(self.epoch, self.num_blocks, self.groups))
+            swap = swap_costs(list(self.reports.values()), list(self.ready.values()), self._num_host_blocks)
+            self._events.append(RanksReady(self.epoch, self.num_blocks, self.groups, swap))
 
     # --------------------------------------------------------------------------------------------------- the wire
 

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from typing import Final
 
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import (
@@ -14,7 +15,11 @@ from argosy.cluster.protocol.errors import (
     WorkerLost,
 )
 from argosy.cluster.protocol.kv_groups import KVGroups
-from argosy.cluster.protocol.messages import WorkerError, WorkerReport
+from argosy.cluster.protocol.messages import WorkerError, WorkerReady, WorkerReport
+from argosy.cluster.protocol.swap import NO_SWAP, SwapCosts
+
+MOST_HOST_BLOCKS: Final = 4
+"""Times the device's blocks, with "auto": the issue's own measure of a load that is too large."""
 
 
 def agree_on_num_blocks(reports: Sequence[WorkerReport], config: ServingConfig) -> int:
@@ -48,6 +53,39 @@ def agree_on_num_blocks(reports: Sequence[WorkerReport], config: ServingConfig) 
             f"{_gib(needed * smallest.block_bytes)}: {_way_out(smallest, config, needed)}"
         )
     return num_blocks
+
+
+def agree_on_num_host_blocks(reports: Sequence[WorkerReport], config: ServingConfig, num_blocks: int) -> int:
+    """The least of what the ranks' host memory holds; of "auto" no more than 4 times the blocks on the device.
+
+    Raises `ConfigError` when `swap_space` does not hold a single block.
+    """
+    swap_space = config.offload.swap_space
+    if not swap_space:
+        return 0
+    smallest = min(reports, key=lambda report: (report.num_host_blocks, report.global_rank))
+    if isinstance(swap_space, str):
+        return min(smallest.num_host_blocks, MOST_HOST_BLOCKS * num_blocks)
+    if smallest.num_host_blocks < 1:
+        raise ConfigError(
+            f"swap_space={swap_space:g}: a KV block of rank {smallest.global_rank} has {_gib(smallest.block_bytes)}; "
+            f"use --swap-space {max(1, -(-smallest.block_bytes // 2**30))}GiB or more, or auto"
+        )
+    return smallest.num_host_blocks
+
+
+def swap_costs(reports: Sequence[WorkerReport], ready: Sequence[WorkerReady], num_host_blocks: int) -> SwapCosts:
+    """What the ranks measured: all copy at the same time, so the slowest counts; bytes are those of all."""
+    if not num_host_blocks:
+        return NO_SWAP
+    out_seconds, in_seconds, token_seconds = map(max, zip(*(one.swap_seconds for one in ready), strict=True))
+    return SwapCosts(
+        num_host_blocks=num_host_blocks,
+        block_bytes=sum(report.block_bytes for report in reports),
+        out_seconds=out_seconds,
+        in_seconds=in_seconds,
+        token_seconds=token_seconds,
+    )
 
 
 def _way_out(report: WorkerReport, config: ServingConfig, needed: int) -> str:

@@ -96,6 +96,12 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
             "for each token and head), fp8 (e4m3 as it is, or over the checkpoint's scales)",
         ),
         Flag(
+            "swap-space",
+            "text",
+            "host memory of each rank for KV blocks that make room, in GiB (16, 16GiB, auto): requests are swapped and "
+            "prefixes kept, where that is cheaper than computing them anew (default: 0)",
+        ),
+        Flag(
             "cpu-offload-gb",
             "gib",
             "GiB of each rank's weights that stay in the host's memory, or auto: what it takes to fit (default: 0)",
@@ -147,7 +153,7 @@ _IGNORED_SWITCHES = """
 """
 _IGNORED_VALUES = """
     distributed_executor_backend nnodes node_rank master_addr master_port runner convert
-    tokenizer_mode code_revision hf_config_path swap_space
+    tokenizer_mode code_revision hf_config_path
     compilation_config optimization_level performance_mode attention_config attention_backend
     profiler_config kv_offloading_size kv_offloading_backend max_log_len otlp_traces_endpoint uvicorn_log_level
     api_server_count shutdown_timeout allowed_local_media_path allowed_media_domains limit_mm_per_prompt

@@ -188,6 +188,29 @@ def swap_blocks(sources: Sequence[Tensor], destinations: Sequence[Tensor], pairs
     reference.copy_blocks(sources, destinations, pairs)
 
 
+def gather_blocks(caches: Sequence[Tensor], block_ids: Sequence[int], staged_MB: Tensor) -> None:
+    """Lay whole blocks side by side: row i of `staged_MB` [M, bytes of a block] becomes block `block_ids[i]`.
+
+    Caches are contiguous [B, ...] of any type. On the current stream; nothing waits.
+    """
+    if staged_MB.is_cuda:
+        from argosy.kernels import block_transfer
+
+        block_transfer.gather_blocks(caches, block_ids, staged_MB)
+        return
+    reference.gather_blocks(caches, block_ids, staged_MB)
+
+
+def scatter_blocks(staged_MB: Tensor, caches: Sequence[Tensor], block_ids: Sequence[int]) -> None:
+    """The way back of `gather_blocks`. No id may be there twice."""
+    if staged_MB.is_cuda:
+        from argosy.kernels import block_transfer
+
+        block_transfer.scatter_blocks(staged_MB, caches, block_ids)
+        return
+    reference.scatter_blocks(staged_MB, caches, block_ids)
+
+
 def paged_attention(
     q_RNH: Tensor,
     k_cache_BSKH: Tensor,

@@ -188,6 +188,30 @@ def copy_blocks(sources: Sequence[Tensor], destinations: Sequence[Tensor], pairs
         destination.index_copy_(0, destination_ids.to(destination.device), picked.to(destination.device))
 
 
+def gather_blocks(caches: Sequence[Tensor], block_ids: Sequence[int], staged_MB: Tensor) -> None:
+    """Row i of `staged_MB` (bytes) becomes block `block_ids[i]` of all caches, one after the other."""
+    ids, start = torch.tensor(block_ids, dtype=torch.int64), 0
+    for cache in caches:
+        flat = _rows_of_bytes(cache)
+        end = start + flat.shape[1]
+        staged_MB[: len(block_ids), start:end] = flat.index_select(0, ids.to(flat.device))
+        start = end
+
+
+def scatter_blocks(staged_MB: Tensor, caches: Sequence[Tensor], block_ids: Sequence[int]) -> None:
+    """The way back: block `block_ids[i]` of all caches becomes what row i of `staged_MB` holds."""
+    ids, start = torch.tensor(block_ids, dtype=torch.int64), 0
+    for cache in caches:
+        flat = _rows_of_bytes(cache)
+        end = start + flat.shape[1]
+        flat.index_copy_(0, ids.to(flat.device), staged_MB[: len(block_ids), start:end].contiguous())
+        start = end
+
+
+def _rows_of_bytes(cache: Tensor) -> Tensor:
+    return cache.view(cache.shape[0], -1).view(torch.uint8)
+
+
 def paged_attention(
     q_RNH: Tensor,
     k_cache_BSKH: Tensor,

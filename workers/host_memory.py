@@ -21,12 +21,17 @@ _REGISTERED_ALREADY: Final = 712  # cudaErrorHostMemoryAlreadyRegistered
 
 def check_host_room(num_bytes: int, what: str, fix: str, *, num_ranks: int = 1) -> None:
     """Raise `PlacementImpossible` where the host has not so much left for each of the ranks that share it."""
-    free = max(0, psutil.virtual_memory().available - KEPT_FREE)
+    free = free_host_bytes()
     if num_bytes * num_ranks > free:
         many = f" for each of {num_ranks} ranks" if num_ranks > 1 else ""
         raise PlacementImpossible(
             f"{what} needs {gib(num_bytes)} of the host's memory{many}; {gib(free)} are free: {fix}"
         )
+
+
+def free_host_bytes() -> int:
+    """What may be taken of the host's memory now."""
+    return max(0, int(psutil.virtual_memory().available) - KEPT_FREE)
 
 
 def pinned_bytes(num_bytes: int, device: torch.device) -> Tensor:
@@ -42,7 +47,7 @@ def pinned_bytes(num_bytes: int, device: torch.device) -> Tensor:
     status = int(runtime.cudaHostRegister(whole.data_ptr(), size, 0))
     if status not in (0, _REGISTERED_ALREADY):
         raise PlacementImpossible(
-            f"the driver refuses to pin {gib(size)} of the host's memory (error {status}): raise 'ulimit -l', or set a "
-            "smaller offload"
+            f"the driver refuses to pin {gib(size)} of the host's memory (error {status}): raise 'ulimit -l', or ask "
+            "for less (--cpu-offload-gb, --swap-space)"
         )
     return whole[:num_bytes]

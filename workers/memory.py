@@ -26,6 +26,7 @@ from argosy.placement.weight_offload import buffer_bytes, count_for, offloaded_b
 from argosy.workers.cuda_graphs import ladder
 from argosy.workers.device import MemoryReading, describe_device
 from argosy.workers.host_memory import check_host_room
+from argosy.workers.host_pool import staging_bytes
 from argosy.workers.long_steps import NUM_BUFFERS
 from argosy.workers.model_runner import ModelRunner
 
@@ -126,6 +127,13 @@ def check_weights_fit(runner: ModelRunner, ledger: MemoryLedger, count: int = 0)
     )
 
 
+def num_ranks_here(runner: ModelRunner) -> int:
+    """How many ranks share this host at most, for what they take of its memory."""
+    parallel, rank = runner.config.parallel, runner.rank
+    count = rank.tp_size * rank.pp_size * parallel.data_parallel_size
+    return max(rank.tp_size, min(count, torch.cuda.device_count())) if runner.device.type == "cuda" else count
+
+
 def choose_num_offloaded(runner: ModelRunner, ledger: MemoryLedger) -> int:
     """How many layers have their weights in the host's memory: the planner's rule, for what is here.
 
@@ -195,6 +203,8 @@ def measure_num_blocks(runner: ModelRunner, ledger: MemoryLedger) -> int:
         _measure_device(runner, ledger)
     else:
         _measure_cpu(runner, ledger)
+    if runner.config.offload.swap_space and ledger.meter is not None:
+        ledger.room_bytes = max(0, ledger.room_bytes - staging_bytes(runner.block_bytes))
     cache = runner.config.cache
     if cache.num_gpu_blocks_override is not None:
         return cache.num_gpu_blocks_override
@@ -294,6 +304,13 @@ def largest_shapes(runner: ModelRunner) -> list[tuple[int, int]]:
         tokens = min(budget, runner.max_model_len)
         shapes.append((max(1, min(budget // tokens, scheduler.max_num_seqs)), tokens))
     return [*shapes, (scheduler.max_num_seqs, 1)]
+
+
+def prompt_shape(runner: ModelRunner) -> tuple[int, int]:
+    """The step of prompts whose seconds a token stand for what it costs to compute them: as full as steps get."""
+    if runner.device.type == "cuda":
+        return largest_shapes(runner)[0]
+    return 1, min(4 * CPU_PROMPT_TOKENS, runner.config.scheduler.max_num_batched_tokens, runner.max_model_len)
 
 
 def warm_up_shapes(runner: ModelRunner) -> list[tuple[int, ...]]:

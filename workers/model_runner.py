@@ -26,6 +26,7 @@ from argosy.workers.attention.triton_backend import TritonBackend
 from argosy.workers.cuda_graphs import CUDAGraphRunner
 from argosy.workers.device import ThreadChoice
 from argosy.workers.forward_context import ForwardContext
+from argosy.workers.host_pool import HostPool
 from argosy.workers.input_batch import InputBatch, StepInputs
 from argosy.workers.kv_cache import KVCache
 from argosy.workers.loading.stream import LoadReport, load_weights
@@ -52,9 +53,10 @@ class StepOutcome:
         poisoned: dict[int, str],
         started: float,
         side_stream: "torch.cuda.Stream | None",
+        host_pool: HostPool | None = None,
     ):
         self._output, self._inputs, self._sampled, self._prompt_logprobs = output, inputs, sampled, prompt_logprobs
-        self._poisoned, self._started = poisoned, started
+        self._poisoned, self._started, self._host_pool = poisoned, started, host_pool
         self._token_ids: Tensor | None = None if sampled is None else sampled.token_ids_S
         self._copied: torch.cuda.Event | None = None
         if side_stream is not None and self._token_ids is not None:
@@ -78,6 +80,7 @@ class StepOutcome:
         sampled, figures = self._sampled, []
         if sampled is not None and sampled.logprobs is not None:
             figures = sampled.logprobs.to_messages()
+        swapped_in_step_id, swap_seconds = (-1, (0.0, 0.0)) if self._host_pool is None else self._host_pool.report()
         return ModelRunnerOutput(
             step_id=self._output.step_id,
             epoch=self._output.epoch,
@@ -89,6 +92,8 @@ class StepOutcome:
             ],
             failed=failed,
             step_seconds=time.perf_counter() - self._started,
+            swapped_in_step_id=swapped_in_step_id,
+            swap_seconds=swap_seconds,
         )
 
     def _failures(self, token_ids: list[int]) -> list[tuple[int, str]]:
@@ -153,6 +158,7 @@ class ModelRunner:
             self._token_return = TokenReturn(self.batch, self.transport)
         self.sampler = Sampler(scheduler.max_num_seqs, spec.vocab_size, device, gives_logprobs=self.rank.answers)
         self.kv_cache: KVCache | None = None
+        self.host_pool: HostPool | None = None
         self.offload: WeightOffload | None = None
         self.long_steps: LongSteps | None = None
         if slice_tokens is not None:
@@ -284,6 +290,9 @@ class ModelRunner:
         assert self.kv_cache is not None
         started = time.perf_counter()
         self._apply(output)
+        if output.swaps is not None:
+            assert self.host_pool is not None
+            self.host_pool.begin(output.step_id, output.swaps)
         if output.block_copies:
             self.kv_cache.copy_blocks(output.block_copies)
         if not len(output.rows):
@@ -409,7 +418,9 @@ class ModelRunner:
         if not self.rank.answers:
             return None
         poisoned = {} if not self.batch.poisoned else dict(self.batch.poisoned)
-        return StepOutcome(output, inputs, sampled, prompt_logprobs, poisoned, started, self._side_stream)
+        return StepOutcome(
+            output, inputs, sampled, prompt_logprobs, poisoned, started, self._side_stream, self.host_pool
+        )
 
     def _remember(self, inputs: StepInputs, token_ids_S: Tensor) -> None:
         # a row that failed goes on with token 0 until the driver has heard of it
@@ -464,7 +475,7 @@ class ModelRunner:
         """The outcome of a step without rows (it only told us what is over)."""
         if not self.rank.answers:
             return None
-        return StepOutcome(output, None, None, [], {}, started, None)
+        return StepOutcome(output, None, None, [], {}, started, None, self.host_pool)
 
 
 def _short_message_mover(device: torch.device) -> Mover | None:

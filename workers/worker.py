@@ -49,6 +49,7 @@ from argosy.workers.device import (
     describe_device,
     set_up_device,
 )
+from argosy.workers.host_pool import choose_num_host_blocks, make_host_pool
 from argosy.workers.loading.resolve import resolve_model
 from argosy.workers.memory import (
     MemoryLedger,
@@ -56,6 +57,8 @@ from argosy.workers.memory import (
     choose_num_offloaded,
     explain_out_of_memory,
     measure_num_blocks,
+    num_ranks_here,
+    prompt_shape,
     warm_up_shapes,
 )
 from argosy.workers.model_runner import ModelRunner, StepOutcome
@@ -228,6 +231,9 @@ class Worker:
             self.ledger.host["hidden states"] = long_steps.host_bytes
             if self.ledger.meter is not None:
                 self.ledger.move("buffers", "slice buffers", long_steps.buffer_bytes)
+        num_host_blocks = 0
+        if self.config.offload.swap_space:
+            num_host_blocks = choose_num_host_blocks(self.config, self.runner.block_bytes, num_ranks_here(self.runner))
         measured = measure_num_blocks(self.runner, self.ledger)
         self._clock.mark("measuring memory")
         self.channel.send(
@@ -243,6 +249,7 @@ class Worker:
                 node=self.boot.node,
                 load_seconds=time.monotonic() - started,
                 ledger=self.ledger.entries(),
+                num_host_blocks=num_host_blocks,
             )
         )
 
@@ -259,8 +266,17 @@ class Worker:
         self.ledger.mark("kv")
         if self.ledger.meter is None:
             self.ledger.purposes["kv"] = self.runner.kv_cache.num_bytes
+        swap_seconds = (0.0, 0.0)
+        if message.num_host_blocks:
+            self._progress("allocating host memory", 0.0)
+            pool = self.runner.host_pool = make_host_pool(self.runner.kv_cache.tensors, message.num_host_blocks)
+            swap_seconds = pool.measure()
+            self._clock.mark("host pool")
+            self.ledger.mark("swap buffers")
+            self.ledger.host["kv"] = pool.rows_NB.nbytes
         self._progress("warming up", 0.0)
         self.runner.warm_up(warm_up_shapes(self.runner))
+        token_seconds = self._time_prompt() if message.num_host_blocks else 0.0
         self._clock.mark("warm-up")
         self.ledger.mark("workspace")
         with explain_out_of_memory("recording graphs", f"{lower}, or record fewer with --max-num-seqs"):
@@ -278,8 +294,18 @@ class Worker:
                 warm_up_seconds=time.monotonic() - started,
                 ledger=self.ledger.entries(),
                 phases=dict(self._clock.phases),
+                swap_seconds=(*swap_seconds, token_seconds),
             )
         )
+
+    def _time_prompt(self) -> float:
+        """Seconds that a token of a long prompt takes: all ranks run it together, and stages overlap."""
+        assert self.runner is not None
+        shape = prompt_shape(self.runner)
+        self.runner.warm_up([shape])
+        started = time.perf_counter()
+        self.runner.warm_up([shape])
+        return (time.perf_counter() - started) / (shape[0] * shape[1] * self.rank.pp_size)
 
     def _progress(self, phase: str, fraction: float) -> None:
         self.channel.send(WorkerProgress(global_rank=self.rank.global_rank, phase=phase, fraction=fraction))

@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 from argosy.cluster.protocol.errors import ConfigError
+from argosy.cluster.protocol.swap import parse_swap_space
 
 
 class _Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -96,6 +97,7 @@ class OffloadConfig(_Settings, frozen=True):
     cpu_offload_gb: float | Literal["auto"] = 0.0  # of the weights: whole layers, at least so much
     activation_offload_gb: float | Literal["auto"] = 0.0  # hidden states of long steps, at most so much
     activation_slice_tokens: int = 4096  # of such a step, that are computed at once
+    swap_space: float | Literal["auto"] = 0.0  # for KV blocks that have to make room; 0: they are computed anew
 
 
 class ServerConfig(_Settings, frozen=True):
@@ -150,6 +152,7 @@ class ServingConfig(_Settings, frozen=True):
         check.gib("cpu_offload_gb", self.offload.cpu_offload_gb)
         check.gib("activation_offload_gb", self.offload.activation_offload_gb)
         check.at_least("activation_slice_tokens", self.offload.activation_slice_tokens, 1)
+        check.gib("swap_space", self.offload.swap_space)
         if scheduler.max_num_batched_tokens < scheduler.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens={scheduler.max_num_batched_tokens} is below max_num_seqs="
@@ -184,6 +187,8 @@ class ServingConfig(_Settings, frozen=True):
             for key, value in values.items():
                 if key == "served_model_name" and isinstance(value, str):
                     values[key] = (value,)
+                elif key == "swap_space":
+                    values[key] = parse_swap_space(value)
             try:
                 built[section] = msgspec.convert(values, settings_type)
             except msgspec.ValidationError as error:
@@ -214,7 +219,7 @@ _CHOICES = {
 }
 
 
-_GIB = ("cpu_offload_gb", "activation_offload_gb")
+_GIB = ("cpu_offload_gb", "activation_offload_gb", "swap_space")
 
 
 def _explain(error: msgspec.ValidationError, values: Mapping[str, object]) -> str:

@@ -201,7 +201,7 @@ class WorkerReport(_Message, frozen=True):
     load_seconds: float
     ledger: dict[str, int] = {}
     kv_windows: tuple[int, ...] = (0,)  # see `kv_groups.KVGroups`
-    num_host_blocks: int = 0  # how many `swap_space` holds on this rank; -1: as many as make sense ("auto")
+    num_host_blocks: int = 0  # how many `swap_space` holds on this rank
 
 
 class AllocateCache(_Message, frozen=True):

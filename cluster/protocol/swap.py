@@ -26,17 +26,17 @@ _UNITS: Final = {
 _AMOUNT: Final = re.compile(r"([0-9]*\.?[0-9]+)\s*([a-z]*)", re.IGNORECASE)
 
 
-def parse_swap_space(given: float | str) -> int | None:
-    """Bytes of host memory for each rank; None: "auto". A bare number is GiB. Raises `ConfigError`."""
+def parse_swap_space(given: object) -> float | str:
+    """GiB of host memory for each rank, or "auto". A bare number is GiB. Raises `ConfigError`."""
     text = str(given).strip().lower()
     if text == AUTO:
-        return None
+        return AUTO
     found = _AMOUNT.fullmatch(text)
     if found is None or found[2] not in _UNITS:
         raise ConfigError(
             f"swap_space={given!r}: must be a number of GiB for each rank (16), an amount with unit (16GiB), or auto"
         )
-    return int(float(found[1]) * _UNITS[found[2]])
+    return float(found[1]) * _UNITS[found[2]] / 2**30
 
 
 @dataclass(frozen=True, slots=True)

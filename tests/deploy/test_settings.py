@@ -41,11 +41,11 @@ def test_flags_without_effect_are_named_once_and_their_values_are_not_taken_for_
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     """A command line that worked elsewhere should work here."""
-    config = serve_config("--otlp-traces-endpoint", "/models", "--trust-remote-code", "m", "--swap-space=4")
+    config = serve_config("--otlp-traces-endpoint", "/models", "--trust-remote-code", "m", "--hf-config-path=4")
     assert config.model.model == "m"
     shown = capsys.readouterr().err
     assert shown.count("\n") == 1
-    assert "otlp_traces_endpoint, swap_space, trust_remote_code" in shown
+    assert "hf_config_path, otlp_traces_endpoint, trust_remote_code" in shown
 
 
 @pytest.mark.parametrize(
@@ -96,9 +96,9 @@ def test_a_broken_file_is_refused(tmp_path: Path, text: str) -> None:
 
 def test_keyword_arguments_of_llm() -> None:
     """One warning for what has no effect; None means not given; typos are named."""
-    with pytest.warns(UserWarning, match="swap_space, tokenizer_mode"):
+    with pytest.warns(UserWarning, match="hf_config_path, tokenizer_mode"):
         config = settings.config_from_kwargs(
-            "m", {"swap_space": 4, "tokenizer_mode": "auto", "max_model_len": None, "max_num_seqs": 4}
+            "m", {"hf_config_path": 4, "tokenizer_mode": "auto", "max_model_len": None, "max_num_seqs": 4}
         )
     assert config.scheduler.max_num_seqs == 4
     with pytest.raises(ConfigError, match="did you mean 'max_num_seqs'"):

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from argosy.kernels import activation, kv_cache, reference, rms_norm, rotary
+from argosy.kernels import activation, block_transfer, kv_cache, reference, rms_norm, rotary
 
 Near = Callable[[Tensor, Tensor], None]
 SHAPES = [(1, 64), (7, 96), (33, 1000), (3, 5, 130), pytest.param((257, 8192), marks=pytest.mark.gpu)]
@@ -97,6 +97,26 @@ def test_copy_blocks(pairs: list[tuple[int, int]], device: torch.device) -> None
     reference.copy_blocks(wants, wants, pairs)
     kv_cache.copy_blocks(caches, caches, pairs)
     assert all(torch.equal(got, want) for got, want in zip(caches, wants, strict=True))
+
+
+def test_blocks_of_many_sizes_are_laid_side_by_side_and_put_back(device: torch.device) -> None:
+    """Caches of a model whose keys, values and scales differ in type and size; one of them larger than a program."""
+    caches = [
+        torch.randn(7, 16, 4, 80, device=device),
+        torch.randint(0, 255, (7, 48), device=device, dtype=torch.uint8),
+        torch.randn(7, 16, 2, 24, device=device).bfloat16(),
+    ]
+    row_bytes = sum(cache[0].nbytes for cache in caches)
+    staged, want = (torch.zeros(5, row_bytes, dtype=torch.uint8, device=device) for _ in range(2))
+    block_transfer.gather_blocks(caches, [6, 0, 3], staged)
+    reference.gather_blocks(caches, [6, 0, 3], want)
+    assert torch.equal(staged, want)
+    assert staged[3:].count_nonzero() == 0
+    before = [cache.clone() for cache in caches]
+    block_transfer.scatter_blocks(staged, caches, [2, 5, 1])
+    for cache, old in zip(caches, before, strict=True):
+        assert torch.equal(cache[[2, 5, 1]], old[[6, 0, 3]])
+        assert torch.equal(cache[[0, 3, 4, 6]], old[[0, 3, 4, 6]])
 
 
 @pytest.mark.gpu

@@ -32,10 +32,12 @@ from argosy.cluster.protocol.messages import (
 )
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.cluster.protocol.sampling import FinishReason, TokenParams
+from argosy.cluster.protocol.swap import SwapCosts
 from argosy.cluster.request import Request, make_requests
 from argosy.cluster.scheduler import Scheduler
 from argosy.placement.plan import PlacementPlan, RankInfo, make_plan
 from argosy.placement.process_groups import ParallelContext
+from argosy.workers.host_pool import make_host_pool
 from argosy.workers.memory import MemoryLedger, choose_num_offloaded
 from argosy.workers.model_runner import ModelRunner
 
@@ -134,7 +136,7 @@ class Ranks(Protocol):
 class InProcessRank:
     """One rank, called directly; messages go through msgpack as on the wire."""
 
-    def __init__(self, config: ServingConfig, num_blocks: int):
+    def __init__(self, config: ServingConfig, num_blocks: int, num_host_blocks: int = 0):
         spec = read_model_spec(config.model.model)
         (rank,) = make_plan(spec.num_layers, 1, 1).ranks
         device = torch.device("cpu")
@@ -145,6 +147,9 @@ class InProcessRank:
         offloaded = choose_num_offloaded(self.runner, MemoryLedger())
         self.runner.load(Path(config.model.model), None, num_offloaded=offloaded)
         self.runner.allocate(num_blocks)
+        if num_host_blocks:
+            assert self.runner.kv_cache is not None
+            self.runner.host_pool = make_host_pool(self.runner.kv_cache.tensors, num_host_blocks)
         self._answers: deque[ModelRunnerOutput] = deque()
 
     def submit(self, output: SchedulerOutput) -> None:
@@ -199,7 +204,15 @@ class RankHosts:
 class RemoteRanks:
     """A group of real ranks behind real channels; this process is their driver."""
 
-    def __init__(self, hosts: RankHosts, config: ServingConfig, num_blocks: int, socket_folder: Path, rendezvous: str):
+    def __init__(
+        self,
+        hosts: RankHosts,
+        config: ServingConfig,
+        num_blocks: int,
+        socket_folder: Path,
+        rendezvous: str,
+        num_host_blocks: int = 0,
+    ):
         self.config = config
         spec = read_model_spec(config.model.model)
         parallel = config.parallel
@@ -227,8 +240,8 @@ class RemoteRanks:
         listener.close()
         self._send(StartWorker(epoch=0, rendezvous=rendezvous, deadline_seconds=DEADLINE_SECONDS))
         self.reports: list[WorkerReport] = self._wait_for_all(WorkerReport)
-        self._send(AllocateCache(num_blocks=num_blocks))
-        self._wait_for_all(WorkerReady)
+        self._send(AllocateCache(num_blocks=num_blocks, num_host_blocks=num_host_blocks))
+        self.ready: list[WorkerReady] = self._wait_for_all(WorkerReady)
         (self.answering,) = [rank.global_rank for rank in self.plan.ranks if rank.answers]
 
     def _send(self, message: object) -> None:
@@ -273,11 +286,15 @@ def greedy(prompt: Sequence[int], num_tokens: int, *, stream_id: int = 0, n: int
 class Run:
     """Requests through the real scheduler and these ranks, with as many steps in flight as there would be."""
 
-    def __init__(self, ranks: Ranks, config: ServingConfig, num_blocks: int, *, max_len: int = 250):
+    def __init__(
+        self, ranks: Ranks, config: ServingConfig, num_blocks: int, *, max_len: int = 250, num_host_blocks: int = 0
+    ):
+        """With `num_host_blocks` requests that have to make room are always swapped, never computed anew."""
         self.ranks, self.max_len = ranks, max_len
         self.metrics = Metrics()
         self.scheduler = Scheduler(config, MonotonicClock(), self.metrics)
-        self.scheduler.begin_epoch(0, num_blocks)
+        swap = SwapCosts(num_host_blocks=num_host_blocks, block_bytes=1, in_seconds=1e-9, token_seconds=1.0)
+        self.scheduler.begin_epoch(0, num_blocks, swap=swap)
         self.requests: list[Request] = []
         self.num_steps = 0
 

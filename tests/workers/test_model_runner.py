@@ -48,20 +48,26 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, 
 
 
 @pytest.mark.parametrize("family", list(FAMILIES))
-@pytest.mark.parametrize("mode", ["chunked", "preempted", "prefix_hits", "n=3", "synchronous"])
+@pytest.mark.parametrize("mode", ["chunked", "preempted", "swapped", "prefix_hits", "n=3", "synchronous"])
 def test_greedy_tokens_are_those_of_transformers(
     family: str, mode: str, families: dict[str, tuple[Path, list[list[int]]]]
 ) -> None:
     """Ragged prompts together in a batch with a budget of 16 tokens a step, so that prompts come in chunks."""
     folder, expected = families[family]
-    num_blocks = 16 if mode == "preempted" else 128
+    num_blocks = 16 if mode in ("preempted", "swapped") else 128
+    num_host_blocks = 200 if mode == "swapped" else 0
     config = make_config(folder, async_scheduling=mode != "synchronous")
-    run = Run(InProcessRank(config, num_blocks), config, num_blocks)
+    rank = InProcessRank(config, num_blocks, num_host_blocks)
+    run = Run(rank, config, num_blocks, num_host_blocks=num_host_blocks)
     n = 3 if mode == "n=3" else 1
     for stream_id, prompt in enumerate(ragged_prompts()):
         run.add(greedy(prompt, NUM_TOKENS, stream_id=stream_id, n=n))
     run.finish()
     assert answers(run.requests) == [answer for answer in expected for _ in range(n)]
+    if mode == "swapped":
+        assert run.metrics.preemptions_swapped == run.metrics.preemptions > 0
+        assert run.metrics.swap_blocks["in"] > 5
+        assert run.metrics.tokens_recomputed == 0
     if mode == "preempted":
         assert run.metrics.preemptions > 0
     if mode == "n=3":
@@ -165,15 +171,18 @@ def test_a_row_that_can_not_be_computed_fails_alone(tmp_path: Path) -> None:
     assert "vocabulary" in problem
 
 
-def test_the_oracle_stays_exact_under_random_load(tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_host_blocks", [0, 12, 300])
+def test_the_oracle_stays_exact_under_random_load(tmp_path: Path, num_host_blocks: int) -> None:
     """Arrivals, shared prefixes, n, aborts and preemptions at random: every token of every answer is checked.
 
-    The oracle's next token hashes all ids read back from the blocks, so one lost, stale or foreign block shows.
+    The oracle's next token hashes all ids read back from the blocks, so one lost, stale or foreign block shows. With a
+    host tier, small or large, blocks go there and come back.
     """
     rng = random.Random(7)
     config = oracle_config(tmp_path, max_num_seqs=12, max_num_batched_tokens=24)
     num_blocks = 40
-    run = Run(InProcessRank(config, num_blocks), config, num_blocks)
+    rank = InProcessRank(config, num_blocks, num_host_blocks)
+    run = Run(rank, config, num_blocks, num_host_blocks=num_host_blocks)
     prefixes = [[rng.randrange(997) for _ in range(rng.randint(5, 30))] for _ in range(4)]
 
     def arrive_or_leave() -> None:
@@ -189,13 +198,21 @@ def test_the_oracle_stays_exact_under_random_load(tmp_path: Path) -> None:
     while len(run.requests) < 220:
         arrive_or_leave()
         run.step()
+        run.scheduler.check()
     run.finish(arrive_or_leave)
+    run.scheduler.check()
     for request in run.requests:
         prompt, output = request.token_ids[: request.num_prompt_tokens], answers([request])[0]
         assert output == oracle_continuation(prompt, len(output), 997), request.story
     assert run.metrics.preemptions > 5
     assert run.metrics.prefix_hits > 100
     assert run.metrics.block_copies > 5
+    if num_host_blocks:
+        assert min(run.metrics.swap_blocks.values()) > 20
+        assert run.metrics.host_hits > 20
+        assert run.scheduler.host.pool.num_held == 0
+    if num_host_blocks > 100:
+        assert run.metrics.tokens_recomputed == 0
 
 
 def test_the_oracle_notices_a_block_that_is_not_its_own(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from argosy.cluster.protocol.messages import NewRequest, Ping, Pong, SchedulerOu
 from argosy.cluster.protocol.sampling import TokenParams
 
 NUM_TOKENS = 10
+NUM_HOST_BLOCKS = 100
 LAYOUTS = {"TP2": (2, 1), "PP2": (1, 2), "TP2xPP2": (2, 2), "PP3": (1, 3)}  # PP3: stages of 1, 2 and 1 layers
 FAMILY_LAYOUTS = [(family, layout) for family in FAMILIES for layout in LAYOUTS if layout != "PP3" or family == "llama"]
 
@@ -61,23 +62,27 @@ def prompts() -> list[list[int]]:
     return [*made, [*made[-1][:17], 1, 2]]
 
 
-def start(hosts: RankHosts, config: ServingConfig, num_blocks: int, folder: Path) -> RemoteRanks:
+def start(
+    hosts: RankHosts, config: ServingConfig, num_blocks: int, folder: Path, num_host_blocks: int = 0
+) -> RemoteRanks:
     """A group of ranks in the layout of the config."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return RemoteRanks(hosts, config, num_blocks, folder, f"127.0.0.1:{port}")
+    return RemoteRanks(hosts, config, num_blocks, folder, f"127.0.0.1:{port}", num_host_blocks)
 
 
 @pytest.mark.parametrize(("family", "layout"), FAMILY_LAYOUTS)
 def test_every_layout_says_what_transformers_says(
     family: str, layout: str, families: dict[str, tuple[Path, list[list[int]]]], hosts: RankHosts, tmp_path: Path
 ) -> None:
-    """Chunked prefill, then the same again over prefix hits and with n = 3, then in a pool that forces preemption."""
+    """Chunked prefill, the same again over prefix hits and with n = 3, then in a pool that forces preemption, at first
+    by computing anew and then by swapping to each rank's host memory."""
     folder, expected = families[family]
     tp_size, pp_size = LAYOUTS[layout]
     config = make_config(folder, tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size)
-    ranks = start(hosts, config, 128, tmp_path)
+    ranks = start(hosts, config, 128, tmp_path, NUM_HOST_BLOCKS)
+    assert all(min(ready.swap_seconds) > 0.0 for ready in ranks.ready)
     run = Run(ranks, config, 128)
     for n in (1, 3):
         for prompt in prompts():
@@ -86,14 +91,17 @@ def test_every_layout_says_what_transformers_says(
     assert answers(run.requests) == expected + [answer for answer in expected for _ in range(3)]
     assert run.metrics.prefix_hits > 50
     assert run.metrics.block_copies > 0
-    tight = Run(ranks, config, 12)
-    tight.scheduler._next_step_id = 1000
-    for prompt in prompts():
-        tight.add(greedy(prompt, NUM_TOKENS, stream_id=len(tight.requests)))
-    # the ranks forget nothing by themselves: handles of the first run are all given back by its end
-    tight.finish()
-    assert answers(tight.requests) == expected
-    assert tight.metrics.preemptions > 0
+    for num_host_blocks in (0, NUM_HOST_BLOCKS):
+        tight = Run(ranks, config, 12, num_host_blocks=num_host_blocks)
+        tight.scheduler._next_step_id = 1000 + num_host_blocks * 10
+        for prompt in prompts():
+            tight.add(greedy(prompt, NUM_TOKENS, stream_id=len(tight.requests)))
+        # the ranks forget nothing by themselves: handles of the first run are all given back by its end
+        tight.finish()
+        assert answers(tight.requests) == expected
+        assert tight.metrics.preemptions > 0
+        assert bool(tight.metrics.swap_blocks["in"]) == bool(num_host_blocks)
+        assert num_host_blocks == 0 or tight.metrics.tokens_recomputed == 0
     ranks.stop()
 
 
@@ -133,7 +141,10 @@ def test_stages_heed_what_each_request_wishes(
 
 
 @pytest.mark.parametrize("layout", list(LAYOUTS))
-def test_the_oracle_stays_exact_in_every_layout(layout: str, hosts: RankHosts, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_host_blocks", [0, NUM_HOST_BLOCKS], ids=["recomputes", "swaps"])
+def test_the_oracle_stays_exact_in_every_layout(
+    layout: str, hosts: RankHosts, tmp_path: Path, num_host_blocks: int
+) -> None:
     """Random load with aborts and preemptions, through the TP sum and from stage to stage. One request also asks for
     the figures of its prompt, which comes in chunks."""
     rng = random.Random(3)
@@ -142,8 +153,8 @@ def test_the_oracle_stays_exact_in_every_layout(layout: str, hosts: RankHosts, t
         tmp_path, tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size, max_num_batched_tokens=24
     )
     num_blocks = 36
-    ranks = start(hosts, config, num_blocks, tmp_path)
-    run = Run(ranks, config, num_blocks)
+    ranks = start(hosts, config, num_blocks, tmp_path, num_host_blocks)
+    run = Run(ranks, config, num_blocks, num_host_blocks=num_host_blocks)
     prefix = [rng.randrange(997) for _ in range(19)]
     scored_prompt = [rng.randrange(997) for _ in range(40)]
     wishes = {"prompt_logprobs": 1, "logprobs": 0, "read_prefix_cache": False}
@@ -162,6 +173,9 @@ def test_the_oracle_stays_exact_in_every_layout(layout: str, hosts: RankHosts, t
         expected = oracle_continuation(request.token_ids[: request.num_prompt_tokens], len(output), 997)
         assert output == expected, (request, request.story)
     assert run.metrics.preemptions > 0
+    if num_host_blocks:
+        assert run.metrics.tokens_recomputed == 0
+        assert min(run.metrics.swap_blocks.values()) > 10
     figures = scored.deltas[0].prompt_logprobs
     assert figures is not None
     for position, figure in enumerate(figures[1:], start=1):
