@@ -247,7 +247,8 @@ def fused_linear(
     facts = tuning.device_facts(x_TI.device)
     sizes = sizes or tuning.pick("gemv", _key(num_tokens, weight_OI), x_TI.device)
     sizes = sizes or _default_sizes(num_tokens, num_inputs, num_rows, facts.num_sms)
-    kernel, rows, width = KERNELS[sizes["kernel"]], sizes["rows"], sizes["width"]
+    kernel, width = KERNELS[sizes["kernel"]], sizes["width"]
+    rows = max(sizes["rows"], 2) if gated else sizes["rows"]  # a gate needs the row beside it, also where one was best
     if num_tokens > 1 and norm_weight_I is not None:
         x_TI, norm_weight_I = rms_norm.rms_norm(x_TI, norm_weight_I, eps), None
     assert residual_TO is None or out_TO is None

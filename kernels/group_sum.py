@@ -77,9 +77,10 @@ def _row_of(bases_ptr, peer, offset, row, column, WIDTH: tl.constexpr, DTYPE: tl
 @triton.jit(do_not_specialize=["num_rows", "rank"])
 def _sum_kernel(
     bases_ptr, counter_ptr, parts_offset, shared_offset, residual_ptr, weight_ptr, out_ptr, num_rows, stride_residual,
-    eps, rank,
+    eps, rank, ids_ptr, num_experts,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr, SCATTER: tl.constexpr,
-    ADD: tl.constexpr, NORM: tl.constexpr, MEET: tl.constexpr, PDL: tl.constexpr,
+    ADD: tl.constexpr, NORM: tl.constexpr, MEET: tl.constexpr, PDL: tl.constexpr, TOP_K: tl.constexpr,
+    TOP_K_2: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = residual_ptr.dtype.element_ty
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -97,9 +98,17 @@ def _sum_kernel(
         row = first + turn * step
         present = column < tl.where(row < num_rows, WIDTH, 0)
         total = tl.zeros((BLOCK,), tl.float32)
+        if TOP_K:  # which ranks have experts of this token; what the others wrote is 0 and stays there
+            choice = tl.arange(0, TOP_K_2)
+            is_choice = choice < tl.where(row < num_rows, TOP_K, 0)
+            expert = tl.load(ids_ptr + row * TOP_K + choice, is_choice, other=0)
+            owner = tl.where(is_choice, ((expert + 1) * WORLD - 1) // num_experts, -1)
         for peer in tl.static_range(WORLD):  # in the same order on all ranks: the same bits
             part_ptr = _row_of(bases_ptr, peer, parts_offset, row, column, WIDTH, DTYPE)
-            total += tl.load(part_ptr, present, other=0.0, cache_modifier=".cg").to(tl.float32)
+            wanted = present
+            if TOP_K:
+                wanted = column < tl.where(tl.max((owner == peer).to(tl.int32), axis=0) > 0, WIDTH, 0)
+            total += tl.load(part_ptr, wanted, other=0.0, cache_modifier=".cg").to(tl.float32)
         here = residual_ptr + row * stride_residual + column
         if ADD:
             total += tl.load(here, present, other=0.0).to(tl.float32)
@@ -132,6 +141,7 @@ def sum_add_norm(
     out_TD: Tensor | None = None,
     add: bool = True,
     meet: bool = True,
+    asked: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """residual (+)= sum over the group of the parts at `parts_bytes` of each buffer, then its RMS norm.
 
@@ -139,7 +149,8 @@ def sum_add_norm(
     first. With `shared_bytes` (where in the buffers) and `shared_TD` (the same place of this rank's buffer) each rank
     takes its share of the rows and writes to all; the result is `shared_TD`. `out_TD`: where else the norm goes.
     Without `norm_weight_D` the result is the sum itself. `add` false: the residual is only written. `meet` false: all
-    parts are known to be there (tests).
+    parts are known to be there (tests). `asked`: (ids int32 [T, K], number of experts) of a mixture whose ranks have
+    whole ones: only what ranks with experts of a row made of it is read.
     """
     num_rows, width = residual_TD.shape
     world = bases_W.shape[0]
@@ -153,14 +164,17 @@ def sum_add_norm(
         out_TD = shared_TD
     if out_TD is None:
         out_TD = torch.empty((num_rows, width), dtype=residual_TD.dtype, device=residual_TD.device)
+    top_k = 0 if asked is None else asked[0].shape[1]
+    assert asked is None or asked[0].is_contiguous()
     block = tuning.next_power_of_two(width)
     programs = min(MAX_PROGRAMS, triton.cdiv(num_rows, world) if scatter else num_rows)
     _sum_kernel[(programs,)](
         bases_W, counters, parts_bytes // size, (shared_bytes or 0) // size, residual_TD,
         residual_TD if norm_weight_D is None else norm_weight_D, out_TD, num_rows, residual_TD.stride(0), eps, rank,
-        WIDTH=width, BLOCK=block, WORLD=world, PEERS=tuning.next_power_of_two(world), SCATTER=scatter, ADD=add,
-        NORM=norm_weight_D is not None, MEET=meet, num_warps=min(16, max(4, block // 256)),
-        **tuning.overlap(residual_TD.device),
+        bases_W if asked is None else asked[0], 1 if asked is None else asked[1], WIDTH=width, BLOCK=block,
+        WORLD=world, PEERS=tuning.next_power_of_two(world), SCATTER=scatter, ADD=add,
+        NORM=norm_weight_D is not None, MEET=meet, TOP_K=top_k, TOP_K_2=tuning.next_power_of_two(max(1, top_k)),
+        num_warps=min(16, max(4, block // 256)), **tuning.overlap(residual_TD.device),
     )  # fmt: skip
     return shared_TD if shared_TD is not None else out_TD
 

@@ -10,12 +10,15 @@ so that a decode step can be recorded: the worst case of blocks is launched, and
     sum     over each token's K rows, leaving out choices of other ranks
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from argosy.kernels import tuning
+from argosy.kernels import fp8_quantize, moe_packed, tuning
+from argosy.kernels.fp8_reference import Fp8Rows, Rounding
 from argosy.kernels.moe_reference import most_blocks
 
 CHUNK = 1024  # ids that a program of the grouping reads at once
@@ -188,14 +191,20 @@ def _tile(rows: int, item_bytes: int, kind: int) -> tuple[int, int, int, int]:
     """(outputs, inputs, warps, stages): few rows wait for weights and want many loads in flight, many want reuse."""
     if item_bytes == 4:
         return 32, 32, 4, 2
-    if rows <= 32:
-        return (64, 256, 4, 3) if kind == MXFP4.value else (64, 128, 4, 4)
-    return (128, 64 if kind == PLAIN.value else 128, 8, 3)
+    if rows == 16:
+        return (64, 256, 4, 3) if kind != E4M3_BLOCKS.value else (64, 128, 4, 4)
+    if rows == 32:
+        return 128, 128, 4, 3
+    return (256 if rows == 128 and kind == PLAIN.value else 128), (64 if kind == PLAIN.value else 128), 8, 3
 
 
 def block_rows(average: int) -> int:
-    """Rows of a block: about what an expert gets, between a tensor core's 16 and the 128 that keep one busy."""
-    return 16 if average <= 16 else 32 if average <= 48 else 64 if average <= 256 else 128
+    """Rows of a block by what an expert gets on average, as measured on an H200 for 8 to 256 experts.
+
+    Between a tensor core's 16 and the 128 that keep one busy; experts get more and less than the average, and a second
+    block reads the weights again.
+    """
+    return 16 if average <= 8 else 32 if average <= 24 else 64 if average <= 48 else 128
 
 
 @triton.jit
@@ -212,6 +221,17 @@ def _gate_kernel(both_ptr, out_ptr, width, limit, alpha, CLAMPED: tl.constexpr, 
     else:
         made = gate * tl.sigmoid(gate) * up
     tl.store(out_ptr + row * width + column, made.to(out_ptr.dtype.element_ty), inside)
+
+
+def _gate(both: Tensor, limit: float, alpha: float) -> Tensor:
+    """silu(gate) * up of [C, gate | up], or gpt-oss's clamped form."""
+    num_choices, inner = both.shape[0], both.shape[1] // 2
+    gated = torch.empty((num_choices, inner), dtype=both.dtype, device=both.device)
+    block = min(1024, tuning.next_power_of_two(inner))
+    _gate_kernel[(num_choices, triton.cdiv(inner, block))](
+        both, gated, inner, limit, alpha, CLAMPED=bool(limit), BLOCK=block, num_warps=4
+    )
+    return gated
 
 
 @triton.jit
@@ -241,32 +261,40 @@ def experts(
     limit: float = 0.0,
     alpha: float = 1.0,
     average: int | None = None,
+    out_TD: Tensor | None = None,
 ) -> Tensor:
-    """See `moe_reference.experts`; `average` in `moe_ops`."""
+    """See `moe_reference.experts`; `average` and `out_TD` in `moe_ops`."""
     num_tokens, top_k = ids_TK.shape
-    num_experts, both_width = gate_up_EID.shape[:2]
-    width, inner = x_TD.shape[1], both_width // 2
+    num_experts, width = gate_up_EID.shape[0], x_TD.shape[1]
     assert x_TD.stride(1) == 1
     assert gate_up_EID.stride(2) == down_EDI.stride(2) == 1
-    out_TD = torch.empty((num_tokens, width), dtype=x_TD.dtype, device=x_TD.device)
+    if out_TD is None:
+        out_TD = torch.empty((num_tokens, width), dtype=x_TD.dtype, device=x_TD.device)
+    assert out_TD.is_contiguous()
     if num_tokens == 0:
         return out_TD
     rows = block_rows(num_tokens * top_k // num_experts if average is None else average)
     ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
     places, expert_of_block = group_tokens(ids_TK, num_experts, rows)
-    both = grouped_gemm(
-        x_TD, gate_up_EID, places, expert_of_block, num_tokens * top_k, shared=top_k, bias_EO=gate_up_bias_EI,
-        scale_EOI=gate_up_scale,
-    )  # fmt: skip
-    gated = torch.empty((num_tokens * top_k, inner), dtype=x_TD.dtype, device=x_TD.device)
-    block = min(1024, tuning.next_power_of_two(inner))
-    _gate_kernel[(num_tokens * top_k, triton.cdiv(inner, block))](
-        both, gated, inner, limit, alpha, CLAMPED=bool(limit), BLOCK=block, num_warps=4
-    )
-    made = grouped_gemm(
-        gated, down_EDI, places, expert_of_block, num_tokens * top_k, shared=1, bias_EO=down_bias_ED,
-        weights=weights_TK, scale_EOI=down_scale,
-    )  # fmt: skip
+    num_choices = num_tokens * top_k
+
+    def product(x: Tensor | Fp8Rows, weight_EOI: Tensor, scale: Tensor | None, **options: Any) -> Tensor:
+        if scale is not None and (isinstance(x, Fp8Rows) or (weight_EOI.dtype == torch.uint8 and x.itemsize == 2)):
+            return moe_packed.grouped_gemm(
+                x, weight_EOI, scale, places, expert_of_block, num_choices, dtype=x_TD.dtype, **options
+            )
+        assert isinstance(x, Tensor)
+        return grouped_gemm(x, weight_EOI, places, expert_of_block, num_choices, scale_EOI=scale, **options)
+
+    # one token keeps its 16 bits, as everywhere: it waits for weights, not for products
+    rounds = gate_up_EID.dtype == torch.float8_e4m3fn and num_tokens > 1 and x_TD.itemsize == 2 and not limit
+    rounded = fp8_quantize.quantize(x_TD, Rounding(moe_packed.GROUP)) if rounds else x_TD
+    both = product(rounded, gate_up_EID, gate_up_scale, shared=top_k, bias_EO=gate_up_bias_EI)
+    if rounds:
+        gated: Tensor | Fp8Rows = fp8_quantize.quantize(both, Rounding(moe_packed.GROUP), gate="silu")
+    else:
+        gated = _gate(both, limit, alpha)
+    made = product(gated, down_EDI, down_scale, shared=1, bias_EO=down_bias_ED, weights=weights_TK)
     block = min(1024, tuning.next_power_of_two(width))
     _sum_kernel[(num_tokens, triton.cdiv(width, block))](
         made, ids_TK, out_TD, width, TOP_K=top_k, BLOCK=block, num_warps=4

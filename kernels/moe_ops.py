@@ -47,11 +47,12 @@ def experts(
     limit: float = 0.0,
     alpha: float = 1.0,
     average: int | None = None,
+    out_TD: Tensor | None = None,
 ) -> Tensor:
     """The weighted sum of what each token's experts make of it, [T, D]; ids of -1 add nothing.
 
     With scales, weights are e4m3 in blocks or MXFP4. `average`: about how many tokens each of these experts gets, where
-    many ids are -1; a hint for launches.
+    many ids are -1; a hint for launches. `out_TD`: where it goes, contiguous.
     """
     if x_TD.is_cuda:
         from argosy.kernels import moe_gemm
@@ -59,9 +60,10 @@ def experts(
         return moe_gemm.experts(
             x_TD, gate_up_EID, down_EDI, ids_TK, weights_TK, gate_up_bias_EI=gate_up_bias_EI,
             down_bias_ED=down_bias_ED, gate_up_scale=gate_up_scale, down_scale=down_scale, limit=limit, alpha=alpha,
-            average=average,
+            average=average, out_TD=out_TD,
         )  # fmt: skip
-    return moe_reference.experts(
+    made_TD = moe_reference.experts(
         x_TD, gate_up_EID, down_EDI, ids_TK, weights_TK, gate_up_bias_EI=gate_up_bias_EI, down_bias_ED=down_bias_ED,
         gate_up_scale=gate_up_scale, down_scale=down_scale, limit=limit, alpha=alpha,
     )  # fmt: skip
+    return made_TD if out_TD is None else out_TD.copy_(made_TD)

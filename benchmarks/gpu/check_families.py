@@ -26,7 +26,7 @@ from torch import Tensor
 from argosy.cluster.protocol.model_spec import ModelSpec, read_model_spec
 from argosy.kernels import mla_ops, mla_reference, moe_ops, moe_reference, ops, reference
 from argosy.placement.plan import make_plan
-from argosy.placement.process_groups import init_parallel
+from argosy.placement.process_groups import ParallelContext, init_parallel
 from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.attention.triton_backend import TritonBackend
 from argosy.workers.forward_context import ForwardContext
@@ -60,6 +60,12 @@ SHAPES: dict[str, dict[str, Any]] = {
         "n_shared_experts": 1, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
         "vocab_size": 129280, "rope_theta": 10000, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
         "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
+    },
+    "qwen3-30b": {
+        "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "num_hidden_layers": 4, "head_dim": 128,
+        "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 6144, "num_experts": 128,
+        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True, "vocab_size": 151936,
+        "rope_theta": 1e6,
     },
     "llama-405b": {
         "architectures": ["LlamaForCausalLM"], "hidden_size": 16384, "num_hidden_layers": 2,
@@ -96,10 +102,17 @@ SHAPES["gpt-oss-mxfp4"] = SHAPES["gpt-oss"] | {"quantization_config": {"quant_me
 class Slice:
     """A model of few layers, its cache, and rows in it."""
 
-    def __init__(self, spec: ModelSpec, dtype: torch.dtype, device: torch.device, num_blocks: int):
-        rank = make_plan(spec.num_layers, 1, 1).ranks[0]
+    def __init__(
+        self,
+        spec: ModelSpec,
+        dtype: torch.dtype,
+        device: torch.device,
+        num_blocks: int,
+        parallel: ParallelContext | None = None,
+    ):
+        rank = make_plan(spec.num_layers, 1, 1).ranks[0] if parallel is None else parallel.rank
         self.spec, self.device = spec, device
-        self.model = build_model(spec, rank, init_parallel(rank, "", device, 1.0), dtype, device)
+        self.model = build_model(spec, rank, parallel or init_parallel(rank, "", device, 1.0), dtype, device)
         if spec.quantization is None:
             self.model.allocate()
         else:

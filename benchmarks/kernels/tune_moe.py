@@ -1,9 +1,10 @@
-"""Which tiles are fastest for the grouped product of experts on this card: the figures behind `moe_gemm._tile`.
+"""Which tiles are fastest for the grouped product of experts on this card: `moe_gemm._tile`, `moe_packed.default_tile`.
 
     python benchmarks/kernels/tune_moe.py --seconds 120 --output tiles.jsonl
 
-For each published shape and number of tokens every tile is timed on its own; a line says the best three, in
-microseconds, and what part of the card's 4.8 TB/s the weights of the experts asked come to.
+For each published shape and number of tokens every tile is timed on its own; a line says the best three, and the best
+of each number of rows a block, in microseconds, and what part of the card's 4.8 TB/s the weights of the experts asked
+come to. Packed weights are measured turned (`moe_packed`) and, of two tiles, the other way.
 """
 
 import argparse
@@ -13,7 +14,8 @@ import time
 
 import torch
 
-from argosy.kernels import moe_gemm, moe_reference
+from argosy.kernels import fp8_quantize, moe_gemm, moe_packed, moe_reference
+from argosy.kernels.fp8_reference import Rounding
 
 CARD_BYTES_A_SECOND = 4.8e12
 # name -> experts, outputs, inputs, chosen, format
@@ -35,6 +37,10 @@ TILES = {
     64: [(64, 128, 4, 3), (128, 64, 4, 4), (128, 64, 8, 3), (128, 128, 8, 3)],
     128: [(128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3), (128, 128, 8, 3)],
 }  # fmt: skip
+TURNED = {
+    "mxfp4": [(64, 128, 4, 4), (128, 128, 4, 4), (128, 128, 8, 4), (128, 256, 8, 3), (64, 256, 4, 3)],
+    "e4m3": [(64, 128, 4, 4), (64, 128, 4, 6), (128, 128, 4, 4), (128, 128, 8, 4)],
+}
 
 
 def main() -> int:
@@ -42,11 +48,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 256, 2048])
+    parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--output")
     args = parser.parse_args()
     started = time.perf_counter()
     machine = torch.cuda.get_device_name(0)
-    for name, (experts, outputs, inputs, top_k, kind) in SHAPES.items():
+    for name in args.shapes:
+        experts, outputs, inputs, top_k, kind = SHAPES[name]
         weight = torch.randn(experts, outputs, inputs, device="cuda", dtype=torch.bfloat16) * 0.02
         scale = None
         if kind == "mxfp4":
@@ -66,15 +74,18 @@ def main() -> int:
                 if not average / 4 <= rows <= max(32, 4 * average):
                     continue
                 places, of_block = moe_gemm.group_tokens(ids, experts, rows)
-                for tile in tiles:
-                    if kind == "e4m3" and tile[1] != 128:
+                ways = [("turned", tile) for tile in TURNED.get(kind, ())]
+                ways += [("", tile) for tile in (tiles if kind == "plain" else tiles[2:3])]
+                for way, tile in ways:
+                    if not way and kind == "e4m3" and tile[1] != 128:
                         continue  # a step of inputs is what shares a scale
+                    rows_x = fp8_quantize.quantize(x, Rounding(128)) if way and kind == "e4m3" else x
                     try:
-                        seconds = timed(x, weight, places, of_block, tokens * top_k, top_k, scale, tile)
+                        seconds = timed(rows_x, weight, places, of_block, tokens * top_k, top_k, scale, tile, bool(way))
                     except Exception as error:  # a tile too large for the card's shared memory
-                        print(f"# {name} {rows} {tile}: {type(error).__name__}", flush=True)
+                        print(f"# {name} {rows} {way} {tile}: {type(error).__name__} {str(error)[:80]}", flush=True)
                         continue
-                    found.append((seconds, rows, *tile))
+                    found.append((seconds, rows, *tile, way))
             found.sort()
             asked = len(ids.unique())
             bound = asked * weight[0].nbytes / CARD_BYTES_A_SECOND
@@ -82,6 +93,11 @@ def main() -> int:
                 "kernel": "moe_gemm", "shape": name, "tokens": tokens, "machine": machine,
                 "bandwidth": round(bound / found[0][0], 3),
                 "best": [[round(f[0] * 1e6, 1), *f[1:]] for f in found[:3]],
+                "by_rows": {
+                    rows: [round(best[0] * 1e6, 1), *best[2:]]
+                    for rows in TILES
+                    if (best := next((f for f in found if f[1] == rows), None)) is not None
+                },
                 "worst_us": round(found[-1][0] * 1e6, 1),
             }  # fmt: skip
             print(json.dumps(line), flush=True)
@@ -92,11 +108,16 @@ def main() -> int:
     return 0
 
 
-def timed(x, weight, places, of_block, choices, shared, scale, tile) -> float:  # type: ignore[no-untyped-def]
+def timed(x, weight, places, of_block, choices, shared, scale, tile, turned) -> float:  # type: ignore[no-untyped-def]
     """Seconds of one product, the median of five times ten."""
 
     def run() -> None:
-        moe_gemm.grouped_gemm(x, weight, places, of_block, choices, shared=shared, scale_EOI=scale, tile=tile)
+        if turned:
+            moe_packed.grouped_gemm(
+                x, weight, scale, places, of_block, choices, shared=shared, dtype=torch.bfloat16, tile=tile
+            )
+        else:
+            moe_gemm.grouped_gemm(x, weight, places, of_block, choices, shared=shared, scale_EOI=scale, tile=tile)
 
     run()
     times = []

@@ -160,3 +160,38 @@ def test_a_token_of_another_rank_is_a_row_of_zeros(device: torch.device) -> None
 
         by_kernel = embedding.embed_share(ids, table, 20, torch.full((4, 33), 7.0))
         assert torch.equal(by_kernel, out)
+
+
+@pytest.mark.parametrize(("world", "num_experts", "top_k", "scatters"), [(2, 8, 2, False), (4, 6, 3, True)])
+def test_parts_of_ranks_without_experts_of_a_token_are_not_read(
+    world: int, num_experts: int, top_k: int, scatters: bool, device: torch.device, assert_near: Near
+) -> None:
+    """What they hold may be anything, here NaN; a rank of six experts over four has one or two."""
+    rows, width, dtype = 7, 72, torch.float16
+    group = Group(world, rows, width, dtype, device)
+    ids = torch.stack([torch.randperm(num_experts)[:top_k] for _ in range(rows)]).int().to(device)
+    owners = torch.empty(num_experts, dtype=torch.int64, device=device)
+    for rank in range(world):
+        owners[rank * num_experts // world : (rank + 1) * num_experts // world] = rank
+    total = torch.zeros(rows, width, device=device)
+    for rank in range(world):
+        part = torch.randn(rows, width, dtype=dtype, device=device)
+        asked = (owners[ids.long()] == rank).any(1)
+        total[asked] += part[asked].float()
+        group.view(rank, group.at).copy_(part.masked_fill(~asked[:, None], float("nan")))
+    before, weight = torch.randn(rows, width, dtype=dtype, device=device), torch.randn(width, device=device).to(dtype)
+    residuals = [before.clone() for _ in range(world)]
+    shared_at = group.at + group.part_bytes
+
+    made = [
+        group_sum.sum_add_norm(
+            group.bases_W, group.counters, rank, residuals[rank], weight, 1e-5, parts_bytes=group.at,
+            shared_bytes=shared_at if scatters else None, shared_TD=group.view(rank, shared_at) if scatters else None,
+            meet=False, asked=(ids, num_experts),
+        )
+        for rank in range(world)
+    ]  # fmt: skip
+
+    want = reference.rms_norm((before.float() + total).to(dtype), weight, 1e-5)
+    for rank in range(world):
+        assert_near(made[rank], want)

@@ -98,6 +98,10 @@ class Attention(nn.Module):
         """`forward` without the sum over the group."""
         return self.o_proj.product(self.attend(self.qkv_proj.product(x_TD), positions_T, ctx))
 
+    def part(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext, out_TD: Tensor) -> None:
+        """`partial`, written to `out_TD`."""
+        self.o_proj.part(self.attend(self.qkv_proj.product(x_TD), positions_T, ctx), out_TD)
+
     def attend(self, qkv_TX: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """From the product of q, k and v to what the heads saw, [T, N * H]."""
         if self._changes_qkv:

@@ -53,11 +53,12 @@ class GroupSum:
         *,
         add: bool = True,
         whole: bool = False,
+        asked: tuple[Tensor, int] | None = None,
     ) -> Tensor:
         """residual (+)= the sum of all parts. Returns its norm, or itself without one, valid until the next call.
 
         With many rows over many ranks each rank keeps only its own rows of the residual up to date, unless it must be
-        `whole`; what is returned always is.
+        `whole`; what is returned always is. `asked`: (ids, number of experts), where ranks have whole experts.
         """
         num_tokens = residual_TD.shape[0]
         scatters = self._world > 2 and num_tokens > SCATTER_ROWS and not whole
@@ -72,6 +73,7 @@ class GroupSum:
             shared_bytes=self._shared_bytes if scatters else None,
             shared_TD=self.shared(num_tokens) if scatters else None,
             add=add,
+            asked=asked,
         )
         return residual_TD.copy_(made_TD) if norm is None and scatters else made_TD
 

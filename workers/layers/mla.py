@@ -84,6 +84,10 @@ class LatentAttention(nn.Module):
         """`forward` without the sum over the group."""
         return self.o_proj.product(self._attend(x_TD, positions_T, ctx))
 
+    def part(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext, out_TD: Tensor) -> None:
+        """`partial`, written to `out_TD`."""
+        self.o_proj.part(self._attend(x_TD, positions_T, ctx), out_TD)
+
     def _attend(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """What this rank's heads saw, [T, N * V]."""
         mla, metadata = self.mla, ctx.metadata

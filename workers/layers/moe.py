@@ -99,8 +99,16 @@ class Experts(nn.Module):
         target = (place, slice(first, first + self.inner))
         yield "weight", "gate_up", Cut((full, self.width), (self.own_inner, ALL), target)
 
-    def forward(self, x_TD: Tensor, ids_TK: Tensor, weights_TK: Tensor, *, num_tokens: int | None = None) -> Tensor:
-        """The weighted sum over those of the chosen experts that this rank has, [T, D].
+    def forward(
+        self,
+        x_TD: Tensor,
+        ids_TK: Tensor,
+        weights_TK: Tensor,
+        *,
+        num_tokens: int | None = None,
+        out_TD: Tensor | None = None,
+    ) -> Tensor:
+        """The weighted sum over those of the chosen experts that this rank has, [T, D], written to `out_TD` if given.
 
         `num_tokens` of the whole group, where `x_TD` are only those that have experts here.
         """
@@ -119,6 +127,7 @@ class Experts(nn.Module):
             down_scale=self.down_scale,
             limit=self.moe.swiglu_limit,
             alpha=self.moe.swiglu_alpha,
+            out_TD=out_TD,
             average=(num_tokens or len(x_TD)) * self.moe.top_k // self.moe.num_experts,
         )
 
@@ -178,6 +187,18 @@ class MoE(nn.Module):
             return self._with_shared(self.parallel.all_reduce(out_TD), x_TD)
         return self.parallel.all_reduce(self._with_shared(out_TD, x_TD))
 
+    def part(self, x_TD: Tensor, out_TD: Tensor) -> tuple[Tensor, int] | None:
+        """This rank's part of the sum, written to `out_TD`; where ranks that have no expert of a token add nothing to
+        it: (the ids of the experts of each, the number of experts).
+        """
+        ids_TK, weights_TK = self.router(x_TD)
+        self.experts(x_TD, ids_TK, weights_TK, out_TD=out_TD)
+        if self.shared is not None:
+            self._with_shared(out_TD, x_TD, in_place=True)
+            return None
+        moe = self.experts.moe
+        return (ids_TK, moe.num_experts) if moe.expert_parallel else None
+
     def forward_slice(self, x_SD: Tensor, num_tokens: int) -> Tensor:
         """The same of this rank's slice of `num_tokens`, [S, D]: tokens go to their experts and come back."""
         assert self.exchange is not None
@@ -186,11 +207,11 @@ class MoE(nn.Module):
         made_RD: Tensor = self.experts(way.rows_RD, way.ids_RK, way.weights_RK, num_tokens=num_tokens)
         return self._with_shared(self.exchange.combine(made_RD, way), x_SD)
 
-    def _with_shared(self, out_TD: Tensor, x_TD: Tensor) -> Tensor:
+    def _with_shared(self, out_TD: Tensor, x_TD: Tensor, *, in_place: bool = False) -> Tensor:
         """With what the expert that sees every token adds, whole or this rank's part of it."""
         if self.shared is None:
             return out_TD
         shared_TD = self.shared.partial(x_TD)
         if self.shared_gate is not None:
             shared_TD = shared_TD * self.shared_gate(x_TD)
-        return out_TD + shared_TD
+        return out_TD.add_(shared_TD) if in_place else out_TD + shared_TD

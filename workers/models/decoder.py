@@ -55,6 +55,11 @@ class GatedMLP(nn.Module):
         """`forward` without the sum over the group."""
         return self.down_proj.product(self.inner(x_TD))
 
+    def part(self, x_TD: Tensor, out_TD: Tensor) -> tuple[Tensor, int] | None:
+        """`partial`, written to `out_TD`. None: every rank has something of every token (see `MoE.part`)."""
+        self.down_proj.part(self.inner(x_TD), out_TD)
+        return None
+
     def forward(self, x_TD: Tensor | Fp8Rows) -> Tensor:
         """[T, D]."""
         both_TX = self.gate_up_proj(x_TD)

@@ -22,6 +22,7 @@ from argosy.workers.layers.embedding import ParallelLMHead, VocabParallelEmbeddi
 from argosy.workers.layers.expert_exchange import ExpertExchange
 from argosy.workers.layers.fp8_experts import Fp8Experts, RoundedExperts
 from argosy.workers.layers.fused_checkpoint import cuts_of, transposed
+from argosy.workers.layers.group_sum import open_group_sum
 from argosy.workers.layers.linear import ParallelLinear, ReplicatedLinear
 from argosy.workers.layers.mla import LatentAttention
 from argosy.workers.layers.moe import Experts, MoE
@@ -31,6 +32,7 @@ from argosy.workers.layers.rotary import RotaryEmbedding
 from argosy.workers.loading.names import Slot
 from argosy.workers.models.blocks import BiasedLMHead, GeneralLayer, PlainMLP
 from argosy.workers.models.decoder import Decoder, GatedMLP
+from argosy.workers.models.group_forward import GroupForward
 from argosy.workers.quantization.base import (
     Cut,
     linear_method_for,
@@ -150,15 +152,38 @@ class GeneralDecoder(Decoder):
 
     # ------------------------------------------------------------------------------------------------------ running
 
+    def open_group_sum(self, max_tokens: int, max_rows: int) -> None:
+        """As `Decoder.open_group_sum`, for those families whose blocks are Llama's with experts or other attention."""
+        spec = self.spec
+        plain = spec.block == "sequential" and spec.norm == "rms" and spec.final_norm and not spec.embedding_norm
+        plain = plain and spec.position == "rotary" and not spec.embedding_size and not spec.head_bias
+        scales = (spec.residual_scale, spec.embedding_scale, spec.logit_scale)
+        if not plain or any(scale != 1.0 for scale in scales) or spec.final_soft_cap is not None:
+            return
+        if not all(isinstance(layer.mlp, MoE | GatedMLP) for layer in self._stack):
+            return
+        sums = open_group_sum(
+            self.parallel, max_tokens=max_tokens, width=spec.hidden_size, max_rows=max_rows, dtype=self.dtype
+        )
+        if sums is not None:
+            norm = self.norm if isinstance(self.norm, RMSNorm) else None
+            self._group = GroupForward(
+                self._stack, self.embed, norm, sums, None, width=spec.hidden_size, dtype=self.dtype, device=self.device
+            )
+
     def forward(
         self, token_ids_T: Tensor | None, hidden_TD: Tensor | None, positions_T: Tensor, ctx: ForwardContext
     ) -> Tensor:
         """As `Decoder.forward`."""
+        num_tokens = len(positions_T)
+        exchanges = self.exchange is not None and self.exchange.takes(num_tokens)
+        if self._group is not None and not exchanges:
+            return self._group(token_ids_T, hidden_TD, positions_T, ctx)
         if hidden_TD is None:
             assert token_ids_T is not None
             hidden_TD = self.enter(token_ids_T, positions_T)
-        num_tokens = len(positions_T)
-        if self.exchange is not None and self.exchange.takes(num_tokens):
+        if exchanges:
+            assert self.exchange is not None
             out_SD = self._finish(*self._run_slices(self.exchange.own_slice(hidden_TD), positions_T, ctx))
             return self.parallel.gather_rows(out_SD)[:num_tokens]
         delta_TD: Tensor | None = None

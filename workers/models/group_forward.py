@@ -31,7 +31,7 @@ class GroupForward:
 
     def __init__(
         self,
-        layers: "Sequence[DecoderLayer]",
+        layers: "Sequence[DecoderLayer]",  # or of another class with the same parts, whose norms are RMS norms
         embed: VocabParallelEmbedding | None,
         norm: RMSNorm | None,
         sums: GroupSum,
@@ -72,12 +72,10 @@ class GroupForward:
         if self._copies is not None and self._overlaps(len(x_TD)):
             return self._overlapped(self._copies, x_TD, residual_TD, positions_T, ctx)
         for layer, next_norm in zip(self._in_turn(), self._norms[1:], strict=True):
-            attention, mlp = layer.attention, layer.mlp
-            seen_TX = attention.attend(attention.qkv_proj.product(x_TD), positions_T, ctx)
-            attention.o_proj.part(seen_TX, sums.part(0, len(x_TD)))
+            layer.attention.part(x_TD, positions_T, ctx, sums.part(0, len(x_TD)))
             x_TD = sums.add_norm(0, residual_TD, layer.mlp_norm)
-            mlp.down_proj.part(mlp.inner(x_TD), sums.part(1, len(x_TD)))
-            x_TD = sums.add_norm(1, residual_TD, next_norm)
+            asked = layer.mlp.part(x_TD, sums.part(1, len(x_TD)))
+            x_TD = sums.add_norm(1, residual_TD, next_norm, asked=asked)
         return x_TD
 
     def _overlaps(self, num_tokens: int) -> bool:
