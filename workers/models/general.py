@@ -168,8 +168,9 @@ class GeneralDecoder(Decoder):
         if sums is not None:
             norm = self.norm if isinstance(self.norm, RMSNorm) else None
             self._group = GroupForward(
-                self._stack, self.embed, norm, sums, None, width=spec.hidden_size, dtype=self.dtype, device=self.device
-            )
+                self._stack, self.embed, norm, sums, None, width=spec.hidden_size, dtype=self.dtype,
+                device=self.device, in_turn=self.in_turn,
+            )  # fmt: skip
 
     def forward(
         self, token_ids_T: Tensor | None, hidden_TD: Tensor | None, positions_T: Tensor, ctx: ForwardContext
@@ -194,8 +195,9 @@ class GeneralDecoder(Decoder):
     def _run_slices(self, hidden_SD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor | None]:
         """All layers with the tokens divided over the group: (what came of this rank's slice, what is to be added)."""
         delta_SD: Tensor | None = None
-        for layer in self.layers.values():
-            delta_SD = layer.forward_slice(delta_SD, hidden_SD, positions_T, ctx)  # type: ignore[operator]
+        layers: Iterable[Any] = self.in_turn()  # of a class that has slices
+        for layer in layers:
+            delta_SD = layer.forward_slice(delta_SD, hidden_SD, positions_T, ctx)
         return hidden_SD, delta_SD
 
     def _finish(self, hidden_TD: Tensor, delta_TD: Tensor | None) -> Tensor:
