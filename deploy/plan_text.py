@@ -83,8 +83,18 @@ def plan_lines(report: PlanReport, *, all_losers: bool = False) -> Iterator[str]
     even = make_plan(report.model.num_layers, 1, start["pipeline_parallel_size"]).layer_counts
     if start["pipeline_layers"] and start["pipeline_layers"] != even:
         flags += f" --pipeline-layers [{','.join(map(str, start['pipeline_layers']))}]"
+    if report.serving.offload_bytes != 0:
+        flags += f" --cpu-offload-gb {offload_word(report)}"
+    if report.serving.slice_tokens is not None:
+        flags += f" --max-num-batched-tokens {report.serving.max_num_batched_tokens} --activation-offload-gb auto"
     yield ""
     yield f"the same by hand: argosy serve {report.model.name} {flags}"
+
+
+def offload_word(report: PlanReport) -> str:
+    """The value of --cpu-offload-gb that was planned with."""
+    asked = report.serving.offload_bytes
+    return "auto" if asked is None else f"{asked / 2**30:g}"
 
 
 def _draw_replica(place: int, replica: Layout, serving: Serving) -> Iterator[str]:
@@ -93,7 +103,7 @@ def _draw_replica(place: int, replica: Layout, serving: Serving) -> Iterator[str
         seats = " + ".join(f"{node} {stage.group.sheet.name} {_ranges(stage, node)}" for node in stage.group.node_ids)
         layers = f"layers {stage.first_layer}-{stage.last_layer - 1}"
         memory = stage.memory
-        rest = memory.activation_bytes + memory.workspace_bytes
+        rest = memory.other_bytes
         figures = f"{memory.weight_bytes / 1e9:.1f} + {memory.kv_bytes / 1e9:.1f} + {rest / 1e9:.1f}"
         figures += f" of {memory.limit_bytes / 1e9:.1f} GB"
         yield f"    stage {number}  {layers:15} {seats:22} {_bar(stage)} {figures} each"
@@ -110,7 +120,7 @@ def _bar(stage: Stage) -> str:
     parts = (
         ("█", memory.weight_bytes),
         ("▒", memory.kv_bytes),
-        ("░", memory.activation_bytes + memory.workspace_bytes),
+        ("░", memory.other_bytes),
     )
     drawn, before, edge = "", 0, 0
     for sign, size in parts:
@@ -185,6 +195,7 @@ def _replica_json(replica: Layout) -> dict[str, Any]:
             {"devices": [list(device) for device in stage.group.devices], "gpu": stage.group.sheet.name,
              "first_layer": stage.first_layer, "last_layer": stage.last_layer, "step_seconds": stage.step_seconds,
              "weight_bytes": stage.memory.weight_bytes, "offloaded_bytes": stage.memory.offloaded_bytes,
+             "buffer_bytes": stage.memory.buffer_bytes,
              "activation_bytes": stage.memory.activation_bytes, "workspace_bytes": stage.memory.workspace_bytes,
              "kv_budget_bytes": stage.memory.kv_budget_bytes, "block_bytes": stage.memory.block_bytes,
              "num_blocks": stage.memory.num_blocks, "limit_bytes": stage.memory.limit_bytes}

@@ -25,6 +25,7 @@ FACTS_SECONDS: Final = 7.0  # from nothing to the facts of all nodes: a process 
 _ROUND_SECONDS: Final = 6.0
 _LINKS_SECONDS: Final = 8.0  # for all rounds; what is not reached by then stays untried
 _MIB: Final = 2**20
+_NOTHING: Final = Wanted()
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
@@ -115,12 +116,15 @@ def inspect_cluster(
     *,
     folder: str = "",
     with_weights: bool = True,
-    device: str = "auto",
+    wanted: Wanted = _NOTHING,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Inspection:
-    """Look at all nodes of the cluster that this process is connected to; `folder` is a model's, on each of them."""
+    """Look at all nodes of the cluster that this process is connected to; `folder` is a model's, on each of them.
+
+    `wanted`: what ranks will ask of a node; what Ray says of nodes is filled in here.
+    """
     began = time.monotonic()
-    if here := _only_node(folder, with_weights, device):
+    if here := _only_node(folder, with_weights, wanted):
         return here
     alive = {node["NodeID"]: node for node in _ray_nodes() if node["Alive"]}
     addresses = {node_id: str(node["NodeManagerAddress"]) for node_id, node in alive.items()}
@@ -137,17 +141,16 @@ def inspect_cluster(
             tell("trying the links between them")
             links = _try_links({node_id: probes[node_id] for node_id in nodes}, addresses)
     silent = {node_id: address for node_id, address in addresses.items() if node_id not in nodes}
-    wanted = Wanted(device=device, ray_gpus=ray_gpus, silent=silent)  # type: ignore[arg-type]  # checked by its config
     return Inspection(
         nodes=nodes,
         links=tuple(links),
-        wanted=wanted,
+        wanted=msgspec.structs.replace(wanted, ray_gpus=ray_gpus, silent=silent),
         ray_memory=_memory_of(list(alive.values())),
         seconds=round(time.monotonic() - began, 2),
     )
 
 
-def _only_node(folder: str, with_weights: bool, device: str) -> Inspection | None:
+def _only_node(folder: str, with_weights: bool, wanted: Wanted) -> Inspection | None:
     """The inspection of a cluster that is this machine alone: no process has to be started for it."""
     began = time.monotonic()
     alive = [node for node in _ray_nodes() if node["Alive"]]
@@ -157,7 +160,7 @@ def _only_node(folder: str, with_weights: bool, device: str) -> Inspection | Non
     facts = gather_facts(str(alive[0]["NodeManagerAddress"]))
     if folder:
         facts = msgspec.structs.replace(facts, model=examine_model(folder, with_weights=with_weights))
-    wanted = Wanted(device=device, ray_gpus={own: float(alive[0]["Resources"].get("GPU", 0.0))})  # type: ignore[arg-type]
+    wanted = msgspec.structs.replace(wanted, ray_gpus={own: float(alive[0]["Resources"].get("GPU", 0.0))})
     return Inspection(
         nodes={own: facts}, wanted=wanted, ray_memory=_memory_of(alive), seconds=round(time.monotonic() - began, 2)
     )
@@ -168,8 +171,20 @@ def inspect_for(config: ServingConfig, tell: Callable[[str], None]) -> Inspectio
     return inspect_cluster(
         folder=config.model.model,
         with_weights=config.model.load_format != "dummy",
-        device=config.parallel.device,
+        wanted=wanted_by(config),
         tell=tell,
+    )
+
+
+def wanted_by(config: ServingConfig) -> Wanted:
+    """What these settings ask of a node. What is "auto" is worked out, and checked, by the ranks."""
+    parallel, offload = config.parallel, config.offload
+    gib = [size for size in (offload.cpu_offload_gb, offload.activation_offload_gb) if not isinstance(size, str)]
+    ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.data_parallel_size
+    return Wanted(
+        device=parallel.device,
+        host_bytes=int(sum(gib) * 2**30),
+        num_ranks=ranks if parallel.layout == "given" else 0,
     )
 
 

@@ -113,7 +113,7 @@ class StageCost:
         touched = 1.0 - (1.0 - self._expert_share) ** tokens if self._expert_bytes else 0.0
         read = (self._dense_bytes + self._expert_bytes * touched) / self._read_rate
         multiply = self._flops_per_token * tokens / (self._peak * calibration.flops_share(tokens))
-        total = self._overlapped(read, multiply)
+        layers = total = self._overlapped(read, multiply)
         if self.is_last and load.num_sampled:
             head_multiply = self._head_flops * load.num_sampled
             total += self._overlapped(
@@ -131,7 +131,11 @@ class StageCost:
         total += self._fixed_seconds + (load.num_decodes + load.num_sampled) * calibration.row_us * _US
         if load.prefill_tokens:
             total = max(total, self._eager_seconds)
-        return max(total, self._offload_seconds)
+        if not self._offload_seconds:
+            return total
+        # the last layer's weights come last: it, the head and the launch are behind all copies
+        behind = total - layers + layers / self.num_layers
+        return max(total, self._offload_seconds + behind)
 
     def reduce_seconds(self, num_bytes: float) -> float:
         """One sum over the group."""

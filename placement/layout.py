@@ -226,7 +226,7 @@ class LayoutJudge:
         where = f"{group.node_ids[0]}" + (f" (stage {worst} of {len(replica)})" if len(replica) > 1 else "")
         problem = (
             f"{where}: each {group.sheet.name} lacks {_gb(missing[worst])}: weights {_gb(memory.weight_bytes)} + "
-            f"activations and workspace {_gb(memory.activation_bytes + memory.workspace_bytes)} + one request's KV "
+            f"activations and workspace {_gb(memory.other_bytes)} + one request's KV "
             f"{_gb(needed * memory.block_bytes)}, of {_gb(memory.limit_bytes)} usable"
         )
         return Layout(tp_size=tp_size, pp_size=len(replica), problem=problem, missing_bytes=max(1, missing[worst]))
@@ -261,9 +261,12 @@ class LayoutJudge:
         whole = StepLoad(0, 0, in_len, in_len * (in_len + 1) // 2, 1)
         per_step = max(1, budget // in_len)  # prompts that share a step
         chunk = StepLoad(0, 0, in_len * per_step, per_step * in_len * (in_len + 1) // 2, per_step)
-        prompt_seconds = (
-            max(cost.stage_seconds(chunk)) / per_step if in_len <= budget else (max(cost.stage_seconds(whole)))
-        )
+        # a prompt of several steps: each of them reads the weights that live in the host's memory again
+        num_steps = -(-in_len // budget)
+        part = StepLoad(0, 0, -(-in_len // num_steps), whole.prefill_pairs // num_steps, 1)
+        prompt_seconds = max(cost.stage_seconds(chunk)) / per_step
+        if num_steps > 1:
+            prompt_seconds = num_steps * max(cost.stage_seconds(part))
         period = traffic.output_len * cycle + concurrency * prompt_seconds
         lone = StepLoad(1, traffic.held_tokens, 0, 0, 1)
         request_seconds = self.calibration_of(replica[0]).request_us * 1e-6
@@ -281,7 +284,7 @@ class LayoutJudge:
             capacity_tokens=num_blocks * serving.block_size,
             concurrency=concurrency,
             tokens_per_second=concurrency * traffic.output_len / period,
-            ttft_seconds=request_seconds + cost.step_seconds(whole),
+            ttft_seconds=request_seconds + num_steps * cost.step_seconds(part),
             tpot_seconds=period / traffic.output_len,
             lone_tpot_seconds=cost.step_seconds(lone),
         )

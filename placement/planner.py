@@ -372,9 +372,16 @@ def _notes(chosen: Candidate, serving: Serving, shape: ModelShape) -> Iterator[s
     spanning = any(len(group.node_ids) > 1 for group in groups)
     if spanning:
         yield "tensor-parallel groups span nodes: only for a network as fast as the file says"
-    offloaded = max(stage.memory.offloaded_bytes for replica in chosen.replicas for stage in replica.stages)
-    if offloaded:
-        yield f"{offloaded / 1e9:.1f} GB of each device's weights live in the host's memory and are read in every step"
+    most = max(
+        (stage for replica in chosen.replicas for stage in replica.stages),
+        key=lambda stage: stage.memory.offloaded_bytes,
+    )
+    if offloaded := most.memory.offloaded_bytes:
+        rate = most.group.sheet.pcie_gbytes_per_second
+        yield (
+            f"{offloaded / 1e9:.1f} GB of each device's weights live in the host's memory and are copied in every "
+            f"step: {offloaded / rate / 1e6:.0f} ms at {rate:g} GB/s, whatever the batch"
+        )
     if chosen.tp_size > 1:
         slow = min(group.link.gbytes_per_second for group in groups)
         if slow < 60:

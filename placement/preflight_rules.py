@@ -42,6 +42,8 @@ class Wanted(msgspec.Struct, frozen=True, kw_only=True):
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
     ray_gpus: dict[str, float] = {}  # by node id: what Ray believes
+    host_bytes: int = 0  # of the host's memory, that each rank takes beside everything else
+    num_ranks: int = 0  # in all; 0: one for each GPU
     silent: dict[str, str] = {}  # nodes (id -> address) that are in the cluster and did not answer
 
 
@@ -61,6 +63,7 @@ def judge(nodes: Mapping[str, NodeFacts], links: Sequence[LinkFacts], wanted: Wa
         found += _of_software(facts)
         found += _of_gpus(facts, wanted.ray_gpus.get(node_id, 0.0), wanted.device)
         found += _of_machine(facts)
+        found += _of_host_room(facts, wanted, wanted.ray_gpus.get(node_id, 0.0))
         found += _of_network(facts)
         found += _of_model(facts)
     found += _between_nodes(list(nodes.values()))
@@ -191,6 +194,21 @@ def _of_machine(facts: NodeFacts) -> Iterator[Fault]:
             "memlock", facts, f"a process may lock {facts.locked_memory >> 20} MiB, and RDMA needs its buffers locked",
             "ulimit -l unlimited before Ray starts",
         )  # fmt: skip
+
+
+def _of_host_room(facts: NodeFacts, wanted: Wanted, ray_gpus: float) -> Iterator[Fault]:
+    """What is kept in the host's memory for ranks on its GPUs (weights, hidden states)."""
+    gpus = int(ray_gpus) or len(facts.gpus)
+    if not wanted.host_bytes or not gpus or wanted.device == "cpu":
+        return
+    ranks = min(gpus, wanted.num_ranks or gpus)
+    needed, free = wanted.host_bytes / _GIB, facts.free_memory_bytes / _GIB
+    found = f"{free:.1f} GiB of memory are free, and each of {ranks} ranks there would keep {needed:.1f} GiB in it"
+    fix = "lower --cpu-offload-gb and --activation-offload-gb, spread the model over more nodes, or end something there"
+    if wanted.host_bytes > facts.free_memory_bytes:
+        yield _fail("host-memory", facts, found, fix)
+    elif ranks * wanted.host_bytes > facts.free_memory_bytes:
+        yield _warn("host-memory", facts, found, fix)
 
 
 def _of_network(facts: NodeFacts) -> Iterator[Fault]:

@@ -112,6 +112,11 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
         return self.num_blocks * self.block_bytes
 
     @property
+    def other_bytes(self) -> int:
+        """What is neither weights nor blocks."""
+        return self.activation_bytes + self.workspace_bytes + self.buffer_bytes
+
+    @property
     def missing_bytes(self) -> int:
         """What is missing for a single block; 0 when it fits."""
         return max(0, self.block_bytes * MIN_BLOCKS - self.kv_budget_bytes)

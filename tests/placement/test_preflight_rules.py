@@ -181,3 +181,19 @@ def test_a_card_that_others_use_is_said_and_stops_nothing() -> None:
     faults = judge(nodes, [], Wanted(ray_gpus={"a": 1.0}))
     assert [(fault.check, fault.level) for fault in faults] == [("gpu-occupied", "warn")]
     assert usable_nodes(nodes, faults) == ["a"]
+
+
+def test_a_host_without_room_for_what_ranks_keep_in_it() -> None:
+    """Weights and hidden states on the host: a rank's share that isn't there keeps the node out, several only warn."""
+    assert examine(node(3), host_bytes=20 << 30) == []
+    (fault,) = examine(node(3, free_memory_bytes=12 << 30), host_bytes=20 << 30)
+    assert (fault.check, fault.level, fault.node) == ("host-memory", "fail", "10.0.0.3")
+    assert "12.0 GiB of memory are free" in fault.found
+    assert "20.0 GiB" in fault.found
+    assert "--cpu-offload-gb" in fault.fix
+    four = tuple(msgspec.structs.replace(CARD, uuid=f"GPU-3{index}", index=index) for index in range(4))
+    (fault,) = examine(node(3, gpus=four), host_bytes=20 << 30)
+    assert (fault.check, fault.level) == ("host-memory", "warn")
+    assert "each of 4 ranks" in fault.found
+    assert examine(node(3, gpus=four), host_bytes=20 << 30, num_ranks=2) == []
+    assert examine(node(3, free_memory_bytes=12 << 30), host_bytes=20 << 30, device="cpu") == []
