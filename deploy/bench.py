@@ -27,13 +27,14 @@ import msgspec
 
 import argosy
 from argosy.cluster.protocol.config import ServingConfig
-from argosy.deploy import bench_engine, bench_http, bench_models, bench_peers, bench_table, workload
+from argosy.deploy import bench_engine, bench_http, bench_models, bench_peers, bench_table, device_defaults, workload
 from argosy.deploy.bench_engine import Row
 from argosy.deploy.bench_load import Timing
 from argosy.deploy.device_defaults import read_gpus
 from argosy.deploy.offline import LLM
 from argosy.deploy.workload import Workload
 
+_CALIBRATION_STEPS: Final = ("decode1", "decode8", "decode64")
 _PACKAGES: Final = ("torch", "ray", "transformers", "triton")
 _COLD_START: Final = """
 import sys, json
@@ -53,6 +54,8 @@ def main(args: argparse.Namespace) -> int:
         from argosy.deploy import bench_suite  # it runs this command for each of its engines
 
         return bench_suite.main(args)
+    if args.calibration and not args.workload:
+        args.workload = list(_CALIBRATION_STEPS)
     about = describe_machine()
     rows = []
     for row in _measure(args):
@@ -66,6 +69,12 @@ def main(args: argparse.Namespace) -> int:
         print("\n" + bench_table.comparison(rows, bench_table.read_suite("h200")))
     else:
         print(table(rows))
+    if args.calibration:
+        from argosy.deploy import calibrate  # the planner's rooms: only when they are asked
+
+        fitted = calibrate.calibrate(rows, device_defaults.first_card())
+        calibrate.write(fitted, args.calibration)
+        print(f"\n{calibrate.describe(rows, fitted)}\n{args.calibration}: for 'argosy plan ... --calibration'")
     return 0
 
 

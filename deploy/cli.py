@@ -42,6 +42,7 @@ examples:
   argosy bench --url http://127.0.0.1:8000          a server that is running
   argosy bench --model 8b -tp 2                     an 8B shape with random weights on two GPUs
   argosy bench --model 8b --over http --backend ray what the HTTP doors cost
+  argosy bench --model 8b --calibration mine.json   what this GPU reaches, for 'argosy plan --calibration mine.json'
   argosy bench --suite h200                         the whole table beside vLLM's figures, on all GPUs of this host
 """
 
@@ -277,6 +278,11 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     bench.add_argument("--quantization", "-q", help="as of 'argosy serve', such as fp8")
     bench.add_argument("--repeats", type=int, default=3, help="the median counts (default: %(default)s)")
     bench.add_argument("--output", metavar="FILE", help="append the JSON lines to this file")
+    bench.add_argument(
+        "--calibration",
+        metavar="FILE",
+        help="fit the device's ratios to the decode steps, for 'argosy plan --calibration'",
+    )
     bench.add_argument("--note", default="", help="a word for the JSON lines, such as what was changed")
 
     where = bench.add_argument_group("what is measured")

@@ -20,6 +20,7 @@ from argosy.placement.preflight_facts import NodeFacts, gather_facts
 from argosy.placement.preflight_links import LinkFacts, LinkServer, call_link, rounds_of_pairs
 from argosy.placement.preflight_rules import Fault, Wanted, judge
 from argosy.placement.topology import Gpu, Link, NodeLink, NodeProbe
+from argosy.placement.topology_sources import gpu_link_of
 
 FACTS_SECONDS: Final = 7.0  # from nothing to the facts of all nodes: a process has to start on each
 _ROUND_SECONDS: Final = 6.0
@@ -49,7 +50,10 @@ class Inspection(msgspec.Struct, frozen=True, kw_only=True):
         """
         on_cpu = self.wanted.device == "cpu" or not any(facts.gpus for facts in self.nodes.values())
         return {
-            node_id: NodeProbe(gpus=_seats(facts, on_cpu, self.ray_memory.get(node_id, facts.memory_bytes)))
+            node_id: NodeProbe(
+                gpus=_seats(facts, on_cpu, self.ray_memory.get(node_id, facts.memory_bytes)),
+                gpu_link=gpu_link_of(facts.gpu_link, facts.gpus[0].name) if facts.gpu_link and not on_cpu else None,
+            )
             for node_id, facts in self.nodes.items()
         }
 

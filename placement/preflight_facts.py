@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import platform
+import re
 import resource
 import shutil
 import socket
@@ -14,9 +15,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from importlib import metadata
 from pathlib import Path
-from typing import Final
+from typing import Final, Literal
 
 import msgspec
 import psutil
@@ -69,6 +71,7 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     packages: dict[str, str] = {}  # what is installed; a name that is missing is not installed
     code: str = ""  # a hash of our own sources
     gpus: tuple[GpuFacts, ...] = ()
+    gpu_link: Literal["", "nvlink", "pcie"] = ""  # between all pairs of them; of unequal ones the slower; "": not known
     gpu_problem: str = ""  # why the driver did not answer, where there is one
     interface: str = ""  # that has `address`; empty: none
     interfaces: tuple[str, ...] = ()  # all there are
@@ -95,6 +98,7 @@ def gather_facts(address: str) -> NodeFacts:
     """Of this node, which others reach at `address`."""
     gpus, gpu_problem = read_gpus()
     gpus = visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
+    matrix = _topology_matrix() if len(gpus) > 1 else ""
     interface = interface_of(address)
     memory, shm = psutil.virtual_memory(), _usage("/dev/shm")
     folder = os.environ.get("TMPDIR") or "/tmp"  # and not what `tempfile` would fall back to
@@ -106,6 +110,7 @@ def gather_facts(address: str) -> NodeFacts:
         packages=_packages(),
         code=hash_of_sources(),
         gpus=gpus,
+        gpu_link=read_gpu_link(matrix, [gpu.index for gpu in gpus]),
         gpu_problem=gpu_problem,
         interface=interface,
         interfaces=tuple(sorted(name for _, name in socket.if_nameindex())),
@@ -151,6 +156,26 @@ def visible_gpus(gpus: tuple[GpuFacts, ...], visible: str) -> tuple[GpuFacts, ..
     if not names:
         return gpus
     return tuple(gpu for gpu in gpus if any(name == str(gpu.index) or gpu.uuid.startswith(name) for name in names))
+
+
+def _topology_matrix() -> str:
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        command = ["nvidia-smi", "topo", "-m"]
+        return subprocess.run(command, capture_output=True, text=True, timeout=_SMI_SECONDS, check=False).stdout
+    return ""
+
+
+def read_gpu_link(matrix: str, indexes: Sequence[int]) -> Literal["", "nvlink", "pcie"]:
+    """What `nvidia-smi topo -m` says of the ways between these cards: NV18 is 18 NVLinks, all else goes over PCIe."""
+    rows = [re.sub(r"\x1b\[[0-9;]*m", "", line).split() for line in matrix.splitlines()]
+    ways = {int(row[0][3:]): row[1:] for row in rows if row and re.fullmatch(r"GPU\d+", row[0]) and "X" in row}
+    found = []
+    for first in indexes:
+        for second in (index for index in indexes if index != first):
+            if first not in ways or len(ways[first]) <= second:
+                return ""
+            found.append(bool(re.fullmatch(r"NV\d+", ways[first][second])))
+    return "" if not found else "nvlink" if all(found) else "pcie"
 
 
 def hash_of_sources() -> str:

@@ -186,14 +186,18 @@ def _gpu_kind(entry: object, where: str) -> tuple[int, DataSheet, int, int | Non
     return count, sheet, memory, free_bytes
 
 
+def gpu_link_of(kind: str, model: str) -> Link | None:
+    """Between cards of that model on ways of that kind ("nvlink", "pcie"); None where the data sheet has no such."""
+    sheet = find_data_sheet(model)
+    if kind == "pcie":
+        return Link(kind="pcie", gbytes_per_second=sheet.pcie_gbytes_per_second if sheet else 26.0, latency_us=8.0)
+    return sheet.link if sheet is not None and sheet.link.kind == kind else None
+
+
 def _gpu_link(value: object, where: str, gpus: Sequence[Gpu]) -> Link:
-    sheet = find_data_sheet(gpus[0].model) if gpus else None
-    if value == "pcie":
-        rate = sheet.pcie_gbytes_per_second if sheet is not None else 26.0
-        return Link(kind="pcie", gbytes_per_second=rate, latency_us=8.0)
-    if value == "nvlink":
-        if sheet is not None and sheet.link.kind == "nvlink":
-            return sheet.link
+    if value in ("pcie", "nvlink"):
+        if link := gpu_link_of(str(value), gpus[0].model if gpus else ""):
+            return link
         raise ConfigError(
             f"{where}='nvlink': {gpus[0].model if gpus else 'no GPU'} has none by its data sheet; say how "
             "fast: {gbytes_per_second: ..., latency_us: 3}"

@@ -52,7 +52,7 @@ EXPECTED = {
         --tensor-parallel-size --trace --workload -pp -q -tp
     """,
     "bench": """
-        --api-key --backend --cards --cold-start --concurrency --cpu-threads --dtype --enforce-eager
+        --api-key --backend --calibration --cards --cold-start --concurrency --cpu-threads --dtype --enforce-eager
         --gpu-memory-utilization --kv-cache-memory-bytes --list --max-model-len --max-num-batched-tokens --max-num-seqs
         --model --note --one-at-a-time --output --over --peer --pipeline-parallel-size --quantization --repeats --rows
         --suite --tensor-parallel-size --url --usable-memory --workload -pp -q -tp

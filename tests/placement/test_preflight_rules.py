@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("psutil")
 
-from argosy.placement.preflight_facts import GpuFacts, ModelFacts, NodeFacts, visible_gpus
+from argosy.placement.preflight_facts import GpuFacts, ModelFacts, NodeFacts, read_gpu_link, visible_gpus
 from argosy.placement.preflight_links import LinkFacts
 from argosy.placement.preflight_rules import Fault, Wanted, judge, usable_nodes
 
@@ -173,6 +173,28 @@ def test_cards_that_are_left_to_others_don_t_count() -> None:
     assert [gpu.index for gpu in visible_gpus(cards, "1,3")] == [1, 3]
     assert [gpu.index for gpu in visible_gpus(cards, "GPU-2a")] == [2]
     assert visible_gpus(cards, "") == cards
+
+
+MATRIX = """\
+\t\x1b[4mGPU0\tGPU1\tGPU2\tGPU3\tNIC0\tCPU Affinity\tNUMA Affinity\x1b[0m
+GPU0\t X \tNV4\tSYS\tSYS\tPXB\t0-31\t0
+GPU1\tNV4\t X \tSYS\tSYS\tSYS\t0-31\t0
+GPU2\tSYS\tSYS\t X \tNV4\tSYS\t32-63\t1
+GPU3\tSYS\tSYS\tNV4\t X \tSYS\t32-63\t1
+NIC0\tPXB\tSYS\tSYS\tSYS\t X
+
+Legend:
+  X    = Self
+"""
+
+
+@pytest.mark.parametrize(
+    ("indexes", "link"), [([0, 1], "nvlink"), ([2, 3], "nvlink"), ([0, 1, 2, 3], "pcie"), ([0], ""), ([0, 7], "")]
+)
+def test_bridged_pairs_are_no_nvlink_for_all(indexes: list[int], link: str) -> None:
+    """Cards with a bridge between two of them each: a group of four goes over PCIe, whatever the data sheet can do."""
+    assert read_gpu_link(MATRIX, indexes) == link
+    assert read_gpu_link("NVIDIA H100 80GB HBM3, 0", indexes) == ""  # a driver that answers something else
 
 
 def test_a_card_that_others_use_is_said_and_stops_nothing() -> None:
