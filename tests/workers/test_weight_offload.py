@@ -11,7 +11,17 @@ import torch
 from torch import nn
 
 sys.path.insert(0, str(Path(__file__).parent))
-from rig import InProcessRank, RankHosts, Run, answers, greedy, make_config, transformers_greedy, write_family
+from rig import (
+    InProcessRank,
+    RankHosts,
+    Run,
+    answers,
+    greedy,
+    make_config,
+    oracle_config,
+    transformers_greedy,
+    write_family,
+)
 from test_parallel_ranks import LAYOUTS, prompts, start
 
 from argosy.cluster.protocol.errors import ConfigError, PlacementImpossible
@@ -209,6 +219,18 @@ def test_a_host_without_room_refuses_before_anything_is_read(
     monkeypatch.setattr(host_memory.psutil, "virtual_memory", Little)
     with pytest.raises(PlacementImpossible, match=r"cpu_offload_gb=.* GiB are free: set a smaller one"):
         InProcessRank(make_config(llama[0], cpu_offload_gb=layers_gib(1)), 8)
+
+
+def test_models_without_layers_of_ours_refuse(tmp_path: Path) -> None:
+    """Said at once, not ignored; "auto" leaves them as they are."""
+    with pytest.raises(
+        ConfigError, match=r"cpu_offload_gb=2: OracleForCausalLM runs through modules that are not ours"
+    ):
+        InProcessRank(oracle_config(tmp_path, cpu_offload_gb=2), 8)
+    assert InProcessRank(oracle_config(tmp_path, cpu_offload_gb="auto"), 8).runner.offload is None
+    long = {"activation_offload_gb": 1, "max_num_batched_tokens": 64, "activation_slice_tokens": 8}
+    with pytest.raises(ConfigError, match="its steps can't be cut"):
+        InProcessRank(oracle_config(tmp_path, **long), 8)
 
 
 @pytest.mark.parametrize("value", [-1.0, float("inf"), "much", None])
