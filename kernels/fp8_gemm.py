@@ -108,13 +108,14 @@ def triton_linear(
 
 
 def library_takes(rows: Fp8Rows, weight: Fp8Weight, dtype: torch.dtype) -> bool:
-    """Whether cuBLAS multiplies these: scales by row or by blocks of 128 x 128, widths that 16 (128) divides."""
+    """Whether cuBLAS multiplies these: scales by row, and widths that 16 divides; or by blocks of 128 x 128, and widths
+    of whole blocks, by fours of the inputs, whose scales it reads so."""
     num_outputs, num_inputs = weight.values_OI.shape
     if dtype != torch.bfloat16 or not rows.shape[0]:
         return False
     if weight.block is None:
         return num_inputs % 16 == 0 and num_outputs % 16 == 0
-    fits = num_inputs % 128 == 0 and num_outputs % 128 == 0
+    fits = num_inputs % 512 == 0 and num_outputs % 128 == 0
     return weight.block == (128, 128) and fits and _library_has_blocks(weight.scale.device)
 
 

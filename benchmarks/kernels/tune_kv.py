@@ -1,8 +1,8 @@
 """Decode attention over each kind of cache on this card: `python benchmarks/kernels/tune_kv.py [--write FILE]`.
 
 For 8b (32 heads over 8, of 128) and rows and contexts from a few to a crowd: the time of the best sizes of each kind
-of cache, beside what reading it alone takes. Sizes are compiled first in many processes, as in `tune_kernels.py`. `--write`
-keeps the best sizes of caches in 8 bits in a file of `kernels/tuned`.
+of cache, beside what reading it alone takes. Sizes are compiled first in many processes, as in `tune_kernels.py`.
+`--write` keeps the best sizes of caches in 8 bits in a file of `kernels/tuned`.
 """
 
 import argparse
