@@ -14,6 +14,13 @@ def is_scaled(cache: Tensor, kv_scales: tuple[float, float]) -> bool:
     return not has_scales(cache) and (cache.dtype == torch.float8_e4m3fn or kv_scales != (1.0, 1.0))
 
 
+def cache_suffix(cache: Tensor) -> str:
+    """What sizes measured for a cache in 8 bits have at the end of their key."""
+    if cache.element_size() > 1:
+        return ""
+    return "_int8" if cache.dtype == torch.int8 else "_e4m3_scaled" if has_scales(cache) else "_e4m3"
+
+
 def check_caches(k_cache: Tensor, v_cache: Tensor, kv_scales: tuple[float, float]) -> tuple[float, float]:
     """Asserts that they lie as kernels read them; returns the scales for all, 1 where each head has its own."""
     scales = has_scales(k_cache)

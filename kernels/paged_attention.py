@@ -19,6 +19,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from argosy.kernels import tuning
 from argosy.kernels.attention_parts import (
     angles,
+    cache_suffix,
     check_caches,
     choose_splits,
     for_cache,
@@ -318,7 +319,13 @@ def _launch(
     few = groups < facts.num_sms
     if sizes is None and q_RD.element_size() == 2:
         kind = "few" if few else "many" if groups < 8 * facts.num_sms else "crowd"
-        sizes = tuning.pick("paged_attention", f"h{head_size}_{kind}", device)
+        suffix = cache_suffix(k_cache_BSKH)
+        sizes = tuning.pick("paged_attention", f"h{head_size}_{kind}{suffix}", device)
+        if sizes is None and suffix:
+            sizes = {
+                "block_l": 64 if width <= 128 else 32, "warps": 4 if few else 2, "stages": 3,
+                "per_sm": 2 if few else 1, "staged": 1,
+            }  # fmt: skip
     sizes = sizes or {
         "block_l": 64 if width * q_RD.element_size() <= 256 else 32, "warps": 4, "stages": 3, "per_sm": 2,
     }  # fmt: skip

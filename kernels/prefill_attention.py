@@ -17,7 +17,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
-from argosy.kernels.attention_parts import check_caches, for_cache
+from argosy.kernels.attention_parts import cache_suffix, check_caches, for_cache
 from argosy.kernels.kv_scale_parts import (
     code_place,
     codes_at,
@@ -305,7 +305,8 @@ def prefill_attention(
     many = "prefixed" if prefixed else "many"
     kind = "long" if mean_queries >= 1024 else many if mean_queries * group >= 128 else "few"
     if sizes is None and q_TNH.element_size() == 2:
-        sizes = tuning.pick("prefill_attention", f"h{head_size}_{kind}", q_TNH.device)
+        key = f"h{head_size}_{kind}{cache_suffix(k_cache_BSKH)}"
+        sizes = tuning.pick("prefill_attention", key, q_TNH.device)
     sizes = sizes or _default_sizes(width, mean_queries, group, q_TNH.dtype)
     block_m = max(sizes["block_m"], tuning.next_power_of_two(group))
     block_q = block_m // group

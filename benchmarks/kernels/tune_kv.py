@@ -1,45 +1,72 @@
-"""Decode attention over each kind of cache on this card: `python benchmarks/kernels/tune_kv.py [--write FILE]`.
+"""Attention over each kind of cache on this card: `python benchmarks/kernels/tune_kv.py [--write FILE]`.
 
-For 8b (32 heads over 8, of 128) and rows and contexts from a few to a crowd: the time of the best sizes of each kind
-of cache, beside what reading it alone takes. Sizes are compiled first in many processes, as in `tune_kernels.py`.
-`--write` keeps the best sizes of caches in 8 bits in a file of `kernels/tuned`.
+For 8b (32 heads over 8, of 128): the time of decode steps and of prompts with the best sizes for each kind of cache,
+beside what reading it alone takes. Sizes are compiled first in many processes, as in `tune_kernels.py`. `--write` keeps
+the best sizes of caches in 8 bits in a file of `kernels/tuned`.
 """
 
 import argparse
+import itertools
 import json
 import math
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from timing import copies_for
+from timing import copies_for, microseconds
 from torch import Tensor
-from tune_kernels import Part
 
-from argosy.kernels import kv_scales, paged_attention
+from argosy.kernels import kv_scales, paged_attention, prefill_attention
 
 HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 16
-CASES = {"many": ((64, 384), (64, 1024), (64, 4096)), "crowd": ((256, 256), (256, 640), (256, 1024))}
+DECODE = {"few": ((1, 1024), (8, 2048)), "many": ((64, 384), (64, 1024), (64, 4096)),
+          "crowd": ((256, 256), (256, 640), (256, 1024))}  # fmt: skip
+PROMPTS = {"many": ((16, 512),), "long": ((2, 4096),)}
 KINDS = {
-    "bfloat16": (torch.bfloat16, False), "e4m3": (torch.float8_e4m3fn, False),
-    "e4m3 with scales": (torch.float8_e4m3fn, True), "int8 with scales": (torch.int8, True),
+    "": (torch.bfloat16, False), "_e4m3": (torch.float8_e4m3fn, False),
+    "_e4m3_scaled": (torch.float8_e4m3fn, True), "_int8": (torch.int8, True),
 }  # fmt: skip
 PEAK = 4.8e6  # bytes a microsecond of an H200
+Sizes = dict[str, int]
 
 
-def sizes_for(kind: str, dtype: torch.dtype) -> Iterator[dict[str, int]]:
-    """Some that may do."""
-    eight = dtype.itemsize == 1
-    for staged in (0, 1) if eight else (0,):
-        for block_l in (32, 64, 128):
-            for warps in (1, 2, 4):
-                for stages in (2, 3, 4):
-                    if block_l // warps > 64 or (block_l // warps < 16):
-                        continue
-                    yield {"block_l": block_l, "warps": warps, "stages": stages, "per_sm": 1, "staged": staged}
+def decode_sizes(kind: str, dtype: torch.dtype) -> Iterator[Sizes]:
+    """Some that may do; keys and values of a tile are held `stages` - 1 times."""
+    few = kind == "few"
+    for staged, block_l, warps in itertools.product((0, 1) if dtype.itemsize == 1 else (0,), (32, 64, 128), (1, 2, 4)):
+        if not 16 <= block_l // warps <= 64 or (few and (warps == 1 or not staged) and dtype.itemsize == 1):
+            continue
+        for stages in (3, 5) if few else (2, 3, 4):
+            yield {"block_l": block_l, "warps": warps, "stages": stages, "per_sm": 1, "staged": staged,
+                   **({"min_piece": 512} if few else {})}  # fmt: skip
+
+
+def prompt_sizes() -> Iterator[Sizes]:
+    """Tiles of 64 and 128 lines."""
+    for block_m, block_l, warps, stages, one_loop in (
+        (64, 32, 4, 3, 1), (64, 64, 4, 3, 1), (64, 64, 4, 2, 0), (128, 32, 4, 4, 0), (128, 32, 8, 3, 0),
+        (128, 64, 8, 3, 0), (128, 64, 8, 2, 0), (128, 128, 8, 2, 0),
+    ):  # fmt: skip
+        yield {"block_m": block_m, "block_l": block_l, "warps": warps, "stages": stages, "one_loop": one_loop}
+
+
+class Clock:
+    """Times calls; or, in one of the processes that compile, runs every n-th of them once."""
+
+    def __init__(self, part: str | None):
+        self.index, self.of = map(int, part.split("/")) if part else (0, 0)
+        self.turn = -1
+
+    def time(self, calls: list[Callable[[], object]]) -> float:
+        self.turn += 1
+        if not self.of:
+            return microseconds(calls, launches=max(len(calls), 20), replays=3)[0]
+        if self.turn % self.of == self.index:
+            calls[0]()
+        return 1.0
 
 
 def make_cache(num_blocks: int, dtype: torch.dtype, scaled: bool) -> Tensor:
@@ -53,73 +80,103 @@ def make_cache(num_blocks: int, dtype: torch.dtype, scaled: bool) -> Tensor:
     return cache
 
 
+def decode_calls(rows: int, context: int, dtype: torch.dtype, scaled: bool) -> tuple[Callable[..., object], ...]:
+    """Input sets that no cache of the card holds."""
+    per_row = context // BLOCK
+    lengths = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+    q = torch.randn(rows, HEADS, SIZE, device="cuda").bfloat16()
+    calls = []
+    for _ in range(copies_for(rows * context * KV_HEADS * 2 * SIZE * dtype.itemsize, 4)):
+        caches = [make_cache(rows * per_row, dtype, scaled) for _ in range(2)]
+        table = torch.randperm(rows * per_row, device="cuda").view(rows, per_row).int()
+        calls.append(
+            lambda sizes, a=(q, *caches, table, lengths): paged_attention.paged_attention(
+                *a, scale=0.1, max_context=8192, sizes=sizes
+            )
+        )
+    return tuple(calls)
+
+
+def prompt_calls(rows: int, length: int, dtype: torch.dtype, scaled: bool) -> tuple[Callable[..., object], ...]:
+    """Whole prompts."""
+    per_row = length // BLOCK
+    caches = [make_cache(rows * per_row, dtype, scaled) for _ in range(2)]
+    table = torch.randperm(rows * per_row, device="cuda").view(rows, per_row).int()
+    lengths = torch.full((rows,), length, device="cuda", dtype=torch.int32)
+    starts = torch.arange(rows + 1, device="cuda", dtype=torch.int32) * length
+    q = torch.randn(rows * length, HEADS, SIZE, device="cuda").bfloat16()
+    return (
+        lambda sizes: prefill_attention.prefill_attention(
+            q, *caches, starts, lengths, table, scale=0.1, sizes=sizes
+        ),
+    )  # fmt: skip
+
+
+def tune(clock: Clock, suffix: str, what: str, kind: str, shapes: tuple[tuple[int, int], ...], output: str) -> Sizes:
+    """Print a line for each shape; return the sizes with the best mean over them."""
+    dtype, scaled = KINDS[suffix]
+    scores: dict[str, list[float]] = {}
+    for rows, context in shapes:
+        make, tried = (decode_calls, decode_sizes(kind, dtype)) if what == "decode" else (prompt_calls, prompt_sizes())
+        calls = make(rows, context, dtype, scaled)
+        for sizes in tried:
+            try:
+                us = clock.time([lambda call=call, s=sizes: call(s) for call in calls])
+            except Exception as error:  # does not fit
+                print("skipped", sizes, str(error)[:80])
+                us = math.inf
+            scores.setdefault(json.dumps(sizes), []).append(us)
+        if clock.of:
+            break  # the others run what this one compiled
+        chosen = min(scores, key=lambda sizes: scores[sizes][-1])
+        row = {
+            "device": torch.cuda.get_device_name(), "what": what, "cache": suffix or "bfloat16", "rows": rows,
+            "context": context, "us": round(scores[chosen][-1], 1), "sizes": json.loads(chosen),
+        }  # fmt: skip
+        if what == "decode":
+            row["read_us"] = round(rows * context * KV_HEADS * 2 * (SIZE * dtype.itemsize + scaled) / PEAK, 1)
+            unstaged = [values[-1] for sizes, values in scores.items() if not json.loads(sizes)["staged"]]
+            row["unstaged_us"] = round(min(unstaged, default=math.inf), 1)
+        print(json.dumps(row), flush=True)
+        if output:
+            with open(output, "a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+    ranked = sorted(scores, key=lambda sizes: math.prod(scores[sizes]))
+    print(
+        what, kind, suffix, *(f"{[round(x, 1) for x in scores[r]]} {r}" for r in ranked[:3]), sep="\n    ", flush=True
+    )
+    best: Sizes = json.loads(ranked[0])
+    return best
+
+
 def main() -> int:
-    """Print a JSON line for each kind and case."""
+    """All kinds of caches, all shapes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--write", help="file of tuned sizes to add to")
-    parser.add_argument("--output", help="append the JSON lines to this file")
-    parser.add_argument("--kind", choices=KINDS, action="append")
+    parser.add_argument("--output", default="", help="append the JSON lines to this file")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    part = Part(0, 0)
-    if arguments.compile_part:
-        part = Part(*map(int, arguments.compile_part.split("/")))
-    else:
+    clock = Clock(arguments.compile_part)
+    if not clock.of:
         workers = min(14, os.cpu_count() or 1)
         command = [sys.executable, *sys.argv, "--compile-part"]
         others = [subprocess.Popen([*command, f"{i}/{workers}"], stdout=subprocess.DEVNULL) for i in range(workers)]
         for other in others:
             other.wait()
         print("compiled", flush=True)
-    best: dict[str, dict[str, int]] = {}
-    for name in arguments.kind or KINDS:
-        dtype, scaled = KINDS[name]
-        for kind, shapes in CASES.items():
-            scores: dict[str, list[float]] = {}
-            for rows, context in shapes:
-                per_row = context // BLOCK
-                read = rows * context * KV_HEADS * 2 * (SIZE * dtype.itemsize + scaled)
-                inputs = []
-                for _ in range(1 if arguments.compile_part else copies_for(read, 4)):
-                    caches = [make_cache(rows * per_row, dtype, scaled) for _ in range(2)]
-                    inputs.append((*caches, torch.randperm(rows * per_row, device="cuda").view(rows, per_row).int()))
-                lengths = torch.full((rows,), context, device="cuda", dtype=torch.int32)
-                q = torch.randn(rows, HEADS, SIZE, device="cuda").bfloat16()
-                for sizes in sizes_for(kind, dtype):
-                    calls = [
-                        lambda a=a, s=sizes, q=q, n=lengths: paged_attention.paged_attention(
-                            q, *a, n, scale=0.1, max_context=8192, sizes=s
-                        )
-                        for a in inputs
-                    ]
-                    try:
-                        us = part.time(calls)
-                    except Exception as error:  # does not fit
-                        print("skipped", sizes, str(error)[:80])
-                        us = math.inf
-                    scores.setdefault(json.dumps(sizes), []).append(us)
-                if arguments.compile_part:
-                    break
-                column = [values[-1] for values in scores.values()]
-                chosen = min(scores, key=lambda s: scores[s][-1])
-                row = {
-                    "device": torch.cuda.get_device_name(), "what": "decode attention", "cache": name, "rows": rows,
-                    "context": context, "us": round(min(column), 1), "read_us": round(read / PEAK, 1),
-                    "sizes": json.loads(chosen),
-                    "best_unstaged_us": round(min(v[-1] for s, v in scores.items() if '"staged": 0' in s), 1),
-                }  # fmt: skip
-                print(json.dumps(row), flush=True)
-                if arguments.output:
-                    with open(arguments.output, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
-            if not arguments.compile_part:
-                ranked = sorted(scores, key=lambda s: math.prod(scores[s]))
-                best[f"h{SIZE}_{kind} {name}"] = json.loads(ranked[0])
-                print(name, kind, *(f"{[round(x, 1) for x in scores[r]]} {r}" for r in ranked[:3]), sep="\n    ")
-    if arguments.write and not arguments.compile_part:
+    best: dict[str, dict[str, Sizes]] = {"paged_attention": {}, "prefill_attention": {}}
+    for suffix in reversed(KINDS):
+        for kernel, what, cases in (("paged_attention", "decode", DECODE), ("prefill_attention", "prompts", PROMPTS)):
+            for kind, shapes in cases.items():
+                best[kernel][f"h{SIZE}_{kind}{suffix}"] = tune(clock, suffix, what, kind, shapes, arguments.output)
+    if arguments.write and not clock.of:
         path = Path(arguments.write)
         table = json.loads(path.read_text()) if path.exists() else {}
-        table.setdefault("paged_attention", {}).update(best)
+        for kernel, found in best.items():
+            eight_bits = {
+                key: sizes for key, sizes in found.items() if not key.endswith(("few", "many", "crowd", "long"))
+            }
+            table.setdefault(kernel, {}).update(eight_bits)
         path.write_text(json.dumps(table, indent=1, sort_keys=True))
     return 0
 
