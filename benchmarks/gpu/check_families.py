@@ -20,11 +20,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import torch
 from torch import Tensor
 
 from argosy.cluster.protocol.model_spec import ModelSpec, read_model_spec
-from argosy.kernels import mla_ops, mla_reference, moe_ops, moe_reference, ops, reference
+from argosy.kernels import mla_ops, mla_reference, moe_ops, moe_reference, mxfp4, ops, reference
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext, init_parallel
 from argosy.workers.attention.base import AttentionMetadata
@@ -95,7 +96,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 
 
-SHAPES["deepseek-r1-fp8"] = SHAPES["deepseek-r1"] | {"quantization_config": FP8}  # as it is published; timed alone
+SHAPES["deepseek-r1-fp8"] = SHAPES["deepseek-r1"] | {"quantization_config": FP8}  # as it is published
 SHAPES["gpt-oss-mxfp4"] = SHAPES["gpt-oss"] | {"quantization_config": {"quant_method": "mxfp4"}}
 
 
@@ -132,6 +133,15 @@ class Slice:
         for mine, theirs in zip(self.model.parameters(), other.model.parameters(), strict=True):
             mine.data.copy_(theirs.data)
 
+    def take_meaning(self, other: "Slice") -> None:
+        """The weights of a packed model, unpacked. Both are finished."""
+        packed = dict(other.model.named_modules())
+        for name, module in self.model.named_modules():
+            theirs = packed[name]
+            for key, mine in module.named_parameters(recurse=False):
+                values, scale = getattr(theirs, key), getattr(theirs, f"{key}_scale", None)
+                mine.data.copy_(values if scale is None else _unpacked(values, scale))
+
     def metadata(self, counts: list[int], lengths: list[int], blocks: Tensor) -> tuple[AttentionMetadata, Tensor]:
         """Rows of `counts` new tokens, the last of `lengths`; and positions."""
         device = self.device
@@ -162,6 +172,16 @@ class Slice:
         return self.model.compute_logits(hidden[last])
 
 
+def _unpacked(values: Tensor, scale: Tensor) -> Tensor:
+    """What numbers of 4 or 8 bits mean; a scale for 32 of a row, for 128 x 128, or for a row."""
+    if values.dtype == torch.uint8:
+        blocks = values.unflatten(-1, (-1, mxfp4.BLOCK // 2))
+        return torch.stack([mxfp4.unpack(one, s, torch.float32) for one, s in zip(blocks, scale, strict=True)])
+    for axis in (-2, -1) if scale.ndim == values.ndim else ():
+        scale = scale.repeat_interleave(128, axis).narrow(axis, 0, values.shape[axis])
+    return values.float() * (scale if scale.ndim == values.ndim else scale[..., None])
+
+
 @contextmanager
 def plain_torch(choices: Iterator[tuple[Tensor, Tensor]]) -> Iterator[None]:
     """Every operation by its definition, experts as they were chosen before."""
@@ -170,7 +190,7 @@ def plain_torch(choices: Iterator[tuple[Tensor, Tensor]]) -> Iterator[None]:
         known = inspect.signature(definition).parameters  # bounds and hints for launches are no part of a meaning
 
         def run(*args: Any, **options: Any) -> Tensor:
-            out = options.pop("out_RNH", options.pop("out_TNH", None))
+            out = options.pop("out_RNH", options.pop("out_TNH", options.pop("out_TD", None)))
             made = definition(*args, **{key: value for key, value in options.items() if key in known})
             return made if out is None else out.copy_(made)
 
@@ -184,7 +204,7 @@ def plain_torch(choices: Iterator[tuple[Tensor, Tensor]]) -> Iterator[None]:
         )
     ]  # fmt: skip
     replaced += [(mla_ops, name, by_definition(getattr(mla_reference, name))) for name in ("store_latent", "decode")]
-    replaced += [(moe_ops, "experts", moe_reference.experts)]
+    replaced += [(moe_ops, "experts", by_definition(moe_reference.experts))]
     replaced += [(moe_ops, "choose_experts", lambda *args, **options: next(choices))]
     kept = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, definition in replaced:
@@ -218,18 +238,17 @@ def check(name: str, device: torch.device, *, narrow: int) -> tuple[Slice, dict[
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps(shape))
         spec = read_model_spec(folder)
-    if spec.quantization is not None:  # the kernels' own tests compare them
-        return Slice(spec, torch.bfloat16, device, 20000), {
-            "model": name,
-            "worst_relative_error": 0.0,
-            "timed": "alone",
-        }
     num_blocks = 40 if narrow > 1 else 20000
     ours = Slice(spec, torch.float32 if narrow > 1 else torch.bfloat16, device, num_blocks)
-    ours.draw()
-    exact = Slice(spec, torch.float32, device, num_blocks=200)
-    exact.take(ours)
-    ours.model.finish(), exact.model.finish()
+    if spec.quantization is None:
+        ours.draw()
+        exact = Slice(spec, torch.float32, device, num_blocks=200)
+        exact.take(ours)
+        ours.model.finish(), exact.model.finish()
+    else:  # as they were loaded; the definition reads what they mean, in numbers of 32 bits
+        exact = Slice(msgspec.structs.replace(spec, quantization=None), torch.float32, device, num_blocks=200)
+        exact.model.finish()
+        exact.take_meaning(ours)
     generator = torch.Generator().manual_seed(1)
     prompts = [40 // narrow, 300 // narrow, 23 // narrow, 700 // narrow]
     blocks = torch.randperm(200 if narrow == 1 else 40, generator=generator)
