@@ -70,14 +70,19 @@ class HostPool:
     def begin(self, step_id: int, swaps: BlockSwaps) -> None:
         """What a step orders: see `BlockSwaps`."""
         started = time.perf_counter()
-        for pairs in _chunks(swaps.out, _rows(OUT_BUFFER_BYTES, self.block_bytes)):
-            staged = torch.empty(len(pairs), self.block_bytes, dtype=torch.uint8)
-            ops.gather_blocks(self.tensors, [block_id for block_id, _ in pairs], staged)
-            self.rows_NB[torch.tensor([host_id for _, host_id in pairs])] = staged
+        rows, start = self.rows_NB.numpy(), 0  # plain copies: torch's calls take longer than a block's bytes
+        parts = []
+        for tensor in self.tensors:
+            blocks = tensor.view(tensor.shape[0], -1).view(torch.uint8).numpy()
+            parts.append((blocks, rows[:, start : start + blocks.shape[1]]))
+            start += blocks.shape[1]
+        for blocks, kept in parts:
+            for block_id, host_id in swaps.out:
+                kept[host_id] = blocks[block_id]
         between = time.perf_counter()
-        for pairs in _chunks(swaps.into, _in_rows(self.block_bytes)):
-            staged = self.rows_NB[torch.tensor([host_id for host_id, _ in pairs])]
-            ops.scatter_blocks(staged, self.tensors, [block_id for _, block_id in pairs])
+        for blocks, kept in parts:
+            for host_id, block_id in swaps.into:
+                blocks[block_id] = kept[host_id]
         if swaps.into:
             self.swapped_in_step_id = step_id
         self._count(between - started, time.perf_counter() - between)
