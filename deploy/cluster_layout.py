@@ -15,7 +15,8 @@ from argosy.placement.layout import Traffic
 from argosy.placement.model_shape import ModelShape
 from argosy.placement.model_sources import read_model_shape
 from argosy.placement.plan import PlacementPlan, make_plan
-from argosy.placement.planner import PlanOptions, PlanReport, plan_cluster
+from argosy.placement.plan_report import PlanOptions, PlanReport
+from argosy.placement.planner import plan_cluster
 from argosy.placement.preflight_rules import Fault, usable_nodes
 from argosy.placement.rank_memory import Serving
 from argosy.placement.seating import Offer, StageRoom, seat_stages

@@ -19,7 +19,8 @@ from argosy.placement.data_sheets import DATA_SHEETS
 from argosy.placement.layout import Traffic
 from argosy.placement.model_shape import ModelShape
 from argosy.placement.model_sources import known_models, read_model_shape
-from argosy.placement.planner import PlanOptions, fits, plan_cluster
+from argosy.placement.plan_report import PlanOptions
+from argosy.placement.planner import fits, plan_cluster
 from argosy.placement.rank_memory import Serving
 from argosy.placement.topology import ClusterTopology
 from argosy.placement.topology_sources import parse_topology, read_topology

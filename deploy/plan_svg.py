@@ -5,7 +5,7 @@ from html import escape
 from typing import Final
 
 from argosy.placement.plan import RankInfo
-from argosy.placement.planner import PlanReport
+from argosy.placement.plan_report import PlanReport
 
 COLOURS: Final = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c755f")
 _GPU_WIDTH, _GPU_HEIGHT, _GAP, _HEAD, _NODES_A_ROW = 92, 74, 8, 26, 4

@@ -6,7 +6,7 @@ from typing import Any, Final
 from argosy.placement.layout import Layout, Stage
 from argosy.placement.model_shape import ModelShape
 from argosy.placement.plan import make_plan
-from argosy.placement.planner import Candidate, PlanReport
+from argosy.placement.plan_report import Candidate, PlanReport
 from argosy.placement.rank_memory import Serving, StageBytes
 from argosy.placement.topology import ClusterTopology
 

@@ -19,7 +19,8 @@ from argosy.placement.cost_model import ReplicaCost, StepLoad
 from argosy.placement.device_groups import hop_links
 from argosy.placement.layout import Layout, LayoutJudge, Traffic
 from argosy.placement.model_sources import read_model_shape
-from argosy.placement.planner import PlanOptions, PlanReport, plan_cluster
+from argosy.placement.plan_report import PlanOptions, PlanReport
+from argosy.placement.planner import plan_cluster
 from argosy.placement.rank_memory import StageBytes
 
 EXAMPLES: Final = f"""\

@@ -5,118 +5,24 @@ each what it lacks or by how much it is worse. Nothing here needs a GPU, Ray or 
 """
 
 from collections.abc import Iterator, Sequence
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import msgspec
 
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, PlacementImpossible
-from argosy.placement.calibration import Calibration
 from argosy.placement.device_groups import DeviceGroup, deal_groups, find_groups, hop_links
-from argosy.placement.layout import Layout, LayoutJudge, Traffic
+from argosy.placement.layout import Layout, LayoutJudge
 from argosy.placement.model_shape import ModelShape
 from argosy.placement.plan import ClusterPlan, PlacementPlan, make_plan
+from argosy.placement.plan_reasons import CLOSE, explain_refusal, name_losers, name_oddities, score_of, why_too_slow
+from argosy.placement.plan_report import Candidate, PlanOptions, PlanReport
 from argosy.placement.rank_memory import Serving, StageBytes
 from argosy.placement.topology import ClusterTopology
 from argosy.placement.weight_format import format_by_name
 
 PP_SIZES: Final = (1, 2, 3, 4, 5, 6, 7, 8, 10, 12, 14, 16, 20, 24, 28, 32, 40, 48, 56, 64)
-CLOSE: Final = (
-    0.05  # what the cost model can't tell apart: of such layouts the better one by the other objective is taken
-)
 PATIENCE: Final = 4  # longer pipelines are no longer tried after so many that fit and were each slower
-
-Objective = Literal["throughput", "latency"]
-
-
-class PlanOptions(msgspec.Struct, frozen=True, kw_only=True):
-    """What is asked of the plan. None: the planner chooses."""
-
-    tp_size: int | None = None
-    pp_size: int | None = None
-    num_replicas: int | None = None
-    objective: Objective = "throughput"
-    traffic: Traffic = Traffic()
-    max_ttft_seconds: float | None = None
-    max_tpot_seconds: float | None = None
-    price_per_gpu_hour: float | None = None
-    calibration: Calibration | None = None
-
-
-class Candidate(msgspec.Struct, frozen=True, kw_only=True):
-    """A layout on the cluster: its replicas, each judged, and the sums."""
-
-    tp_size: int
-    pp_size: int
-    devices: str  # which of the cluster: "all", or a GPU model
-    replicas: tuple[Layout, ...]  # those that fit; empty: none does
-    problem: str = ""  # why there is none
-    missing_bytes: int = 0
-
-    @property
-    def tokens_per_second(self) -> float:
-        """Output tokens of all replicas."""
-        return sum(replica.tokens_per_second for replica in self.replicas)
-
-    @property
-    def num_gpus(self) -> int:
-        """Devices in use."""
-        return len(self.replicas) * self.tp_size * self.pp_size
-
-    @property
-    def num_blocks(self) -> int:
-        """KV blocks of all replicas."""
-        return sum(replica.num_blocks for replica in self.replicas)
-
-    @property
-    def concurrency(self) -> int:
-        """Requests at once on all replicas."""
-        return sum(replica.concurrency for replica in self.replicas)
-
-    def lone_seconds(self, traffic: Traffic) -> float:
-        """A lone request from arrival to its last token, on the first replica."""
-        first = self.replicas[0]
-        return first.ttft_seconds + traffic.output_len * first.lone_tpot_seconds
-
-    def describe(self) -> str:
-        """'2 x (TP4 x PP2)'."""
-        only = "" if self.devices == "all" else f" on {self.devices} only"
-        return f"{max(1, len(self.replicas))} x TP{self.tp_size} x PP{self.pp_size}{only}"
-
-
-class Loser(msgspec.Struct, frozen=True, kw_only=True):
-    """A layout that was not taken, and why."""
-
-    candidate: Candidate
-    why: str
-
-
-class PlanReport(msgspec.Struct, frozen=True, kw_only=True):
-    """What was chosen, and what was not."""
-
-    model: ModelShape
-    topology: ClusterTopology
-    serving: Serving
-    options: PlanOptions
-    chosen: Candidate
-    losers: tuple[Loser, ...]  # the nearest first
-    plan: ClusterPlan
-    notes: tuple[str, ...] = ()
-
-    @property
-    def price_per_hour(self) -> float | None:
-        """Of the devices in use; None when no price is known."""
-        if self.options.price_per_gpu_hour is not None:
-            return self.options.price_per_gpu_hour * self.chosen.num_gpus
-        used = {rank.node for replica in self.plan.replicas for rank in replica.ranks}
-        prices = [node.price_per_hour for node in self.topology.nodes if node.node_id in used]
-        return None if not prices or None in prices else sum(price for price in prices if price is not None)
-
-    @property
-    def price_per_million_tokens(self) -> float | None:
-        """Of output tokens at full load."""
-        price = self.price_per_hour
-        return None if price is None else price / (self.chosen.tokens_per_second * 3600.0) * 1e6
 
 
 def make_serving(shape: ModelShape, *, quantization: str | None = None, **settings: Any) -> Serving:
@@ -144,9 +50,9 @@ def plan_cluster(
     )
     candidates = list(_candidates(judge, topology, options))
     fitting = [candidate for candidate in candidates if candidate.replicas]
-    within = [candidate for candidate in fitting if _why_too_slow(candidate, options) is None]
+    within = [candidate for candidate in fitting if why_too_slow(candidate, options) is None]
     if not within:
-        raise PlacementImpossible(_explain_refusal(shape, serving, topology, candidates, options))
+        raise PlacementImpossible(explain_refusal(shape, serving, topology, candidates, options))
     ranked = sorted(within, key=lambda candidate: _order(candidate, options))
     chosen = _best_of_close(ranked, options)
     return PlanReport(
@@ -155,9 +61,9 @@ def plan_cluster(
         serving=serving,
         options=options,
         chosen=chosen,
-        losers=tuple(_losers(chosen, ranked, candidates, options)),
+        losers=tuple(name_losers(chosen, ranked, candidates, options)),
         plan=_cluster_plan(shape, chosen),
-        notes=tuple(_notes(chosen, serving, shape)),
+        notes=tuple(name_oddities(chosen, serving, shape)),
     )
 
 
@@ -268,82 +174,11 @@ def _order(candidate: Candidate, options: PlanOptions) -> tuple[float, int, int]
 
 def _best_of_close(ranked: Sequence[Candidate], options: PlanOptions) -> Candidate:
     """Of those that can't be told apart: the shortest lone request, or the most tokens where that was the objective."""
-    best = _score(ranked[0], options)
-    close = [candidate for candidate in ranked if _score(candidate, options) >= best * (1 - CLOSE)]
+    best = score_of(ranked[0], options)
+    close = [candidate for candidate in ranked if score_of(candidate, options) >= best * (1 - CLOSE)]
     if options.objective == "latency":
         return max(close, key=lambda candidate: (candidate.tokens_per_second, -candidate.pp_size))
     return min(close, key=lambda candidate: (candidate.lone_seconds(options.traffic), candidate.pp_size))
-
-
-def _score(candidate: Candidate, options: PlanOptions) -> float:
-    if options.objective == "latency":
-        return 1.0 / candidate.lone_seconds(options.traffic)
-    return candidate.tokens_per_second
-
-
-def _why_too_slow(candidate: Candidate, options: PlanOptions) -> str | None:
-    slowest = max(candidate.replicas, key=lambda replica: replica.ttft_seconds)
-    if options.max_ttft_seconds is not None and slowest.ttft_seconds > options.max_ttft_seconds:
-        return (f"first token after {1e3 * slowest.ttft_seconds:.0f} ms, "
-                f"{1e3 * (slowest.ttft_seconds - options.max_ttft_seconds):.0f} ms more than asked for")  # fmt: skip
-    tpot = max(replica.tpot_seconds for replica in candidate.replicas)
-    if options.max_tpot_seconds is not None and tpot > options.max_tpot_seconds:
-        return (f"a token every {1e3 * tpot:.1f} ms under load, "
-                f"{1e3 * (tpot - options.max_tpot_seconds):.1f} ms more than asked for")  # fmt: skip
-    return None
-
-
-def _losers(
-    chosen: Candidate, ranked: Sequence[Candidate], candidates: Sequence[Candidate], options: PlanOptions
-) -> Iterator[Loser]:
-    best = _score(chosen, options)
-    for candidate in ranked:
-        if candidate is chosen:
-            continue
-        share = _score(candidate, options) / best
-        other = "fewer tokens/s" if options.objective == "latency" else "slower answers"
-        if share > 1.0:
-            why = f"{100 * (share - 1):.1f} % better, which is within what the model can tell, with {other}"
-        elif share > 1 - CLOSE:
-            why = f"as good within {100 * CLOSE:.0f} %, with {other}"
-        else:
-            why = f"{100 * (1 - share):.0f} % slower"
-        if options.objective == "latency":
-            why += f": {1e3 * candidate.lone_seconds(options.traffic):.0f} ms a lone request"
-        else:
-            why += f": {candidate.tokens_per_second:,.0f} tokens/s"
-        yield Loser(candidate=candidate, why=why)
-    for candidate in candidates:
-        if candidate.replicas and candidate not in ranked and (why_slow := _why_too_slow(candidate, options)):
-            yield Loser(candidate=candidate, why=why_slow)
-    misfits = [candidate for candidate in candidates if not candidate.replicas]
-    for candidate in sorted(misfits, key=lambda one: (one.missing_bytes, one.pp_size)):
-        yield Loser(candidate=candidate, why=candidate.problem)
-
-
-def _explain_refusal(
-    shape: ModelShape,
-    serving: Serving,
-    topology: ClusterTopology,
-    candidates: Sequence[Candidate],
-    options: PlanOptions,
-) -> str:
-    sizes = StageBytes(shape, serving)
-    weights = sizes.stage_bytes(1, 0, shape.num_layers) / 1e9
-    there = ", ".join(f"{node.node_id}: {node.describe_gpus()}" for node in topology.nodes[:8])
-    there += f" and {len(topology.nodes) - 8} more nodes" if len(topology.nodes) > 8 else ""
-    too_slow = [(one, why) for one in candidates if one.replicas and (why := _why_too_slow(one, options))]
-    if too_slow:
-        lines = [f"  {one.describe()}: {why}" for one, why in too_slow[:5]]
-        return f"no layout of {shape.name} is fast enough on {there}:\n" + "\n".join(lines)
-    misfits = sorted((one for one in candidates if one.missing_bytes), key=lambda one: one.missing_bytes)
-    others = [one for one in candidates if not one.missing_bytes and not one.replicas]
-    lines = [f"  {one.describe()}: {one.problem}" for one in (*misfits[:4], *others[:2])]
-    hints = "Add GPUs or nodes, store the weights smaller (--quantization fp8 or awq)"
-    hints += ", or let some live in the host's memory (--cpu-offload-gb auto)" if serving.offload_bytes == 0 else ""
-    stored = shape.spec.dtype if serving.weight_format.bits == 16 else serving.weight_format.name
-    what = f"{shape.name} ({weights:.1f} GB of weights, {stored}) does not fit {there}"
-    return "\n".join([what + ":", *(lines or ["  no layout divides the model over these devices"]), hints])
 
 
 def _check_wishes(shape: ModelShape, topology: ClusterTopology, options: PlanOptions) -> None:
@@ -361,34 +196,6 @@ def _check_wishes(shape: ModelShape, topology: ClusterTopology, options: PlanOpt
         raise PlacementImpossible(
             f"tensor_parallel_size={options.tp_size} needs so many devices in one node; there are {sizes}"
         )
-
-
-def _notes(chosen: Candidate, serving: Serving, shape: ModelShape) -> Iterator[str]:
-    least = min(replica.capacity_tokens for replica in chosen.replicas)
-    if least < serving.max_model_len:
-        yield (f"a replica's cache holds {least:,} tokens, fewer than the {serving.max_model_len:,} that "
-               "max_model_len allows one request")  # fmt: skip
-    groups = [stage.group for replica in chosen.replicas for stage in replica.stages]
-    spanning = any(len(group.node_ids) > 1 for group in groups)
-    if spanning:
-        yield "tensor-parallel groups span nodes: only for a network as fast as the file says"
-    most = max(
-        (stage for replica in chosen.replicas for stage in replica.stages),
-        key=lambda stage: stage.memory.offloaded_bytes,
-    )
-    if offloaded := most.memory.offloaded_bytes:
-        rate = most.group.sheet.pcie_gbytes_per_second
-        yield (
-            f"{offloaded / 1e9:.1f} GB of each device's weights live in the host's memory and are copied in every "
-            f"step: {offloaded / rate / 1e6:.0f} ms at {rate:g} GB/s, whatever the batch"
-        )
-    if chosen.tp_size > 1:
-        slow = min(group.link.gbytes_per_second for group in groups)
-        if slow < 60:
-            yield f"tensor parallelism over {slow:g} GB/s: prompts will wait for the links"
-    unequal = {replica.layer_counts for replica in chosen.replicas}
-    if len(unequal) > 1:
-        yield "replicas differ: each is split to suit its own devices"
 
 
 def _cluster_plan(shape: ModelShape, chosen: Candidate) -> ClusterPlan:

@@ -21,7 +21,8 @@ from argosy.deploy.workload import WORKLOADS
 from argosy.placement.calibration import Calibration, default_calibration, read_calibration
 from argosy.placement.layout import Traffic
 from argosy.placement.model_sources import read_model_shape
-from argosy.placement.planner import PlanOptions, plan_cluster
+from argosy.placement.plan_report import PlanOptions
+from argosy.placement.planner import plan_cluster
 from argosy.placement.rank_memory import Serving
 from argosy.placement.topology_sources import parse_topology
 from argosy.placement.weight_format import format_by_name

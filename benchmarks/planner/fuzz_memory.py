@@ -25,7 +25,8 @@ from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.placement.layout import Layout, Traffic
 from argosy.placement.model_sources import read_model_shape
 from argosy.placement.plan import PlacementPlan
-from argosy.placement.planner import PlanOptions, plan_cluster
+from argosy.placement.plan_report import PlanOptions
+from argosy.placement.planner import plan_cluster
 from argosy.placement.process_groups import ParallelContext
 from argosy.placement.rank_memory import Serving
 from argosy.placement.topology_sources import parse_topology

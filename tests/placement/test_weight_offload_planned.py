@@ -9,7 +9,8 @@ from argosy.placement.cost_model import StepLoad
 from argosy.placement.device_groups import find_groups
 from argosy.placement.layout import LayoutJudge, Traffic
 from argosy.placement.model_sources import read_model_shape
-from argosy.placement.planner import PlanOptions, PlanReport, make_serving, plan_cluster
+from argosy.placement.plan_report import PlanOptions, PlanReport
+from argosy.placement.planner import make_serving, plan_cluster
 from argosy.placement.rank_memory import StageBytes, rank_memory
 from argosy.placement.topology import Gpu
 from argosy.placement.topology_sources import parse_topology
