@@ -79,7 +79,7 @@ class LongSteps:
         dtype: torch.dtype,
         device: torch.device,
     ):
-        """`model`: has `in_turn`, `enter` and `leave`. `max_tokens`: of the longest step."""
+        """`model`: has `in_turn`, `enter`, `through` and `leave`. `max_tokens`: of the longest step."""
         self.model, self.rank, self.transport = model, rank, transport
         self.slice_tokens, self.device = slice_tokens, device
         self.host_bytes = max_tokens * width * dtype.itemsize
@@ -126,9 +126,7 @@ class LongSteps:
                 following = turn + 1
                 if parks and len(slices) <= following < num_layers * len(slices):
                     self._load(slices[following % len(slices)], following % NUM_BUFFERS)
-                delta_CD = layer(None, x_CD, part.positions_T, contexts[place])
-                if delta_CD is not None:
-                    x_CD.add_(delta_CD)
+                self.model.through(layer, x_CD, part.positions_T, contexts[place])
                 is_end = number == num_layers - 1
                 if (parks and not is_end) or (is_end and keeps_all):
                     self._store(part, buffer)

@@ -8,6 +8,7 @@ T = tokens of the step (padding included), D = model width, S = tokens to be sam
 """
 
 from collections.abc import Collection, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -230,6 +231,15 @@ class Decoder(nn.Module):
         """From tokens to what the first layer gets, [T, D]."""
         assert self.embed is not None
         return self.embed(token_ids_T)  # type: ignore[no-any-return]
+
+    def through(self, layer: Any, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> None:
+        """One layer of `in_turn`, all that it gives added to `residual_TD`."""
+        if self._fuses(residual_TD):
+            layer.forward_fused(residual_TD, positions_T, ctx)
+            return
+        delta_TD: Tensor | None = layer(None, residual_TD, positions_T, ctx)
+        if delta_TD is not None:
+            residual_TD.add_(delta_TD)
 
     def leave(self, residual_TD: Tensor) -> Tensor:
         """From what the last layer of the model left to what `compute_logits` takes, [T, D]."""
