@@ -34,7 +34,7 @@ def _move_kernel(
     row = tl.program_id(0).to(tl.int64)
     cache = tl.program_id(1)
     word = tl.program_id(2) * WORDS + tl.arange(0, WORDS)
-    words = tl.load(tables_ptr + num_caches + cache)
+    words = tl.multiple_of(tl.load(tables_ptr + num_caches + cache), 4)  # so that the mask allows 16 bytes at once
     block = tl.load(tables_ptr + cache).to(tl.pointer_type(tl.int32)) + tl.load(ids_ptr + row) * words
     staged = staged_ptr + row * row_words + tl.load(tables_ptr + 2 * num_caches + cache)
     block = tl.multiple_of(block, 16)
