@@ -168,6 +168,8 @@ def main() -> int:
     for suffix in reversed(KINDS):
         for kernel, what, cases in (("paged_attention", "decode", DECODE), ("prefill_attention", "prompts", PROMPTS)):
             for kind, shapes in cases.items():
+                if clock.of and kind in ("crowd", "long"):
+                    continue  # the same kernels as those of the kind before
                 best[kernel][f"h{SIZE}_{kind}{suffix}"] = tune(clock, suffix, what, kind, shapes, arguments.output)
     if arguments.write and not clock.of:
         path = Path(arguments.write)
