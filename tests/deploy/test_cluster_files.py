@@ -10,6 +10,8 @@ from argosy.deploy import settings
 
 pytest.importorskip("ray.serve")
 
+import jsonschema
+from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,20 +54,40 @@ def test_the_manifest_asks_for_tokens_and_shared_memory() -> None:
         assert any(mount["mountPath"] == "/dev/shm" for mount in pod["containers"][0]["volumeMounts"])
 
 
-def test_the_cluster_file_is_whole_and_so_are_its_variants() -> None:
-    """The commented parts are YAML, too: nobody should find a tab in them on the day of a move to AWS."""
+def cluster_variants() -> dict[str, dict[str, Any]]:
+    """The file as it stands, and with each commented part in the place that it is meant for, by provider."""
     text = (ROOT / "ray_cluster.yaml").read_text()
-    cluster = yaml.safe_load(text)
-    assert cluster["max_workers"] == len(cluster["provider"]["worker_ips"])
-    assert all("argosy.deploy.ray_node" in cluster[f"{kind}_start_ray_commands"][1] for kind in ("head", "worker"))
-    variants = text.split("# provider:\n")[1:]
-    assert len(variants) == 2
-    for variant in variants:
+    found = {"local": yaml.safe_load(text)}
+    for variant in text.split("# provider:\n")[1:]:
         lines = []
         for line in f"# provider:\n{variant}".splitlines():
             if line in ("#", "") or not line.startswith("# "):
                 break
             lines.append(line.removeprefix("# "))
-        found = yaml.safe_load("\n".join(lines))
-        assert found["provider"]["type"] in ("aws", "gcp")
-        assert found["head_node_type"] in found["available_node_types"]
+        part = yaml.safe_load("\n".join(lines))
+        replaced = ("provider", "auth", "min_workers", "max_workers")
+        rest = {key: value for key, value in found["local"].items() if key not in replaced}
+        found[part["provider"]["type"]] = {**rest, **part}
+    return found
+
+
+@pytest.mark.parametrize("name", ["local", "aws", "gcp"])
+def test_ray_takes_the_cluster_file_and_its_variants(name: str) -> None:
+    """By Ray's own validator, which `ray up` asks first: nobody should find a slip on the day of a move to a cloud."""
+    cluster = cluster_variants()[name]
+    validate_config(prepare_config(cluster))
+    assert all("argosy.deploy.ray_node" in cluster[f"{kind}_start_ray_commands"][1] for kind in ("head", "worker"))
+    if name == "local":
+        assert cluster["max_workers"] == len(cluster["provider"]["worker_ips"])
+    else:
+        kinds = cluster["available_node_types"]
+        assert cluster["head_node_type"] in kinds
+        assert all(kind["node_config"] for kind in kinds.values())
+
+
+def test_ray_would_refuse_a_slip() -> None:
+    """The validator is asked with what it can say no to."""
+    cluster = cluster_variants()["aws"]
+    cluster["available_node_types"]["gpu"]["node_confg"] = {}
+    with pytest.raises(jsonschema.ValidationError, match="node_confg"):
+        validate_config(prepare_config(cluster))
