@@ -11,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
+import msgspec
 import ray
 
 from argosy.cluster import ray_executor
@@ -27,7 +28,7 @@ from argosy.deploy.owned_folder import short_temp_folder
 from argosy.deploy.promised_nodes import wait_for_nodes
 from argosy.deploy.ray_session import RaySession
 from argosy.placement import ray_cluster
-from argosy.placement.plan import PlacementPlan
+from argosy.placement.plan import PlacementPlan, RankInfo
 from argosy.placement.seating import StageRoom
 from argosy.workers.worker_actor import WorkerActor, encode_boot
 
@@ -74,7 +75,7 @@ class RayRankStarter:
             addresses = driver_addresses(door, here, [actor.node_id for actor in actors], self.group_name)
             boots = [
                 encode_boot(rank=rank, config=config, driver_address=address, secret=door.secret, node=actor.host)
-                for rank, actor, address in zip(plan.ranks, actors, addresses, strict=True)
+                for rank, actor, address in zip(ranks_as_ray_starts_them(plan), actors, addresses, strict=True)
             ]
             return ray_executor.RayRanks(
                 actors,
@@ -92,6 +93,14 @@ class RayRankStarter:
         """What "auto" means here: GPUs wherever there are any, so that none is idle by mistake."""
         device = self.config.parallel.device
         return device if device != "auto" else "cuda" if ray_cluster.discover().num_gpus else "cpu"
+
+
+def ranks_as_ray_starts_them(plan: PlacementPlan) -> list[RankInfo]:
+    """Ray decides which card of its node a rank gets, and shows it that one alone, as number 0.
+
+    The plan's own numbers say how many cards of which kind a stage takes.
+    """
+    return [msgspec.structs.replace(rank, gpu=None) for rank in plan.ranks]
 
 
 def _check_seats(actors: Sequence[ray_executor.RankActor], node_ids: Sequence[str]) -> None:

@@ -13,10 +13,14 @@ from argosy.deploy.cluster_layout import Layout, choose_layout
 pytest.importorskip("ray")
 
 from argosy.deploy.preflight import Inspection
+from argosy.deploy.ray_launch import ranks_as_ray_starts_them
+from argosy.placement.model_sources import read_model_shape
+from argosy.placement.plan_report import PlanOptions
+from argosy.placement.planner import plan_cluster
 from argosy.placement.preflight_facts import GpuFacts, NodeFacts
 from argosy.placement.preflight_rules import Wanted
 from argosy.placement.seating import Offer
-from argosy.placement.topology_sources import topology_from_ray
+from argosy.placement.topology_sources import parse_topology, topology_from_ray
 
 NEEDED = ("torch", "ray", "transformers", "tokenizers", "safetensors", "msgspec", "numpy")
 SOUND = NodeFacts(
@@ -122,3 +126,14 @@ def test_a_group_that_no_node_holds_spans_nodes_where_it_was_asked_for() -> None
     assert notes == []
     with pytest.raises(PlacementImpossible, match="1 stage of 8 CPU"):
         choose(config(tensor_parallel_size=8), {"a": 4096, "b": 4096})
+
+
+def test_ray_s_ranks_know_no_card_s_number() -> None:
+    """The plan counts the cards of a node from 0; a rank under Ray sees one, and its number is 0 again."""
+    topology = parse_topology({"nodes": [{"name": "n", "gpus": "4 x H200"}]})
+    report = plan_cluster(read_model_shape("llama-3.1-8b"), topology, PlanOptions(pp_size=1))
+    planned = [rank.gpu for replica in report.plan.replicas for rank in replica.ranks]
+    assert planned == [0, 1, 2, 3]
+    started = [rank for replica in report.plan.replicas for rank in ranks_as_ray_starts_them(replica)]
+    assert [rank.gpu for rank in started] == [None] * 4
+    assert [rank.node for rank in started] == ["n"] * 4
