@@ -14,7 +14,8 @@ from argosy.cluster.metrics import Metrics
 from argosy.cluster.outcome import Outcomes
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.kv_groups import KVGroups
-from argosy.cluster.protocol.messages import ModelRunnerOutput, SchedulerOutput
+from argosy.cluster.protocol.messages import BlockSwaps, ModelRunnerOutput, SchedulerOutput
+from argosy.cluster.protocol.swap import NO_SWAP, SwapCosts
 from argosy.cluster.request import WATCH_ALL, Request
 from argosy.cluster.scheduler import Scheduler
 from argosy.cluster.step import Step
@@ -50,6 +51,34 @@ class QuietOutcomes(Outcomes):
                 request.token_ids.append(TOKEN)
 
 
+class HostLink:
+    """Copies between device and host, in virtual time: one after the other in each direction, beside the steps."""
+
+    def __init__(self, costs: SwapCosts):
+        self._costs = costs
+        self._out_free_at = self._in_free_at = 0.0
+        self._arriving: deque[tuple[int, float]] = deque()  # step that ordered blocks in, when they are all there
+        self._swapped_in_step_id = -1
+        self._seconds = [0.0, 0.0]
+
+    def begin(self, step_id: int, swaps: BlockSwaps, now: float) -> float:
+        """What a step orders at `now`; when its rows can run."""
+        out_seconds, in_seconds = len(swaps.out) * self._costs.out_seconds, len(swaps.into) * self._costs.in_seconds
+        self._seconds = [self._seconds[0] + out_seconds, self._seconds[1] + in_seconds]
+        self._out_free_at = max(self._out_free_at, now) + out_seconds
+        if swaps.into:
+            self._in_free_at = max(self._in_free_at, now) + in_seconds
+            self._arriving.append((step_id, self._in_free_at))
+        return max([now, *(when for ordered, when in self._arriving if ordered <= swaps.await_step_id)])
+
+    def report(self, now: float) -> tuple[int, tuple[float, float]]:
+        """The latest step whose blocks are all in at `now`, and seconds out and in since the last call."""
+        while self._arriving and self._arriving[0][1] <= now:
+            self._swapped_in_step_id = self._arriving.popleft()[0]
+        seconds, self._seconds = (self._seconds[0], self._seconds[1]), [0.0, 0.0]
+        return self._swapped_in_step_id, seconds
+
+
 class SimulatedReplica:
     """A replica that takes requests and answers after virtual seconds. `leaps`: many plain steps at once."""
 
@@ -63,12 +92,14 @@ class SimulatedReplica:
         num_stages: int = 1,
         leaps: bool = True,
         groups: KVGroups | None = None,
+        swap: SwapCosts = NO_SWAP,
     ):
         self.replica_id, self.num_blocks = replica_id, num_blocks
         self.clock, self.metrics = ManualClock(), Metrics()
         self.scheduler = Scheduler(config, self.clock, self.metrics)
         self.scheduler.outcomes = QuietOutcomes(self.clock, self.metrics, self.scheduler.end, num_stages)
-        self.scheduler.begin_epoch(0, num_blocks, groups)
+        self.scheduler.begin_epoch(0, num_blocks, groups, swap)
+        self._link = HostLink(swap)
         self._stage_seconds, self._num_stages, self._leaps = stage_seconds, num_stages, leaps
         self._finishes: deque[float] = deque()  # of the steps in flight, in order
         self._free_at = [0.0] * num_stages
@@ -95,7 +126,12 @@ class SimulatedReplica:
         self.clock.move_to(now)
         scheduler = self.scheduler
         step = scheduler._in_flight[0]  # the answer to the oldest: its id is all that is checked
-        scheduler.update(ModelRunnerOutput(step_id=step.step_id, epoch=0, token_ids=()))
+        done, seconds = self._link.report(now)
+        scheduler.update(
+            ModelRunnerOutput(
+                step_id=step.step_id, epoch=0, token_ids=(), swapped_in_step_id=done, swap_seconds=seconds
+            )
+        )
         ended = scheduler.outcomes.ended
         if ended:
             scheduler.outcomes.ended = []
@@ -112,6 +148,8 @@ class SimulatedReplica:
         running = scheduler._running
         rows = running.decoding
         if not self._leaps or self._num_stages > 1 or running.prefilling or running.is_stale or scheduler.queue:
+            return
+        if scheduler.host.loading:
             return
         in_flight = scheduler._in_flight
         if len(in_flight) != scheduler.max_steps_in_flight or any(step.rows is not rows for step in in_flight):
@@ -147,6 +185,8 @@ class SimulatedReplica:
             ready = now
             if self._num_stages > 1:
                 ready = max([now, *(self._sampled_at.get(handle, now) for handle in output.rows[: step.num_decodes])])
+            if output.swaps is not None:
+                ready = max(ready, self._link.begin(output.step_id, output.swaps, ready))
             finish = self._run_on_stages(self._size_of(output, step), ready)
             if self._num_stages > 1:
                 self._note_sampled(output, finish)

@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Sequence
-from typing import Final
 
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import (
@@ -16,10 +15,7 @@ from argosy.cluster.protocol.errors import (
 )
 from argosy.cluster.protocol.kv_groups import KVGroups
 from argosy.cluster.protocol.messages import WorkerError, WorkerReady, WorkerReport
-from argosy.cluster.protocol.swap import NO_SWAP, SwapCosts
-
-MOST_HOST_BLOCKS: Final = 4
-"""Times the device's blocks, with "auto": the issue's own measure of a load that is too large."""
+from argosy.cluster.protocol.swap import MOST_HOST_BLOCKS, NO_SWAP, SwapCosts
 
 
 def agree_on_num_blocks(reports: Sequence[WorkerReport], config: ServingConfig) -> int:

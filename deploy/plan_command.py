@@ -46,7 +46,7 @@ Models known by name ({len(known_models())}; a folder or a config.json does as w
 SERVING_FLAGS: Final = (
     "dtype", "kv_cache_dtype", "max_model_len", "max_num_seqs", "max_num_batched_tokens", "block_size",
     "gpu_memory_utilization", "kv_cache_memory_bytes", "enable_expert_parallel", "all2all_backend",
-    "cpu_offload_gb", "activation_offload_gb", "activation_slice_tokens",
+    "cpu_offload_gb", "swap_space", "activation_offload_gb", "activation_slice_tokens",
 )  # fmt: skip
 NODE_SIZES: Final = (1, 2, 4, 8)  # GPUs of a node that can be bought, for the table of needs
 
@@ -80,6 +80,8 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-q", "--quantization", choices=tuple(FORMATS), help="default: as the checkpoint is stored")
     parser.add_argument("--cpu-offload-gb", "--offload-gb", metavar="GIB",
                         help="GiB of each GPU's weights in the host's memory; auto: what is needed to fit")  # fmt: skip
+    parser.add_argument("--swap-space", metavar="GIB",
+                        help="host memory of each GPU for KV blocks that make room: 16, 16GiB or auto")  # fmt: skip
     parser.add_argument("--activation-offload-gb", metavar="GIB",
                         help="GiB of the host's memory for hidden states of long steps, or auto")  # fmt: skip
     parser.add_argument("--activation-slice-tokens", type=int, help="tokens of such a step at once (default: 4096)")
@@ -129,7 +131,7 @@ def topology_from(args: argparse.Namespace) -> ClusterTopology:
 def config_from(args: argparse.Namespace, shape: ModelShape, topology: ClusterTopology | None = None) -> ServingConfig:
     """The settings that the flags name, the others at their defaults: a step's size is what suits the cards."""
     given: dict[str, Any] = {name: getattr(args, name) for name in SERVING_FLAGS if getattr(args, name) is not None}
-    for name in ("cpu_offload_gb", "activation_offload_gb"):
+    for name in ("cpu_offload_gb", "activation_offload_gb", "swap_space"):
         if name in given:
             given[name] = clean_setting(name, given[name])
     models = [gpu.model for node in topology.nodes for gpu in node.gpus] if topology is not None else []

@@ -183,7 +183,8 @@ def inspect_for(config: ServingConfig, tell: Callable[[str], None]) -> Inspectio
 def wanted_by(config: ServingConfig) -> Wanted:
     """What these settings ask of a node. What is "auto" is worked out, and checked, by the ranks."""
     parallel, offload = config.parallel, config.offload
-    gib = [size for size in (offload.cpu_offload_gb, offload.activation_offload_gb) if not isinstance(size, str)]
+    asked = (offload.cpu_offload_gb, offload.activation_offload_gb, offload.swap_space)
+    gib = [size for size in asked if not isinstance(size, str)]
     ranks = parallel.tensor_parallel_size * parallel.pipeline_parallel_size * parallel.data_parallel_size
     return Wanted(
         device=parallel.device,

@@ -22,6 +22,7 @@ from argosy.placement.model_sources import read_model_shape
 from argosy.placement.plan_report import PlanOptions, PlanReport
 from argosy.placement.planner import plan_cluster
 from argosy.placement.rank_memory import StageBytes
+from argosy.placement.swap_plan import plan_swap
 
 EXAMPLES: Final = f"""\
 examples:
@@ -128,10 +129,12 @@ def simulate(
             groups = [stage.group for stage in layout.stages]
             hops = hop_links(report.topology, groups)
             costs[key] = judge.cost(groups, layout.tp_size, layout.layer_counts, hops)
+        calibration = judge.calibration_of(layout.stages[0].group)
+        swap = plan_swap(layout, report.serving, report.topology.nodes, costs[key], calibration)
         replicas.append(
             SimulatedReplica(
                 number, _config_of(config, layout), layout.num_blocks, _seconds_of(costs[key]),
-                num_stages=layout.pp_size, leaps=leaps,
+                num_stages=layout.pp_size, leaps=leaps, swap=swap,
             )
         )  # fmt: skip
     sample = max(expected_seconds / 120, 0.05)

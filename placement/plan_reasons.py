@@ -6,6 +6,7 @@ from typing import Final
 from argosy.placement.model_shape import ModelShape
 from argosy.placement.plan_report import Candidate, Loser, PlanOptions
 from argosy.placement.rank_memory import Serving, StageBytes
+from argosy.placement.swap_plan import host_bytes_by_node, plan_host_blocks
 from argosy.placement.topology import ClusterTopology
 
 # what the cost model can't tell apart: of such layouts the better one by the other objective is taken
@@ -87,8 +88,9 @@ def explain_refusal(
     return "\n".join([what + ":", *(lines or ["  no layout divides the model over these devices"]), hints])
 
 
-def name_oddities(chosen: Candidate, serving: Serving, shape: ModelShape) -> Iterator[str]:
+def name_oddities(chosen: Candidate, serving: Serving, shape: ModelShape, topology: ClusterTopology) -> Iterator[str]:
     """What its user should know of the chosen layout."""
+    yield from _host_tier(chosen, serving, topology)
     least = min(replica.capacity_tokens for replica in chosen.replicas)
     if least < serving.max_model_len:
         yield (f"a replica's cache holds {least:,} tokens, fewer than the {serving.max_model_len:,} that "
@@ -114,3 +116,25 @@ def name_oddities(chosen: Candidate, serving: Serving, shape: ModelShape) -> Ite
     unequal = {replica.layer_counts for replica in chosen.replicas}
     if len(unequal) > 1:
         yield "replicas differ: each is split to suit its own devices"
+
+
+def _host_tier(chosen: Candidate, serving: Serving, topology: ClusterTopology) -> Iterator[str]:
+    """What `swap_space` takes of the hosts, and whether they have it."""
+    taken: dict[str, int] = {}
+    for replica in chosen.replicas:
+        count = plan_host_blocks(replica, serving, topology.nodes)
+        for node_id, num_bytes in host_bytes_by_node(replica, count).items():
+            taken[node_id] = taken.get(node_id, 0) + num_bytes
+    if not any(taken.values()):
+        return
+    count = plan_host_blocks(chosen.replicas[0], serving, topology.nodes)
+    worst = max(taken, key=lambda node_id: taken[node_id])
+    yield (
+        f"swap_space keeps {count:,} blocks = {count * serving.block_size:,} tokens a replica in the hosts' memory, "
+        f"{taken[worst] / 2**30:.1f} GiB of {worst}"
+    )
+    has = {node.node_id: node.memory_bytes for node in topology.nodes}
+    for node_id, num_bytes in sorted(taken.items()):
+        if 0 < has[node_id] < num_bytes:
+            yield f"{node_id} has {has[node_id] / 2**30:.1f} GiB of memory: too little for swap_space; ask for less"
+            return

@@ -12,6 +12,7 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.model_spec import DTYPE_BYTES, KV_SCALE_BYTES
 from argosy.placement.calibration import Calibration
 from argosy.placement.model_shape import Matrix, ModelShape
+from argosy.placement.swap_space import staging_bytes, swap_setting
 from argosy.placement.topology import Gpu
 from argosy.placement.weight_format import FORMATS, WeightFormat
 from argosy.placement.weight_offload import buffer_bytes, count_for, count_to_gain, offloaded_bytes
@@ -45,6 +46,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     num_gpu_blocks_override: int | None = None
     slice_tokens: int | None = None  # of longer steps, that are computed at once; None: all are
     offload_bytes: int | None = 0  # of a rank's weights, in whole layers; None: as few as are needed to fit
+    swap_bytes: int | None = 0  # of the host's memory for blocks of a rank; None: what suits
 
     @classmethod
     def from_config(
@@ -72,6 +74,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
             num_gpu_blocks_override=config.cache.num_gpu_blocks_override,
             slice_tokens=slice_setting(config),
             offload_bytes=offload_setting(config),
+            swap_bytes=swap_setting(config),
         )
 
     @property
@@ -218,6 +221,7 @@ def rank_memory(
         budget = min(share, limit - weights - activations)
     else:
         workspace = calibration.workspace_bytes + (calibration.group_bytes if tp_size * pp_size > 1 else 0)
+        workspace += staging_bytes(block) if serving.swap_bytes != 0 else 0
         limit = min(int(gpu.memory_bytes * serving.gpu_memory_utilization), gpu.memory_bytes - MIN_SLACK)
         budget = limit - taken - workspace - weights - activations
         if serving.offload_bytes != 0:

@@ -21,11 +21,9 @@ from torch import Tensor
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.messages import BlockSwaps
 from argosy.kernels import ops
+from argosy.placement.swap_space import IN_BUFFER_BYTES, OUT_BUFFER_BYTES, OUT_BUFFERS, rows_of
 from argosy.workers.host_memory import check_host_room, free_host_bytes, pinned_bytes
 
-OUT_BUFFERS: Final = 4
-OUT_BUFFER_BYTES: Final = 128 * 2**20  # four of them take a request of 4096 tokens of an 8B model at once
-IN_BUFFER_BYTES: Final = 64 * 2**20
 MEASURED_BYTES: Final = 256 * 2**20
 
 
@@ -40,19 +38,6 @@ def choose_num_host_blocks(config: ServingConfig, block_bytes: int, num_ranks: i
     num_bytes = int(asked * 2**30)
     check_host_room(num_bytes, f"swap_space={asked:g}", "ask for less, or for auto", num_ranks=num_ranks)
     return num_bytes // block_bytes
-
-
-def staging_bytes(block_bytes: int) -> int:
-    """What a card's memory gives up for the buffers of a host pool."""
-    return OUT_BUFFERS * _rows(OUT_BUFFER_BYTES, block_bytes) * block_bytes + _in_rows(block_bytes) * block_bytes
-
-
-def _rows(num_bytes: int, block_bytes: int) -> int:
-    return max(1, num_bytes // block_bytes)
-
-
-def _in_rows(block_bytes: int) -> int:
-    return _rows(IN_BUFFER_BYTES, block_bytes)
 
 
 class HostPool:
@@ -95,7 +80,7 @@ class HostPool:
 
     def measure(self) -> tuple[float, float]:
         """Seconds of a block out and in, in a copy of many. Leaves device blocks as they are."""
-        count = min(len(self.rows_NB), self.tensors[0].shape[0], _rows(MEASURED_BYTES, self.block_bytes))
+        count = min(len(self.rows_NB), self.tensors[0].shape[0], rows_of(MEASURED_BYTES, self.block_bytes))
         best = [float("inf"), float("inf")]
         for _ in range(3):  # the first pays for what is used for the first time
             for way, swaps in enumerate((
@@ -127,12 +112,14 @@ class CardHostPool(HostPool):
         device, event = self.device, _event
         make: Any = torch.cuda.Stream  # torch gives it no types
         self._out_stream, self._in_stream = make(device), make(device)
-        rows = _rows(OUT_BUFFER_BYTES, self.block_bytes)
+        rows = rows_of(OUT_BUFFER_BYTES, self.block_bytes)
         self._out_buffers = [torch.empty(rows, self.block_bytes, dtype=torch.uint8, device=device)
                              for _ in range(OUT_BUFFERS)]  # fmt: skip
         self._out_free = [event() for _ in range(OUT_BUFFERS)]
         self._turn = 0
-        self._in_buffer = torch.empty(_in_rows(self.block_bytes), self.block_bytes, dtype=torch.uint8, device=device)
+        self._in_buffer = torch.empty(
+            rows_of(IN_BUFFER_BYTES, self.block_bytes), self.block_bytes, dtype=torch.uint8, device=device
+        )
         self._out: list[tuple[set[int], Any, Any]] = []  # host blocks, first and last event of copies under way
         self._in: list[tuple[int, Any, Any]] = []  # step id, first and last event; in order
 

@@ -21,12 +21,12 @@ from argosy.placement.calibration import default_calibration
 from argosy.placement.data_sheets import find_data_sheet
 from argosy.placement.model_families import shape_from_spec
 from argosy.placement.rank_memory import Serving, StageBytes, num_offloaded, offload_setting, rank_memory
+from argosy.placement.swap_space import staging_bytes
 from argosy.placement.topology import Gpu
 from argosy.placement.weight_offload import buffer_bytes, count_for, offloaded_bytes
 from argosy.workers.cuda_graphs import ladder
 from argosy.workers.device import MemoryReading, describe_device
 from argosy.workers.host_memory import check_host_room
-from argosy.workers.host_pool import staging_bytes
 from argosy.workers.long_steps import NUM_BUFFERS
 from argosy.workers.model_runner import ModelRunner
 

@@ -7,6 +7,8 @@ from typing import Final
 from argosy.cluster.protocol.errors import ConfigError
 
 AUTO: Final = "auto"
+MOST_HOST_BLOCKS: Final = 4
+"""With "auto": times the device's blocks."""
 _UNITS: Final = {
     "": 2**30,
     "b": 1,
