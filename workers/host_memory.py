@@ -4,7 +4,9 @@ Pages that are touched first and registered then cost 0.05 s a GiB; asking the d
 torch's own allocator rounds what it asks for up to a power of two. On a CPU it is plain memory.
 """
 
+import contextlib
 import mmap
+from collections.abc import Callable
 from typing import Any, Final
 
 import psutil
@@ -16,7 +18,6 @@ from argosy.cluster.protocol.ledger import gib
 
 _PAGE: Final = 2 * 2**20
 KEPT_FREE: Final = 2 * 2**30  # for everything else on the host
-_REGISTERED_ALREADY: Final = 712  # cudaErrorHostMemoryAlreadyRegistered
 
 
 def check_host_room(num_bytes: int, what: str, fix: str, *, num_ranks: int = 1) -> None:
@@ -34,20 +35,36 @@ def free_host_bytes() -> int:
     return max(0, int(psutil.virtual_memory().available) - KEPT_FREE)
 
 
+class PinnedPages(mmap.mmap):
+    """Pages that tell the driver before they go: it would take the next ones at that address for them."""
+
+    unpin: Callable[[int], object] | None = None
+    address = 0
+
+    def __del__(self) -> None:
+        if self.unpin is not None:
+            self.unpin(self.address)
+
+
 def pinned_bytes(num_bytes: int, device: torch.device) -> Tensor:
-    """So many bytes, uint8, that `device` reaches by itself. They stay pinned until the process ends."""
+    """So many bytes, uint8, that `device` reaches by itself. Given back with the last tensor that looks at them.
+
+    Raises `PlacementImpossible` where the driver won't have it.
+    """
     if device.type != "cuda":
         return torch.empty(num_bytes, dtype=torch.uint8)
     size = -(-max(num_bytes, 1) // _PAGE) * _PAGE
-    mapped = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    mapped.madvise(mmap.MADV_HUGEPAGE)
-    whole = torch.frombuffer(mapped, dtype=torch.uint8)
+    pages = PinnedPages(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):  # a system without them
+        pages.madvise(mmap.MADV_HUGEPAGE)
+    whole = torch.frombuffer(pages, dtype=torch.uint8)
     whole.zero_()  # by all threads: a page lives where it is touched first
     runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call, unused-ignore]  # torch's own
     status = int(runtime.cudaHostRegister(whole.data_ptr(), size, 0))
-    if status not in (0, _REGISTERED_ALREADY):
+    if status:
         raise PlacementImpossible(
             f"the driver refuses to pin {gib(size)} of the host's memory (error {status}): raise 'ulimit -l', or ask "
             "for less (--cpu-offload-gb, --swap-space)"
         )
+    pages.unpin, pages.address = runtime.cudaHostUnregister, whole.data_ptr()
     return whole[:num_bytes]

@@ -27,7 +27,6 @@ from argosy.deploy import bench_models
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import init_parallel
 from argosy.workers.device import describe_device, set_up_device
-from argosy.workers.host_memory import pinned_bytes
 from argosy.workers.memory import MemoryLedger, choose_num_offloaded
 from argosy.workers.model_runner import ModelRunner
 
@@ -57,11 +56,15 @@ def make_runner(args: argparse.Namespace, gib: float) -> ModelRunner:
     return runner
 
 
-def link_rate(device: torch.device, num_bytes: int) -> float:
-    """Bytes a second that plain copies of this size come with from pinned memory: the best of five."""
-    host, there = pinned_bytes(num_bytes, device), torch.empty(num_bytes, dtype=torch.uint8, device=device)
-    best = min(timed(device, lambda: there.copy_(host, non_blocking=True), 2) for _ in range(5))
-    return num_bytes / best
+def link_rate(device: torch.device, hosts: list[torch.Tensor]) -> float:
+    """Bytes a second that plain copies of these blocks come with, one after the other: the best of five rounds."""
+    there = torch.empty(max(host.nbytes for host in hosts), dtype=torch.uint8, device=device)
+
+    def copy_all() -> None:
+        for host in hosts:
+            there[: host.nbytes].copy_(host, non_blocking=True)
+
+    return sum(host.nbytes for host in hosts) / min(timed(device, copy_all, 1) for _ in range(5))
 
 
 def timed(device: torch.device, run: Callable[[], object], count: int) -> float:
@@ -168,8 +171,7 @@ def main() -> int:
         tokens = speak(runner)
         said = said or tokens
         offload = runner.offload
-        block = max((host.nbytes for host in offload._host), default=0) if offload is not None else 0
-        rate = link_rate(runner.device, block) if block else 0.0
+        rate = 0.0 if offload is None else link_rate(runner.device, offload._host)
         host_bytes = 0 if offload is None else offload.host_bytes
         for name, seconds in measure(runner, args).items():
             resident.setdefault(name, seconds)
