@@ -1,6 +1,7 @@
 """Whether offloaded weights say what resident ones say, in every layout that the cards here allow: random weights.
 
     python benchmarks/gpu/check_offload.py --model 06b --gib 0.3 --layouts 1x1 2x1 1x2
+    python benchmarks/gpu/check_offload.py --model 06b --gib 0 0.3 --slice 64 --dtype float32      long steps as well
 
 One line a layout and way (recorded graphs, eager); exit code 1 on a difference. `--device cpu` runs it here and now.
 """
@@ -20,7 +21,7 @@ def said(folder: Path, prompts: list[list[int]], **settings: Any) -> tuple[list[
     """Greedy tokens, and the ranks' ledgers."""
     with LLM(
         str(folder), load_format="dummy", skip_tokenizer_init=True, distributed_executor_backend="mp",
-        max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=512, **settings,
+        max_model_len=1024, max_num_seqs=8, max_num_batched_tokens=1024, **settings,
     ) as llm:  # fmt: skip
         params = SamplingParams(max_tokens=24, temperature=0.0, ignore_eos=True)
         outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
@@ -36,6 +37,7 @@ def main() -> int:
     parser.add_argument("--quantization", help="round the weights, such as fp8")
     parser.add_argument("--gib", type=float, nargs="+", default=[0.3])
     parser.add_argument("--layouts", nargs="+", default=["1x1"], help="tensor-parallel x pipeline, such as 2x2")
+    parser.add_argument("--slice", type=int, help="compute steps of more tokens in slices, hidden states on the host")
     parser.add_argument("--ways", nargs="+", default=["graphs", "eager"], choices=("graphs", "eager"))
     args = parser.parse_args()
     draw = random.Random(3)
@@ -51,11 +53,12 @@ def main() -> int:
                     "dtype": args.dtype, "quantization": args.quantization, "enforce_eager": way == "eager",
                 }  # fmt: skip
                 expected, _ = said(folder, prompts, **common)
+                sliced = {"activation_offload_gb": "auto", "activation_slice_tokens": args.slice} if args.slice else {}
                 for gib in args.gib:
-                    tokens, ledgers = said(folder, prompts, cpu_offload_gb=gib, **common)
+                    tokens, ledgers = said(folder, prompts, cpu_offload_gb=gib, **sliced, **common)
                     is_equal &= tokens == expected
                     row = {"model": args.model, "layout": layout, "way": way, "gib": gib, "equal": tokens == expected,
-                           "quantization": args.quantization, "ledgers": ledgers}  # fmt: skip
+                           "quantization": args.quantization, "slice": args.slice, "ledgers": ledgers}  # fmt: skip
                     print(json.dumps(row), flush=True)
     return 0 if is_equal else 1
 
