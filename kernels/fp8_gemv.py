@@ -192,14 +192,18 @@ def suits(x_TI: Tensor, weight: Fp8Weight) -> bool:
 
 def prefers_library(num_tokens: int, weight: Fp8Weight) -> bool:
     """Whether rounding the activations and a product for many tokens was measured to be faster here."""
-    tuned = tuning.pick("fp8_gemv", _key(num_tokens, weight), weight.values_OI.device)
+    tuned = _tuned(num_tokens, weight)
     return tuned is not None and bool(tuned.get("library", 0))
 
 
-def _key(num_tokens: int, weight: Fp8Weight) -> str:
+def _tuned(num_tokens: int, weight: Fp8Weight) -> tuning.Sizes | None:
+    """Measured sizes; of blocks only 128 x 128 were, and others may not divide the tiles."""
+    if weight.block not in (None, (128, 128)):
+        return None
     num_outputs, num_inputs = weight.values_OI.shape
     blocks = "b" if weight.block else ""
-    return f"{num_inputs}x{num_outputs}x{1 if num_tokens == 1 else MAX_TOKENS}{blocks}"
+    key = f"{num_inputs}x{num_outputs}x{1 if num_tokens == 1 else MAX_TOKENS}{blocks}"
+    return tuning.pick("fp8_gemv", key, weight.values_OI.device)
 
 
 def _default_sizes(num_tokens: int, num_inputs: int, num_rows: int, num_sms: int, group: int) -> dict[str, int]:
@@ -242,7 +246,7 @@ def fused_linear(
     assert scale.is_contiguous()
     assert residual_TO is None or residual_TO.shape == (num_tokens, num_outputs)
     facts = tuning.device_facts(x_TI.device)
-    sizes = sizes or tuning.pick("fp8_gemv", _key(num_tokens, weight), x_TI.device)
+    sizes = sizes or _tuned(num_tokens, weight)
     sizes = sizes or _default_sizes(num_tokens, num_inputs, num_rows, facts.num_sms, group)
     kernel, rows, width = KERNELS[sizes["kernel"]], sizes["rows"], sizes["width"]
     assert not group or kernel is not _vector_kernel

@@ -137,6 +137,18 @@ def test_a_few_tokens(
         assert_near(got, want)
 
 
+@pytest.mark.parametrize("block", [(128, 64), (1, 32)])
+def test_sizes_that_were_measured_for_other_blocks_are_left_alone(
+    block: tuple[int, int], device: torch.device, assert_near: Near, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles of 128 inputs do not fit blocks of 64: found on a card, whose table has shapes of models."""
+    measured = {"kernel": 1, "rows": 16, "width": 128, "stages": 2, "warps": 4, "prefetch": 0, "early": 0}
+    monkeypatch.setattr(fp8_gemv.tuning, "pick", lambda *_: measured)
+    x = torch.randn(5, 256, device=device).to(DTYPES[0])
+    weight = fp8_reference.quantize_weight(torch.randn(40, 256, device=device) / 20, block)
+    assert_near(fp8_gemv.fused_linear(x, weight), fp8_reference.fused_linear(x.float(), weight))
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("num_tokens", [1, 16, 17, 100])
 @pytest.mark.parametrize("block", [None, (128, 128)])
