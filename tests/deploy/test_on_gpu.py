@@ -206,6 +206,28 @@ def test_steps_of_many_prompt_tokens_say_what_transformers_says(
     assert regret_of(exact, best) < 1e-3
 
 
+ON_THE_HOST: dict[str, dict[str, Any]] = {
+    "weights": {"cpu_offload_gb": 1.0},
+    "hidden states": {"activation_offload_gb": "auto", "activation_slice_tokens": 10},
+    "both, eager": {
+        "cpu_offload_gb": 0.004, "activation_offload_gb": "auto", "activation_slice_tokens": 10, "enforce_eager": True,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", ON_THE_HOST)
+def test_what_lives_on_the_host_changes_no_token(what: str, folders: dict[str, Path], prompts: list[list[int]]) -> None:
+    """All or some layers' weights, slices of steps: the same answers, and the same score of every token of a prompt."""
+    with engine(folders["qwen2"], dtype="float32") as llm:
+        expected, scores = answer(llm, prompts)
+    with engine(folders["qwen2"], dtype="float32", **ON_THE_HOST[what]) as llm:
+        tokens, found = answer(llm, prompts)
+        (rank,) = llm._engine.ranks
+    assert tokens == expected
+    assert distance(scores, found) < 1e-3
+    assert any(name.startswith("host: ") for name in rank.ledger)
+
+
 def test_the_ledger_adds_up_to_what_the_driver_reports(folders: dict[str, Path]) -> None:
     """Weights, cache, graphs, activations, workspace and what is free, to within two in a hundred."""
     with engine(folders["llama"], dtype="bfloat16", num_gpu_blocks_override=None, gpu_memory_utilization=0.5) as llm:
