@@ -6,8 +6,9 @@ import pytest
 
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, PlacementImpossible
-from argosy.cluster.protocol.messages import WorkerReport
-from argosy.cluster.start_rules import agree_on_num_blocks
+from argosy.cluster.protocol.messages import WorkerReady, WorkerReport
+from argosy.cluster.protocol.swap import NO_SWAP
+from argosy.cluster.start_rules import agree_on_num_blocks, agree_on_num_host_blocks, swap_costs
 
 GIB = 2**30
 
@@ -17,12 +18,12 @@ def config(**settings: Any) -> ServingConfig:
     return ServingConfig.from_mapping({"model": "m", "max_model_len": 4096, **settings})
 
 
-def report(num_blocks: int, *, rank: int = 0, total_gib: int = 100) -> WorkerReport:
+def report(num_blocks: int, *, rank: int = 0, total_gib: int = 100, num_host_blocks: int = 0) -> WorkerReport:
     """A rank with so many blocks of 4 MiB."""
     return WorkerReport(
         global_rank=rank, epoch=0, num_blocks=num_blocks, block_bytes=4 << 20, free_bytes=num_blocks * (4 << 20),
         weight_bytes=15 * GIB, activation_bytes=GIB, device="a card", node="", load_seconds=1.0,
-        ledger={"total": total_gib * GIB} if total_gib else {},
+        ledger={"total": total_gib * GIB} if total_gib else {}, num_host_blocks=num_host_blocks,
     )  # fmt: skip
 
 
@@ -51,3 +52,25 @@ def test_the_flag_that_fits_is_named_with_its_value(
         agree_on_num_blocks(reports, config(**settings))
     assert "rank 1" in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_the_host_tier_is_as_large_as_the_poorest_rank_s() -> None:
+    """ "auto" takes no more than four times the device's blocks; a number is taken at its word."""
+    reports = [report(300, num_host_blocks=5000), report(300, rank=1, num_host_blocks=900)]
+    assert agree_on_num_host_blocks(reports, config(), 300) == 0
+    assert agree_on_num_host_blocks(reports, config(swap_space=4), 300) == 900
+    assert agree_on_num_host_blocks(reports[:1], config(swap_space=4), 300) == 5000
+    assert agree_on_num_host_blocks(reports[:1], config(swap_space="auto"), 300) == 1200
+    with pytest.raises(ConfigError, match=r"swap_space=0.001: .* rank 0 has 0.00 GiB; use --swap-space 1GiB or more"):
+        agree_on_num_host_blocks([report(300)], config(swap_space=0.001), 300)
+
+
+def test_the_slowest_rank_says_what_a_swap_costs() -> None:
+    ready = [
+        WorkerReady(global_rank=rank, epoch=0, warm_up_seconds=1.0, swap_seconds=seconds)
+        for rank, seconds in enumerate([(0.001, 0.004, 0.01), (0.003, 0.002, 0.02)])
+    ]
+    costs = swap_costs([report(300), report(300, rank=1)], ready, 900)
+    assert (costs.num_host_blocks, costs.block_bytes) == (900, 8 << 20)
+    assert (costs.out_seconds, costs.in_seconds, costs.token_seconds) == (0.003, 0.004, 0.02)
+    assert swap_costs([report(300)], ready, 0) is NO_SWAP
