@@ -147,7 +147,8 @@ def _memory() -> Finding:
     found = f"{memory.available / _GIB:.1f} GiB free of {memory.total / _GIB:.1f}"
     if memory.available < 2 * _GIB:
         return Finding("memory", "warn", found, "Ray and a small model want 2 GiB; stop something or add memory")
-    return Finding("memory", "ok", found)
+    spare = (memory.available - 2 * _GIB) / _GIB
+    return Finding("memory", "ok", f"{found}; up to {spare:.1f} of it for --swap-space and --cpu-offload-gb")
 
 
 def _shared_memory() -> Finding:
