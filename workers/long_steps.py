@@ -126,12 +126,13 @@ class LongSteps:
                 following = turn + 1
                 if parks and len(slices) <= following < num_layers * len(slices):
                     self._load(slices[following % len(slices)], following % NUM_BUFFERS)
-                self.model.through(layer, x_CD, part.positions_T, contexts[place])
                 is_end = number == num_layers - 1
+                rows = self._asked_rows(part) if is_end and self.rank.is_last_stage and not keeps_all else None
+                made_XD = self.model.through(layer, x_CD, part.positions_T, contexts[place], rows)
                 if (parks and not is_end) or (is_end and keeps_all):
                     self._store(part, buffer)
                 if is_end:
-                    self._leave(part, x_CD, sampled_SD)
+                    self._leave(part, made_XD, sampled_SD, is_whole=rows is None)
         if not self.rank.is_last_stage:
             return None
         return LongHidden(sampled_SD, self._read)
@@ -143,12 +144,17 @@ class LongSteps:
         else:
             self.transport.receive(part.num_tokens, x_CD)
 
-    def _leave(self, part: Slice, x_CD: Tensor, sampled_SD: Tensor) -> None:
-        """A slice has been through all layers of this stage."""
+    def _asked_rows(self, part: Slice) -> Tensor:
+        """The places that are sampled from: what the last layer's products are made for."""
+        return torch.tensor(part.places, dtype=torch.int64, device=self.device)
+
+    def _leave(self, part: Slice, made_XD: Tensor, sampled_SD: Tensor, *, is_whole: bool) -> None:
+        """A slice has been through all layers of this stage: all of its tokens, or those that are sampled from."""
         if not self.rank.is_last_stage:
-            self.transport.send(x_CD, changes=True)
+            self.transport.send(made_XD, changes=True)
         elif len(part.sampled):
-            sampled_SD[part.sampled[0] : part.sampled[-1] + 1] = self.model.leave(x_CD[part.places])
+            asked_XD = made_XD[part.places] if is_whole else made_XD
+            sampled_SD[part.sampled[0] : part.sampled[-1] + 1] = self.model.leave(asked_XD)
 
     # -------------------------------------------------------------------------------------------------- to and fro
 

@@ -232,14 +232,19 @@ class Decoder(nn.Module):
         assert self.embed is not None
         return self.embed(token_ids_T)  # type: ignore[no-any-return]
 
-    def through(self, layer: Any, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> None:
-        """One layer of `in_turn`, all that it gives added to `residual_TD`."""
+    def through(
+        self, layer: Any, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext, rows_S: Tensor | None = None
+    ) -> Tensor:
+        """One layer of `in_turn`, what it gives added to `residual_TD`, which is spent; of `rows_S` alone if given."""
         if self._fuses(residual_TD):
-            layer.forward_fused(residual_TD, positions_T, ctx)
-            return
-        delta_TD: Tensor | None = layer(None, residual_TD, positions_T, ctx)
-        if delta_TD is not None:
-            residual_TD.add_(delta_TD)
+            return layer.forward_fused(residual_TD, positions_T, ctx, rows_S)  # type: ignore[no-any-return]
+        if isinstance(layer, DecoderLayer):
+            delta_TD, residual_TD = layer.forward_rows(None, residual_TD, positions_T, ctx, rows_S)
+            return residual_TD.add_(delta_TD) if residual_TD.shape[0] else residual_TD
+        made_TD: Tensor | None = layer(None, residual_TD, positions_T, ctx)
+        if made_TD is not None:
+            residual_TD.add_(made_TD)
+        return residual_TD if rows_S is None else residual_TD[rows_S]
 
     def leave(self, residual_TD: Tensor) -> Tensor:
         """From what the last layer of the model left to what `compute_logits` takes, [T, D]."""
