@@ -159,13 +159,28 @@ def _olmo2(read: Reader) -> Facts:
     return {"block": "norm_after", "qk_norm_kind": "full"}
 
 
-def _granite(read: Reader) -> Facts:
+def granite_scales(read: Reader) -> Facts:
+    """Granite's four multipliers."""
     return {
         "embedding_scale": read.number("embedding_multiplier", 0.0, 1e6, default=1.0),
         "residual_scale": read.number("residual_multiplier", 0.0, 1e6, default=1.0),
         "attention_scale": read.number("attention_multiplier", 0.0, 1e6, default=1.0),
         "logit_scale": 1.0 / read.number("logits_scaling", 0.0, 1e6, default=1.0),
     }
+
+
+def _exaone4(read: Reader) -> Facts:
+    return {"block": "norm_after"}
+
+
+def _smollm3(read: Reader) -> Facts:
+    num_layers = read.integer("num_hidden_layers", 1)
+    rotated, every = read.get("no_rope_layers"), read.integer("no_rope_layer_interval", 1, default=4)
+    if rotated is None:
+        rotated = [int((layer + 1) % every != 0) for layer in range(num_layers)]
+    if not isinstance(rotated, list) or len(rotated) != num_layers:
+        raise read.wrong("no_rope_layers", rotated, f"must be {num_layers} numbers, 0 for a layer without rotation")
+    return {"unrotated_layers": tuple(not rotates for rotates in rotated)}
 
 
 def _cohere(read: Reader) -> Facts:
@@ -264,9 +279,29 @@ DENSE_FAMILIES: Final[Mapping[str, Family]] = {
     "Gemma3ForCausalLM": GEMMA3,
     "Gemma3ForConditionalGeneration": msgspec.structs.replace(GEMMA3, nested="text_config"),
     "GraniteForCausalLM": Family(
-        qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias", extra=_granite
+        qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias", extra=granite_scales
     ),
     "Olmo2ForCausalLM": Family(qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, extra=_olmo2),
+    "Olmo3ForCausalLM": Family(  # what is scaled are the rotations of layers that see everything
+        qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, window="always", window_period=4,
+        extra=_olmo2, names={"rope_local_base_freq": "rope_theta"},
+        defaults={"sliding_window": 4096, "rope_theta": 5e5},
+    ),
+    "Exaone4ForCausalLM": Family(
+        qk_norm=True, window="always", window_period=4, rotates="windowed", extra=_exaone4,
+    ),
+    "SmolLM3ForCausalLM": Family(
+        qkv_bias="attention_bias", o_bias="attention_bias", mlp_bias="mlp_bias", window="switched", extra=_smollm3,
+        defaults={"tie_word_embeddings": True, "rope_theta": 2e6},
+    ),
+    "SeedOssForCausalLM": Family(
+        qkv_bias="attention_bias", o_bias="attention_out_bias", mlp_bias="mlp_bias",
+        defaults={"attention_bias": True, "head_dim": 128},
+    ),
+    "Ernie4_5ForCausalLM": Family(
+        qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias",
+        defaults={"rope_interleave": True, "tie_word_embeddings": True, "rope_theta": 5e5, "rms_norm_eps": 1e-5},
+    ),
     "Starcoder2ForCausalLM": Family(
         qkv_bias="use_bias", o_bias="use_bias", mlp_bias="use_bias", window="always", extra=_starcoder2,
         names={"rms_norm_eps": "norm_epsilon"},

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from argosy.cluster.protocol.config_json import Reader
-from argosy.cluster.protocol.families import DENSE_FAMILIES, Facts, Family, refuse
+from argosy.cluster.protocol.families import DENSE_FAMILIES, Facts, Family, granite_scales, refuse
 from argosy.cluster.protocol.model_facts import MLASpec, MoESpec
 from argosy.cluster.protocol.rope_spec import yarn_magnitude
 
@@ -52,6 +52,31 @@ def _qwen3_moe(read: Reader) -> Facts:
             intermediate_size=read.integer("moe_intermediate_size", 1),
             renormalise=read.boolean("norm_topk_prob"),
             layers=_sparse_layers(read),
+        )
+    }
+
+
+def _olmoe(read: Reader) -> Facts:
+    refuse(read, "clip_qkv", None)
+    return {
+        "qk_norm_kind": "full",
+        "moe": MoESpec(
+            num_experts=read.integer("num_experts", 1),
+            top_k=read.integer("num_experts_per_tok", 1),
+            intermediate_size=read.integer("intermediate_size", 1),
+            renormalise=read.boolean("norm_topk_prob"),
+        ),
+    }
+
+
+def _granite_moe(read: Reader) -> Facts:
+    return granite_scales(read) | {
+        "moe": MoESpec(
+            num_experts=read.integer("num_local_experts", 1),
+            top_k=read.integer("num_experts_per_tok", 1),
+            intermediate_size=read.integer("intermediate_size", 1),
+            scoring="softmax_after",
+            shared_size=read.integer("shared_intermediate_size", 0, default=0),
         )
     }
 
@@ -120,6 +145,23 @@ def _choice(read: Reader) -> dict[str, Any]:
     return {"num_groups": groups if limited else 1, "top_groups": top_groups if limited else 1}
 
 
+def _glm4_moe(read: Reader) -> Facts:
+    layers = range(read.integer("num_hidden_layers", 1))
+    first, inner = read.integer("first_k_dense_replace", 0, default=0), read.integer("moe_intermediate_size", 1)
+    return {
+        "qk_norm": read.boolean("use_qk_norm"),
+        "moe": MoESpec(
+            num_experts=read.integer("n_routed_experts", 1),
+            top_k=read.integer("num_experts_per_tok", 1),
+            intermediate_size=inner,
+            scaling_factor=read.number("routed_scaling_factor", 0.0, 1e6, default=1.0),
+            shared_size=read.integer("n_shared_experts", 0, default=0) * inner,
+            layers=tuple(layer >= first for layer in layers),
+            **_choice(read),
+        ),
+    }
+
+
 def _stretch(read: Reader) -> float:
     """What deepseek's yarn multiplies the attention by, where others multiply cos and sin."""
     scaling = read.get("rope_parameters") or read.get("rope_scaling") or {}
@@ -144,6 +186,17 @@ MOE_FAMILIES: Final[Mapping[str, Family]] = {
     "GptOssForCausalLM": Family(
         qkv_bias=True, o_bias=True, window="always", window_period=2, extra=_gpt_oss,
         names={"num_experts_per_tok": "experts_per_token"}, defaults={"sliding_window": 128, "rms_norm_eps": 1e-5},
+    ),
+    "OlmoeForCausalLM": Family(
+        qkv_bias="attention_bias", o_bias="attention_bias", qk_norm=True, extra=_olmoe,
+        defaults={"rms_norm_eps": 1e-5},
+    ),
+    "GraniteMoeForCausalLM": Family(qkv_bias="attention_bias", o_bias="attention_bias", extra=_granite_moe),
+    "GraniteMoeSharedForCausalLM": Family(qkv_bias="attention_bias", o_bias="attention_bias", extra=_granite_moe),
+    "Glm4MoeForCausalLM": Family(
+        qkv_bias="attention_bias", extra=_glm4_moe,
+        defaults={"topk_method": "noaux_tc", "norm_topk_prob": True, "partial_rotary_factor": 0.5,
+                  "n_shared_experts": 1, "rms_norm_eps": 1e-5},
     ),
     "DeepseekV2ForCausalLM": Family(extra=_deepseek, defaults=DEEPSEEK_DEFAULTS),
     "DeepseekV3ForCausalLM": Family(

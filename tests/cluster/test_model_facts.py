@@ -1,10 +1,14 @@
 """What follows from a config alone, without torch: cache sizes, layouts, and which options of a family are refused."""
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from published_configs import PUBLISHED
 
 from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel, WeightError
 from argosy.cluster.protocol.model_spec import ModelSpec, kv_bytes_per_token, read_model_spec
@@ -95,3 +99,16 @@ def test_an_architecture_that_nobody_knows_is_refused(tmp_path: Path) -> None:
     """Neither a family of ours nor one of the installed transformers."""
     with pytest.raises(UnsupportedModel, match=r"NobodysForCausalLM.*GPT2LMHeadModel"):
         read(tmp_path, "NobodysForCausalLM", SMALL | {"model_type": "nobodys"})
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_a_config_as_it_was_published(name: str, tmp_path: Path) -> None:
+    """Keys of old versions, keys that mean nothing, nulls: the facts are the paper's, to the last parameter."""
+    config, facts = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    spec = read_model_spec(tmp_path)
+    for path, wanted in facts.items():
+        found: Any = spec
+        for part in path.split("."):
+            found = getattr(found, part)
+        assert found == pytest.approx(wanted) if isinstance(wanted, float) else found == wanted, (path, found)

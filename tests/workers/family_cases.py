@@ -25,6 +25,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 DEEPSEEK = MHA | {"num_key_value_heads": 4, "kv_lora_rank": 16, "q_lora_rank": 24, "qk_nope_head_dim": 12}
 DEEPSEEK |= {"qk_rope_head_dim": 8, "v_head_dim": 10, "n_routed_experts": 6, "num_experts_per_tok": 3}
 DEEPSEEK |= {"first_k_dense_replace": 1, "moe_intermediate_size": 16, "n_shared_experts": 2}
+GRANITE = {"embedding_multiplier": 3.0, "residual_multiplier": 0.4, "attention_multiplier": 0.2, "logits_scaling": 2.0}
 GEMMA = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 6}
 
 
@@ -104,6 +105,25 @@ CASES: dict[str, Case] = {
     "deepseek v2 lite": Case("DeepseekV2Config", "DeepseekV2ForCausalLM", DEEPSEEK | {"q_lora_rank": None}),
     "deepseek v3": Case("DeepseekV3Config", "DeepseekV3ForCausalLM", DEEPSEEK | {"n_group": 3, "topk_group": 2,
         "routed_scaling_factor": 2.5, "rope_parameters": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}}),
+    "olmoe": Case("OlmoeConfig", "OlmoeForCausalLM", SMALL | {"num_experts": 6, "num_experts_per_tok": 3,
+        "intermediate_size": 32}),
+    "granite moe": Case("GraniteMoeConfig", "GraniteMoeForCausalLM", SMALL | GRANITE | {"num_local_experts": 6,
+        "num_experts_per_tok": 3, "intermediate_size": 32, "pad_token_id": 0}),
+    "granite moe shared": Case("GraniteMoeSharedConfig", "GraniteMoeSharedForCausalLM", SMALL | GRANITE | {
+        "num_local_experts": 6, "num_experts_per_tok": 3, "intermediate_size": 32, "shared_intermediate_size": 40,
+        "pad_token_id": 0}),
+    "glm4 moe": Case("Glm4MoeConfig", "Glm4MoeForCausalLM", SMALL | {"n_routed_experts": 6, "num_experts_per_tok": 3,
+        "moe_intermediate_size": 16, "first_k_dense_replace": 1, "head_dim": 16, "use_qk_norm": True,
+        "attention_bias": True, "n_group": 2, "topk_group": 1, "routed_scaling_factor": 1.5}),
+    "olmo3": Case("Olmo3Config", "Olmo3ForCausalLM", SMALL | {"sliding_window": 6, "layer_types": [
+        "sliding_attention", "full_attention", "sliding_attention"], "rope_parameters": {
+        "full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 1000.0}}}),
+    "exaone4": Case("Exaone4Config", "Exaone4ForCausalLM", SMALL | {"sliding_window": 6, "layer_types": [
+        "sliding_attention", "full_attention", "sliding_attention"], "head_dim": 16}),
+    "smollm3": Case("SmolLM3Config", "SmolLM3ForCausalLM", SMALL | {"pad_token_id": 0, "bos_token_id": 1,
+        "eos_token_id": 2, "no_rope_layers": [1, 0, 1]}),
+    "seed-oss": Case("SeedOssConfig", "SeedOssForCausalLM", SMALL | {"head_dim": 16}),
+    "ernie 4.5": Case("Ernie4_5Config", "Ernie4_5ForCausalLM", SMALL | {"head_dim": 16, "use_bias": True}),
     "mpt": Case("MptConfig", "MptForCausalLM", {"d_model": 48, "n_layers": 3, "n_heads": 4, "max_seq_len": 128,
         "vocab_size": VOCAB, "initializer_range": 0.2}),
 }  # fmt: skip
@@ -111,20 +131,25 @@ CASES: dict[str, Case] = {
 
 # families of transformers that are none of ours
 FALLBACKS: dict[str, Case] = {
-    "olmo3": Case("Olmo3Config", "Olmo3ForCausalLM", SMALL | {"sliding_window": 6, "layer_types": [
-        "sliding_attention", "full_attention", "sliding_attention"]}),
-    "glm4 moe": Case("Glm4MoeConfig", "Glm4MoeForCausalLM", SMALL | {"n_routed_experts": 4, "num_experts_per_tok": 2,
-        "moe_intermediate_size": 16, "first_k_dense_replace": 1, "head_dim": 12}),
     "gpt bigcode": Case("GPTBigCodeConfig", "GPTBigCodeForCausalLM", GPT),
     "arcee": Case("ArceeConfig", "ArceeForCausalLM", SMALL),
-    "smollm3": Case("SmolLM3Config", "SmolLM3ForCausalLM", SMALL | {"pad_token_id": 0, "bos_token_id": 1,
-        "eos_token_id": 2}),
+    "apertus": Case("ApertusConfig", "ApertusForCausalLM", SMALL),
+    "olmo": Case("OlmoConfig", "OlmoForCausalLM", SMALL | {"clip_qkv": 8.0, "pad_token_id": 0}),
+    "nemotron": Case("NemotronConfig", "NemotronForCausalLM", SMALL | {"head_dim": 12}),
+    "phi-3.5 moe": Case("PhimoeConfig", "PhimoeForCausalLM", SMALL | {"num_local_experts": 4}),
+    "glm4": Case("Glm4Config", "Glm4ForCausalLM", SMALL | {"head_dim": 12, "pad_token_id": 0}),
+    "hunyuan": Case("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM", SMALL | {"head_dim": 12}),
+    "helium": Case("HeliumConfig", "HeliumForCausalLM", SMALL | {"head_dim": 12, "pad_token_id": 0}),
+    "persimmon": Case("PersimmonConfig", "PersimmonForCausalLM", MHA | {"pad_token_id": 0}),
+    "minimax m2": Case("MiniMaxM2Config", "MiniMaxM2ForCausalLM", SMALL | {"num_local_experts": 4, "head_dim": 12,
+        "num_experts_per_tok": 2, "pad_token_id": 0}),
 }  # fmt: skip
 REFUSED: dict[str, Case] = {
     "list of attentions": Case("GPTNeoConfig", "GPTNeoForCausalLM", {"hidden_size": 48, "num_layers": 2, "num_heads": 4,
         "vocab_size": VOCAB, "max_position_embeddings": 128, "attention_types": [[["global", "local"], 1]]}),
     "layers of these kinds: chunked": Case("Llama4TextConfig", "Llama4ForCausalLM", SMALL | {"num_local_experts": 2,
         "intermediate_size_mlp": 64, "attention_chunk_size": 8, "head_dim": 12}),
+    "attends more than once a layer": Case("DiffLlamaConfig", "DiffLlamaForCausalLM", SMALL),
     "attention interface": Case("CodeGenConfig", "CodeGenForCausalLM", GPT | {"rotary_dim": 8}),
 }  # fmt: skip
 

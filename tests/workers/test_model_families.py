@@ -19,12 +19,14 @@ from argosy.placement.process_groups import init_parallel
 from argosy.workers.attention.triton_backend import TritonBackend
 
 CLOSE = 2e-4  # logits are a few units; float32 sums in another order differ by some 1e-6
-EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "deepseek v2", "deepseek v2 lite", "deepseek v3")
+EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "deepseek v2", "deepseek v2 lite", "deepseek v3", "olmoe")
+EXPERTS += ("granite moe", "granite moe shared", "glm4 moe")
 CLOSE_ON_A_CARD = 1e-2  # tensor cores multiply float32 in parts
 RUNS = [(name, layout) for layout in ("TP2", "PP2", "TP2xPP2") for name in CASES]
 MANY = ("llama", "llama, one kv head, biases", "qwen3", "bloom", "falcon 40b", "olmo2", "command-r", "gpt-oss")
 RUNS += [(name, "TP4") for name in (*MANY, "deepseek v3")]  # more ranks than key/value heads
-RUNS += [(name, layout) for name in EXPERTS for layout in ("EP2", "A2A2", "A2A4")]  # whole experts on each rank
+RUNS += [(name, layout) for name in EXPERTS for layout in ("EP2", "A2A2")]  # whole experts on each rank
+RUNS += [(name, "A2A4") for name in ("mixtral", "qwen3-moe", "gpt-oss", "deepseek v3", "granite moe")]
 RUNS += [("mixtral", "A2A2xPP2"), ("deepseek v3", "A2A2xPP2")]
 
 

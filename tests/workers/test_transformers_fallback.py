@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,6 +13,7 @@ from family_harness import CPU, WAYS, Harness
 from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext, init_parallel
+from argosy.workers.models import transformers_fallback
 from argosy.workers.models.transformers_fallback import TransformersFallback
 
 CLOSE = 2e-4
@@ -38,6 +40,21 @@ def test_what_would_be_wrong_is_refused(reason: str, tmp_path: Path) -> None:
     make_checkpoint(tmp_path, reason)
     with pytest.raises(UnsupportedModel, match=reason):
         served(tmp_path, reason)
+
+
+def test_an_attention_that_is_not_what_it_seems_is_found_before_anything_is_served(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever its reason: a short prompt is answered with transformers' own attention and with ours first."""
+    make_checkpoint(tmp_path, "arcee")
+    attend = transformers_fallback._attend
+
+    def forgetful(*args: Any, **options: Any) -> Any:
+        return attend(*args, **options | {"scaling": 0.1})
+
+    monkeypatch.setattr(transformers_fallback, "_attend", forgetful)
+    with pytest.raises(UnsupportedModel, match=r"ArceeForCausalLM.*its answers differ by \d"):
+        served(tmp_path, "arcee")
 
 
 def test_one_rank_only(tmp_path: Path) -> None:

@@ -17,6 +17,8 @@ class Slot(StrEnum):
     UP = "up"
     DOWN = "down"  # of an expert
     STACKED = "stacked"  # all experts in one tensor
+    STACKED_UP = "stacked_up"  # gates and ups of all experts in one tensor
+    STACKED_DOWN = "stacked_down"
     BLOCKS = "blocks"  # all parts of the module, one below the other
     GROUPED = "grouped"  # q, k and v, for one key/value head after the other
 

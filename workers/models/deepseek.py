@@ -8,6 +8,11 @@ from argosy.workers.loading.names import NameTable, Slot
 from argosy.workers.models.general import GeneralDecoder
 from argosy.workers.models.qwen_moe import EXPERT_NAMES
 
+SHARED_EXPERT_NAMES: dict[str, str | tuple[str, Slot] | None] = {
+    "model.layers.{}.mlp.shared_experts.gate_proj": ("layers.{}.mlp.shared.gate_up_proj", Slot.GATE),
+    "model.layers.{}.mlp.shared_experts.up_proj": ("layers.{}.mlp.shared.gate_up_proj", Slot.UP),
+    "model.layers.{}.mlp.shared_experts.down_proj": "layers.{}.mlp.shared.down_proj",
+}
 DEEPSEEK_NAMES = EXPERT_NAMES.extended(
     {
         "model.layers.{}.self_attn.q_a_proj": "layers.{}.attention.q_a_proj",
@@ -16,9 +21,7 @@ DEEPSEEK_NAMES = EXPERT_NAMES.extended(
         "model.layers.{}.self_attn.kv_a_proj_with_mqa": "layers.{}.attention.kv_a_proj",
         "model.layers.{}.self_attn.kv_a_layernorm": "layers.{}.attention.kv_a_norm",
         "model.layers.{}.self_attn.kv_b_proj": "layers.{}.attention.kv_b_proj",
-        "model.layers.{}.mlp.shared_experts.gate_proj": ("layers.{}.mlp.shared.gate_up_proj", Slot.GATE),
-        "model.layers.{}.mlp.shared_experts.up_proj": ("layers.{}.mlp.shared.gate_up_proj", Slot.UP),
-        "model.layers.{}.mlp.shared_experts.down_proj": "layers.{}.mlp.shared.down_proj",
+        **SHARED_EXPERT_NAMES,
     }
 ).without("model.layers.{}.self_attn.q_proj", "model.layers.{}.self_attn.k_proj", "model.layers.{}.self_attn.v_proj")
 

@@ -17,13 +17,17 @@ from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel
 from argosy.cluster.protocol.model_spec import CONFIG_FILE, ModelSpec
 from argosy.placement.plan import RankInfo
 from argosy.placement.process_groups import ParallelContext
-from argosy.workers.attention.base import AttentionShape
+from argosy.workers.attention.base import AttentionBackend, AttentionMetadata, AttentionShape
+from argosy.workers.attention.torch_backend import TorchBackend
 from argosy.workers.forward_context import ForwardContext
+from argosy.workers.kv_cache import KVCache
 from argosy.workers.loading.names import NameTable
 from argosy.workers.quantization.base import Cut
 
 NAME = "argosy"  # of our attention in the interface
 NOT_SAID = "not said"
+CHECKED_TOKENS = 16  # of a prompt that both attentions answer before anything is served
+LARGEST_ERROR, LARGEST_ERROR_OF_16_BITS = 1e-3, 0.1  # of logits: several times what roundings come to
 KNOWN_LAYERS = {"full_attention", "sliding_attention"}
 
 
@@ -129,8 +133,46 @@ class TransformersFallback(nn.Module):
             )
         return make.from_config(self._config, **options)
 
+    @torch.inference_mode()
     def finish(self, modules: Collection[nn.Module] | None = None) -> None:
-        """All is in shape."""
+        """All is in shape: now it must answer as it does with transformers' own attention.
+
+        Raises `UnsupportedModel` when it doesn't: what an attention does beyond asking the interface we can't know.
+        """
+        if modules is not None and self not in modules:
+            return
+        ids_T = torch.arange(1, CHECKED_TOKENS + 1, device=self.device) % self.spec.vocab_size
+        positions_T = torch.arange(CHECKED_TOKENS, device=self.device)
+        self.inner.set_attn_implementation("eager")
+        want_TV = self.inner(input_ids=ids_T[None], use_cache=False).logits[0, :, : self.spec.vocab_size].float()
+        self.inner.set_attn_implementation(NAME)
+        cache = KVCache.allocate(self.spec, self.rank, 1, CHECKED_TOKENS, self.dtype, self.device)
+        middle, parts = CHECKED_TOKENS // 2, []
+        for part in (slice(0, middle), slice(middle, CHECKED_TOKENS)):  # the second looks back on the first
+            hidden_TD = self.forward(ids_T[part], None, positions_T[part], self._trial(cache, part))
+            parts.append(self.compute_logits(hidden_TD))
+        got_TV = torch.cat(parts)
+        errors_T = (got_TV - want_TV).norm(dim=-1) / want_TV.norm(dim=-1)
+        worst = float(errors_T.median())  # a single token may have been given other experts by a rounding
+        if not worst < (LARGEST_ERROR if self.dtype == torch.float32 else LARGEST_ERROR_OF_16_BITS):
+            raise _refused(self.spec, f"its answers differ by {worst:.1%} with our attention in place of its own")
+
+    def _trial(self, cache: KVCache, tokens: slice) -> ForwardContext:
+        """Some tokens of one short prompt, in the one block that there is."""
+        backend: AttentionBackend = TorchBackend()
+        if self.device.type == "cuda":
+            from argosy.workers.attention.triton_backend import TritonBackend  # Triton, which a CPU host has no need of
+
+            backend = TritonBackend()
+        count = tokens.stop - tokens.start
+        metadata = AttentionMetadata(
+            num_rows=1, num_decode_rows=0, max_query_len=count, max_context_len=tokens.stop,
+            query_start_R1=torch.tensor([0, count], dtype=torch.int32, device=self.device),
+            context_len_R=torch.tensor([tokens.stop], dtype=torch.int32, device=self.device),
+            block_table_RB=torch.zeros((1, 1), dtype=torch.int32, device=self.device),
+            slot_mapping_T=torch.arange(tokens.start, tokens.stop, device=self.device),
+        )  # fmt: skip
+        return ForwardContext(backend, cache, metadata)
 
     # ------------------------------------------------------------------------------------------------------ running
 
@@ -228,6 +270,8 @@ def _attend(
     ctx, spec, layer = bridge.ctx, bridge.spec, int(module.layer_idx)
     assert ctx is not None
     assert bridge.positions_T is not None
+    if layer in bridge.layers_seen:
+        raise _refused(spec, "it attends more than once a layer, and the cache has room for one")
     if attention_mask is not None or options.get("position_bias") is not None:
         raise _refused(spec, "it adds to its attention's logits")
     if not getattr(module, "is_causal", True):
