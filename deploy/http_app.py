@@ -58,9 +58,9 @@ class Route(NamedTuple):
 class HttpApp:
     """The ASGI application behind the limits."""
 
-    def __init__(self, gateway: Gateway, server: ServerConfig, *, public_metrics: bool = False):
+    def __init__(self, gateway: Gateway, server: ServerConfig, *, public_metrics: bool = False, door: str = ""):
         self.gateway = gateway
-        self.metrics = EdgeMetrics()
+        self.metrics = EdgeMetrics(door)
         self.num_working = 0  # requests that the engine works for
         self._keys = ApiKeys.read(server.api_keys_file)
         self._engine = _EngineFigures(gateway)
@@ -266,10 +266,10 @@ class _EngineFigures:
         return self._last
 
 
-def build_http_app(gateway: Gateway, server: ServerConfig, *, public_metrics: bool = False) -> App:
-    """The application with the limits in front of it, ready for uvicorn or Ray Serve."""
+def build_http_app(gateway: Gateway, server: ServerConfig, *, public_metrics: bool = False, door: str = "") -> App:
+    """The application with the limits in front of it, ready for uvicorn or Ray Serve. `door`: of several, its name."""
     return LimitsMiddleware(
-        HttpApp(gateway, server, public_metrics=public_metrics),
+        HttpApp(gateway, server, public_metrics=public_metrics, door=door),
         max_body_bytes=server.max_body_bytes,
         max_upload_bytes=server.max_upload_bytes,
         upload_path=FILES,

@@ -18,9 +18,10 @@ EDGE_METRICS: Final[Mapping[str, MetricName]] = {
 
 
 class EdgeMetrics:
-    """What this edge counts itself."""
+    """What this edge counts itself; `door` is its name where a scrape may meet any of several."""
 
-    def __init__(self) -> None:
+    def __init__(self, door: str = "") -> None:
+        self._door = f'door="{_escape(door)}"' if door else ""
         self.in_flight = 0
         self.disconnects = 0
         self.broken_streams = 0
@@ -40,7 +41,11 @@ class EdgeMetrics:
         }
         for (route, status), count in sorted(self._answered.items()):
             found[f'argosy_http_requests_total{{route="{route}",status="{status}"}}'] = count
-        return found
+        return {self._with_door(name): value for name, value in found.items()} if self._door else found
+
+    def _with_door(self, name: str) -> str:
+        plain, _, labels = name.partition("{")
+        return f"{plain}{{{self._door},{labels}" if labels else f"{plain}{{{self._door}}}"
 
 
 def render(stats: StatsReply | None, edge: EdgeMetrics, model_name: str) -> bytes:

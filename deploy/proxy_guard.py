@@ -11,7 +11,13 @@ from argosy.cluster.protocol.errors import RequestError
 from argosy.deploy.http_limits import App, Receive, Scope, Send, check_head, refuse
 from argosy.deploy.openai.errors import HttpRefusal
 
-ENVIRONMENT: Final = {"RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "argosy.deploy.proxy_guard:middlewares"}
+ENVIRONMENT: Final = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "argosy.deploy.proxy_guard:middlewares",
+    # Serve runs an application in a thread of its own, so that it may block. Ours doesn't, and two threads that hand
+    # each event over and fight for the interpreter cost a third of a door's time (78 -> 55 us a token, measured).
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+    "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
+}
 _UNBOUNDED: Final = 1 << 62  # the application knows the operator's limit of bodies
 
 

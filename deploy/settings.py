@@ -136,6 +136,11 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("max-body-bytes", "int", "largest request that is read"),
         Flag("job-dir", "text", "folder of jobs and their files, or none (default: ~/.local/state/argosy/jobs)"),
         Flag("max-upload-bytes", "int", "largest file that /v1/files takes (default: 200MiB)"),
+        Flag(
+            "api-server-count",
+            "int",
+            "processes that requests and answers go through (default: one for 8 cores, up to 8)",
+        ),
         Flag("drain-seconds", "float", "after Ctrl-C, how long running requests may take to end"),
         Flag("response-role", "text", "role of chat answers"),
         Flag("disable-log-stats", "switch", "no line of live figures every ten seconds"),
@@ -156,7 +161,7 @@ _IGNORED_VALUES = """
     tokenizer_mode code_revision hf_config_path
     compilation_config optimization_level performance_mode attention_config attention_backend
     profiler_config kv_offloading_size kv_offloading_backend max_log_len otlp_traces_endpoint uvicorn_log_level
-    api_server_count shutdown_timeout allowed_local_media_path allowed_media_domains limit_mm_per_prompt
+    shutdown_timeout allowed_local_media_path allowed_media_domains limit_mm_per_prompt
     mm_processor_kwargs logprobs_mode chat_template_content_format num_scheduler_steps max_seq_len_to_capture
     max_parallel_loading_workers worker_cls model_impl cuda_graph_sizes max_num_partial_prefills
     max_long_partial_prefills long_prefill_token_threshold num_lookahead_slots stream_interval

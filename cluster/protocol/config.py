@@ -112,6 +112,7 @@ class ServerConfig(_Settings, frozen=True):
     response_role: str = "assistant"
     job_dir: str | None = None  # None: this server keeps no jobs
     max_upload_bytes: int = 200 * 1024 * 1024
+    api_server_count: int | None = None  # processes at the doors; None: by the cores of the machine
 
 
 class ServingConfig(_Settings, frozen=True):
@@ -143,6 +144,8 @@ class ServingConfig(_Settings, frozen=True):
         check.at_least("cpu_threads", parallel.cpu_threads, 1)
         check.at_least("max_body_bytes", self.server.max_body_bytes, 1)
         check.at_least("max_upload_bytes", self.server.max_upload_bytes, 1)
+        if self.server.api_server_count is not None:
+            check.between("api_server_count", self.server.api_server_count, 1, 64)
         check.at_least("max_logprobs", self.model.max_logprobs, -1)
         check.at_least("tensor_parallel_size", parallel.tensor_parallel_size, 1)
         check.at_least("pipeline_parallel_size", parallel.pipeline_parallel_size, 1)

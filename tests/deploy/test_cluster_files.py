@@ -6,6 +6,8 @@ from typing import Any
 import pytest
 import yaml
 
+from argosy.cluster.protocol.config import ServerConfig, ServingConfig
+from argosy.cluster.protocol.errors import ConfigError
 from argosy.deploy import settings
 
 pytest.importorskip("ray.serve")
@@ -13,6 +15,8 @@ pytest.importorskip("ray.serve")
 import jsonschema
 from ray.autoscaler._private.util import prepare_config, validate_config
 from ray.serve.schema import ServeDeploySchema
+
+from argosy.deploy import serve_app
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -91,3 +95,13 @@ def test_ray_would_refuse_a_slip() -> None:
     cluster["available_node_types"]["gpu"]["node_confg"] = {}
     with pytest.raises(jsonschema.ValidationError, match="node_confg"):
         validate_config(prepare_config(cluster))
+
+
+def test_doors_follow_the_cores_unless_their_number_is_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A laptop has one; a host of many cards makes more events than one process can write."""
+    for cores, doors in ((2, 1), (15, 1), (16, 2), (64, 8), (256, 8)):
+        monkeypatch.setattr(serve_app.os, "sched_getaffinity", lambda _, cores=cores: set(range(cores)), raising=False)
+        assert serve_app.num_doors(ServerConfig()) == doors
+    assert serve_app.num_doors(ServerConfig(api_server_count=3)) == 3
+    with pytest.raises(ConfigError, match="api_server_count"):
+        ServingConfig.from_mapping({"model": "m", "api_server_count": 0})

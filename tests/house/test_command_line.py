@@ -7,16 +7,16 @@ from argosy.deploy import cli
 SHARED = ["--help", "-h"]
 EXPECTED = {
     "serve": """
-        --activation-offload-gb --activation-slice-tokens --all2all-backend --api-key --api-keys-file --async-scheduling
-        --block-size --chat-template --config --cpu-offload-gb --cpu-threads --data-parallel-size --device
-        --disable-log-stats --download-dir --drain-seconds --dtype --enable-chunked-prefill --enable-expert-parallel
-        --enable-prefix-caching --enforce-eager --generation-config --gpu-memory-utilization --hf-overrides --hf-token
-        --host --job-dir --kv-cache-dtype --kv-cache-memory-bytes --layout --load-format --max-body-bytes --max-logprobs
-        --max-model-len --max-num-batched-tokens --max-num-seqs --max-num-waiting --max-upload-bytes --model
-        --num-gpu-blocks-override --pipeline-layers --pipeline-parallel-size --port --quantization --ray-address
-        --request-deadline-seconds --response-role --revision --scheduling-policy --seed --served-model-name
-        --skip-tokenizer-init --start-deadline-seconds --step-deadline-seconds --swap-space --tensor-parallel-size
-        --tokenizer --tokenizer-revision -dp -pp -q -tp
+        --activation-offload-gb --activation-slice-tokens --all2all-backend --api-key --api-keys-file
+        --api-server-count --async-scheduling --block-size --chat-template --config --cpu-offload-gb --cpu-threads
+        --data-parallel-size --device --disable-log-stats --download-dir --drain-seconds --dtype
+        --enable-chunked-prefill --enable-expert-parallel --enable-prefix-caching --enforce-eager --generation-config
+        --gpu-memory-utilization --hf-overrides --hf-token --host --job-dir --kv-cache-dtype --kv-cache-memory-bytes
+        --layout --load-format --max-body-bytes --max-logprobs --max-model-len --max-num-batched-tokens --max-num-seqs
+        --max-num-waiting --max-upload-bytes --model --num-gpu-blocks-override --pipeline-layers
+        --pipeline-parallel-size --port --quantization --ray-address --request-deadline-seconds --response-role
+        --revision --scheduling-policy --seed --served-model-name --skip-tokenizer-init --start-deadline-seconds
+        --step-deadline-seconds --swap-space --tensor-parallel-size --tokenizer --tokenizer-revision -dp -pp -q -tp
     """,
     "chat": "--api-key --max-tokens --model --seed --stop --system --temperature --url",
     "complete": "--api-key --max-tokens --model --seed --stop --temperature --url",
