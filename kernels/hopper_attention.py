@@ -42,90 +42,77 @@ def _fact(facts, place: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def _copy_rows(smem, base, offset, dim):
-    copy_async(smem, base + (offset[:, None] + dim[None, :]))
+def _block_of(table_row, start, within, num_keys, S: gl.constexpr, BLOCK_L: gl.constexpr, WIDE: gl.constexpr):
+    """The blocks of a tile's keys, those past the end the last one."""
+    # where tiles are whole blocks, most of it is the same for all of them and worked out once
+    place = start // S + within // S if BLOCK_L % S == 0 else (start + within) // S
+    block = gl.load(table_row + gl.minimum(place, (num_keys - 1) // S))
+    return block.to(gl.int64) if WIDE else block
 
 
 @gluon.jit
 def _fetch(
-    q_ptr, k_cache_ptr, v_cache_ptr, query_start_ptr, context_ptr, table_ptr, counter_ptr, stride_q, stride_table,
-    num_rows, num_tiles,
+    q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, tiles_ptr, counter_ptr, stride_q, stride_table, num_tiles,
     q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    K: gl.constexpr, G: gl.constexpr, H: gl.constexpr, S: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_Q: gl.constexpr,
-    BLOCK_L: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+    K: gl.constexpr, G: gl.constexpr, H: gl.constexpr, S: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_L: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr,
 ):  # fmt: skip
     PER_ROW: gl.constexpr = H // 8
     copying: gl.constexpr = gl.BlockedLayout([1, 8], [32 // PER_ROW, PER_ROW], [4, 1], [1, 0])
-    by_row: gl.constexpr = gl.SliceLayout(1, copying)
-    by_dim: gl.constexpr = gl.SliceLayout(0, copying)
-    plain: gl.constexpr = gl.BlockedLayout([2], [32], [4], [0])
     few: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    dim = gl.arange(0, H, by_dim)
-    line = gl.arange(0, BLOCK_M, by_row)
-    within = gl.arange(0, BLOCK_L, by_row)
-    total = num_tiles * K
+    dim = gl.arange(0, H, gl.SliceLayout(0, copying))
+    line = gl.arange(0, BLOCK_M, gl.SliceLayout(1, copying))
+    within = gl.arange(0, BLOCK_L, gl.SliceLayout(1, copying))
+    place = gl.arange(0, 8, few)
+    total = gl.load(tiles_ptr + num_tiles * 8) * K  # the line behind the last tile says how many there are
     turn = 0
     step = 0
-    work = gl.atomic_add(counter_ptr, 1)
+    work = gl.program_id(0)
+    facts = gl.load(tiles_ptr + work // K * 8 + place)
     while work < total:
         kv_head = work % K
-        tile = num_tiles - 1 - work // K
-        begun = 0
-        for first in range(0, num_rows, 64):
-            other = first + gl.arange(0, 64, plain)
-            start = gl.load(query_start_ptr + other, other < num_rows, other=1 << 30)
-            begun += gl.sum((start // BLOCK_Q + other <= tile).to(gl.int32), 0)
-        row = gl.maximum(begun, 1) - 1
-        query_start = gl.load(query_start_ptr + row)
-        num_queries = gl.load(query_start_ptr + row + 1) - query_start
-        first_query = (tile - query_start // BLOCK_Q - row) * BLOCK_Q
-        context = gl.load(context_ptr + row)
-        work = gl.atomic_add(counter_ptr, 1)
-        if first_query < num_queries:
-            first_position = context - num_queries + first_query
-            last_key = gl.minimum(first_position + BLOCK_Q, context) - 1
-            num_steps = last_key // BLOCK_L + 1
-            mbarrier.wait(q_empty, (turn & 1) ^ 1)
-            place = gl.arange(0, 8, few)
-            facts = gl.where(place == 0, num_steps, 0)
-            facts = gl.where(place == 1, first_position, facts)
-            facts = gl.where(place == 2, query_start + first_query, facts)
-            facts = gl.where(place == 3, num_queries - first_query, facts)
-            facts = gl.where(place == 4, kv_head, facts)
-            facts_smem.store(facts)
-            token = query_start + gl.minimum(first_query + line // G, num_queries - 1)
-            head = kv_head * G + gl.minimum(line % G, G - 1)
-            q_offset = token.to(gl.int64) * stride_q + head * H
-            _copy_rows(q_smem, q_ptr, q_offset, dim)
-            async_copy.mbarrier_arrive(q_full, increment_count=False)
-            mbarrier.arrive(q_full)
-            turn += 1
-            table_row = table_ptr + row.to(gl.int64) * stride_table
-            key = gl.minimum((num_steps - 1) * BLOCK_L + within, last_key)
-            block = gl.load(table_row + key // S)
-            for i in range(num_steps):
-                slot = step % STAGES
-                phase = (step // STAGES) & 1
-                step += 1
-                if WIDE:
-                    offset = (block.to(gl.int64) * S + key % S) * (K * H) + kv_head * H
-                else:
-                    offset = (block * S + key % S) * (K * H) + kv_head * H
-                key = gl.maximum(num_steps - 2 - i, 0) * BLOCK_L + within
-                block = gl.load(table_row + key // S)
-                mbarrier.wait(k_empty.index(slot), phase ^ 1)
-                _copy_rows(k_smem.index(slot), k_cache_ptr, offset, dim)
-                async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
-                mbarrier.wait(v_empty.index(slot), phase ^ 1)
-                _copy_rows(v_smem.index(slot), v_cache_ptr, offset, dim)
-                async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
-    # All tiles are given out. Each program asked once too often, and the last of them leaves the counter at zero.
-    if work == total + gl.num_programs(0) - 1:
-        gl.store(counter_ptr, 0)
-    mbarrier.wait(q_empty, (turn & 1) ^ 1)
-    facts_smem.store(gl.full([8], 0, gl.int32, few))
-    async_copy.mbarrier_arrive(q_full, increment_count=False)
-    mbarrier.arrive(q_full)
+        num_keys = _fact(facts, 0, few)
+        token = _fact(facts, 2, few)
+        num_queries = _fact(facts, 3, few)
+        row = _fact(facts, 4, few)
+        num_steps = (num_keys + BLOCK_L - 1) // BLOCK_L
+        table_row = table_ptr + row.to(gl.int64) * stride_table
+        start = (num_steps - 1) * BLOCK_L
+        block = _block_of(table_row, start, within, num_keys, S, BLOCK_L, WIDE)
+        q_slot = turn & 1
+        mbarrier.wait(q_empty.index(q_slot), ((turn >> 1) & 1) ^ 1)
+        facts_smem.index(q_slot).store(gl.where(place == 5, kv_head, facts))
+        q_line = (token + gl.minimum(line // G, num_queries - 1)).to(gl.int64) * stride_q
+        q_line += (kv_head * G + line % G) * H
+        copy_async(q_smem.index(q_slot), q_ptr + (q_line[:, None] + dim[None, :]))
+        async_copy.mbarrier_arrive(q_full.index(q_slot), increment_count=False)
+        mbarrier.arrive(q_full.index(q_slot))
+        turn += 1
+        for i in range(num_steps):
+            slot = step % STAGES
+            phase = (step // STAGES) & 1
+            step += 1
+            inside = within % S if BLOCK_L % S == 0 else (start + within) % S
+            offset = (block * S + inside) * (K * H) + kv_head * H
+            there = (start + within < num_keys)[:, None]  # what is not there is zero
+            start = gl.maximum(start - BLOCK_L, 0)
+            block = _block_of(table_row, start, within, num_keys, S, BLOCK_L, WIDE)
+            mbarrier.wait(k_empty.index(slot), phase ^ 1)
+            copy_async(k_smem.index(slot), k_cache_ptr + (offset[:, None] + dim[None, :]), there)
+            async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
+            mbarrier.wait(v_empty.index(slot), phase ^ 1)
+            copy_async(v_smem.index(slot), v_cache_ptr + (offset[:, None] + dim[None, :]), there)
+            async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
+            if i == 0:  # while the first keys are under way
+                work = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
+                # each program asks once too often, and the last of them leaves the counter at zero
+                if work == total + gl.num_programs(0) - 1:
+                    gl.store(counter_ptr, 0)
+                facts = gl.load(tiles_ptr + gl.minimum(work // K, num_tiles) * 8 + place)
+    mbarrier.wait(q_empty.index(turn & 1), ((turn >> 1) & 1) ^ 1)
+    facts_smem.index(turn & 1).store(gl.full([8], 0, gl.int32, few))
+    async_copy.mbarrier_arrive(q_full.index(turn & 1), increment_count=False)
+    mbarrier.arrive(q_full.index(turn & 1))
 
 
 @gluon.jit
@@ -187,22 +174,21 @@ def _attend(
     acc_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, H, 16])
     weights_in: gl.constexpr = gl.DotOperandLayout(0, acc_in, 2)
     few: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    leaving: gl.constexpr = gl.BlockedLayout([1, 8], [256 // H, H // 8], [4, 1], [1, 0])
     by_logit: gl.constexpr = gl.SliceLayout(1, logits_in)
     dtype: gl.constexpr = q_smem.dtype
-    q_half = q_smem.slice(HALF * 64, 64, 0)
     line = HALF * 64 + gl.arange(0, 64, by_logit)
-    out_line = HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, acc_in))
-    dim = gl.arange(0, H, gl.SliceLayout(0, acc_in))
+    out_line = HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, leaving))
+    dim = gl.arange(0, H, gl.SliceLayout(0, leaving))
     turn = 0
     step = 0
-    mbarrier.wait(q_full, 0)
-    facts = facts_smem.load(few)
-    num_steps = _fact(facts, 0, few)
-    while num_steps > 0:
+    mbarrier.wait(q_full.index(0), 0)
+    facts = facts_smem.index(0).load(few)
+    num_keys = _fact(facts, 0, few)
+    while num_keys > 0:
         first_position = _fact(facts, 1, few)
-        token = _fact(facts, 2, few)
-        num_queries = _fact(facts, 3, few)
-        kv_head = _fact(facts, 4, few)
+        num_steps = (num_keys + BLOCK_L - 1) // BLOCK_L
+        q_half = q_smem.index(turn & 1).slice(HALF * 64, 64, 0)
         position = first_position + line // G
         acc = gl.zeros([64, H], gl.float32, acc_in)
         largest = gl.full([64], float("-inf"), gl.float32, by_logit)
@@ -220,98 +206,63 @@ def _attend(
         weight = gl.convert_layout(soft.to(dtype), weights_in)
         edge = gl.maximum(num_steps - (first_position + 1) // BLOCK_L, 1)
         acc, weight, largest, total = _walk(
-            1,
-            edge,
-            num_steps,
-            step,
-            q_half,
-            k_smem,
-            v_smem,
-            k_full,
-            k_empty,
-            v_full,
-            v_empty,
-            acc,
-            weight,
-            largest,
-            total,
-            position,
-            factor,
-            BLOCK_L,
-            STAGES,
-            True,
-            logits_in,
-            acc_in,
-        )
+            1, edge, num_steps, step, q_half, k_smem, v_smem, k_full, k_empty, v_full, v_empty, acc, weight, largest,
+            total, position, factor, BLOCK_L, STAGES, True, logits_in, acc_in,
+        )  # fmt: skip
         acc, weight, largest, total = _walk(
-            edge,
-            num_steps,
-            num_steps,
-            step,
-            q_half,
-            k_smem,
-            v_smem,
-            k_full,
-            k_empty,
-            v_full,
-            v_empty,
-            acc,
-            weight,
-            largest,
-            total,
-            position,
-            factor,
-            BLOCK_L,
-            STAGES,
-            False,
-            logits_in,
-            acc_in,
-        )
+            edge, num_steps, num_steps, step, q_half, k_smem, v_smem, k_full, k_empty, v_full, v_empty, acc, weight,
+            largest, total, position, factor, BLOCK_L, STAGES, False, logits_in, acc_in,
+        )  # fmt: skip
         step += num_steps
         last = step - 1
-        mbarrier.arrive(q_empty)
-        turn += 1
         mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
         fence_async_shared()
         acc = warpgroup_mma(weight, v_smem.index(last % STAGES), acc, is_async=True)
+        token = _fact(facts, 2, few)
+        num_queries = _fact(facts, 3, few)
+        kv_head = _fact(facts, 5, few)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(last % STAGES))
         share = v_scale / gl.convert_layout(total, gl.SliceLayout(1, acc_in))
+        q_half.store((acc * share[:, None]).to(dtype))  # on its way out through the place of its queries
         query = out_line // G
         present = (query < num_queries) & (out_line < BLOCK_Q * G)
         where = (token + query).to(gl.int64) * (K * G * H) + (kv_head * G + out_line % G) * H
-        gl.store(out_ptr + (where[:, None] + dim[None, :]), (acc * share[:, None]).to(dtype), present[:, None])
-        mbarrier.wait(q_full, turn & 1)
-        facts = facts_smem.load(few)
-        num_steps = _fact(facts, 0, few)
+        gl.store(out_ptr + (where[:, None] + dim[None, :]), q_half.load(leaving), present[:, None])
+        mbarrier.arrive(q_empty.index(turn & 1))
+        turn += 1
+        mbarrier.wait(q_full.index(turn & 1), (turn >> 1) & 1)
+        facts = facts_smem.index(turn & 1).load(few)
+        num_keys = _fact(facts, 0, few)
 
 
 @gluon.jit(
-    do_not_specialize=["stride_table", "num_rows", "num_tiles"],
-    do_not_specialize_on_alignment=["query_start_ptr", "context_ptr", "table_ptr"],
+    do_not_specialize=["stride_table", "num_tiles"],
+    do_not_specialize_on_alignment=["table_ptr", "tiles_ptr"],
 )
 def _hopper_attention_kernel(
-    q_ptr, k_cache_ptr, v_cache_ptr, query_start_ptr, context_ptr, table_ptr, out_ptr, counter_ptr, stride_q,
-    stride_table, factor, v_scale, num_rows, num_tiles,
+    q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, tiles_ptr, out_ptr, counter_ptr, stride_q, stride_table, factor,
+    v_scale, num_tiles,
     K: gl.constexpr, G: gl.constexpr, H: gl.constexpr, S: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_L: gl.constexpr,
     STAGES: gl.constexpr, WIDE: gl.constexpr, FETCH_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = 128
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    q_smem = gl.allocate_shared_memory(dtype, [BLOCK_M, H], swizzled)
+    q_smem = gl.allocate_shared_memory(dtype, [2, BLOCK_M, H], swizzled)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_L, H], swizzled)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, BLOCK_L, H], swizzled)
-    facts_smem = gl.allocate_shared_memory(gl.int32, [8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    facts_smem = gl.allocate_shared_memory(gl.int32, [2, 8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     flag: gl.constexpr = mbarrier.MBarrierLayout()
-    q_full = gl.allocate_shared_memory(gl.int64, [1], flag)
-    q_empty = gl.allocate_shared_memory(gl.int64, [1], flag)
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], flag)
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], flag)
     k_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], flag)
     k_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], flag)
     v_full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], flag)
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], flag)
-    mbarrier.init(q_full, count=129)
-    mbarrier.init(q_empty, count=2)
+    for i in gl.static_range(2):
+        mbarrier.init(q_full.index(i), count=129)  # each thread's copies, and the facts
+        mbarrier.init(q_empty.index(i), count=2)
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=128)
         mbarrier.init(k_empty.index(i), count=2)
@@ -328,9 +279,9 @@ def _hopper_attention_kernel(
                 v_empty, 1, K, G, H, BLOCK_Q, BLOCK_L, STAGES,
             )),
             (_fetch, (
-                q_ptr, k_cache_ptr, v_cache_ptr, query_start_ptr, context_ptr, table_ptr, counter_ptr, stride_q,
-                stride_table, num_rows, num_tiles, q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full,
-                k_empty, v_full, v_empty, K, G, H, S, BLOCK_M, BLOCK_Q, BLOCK_L, STAGES, WIDE,
+                q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, tiles_ptr, counter_ptr, stride_q, stride_table, num_tiles,
+                q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, K, G, H, S,
+                BLOCK_M, BLOCK_L, STAGES, WIDE,
             )),
         ],
         [4, 4],
@@ -338,37 +289,64 @@ def _hopper_attention_kernel(
     )  # fmt: skip
 
 
+def plan_tiles(query_start_R1: Tensor, context_len_R: Tensor, num_tokens: int, block_q: int) -> Tensor:
+    """The tiles of a step, those with the most keys first: int32 [X + 1, 8], the same for all of its layers.
+
+    Of each its keys, first position, first token, queries (of it and of later ones in its row) and row. X bounds the
+    tiles by what the host knows; those that there are not have no keys, and the last line says how many there are.
+    """
+    device, num_rows = context_len_R.device, context_len_R.shape[0]
+    num_tiles = num_tokens // block_q + num_rows
+    starts_R = query_start_R1[:-1].long()
+    counts_R = query_start_R1[1:] - starts_R
+    ends_R = (-(-counts_R // block_q)).cumsum(0)
+    tile_X = torch.arange(num_tiles, device=device)
+    row_X = torch.searchsorted(ends_R, tile_X, right=True).clamp_(max=num_rows - 1)
+    first_X = (tile_X - ends_R[row_X]) * block_q + -(-counts_R // block_q)[row_X] * block_q
+    left_X = counts_R[row_X] - first_X
+    position_X = context_len_R[row_X] - left_X
+    keys_X = torch.minimum(position_X + block_q, context_len_R[row_X])
+    keys_X = torch.where(tile_X < ends_R[-1], keys_X, 0)
+    facts_X8 = torch.zeros((num_tiles + 1, 8), dtype=torch.int32, device=device)
+    keys_X, order_X = keys_X.sort(descending=True)
+    columns = (keys_X, *(x[order_X] for x in (position_X, starts_R[row_X] + first_X, left_X, row_X)))
+    facts_X8[:-1, :5] = torch.stack(columns, 1)
+    facts_X8[-1, 0] = ends_R[-1]
+    return facts_X8
+
+
 def hopper_attention(
     q_TNH: Tensor,
     k_cache_BSKH: Tensor,
     v_cache_BSKH: Tensor,
-    query_start_R1: Tensor,
-    context_len_R: Tensor,
     block_table_RB: Tensor,
+    tiles_X8: Tensor,
     out_TNH: Tensor,
     *,
     scale: float,
     kv_scales: tuple[float, float] = (1.0, 1.0),
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
-    """`prefill_attention` of rows without anything done to their logits. Ask `takes` first."""
-    num_tokens, num_heads, head_size = q_TNH.shape
+    """`prefill_attention` of the tiles that `plan_tiles` made for `block_q_of` these heads. Ask `takes` first."""
+    num_heads, head_size = q_TNH.shape[1:]
     block_size, num_kv_heads = k_cache_BSKH.shape[1:3]
-    num_rows = context_len_R.shape[0]
     group = num_heads // num_kv_heads
     sizes = sizes or DEFAULT_SIZES
-    block_q = LINES // group
-    num_tiles = num_tokens // block_q + num_rows
+    num_tiles = tiles_X8.shape[0] - 1
     programs = min(tuning.device_facts(q_TNH.device).num_sms, num_tiles * num_kv_heads)
     _hopper_attention_kernel[(programs,)](
-        q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, out_TNH,
-        tuning.counters(q_TNH.device), q_TNH.stride(0), block_table_RB.stride(0), scale * kv_scales[0] * LOG2E,
-        kv_scales[1], num_rows, num_tiles,
-        K=num_kv_heads, G=group, H=head_size, S=block_size, BLOCK_Q=block_q, BLOCK_L=sizes["block_l"],
+        q_TNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, tiles_X8, out_TNH, tuning.counters(q_TNH.device),
+        q_TNH.stride(0), block_table_RB.stride(0), scale * kv_scales[0] * LOG2E, kv_scales[1], num_tiles,
+        K=num_kv_heads, G=group, H=head_size, S=block_size, BLOCK_Q=LINES // group, BLOCK_L=sizes["block_l"],
         STAGES=sizes["stages"], WIDE=k_cache_BSKH.numel() >= 1 << 31, FETCH_REGISTERS=sizes["fetch_registers"],
         REGISTERS=sizes["registers"], num_warps=4,
     )  # fmt: skip
     return out_TNH
+
+
+def block_q_of(q_TNH: Tensor, k_cache_BSKH: Tensor) -> int:
+    """Positions of a tile, for `plan_tiles`."""
+    return LINES // (q_TNH.shape[1] // k_cache_BSKH.shape[2])
 
 
 def takes(q_TNH: Tensor, k_cache_BSKH: Tensor) -> bool:

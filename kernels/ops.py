@@ -10,6 +10,7 @@ Triton files are imported when a CUDA tensor first needs them, so that a CPU hos
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -329,12 +330,14 @@ def prefill_attention(
     sinks_N: Tensor | None = None,
     kv_scales: tuple[float, float] = (1.0, 1.0),
     out_TNH: Tensor | None = None,
+    scratch: dict[Any, Any] | None = None,
 ) -> Tensor:
     """Causal attention of ragged rows (any mix of prompts, chunks and single tokens) over the paged cache. [T, N, H].
 
     Row r has the tokens query_start_R1[r] .. query_start_R1[r+1] - 1, the last of its context_len_R[r] (both int32).
     Tokens past the last row are undefined. Many single tokens with long contexts are faster in `paged_attention`, which
-    splits a context over the card; `out_TNH` (contiguous) lets both write into one output.
+    splits a context over the card; `out_TNH` (contiguous) lets both write into one output. `scratch` keeps what is the
+    same for all layers of a step that have the same rows.
     """
     if q_TNH.is_cuda:
         from argosy.kernels import prefill_attention as kernel
@@ -342,7 +345,7 @@ def prefill_attention(
         return kernel.prefill_attention(
             q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, scale=scale,
             sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
-            kv_scales=kv_scales, out_TNH=out_TNH,
+            kv_scales=kv_scales, out_TNH=out_TNH, scratch=scratch,
         )  # fmt: skip
     attended = reference.prefill_attention(
         q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, scale=scale,

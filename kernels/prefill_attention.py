@@ -10,6 +10,8 @@ the edge that need a mask.
             |<--- tiles without a mask -------->|<- masked ->|
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -29,8 +31,6 @@ from argosy.kernels.kv_scale_parts import (
     raw_scales,
 )
 from argosy.kernels.kv_scales import has_scales
-
-LEAST_LINES = 64  # queries times heads of a row, in the mean, from which on tiles of 128 lines are filled well enough
 
 
 @triton.jit
@@ -245,9 +245,9 @@ def _default_sizes(width: int, mean_queries: int, group: int, dtype: torch.dtype
     return {"block_m": max(16, rows), "block_l": 64 if width <= 128 else 32, "warps": 4, "stages": 3}
 
 
-def _hopper_sizes(q_TNH: Tensor, k_cache_BSKH: Tensor) -> tuning.Sizes | None:
-    """Sizes for `hopper_attention` where it was measured to be faster, and takes these."""
-    sizes = tuning.pick("hopper_attention", f"h{q_TNH.shape[2]}", q_TNH.device)
+def _hopper_sizes(q_TNH: Tensor, k_cache_BSKH: Tensor, kind: str) -> tuning.Sizes | None:
+    """Sizes for `hopper_attention` where it was measured to be faster for rows of this kind, and takes these."""
+    sizes = tuning.pick("hopper_attention", f"h{q_TNH.shape[2]}_{kind}", q_TNH.device)
     if sizes is None:
         return None
     from argosy.kernels import hopper_attention  # needs Gluon, which is part of newer Tritons only
@@ -270,6 +270,7 @@ def prefill_attention(
     sinks_N: Tensor | None = None,
     kv_scales: tuple[float, float] = (1.0, 1.0),
     out_TNH: Tensor | None = None,
+    scratch: dict[Any, Any] | None = None,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
     """Shapes as in `ops.prefill_attention`; tokens of q may be strided. Tokens past the last row are not written.
@@ -290,20 +291,24 @@ def prefill_attention(
         return out_TNH
     width = tuning.next_power_of_two(head_size)
     mean_queries = num_tokens // num_rows
-    plain = sliding_window is None and soft_cap is None and alibi_slopes_N is None and sinks_N is None
-    if plain and sizes is None and mean_queries * group >= LEAST_LINES:
-        hopper = _hopper_sizes(q_TNH, k_cache_BSKH)
-        if hopper is not None:
-            from argosy.kernels.hopper_attention import hopper_attention
-
-            return hopper_attention(
-                q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, out_TNH,
-                scale=scale, kv_scales=kv_scales, sizes=hopper,
-            )  # fmt: skip
     # how many tiles of a row lie before the edge: contexts much longer than the queries have many
     prefixed = block_table_RB.shape[1] * block_size >= 4 * mean_queries
     many = "prefixed" if prefixed else "many"
     kind = "long" if mean_queries >= 1024 else many if mean_queries * group >= 128 else "few"
+    plain = sliding_window is None and soft_cap is None and alibi_slopes_N is None and sinks_N is None
+    if plain and sizes is None:
+        hopper = _hopper_sizes(q_TNH, k_cache_BSKH, kind)
+        if hopper is not None:
+            from argosy.kernels import hopper_attention as special
+
+            block_q = special.block_q_of(q_TNH, k_cache_BSKH)
+            scratch = {} if scratch is None else scratch
+            if ("tiles", block_q) not in scratch:
+                scratch["tiles", block_q] = special.plan_tiles(query_start_R1, context_len_R, num_tokens, block_q)
+            return special.hopper_attention(
+                q_TNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, scratch["tiles", block_q], out_TNH, scale=scale,
+                kv_scales=kv_scales, sizes=hopper,
+            )  # fmt: skip
     if sizes is None and q_TNH.element_size() == 2:
         key = f"h{head_size}_{kind}{cache_suffix(k_cache_BSKH)}"
         sizes = tuning.pick("prefill_attention", key, q_TNH.device)

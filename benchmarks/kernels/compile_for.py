@@ -129,15 +129,15 @@ def prompts(report: Callable[..., None]) -> None:
         counts = f"{heads}/{kv_heads}x{size}"
         q = torch.zeros(64, heads + 2 * kv_heads, size, dtype=BF16)[:, :heads]
         cache = torch.zeros(64, 16, kv_heads, size, dtype=BF16)
-        starts, lengths = torch.zeros(5, dtype=torch.int32), torch.ones(4, dtype=torch.int32)
-        table, out = torch.zeros(4, 16, dtype=torch.int32), torch.zeros(64, heads, size, dtype=BF16)
+        tiles, table = torch.zeros(9, 8, dtype=torch.int32), torch.zeros(4, 16, dtype=torch.int32)
+        out = torch.zeros(64, heads, size, dtype=BF16)
         for block_l, stages, registers, fetch_registers in PROMPT_SIZES:
             sizes = {
                 "block_l": block_l, "stages": stages, "registers": registers, "fetch_registers": fetch_registers
             }  # fmt: skip
             report(
-                f"prompts, {counts} {sizes}", hopper_attention.hopper_attention, q, cache, cache, starts,
-                lengths, table, out, scale=0.1, sizes=sizes,
+                f"prompts, {counts} {sizes}", hopper_attention.hopper_attention, q, cache, cache, table,
+                tiles, out, scale=0.1, sizes=sizes,
             )  # fmt: skip
 
 

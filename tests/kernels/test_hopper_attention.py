@@ -1,5 +1,6 @@
 """Prompts on Hopper: equal to the reference on ugly rows, and chosen only where it was measured and can be had."""
 
+import itertools
 import os
 import random
 import subprocess
@@ -32,7 +33,7 @@ def test_prompts_and_chunks_are_those_of_the_reference(
     heads: int, kv_heads: int, size: int, block_size: int, sizes: tuple[int, ...], assert_near: Near
 ) -> None:
     """Rows of one token, of a tile and one more, chunks after a prefix; queries are a view of the product."""
-    from argosy.kernels.hopper_attention import hopper_attention, takes
+    from argosy.kernels.hopper_attention import block_q_of, hopper_attention, plan_tiles, takes
 
     drawn = random.Random(size + block_size)
     rows = [(1, 1), (1, 300), (33, 33), (128, 128), (129, 400), (256, 256), (64, 1000)]
@@ -48,21 +49,49 @@ def test_prompts_and_chunks_are_those_of_the_reference(
     want = reference.prefill_attention(
         q.float(), k_cache.float(), v_cache.float(), starts, lengths, table, scale=size**-0.5
     )
+    tiles = plan_tiles(starts, lengths, len(q), block_q_of(q, k_cache))
     names = ("block_l", "stages", "registers", "fetch_registers")
     for _ in range(2):  # the counter of tiles was left at zero
         out = torch.full((len(q), heads, size), float("nan"), device="cuda", dtype=torch.bfloat16)
         hopper_attention(
-            q, k_cache, v_cache, starts, lengths, table, out, scale=size**-0.5,
+            q, k_cache, v_cache, table, tiles, out, scale=size**-0.5,
             sizes=dict(zip(names, sizes, strict=True)),
         )  # fmt: skip
         assert_near(out, want)
     assert int(tuning.counters(q.device)[0]) == 0
 
 
+@pytest.mark.parametrize("block_q", [1, 18, 32, 64])
+def test_the_plan_has_each_query_once_and_long_tiles_first(block_q: int, device: torch.device) -> None:
+    """Every token of every row lies in one tile, with the keys up to the last of its queries."""
+    from argosy.kernels.hopper_attention import plan_tiles
+
+    drawn = random.Random(block_q)
+    rows = [(n, n + drawn.randrange(90)) for n in (drawn.choice((0, 1, 17, 32, 33, 64, 100)) for _ in range(20))]
+    starts = [0, *itertools.accumulate(n for n, _ in rows)]
+    plan = plan_tiles(
+        torch.tensor(starts, dtype=torch.int32, device=device),
+        torch.tensor([context for _, context in rows], dtype=torch.int32, device=device), starts[-1], block_q,
+    ).tolist()  # fmt: skip
+    tiles = [tile for tile in plan[:-1] if tile[0]]
+    assert plan[-1][0] == len(tiles)
+    assert plan[: len(tiles)] == tiles, "those that there are not come last"
+    assert [tile[0] for tile in tiles] == sorted((tile[0] for tile in tiles), reverse=True)
+    seen = []
+    for keys, position, token, left, row, *_ in tiles:
+        queries, context = rows[row]
+        first = token - starts[row]
+        assert left == queries - first
+        assert position == context - queries + first
+        assert keys == min(position + block_q, context)
+        seen += range(token, token + min(block_q, left))
+    assert sorted(seen) == list(range(starts[-1]))
+
+
 def test_it_is_not_chosen_where_nobody_measured_it(device: torch.device) -> None:
     """An unknown GPU, and heads of a size that it has no tiles for, keep to the kernel for any."""
     q, cache = torch.zeros(4, 8, 96), torch.zeros(2, 16, 2, 96)
-    assert prefill_attention._hopper_sizes(q, cache) is None
+    assert prefill_attention._hopper_sizes(q, cache, "long") is None
 
 
 @pytest.mark.skipif(not HAS_ASSEMBLER, reason="this Triton came without NVIDIA's assembler")

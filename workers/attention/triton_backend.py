@@ -146,4 +146,5 @@ class TritonBackend:
             sinks_N=shape.sinks_N,
             kv_scales=shape.kv_scales,
             out_TNH=out_TNH,
+            scratch=metadata.scratch,
         )
