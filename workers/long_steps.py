@@ -129,10 +129,12 @@ class LongSteps:
                 is_end = number == num_layers - 1
                 rows = self._asked_rows(part) if is_end and self.rank.is_last_stage and not keeps_all else None
                 made_XD = self.model.through(layer, x_CD, part.positions_T, contexts[place], rows)
-                if (parks and not is_end) or (is_end and keeps_all):
-                    self._store(part, buffer)
                 if is_end:
                     self._leave(part, made_XD, sampled_SD, is_whole=rows is None)
+                if keeps_all if is_end else parks:
+                    self._store(part, buffer)
+                else:
+                    self._let_go(buffer)
         if not self.rank.is_last_stage:
             return None
         return LongHidden(sampled_SD, self._read)
@@ -187,6 +189,11 @@ class LongSteps:
         with torch.cuda.stream(self._out):
             target.copy_(source, non_blocking=True)
             self._stored[buffer].record(self._out)
+
+    def _let_go(self, buffer: int) -> None:
+        """What is in it was computed with, and goes nowhere."""
+        if self._out is not None:
+            self._stored[buffer].record(torch.cuda.current_stream(self.device))
 
     def _await_arrived(self, buffer: int) -> None:
         if self._in is not None:
