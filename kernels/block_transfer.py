@@ -53,19 +53,19 @@ def _tables(pointers: tuple[int, ...], sizes: tuple[int, ...], device: torch.dev
     return torch.tensor([pointers, [size // 4 for size in sizes], starts], dtype=torch.int64, device=device)
 
 
-def gather_blocks(caches: Sequence[Tensor], block_ids: Sequence[int], staged_MB: Tensor) -> None:
+def gather_blocks(caches: Sequence[Tensor], block_ids: Sequence[int] | Tensor, staged_MB: Tensor) -> None:
     """Row i of `staged_MB` becomes block `block_ids[i]` of all caches."""
     _move(caches, block_ids, staged_MB, is_out=True)
 
 
-def scatter_blocks(staged_MB: Tensor, caches: Sequence[Tensor], block_ids: Sequence[int]) -> None:
+def scatter_blocks(staged_MB: Tensor, caches: Sequence[Tensor], block_ids: Sequence[int] | Tensor) -> None:
     """Block `block_ids[i]` of all caches becomes row i of `staged_MB`."""
     _move(caches, block_ids, staged_MB, is_out=False)
 
 
-def _move(caches: Sequence[Tensor], block_ids: Sequence[int], staged_MB: Tensor, *, is_out: bool) -> None:
+def _move(caches: Sequence[Tensor], block_ids: Sequence[int] | Tensor, staged_MB: Tensor, *, is_out: bool) -> None:
     """`staged_MB` is uint8 and contiguous. Blocks of other than a multiple of 16 bytes go the slow way."""
-    if not block_ids:
+    if not len(block_ids):
         return
     sizes = tuple([cache.stride(0) * cache.element_size() for cache in caches])
     if any(size % ALIGNED for size in sizes):
@@ -78,8 +78,8 @@ def _move(caches: Sequence[Tensor], block_ids: Sequence[int], staged_MB: Tensor,
     assert staged_MB.shape[0] >= len(block_ids)
     assert staged_MB.shape[1] == sum(sizes)
     device = staged_MB.device
-    ids = torch.tensor(block_ids, dtype=torch.int64)
-    if device.type == "cuda":
+    ids = torch.as_tensor(block_ids, dtype=torch.int64)
+    if ids.device != device:
         ids = ids.pin_memory().to(device, non_blocking=True)
     tables = _tables(tuple([cache.data_ptr() for cache in caches]), sizes, device)
     grid = (len(block_ids), len(caches), triton.cdiv(max(sizes), COPY_BYTES))

@@ -189,10 +189,11 @@ def swap_blocks(sources: Sequence[Tensor], destinations: Sequence[Tensor], pairs
     reference.copy_blocks(sources, destinations, pairs)
 
 
-def gather_blocks(caches: Sequence[Tensor], block_ids: Sequence[int], staged_MB: Tensor) -> None:
+def gather_blocks(caches: Sequence[Tensor], block_ids: Sequence[int] | Tensor, staged_MB: Tensor) -> None:
     """Lay whole blocks side by side: row i of `staged_MB` [M, bytes of a block] becomes block `block_ids[i]`.
 
-    Caches are contiguous [B, ...] of any type. On the current stream; nothing waits.
+    Caches are contiguous [B, ...] of any type. Ids may be on the device already (`upload_ids`). On the current stream;
+    nothing waits.
     """
     if staged_MB.is_cuda:
         from argosy.kernels import block_transfer
@@ -202,7 +203,13 @@ def gather_blocks(caches: Sequence[Tensor], block_ids: Sequence[int], staged_MB:
     reference.gather_blocks(caches, block_ids, staged_MB)
 
 
-def scatter_blocks(staged_MB: Tensor, caches: Sequence[Tensor], block_ids: Sequence[int]) -> None:
+def upload_ids(block_ids: Sequence[int], device: torch.device) -> Tensor:
+    """Block ids on the device, int64, without waiting."""
+    ids = torch.tensor(block_ids, dtype=torch.int64)
+    return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids
+
+
+def scatter_blocks(staged_MB: Tensor, caches: Sequence[Tensor], block_ids: Sequence[int] | Tensor) -> None:
     """The way back of `gather_blocks`. No id may be there twice."""
     if staged_MB.is_cuda:
         from argosy.kernels import block_transfer

@@ -188,9 +188,9 @@ def copy_blocks(sources: Sequence[Tensor], destinations: Sequence[Tensor], pairs
         destination.index_copy_(0, destination_ids.to(destination.device), picked.to(destination.device))
 
 
-def gather_blocks(caches: Sequence[Tensor], block_ids: Sequence[int], staged_MB: Tensor) -> None:
+def gather_blocks(caches: Sequence[Tensor], block_ids: Sequence[int] | Tensor, staged_MB: Tensor) -> None:
     """Row i of `staged_MB` (bytes) becomes block `block_ids[i]` of all caches, one after the other."""
-    ids, start = torch.tensor(block_ids, dtype=torch.int64), 0
+    ids, start = torch.as_tensor(block_ids, dtype=torch.int64), 0
     for cache in caches:
         flat = _rows_of_bytes(cache)
         end = start + flat.shape[1]
@@ -198,9 +198,9 @@ def gather_blocks(caches: Sequence[Tensor], block_ids: Sequence[int], staged_MB:
         start = end
 
 
-def scatter_blocks(staged_MB: Tensor, caches: Sequence[Tensor], block_ids: Sequence[int]) -> None:
+def scatter_blocks(staged_MB: Tensor, caches: Sequence[Tensor], block_ids: Sequence[int] | Tensor) -> None:
     """The way back: block `block_ids[i]` of all caches becomes what row i of `staged_MB` holds."""
-    ids, start = torch.tensor(block_ids, dtype=torch.int64), 0
+    ids, start = torch.as_tensor(block_ids, dtype=torch.int64), 0
     for cache in caches:
         flat = _rows_of_bytes(cache)
         end = start + flat.shape[1]

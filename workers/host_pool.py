@@ -142,20 +142,23 @@ class CardHostPool(HostPool):
             compute.wait_event(latest[2])
 
     def _begin_out(self, compute: Any, pairs: Sequence[tuple[int, int]]) -> None:
-        first = _event()
-        for part, chunk in enumerate(_chunks(sorted(pairs, key=_second), len(self._out_buffers[0]))):
+        first, start = _event(), 0
+        pairs = sorted(pairs, key=_second)
+        ids = ops.upload_ids([block_id for block_id, _ in pairs], self.device)
+        for part, chunk in enumerate(_chunks(pairs, len(self._out_buffers[0]))):
             turn = self._turn = (self._turn + 1) % OUT_BUFFERS
             buffer, stream = self._out_buffers[turn], self._out_stream
             compute.wait_event(self._out_free[turn])
-            ops.gather_blocks(self.tensors, [block_id for block_id, _ in chunk], buffer)
+            ops.gather_blocks(self.tensors, ids[start : start + len(chunk)], buffer)
+            start += len(chunk)
             gathered = _event()
             gathered.record(compute)
             with torch.cuda.stream(stream):
                 stream.wait_event(gathered)
                 if not part:
                     first.record(stream)
-                for start, host_id, count in _runs([host_id for _, host_id in chunk]):
-                    self.rows_NB[host_id : host_id + count].copy_(buffer[start : start + count], non_blocking=True)
+                for row, host_id, count in _runs([host_id for _, host_id in chunk]):
+                    self.rows_NB[host_id : host_id + count].copy_(buffer[row : row + count], non_blocking=True)
                 self._out_free[turn].record(stream)
         last = _event()
         last.record(self._out_stream)
@@ -172,10 +175,13 @@ class CardHostPool(HostPool):
                 if not filled.isdisjoint(host_ids):
                     stream.wait_event(written)
             first.record(stream)
-            for chunk in _chunks(sorted(pairs), len(buffer)):
-                for start, host_id, count in _runs([host_id for host_id, _ in chunk]):
-                    buffer[start : start + count].copy_(self.rows_NB[host_id : host_id + count], non_blocking=True)
-                ops.scatter_blocks(buffer, self.tensors, [block_id for _, block_id in chunk])
+            pairs, start = sorted(pairs), 0
+            ids = ops.upload_ids([block_id for _, block_id in pairs], self.device)
+            for chunk in _chunks(pairs, len(buffer)):
+                for row, host_id, count in _runs([host_id for host_id, _ in chunk]):
+                    buffer[row : row + count].copy_(self.rows_NB[host_id : host_id + count], non_blocking=True)
+                ops.scatter_blocks(buffer, self.tensors, ids[start : start + len(chunk)])
+                start += len(chunk)
             last.record(stream)
         self._in.append((step_id, first, last))
 

@@ -38,12 +38,37 @@ def reference(folder: str, prompts: list[list[int]], num_tokens: int) -> list[li
     return answers
 
 
+def swapped(folder: str, layout: str, backend: str) -> bool:
+    """Sixteen long answers in room for three, in two rounds: they swap, nothing is computed twice, all is exact."""
+    tp_size, pp_size = map(int, layout.split("x"))
+    rng = random.Random(12)
+    prompts = [[rng.randrange(3, 1000) for _ in range(40)] for _ in range(16)]
+    want = reference(folder, prompts, 72)
+    with LLM(
+        folder, tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size, dtype="float32",
+        skip_tokenizer_init=True, distributed_executor_backend=backend, max_num_seqs=16, max_num_batched_tokens=256,
+        max_model_len=256, num_gpu_blocks_override=24, swap_space=1,
+    ) as llm:  # fmt: skip
+        params = SamplingParams(temperature=0.0, max_tokens=72, ignore_eos=True, detokenize=False)
+        same = 0
+        for _ in range(2):
+            outputs = llm.generate(prompts, params, use_tqdm=False)
+            same += sum(list(o.outputs[0].token_ids) == ids for o, ids in zip(outputs, want, strict=True))
+        figures = {metric.name: metric.value for metric in llm.get_metrics()}
+    out, into = (figures[f'argosy_swap_blocks_total{{direction="{way}"}}'] for way in ("out", "in"))
+    moved, again = figures["argosy_preemptions_swapped_total"], figures["argosy_tokens_recomputed_total"]
+    print(f"         {layout} swapped {same}/{2 * len(want)} as transformers; {moved:g} requests, {out:g} blocks out, "
+          f"{into:g} in, {again:g} tokens computed twice", flush=True)  # fmt: skip
+    return same == 2 * len(want) and moved > 3 and again == 0
+
+
 def main() -> int:
     """All families, with and without graphs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", nargs="+", choices=sorted(FAMILIES), default=sorted(FAMILIES))
     parser.add_argument("--layout", nargs="+", default=["1x1"], help="tensor x pipeline parallel, such as 2x1 1x2 2x2")
     parser.add_argument("--long", action="store_true", help="prompts of 1000 to 1700 tokens in steps of up to 2048")
+    parser.add_argument("--swap", action="store_true", help="only this: more than there is room for, with swap_space")
     parser.add_argument("--backend", default="local", choices=("local", "ray"))
     args = parser.parse_args()
     rng, failures = random.Random(7), 0
@@ -55,6 +80,10 @@ def main() -> int:
             torch.manual_seed(1)
             config = config_type(**{**SHAPE, **extra}, bos_token_id=1, eos_token_id=2, initializer_range=0.2)
             transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+            if args.swap:
+                print(family, flush=True)
+                failures += sum(not swapped(folder, layout, args.backend) for layout in args.layout)
+                continue
             prompts = [[rng.randrange(3, 1000) for _ in range(n)] for n in lengths]
             want = reference(folder, prompts, 24)
             for layout, eager in itertools.product(args.layout, (False, True)):

@@ -74,11 +74,12 @@ def given(pool: HostPool, swaps: BlockSwaps) -> Callable[[], None]:
 
 def held_up(pool: HostPool, swaps: BlockSwaps, seconds: float) -> float:
     """Seconds that a stream of products of about `seconds` takes longer when an order is given at its start."""
-    x, w = torch.zeros(64, 4096, device=pool.device).bfloat16(), torch.zeros(4096, 4096, device=pool.device).bfloat16()
+    x = torch.zeros(64, 4096, device=pool.device).bfloat16()
+    weights = torch.zeros(16, 4096, 4096, device=pool.device).bfloat16()  # more than a cache holds, as a model's
 
     def products(count: int) -> None:
-        for _ in range(count):
-            x.matmul(w)
+        for place in range(count):
+            x.matmul(weights[place % 16])
 
     one = timed(pool.device, lambda: products(200), 3) / 200
     count = max(1, int(seconds / one))
