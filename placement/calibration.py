@@ -28,7 +28,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     attention_efficiency: float = 0.35  # of the arithmetic, for prompts
     overlap: float = 3.0  # how reading and arithmetic hide each other: infinite is max(), 1 is their sum
     # overheads, microseconds
-    step_us: float = 200.0
+    step_us: float = 200.0  # of a step's last stage, which draws tokens and answers
+    stage_us: float = 40.0  # of each stage before it
     layer_us: float = 12.0
     group_layer_us: float = 12.0  # a layer's further overhead when several ranks share it
     row_us: float = 0.3  # of each row of a step

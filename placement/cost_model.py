@@ -100,8 +100,9 @@ class StageCost:
             self._least_exchanged = least_tokens(spec.moe, tp_size, "cpu" if sheet.name == "CPU" else "cuda")
             self._exchanged = exchange_numbers(spec.moe, tp_size)
         extra = calibration.group_layer_us * (tp_size > 1) + calibration.fp8_layer_us * is_fp8
-        self._fixed_seconds = (self.num_layers * (calibration.layer_us + extra) + calibration.step_us) * _US
-        self._eager_seconds = (self.num_layers * calibration.eager_layer_us + calibration.step_us) * _US
+        self.overhead_seconds = (calibration.step_us if self.is_last else calibration.stage_us) * _US
+        self._fixed_seconds = self.num_layers * (calibration.layer_us + extra) * _US + self.overhead_seconds
+        self._eager_seconds = self.num_layers * calibration.eager_layer_us * _US + self.overhead_seconds
         host_rate = sheet.pcie_gbytes_per_second * 1e9 * calibration.host_link_efficiency / host_link_sharers
         self._offload_seconds = offloaded_bytes / host_rate
 

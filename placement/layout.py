@@ -175,14 +175,13 @@ class LayoutJudge:
             for index, kind in enumerate(shape.layer_kinds):
                 if kind not in of_kind and index + 1 < shape.num_layers:
                     one = self._stage_cost(group, tp_size, index, index + 1)
-                    of_kind[kind] = one.seconds(load) - one.calibration.step_us * 1e-6
+                    of_kind[kind] = one.seconds(load) - one.overhead_seconds
             fallback = next(iter(of_kind.values()), 0.0)
             before = [0.0]
             for kind in shape.layer_kinds:
                 before.append(before[-1] + of_kind.get(kind, fallback))
-            last = self._stage_cost(group, tp_size, shape.num_layers - 1, shape.num_layers).seconds(load)
-            step = self.calibration_of(group).step_us * 1e-6
-            head = max(0.0, last - step - of_kind.get(shape.layer_kinds[-1], fallback))
+            last = self._stage_cost(group, tp_size, shape.num_layers - 1, shape.num_layers)
+            head = max(0.0, last.seconds(load) - last.overhead_seconds - of_kind.get(shape.layer_kinds[-1], fallback))
             self._layer_seconds[key] = before, head
         return self._layer_seconds[key]
 

@@ -2,14 +2,16 @@
 
     python benchmarks/planner/compare_layouts.py --results benchmarks/results/engine_h200.jsonl
 
-Rows are those of `benchmarks/gpu/bench_gpu.py`; of each (model, layout, workload) the newest counts. Prints a table in
-Markdown; `--predict` prints predictions alone, for layouts that nobody has measured yet.
+Rows are those of `argosy bench` and `benchmarks/gpu/bench_gpu.py`; of each (model, layout, workload) the newest counts.
+Prints a table in Markdown; `--predict` prints predictions alone, for layouts that nobody has measured yet; `--layouts`
+compares whole layouts of a cluster, replicas side by side, as `measure_topologies.py` writes them.
 """
 
 import argparse
 import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -89,6 +91,30 @@ def predict(case: Case, calibration: Calibration, gpu: str = "H200") -> tuple[fl
     return figures["output_tokens_per_second"], ttft
 
 
+def compare_topologies(path: str, calibration: Calibration, gpu: str) -> None:
+    """What the planner took on each topology beside its rivals: measured, foretold, and the share of the best."""
+    newest: dict[tuple[str, ...], dict[str, Any]] = {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        layout = f"{row['replicas']} x TP{row['tp']} x PP{row['pp']}"
+        key = (row["topology"], row["model"], row["workload"], layout)
+        newest[key] = {**row, "asked": "auto" if "auto" in (row["asked"], newest.get(key, row)["asked"]) else "given"}
+    print("| nodes x cards | model, workload | layout | measured | foretold | off by | of the best | TTFT p50 measured "
+          "| foretold | off by |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+    for key, row in sorted(newest.items()):
+        best = max(other["figure"] for place, other in newest.items() if place[:3] == key[:3])
+        case = Case(row["model"], row["tp"], row["pp"], row["workload"], max_num_seqs=row["max_num_seqs"])
+        figure, ttft = predict(case, calibration, gpu)
+        figure, measured_ttft = figure * row["replicas"], row["ttft_ms_p50"] / 1e3
+        taken = " (planned)" if row["asked"] == "auto" else ""
+        print(
+            f"| {key[0]} | {key[1]} {key[2]} | {key[3]}{taken} | {row['figure']:,.0f} tok/s | {figure:,.0f} tok/s | "
+            f"{figure / row['figure'] - 1:+.1%} | {row['figure'] / best:.0%} | {1e3 * measured_ttft:,.0f} ms | "
+            f"{1e3 * ttft:,.0f} ms | {ttft / measured_ttft - 1:+.1%} |",
+            flush=True,
+        )
+
+
 def _decode(name: str):  # type: ignore[no-untyped-def]  # arrivals
     from argosy.cluster.simulated_cluster import Arrival
 
@@ -102,8 +128,12 @@ def main() -> int:
     parser.add_argument("--gpu", default="H200", help="that the rows were measured on")
     parser.add_argument("--calibration", help="instead of the one that ships")
     parser.add_argument("--predict", nargs="+", metavar="MODEL:TPxPP:WORKLOAD", help="such as 8b:2x2:fixed512x256")
+    parser.add_argument("--layouts", metavar="FILE", help="rows of measure_topologies.py, such as layouts_h200.jsonl")
     args = parser.parse_args()
     calibration = read_calibration(args.calibration) if args.calibration else default_calibration(args.gpu)
+    if args.layouts:
+        compare_topologies(args.layouts, calibration, args.gpu)
+        return 0
     if args.predict:
         for text in args.predict:
             model, layout, workload = text.split(":")
