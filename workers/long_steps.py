@@ -153,6 +153,8 @@ class LongSteps:
     def _leave(self, part: Slice, made_XD: Tensor, sampled_SD: Tensor, *, is_whole: bool) -> None:
         """A slice has been through all layers of this stage: all of its tokens, or those that are sampled from."""
         if not self.rank.is_last_stage:
+            if self._out is not None and part.first // self.slice_tokens % NUM_BUFFERS == NUM_BUFFERS - 1:
+                self.transport.flush()  # or copies of all slices would wait on the card for the next stage
             self.transport.send(made_XD, changes=True)
         elif len(part.sampled):
             asked_XD = made_XD[part.places] if is_whole else made_XD

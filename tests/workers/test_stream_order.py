@@ -85,6 +85,9 @@ class Wires:
         assert changes
         hidden_TD.clone()
 
+    def flush(self) -> None:
+        pass
+
 
 def long_steps(rank: RankInfo, slice_tokens: int, max_tokens: int) -> LongSteps:
     """With streams that are watched."""
