@@ -109,6 +109,12 @@ def name_oddities(chosen: Candidate, serving: Serving, shape: ModelShape, topolo
             f"{offloaded / 1e9:.1f} GB of each device's weights live in the host's memory and are copied in every "
             f"step: {offloaded / rate / 1e6:.0f} ms at {rate:g} GB/s, whatever the batch"
         )
+    if serving.slice_tokens is not None:
+        parked = serving.max_num_batched_tokens * shape.spec.hidden_size * serving.dtype_bytes
+        yield (
+            f"steps of more than {serving.slice_tokens} tokens are computed in slices of so many; hidden states of the "
+            f"longest take {parked / 1e9:.2f} GB of the host's memory a rank"
+        )
     if chosen.tp_size > 1:
         slow = min(group.link.gbytes_per_second for group in groups)
         if slow < 60:

@@ -99,6 +99,8 @@ def test_slices_bound_what_a_long_step_needs() -> None:
     whole, sliced, short = (one.activation_bytes(calibration, 1, 0, 32) for one in sizes)
     assert sliced == short + 3 * 4096 * 4096 * 2
     assert whole > 10 * sliced
+    report = plan("llama-3.1-8b", "1 x H200", max_num_batched_tokens=131072, activation_offload_gb="auto")
+    assert any("slices of so many" in note and "1.07 GB of the host's memory" in note for note in report.notes)
 
 
 def test_the_plan_says_what_the_link_costs_and_how_to_start_it() -> None:
