@@ -7,9 +7,7 @@ counters, which takes no multiprocessor. Two H200, 8B, 64 rows that decode: 5.63
     sender's side stream        wait until message n - slots was taken; copy to slot n; counter "sent" there := n
     receiver's compute stream   wait until "sent" >= n; copy out of the slot; counter "taken" at the sender := n
 
-Short messages, those of decode steps, go the same way by one small kernel on each side (`Mover`, given by who knows
-kernels): it is there sooner. They have slots and counters of their own; both sides know from its size which way a
-message goes. Each rank has one buffer that all others can address: the counters of all wires, then the slots of what it
+Each rank has one buffer that all others can address: the counters of all wires, then the slots of what it
 receives.
 """
 
@@ -32,9 +30,8 @@ logger = logging.getLogger(__name__)
 
 SLOTS: Final = 2  # for hidden states: one may come while the one before it is still being taken
 NUM_WIRES: Final = 3
-SHORT_BYTES: Final = 1 << 20
-COUNTER_BYTES: Final = 128  # apart from each other, as two sides poll them; a mover has one of 4 bytes a program
-HEADER_BYTES: Final = (4 * NUM_WIRES + 1) * COUNTER_BYTES
+COUNTER_BYTES: Final = 128  # apart from each other, as two sides poll them
+HEADER_BYTES: Final = (2 * NUM_WIRES + 1) * COUNTER_BYTES
 TRIAL: Final = 77
 TRIAL_AT: Final = HEADER_BYTES - COUNTER_BYTES
 ALIGNMENT: Final = 1024
@@ -71,22 +68,6 @@ class DriverCommands(StreamFlags):
             raise RuntimeError(f"the CUDA driver refused to copy in a stream: CUresult {status}")
 
 
-class Mover(Protocol):
-    """`kernels.card_message.move`: the same by one launch on the current stream."""
-
-    def __call__(
-        self,
-        source: int,
-        target: int,
-        num_bytes: int,
-        *,
-        await_address: int,
-        least: int,
-        announce_address: int,
-        count: int,
-    ) -> None: ...
-
-
 class CardWire:
     """One direction between two ranks, seen from one end. `slot_bytes`: the largest message."""
 
@@ -116,33 +97,6 @@ class CardWire:
         self._commands.copy(stream, target, self._slot(self._slots_here), num_bytes)
         self._commands.write(stream, self._taken_there, self._count)
 
-    def send_short(self, move: Mover, source: int, num_bytes: int) -> None:
-        """The same by a kernel. A wire goes one way or the other, always."""
-        self._count += 1
-        assert num_bytes <= self._slot_bytes, (num_bytes, self._slot_bytes)
-        move(
-            source,
-            self._slot(self._slots_there),
-            num_bytes,
-            await_address=self._taken_here,
-            least=self._count - self._slots,
-            announce_address=self._sent_there,
-            count=self._count,
-        )
-
-    def receive_short(self, move: Mover, target: int, num_bytes: int) -> None:
-        """Its other end."""
-        self._count += 1
-        move(
-            self._slot(self._slots_here),
-            target,
-            num_bytes,
-            await_address=self._sent_here,
-            least=self._count,
-            announce_address=self._taken_there,
-            count=self._count,
-        )
-
     def _slot(self, slots: int) -> int:
         return slots + self._count % self._slots * self._slot_bytes
 
@@ -158,17 +112,12 @@ class CardWires:
         token_bytes: int,
         token_slots: int,
         hidden_bytes: int,
-        move: Mover | None,
     ):
         """Collective. `token_bytes`, `hidden_bytes`: of the largest message. `token_slots`: as many steps as may be in
         flight; tokens that nobody needs yet stay there, and no step must wait for room."""
         assert parallel.world is not None
-        self._device, self._commands, self._move = parallel.device, commands, move
-        sizes = {
-            "tokens": (token_bytes, token_slots),
-            "hidden states": (hidden_bytes, SLOTS),
-            "short hidden states": (SHORT_BYTES, SLOTS),
-        }
+        self._device, self._commands = parallel.device, commands
+        sizes = {"tokens": (token_bytes, token_slots), "hidden states": (hidden_bytes, SLOTS)}
         self._slots_at: dict[str, tuple[int, int, int]] = {}  # of each kind: where, how large one is, how many
         end = -(-HEADER_BYTES // ALIGNMENT) * ALIGNMENT
         for kind, (size, count) in sizes.items():
@@ -186,13 +135,11 @@ class CardWires:
             self.outgoing["tokens"] = self._wire("tokens", 0, first)
         if here == first:
             self.incoming["tokens"] = self._wire("tokens", 0, last)
-        for short, kind in enumerate(("hidden states", "short hidden states")):
-            if parallel.next_rank is not None:
-                number = short * NUM_WIRES + 1 + rank.pp_rank % 2
-                self.outgoing[kind] = self._wire(kind, number, parallel.next_rank)
-            if parallel.previous_rank is not None:
-                number = short * NUM_WIRES + 1 + (rank.pp_rank - 1) % 2
-                self.incoming[kind] = self._wire(kind, number, parallel.previous_rank)
+        kind = "hidden states"
+        if parallel.next_rank is not None:
+            self.outgoing[kind] = self._wire(kind, 1 + rank.pp_rank % 2, parallel.next_rank)
+        if parallel.previous_rank is not None:
+            self.incoming[kind] = self._wire(kind, 1 + (rank.pp_rank - 1) % 2, parallel.previous_rank)
         make_stream: Any = torch.cuda.Stream  # torch gives it no types
         self._streams = {kind: make_stream(parallel.device, priority=-1) for kind in self.outgoing}
 
@@ -200,15 +147,9 @@ class CardWires:
         addresses = self.addresses
         return CardWire(self._commands, number, addresses[self._here], addresses[peer], *self._slots_at[kind])
 
-    def _is_short(self, num_bytes: int) -> bool:
-        return self._move is not None and num_bytes <= SHORT_BYTES and num_bytes % 4 == 0
-
     def send(self, kind: str, tensor: Tensor, *, changes: bool = False) -> None:
         """Send what the current stream has made. `changes`: that stream will write there again."""
         num_bytes = tensor.numel() * tensor.element_size()
-        if self._move is not None and self._is_short(num_bytes):
-            self.outgoing[_short(kind)].send_short(self._move, tensor.data_ptr(), num_bytes)
-            return
         if changes:
             tensor = tensor.clone()
         stream = self._streams[kind]
@@ -219,9 +160,6 @@ class CardWires:
     def receive(self, kind: str, tensor: Tensor) -> None:
         """Let the current stream wait for the next message and put it into the tensor."""
         num_bytes = tensor.numel() * tensor.element_size()
-        if self._move is not None and self._is_short(num_bytes):
-            self.incoming[_short(kind)].receive_short(self._move, tensor.data_ptr(), num_bytes)
-            return
         stream = torch.cuda.current_stream(self._device)
         self.incoming[kind].receive(stream, tensor.data_ptr(), num_bytes)
 
@@ -251,12 +189,8 @@ class CardWires:
         return int(self._buffer.local[place : place + 4].view(torch.int32))
 
 
-def _short(kind: str) -> str:
-    return "tokens" if kind == "tokens" else f"short {kind}"
-
-
 def open_card_wires(
-    parallel: ParallelContext, *, token_bytes: int, token_slots: int, hidden_bytes: int, move: Mover | None = None
+    parallel: ParallelContext, *, token_bytes: int, token_slots: int, hidden_bytes: int
 ) -> CardWires | None:
     """The wires of a replica on one host, None where its cards can't address each other; the same on all ranks."""
     wanted = os.environ.get("ARGOSY_DISABLE_SYMMETRIC_MEMORY") != "1"
@@ -274,7 +208,6 @@ def open_card_wires(
             token_bytes=token_bytes,
             token_slots=token_slots,
             hidden_bytes=hidden_bytes,
-            move=move,
         )
         works = wires.reaches(parallel)
     except (RuntimeError, ImportError, AttributeError) as error:

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from argosy.cluster.protocol.errors import WorkerFailed
-from argosy.placement.card_wires import CardWires, Mover, open_card_wires
+from argosy.placement.card_wires import CardWires, open_card_wires
 from argosy.placement.process_groups import ParallelContext
 
 NCCL_BLOCKS = 8  # multiprocessors that a send may hold while it waits for its taker
@@ -39,10 +39,8 @@ class StageTransport:
         max_steps_in_flight: int = 2,
         max_tokens: int = 0,
         max_rows: int = 0,
-        move: Mover | None = None,
     ):
-        """`max_tokens`, `max_rows`: of the largest messages; without them cards don't share memory. `move`: a kernel
-        for short messages between such cards."""
+        """`max_tokens`, `max_rows`: of the largest messages; without them cards don't share memory."""
         self.parallel, self._hidden_size, self._dtype = parallel, hidden_size, dtype
         self.timeout_seconds = timeout_seconds
         self.max_steps_in_flight = max_steps_in_flight
@@ -55,7 +53,6 @@ class StageTransport:
                 token_bytes=max_rows * torch.int64.itemsize,
                 token_slots=max(2, max_steps_in_flight),
                 hidden_bytes=max_tokens * hidden_size * dtype.itemsize,
-                move=move,
             )
         if rank.pp_size > 1 and self._cards is None:
             # by all ranks, in one order; neighbouring boundaries alternate, so that a stage between two others

@@ -3,7 +3,6 @@
 T tokens of the step, S rows that sample, D model width, V vocabulary.
 """
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,6 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
 from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.cluster.protocol.sampling import TokenParams
-from argosy.placement.card_wires import Mover
 from argosy.placement.process_groups import ParallelContext
 from argosy.placement.stage_transport import StageTransport
 from argosy.placement.weight_offload import offloaded_places
@@ -142,7 +140,6 @@ class ModelRunner:
             max_steps_in_flight=config.max_steps_in_flight,
             max_tokens=self.most_tokens,
             max_rows=scheduler.max_num_seqs,
-            move=_short_message_mover(device),
         )
         self.batch = InputBatch(
             max_num_seqs=scheduler.max_num_seqs,
@@ -476,12 +473,3 @@ class ModelRunner:
         if not self.rank.answers:
             return None
         return StepOutcome(output, None, None, [], {}, started, None, self.host_pool)
-
-
-def _short_message_mover(device: torch.device) -> Mover | None:
-    """The kernel for short messages between stages, on a GPU."""
-    if device.type != "cuda" or os.environ.get("ARGOSY_SHORT_MESSAGES", "0") != "1":
-        return None
-    from argosy.kernels import card_message  # Triton, which a CPU host has no need of
-
-    return card_message.move

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu/bench_stage_wire.py
 
-Three kinds of wire: NCCL, copies and counters in the other card's memory, and the same with a kernel for short ones.
+Two kinds of wire: NCCL, and copies and counters in the other card's memory.
 First 400 messages of random sizes each way, hidden states forward and tables of tokens back, with hosts that run ahead.
 Then a message there and one back in turn: microseconds one way, by size. JSON lines.
 """
@@ -17,7 +17,6 @@ import time
 import torch
 import torch.multiprocessing as mp
 
-from argosy.kernels import card_message
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import destroy_parallel, init_parallel
 from argosy.placement.stage_transport import StageTransport
@@ -84,11 +83,11 @@ def be_rank(index: int, port: int) -> None:
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     parallel = init_parallel(make_plan(2, 1, 2).ranks[index], f"127.0.0.1:{port}", device, 60.0)
-    for kind in ("nccl", "copies", "kernels"):
+    for kind in ("nccl", "copies"):
         os.environ["ARGOSY_DISABLE_SYMMETRIC_MEMORY"] = "1" if kind == "nccl" else "0"
         transport = StageTransport(
             parallel, WIDTH, torch.bfloat16, timeout_seconds=60.0, max_steps_in_flight=3, max_tokens=MAX_TOKENS,
-            max_rows=ROWS, move=card_message.move if kind == "kernels" else None,
+            max_rows=ROWS,
         )  # fmt: skip
         check(transport, index == 0, device)
         figures = {num: round(one_way_us(transport, index == 0, num, device), 1) for num in SIZES}
