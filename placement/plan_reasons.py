@@ -109,12 +109,14 @@ def name_oddities(chosen: Candidate, serving: Serving, shape: ModelShape, topolo
             f"{offloaded / 1e9:.1f} GB of each device's weights live in the host's memory and are copied in every "
             f"step: {offloaded / rate / 1e6:.0f} ms at {rate:g} GB/s, whatever the batch"
         )
+    parked = 0
     if serving.slice_tokens is not None:
         parked = serving.max_num_batched_tokens * shape.spec.hidden_size * serving.dtype_bytes
         yield (
             f"steps of more than {serving.slice_tokens} tokens are computed in slices of so many; hidden states of the "
             f"longest take {parked / 1e9:.2f} GB of the host's memory a rank"
         )
+    yield from _hosts_too_small(chosen, parked, topology)
     if chosen.tp_size > 1:
         slow = min(group.link.gbytes_per_second for group in groups)
         if slow < 60:
@@ -122,6 +124,21 @@ def name_oddities(chosen: Candidate, serving: Serving, shape: ModelShape, topolo
     unequal = {replica.layer_counts for replica in chosen.replicas}
     if len(unequal) > 1:
         yield "replicas differ: each is split to suit its own devices"
+
+
+def _hosts_too_small(chosen: Candidate, parked_bytes: int, topology: ClusterTopology) -> Iterator[str]:
+    """Nodes whose memory is known and has no room for weights and hidden states of their ranks."""
+    taken: dict[str, int] = {}
+    for replica in chosen.replicas:
+        for stage in replica.stages:
+            for node_id, _ in stage.group.devices:
+                taken[node_id] = taken.get(node_id, 0) + stage.memory.offloaded_bytes + parked_bytes
+    for node in topology.nodes:
+        if node.memory_bytes and taken.get(node.node_id, 0) > node.memory_bytes:
+            yield (
+                f"warning: {node.node_id} has {node.memory_bytes / 1e9:.0f} GB of memory, and its ranks would keep "
+                f"{taken[node.node_id] / 1e9:.0f} GB in it"
+            )
 
 
 def _host_tier(chosen: Candidate, serving: Serving, topology: ClusterTopology) -> Iterator[str]:

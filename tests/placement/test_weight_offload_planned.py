@@ -117,3 +117,17 @@ def test_the_plan_says_what_the_link_costs_and_how_to_start_it() -> None:
     exact = msgspec.structs.replace(report.serving, offload_bytes=stage["offloaded_bytes"])
     again = plan_cluster(report.model, report.topology, PlanOptions(), exact)
     assert again.chosen.num_blocks == report.chosen.num_blocks
+
+
+def test_a_host_that_is_too_small_is_named() -> None:
+    """Where its memory is known: two cards' weights are not there twice."""
+    serving = make_serving(SHAPE, max_model_len=4096, cpu_offload_gb=10)
+    topology = parse_topology({"nodes": [{"name": "n", "gpus": "2 x A10G"}]})
+    told = []
+    for memory in (0, 15 * 10**9, 64 * 10**9):
+        nodes = tuple(msgspec.structs.replace(node, memory_bytes=memory) for node in topology.nodes)
+        options = PlanOptions(tp_size=1, pp_size=1, num_replicas=2)
+        report = plan_cluster(SHAPE, msgspec.structs.replace(topology, nodes=nodes), options, serving)
+        told.append([note for note in report.notes if note.startswith("warning: n")])
+    assert told[0] == told[2] == []
+    assert told[1] == ["warning: n has 15 GB of memory, and its ranks would keep 22 GB in it"]
