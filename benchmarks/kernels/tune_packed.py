@@ -2,7 +2,9 @@
 
     python benchmarks/kernels/tune_packed.py --out kernels/tuned/nvidia_h200.json --report FILE
 
-Prints a JSON line a shape and number of tokens; keeps what else the tuned file holds.
+Every size is checked against the plain weight before it is timed, with enough weights that none is found in a cache.
+Prints a JSON line a shape and number of tokens (time, TB/s, ratio to cuBLAS on bf16) and the sums of a layer; keeps
+what else the tuned file holds. `--bits 8` for weights of 8 bits, `--group` for other groups.
 """
 
 import argparse
@@ -19,30 +21,90 @@ import torch.nn.functional as F
 from timing import copies_for, microseconds
 
 from argosy.kernels import packed_linear, packed_reference, tuning
+from argosy.kernels.packed_linear import FEW, MANY, SLICES
 
 SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
-TOKENS = (1, 8, 64, 256)
+TOKENS = (1, 8, 16, 32, 64, 128, 256)
+SAME = {2: 8, 4: 8}  # what is not measured for itself: the same kernel, the same time
+PROCESSES = 15
+LARGEST_ERROR = 4e-3  # of bf16 against float64
 
 
-def sizes_for(tokens: int) -> Iterator[dict[str, int]]:
-    """What is tried."""
-    if tokens == 1:
-        for rows, words, warps, stages in itertools.product((2, 4, 8, 16), (64, 128, 256, 512), (2, 4, 8), (2, 3, 4)):
-            if 8 <= rows * words // (32 * warps) <= 32:
-                yield {"rows": rows, "words": words, "warps": warps, "stages": stages}
-    else:
-        yield {}  # a slice of plain weight at a time has no sizes
+def sizes_for(tokens: int, name: str) -> Iterator[dict[str, int]]:
+    """What is tried. A product that is gated needs two tiles of rows."""
+    if tokens <= 16:
+        for tiles, split, prefetch in itertools.product((1, 2, 4), (4, 8, 16), (0, 16, 32, 128)):
+            if (tiles == 1 and name == "gate_up") or (split == 16 and tiles != 2) or (tokens == 16 and tiles == 4):
+                continue
+            yield {"kernel": FEW, "tiles": tiles, "split": split, "ahead": 1, "prefetch": prefetch}
+    if 8 < tokens <= 64:
+        for (tiles, warps), splits, stages, prefetch in itertools.product(
+            ((4, 4), (8, 8), (8, 4)), (1, 2, 4), (3, 5), (0, 64)
+        ):
+            yield {"kernel": MANY, "tiles": tiles, "tokens": max(16, tokens), "splits": splits, "stages": stages,
+                   "warps": warps, "prefetch": prefetch}  # fmt: skip
+    elif tokens > 64:
+        for (tiles, warps), at_once, splits, stages in itertools.product(
+            ((8, 8), (4, 4), (8, 4)), (64, 128), (1, 2, 3, 4), (3, 4)
+        ):
+            if (tiles, warps, at_once) != (8, 4, 128):
+                yield {"kernel": MANY, "tiles": tiles, "tokens": at_once, "splits": splits, "stages": stages,
+                       "warps": warps, "prefetch": 0}  # fmt: skip
+    if tokens >= 64:
+        yield {"kernel": SLICES, "slice_mb": 24}
+        yield {"kernel": SLICES, "slice_mb": 256}
 
 
-def weights_of(num_in: int, num_out: int, count: int) -> list[packed_reference.PackedWeight]:
+def weights_of(
+    num_in: int, num_out: int, count: int, *, bits: int, group: int
+) -> list[packed_reference.PackedWeight]:  # fmt: skip
     """Random ones, enough of them that none is found in a cache."""
     made = []
     for _ in range(count):
-        words = torch.randint(-(2**31), 2**31 - 1, (num_out, num_in // 8), device="cuda", dtype=torch.int32)
-        pairs = torch.rand(num_out, num_in // 128, 2, device="cuda").bfloat16() / 64
-        pairs[..., 1] = 8
-        made.append(packed_reference.PackedWeight(words, pairs, 4, 128))
+        numbers = torch.randint(0, 1 << bits, (num_out, num_in), device="cuda", dtype=torch.uint8)
+        scale = torch.rand(num_out, num_in // group, device="cuda").bfloat16() / 64 + 0.002
+        zero = torch.randint(0, 1 << bits, scale.shape, device="cuda").bfloat16()
+        made.append(packed_reference.pack(numbers, scale, zero, bits=bits, group=group))
     return made
+
+
+def compile_all(weight: packed_reference.PackedWeight, name: str, part: tuple[int, int]) -> None:
+    """Every n-th size, into the cache that the measuring process reads."""
+    for turn, (tokens, sizes) in enumerate((t, s) for t in TOKENS for s in sizes_for(t, name)):
+        if turn % part[1] == part[0]:
+            try:
+                packed_linear.linear(
+                    torch.zeros(tokens, weight.num_inputs, device="cuda").bfloat16(), weight, sizes=sizes
+                )
+            except Exception as error:  # a size that does not fit
+                print("skipped", sizes, str(error)[:60], file=sys.stderr)
+
+
+def best_of(
+    weights: list[packed_reference.PackedWeight], plain_OI: torch.Tensor, tokens: int, name: str
+) -> tuple[float, dict[str, int], float]:
+    """(microseconds, sizes, error) of the fastest size that is right."""
+    x = torch.randn(tokens, plain_OI.shape[1], device="cuda").bfloat16()
+    want = x.double() @ plain_OI.double().t()
+    found = []
+    for sizes in sizes_for(tokens, name):
+        try:
+            errors = [  # more than once: what is wrong may be so only now and then
+                float((packed_linear.linear(x, weights[0], sizes=sizes).double() - want).norm() / want.norm())
+                for _ in range(3)
+            ]
+        except Exception as error:
+            print("skipped", sizes, str(error)[:60], file=sys.stderr)
+            continue
+        if not max(errors) < LARGEST_ERROR:
+            print("WRONG", name, tokens, sizes, errors, flush=True)
+            continue
+        calls = [lambda w=w, s=sizes: packed_linear.linear(x, w, sizes=s) for w in weights]  # type: ignore[misc]
+        found.append((microseconds(calls, launches=max(len(weights), 24), replays=3)[0], sizes, max(errors)))
+    found.sort(key=lambda row: row[0])
+    for us, sizes, _ in found[1:4]:
+        print(f"    {name} {tokens}: next {us:.2f} us {sizes}", file=sys.stderr)
+    return found[0]
 
 
 def main() -> None:
@@ -50,63 +112,54 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", required=True)
     parser.add_argument("--report", default=os.devnull)
+    parser.add_argument("--bits", type=int, default=4)
+    parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--part", help=argparse.SUPPRESS)  # "i/n": compile every n-th size only
     args = parser.parse_args()
-    part = tuple(map(int, args.part.split("/"))) if args.part else None
-    if part is None:
-        others = [
-            subprocess.Popen([sys.executable, *sys.argv, "--part", f"{i}/14"], stdout=subprocess.DEVNULL)
-            for i in range(14)
-        ]
-        for other in others:
-            other.wait()
-    found: dict[str, dict[str, dict[str, int]]] = {"packed_vector": {}}
-    turn = 0
+    form = {"bits": args.bits, "group": args.group}
+    if args.part:
+        i, n = map(int, args.part.split("/"))
+        compile_all(weights_of(*SHAPES["qkv"], 1, **form)[0], "qkv", (i, n))
+        return
+    others = [
+        subprocess.Popen([sys.executable, *sys.argv, "--part", f"{i}/{PROCESSES}"], stdout=subprocess.DEVNULL)
+        for i in range(PROCESSES)
+    ]
+    for other in others:
+        other.wait()
+    tuned: dict[str, dict[str, int]] = {}
+    layers: dict[int, list[float]] = {tokens: [0.0, 0.0] for tokens in TOKENS}
     with Path(args.report).open("a", encoding="utf-8") as report:
         for name, (num_in, num_out) in SHAPES.items():
-            count = copies_for(num_in * num_out // 2, 16)
-            weights = weights_of(num_in, num_out, 1 if part else count)
+            weights = weights_of(num_in, num_out, copies_for(num_in * num_out * args.bits // 8, 16), **form)
+            plain_OI = packed_reference.dequantize(weights[0])
+            plain = [plain_OI] + [plain_OI.clone() for _ in range(copies_for(plain_OI.nbytes, 16) - 1)]
             for tokens in TOKENS:
+                us, sizes, error = best_of(weights, plain_OI, tokens, name)
                 x = torch.randn(tokens, num_in, device="cuda").bfloat16()
-                times: dict[str, float] = {}
-                for sizes in sizes_for(tokens):
-                    turn += 1
-                    if part is not None and turn % part[1] != part[0]:
-                        continue
-                    calls = [lambda w=w, s=sizes: packed_linear.linear(x, w, sizes=s or None) for w in weights]  # noqa: B023
-                    try:
-                        if part is not None:
-                            calls[0]()
-                        else:
-                            times[json.dumps(sizes)] = microseconds(calls, launches=max(count, 40), replays=3)[0]
-                    except Exception as error:  # a size that does not fit
-                        print("skipped", sizes, str(error)[:60], file=sys.stderr)
-                if part is not None:
-                    continue
-                best = min(times, key=times.__getitem__)
-                if tokens == 1:
-                    found["packed_vector"][f"{num_in}x{num_out}"] = json.loads(best)
-                plain = [torch.randn(num_out, num_in, device="cuda").bfloat16() for _ in range(max(2, count // 4))]
-                by_library = microseconds([lambda w=w: F.linear(x, w) for w in plain], launches=40, replays=3)[0]  # noqa: B023
-                size = weights[0].num_bytes
+                by_library = microseconds([lambda w=w: F.linear(x, w) for w in plain], launches=24, replays=3)[0]  # type: ignore[misc]  # noqa: B023
+                for same in (tokens, *(other for other, like in SAME.items() if like == tokens)):
+                    tuned[packed_linear.key_of(weights[0], same)] = sizes
+                layers[tokens][0] += us
+                layers[tokens][1] += by_library
                 row = {
-                    "kernel": "packed_linear", "bits": 4, "shape": name, "inputs": num_in, "outputs": num_out,
-                    "tokens": tokens, "us": round(times[best], 2), "TBps": round(size / times[best] / 1e6, 2),
-                    "cublas_bf16_us": round(by_library, 2), "times_faster": round(by_library / times[best], 2),
-                    "sizes": json.loads(best), "device": torch.cuda.get_device_name(),
+                    "kernel": "packed_linear", **form, "shape": name, "inputs": num_in, "outputs": num_out,
+                    "tokens": tokens, "us": round(us, 2), "TBps": round(weights[0].num_bytes / us / 1e6, 2),
+                    "cublas_bf16_us": round(by_library, 2), "times_faster": round(by_library / us, 2),
+                    "error": round(error, 5), "sizes": sizes, "device": torch.cuda.get_device_name(),
                 }  # fmt: skip
                 print(json.dumps(row), flush=True)
                 report.write(json.dumps(row) + "\n")
-                del plain
-            del weights
+            del weights, plain
             torch.cuda.empty_cache()
-    if part is None:
-        path = Path(args.out)
-        table = json.loads(path.read_text()) if path.exists() else {}
-        for kind, entries in found.items():
-            table.setdefault(kind, {}).update(entries)
-        path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-        print(f"written for {tuning.device_facts(torch.device('cuda', 0)).slug}")
+    for tokens, (us, by_library) in layers.items():
+        print(f"a layer, {tokens} tokens: {us:.1f} us, cuBLAS on bf16 {by_library:.1f}: {by_library / us:.2f} times")
+    path = Path(args.out)
+    table = json.loads(path.read_text()) if path.exists() else {}
+    table.pop("packed_vector", None)
+    table.setdefault("packed", {}).update(tuned)
+    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    print(f"written for {tuning.device_facts(torch.device('cuda', 0)).slug}")
 
 
 if __name__ == "__main__":

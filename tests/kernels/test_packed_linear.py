@@ -9,7 +9,15 @@ from torch import Tensor
 from argosy.kernels import packed_linear, packed_reference, reference
 
 Near = Callable[[Tensor, Tensor], None]
-SHAPES = [(4, 128, 256, 24), (4, 32, 96, 5), (4, 64, 320, 17), (8, 128, 384, 9), (8, 16, 48, 33)]
+# bits, group, inputs, outputs: whole units, columns and rows that fill none, two groups a unit, two planes
+SHAPES = [(4, 128, 256, 24), (4, 32, 96, 5), (4, 64, 320, 17), (8, 128, 384, 9), (8, 32, 160, 33)]
+PACKED_ONLY = [(8, 16, 48, 33), (4, 8, 24, 3)]
+FEW = {"kernel": packed_linear.FEW, "tiles": 2, "split": 4, "ahead": 1}
+MANY = {"kernel": packed_linear.MANY, "tiles": 4, "tokens": 16, "splits": 2, "stages": 2, "warps": 4}
+WAYS = [
+    (1, FEW), (3, FEW | {"tiles": 1, "ahead": 2}), (9, FEW | {"split": 2}), (2, MANY), (19, MANY),
+    (19, MANY | {"splits": 1, "tiles": 8}), (19, {"kernel": packed_linear.SLICES}),
+]  # fmt: skip
 
 
 def make(bits: int, group: int, num_in: int, num_out: int, device: torch.device) -> packed_reference.PackedWeight:
@@ -19,60 +27,110 @@ def make(bits: int, group: int, num_in: int, num_out: int, device: torch.device)
     return packed_reference.pack(numbers, scale, zero, bits=bits, group=group)
 
 
-@pytest.mark.parametrize(("bits", "group", "num_in", "num_out"), SHAPES)
+@pytest.mark.parametrize(("bits", "group", "num_in", "num_out"), SHAPES + PACKED_ONLY)
 def test_numbers_come_back_as_they_were_packed(bits: int, group: int, num_in: int, num_out: int) -> None:
     numbers = torch.randint(0, 1 << bits, (num_out, num_in))
-    scale = torch.ones(num_out, num_in // group)
-    weight = packed_reference.pack(numbers, scale, torch.zeros_like(scale), bits=bits, group=group)
+    scale = torch.rand(num_out, num_in // group)
+    zero = torch.randint(0, 1 << bits, scale.shape).float()
+    weight = packed_reference.pack(numbers, scale, zero, bits=bits, group=group)
     assert torch.equal(packed_reference.unpack(weight), numbers.int())
-    assert torch.equal(packed_reference.dequantize(weight), numbers.float())
+    for got, want in zip(packed_reference.scales_and_zeros(weight), (scale, zero), strict=True):
+        assert torch.equal(got, want)
+    plain = (numbers - zero.repeat_interleave(group, 1)) * scale.repeat_interleave(group, 1)
+    assert torch.equal(packed_reference.dequantize(weight), plain)
+
+
+def test_a_number_lies_where_the_tensor_cores_take_it() -> None:
+    """The arrangement that the file's head describes, number by number: a wrong one is only slow on a card."""
+    numbers = torch.zeros(16, 64, dtype=torch.int64)
+    for row, column in ((0, 0), (3, 1), (9, 2), (12, 8), (5, 18), (15, 63), (2, 36)):
+        numbers[:] = 0
+        numbers[row, column] = 11
+        weight = packed_reference.pack(numbers, torch.ones(16, 1), torch.zeros(16, 1), bits=4, group=64)
+        lane = row % 8 * 4 + column % 8 // 2
+        word = column % 2 + 2 * (column // 32)
+        field = column // 8 % 2 + 2 * (row // 8) + 4 * (column // 16 % 2)
+        assert torch.nonzero(weight.words_MUW).tolist() == [[0, 0, lane * 4 + word]]
+        assert int(weight.words_MUW[0, 0, lane * 4 + word]) >> (4 * field) & 15 == 11
 
 
 @pytest.mark.parametrize(("bits", "symmetric", "bound"), [(4, True, 0.5), (4, False, 0.51), (8, True, 0.5)])
 def test_rounding_is_within_half_a_step(bits: int, symmetric: bool, bound: float) -> None:
     plain = torch.randn(7, 256)
     weight = packed_reference.quantize(plain, bits=bits, group=64, symmetric=symmetric)
-    step = weight.scale_zero_OG2[..., 0].repeat_interleave(64, 1)
+    step = packed_reference.scales_and_zeros(weight)[0].repeat_interleave(64, 1)
     off = (packed_reference.dequantize(weight) - plain).abs() / step
     assert float(off.max()) <= bound + 1e-3
 
 
 @pytest.mark.parametrize(("bits", "group", "num_in", "num_out"), SHAPES)
-@pytest.mark.parametrize("tokens", [1, 2, 19])
+@pytest.mark.parametrize(("tokens", "sizes"), WAYS)
 def test_a_product_is_that_of_the_plain_weight(
-    bits: int, group: int, num_in: int, num_out: int, tokens: int, device: torch.device, assert_near: Near
-) -> None:
+    bits: int, group: int, num_in: int, num_out: int, tokens: int, sizes: dict[str, int], device: torch.device,
+    assert_near: Near,
+) -> None:  # fmt: skip
     weight = make(bits, group, num_in, num_out, device)
     x, bias = torch.randn(tokens, num_in, device=device).half(), torch.randn(num_out, device=device).half()
     want = (x.double() @ packed_reference.dequantize(weight).double().t() + bias.double()).half()
-    assert_near(packed_linear.linear(x, weight, bias), want)
+    assert_near(packed_linear.linear(x, weight, bias, sizes=sizes), want)
+    assert_near(packed_linear.linear(x, weight, sizes=sizes), (want.double() - bias.double()).half())
 
 
-def test_one_token_is_fused_with_norm_gate_and_residual(device: torch.device, assert_near: Near) -> None:
-    weight = make(4, 64, 192, 26, device)
-    x, norm = torch.randn(1, 192, device=device).half(), torch.rand(192, device=device).half()
-    plain = packed_reference.dequantize(weight).half()
-    want = reference.fused_linear(x, plain, norm_weight_I=norm, eps=1e-5, gated=True)
-    assert_near(packed_linear.linear(x, weight, norm_weight_I=norm, eps=1e-5, gated=True), want)
+@pytest.mark.gpu
+@pytest.mark.parametrize(("bits", "group"), [(4, 128), (4, 32), (8, 128)])
+@pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 8, 16, 40, 200, 300])
+def test_bfloat16_activations_multiply_scales_of_either_kind(
+    bits: int, group: int, scales: torch.dtype, tokens: int, device: torch.device, assert_near: Near
+) -> None:
+    numbers = torch.randint(0, 1 << bits, (1040, 2048), device=device)
+    scale = (torch.rand(1040, 2048 // group, device=device) / 8 + 0.01).to(scales)
+    zero = torch.randint(0, 1 << bits, scale.shape, device=device).to(scales)
+    weight = packed_reference.pack(numbers, scale, zero, bits=bits, group=group)
+    x = torch.randn(tokens, 2048, device=device).bfloat16()
+    want = (x.double() @ packed_reference.dequantize(weight).double().t()).bfloat16()
+    assert_near(packed_linear.linear(x, weight), want)
 
-    residual = torch.randn(1, 26, device=device).half()
-    want = reference.fused_linear(x, plain, residual_TO=residual.clone())
-    got = packed_linear.linear(x, weight, residual_TO=residual)
-    assert got is residual
-    assert_near(got, want)
+
+@pytest.mark.parametrize("sizes", [FEW, MANY])
+@pytest.mark.parametrize("tokens", [1, 5])
+def test_a_few_tokens_are_fused_with_gate_and_residual(
+    tokens: int, sizes: dict[str, int], device: torch.device, assert_near: Near
+) -> None:
+    x = torch.randn(tokens, 192, device=device).half()
+    for num_out in (96, 26):  # gates and ups in tiles of their own, and sharing one
+        weight = make(4, 64, 192, num_out, device)
+        plain = packed_reference.dequantize(weight).half()
+        bias = torch.randn(num_out, device=device).half()
+        want = reference.fused_linear(x, plain, bias, gated=True)
+        assert_near(packed_linear.linear(x, weight, bias, gated=True, sizes=sizes), want)
+
+        residual = torch.randn(tokens, num_out, device=device).half()
+        want = reference.fused_linear(x, plain, residual_TO=residual.clone())
+        got = packed_linear.linear(x, weight, residual_TO=residual, sizes=sizes)
+        assert got is residual
+        assert_near(got, want)
 
 
 def test_many_tokens_go_by_slices_of_plain_weight(
     device: torch.device, assert_near: Near, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_linear, "SLICE_BYTES", 7 * 128 * 2)
-    weight = make(4, 32, 128, 23, device)
-    x, bias = torch.randn(6, 128, device=device).half(), torch.randn(23, device=device).half()
-    assert_near(packed_linear.linear(x, weight, bias), packed_reference.linear(x, weight, bias))
+    monkeypatch.setattr(packed_linear, "SLICE_ROWS", 32)
+    weight = make(4, 32, 128, 150, device)
+    x, bias = torch.randn(6, 128, device=device).half(), torch.randn(150, device=device).half()
+    sizes = {"kernel": packed_linear.SLICES, "slice_mb": 0}
+    assert_near(packed_linear.linear(x, weight, bias, sizes=sizes), packed_reference.linear(x, weight, bias))
+
+
+def test_inputs_are_picked_in_an_order(device: torch.device) -> None:
+    x = torch.randn(3, 100, device=device).half()
+    order = torch.randint(0, 100, (1100,), device=device)
+    assert torch.equal(packed_linear.pick_inputs(x, order), x[:, order])
 
 
 def test_long_groups_are_cut(device: torch.device) -> None:
     plain = torch.randn(5, 384, device=device)
     weight = packed_reference.quantize(plain, bits=4, group=-1)
     assert weight.group == 128
-    assert torch.equal(weight.scale_zero_OG2[:, 0], weight.scale_zero_OG2[:, 2])
+    scale_OG, _ = packed_reference.scales_and_zeros(weight)
+    assert torch.equal(scale_OG[:, 0], scale_OG[:, 2])

@@ -1,10 +1,14 @@
 """Weights of 4 or 8 bits with a scale a group of inputs; activations stay in 16 bits. `cluster.protocol.int_quant_spec`
 says how checkpoints have them, `kernels.packed_reference` how we do.
 
-Every tensor of a part (q, k, v; gate, up) is kept until the part is whole, then unpacked, cut, and packed our way: no
-more than one part is in memory twice. On a CPU the weight is made plain: the file's bytes are saved and its rounding is
-kept, the arithmetic is that of the model's numbers. So it is where inputs have an order of their own and are cut over a
-tensor-parallel group: a rank's inputs are then no whole groups.
+Every tensor of a part (q, k, v; gate, up) is kept until the part is whole, then unpacked and cut; with the last part
+the layer is packed our way. So no more than one layer is in memory twice. On a CPU the weight is made plain: the file's
+bytes are saved and its rounding is kept, the arithmetic is that of the model's numbers. So it is on a GPU where a cut
+leaves groups of fewer than 32 inputs.
+
+Where inputs have an order of their own (`desc_act`) they are brought into it before the product. A rank that has only
+some of them sorts these by their groups and fills every group up to a multiple of `FILLED` inputs with numbers that are
+zero: its groups are of that size then, and the inputs are picked in that order.
 
 T = tokens, I = inputs, O = outputs, G = groups, all of this rank where nothing else is said.
 """
@@ -18,7 +22,7 @@ from torch import Tensor, nn
 
 from argosy.cluster.protocol.errors import UnsupportedModel
 from argosy.cluster.protocol.int_quant_spec import IntScheme
-from argosy.kernels import packed_reference
+from argosy.kernels import ops, packed_reference
 from argosy.kernels.fp8_reference import Fp8Rows, Rounding
 from argosy.kernels.packed_reference import PackedWeight
 from argosy.workers.quantization.base import Cut, Fusion, LinearLayer, UnquantizedMethod, empty_parameter
@@ -26,7 +30,8 @@ from argosy.workers.quantization.base import Cut, Fusion, LinearLayer, Unquantiz
 ALL = slice(None)
 SCALE_DTYPES = ("F16", "BF16", "F32")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which output the positions of a word hold, from the lowest bits on
-LARGEST_GROUP = 128
+SMALLEST_GROUP = 8
+FILLED = 32  # the smallest group that kernels take
 
 
 class IntWeightMethod:
@@ -37,12 +42,14 @@ class IntWeightMethod:
         self.scheme, self.parts = scheme, list(parts)
         self._waiting: list[dict[str, Tensor]] = [{} for _ in parts]
         self._orders: list[Tensor | None] = [None for _ in parts]
+        self._own: tuple[Tensor, Tensor, Tensor] | None = None  # numbers, scales, zeros of the parts that are there
+        self._missing = len(self.parts)
         self._plain: UnquantizedMethod | None = None
         self._weight: PackedWeight | None = None
-        self._order_I: Tensor | None = None
-        self._group = self._own_group()
+        self._order_J: Tensor | None = None  # which inputs, where the product takes them in another order
         is_cut = any(len(range(part.full_shape[1])[part.source[1]]) < part.full_shape[1] for part in self.parts)
-        self._stays_plain = scheme.ordered and is_cut
+        self._is_filled = scheme.ordered and is_cut
+        self._group = FILLED if self._is_filled else self._own_group()
 
     def _own_group(self) -> int:
         """Inputs that share a scale here: those of the checkpoint, or a part of them where a cut goes through."""
@@ -54,26 +61,30 @@ class IntWeightMethod:
             if columns % whole and not self.scheme.online:
                 raise _unsupported(f"{columns} inputs are not a multiple of the group size {whole}")
             sizes += [math.gcd(columns, whole), len(inputs), inputs.start]
-        shared = math.gcd(*sizes)
-        group = next((size for size in range(LARGEST_GROUP, 7, -8) if shared % size == 0), None)
-        if group is None:
+        group = packed_reference.kernel_group(math.gcd(*sizes))
+        if group < SMALLEST_GROUP:
             raise _unsupported(f"{self.parts[0].full_shape[1]} inputs: a rank would have groups of no multiple of 8")
         return group
 
     # ----------------------------------------------------------------------------------------------------- loading
 
     def create(self, layer: LinearLayer, num_in: int, num_out: int, *, bias: bool, dtype: torch.dtype) -> None:
-        """`words` [O, I / n] int32, `scale_zero` [O, G, 2] in 16 bits (32 for a float32 model), `bias` [O]."""
-        self._layer, self._dtype = layer, dtype
+        """`words` (int32) and `scale_zero` (16 bits; 32 for a float32 model) as in `packed_reference`; `bias` [O]."""
+        self._layer, self._dtype, self._num_in, self._num_out = layer, dtype, num_in, num_out
         layer.weight = layer.packed_weight = layer.transposed_weight = None
         layer.weight_scale = layer.input_scale = None
         layer.bias = empty_parameter(num_out, dtype=dtype) if bias else None
-        layer.words = layer.scale_zero = None
-        if self._stays_plain:
-            layer.weight = empty_parameter(num_out, num_in, dtype=dtype)
-            return
-        layer.words = empty_parameter(num_out, num_in * self.scheme.bits // 32, dtype=torch.int32)
-        layer.scale_zero = empty_parameter(num_out, num_in // self._group, 2, dtype=self._scale_dtype)
+        # how far groups must be filled is known when they are: there is memory for one that fills up most
+        width = self._filled_width() if self._is_filled else num_in
+        words, pairs = packed_reference.shapes(num_out, width, bits=self.scheme.bits, group=self._group)
+        layer.words = empty_parameter(*words, dtype=torch.int32)
+        layer.scale_zero = empty_parameter(*pairs, dtype=self._scale_dtype)
+
+    def _filled_width(self) -> int:
+        """Inputs of this rank when each group lacks as many as it can."""
+        columns = self.parts[0].full_shape[1]
+        groups = 1 if self.scheme.group == -1 else columns // self.scheme.group
+        return (self._num_in + groups * (FILLED - 1)) // FILLED * FILLED
 
     @property
     def _scale_dtype(self) -> torch.dtype:
@@ -133,31 +144,26 @@ class IntWeightMethod:
     def _keep(self, place: int, name: str, tensor: Tensor) -> None:
         """One tensor of a part came in. With the last one the part is put in its place."""
         waiting = self._waiting[place]
-        waiting[name] = tensor.to(self._device)
+        waiting[name] = self._drawn(name, tensor) if tensor.is_floating_point() and name != "scales" else tensor
+        waiting[name] = waiting[name].to(self._device)
         if waiting.keys() != self._names():
             return
         numbers_OI, scale_OG, zero_OG, order_I = self._read(self.parts[place], waiting)
         waiting.clear()
-        part = self.parts[place]
-        if not self._stays_plain:
-            self._orders[place] = order_I
-            self._put(part, numbers_OI, scale_OG, zero_OG)
-            return
-        group = numbers_OI.shape[1] // scale_OG.shape[1]
-        plain_OI = packed_reference.scaled(numbers_OI, scale_OG, zero_OG, group)
-        if order_I is not None:
-            plain_OI = plain_OI[:, torch.argsort(order_I)]
-        assert self._layer.weight is not None
-        piece = plain_OI[part.source]
-        self._layer.weight.data[part.target_rows] = (piece if part.arrange is None else part.arrange(piece)).to(
-            self._dtype
-        )
+        self._orders[place] = order_I
+        self._put(self.parts[place], numbers_OI, scale_OG, zero_OG)
+
+    def _drawn(self, name: str, tensor: Tensor) -> Tensor:
+        """What random weights have where a checkpoint has words."""
+        if name == "order":  # one for all parts, as it must be
+            generator = torch.Generator().manual_seed(tensor.numel())
+            return torch.randperm(tensor.numel(), generator=generator).to(torch.int32) // self.scheme.group
+        return torch.randint(-(1 << 31), (1 << 31) - 1, tensor.shape, dtype=torch.int32, device=tensor.device)
 
     @property
     def _device(self) -> torch.device:
-        held = self._layer.weight if self._stays_plain else self._layer.words
-        assert held is not None
-        return held.device
+        assert self._layer.words is not None
+        return self._layer.words.device
 
     def _read(self, part: Cut, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """From the tensors of the format to numbers [O, I], scales and zeros [O, G] of the whole part; inputs in the
@@ -200,54 +206,93 @@ class IntWeightMethod:
             raise _unsupported("g_idx does not name groups of one size")
 
     def _put(self, part: Cut, numbers_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> None:
-        """This rank's piece of a whole part, packed our way."""
-        inputs = range(part.full_shape[1])[part.source[1]]
+        """This rank's piece of a whole part; with the last of them the layer is packed."""
         whole = part.full_shape[1] // scale_OG.shape[1]
-        own_groups = torch.arange(inputs.start, inputs.stop, self._group, device=numbers_OI.device) // whole
+        if self._is_filled:
+            order_I = self._orders[self.parts.index(part)]
+            columns, groups, unfilled = self._filled(part, order_I, whole)
+            picked_OJ = numbers_OI[:, columns]
+            zero_OJ = zero_OG.to(picked_OJ.dtype)[:, groups].repeat_interleave(FILLED, 1)
+            numbers_OI = torch.where(unfilled, zero_OJ, picked_OJ)
+        else:
+            inputs = range(part.full_shape[1])[part.source[1]]
+            groups = torch.arange(inputs.start, inputs.stop, self._group, device=numbers_OI.device) // whole
+            numbers_OI = numbers_OI[:, part.source[1]]
+        pieces = []
+        for piece in (numbers_OI.to(torch.uint8), scale_OG[:, groups], zero_OG[:, groups]):
+            piece = piece[part.source[0]]
+            pieces.append(piece if part.arrange is None else part.arrange(piece))
+        if self._own is None:
+            self._own = tuple(piece.new_empty((self._num_out, piece.shape[1])) for piece in pieces)  # type: ignore[assignment]
+        assert self._own is not None
+        for own, piece in zip(self._own, pieces, strict=True):
+            own[part.target_rows] = piece
+        self._missing -= 1
+        if self._missing == 0:
+            packed = packed_reference.pack(*self._own, bits=self.scheme.bits, group=self._group)
+            self._own = None
+            assert self._layer.words is not None
+            assert self._layer.scale_zero is not None
+            self._layer.words.data = packed.words_MUW
+            self._layer.scale_zero.data = packed.pairs_MKR2
+            self._width = packed.num_inputs
 
-        def own(x_OX: Tensor, columns: slice | Tensor) -> Tensor:
-            piece = x_OX[part.source[0]][:, columns]
-            return piece if part.arrange is None else part.arrange(piece)
+    def _filled(self, part: Cut, order_I: Tensor | None, whole: int) -> tuple[Tensor, Tensor, Tensor]:
+        """(columns in the order of groups, the group of each run of `FILLED` places, places that are nobody's).
 
-        packed = packed_reference.pack(
-            own(numbers_OI, part.source[1]).contiguous(), own(scale_OG, own_groups), own(zero_OG, own_groups),
-            bits=self.scheme.bits, group=self._group,
-        )  # fmt: skip
-        words, scale_zero = self._layer.words, self._layer.scale_zero
-        assert words is not None
-        assert scale_zero is not None
-        words.data[part.target_rows] = packed.words_OW
-        scale_zero.data[part.target_rows] = packed.scale_zero_OG2
+        Remembers which inputs of this rank the product takes.
+        """
+        columns, device = part.full_shape[1], self._device
+        found_I = torch.arange(columns, device=device) if order_I is None else order_I
+        own = range(columns)[part.source[1]]
+        taken, groups, unfilled, inputs = [], [], [], []
+        for group, members in enumerate(found_I.view(-1, whole)):
+            places = torch.nonzero((members >= own.start) & (members < own.stop)).flatten()
+            lacking = -len(places) % FILLED
+            filling = places.new_zeros(lacking)
+            taken.append(torch.cat((places, filling)) + group * whole)
+            groups += [group] * ((len(places) + lacking) // FILLED)
+            unfilled.append(torch.arange(len(places) + lacking, device=device) >= len(places))
+            inputs.append(torch.cat((members[places] - own.start, filling)))
+        order_J = torch.cat(inputs)
+        assert self._order_J is None or torch.equal(self._order_J, order_J)
+        self._order_J = order_J
+        return torch.cat(taken), torch.tensor(groups, device=device), torch.cat(unfilled)
 
     def _round(self, part: Cut, tensor: Tensor) -> None:
         """A plain tensor came in. Groups are those of the scheme, so that every layout has the same weights."""
         tensor = tensor.to(self._device)
-        columns = part.full_shape[1]
-        group = math.gcd(columns, self.scheme.group)
-        weight = packed_reference.quantize(
-            tensor.to(self._dtype), bits=self.scheme.bits, group=group, symmetric=self.scheme.symmetric
+        group = math.gcd(part.full_shape[1], self.scheme.group)
+        self._put(
+            part,
+            *packed_reference.round_to_nearest(
+                tensor.to(self._dtype), bits=self.scheme.bits, group=group, symmetric=self.scheme.symmetric
+            ),
         )
-        scale_zero = weight.scale_zero_OG2
-        self._put(part, packed_reference.unpack(weight), scale_zero[..., 0], scale_zero[..., 1])
 
     def finish(self, layer: LinearLayer) -> None:
         """All parts are there: make the weight plain where no kernel of ours multiplies it."""
-        if self._stays_plain:
-            self._plain = UnquantizedMethod()
-            self._plain.finish(layer)
-            return
         assert layer.words is not None
         assert layer.scale_zero is not None
-        weight = PackedWeight(layer.words.data, layer.scale_zero.data, self.scheme.bits, self._group)
-        order_I = self._orders[0]
-        for order in self._orders:
-            if order is not order_I and (order is None or order_I is None or not torch.equal(order, order_I)):
-                raise _unsupported("desc_act: parts of one product (q, k, v) order their inputs differently")
-        if weight.words_OW.is_cuda and self._dtype.itemsize == 2:
-            self._weight, self._order_I = weight, order_I
-            return
-        plain = packed_reference.dequantize(weight)
-        self._make_plain(layer, (plain if order_I is None else plain[:, torch.argsort(order_I)]).to(self._dtype))
+        weight = PackedWeight(
+            layer.words.data, layer.scale_zero.data, self.scheme.bits, self._group, self._width, self._num_out
+        )
+        if not self._is_filled:
+            self._order_J = self._orders[0]
+            for order in self._orders:
+                if order is not self._order_J and not _same(order, self._order_J):
+                    raise _unsupported("desc_act: parts of one product (q, k, v) order their inputs differently")
+        if weight.words_MUW.is_cuda and self._dtype.itemsize == 2:
+            from argosy.kernels import packed_linear  # Triton, which a CPU host has no need of
+
+            if packed_linear.suits(weight):
+                self._weight = weight
+                return
+        plain_OJ = packed_reference.dequantize(weight).to(self._dtype)
+        if self._order_J is not None:  # what is nobody's is zero, wherever it is added
+            zeros = plain_OJ.new_zeros((self._num_out, self._num_in))
+            plain_OJ = zeros.index_add_(1, self._order_J, plain_OJ)
+        self._make_plain(layer, plain_OJ)
 
     def _make_plain(self, layer: LinearLayer, plain_OI: Tensor) -> None:
         layer.weight = nn.Parameter(plain_OI.contiguous(), requires_grad=False)
@@ -266,31 +311,39 @@ class IntWeightMethod:
         assert isinstance(x_TI, Tensor)
         if self._plain is not None:
             return self._plain.apply(layer, x_TI)
-        assert self._weight is not None
-        if self._order_I is not None:
-            x_TI = x_TI[:, self._order_I]
-        from argosy.kernels import packed_linear  # Triton, which a CPU host has no need of
-
-        return packed_linear.linear(x_TI, self._weight, layer.bias)
+        return self._multiply(layer, x_TI, Fusion())
 
     def fuses(self, layer: LinearLayer, x_TI: Tensor) -> bool:
-        """One token on a GPU: reading the weight is all the time there is."""
+        """A few tokens on a GPU: reading the weight is all the time there is."""
         if self._plain is not None:
             return self._plain.fuses(layer, x_TI)
-        return self._order_I is None and x_TI.shape[0] == 1 and x_TI.is_cuda
+        from argosy.kernels import packed_linear  # as above
+
+        return x_TI.is_cuda and x_TI.shape[0] <= packed_linear.MOST_FUSED
 
     def apply_fused(self, layer: LinearLayer, x_TI: Tensor, fusion: Fusion) -> Tensor:
-        """One launch, with the norm before it and the gate or the addition after it."""
+        """One launch with the gate or the addition after it, and one for the norm before it."""
         if self._plain is not None:
             return self._plain.apply_fused(layer, x_TI, fusion)
+        return self._multiply(layer, x_TI, fusion)
+
+    def _multiply(self, layer: LinearLayer, x_TI: Tensor, fusion: Fusion) -> Tensor:
         assert self._weight is not None
         from argosy.kernels import packed_linear  # as above
 
-        made_TO = packed_linear.linear(
-            x_TI, self._weight, layer.bias, norm_weight_I=fusion.norm_weight_I, eps=fusion.eps,
-            residual_TO=fusion.residual_TO, gated=fusion.gated,
-        )  # fmt: skip
-        return made_TO if fusion.out_TO is None else fusion.out_TO.copy_(made_TO)
+        if fusion.norm_weight_I is not None:
+            x_TI = ops.rms_norm(x_TI, fusion.norm_weight_I, fusion.eps)
+        if self._order_J is not None:
+            x_TI = packed_linear.pick_inputs(x_TI, self._order_J)
+        return packed_linear.linear(
+            x_TI, self._weight, layer.bias, residual_TO=fusion.residual_TO, gated=fusion.gated, out_TO=fusion.out_TO
+        )
+
+
+def _same(one: Tensor | None, other: Tensor | None) -> bool:
+    if one is None or other is None:
+        return one is other
+    return torch.equal(one, other)
 
 
 def _unsupported(problem: str) -> UnsupportedModel:

@@ -1,0 +1,135 @@
+"""Products of up to 16 tokens with weights of 4 or 8 bits: bound by reading them, fused with what stands behind.
+
+Meaning: `packed_reference.linear`. The weight is the left side of tensor core products of 16 rows, of which a program
+has TILES; its warps share out the inputs, so that each unpacks words that nobody else does, and add up at the end. A
+group's product is of the numbers as they are unpacked, BASE + q, in float32; (BASE + zero) times the sum of the inputs
+goes off it, which is one more product, with ones. Words are asked for AHEAD steps early, the first before the kernel
+before this one is done.
+
+A decode step of 8b at one token spends 1 KB of weights a warp in about 140 instructions; the card takes 216 to read it.
+"""
+
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from argosy.kernels.packed_parts import BASE_BF16, BASE_FP16, fields, joined, prefetch, scale_of, zero_of
+
+
+@triton.jit
+def _fragments(
+    a, b, c, d, e, f, g, h, HALVES: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr, UNITS: tl.constexpr
+):  # fmt: skip
+    """[HALVES * SPLIT, 16 * TILES, columns of a group] in the order of inputs: only names of registers change."""
+    v = tl.reshape(joined(a, b, c, d, e, f, g, h), (SPLIT, TILES, UNITS, 8, 4, 2, 2, 2, 2, 2))
+    v = tl.permute(v, (5, 0, 1, 8, 3, 2, 9, 7, 4, 6)) if HALVES == 2 else tl.permute(v, (0, 1, 8, 3, 2, 5, 9, 7, 4, 6))
+    return tl.reshape(v, (HALVES * SPLIT, 16 * TILES, UNITS * 64 // HALVES))
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def few_kernel(
+    x_ptr, words_ptr, pairs_ptr, bias_ptr, residual_ptr, out_ptr,
+    num_tokens, num_inputs, num_outputs, num_tiles, num_blocks, stride_x, stride_out,
+    UNITS: tl.constexpr, HALVES: tl.constexpr, PLANES: tl.constexpr, HALF_SCALES: tl.constexpr,
+    SPLIT: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
+    BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, PREFETCH: tl.constexpr, ASM: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """A step is UNITS units, a block, of each of SPLIT warps; blocks are of one plane each."""
+    T: tl.constexpr = x_ptr.dtype.element_ty
+    FP16: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
+    BASE: tl.constexpr = BASE_FP16 if FP16 else BASE_BF16
+    WIDTH: tl.constexpr = UNITS * 64
+    GROUP: tl.constexpr = WIDTH // HALVES
+    steps = tl.cdiv(num_blocks, SPLIT)
+    piece = tl.arange(0, TILES * UNITS)
+    place = piece // UNITS
+    row = tl.arange(0, 16 * TILES)
+    place_of_row = row // 16
+    if GATED:  # in turn a tile of gates and that of their ups
+        half = num_tiles // 2
+        first = tl.program_id(0) * (TILES // 2)
+        tile = tl.minimum(first + place // 2, half - 1) + place % 2 * half
+        tile_of_row = tl.minimum(first + place_of_row // 2, half - 1) + place_of_row % 2 * half
+    else:
+        first = tl.program_id(0) * TILES
+        tile = tl.minimum(first + place, num_tiles - 1)
+        tile_of_row = tl.minimum(first + place_of_row, num_tiles - 1)
+    warp = tl.arange(0, SPLIT)
+    block = warp * steps
+    last_block = tl.minimum(block + steps, num_blocks)
+    unit = tile.to(tl.int64) * (num_blocks * UNITS) + piece % UNITS
+    here = words_ptr + ((unit[None, :, None] + (block * UNITS)[:, None, None]) * 128 + tl.arange(0, 128)[None, None, :])
+    group = tl.arange(0, HALVES * SPLIT)
+    group_warp = group % SPLIT
+    pairs_here = pairs_ptr + (
+        (tile_of_row * (num_blocks * HALVES) * 16 + row % 16)[None, :] + (group // SPLIT * 16)[:, None]
+    )
+    token = tl.arange(0, TOKENS)
+    present = (token < num_tokens)[None, None, :]
+    column = (group // SPLIT * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
+    ones = tl.full((HALVES * SPLIT, 16, GROUP), 1.0, T)
+    acc = tl.zeros((HALVES * SPLIT, 16 * TILES, TOKENS), tl.float32)
+    if PREFETCH > 0:
+        line = tl.minimum(
+            (block * (UNITS * 4))[:, None] + tl.arange(0, PREFETCH)[None, :], num_blocks * (UNITS * 4) - 1
+        )
+        every = tl.arange(0, TILES)
+        own = tl.minimum(first + every, num_tiles - 1)
+        if GATED:
+            own = tl.minimum(first + every // 2, num_tiles // 2 - 1) + every % 2 * (num_tiles // 2)
+        row_of_tiles = own.to(tl.int64) * (num_blocks * UNITS * 128)
+        prefetch(words_ptr + (row_of_tiles[:, None, None] + (line * 32)[None, :, :]))
+    words = tl.load(here) if EVEN else tl.load(here, (block < num_blocks)[:, None, None], other=0)
+    later = words
+    if AHEAD == 2:
+        later = tl.load(here + UNITS * 128, (block + 1 < last_block)[:, None, None], other=0)
+    if PDL:
+        gdc_wait()
+    for i in range(steps):
+        ahead = i + AHEAD
+        latest = tl.load(here + ahead * (UNITS * 128), (block + ahead < last_block)[:, None, None], other=0)
+        a, b, c, d, e, f, g, h = fields(words, FP16, ASM)
+        # Both sides are the same. Joins right before a product make Triton choose an order of inputs that is not ours.
+        if num_inputs > 0:
+            v = _fragments(a, b, c, d, e, f, g, h, HALVES, SPLIT, TILES, UNITS)
+        else:
+            v = _fragments(a, b, c, d, e, f, g, h, HALVES, SPLIT, TILES, UNITS)
+        at = group_warp * steps + i
+        k = (at // PLANES * WIDTH)[:, None] + column
+        if EVEN:
+            x = tl.load(x_ptr + k[:, :, None] + token[None, None, :] * stride_x, present, other=0.0)
+            pair = tl.load(pairs_here + (at * (HALVES * 16))[:, None])
+        else:
+            inside = (at < num_blocks)[:, None]
+            kept = (inside & (k < num_inputs))[:, :, None]
+            x = tl.load(x_ptr + k[:, :, None] + token[None, None, :] * stride_x, present & kept, other=0.0)
+            pair = tl.load(pairs_here + (at * (HALVES * 16))[:, None], inside, other=0)
+        part = tl.dot(v, x)
+        total = tl.dot(ones, x)
+        total = tl.broadcast_to(total[:, None, :, :], (HALVES * SPLIT, TILES, 16, TOKENS))
+        total = tl.reshape(total, (HALVES * SPLIT, 16 * TILES, TOKENS))
+        scale, zero = scale_of(pair, HALF_SCALES), zero_of(pair, HALF_SCALES)
+        acc += scale[:, :, None] * (part - (zero + BASE)[:, :, None] * total)
+        words = later if AHEAD == 2 else latest
+        later = latest
+    if PDL:
+        gdc_launch_dependents()
+    y = tl.sum(acc, 0)
+    if BIAS:
+        at_row = tl.minimum(tile_of_row * 16 + row % 16, num_outputs * (2 if GATED else 1) - 1)
+        y += tl.load(bias_ptr + at_row).to(tl.float32)[:, None]
+    if GATED:
+        both = tl.permute(tl.reshape(y, (TILES // 2, 2, 16, TOKENS)), (0, 2, 3, 1))
+        gate, up = tl.split(both)
+        y = tl.reshape(gate * tl.sigmoid(gate) * up, (8 * TILES, TOKENS))
+        out = first * 16 + tl.arange(0, 8 * TILES)
+    else:
+        out = first * 16 + row
+    kept = (out < num_outputs)[:, None] & (token < num_tokens)[None, :]
+    to = out[:, None] + token[None, :].to(tl.int64) * stride_out
+    if RESIDUAL:
+        y += tl.load(residual_ptr + to, kept, other=0.0).to(tl.float32)
+        tl.store(residual_ptr + to, y.to(T), kept)
+    else:
+        tl.store(out_ptr + to, y.to(T), kept)

@@ -1,0 +1,157 @@
+"""From words of 4-bit numbers to the tensor cores' registers: two numbers an instruction, and no way through memory.
+
+A number is put below an exponent under which one step is 1: BASE + q, in 16 bits. Two neighbours of a row must share a
+register, so words are taken in pairs: one `prmt` brings their lower halves together, one their upper halves, and then
+a shift and one three-way logic operation make two numbers. Where that is not needed (Triton's interpreter), plain
+operations say the same.
+"""
+
+import os
+
+import triton
+import triton.language as tl
+
+ASSEMBLES = os.environ.get("TRITON_INTERPRET") != "1"  # the interpreter knows no assembler
+BASE_BF16, BASE_FP16 = tl.constexpr(128.0), tl.constexpr(64.0)
+_HALVES = """
+prmt.b32 lo, $8, $9, 0x5410;
+prmt.b32 hi, $8, $9, 0x7632;"""
+
+
+def _unpacking(mask: str, magic: str, shifts: tuple[str, ...]) -> str:
+    lines = []
+    for half, first in (("lo", 0), ("hi", 4)):
+        for field, shift in enumerate(shifts):
+            source = "t" if shift else half
+            if shift:
+                lines.append(shift.replace("@", half))
+            lines.append(f"lop3.b32 ${first + field}, {source}, {mask}, {magic}, 0xea;")
+    return _HALVES + "\n".join(["", *lines])
+
+
+_BF16 = _unpacking("0x000f000f", "0x43004300", ("", *(f"shr.b32 t, @, {4 * field};" for field in (1, 2, 3))))
+_FP16 = _unpacking(
+    "0x00f000f0", "0x54005400", ("shl.b32 t, @, 4;", "", "shr.b32 t, @, 4;", "shr.b32 t, @, 8;")
+)  # fmt: skip
+
+
+def _zeroing(kind: str, base: str) -> str:
+    """Less the zero: $10 has (scale, zero) of the upper row, $12 of the one eight below."""
+    lines = [f"mov.b32 t, {base};"]
+    for row, pair in ((0, "$10"), (1, "$12")):
+        lines.append(f"prmt.b32 z{row}, {pair}, {pair}, 0x3232;\nadd.rn.{kind}x2 z{row}, z{row}, t;")
+    lines += [f"sub.rn.{kind}x2 ${field}, ${field}, z{field // 2 % 2};" for field in range(8)]
+    return "\n".join(["", *lines])
+
+
+def _scaling(kind: str) -> str:
+    """Times the scale, after `_zeroing`."""
+    lines = [f"prmt.b32 z{row}, {pair}, {pair}, 0x1010;" for row, pair in ((0, "$10"), (1, "$12"))]
+    lines += [f"mul.rn.{kind}x2 ${field}, ${field}, z{field // 2 % 2};" for field in range(8)]
+    return "\n".join(["", *lines])
+
+
+_REGISTERS = "{\n.reg .b32 lo, hi, t, z0, z1;"
+ASM_BF16 = tl.constexpr(f"{_REGISTERS}{_BF16}\n}}")
+ASM_FP16 = tl.constexpr(f"{_REGISTERS}{_FP16}\n}}")
+_LESS_BF16, _LESS_FP16 = _BF16 + _zeroing("bf16", "0x43004300"), _FP16 + _zeroing("f16", "0x54005400")
+ASM_LESS_BF16 = tl.constexpr(f"{_REGISTERS}{_LESS_BF16}\n}}")
+ASM_LESS_FP16 = tl.constexpr(f"{_REGISTERS}{_LESS_FP16}\n}}")
+ASM_SCALED_BF16 = tl.constexpr(f"{_REGISTERS}{_LESS_BF16}{_scaling('bf16')}\n}}")
+ASM_SCALED_FP16 = tl.constexpr(f"{_REGISTERS}{_LESS_FP16}{_scaling('f16')}\n}}")
+_OUTPUTS = ",".join(["=&r"] * 8)
+WORDS_ALONE, WORDS_AND_PAIRS = tl.constexpr(f"{_OUTPUTS},r,r"), tl.constexpr(f"{_OUTPUTS},r,r,r,r,r,r")
+EIGHT_BF16, EIGHT_FP16 = tl.constexpr((tl.bfloat16,) * 8), tl.constexpr((tl.float16,) * 8)
+
+
+@triton.jit
+def _field(words, FIELD: tl.constexpr, FP16: tl.constexpr):
+    """Field FIELD of each word as BASE + q."""
+    number = (words >> (4 * FIELD)) & 15
+    if FP16:
+        return ((number << 4) | 0x5400).to(tl.int16).to(tl.float16, bitcast=True)
+    else:
+        return (number | 0x4300).to(tl.int16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def fields(words, FP16: tl.constexpr, ASM: tl.constexpr):
+    """The eight fields of each word as BASE + q, a tensor each."""
+    if ASM and FP16:
+        return tl.inline_asm_elementwise(ASM_FP16, WORDS_ALONE, [words], dtype=EIGHT_FP16, is_pure=True, pack=2)
+    elif ASM:
+        return tl.inline_asm_elementwise(ASM_BF16, WORDS_ALONE, [words], dtype=EIGHT_BF16, is_pure=True, pack=2)
+    else:
+        return (
+            _field(words, 0, FP16), _field(words, 1, FP16), _field(words, 2, FP16), _field(words, 3, FP16),
+            _field(words, 4, FP16), _field(words, 5, FP16), _field(words, 6, FP16), _field(words, 7, FP16),
+        )  # fmt: skip
+
+
+@triton.jit
+def scale_of(pair, HALF: tl.constexpr):
+    """The lower half of each pair as float32; HALF: it is float16, else bfloat16."""
+    if HALF:
+        return pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    else:
+        return (pair << 16).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def zero_of(pair, HALF: tl.constexpr):
+    """The upper half."""
+    return scale_of(pair >> 16, HALF)
+
+
+@triton.jit
+def _made_field(number, upper, lower, FIELD: tl.constexpr, SCALED: tl.constexpr, FP16: tl.constexpr):
+    T: tl.constexpr = tl.float16 if FP16 else tl.bfloat16
+    BASE: tl.constexpr = BASE_FP16 if FP16 else BASE_BF16
+    pair = lower if FIELD // 2 % 2 else upper
+    exact = (number.to(tl.float32) - BASE - zero_of(pair, FP16)).to(T)
+    if SCALED:
+        exact = (exact.to(tl.float32) * scale_of(pair, FP16)).to(T)
+    return exact
+
+
+@triton.jit
+def made_fields(words, upper, lower, SCALED: tl.constexpr, FP16: tl.constexpr, ASM: tl.constexpr):
+    """q - zero, exact; SCALED: times the scale, rounded. `upper` and `lower` are the pairs of a word's two rows."""
+    if ASM and SCALED and FP16:
+        return tl.inline_asm_elementwise(
+            ASM_SCALED_FP16, WORDS_AND_PAIRS, [words, upper, lower], dtype=EIGHT_FP16, is_pure=True, pack=2
+        )
+    elif ASM and SCALED:
+        return tl.inline_asm_elementwise(
+            ASM_SCALED_BF16, WORDS_AND_PAIRS, [words, upper, lower], dtype=EIGHT_BF16, is_pure=True, pack=2
+        )
+    elif ASM and FP16:
+        return tl.inline_asm_elementwise(
+            ASM_LESS_FP16, WORDS_AND_PAIRS, [words, upper, lower], dtype=EIGHT_FP16, is_pure=True, pack=2
+        )
+    elif ASM:
+        return tl.inline_asm_elementwise(
+            ASM_LESS_BF16, WORDS_AND_PAIRS, [words, upper, lower], dtype=EIGHT_BF16, is_pure=True, pack=2
+        )
+    else:
+        a, b, c, d, e, f, g, h = fields(words, FP16, ASM)
+        return (
+            _made_field(a, upper, lower, 0, SCALED, FP16), _made_field(b, upper, lower, 1, SCALED, FP16),
+            _made_field(c, upper, lower, 2, SCALED, FP16), _made_field(d, upper, lower, 3, SCALED, FP16),
+            _made_field(e, upper, lower, 4, SCALED, FP16), _made_field(f, upper, lower, 5, SCALED, FP16),
+            _made_field(g, upper, lower, 6, SCALED, FP16), _made_field(h, upper, lower, 7, SCALED, FP16),
+        )  # fmt: skip
+
+
+@triton.jit
+def prefetch(ptr):
+    """Ask for the 128 bytes at each place into the second-level cache."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [ptr.to(tl.int64)], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+@triton.jit
+def joined(a, b, c, d, e, f, g, h):
+    """[..., f0, f1, f2] from the eight fields."""
+    return tl.join(tl.join(tl.join(a, b), tl.join(c, d)), tl.join(tl.join(e, f), tl.join(g, h)))
