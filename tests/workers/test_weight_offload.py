@@ -25,6 +25,9 @@ from rig import (
 from test_parallel_ranks import LAYOUTS, prompts, start
 
 from argosy.cluster.protocol.errors import ConfigError, PlacementImpossible
+from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.placement.plan import make_plan
+from argosy.placement.process_groups import ParallelContext
 from argosy.placement.weight_offload import (
     buffer_bytes,
     count_for,
@@ -33,9 +36,11 @@ from argosy.placement.weight_offload import (
     offloaded_places,
 )
 from argosy.workers import host_memory
+from argosy.workers.model_runner import ModelRunner
 from argosy.workers.weight_offload import WeightOffload
 
 NUM_TOKENS = 8
+CPU = torch.device("cpu")
 LAYER_BYTES = 4 * (64 * 128 + 64 * 64 + 3 * 64 * 96 + 2 * 64)  # of the tiny llama, norms included
 GIB = 2**30
 
@@ -169,6 +174,22 @@ def test_weights_lie_in_one_block_a_layer_and_pass_through_two_buffers(llama: tu
         assert {parameter.untyped_storage().data_ptr() for parameter in large} == {buffers[place % 2]}
         small = [parameter for parameter in layer.parameters() if parameter.ndim == 1]
         assert not {parameter.untyped_storage().data_ptr() for parameter in small} & set(buffers)
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_weights_are_counted_once_wherever_they_are(family: str, tmp_path: Path) -> None:
+    """A head that is the embedding counts as one; a layer that went to the host still counts."""
+    folder = write_family(tmp_path, family)
+    counted = []
+    for count in (0, 2, 4):
+        config = make_config(folder, cpu_offload_gb=layers_gib(count))
+        spec = read_model_spec(folder)
+        (rank,) = make_plan(spec.num_layers, 1, 1).ranks
+        parallel = ParallelContext(rank, CPU, 5.0)
+        runner = ModelRunner(config, spec, parallel, device=CPU, dtype=torch.float32, cache_dtype=torch.float32)
+        counted.append(runner.load(folder, None, num_offloaded=count).num_bytes)
+    numbers = 4 * LAYER_BYTES // 4 + 128 * 64 * (1 if family == "llama_tied" else 2) + 64
+    assert counted == [4 * numbers] * 3
 
 
 class Part(nn.Module):

@@ -135,8 +135,9 @@ def load_weights(
                 _fill_randomly(model, own_reads, seed, progress)
             else:
                 num_read += _fill(checkpoint, model, own_reads, progress)
-            # before they are finished: as they are stored
-            num_bytes += sum(one.nbytes for module in modules for one in module.parameters(recurse=False))
+            # before they are finished: as they are stored; those of layers to come have no memory yet
+            part = model if layer is None else layer
+            num_bytes += sum(parameter.nbytes for parameter in part.parameters() if not parameter.is_meta)
             model.finish(modules)
             if offload is not None and layer is not None:
                 offload.pack(layer)
