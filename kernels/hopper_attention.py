@@ -13,6 +13,8 @@ Barriers count how often a ring's slot was filled and read: `*_full` is waited f
 Written in Triton's lower language (Gluon), since Triton waits for each product at once.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -349,6 +351,11 @@ def block_q_of(q_TNH: Tensor, k_cache_BSKH: Tensor) -> int:
     return LINES // (q_TNH.shape[1] // k_cache_BSKH.shape[2])
 
 
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) == (9, 0)
+
+
 def takes(q_TNH: Tensor, k_cache_BSKH: Tensor) -> bool:
     """Whether these can be attended here: 16 bits, the cache in the same, a head size that tiles are made for."""
     num_heads, head_size = q_TNH.shape[1:]
@@ -356,6 +363,7 @@ def takes(q_TNH: Tensor, k_cache_BSKH: Tensor) -> bool:
         head_size in HEAD_SIZES
         and q_TNH.element_size() == 2
         and q_TNH.dtype == k_cache_BSKH.dtype
+        and k_cache_BSKH.is_contiguous()
         and num_heads // k_cache_BSKH.shape[2] <= LINES
-        and (torch.version.cuda is not None and torch.cuda.get_device_capability(q_TNH.device) == (9, 0))
+        and _is_hopper(q_TNH.device)
     )

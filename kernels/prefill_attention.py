@@ -32,6 +32,9 @@ from argosy.kernels.kv_scale_parts import (
 )
 from argosy.kernels.kv_scales import has_scales
 
+# Triton's lower language changes from version to version: `hopper_attention` was compiled with each of these.
+GLUON_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
+
 
 @triton.jit
 def _walk(
@@ -248,9 +251,9 @@ def _default_sizes(width: int, mean_queries: int, group: int, dtype: torch.dtype
 def _hopper_sizes(q_TNH: Tensor, k_cache_BSKH: Tensor, kind: str) -> tuning.Sizes | None:
     """Sizes for `hopper_attention` where it was measured to be faster for rows of this kind, and takes these."""
     sizes = tuning.pick("hopper_attention", f"h{q_TNH.shape[2]}_{kind}", q_TNH.device)
-    if sizes is None:
+    if sizes is None or not triton.__version__.startswith(GLUON_VERSIONS):
         return None
-    from argosy.kernels import hopper_attention  # needs Gluon, which is part of newer Tritons only
+    from argosy.kernels import hopper_attention
 
     return sizes if hopper_attention.takes(q_TNH, k_cache_BSKH) else None
 
