@@ -26,6 +26,8 @@ def _prepare_kernel(
     stride_out_table,
     S: tl.constexpr,
     BLOCK: tl.constexpr,
+    REACH: tl.constexpr,  # blocks up to the row's last that are looked at; 0: all
+    ADVANCES: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     handle = tl.load(rows_ptr + row).to(tl.int64)
@@ -44,7 +46,8 @@ def _prepare_kernel(
     tl.store(positions_ptr + row, position)
     tl.store(slots_ptr + row, block.to(tl.int64) * S + position % S)
     tl.store(context_ptr + row, (position + 1).to(tl.int32))
-    for start in tl.range(0, place + 1, BLOCK):
+    first = tl.maximum(place + 1 - REACH, 0) if REACH > 0 else 0
+    for start in tl.range(first, place + 1, BLOCK):
         index = start + tl.arange(0, BLOCK)
         seen = index <= place
         ids = tl.load(table_ptr + handle * stride_table + index, seen, other=0)
@@ -52,7 +55,8 @@ def _prepare_kernel(
         tl.store(out_table_ptr + row * stride_out_table + index, ids, seen)
     tl.debug_barrier()  # the table was read above by all threads; one writes the new block
     tl.store(table_ptr + handle * stride_table + place, block)
-    tl.store(computed_ptr + handle, (position + 1).to(tl.int32))
+    if ADVANCES:
+        tl.store(computed_ptr + handle, (position + 1).to(tl.int32))
 
 
 def prepare_decode(
@@ -69,12 +73,14 @@ def prepare_decode(
     block_table_RB: Tensor,
     *,
     block_size: int,
+    reach_blocks: int = 0,
+    advances: bool = True,
 ) -> None:
     """One launch; shapes as in `ops.prepare_decode`."""
     _prepare_kernel[(rows_R.shape[0],)](
         rows_R, new_block_R, token_R, last_token_N, num_computed_N, block_table_NB, token_ids_R, positions_R, slots_R,
         context_len_R, block_table_RB, block_table_NB.stride(0), block_table_RB.stride(0),
-        S=block_size, BLOCK=256, num_warps=4,
+        S=block_size, BLOCK=256, REACH=reach_blocks, ADVANCES=advances, num_warps=4,
     )  # fmt: skip
 
 

@@ -405,6 +405,8 @@ def prepare_decode(
     block_table_RB: Tensor,
     *,
     block_size: int,
+    reach_blocks: int = 0,
+    advances: bool = True,
 ) -> None:
     """The inputs of a decode step from tables by handle (N, remembered on the device) for rows (R).
 
@@ -412,6 +414,9 @@ def prepare_decode(
     `token_R` int32 the row's token where the host knows it (-1: take the one last sampled). Out: token ids, positions,
     slots (int64), context lengths and block table (int32). The tables take over the new block, and each row's computed
     count grows by one.
+
+    Layers with a sliding window have tables of their own: `reach_blocks` of them, up to the last, are then enough (0:
+    all). Called for each of several tables, the last call `advances` the counts.
     """
     if rows_R.is_cuda:
         from argosy.kernels import decode_inputs
@@ -421,7 +426,7 @@ def prepare_decode(
         implementation = reference.prepare_decode
     implementation(
         rows_R, new_block_R, token_R, last_token_N, num_computed_N, block_table_NB, token_ids_R, positions_R, slots_R,
-        context_len_R, block_table_RB, block_size=block_size,
+        context_len_R, block_table_RB, block_size=block_size, reach_blocks=reach_blocks, advances=advances,
     )  # fmt: skip
 
 

@@ -435,6 +435,8 @@ def prepare_decode(
     block_table_RB: Tensor,
     *,
     block_size: int,
+    reach_blocks: int = 0,
+    advances: bool = True,
 ) -> None:
     """See `ops.prepare_decode`."""
     for row, (handle, new_block) in enumerate(zip(rows_R.tolist(), new_block_R.tolist(), strict=True)):
@@ -449,8 +451,10 @@ def prepare_decode(
         token_ids_R[row], positions_R[row] = known if known >= 0 else last_token_N[handle], position
         slots_R[row] = int(block_table_NB[handle, place]) * block_size + position % block_size
         context_len_R[row] = position + 1
-        block_table_RB[row, : place + 1] = block_table_NB[handle, : place + 1]
-        num_computed_N[handle] = position + 1
+        first = max(0, place + 1 - reach_blocks) if reach_blocks else 0
+        block_table_RB[row, first : place + 1] = block_table_NB[handle, first : place + 1]
+        if advances:
+            num_computed_N[handle] = position + 1
 
 
 def remember_tokens(

@@ -1,6 +1,7 @@
 """Decode steps as CUDA graphs: recorded once for a ladder of batch sizes, replayed with one small copy from the host.
 
-R rows of a step, padded to a recorded size; N handles; B blocks a row; V vocabulary.
+R rows of a step, padded to a recorded size; N handles; B blocks a row; G groups of layers with tables of their own;
+V vocabulary.
 
 What a decode step needs to know of a request lives on the device, in tables by handle: its last token, how many of its
 tokens are computed, its blocks. The host sends which handles are in the step and which new block each row opens; the
@@ -10,7 +11,7 @@ step for a model of 32 layers.
 """
 
 import gc
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from argosy.cluster.protocol.kv_groups import window_blocks
 from argosy.cluster.protocol.messages import SchedulerOutput
 from argosy.kernels import ops
 from argosy.workers.attention.base import AttentionMetadata
@@ -26,6 +28,7 @@ from argosy.workers.input_batch import InputBatch, StepInputs
 LEAST_SHARED_TOKENS = 256  # of a prefix that is worth a launch of its own a layer
 LEAST_SHARED_READS = 1 << 16  # rows times tokens
 MOST_SHARED_BLOCKS = 512  # that the host compares
+HANDLES, TOKENS, SHARED, NEW_BLOCKS = range(4)  # rows of the control; the last for each group of layers
 NUM_CONTROL_BUFFERS = 4  # steps whose control may be on its way to the device at once, at least
 Forward = Callable[[Tensor | None, Tensor | None, Tensor, AttentionMetadata], Tensor]
 
@@ -80,50 +83,56 @@ class RecordedStep:
 class DecodeTables:
     """What the device remembers of each request, and the fixed tensors that decode steps read and write."""
 
-    def __init__(self, batch: InputBatch, max_rows: int):
+    def __init__(self, batch: InputBatch, max_rows: int, windows: Sequence[int] = (0,)):
+        """`windows`: of the groups of layers (`protocol.kv_groups`), whose tables are made as far as they reach."""
         device, num = batch.device, len(batch.num_computed_N)
         self.batch, self.max_rows = batch, max_rows
+        self._reach_blocks = [window_blocks(window, batch.block_size) if window else 0 for window in windows]
+        num_groups = len(windows)
         self.num_computed_N = torch.zeros(num, dtype=torch.int32, device=device)
-        self.block_table_NB = torch.zeros((num, batch.max_blocks), dtype=torch.int32, device=device)
+        self.block_table_NGB = torch.zeros((num, num_groups, batch.max_blocks), dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
-        # rows: handles | new blocks | tokens that aren't the last ones sampled (none so far)
-        count = max(NUM_CONTROL_BUFFERS, batch.max_steps_in_flight + 1)
-        # | tokens of a prefix that it shares with others
-        self._controls = [torch.full((4, max_rows), -1, dtype=torch.int32, pin_memory=pinned) for _ in range(count)]
+        # rows: handles | tokens that aren't the last ones sampled (none so far) | tokens of a prefix that it shares
+        # with others | new blocks of each group
+        count, num_controls = max(NUM_CONTROL_BUFFERS, batch.max_steps_in_flight + 1), 3 + num_groups
+        self._controls = [
+            torch.full((num_controls, max_rows), -1, dtype=torch.int32, pin_memory=pinned) for _ in range(count)
+        ]
         event: Any = torch.cuda.Event  # torch gives it no types
         self._sent = [event() for _ in self._controls] if pinned else []
         self._turn = 0
-        self.control_4R = torch.full((4, max_rows), -1, dtype=torch.int32, device=device)
+        self.control_CR = torch.full((num_controls, max_rows), -1, dtype=torch.int32, device=device)
         self.token_ids_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.positions_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
-        self.slots_R = torch.full((max_rows,), -1, dtype=torch.int64, device=device)
+        self.slots_GR = torch.full((num_groups, max_rows), -1, dtype=torch.int64, device=device)
         self.context_len_R = torch.zeros(max_rows, dtype=torch.int32, device=device)
-        self.block_table_RB = torch.zeros((max_rows, batch.max_blocks), dtype=torch.int32, device=device)
+        self.block_table_GRB = torch.zeros((num_groups, max_rows, batch.max_blocks), dtype=torch.int32, device=device)
         self.sampled_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.query_start_R1 = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._row_of_N = np.zeros(num, dtype=np.int64)
 
     def new_blocks(self, output: SchedulerOutput, handles_R: np.ndarray) -> np.ndarray | None:
-        """The block each row opens with this step's token, -1 for none; None if blocks came in any other way."""
-        blocks_R = np.full(len(handles_R), -1, dtype=np.int32)
+        """The blocks each row opens with this step's token, -1 for none: [G, R]; None if blocks came in another way."""
+        num_groups = self.batch.num_groups
+        blocks_GR = np.full((num_groups, len(handles_R)), -1, dtype=np.int32)
         if not output.new_blocks:
-            return blocks_R
+            return blocks_GR
         self._row_of_N[handles_R] = np.arange(len(handles_R))
         size, batch = self.batch.block_size, self.batch
         for handle, block_ids in output.new_blocks:
             row = self._row_of_N[handle]
             opens = batch.num_computed_N[handle] // size
-            if len(block_ids) != 1 or handles_R[row] != handle or batch.num_blocks_N[handle] - 1 != opens:
+            if len(block_ids) != num_groups or handles_R[row] != handle or batch.num_blocks_N[handle] - 1 != opens:
                 return None
-            blocks_R[row] = block_ids[0]
-        return blocks_R
+            blocks_GR[:, row] = block_ids
+        return blocks_GR
 
     def shared_tokens(self, handles_R: np.ndarray, start_R: np.ndarray) -> np.ndarray | None:
         """Tokens at the front that a row has in the same whole blocks as others, 0 if it has not; None: not worth it.
 
         Of several prefixes the one of most rows, and of that as much as saves most.
         """
-        size, table_NB = self.batch.block_size, self.batch.block_table_NB
+        size, table_NB = self.batch.block_size, self.batch.block_table_NGB[:, 0]
         limit_R = np.minimum(start_R // size, MOST_SHARED_BLOCKS)
         least = -(-LEAST_SHARED_TOKENS // size)
         candidates = np.flatnonzero(limit_R >= least)
@@ -148,7 +157,7 @@ class DecodeTables:
         return shared_R
 
     def send(
-        self, handles_R: np.ndarray, blocks_R: np.ndarray, num_padded: int, shared_R: np.ndarray | None = None
+        self, handles_R: np.ndarray, blocks_GR: np.ndarray, num_padded: int, shared_R: np.ndarray | None = None
     ) -> None:
         """One copy to the device, in stream order."""
         turn = self._turn = (self._turn + 1) % len(self._controls)
@@ -158,45 +167,53 @@ class DecodeTables:
         host = control.numpy()
         host[0, :count] = handles_R
         host[0, count:num_padded] = -1
-        host[1, :count] = blocks_R
+        host[NEW_BLOCKS:, :count] = blocks_GR
         if shared_R is not None:
-            host[3, :count] = shared_R
-            host[3, count:num_padded] = 0
-        self.control_4R.copy_(control, non_blocking=True)
+            host[SHARED, :count] = shared_R
+            host[SHARED, count:num_padded] = 0
+        self.control_CR.copy_(control, non_blocking=True)
         if self._sent:
             self._sent[turn].record()
 
     def prepare(self, num_rows: int) -> None:
         """Inputs of a step of so many (padded) rows, from the control and the tables."""
-        rows = slice(0, num_rows)
-        ops.prepare_decode(
-            self.control_4R[0, rows], self.control_4R[1, rows], self.control_4R[2, rows], self.batch.last_token_N,
-            self.num_computed_N, self.block_table_NB, self.token_ids_R[rows], self.positions_R[rows],
-            self.slots_R[rows], self.context_len_R[rows], self.block_table_RB[rows],
-            block_size=self.batch.block_size,
-        )  # fmt: skip
+        rows, last = slice(0, num_rows), len(self._reach_blocks) - 1
+        for group, reach_blocks in enumerate(self._reach_blocks):
+            ops.prepare_decode(
+                self.control_CR[HANDLES, rows], self.control_CR[NEW_BLOCKS + group, rows],
+                self.control_CR[TOKENS, rows], self.batch.last_token_N, self.num_computed_N,
+                self.block_table_NGB[:, group], self.token_ids_R[rows], self.positions_R[rows],
+                self.slots_GR[group, rows], self.context_len_R[rows], self.block_table_GRB[group, rows],
+                block_size=self.batch.block_size, reach_blocks=reach_blocks, advances=group == last,
+            )  # fmt: skip
 
     def metadata(self, num_rows: int, max_context_len: int, *, shares: bool = False) -> AttentionMetadata:
         """Of a decode step of so many rows, in the fixed tensors; `shares`: that may have a prefix in common."""
-        return AttentionMetadata(
-            num_rows=num_rows,
-            num_decode_rows=num_rows,
-            query_start_R1=self.query_start_R1[: num_rows + 1],
-            context_len_R=self.context_len_R[:num_rows],
-            block_table_RB=self.block_table_RB[:num_rows],
-            slot_mapping_T=self.slots_R[:num_rows],
-            max_query_len=1,
-            max_context_len=max_context_len,
-            shared_len_R=self.control_4R[3, :num_rows] if shares else None,
-        )
+        metadata, *others = [
+            AttentionMetadata(
+                num_rows=num_rows,
+                num_decode_rows=num_rows,
+                query_start_R1=self.query_start_R1[: num_rows + 1],
+                context_len_R=self.context_len_R[:num_rows],
+                block_table_RB=self.block_table_GRB[group, :num_rows],
+                slot_mapping_T=self.slots_GR[group, :num_rows],
+                max_query_len=1,
+                max_context_len=max_context_len,
+                shared_len_R=self.control_CR[SHARED, :num_rows] if shares else None,
+            )
+            for group in range(self.batch.num_groups)
+        ]
+        metadata.others = tuple(others)
+        return metadata
 
     def take_over(self, inputs: StepInputs) -> None:
         """After a step that was built on the host: its rows' counts and blocks."""
         handles = inputs.handles_device_R
         assert handles is not None
-        metadata = inputs.metadata
-        self.num_computed_N.index_copy_(0, handles, metadata.context_len_R)
-        self.block_table_NB[handles, : metadata.block_table_RB.shape[1]] = metadata.block_table_RB
+        self.num_computed_N.index_copy_(0, handles, inputs.metadata.context_len_R)
+        for group in range(self.batch.num_groups):
+            table_RB = inputs.metadata.of_group(group).block_table_RB
+            self.block_table_NGB[handles, group, : table_RB.shape[1]] = table_RB
 
 
 class CUDAGraphRunner:
@@ -214,6 +231,7 @@ class CUDAGraphRunner:
         dtype: torch.dtype,
         is_first_stage: bool,
         choose: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
+        windows: Sequence[int] = (0,),
     ):
         """`forward`: (tokens, hidden, positions, metadata) -> hidden. No `compute_logits` before the last stage.
 
@@ -221,7 +239,7 @@ class CUDAGraphRunner:
         """
         self.batch, self.forward, self.compute_logits = batch, forward, compute_logits
         self.max_rows, self.max_model_len, self.choose = max_rows, max_model_len, choose
-        self.tables = DecodeTables(batch, max_rows)
+        self.tables = DecodeTables(batch, max_rows, windows)
         self.is_first_stage = is_first_stage
         self.hidden_RD = torch.zeros((max_rows, hidden_size), dtype=dtype, device=batch.device)
         self.sizes = ladder(max_rows)
@@ -239,7 +257,7 @@ class CUDAGraphRunner:
 
         All rows are padding while recording: nothing is written to the cache.
         """
-        self.tables.control_4R.fill_(-1)
+        self.tables.control_CR.fill_(-1)
         pool = torch.cuda.graph_pool_handle()
         make_stream: Any = torch.cuda.Stream  # torch gives it no types
         stream = make_stream(self.batch.device)
@@ -263,7 +281,8 @@ class CUDAGraphRunner:
         if self.compute_logits is not None:
             self._sample_greedy(size, result)
         stream.synchronize()
-        metadata.scratch.clear()
+        for one in (metadata, *metadata.others):
+            one.scratch.clear()
         # thread_local: NCCL's own thread looks at events meanwhile, which a global record would take for an error
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
@@ -294,7 +313,7 @@ class CUDAGraphRunner:
         """Keep what was sampled for the next step. Returns the ids, those of failed rows below 0."""
         out_R = self.tables.sampled_R[:num_rows]
         ops.remember_tokens(
-            self.tables.control_4R[0, :num_rows], token_ids_R, logits_RV, self.batch.last_token_N, out_R
+            self.tables.control_CR[HANDLES, :num_rows], token_ids_R, logits_RV, self.batch.last_token_N, out_R
         )
         return out_R
 
@@ -313,14 +332,14 @@ class CUDAGraphRunner:
         same_rows, self._last_rows = output.rows == self._last_rows, output.rows
         batch = self.batch
         handles_R = batch.handles_of(output.rows)
-        blocks_R = self.tables.new_blocks(output, handles_R)
-        if blocks_R is None:
+        blocks_GR = self.tables.new_blocks(output, handles_R)
+        if blocks_GR is None:
             return None
         start_R = batch.num_computed_N[handles_R]
         if not same_rows:
             self._shared_R = self.tables.shared_tokens(handles_R, start_R) if self.shared_sizes else None
         size = self._size(count)
-        self.tables.send(handles_R, blocks_R, size, self._shared_R)
+        self.tables.send(handles_R, blocks_GR, size, self._shared_R)
         return StepInputs(
             handles_R=handles_R,
             num_tokens_R=None,
@@ -351,7 +370,7 @@ class CUDAGraphRunner:
     @property
     def handles_R(self) -> Tensor:
         """Handles of the step in progress, on the device (int32); -1 is padding."""
-        return self.tables.control_4R[0]
+        return self.tables.control_CR[HANDLES]
 
     def run(self, num_rows: int) -> Tensor:
         """Replay the forward pass. Logits or hidden states of the rows; they last until the next step."""

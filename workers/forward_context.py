@@ -16,3 +16,7 @@ class ForwardContext:
     kv_cache: KVCache
     metadata: AttentionMetadata
     asked_rows_S: Tensor | None = None  # places among T of the tokens whose last state is asked for; None: all
+
+    def metadata_of(self, cache_index: int) -> AttentionMetadata:
+        """Where the tokens stand in the cache of one layer of this stage."""
+        return self.metadata.of_group(self.kv_cache.groups[cache_index])

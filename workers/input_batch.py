@@ -1,6 +1,7 @@
 """From a `SchedulerOutput` to the tensors of one step; requests are remembered between steps by their handle.
 
-Letters: N handles (rows of the tables), R rows of the step, T tokens of the step, S rows that sample, B blocks a row.
+Letters: N handles (rows of the tables), R rows of the step, T tokens of the step, S rows that sample, B blocks a row,
+G groups of layers (`protocol.kv_groups`), each of which has tables of its own.
 
 The tables are numpy on the host, one row a handle, allocated once. A step is gathered from them with a fixed number of
 numpy calls, whatever its size, into one packed staging buffer (pinned where there is a GPU) that goes to the device in
@@ -102,15 +103,16 @@ class Staging:
         self._parts.append((start, start + size, torch.int64 if is_long else torch.int32))
         return self._bytes[start : start + size].view(np.int64 if is_long else np.int32)
 
-    def layout(self, num_rows: int, num_blocks: int) -> tuple[npt.NDArray[np.int64], ...]:
+    def layout(self, num_rows: int, num_blocks: int, num_groups: int = 1) -> tuple[npt.NDArray[np.int64], ...]:
         """The parts of a step with one token a row, as `InputBatch._stage_rows` takes them; kept for the next one."""
         found = self._layouts.get((num_rows, num_blocks))
         if found is None:
             if len(self._layouts) >= MAX_LAYOUTS:
                 self._layouts.clear()
-            tokens, positions, slots = (self.take(num_rows, True) for _ in range(3))
+            tokens, positions = (self.take(num_rows, True) for _ in range(2))
+            slots = self.take(num_groups * num_rows, True).reshape(num_groups, num_rows)
             lengths = self.take(num_rows, False)
-            table = self.take(num_rows * num_blocks, False).reshape(num_rows, num_blocks)
+            table = self.take(num_groups * num_rows * num_blocks, False).reshape(num_groups, num_rows, num_blocks)
             handles = self.take(0 if self.is_shared else num_rows, True)
             found = _Layout((tokens, positions, slots, lengths, table, handles), self._used, self._views())
             self._layouts[num_rows, num_blocks] = found
@@ -141,8 +143,10 @@ class InputBatch:
         vocab_size: int,
         device: torch.device,
         max_steps_in_flight: int = 2,
+        num_groups: int = 1,
     ):
-        """`max_steps_in_flight`: so many steps may be under way at once."""
+        """`max_steps_in_flight`: so many steps may be under way at once; `num_groups`: of layers."""
+        self.num_groups = num_groups
         self.block_size, self.vocab_size, self.device = block_size, vocab_size, device
         self.max_steps_in_flight = max_steps_in_flight
         self.max_blocks = -(-(max_model_len + 1) // block_size)
@@ -155,16 +159,17 @@ class InputBatch:
         self.num_computed_N = np.zeros(num, dtype=np.int64)
         self.tenant_N = np.zeros(num, dtype=np.int64)  # counts the requests that had this handle
         self.num_blocks_N = np.zeros(num, dtype=np.int64)
-        self.block_table_NB = np.zeros((num, self.max_blocks), dtype=np.int32)
+        self.block_table_NGB = np.zeros((num, num_groups, self.max_blocks), dtype=np.int32)
         self._flat_tokens = self.token_ids_NL.reshape(-1)
-        self._flat_blocks = self.block_table_NB.reshape(-1)
+        self._flat_blocks = self.block_table_NGB.reshape(-1)
         self.active: dict[int, NewRequest] = {}
         self.poisoned: dict[int, str] = {}  # handles that can't be computed, and why
         self.lives_on_device = device.type != "cpu"
         self.last_token_N = torch.zeros(num, dtype=torch.int64, device=device)
         self._last_tokens = self.last_token_N.numpy() if not self.lives_on_device else np.zeros(0, dtype=np.int64)
         self._query_start_R1 = torch.arange(num + 1, dtype=torch.int32, device=device)
-        capacity = 8 * (4 * max_num_batched_tokens + 6 * num + 64) + 4 * num * (self.max_blocks + 2)
+        capacity = 8 * ((3 + num_groups) * max_num_batched_tokens + (5 + num_groups) * num + 64)
+        capacity += 4 * num * (num_groups * self.max_blocks + 2)
         count = max(NUM_STAGING_BUFFERS, max_steps_in_flight) if self.lives_on_device else 1
         self._staging = [Staging(capacity, device) for _ in range(count)]
         self._step = 0
@@ -185,9 +190,7 @@ class InputBatch:
         for request in output.new_requests:
             self._add(request)
         for handle, block_ids in output.new_blocks:
-            start = int(self.num_blocks_N[handle])
-            self.num_blocks_N[handle] = end = start + len(block_ids)
-            self.block_table_NB[handle, start:end] = block_ids
+            self._append_blocks(handle, block_ids)
 
     def _add(self, request: NewRequest) -> None:
         handle, count = request.handle, len(request.token_ids)
@@ -203,8 +206,17 @@ class InputBatch:
         self.num_known_N[handle] = count
         self.num_prompt_N[handle] = request.num_prompt_tokens
         self.num_computed_N[handle] = request.num_computed_tokens
-        self.num_blocks_N[handle] = len(request.block_ids)
-        self.block_table_NB[handle, : len(request.block_ids)] = request.block_ids
+        self.num_blocks_N[handle] = 0
+        self._append_blocks(handle, request.block_ids)
+
+    def _append_blocks(self, handle: int, block_ids: Sequence[int]) -> None:
+        """`block_ids` place by place, one for each group."""
+        start, num_groups = int(self.num_blocks_N[handle]), self.num_groups
+        self.num_blocks_N[handle] = end = start + len(block_ids) // num_groups
+        if num_groups == 1:
+            self.block_table_NGB[handle, 0, start:end] = block_ids
+        else:
+            self.block_table_NGB[handle, :, start:end] = np.asarray(block_ids, dtype=np.int32).reshape(-1, num_groups).T
 
     # ----------------------------------------------------------------------------------------------------- a step
 
@@ -237,19 +249,22 @@ class InputBatch:
         start_R = self.num_computed_N[handles_R]
         end_R = start_R + 1
         max_context = int(end_R.max())
-        parts = staging.layout(num_rows, -(-max_context // size))
-        tokens_T, positions_T, slots_T, lengths_R, table_RB, handles_out_R = parts
-        token_base_R, block_base_R = handles_R * self.token_ids_NL.shape[1], handles_R * self.max_blocks
+        parts = staging.layout(num_rows, -(-max_context // size), self.num_groups)
+        tokens_T, positions_T, slots_GT, lengths_R, table_GRB, handles_out_R = parts
+        token_base_R = handles_R * self.token_ids_NL.shape[1]
+        block_base_R = handles_R * (self.num_groups * self.max_blocks)
         tokens_T[:] = self._flat_tokens[token_base_R + start_R]
         if self.lives_on_device:
             tokens_T[start_R >= self.num_known_N[handles_R]] = -1
             handles_out_R[:] = handles_R
         positions_T[:] = start_R
         block_R, offset_R = np.divmod(start_R, size)
-        np.multiply(self._flat_blocks[block_base_R + block_R], size, out=slots_T)
-        slots_T += offset_R
+        block_R += block_base_R
+        for group in range(self.num_groups):
+            np.multiply(self._flat_blocks[block_R + group * self.max_blocks], size, out=slots_GT[group])
+            table_GRB[group] = self.block_table_NGB[handles_R, group, : table_GRB.shape[2]]
+        slots_GT += offset_R
         lengths_R[:] = end_R
-        table_RB[:] = self.block_table_NB[handles_R, : table_RB.shape[1]]
         return self._inputs(staging, max_context, handles_R, None, end_R, 1, num_rows, None, same_rows)
 
     def _build_mixed(self, output: SchedulerOutput, handles_R: IntArray, staging: Staging) -> StepInputs:
@@ -294,17 +309,20 @@ class InputBatch:
     ) -> int:
         """Stages slots, lengths, block table (and handles, if the device needs them). Returns the longest context."""
         size = self.block_size
-        slots_T = staging.take(len(positions_T), True)
+        num_groups, stride = self.num_groups, self.max_blocks
+        slots_GT = staging.take(num_groups * len(positions_T), True).reshape(num_groups, -1)
         block_T = positions_T // size
-        slots_T[:] = self._flat_blocks[handles_T * self.max_blocks + block_T]
-        slots_T *= size
-        slots_T += positions_T - block_T * size
+        entry_T = handles_T * (num_groups * stride) + block_T
+        for group in range(num_groups):
+            slots_GT[group] = self._flat_blocks[entry_T + group * stride]
+        slots_GT *= size
+        slots_GT += positions_T - block_T * size
         staging.take(len(end_R), False)[:] = end_R
         max_context = int(end_R.max())
         num_blocks = -(-max_context // size)
-        staging.take(len(end_R) * num_blocks, False).reshape(len(end_R), num_blocks)[:] = self.block_table_NB[
-            handles_R, :num_blocks
-        ]
+        table_GRB = staging.take(num_groups * len(end_R) * num_blocks, False).reshape(num_groups, -1, num_blocks)
+        for group in range(num_groups):
+            table_GRB[group] = self.block_table_NGB[handles_R, group, :num_blocks]
         staging.take(len(handles_R) if self.lives_on_device else 0, True)[:] = handles_R if self.lives_on_device else ()
         return max_context
 
@@ -321,24 +339,30 @@ class InputBatch:
         same_rows: bool,
     ) -> StepInputs:
         tensors = staging.send()
-        token_ids_T, positions_T, slots_T, context_len_R, block_table = tensors[:5]
+        token_ids_T, positions_T, slots, context_len_R, block_table = tensors[:5]
         num_rows = len(handles_R)
+        slots_GT = slots.view(self.num_groups, -1)
+        table_GRB = block_table.view(self.num_groups, num_rows, -1)
         handles_device_R = tensors[5] if self.lives_on_device else None
         if handles_device_R is not None:
             # only rows of one token can wait for a token that is still on the device
             head = token_ids_T[:num_decode_rows]
             head.copy_(torch.where(head < 0, self.last_token_N[handles_device_R[:num_decode_rows]], head))
         query_start_R1 = self._query_start_R1[: num_rows + 1] if num_tokens_R is None else tensors[6]
-        metadata = AttentionMetadata(
-            num_rows=num_rows,
-            num_decode_rows=num_decode_rows,
-            query_start_R1=query_start_R1,
-            context_len_R=context_len_R,
-            block_table_RB=block_table.view(num_rows, -1),
-            slot_mapping_T=slots_T,
-            max_query_len=max_query_len,
-            max_context_len=max_context,
-        )
+        metadata, *others = [
+            AttentionMetadata(
+                num_rows=num_rows,
+                num_decode_rows=num_decode_rows,
+                query_start_R1=query_start_R1,
+                context_len_R=context_len_R,
+                block_table_RB=table_GRB[group],
+                slot_mapping_T=slots_GT[group],
+                max_query_len=max_query_len,
+                max_context_len=max_context,
+            )
+            for group in range(self.num_groups)
+        ]
+        metadata.others = tuple(others)
         return StepInputs(
             handles_R=handles_R,
             num_tokens_R=num_tokens_R,

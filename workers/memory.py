@@ -16,6 +16,7 @@ import torch
 
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, PlacementImpossible
+from argosy.cluster.protocol.kv_groups import ONE_TABLE, KVGroups
 from argosy.cluster.protocol.ledger import HOST, gib
 from argosy.placement.calibration import default_calibration
 from argosy.placement.data_sheets import find_data_sheet
@@ -209,12 +210,14 @@ def measure_num_blocks(runner: ModelRunner, ledger: MemoryLedger) -> int:
     if cache.num_gpu_blocks_override is not None:
         return cache.num_gpu_blocks_override
     budget = cache.kv_cache_memory_bytes if cache.kv_cache_memory_bytes is not None else ledger.room_bytes
-    return max(0, min(budget // runner.block_bytes, most_blocks(runner.config, runner.max_model_len)))
+    most = most_blocks(runner.config, runner.max_model_len, runner.kv_groups)
+    return max(0, min(budget // runner.block_bytes, most))
 
 
-def most_blocks(config: ServingConfig, max_model_len: int) -> int:
-    """More blocks than this can't be used: every request at full length at once."""
-    return config.scheduler.max_num_seqs * -(-max_model_len // config.cache.block_size)
+def most_blocks(config: ServingConfig, max_model_len: int, groups: KVGroups = ONE_TABLE) -> int:
+    """More blocks than this can't be used: every request at full length at once, and those of one step's chunks."""
+    scheduler, size = config.scheduler, config.cache.block_size
+    return groups.most_blocks(scheduler.max_num_seqs, max_model_len, size, scheduler.max_num_batched_tokens)
 
 
 def cache_room(reading: MemoryReading, *, utilization: float, activation_bytes: int, graph_bytes: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.kv_groups import kv_groups
 from argosy.cluster.protocol.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
 from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.cluster.protocol.sampling import TokenParams
@@ -127,6 +128,7 @@ class ModelRunner:
         self.cache_scales = cache_scales  # of the cache, one for each token and head
         scheduler = config.scheduler
         self.max_model_len = config.model.max_model_len or spec.max_position
+        self.kv_groups = kv_groups(spec, self.max_model_len)
         self.model = build_model(spec, self.rank, parallel, dtype, device)
         self.backend: AttentionBackend = TritonBackend() if device.type == "cuda" else TorchBackend()
         slice_tokens = slice_tokens_of(config, self.model, spec.hidden_size * dtype.itemsize)
@@ -149,6 +151,7 @@ class ModelRunner:
             vocab_size=spec.vocab_size,
             device=device,
             max_steps_in_flight=config.max_steps_in_flight,
+            num_groups=self.kv_groups.num_groups,
         )
         self._token_return: TokenReturn | None = None
         if self.rank.pp_size > 1 and (self.rank.is_first_stage or self.rank.is_last_stage):
@@ -197,7 +200,7 @@ class ModelRunner:
         """Make the KV cache; from now on steps may come."""
         self.kv_cache = KVCache.allocate(
             self.spec, self.rank, num_blocks, self.config.cache.block_size, self.cache_dtype, self.device,
-            scaled=self.cache_scales,
+            scaled=self.cache_scales, groups=self.kv_groups,
         )  # fmt: skip
 
     @property
@@ -209,8 +212,9 @@ class ModelRunner:
     def block_bytes(self) -> int:
         """Bytes of one KV block on this rank."""
         return KVCache.block_bytes(
-            self.spec, self.rank, self.config.cache.block_size, self.cache_dtype, scaled=self.cache_scales
-        )
+            self.spec, self.rank, self.config.cache.block_size, self.cache_dtype, scaled=self.cache_scales,
+            groups=self.kv_groups,
+        )  # fmt: skip
 
     def warm_up(self, shapes: Sequence[tuple[int, ...]]) -> None:
         """Run steps of (rows, tokens a row), so that no request pays for what only the first use of a shape costs.
@@ -222,7 +226,7 @@ class ModelRunner:
         for step, (num_rows, num_tokens, *beside) in enumerate(shapes):
             counts = [1] * sum(beside) + [num_tokens] * num_rows
             requests = [
-                NewRequest(handle, [0] * count, count, 0, [0] * -(-count // self.batch.block_size), params)
+                NewRequest(handle, [0] * count, count, 0, self._warm_up_blocks(count), params)
                 for handle, count in enumerate(counts)
             ]
             output = SchedulerOutput(
@@ -245,6 +249,9 @@ class ModelRunner:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self.last_step_id = -1
+
+    def _warm_up_blocks(self, num_tokens: int) -> list[int]:
+        return [0] * (-(-num_tokens // self.batch.block_size) * self.kv_groups.num_groups)
 
     def record_graphs(self, on_progress: Callable[[float], None] | None = None) -> None:
         """Record decode steps as CUDA graphs, on a GPU and unless `enforce_eager`. After `allocate` and `warm_up`."""
@@ -276,6 +283,7 @@ class ModelRunner:
             hidden_size=self.spec.hidden_size,
             dtype=self.dtype,
             is_first_stage=self.rank.is_first_stage,
+            windows=self.kv_groups.windows,
         )
         self.graphs.record(on_progress)
 

@@ -250,6 +250,7 @@ class Worker:
                 load_seconds=time.monotonic() - started,
                 ledger=self.ledger.entries(),
                 num_host_blocks=num_host_blocks,
+                kv_windows=self.runner.kv_groups.windows,
             )
         )
 

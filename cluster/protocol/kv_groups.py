@@ -45,6 +45,14 @@ class KVGroups(msgspec.Struct, frozen=True):
         whole = -(-num_tokens // block_size)
         return sum(min(whole, window_blocks(window, block_size, chunk)) if window else whole for window in self.windows)
 
+    def most_blocks(self, num_sequences: int, num_tokens: int, block_size: int, step_tokens: int) -> int:
+        """The most blocks that so many sequences of so many tokens can hold at once, a step computing `step_tokens`."""
+        most = num_sequences * self.num_blocks(num_tokens, block_size)
+        if self.has_windows:
+            chunks = sum(window > 0 for window in self.windows) * (step_tokens // block_size + num_sequences)
+            most = min(most + chunks, num_sequences * self.num_groups * -(-num_tokens // block_size))
+        return most
+
     def num_tokens(self, num_blocks: int, block_size: int, chunk: int = 1) -> int | None:
         """The longest sequence that so many blocks hold; None: any, since all layers have windows."""
         windowed = [window_blocks(window, block_size, chunk) for window in self.windows if window]

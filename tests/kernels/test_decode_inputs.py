@@ -26,10 +26,11 @@ for num_handles, max_blocks, block_size, num_rows in [(5, 3, 16, 4), (9, 300, 4,
             torch.full((num_rows,), -7, dtype=torch.int32), torch.full((num_rows, max_blocks), -7, dtype=torch.int32)]
     want = [t.clone() for t in (rows, new_block, token, last, computed, table, *outs)]
     got = [t.clone().to(device) for t in (rows, new_block, token, last, computed, table, *outs)]
-    reference.prepare_decode(*want, block_size=block_size)
-    decode_inputs.prepare_decode(*got, block_size=block_size)
-    for a, b in zip(want, got, strict=True):
-        torch.testing.assert_close(a, b.cpu(), rtol=0, atol=0)
+    for options in ({"reach_blocks": 2, "advances": False}, {}):  # a window's table first, as for a second group
+        reference.prepare_decode(*want, block_size=block_size, **options)
+        decode_inputs.prepare_decode(*got, block_size=block_size, **options)
+        for a, b in zip(want, got, strict=True):
+            torch.testing.assert_close(a, b.cpu(), rtol=0, atol=0)
     logits = torch.randn(num_rows, 77, generator=generator)
     logits[0] = float("nan")
     logits[-1] = float("-inf")

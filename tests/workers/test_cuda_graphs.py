@@ -17,7 +17,7 @@ def tables() -> DecodeTables:
         max_num_seqs=ROWS, max_model_len=BLOCK * BLOCKS, max_num_batched_tokens=64, block_size=BLOCK, vocab_size=9,
         device=torch.device("cpu"),
     )  # fmt: skip
-    batch.block_table_NB[:ROWS, :BLOCKS] = 1 + np.arange(ROWS * BLOCKS).reshape(ROWS, BLOCKS)
+    batch.block_table_NGB[:, 0][:ROWS, :BLOCKS] = 1 + np.arange(ROWS * BLOCKS).reshape(ROWS, BLOCKS)
     batch.num_computed_N[:ROWS] = 1500
     return DecodeTables(batch, ROWS)
 
@@ -30,7 +30,7 @@ def shared(tables: DecodeTables, handles: list[int]) -> list[int]:
 
 def test_rows_share_the_whole_blocks_at_the_front_of_their_tables(tables: DecodeTables) -> None:
     """One prompt for all, of 70 blocks; two requests have a block more in common."""
-    table = tables.batch.block_table_NB
+    table = tables.batch.block_table_NGB[:, 0]
     table[:, :70] = table[0, :70]
     table[3, 70] = table[4, 70]
     assert shared(tables, list(range(ROWS))) == [70 * BLOCK] * ROWS
@@ -39,14 +39,14 @@ def test_rows_share_the_whole_blocks_at_the_front_of_their_tables(tables: Decode
 
 def test_the_first_requests_with_a_prompt_have_copies_of_their_own(tables: DecodeTables) -> None:
     """They were computed in one step, before any of them could find the prompt in the cache."""
-    table = tables.batch.block_table_NB
+    table = tables.batch.block_table_NGB[:, 0]
     table[4:, :80] = table[4, :80]
     assert shared(tables, list(range(ROWS))) == [0] * 4 + [80 * BLOCK] * (ROWS - 4)
 
 
 def test_the_length_that_saves_most_is_shared(tables: DecodeTables) -> None:
     """All have 40 blocks in common, more than half of them 90; then only a few have more than 70."""
-    table = tables.batch.block_table_NB
+    table = tables.batch.block_table_NGB[:, 0]
     table[:, :70] = table[0, :70]
     table[:60, :90] = table[0, :90]
     assert shared(tables, list(range(ROWS))) == [90 * BLOCK] * 60 + [0] * 4
@@ -57,7 +57,7 @@ def test_the_length_that_saves_most_is_shared(tables: DecodeTables) -> None:
 
 def test_what_a_row_has_not_computed_yet_it_does_not_share(tables: DecodeTables) -> None:
     """Stale ids behind the end of a table may be equal by chance, and the block that takes the new token is its own."""
-    table = tables.batch.block_table_NB
+    table = tables.batch.block_table_NGB[:, 0]
     table[:, :] = table[0]
     tables.batch.num_computed_N[7] = 80 * BLOCK + 5
     tables.batch.num_computed_N[9] = 3
@@ -69,7 +69,7 @@ def test_what_a_row_has_not_computed_yet_it_does_not_share(tables: DecodeTables)
 
 def test_a_prefix_that_saves_little_is_read_row_by_row(tables: DecodeTables) -> None:
     """None, a short one, or of few rows."""
-    table = tables.batch.block_table_NB
+    table = tables.batch.block_table_NGB[:, 0]
     assert not shared(tables, list(range(ROWS)))
     table[:, :15] = table[0, :15]
     assert not shared(tables, list(range(ROWS)))

@@ -226,7 +226,7 @@ def test_the_oracle_notices_a_block_that_is_not_its_own(tmp_path: Path) -> None:
     for _ in range(6):
         run.step()
     good = len(answers([request])[0])
-    rank.runner.batch.block_table_NB[request.handle, 1] = other.block_ids[1]
+    rank.runner.batch.block_table_NGB[request.handle, 0, 1] = other.block_ids[1]
     run.finish()
     output, expected = answers([request])[0], oracle_continuation(prompt, 20, 997)
     assert output[:good] == expected[:good]

@@ -28,6 +28,11 @@ class AttentionMetadata:
     max_context_len: int
     shared_len_R: Tensor | None = None  # int32, in steps of decode rows alone: see `ops.decode_attention`
     scratch: dict[Any, Any] = field(default_factory=dict)
+    others: tuple["AttentionMetadata", ...] = ()  # the same step in the tables of further groups of layers
+
+    def of_group(self, group: int) -> "AttentionMetadata":
+        """Where the step's tokens stand for the layers of one group (`protocol.kv_groups`)."""
+        return self.others[group - 1] if group else self
 
 
 @dataclass(frozen=True, slots=True)

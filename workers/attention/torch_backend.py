@@ -33,21 +33,21 @@ class _DecodeGroup(NamedTuple):
     num_rows: int
     num_keys: int  # after gathering
     mask_R11L: dict[int | None, Tensor | None]  # by sliding window; bool, filled when first asked for
-    last_R1: Tensor  # position of each row's last token
-    length: int | None  # what all rows have, if all have the same
+    last_R1: Tensor  # place of each row's last token among its gathered keys
+    length: int | None  # how many of the gathered keys all rows have, if all have the same
 
 
 class _PrefillRow(NamedTuple):
     first: int
     last: int
-    length: int
+    length: int  # keys from the first gathered one on
     block_ids: Tensor
 
 
 class _Plan:
-    """What one step's layers share."""
+    """What one step's layers of the same window share. Blocks before a window are not read: they may be others'."""
 
-    def __init__(self, metadata: AttentionMetadata, block_size: int):
+    def __init__(self, metadata: AttentionMetadata, block_size: int, window: int | None):
         slots_T = metadata.slot_mapping_T
         self.kept_T: Tensor | None = None
         if slots_T.numel() and int(slots_T.min()) < 0:
@@ -58,53 +58,62 @@ class _Plan:
         starts: list[int] = metadata.query_start_R1[: metadata.num_rows + 1].tolist()
         self.block_size = block_size
         self.num_tokens = metadata.slot_mapping_T.shape[0]
-        self.decodes = self._group_decodes(metadata, lengths)
-        self.prefills = [
-            _PrefillRow(
-                starts[row],
-                starts[row + 1],
-                lengths[row],
-                metadata.block_table_RB[row, : -(-lengths[row] // block_size)],
-            )
-            for row in range(metadata.num_decode_rows, metadata.num_rows)
-            if starts[row + 1] > starts[row]
-        ]
+        reach = [max(0, length - window) if window is not None else 0 for length in lengths]
+        self.decodes = self._group_decodes(metadata, lengths, [first // block_size for first in reach])
+        self.prefills = []
+        for row in range(metadata.num_decode_rows, metadata.num_rows):
+            if num_queries := starts[row + 1] - starts[row]:
+                skipped = max(0, reach[row] - num_queries + 1) // block_size
+                block_ids = metadata.block_table_RB[row, skipped : -(-lengths[row] // block_size)]
+                length = lengths[row] - skipped * block_size
+                self.prefills.append(_PrefillRow(starts[row], starts[row + 1], length, block_ids))
         covered = sum(group.num_rows for group in self.decodes)
         covered += sum(row.last - row.first for row in self.prefills)
         self.has_padding = covered < self.num_tokens
         self.rotations: dict[int, tuple[Tensor, Tensor, Tensor]] = {}
 
-    def _group_decodes(self, metadata: AttentionMetadata, lengths: list[int]) -> list[_DecodeGroup]:
+    def _group_decodes(self, metadata: AttentionMetadata, lengths: list[int], skipped: list[int]) -> list[_DecodeGroup]:
         size = self.block_size
         rows = [row for row in range(metadata.num_decode_rows) if lengths[row] > 0]
-        rows.sort(key=lambda row: -lengths[row])
+        rows.sort(key=lambda row: -(lengths[row] - skipped[row] * size))
         groups: list[list[int]] = []
         widest = 0
         for row in rows:
-            blocks = -(-lengths[row] // size)
+            blocks = -(-lengths[row] // size) - skipped[row]
             if not groups or blocks < SIMILAR * widest or (len(groups[-1]) + 1) * widest * size > GATHER_TOKENS:
                 groups.append([])
                 widest = blocks
             groups[-1].append(row)
         alone = len(groups) == 1 and len(rows) == self.num_tokens
-        return [self._decode_group(metadata, sorted(group), lengths, all_rows=alone) for group in groups]
+        return [self._decode_group(metadata, sorted(group), lengths, skipped, all_rows=alone) for group in groups]
 
     def _decode_group(
-        self, metadata: AttentionMetadata, rows: list[int], lengths: list[int], *, all_rows: bool
+        self,
+        metadata: AttentionMetadata,
+        rows: list[int],
+        lengths: list[int],
+        skipped: list[int],
+        *,
+        all_rows: bool,
     ) -> _DecodeGroup:
-        longest = max(lengths[row] for row in rows)
+        own = [lengths[row] - skipped[row] * self.block_size for row in rows]
+        longest = max(own)
         num_blocks = -(-longest // self.block_size)
         picked = None if all_rows else torch.tensor(rows)
         table = metadata.block_table_RB[: len(rows)] if picked is None else metadata.block_table_RB[picked]
-        own = torch.tensor([lengths[row] for row in rows])
+        if any(skipped[row] for row in rows):
+            place_RB = torch.tensor([skipped[row] for row in rows])[:, None] + torch.arange(num_blocks)
+            block_ids = table.gather(1, place_RB.clamp_(max=table.shape[1] - 1))
+        else:
+            block_ids = table[:, :num_blocks]
         return _DecodeGroup(
             picked,
-            table[:, :num_blocks].reshape(-1),
+            block_ids.reshape(-1),
             len(rows),
             num_blocks * self.block_size,
             {},
-            own[:, None] - 1,
-            longest if all(lengths[row] == longest for row in rows) else None,
+            torch.tensor(own)[:, None] - 1,
+            longest if all(length == longest for length in own) else None,
         )
 
 
@@ -136,7 +145,7 @@ class TorchBackend:
         norm: QKNorm | None,
     ) -> Tensor:
         """q and k lie side by side in the projection and are rotated together."""
-        plan = _plan(metadata, kv_cache)
+        plan = _plan(metadata, kv_cache, shape)
         num_heads, num_kv_heads, size = shape.num_heads, shape.num_kv_heads, shape.head_size
         num_rotated = num_heads + num_kv_heads
         qkv = qkv_TD.view(-1, num_rotated + num_kv_heads, size)
@@ -170,7 +179,7 @@ class TorchBackend:
             k_scale, v_scale = shape.kv_scales
             shape = dataclasses.replace(shape, scale=shape.scale * k_scale, kv_scales=NO_SCALES)
             return self.attend(q_TNH, kv_cache, metadata, shape).mul_(v_scale)
-        plan = _plan(metadata, kv_cache)
+        plan = _plan(metadata, kv_cache, shape)
         if len(plan.decodes) == 1 and plan.decodes[0].rows is None:
             return _decode(q_TNH, kv_cache, plan.decodes[0], shape)
         make = q_TNH.new_zeros if plan.has_padding else q_TNH.new_empty
@@ -218,10 +227,11 @@ def _norm_heads(qk_TXH: Tensor, norm: QKNorm) -> Tensor:
     return normed.mul_(norm.weight_XH)
 
 
-def _plan(metadata: AttentionMetadata, kv_cache: tuple[Tensor, Tensor]) -> _Plan:
-    plan: _Plan | None = metadata.scratch.get("plan")
+def _plan(metadata: AttentionMetadata, kv_cache: tuple[Tensor, Tensor], shape: AttentionShape) -> _Plan:
+    plan: _Plan | None = metadata.scratch.get(shape.sliding_window)
     if plan is None:
-        plan = metadata.scratch["plan"] = _Plan(metadata, kv_cache[0].shape[1])
+        plan = _Plan(metadata, kv_cache[0].shape[1], shape.sliding_window)
+        metadata.scratch[shape.sliding_window] = plan
     return plan
 
 

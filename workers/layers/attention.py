@@ -108,7 +108,8 @@ class Attention(nn.Module):
             qkv_TX = self._clip_and_norm(qkv_TX)
         kv_cache = ctx.kv_cache.layers[self.cache_index]
         table_PH = None if self.rotary is None else self.rotary.cos_sin_PH
-        return ctx.backend.forward(qkv_TX, positions_T, table_PH, kv_cache, ctx.metadata, self.shape, self._norm)
+        metadata = ctx.metadata_of(self.cache_index)
+        return ctx.backend.forward(qkv_TX, positions_T, table_PH, kv_cache, metadata, self.shape, self._norm)
 
     def _clip_and_norm(self, qkv_TX: Tensor) -> Tensor:
         """What no backend does."""

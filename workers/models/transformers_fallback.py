@@ -292,6 +292,6 @@ def _attend(
     )
     qkv_TD = torch.cat((query[0], key[0], value[0])).transpose(0, 1).reshape(query.shape[2], -1)
     cache = ctx.kv_cache.layers[layer]
-    out_TD = ctx.backend.forward(qkv_TD, bridge.positions_T, None, cache, ctx.metadata, shape, None)
+    out_TD = ctx.backend.forward(qkv_TD, bridge.positions_T, None, cache, ctx.metadata_of(layer), shape, None)
     bridge.layers_seen.add(layer)
     return out_TD.view(1, -1, num_heads, size), None
