@@ -25,10 +25,20 @@ def describe_model(shape: ModelShape, serving: Serving) -> str:
         else f"{serving.weight_format.name}, rest {shape.spec.dtype}"
     )
     files = f"; its files hold {shape.checkpoint_bytes / 1e9:,.2f} GB" if shape.checkpoint_bytes else ""
+    windows = ""
+    if serving.groups.has_windows:
+        long = kv_bytes_a_token(shape, serving, serving.max_model_len)
+        windows = f" ({long / 1e3:,.1f} kB at {serving.max_model_len:,} tokens: layers have windows)"
     return (
         f"{shape.name}: {shape.num_parameters / 1e9:,.2f} B parameters, {weights / 1e9:,.2f} GB of weights ({stored}), "
-        f"{kv / 1e3:,.1f} kB of KV a token{files}"
+        f"{kv / 1e3:,.1f} kB of KV a token{windows}{files}"
     )
+
+
+def kv_bytes_a_token(shape: ModelShape, serving: Serving, num_tokens: int) -> float:
+    """What each token of a sequence of so many takes of the blocks of all layers."""
+    block_bytes = StageBytes(shape, serving).block_bytes(1, 0, shape.num_layers)
+    return serving.blocks_of(num_tokens) * block_bytes / num_tokens
 
 
 def describe_topology(topology: ClusterTopology) -> str:
@@ -146,6 +156,8 @@ def plan_json(report: PlanReport) -> dict[str, Any]:
             "active_parameters": shape.num_active_parameters,
             "weight_bytes": StageBytes(shape, serving).stage_bytes(1, 0, shape.num_layers),
             "kv_bytes_per_token": StageBytes(shape, serving).kv_bytes_per_token(1, shape.num_layers),
+            "kv_bytes_per_token_at_max_model_len": kv_bytes_a_token(shape, serving, serving.max_model_len),
+            "kv_windows": serving.groups.windows,
             "weight_format": serving.weight_format.name,
             "checkpoint_bytes": shape.checkpoint_bytes,
         },

@@ -134,7 +134,7 @@ def simulate(
         replicas.append(
             SimulatedReplica(
                 number, _config_of(config, layout), layout.num_blocks, _seconds_of(costs[key]),
-                num_stages=layout.pp_size, leaps=leaps, swap=swap,
+                num_stages=layout.pp_size, leaps=leaps, groups=report.serving.groups, swap=swap,
             )
         )  # fmt: skip
     sample = max(expected_seconds / 120, 0.05)

@@ -75,10 +75,8 @@ class StageCost:
         self._expert_share = expert_share
         self._read_rate = bandwidth * calibration.weight_efficiency
         self._flops_per_token = flops
-        self._kv_seconds = (
-            sizes.block_bytes(tp_size, first_layer, last_layer)
-            / serving.block_size
-            / (bandwidth * calibration.kv_efficiency)
+        self._kv_seconds = sizes.kv_bytes_per_token(tp_size, last_layer - first_layer) / (
+            bandwidth * calibration.kv_efficiency
         )
         layers = range(first_layer, last_layer)
         self._window = spec.sliding_window or 0

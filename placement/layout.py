@@ -51,7 +51,7 @@ class Layout(msgspec.Struct, frozen=True, kw_only=True):
     problem: str = ""
     missing_bytes: int = 0  # on the worst stage; 0: it fits, or bytes are not what it lacks
     num_blocks: int = 0
-    capacity_tokens: int = 0
+    capacity_tokens: int = 0  # of requests of average length
     concurrency: int = 0  # requests that run at once
     tokens_per_second: float = 0.0  # output tokens, in the long run
     ttft_seconds: float = 0.0  # of a lone request
@@ -114,7 +114,6 @@ class LayoutJudge:
         room = [self._room(group, tp_size, len(replica)) for group in replica]
 
         before = [self.sizes.layer_bytes(tp_size, 0, layer) for layer in range(num_layers + 1)]
-        a_layer = self.sizes.block_bytes(tp_size, 0, 1)
 
         def blocks(stage: int, first: int, last: int) -> float:
             base, first_bytes, last_bytes = room[stage]
@@ -124,7 +123,7 @@ class LayoutJudge:
             if last == num_layers:
                 budget -= last_bytes
             # what is missing counts in bytes: a share of it a layer would shrink with more layers
-            return budget / (a_layer * (last - first)) if budget >= 0 else budget
+            return budget / self.sizes.block_bytes(tp_size, first, last) if budget >= 0 else budget
 
         best = split_layers(num_layers, len(replica), blocks)
         assert best is not None  # worths are finite
@@ -207,10 +206,10 @@ class LayoutJudge:
 
     def _needed_blocks(self, num_requests: int) -> int:
         """Blocks of so many requests: a lone one at its full length, several at their average."""
-        size = self.sizes.serving.block_size
+        serving, traffic = self.sizes.serving, self.traffic
         if num_requests == 1:
-            return -(-(self.traffic.input_len + self.traffic.output_len) // size)
-        return num_requests * -(-self.traffic.held_tokens // size)
+            return serving.blocks_of(traffic.input_len + traffic.output_len)
+        return num_requests * serving.blocks_of(traffic.held_tokens)
 
     def _wanted_concurrency(self) -> int:
         most = self.sizes.serving.max_num_seqs
@@ -250,7 +249,10 @@ class LayoutJudge:
         memories = self._memories(replica, tp_size, counts)
         num_blocks = min(memory.num_blocks for memory in memories)
         cost = self.cost(replica, tp_size, counts, hops)
-        held_blocks = -(-traffic.held_tokens // serving.block_size)
+        held_blocks = serving.blocks_of(traffic.held_tokens)
+        capacity = num_blocks * serving.block_size
+        if serving.groups.has_windows:  # of requests of this length: a longer one holds fewer blocks for a token
+            capacity = num_blocks * traffic.held_tokens // held_blocks
         concurrency = max(1, min(self._wanted_concurrency(), num_blocks // held_blocks))
         rows = -(-concurrency // pp_size)
         decode = StepLoad(rows, rows * traffic.held_tokens, 0, 0, rows)
@@ -280,7 +282,7 @@ class LayoutJudge:
             pp_size=pp_size,
             stages=tuple(stages),
             num_blocks=num_blocks,
-            capacity_tokens=num_blocks * serving.block_size,
+            capacity_tokens=capacity,
             concurrency=concurrency,
             tokens_per_second=concurrency * traffic.output_len / period,
             ttft_seconds=request_seconds + num_steps * cost.step_seconds(part),

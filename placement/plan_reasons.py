@@ -91,8 +91,9 @@ def explain_refusal(
 def name_oddities(chosen: Candidate, serving: Serving, shape: ModelShape, topology: ClusterTopology) -> Iterator[str]:
     """What its user should know of the chosen layout."""
     yield from _host_tier(chosen, serving, topology)
-    least = min(replica.capacity_tokens for replica in chosen.replicas)
-    if least < serving.max_model_len:
+    num_blocks = min(replica.num_blocks for replica in chosen.replicas)
+    least = serving.groups.num_tokens(num_blocks, serving.block_size)
+    if least is not None and least < serving.max_model_len:
         yield (f"a replica's cache holds {least:,} tokens, fewer than the {serving.max_model_len:,} that "
                "max_model_len allows one request")  # fmt: skip
     groups = [stage.group for replica in chosen.replicas for stage in replica.stages]

@@ -4,11 +4,13 @@ The rules are those of `workers/memory.py`: tests hold this file to what real ra
 rank of a tensor-parallel group, which has the most (it adds the biases of row-parallel layers).
 """
 
+from itertools import accumulate
 from typing import Final
 
 import msgspec
 
 from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.kv_groups import ONE_TABLE, KVGroups, kv_groups
 from argosy.cluster.protocol.model_spec import DTYPE_BYTES, KV_SCALE_BYTES
 from argosy.placement.calibration import Calibration
 from argosy.placement.model_shape import Matrix, ModelShape
@@ -47,6 +49,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     slice_tokens: int | None = None  # of longer steps, that are computed at once; None: all are
     offload_bytes: int | None = 0  # of a rank's weights, in whole layers; None: as few as are needed to fit
     swap_bytes: int | None = 0  # of the host's memory for blocks of a rank; None: what suits
+    groups: KVGroups = ONE_TABLE  # of layers that share a block table
 
     @classmethod
     def from_config(
@@ -58,6 +61,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
         """
         if weight_format is None and shape.weight_format.bits == 16:
             weight_format = FORMATS.get(config.model.quantization or "none")
+        max_model_len = config.model.max_model_len or shape.spec.max_position
         dtype = shape.spec.dtype if config.model.dtype == "auto" else config.model.dtype
         kv_dtype = dtype if config.cache.kv_cache_dtype == "auto" else config.cache.kv_cache_dtype
         return cls(
@@ -68,7 +72,8 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
             block_size=config.cache.block_size,
             max_num_seqs=config.scheduler.max_num_seqs,
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
-            max_model_len=config.model.max_model_len or shape.spec.max_position,
+            max_model_len=max_model_len,
+            groups=kv_groups(shape.spec, max_model_len),
             gpu_memory_utilization=config.cache.gpu_memory_utilization,
             kv_cache_memory_bytes=config.cache.kv_cache_memory_bytes,
             num_gpu_blocks_override=config.cache.num_gpu_blocks_override,
@@ -80,7 +85,13 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     @property
     def most_blocks(self) -> int:
         """More can't be used: every request at full length at once."""
-        return self.max_num_seqs * -(-self.max_model_len // self.block_size)
+        return self.groups.most_blocks(
+            self.max_num_seqs, self.max_model_len, self.block_size, self.max_num_batched_tokens
+        )
+
+    def blocks_of(self, num_tokens: int) -> int:
+        """The most blocks that a request of so many tokens holds while it decodes."""
+        return self.groups.num_blocks(num_tokens, self.block_size)
 
 
 def offload_setting(config: ServingConfig) -> int | None:
@@ -131,6 +142,8 @@ class StageBytes:
     def __init__(self, shape: ModelShape, serving: Serving):
         self.shape, self.serving = shape, serving
         self._prefix: dict[int, list[int]] = {}  # tp -> bytes of the layers before each
+        windowed = (shape.spec.window_of(layer) is not None for layer in range(shape.num_layers))
+        self._windowed_before = [0, *accumulate(windowed)]
 
     def layer_bytes(self, tp_size: int, first_layer: int, last_layer: int) -> int:
         """Weights of the layers [first_layer, last_layer) on the first rank of a group."""
@@ -169,7 +182,11 @@ class StageBytes:
 
     def block_bytes(self, tp_size: int, first_layer: int, last_layer: int) -> int:
         """Bytes of one KV block on one rank of the stage."""
-        return self.kv_bytes_per_token(tp_size, last_layer - first_layer) * self.serving.block_size
+        num_places = last_layer - first_layer
+        if self.serving.groups.num_groups > 1:
+            num_windowed = self._windowed_before[last_layer] - self._windowed_before[first_layer]
+            num_places = self.serving.groups.num_places(num_places - num_windowed, num_windowed)
+        return self.kv_bytes_per_token(tp_size, num_places) * self.serving.block_size
 
     def kv_bytes_per_token(self, tp_size: int, num_layers: int) -> int:
         """Bytes of one token on one rank that has `num_layers` layers, scales included."""
@@ -257,7 +274,7 @@ def num_offloaded(serving: Serving, layer_bytes: list[int], block_bytes: int, bu
     """How many of these layers have their weights in the host's memory. `budget`: bytes for blocks if none had."""
     if serving.offload_bytes is not None:
         return count_for(layer_bytes, serving.offload_bytes)
-    wanted = max(MIN_BLOCKS, -(-serving.max_model_len // serving.block_size)) * block_bytes
+    wanted = max(MIN_BLOCKS, serving.blocks_of(serving.max_model_len)) * block_bytes
     if serving.num_gpu_blocks_override is not None:
         wanted = serving.num_gpu_blocks_override * block_bytes
     elif serving.kv_cache_memory_bytes is not None:

@@ -37,6 +37,14 @@ class KVGroups(msgspec.Struct, frozen=True):
         """Whether any group gives blocks back while a sequence grows."""
         return any(self.windows)
 
+    def num_places(self, num_full: int, num_windowed: int) -> int:
+        """Layers that a block has room for on a stage that has so many of each kind."""
+        of_full = self.windows.count(0)
+        of_windowed = self.num_groups - of_full
+        if self.num_groups == 1:
+            return num_full + num_windowed
+        return max(-(-num_full // of_full), -(-num_windowed // of_windowed))
+
     def num_blocks(self, num_tokens: int, block_size: int, chunk: int = 1) -> int:
         """The most blocks, of all groups, that a sequence of so many tokens ever holds.
 

@@ -17,6 +17,7 @@ from argosy.cluster.metrics import Metrics
 from argosy.cluster.oracle import write_oracle_model
 from argosy.cluster.protocol.channel import Channel, Listener
 from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.kv_groups import kv_groups
 from argosy.cluster.protocol.messages import (
     AllocateCache,
     FromRank,
@@ -293,8 +294,9 @@ class Run:
         self.ranks, self.max_len = ranks, max_len
         self.metrics = Metrics()
         self.scheduler = Scheduler(config, MonotonicClock(), self.metrics)
+        self.groups = kv_groups(read_model_spec(config.model.model), config.model.max_model_len)
         swap = SwapCosts(num_host_blocks=num_host_blocks, block_bytes=1, in_seconds=1e-9, token_seconds=1.0)
-        self.scheduler.begin_epoch(0, num_blocks, swap=swap)
+        self.scheduler.begin_epoch(0, num_blocks, self.groups, swap=swap)
         self.requests: list[Request] = []
         self.num_steps = 0
 

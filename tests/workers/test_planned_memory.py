@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.kv_groups import kv_groups
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.placement import rank_memory as planned
 from argosy.placement.calibration import default_calibration
@@ -35,6 +36,10 @@ MODELS: dict[str, dict[str, Any]] = {
     "qwen2": {"architectures": ["Qwen2ForCausalLM"], "tie_word_embeddings": True},
     "qwen3": {"architectures": ["Qwen3ForCausalLM"], "head_dim": 32},
     "mistral_window": {"architectures": ["MistralForCausalLM"], "sliding_window": 32},
+    "qwen2_window": {"architectures": ["Qwen2ForCausalLM"], "use_sliding_window": True, "sliding_window": 32,
+                     "max_window_layers": 2},
+    "gemma3": {"architectures": ["Gemma3ForCausalLM"], "sliding_window": 20, "sliding_window_pattern": 3,
+               "head_dim": 16, "query_pre_attn_scalar": 16},
     "bloom": {"architectures": ["BloomForCausalLM"], "n_layer": 6, "n_head": 4},
     "gpt2": {"architectures": ["GPT2LMHeadModel"], "n_embd": 64, "n_layer": 6, "n_head": 4, "n_positions": 256},
     "opt": {"architectures": ["OPTForCausalLM"], "ffn_dim": 96},
@@ -65,6 +70,15 @@ LAYOUTS: list[tuple[str, dict[str, Any], int, tuple[int, ...]]] = [
     ("qwen2", {"block_size": 1}, 2, (1, 2, 3)),
     ("qwen3", {"dtype": "bfloat16", "kv_cache_dtype": "float32"}, 2, (5, 1)),
     ("mistral_window", {"num_gpu_blocks_override": 77}, 1, (6,)),
+    ("mistral_window", {"max_num_seqs": 3, "max_num_batched_tokens": 50}, 1, (6,)),  # bounded by windows and chunks
+    (
+        "qwen2_window",
+        {"kv_cache_memory_bytes": 777_777},
+        2,
+        (1, 3, 2),
+    ),  # kinds of layers apart
+    ("gemma3", {"kv_cache_memory_bytes": 777_777, "block_size": 8}, 1, (4, 2)),
+    ("gemma3", {"max_num_seqs": 3, "max_num_batched_tokens": 50, "block_size": 4}, 2, (6,)),
     ("bloom", {"kv_cache_memory_bytes": 500_000}, 2, (2, 4)),
     ("gpt2", {"kv_cache_memory_bytes": 500_000}, 4, (6,)),
     ("opt", {"kv_cache_memory_bytes": 500_000}, 2, (3, 3)),
@@ -106,7 +120,8 @@ class RealRank:
                 device=self.device,
             )  # fmt: skip
         block_size = self.config.cache.block_size
-        self.block_bytes = KVCache.block_bytes(self.spec, rank, block_size, self.cache_dtype)
+        self.kv_groups = kv_groups(self.spec, self.max_model_len)
+        self.block_bytes = KVCache.block_bytes(self.spec, rank, block_size, self.cache_dtype, self.kv_groups)
 
     def measure(self) -> int:
         """Blocks that there is room for, by the worker's own rules."""
@@ -115,7 +130,9 @@ class RealRank:
     def allocated_bytes(self, num_blocks: int) -> int:
         """Bytes of the tensors behind so many blocks."""
         block_size = self.config.cache.block_size
-        cache = KVCache.allocate(self.spec, self.rank, num_blocks, block_size, self.cache_dtype, self.device)
+        cache = KVCache.allocate(
+            self.spec, self.rank, num_blocks, block_size, self.cache_dtype, self.device, self.kv_groups
+        )
         return cache.num_bytes
 
 
