@@ -121,7 +121,7 @@ class RealRank:
             )  # fmt: skip
         block_size = self.config.cache.block_size
         self.kv_groups = kv_groups(self.spec, self.max_model_len)
-        self.block_bytes = KVCache.block_bytes(self.spec, rank, block_size, self.cache_dtype, self.kv_groups)
+        self.block_bytes = KVCache.block_bytes(self.spec, rank, block_size, self.cache_dtype, groups=self.kv_groups)
 
     def measure(self) -> int:
         """Blocks that there is room for, by the worker's own rules."""
@@ -131,7 +131,7 @@ class RealRank:
         """Bytes of the tensors behind so many blocks."""
         block_size = self.config.cache.block_size
         cache = KVCache.allocate(
-            self.spec, self.rank, num_blocks, block_size, self.cache_dtype, self.device, self.kv_groups
+            self.spec, self.rank, num_blocks, block_size, self.cache_dtype, self.device, groups=self.kv_groups
         )
         return cache.num_bytes
 
