@@ -64,11 +64,12 @@ def test_greedy_tokens_are_those_of_transformers(
         run.add(greedy(prompt, NUM_TOKENS, stream_id=stream_id, n=n))
     run.finish()
     assert answers(run.requests) == [answer for answer in expected for _ in range(n)]
-    if mode == "swapped":
+    has_room = family == "mistral"  # its window leaves room for the others
+    if mode == "swapped" and not has_room:
         assert run.metrics.preemptions_swapped == run.metrics.preemptions > 0
         assert run.metrics.swap_blocks["in"] > 5
         assert run.metrics.tokens_recomputed == 0
-    if mode == "preempted":
+    if mode == "preempted" and not has_room:
         assert run.metrics.preemptions > 0
     if mode == "n=3":
         assert run.metrics.block_copies > 0

@@ -99,6 +99,8 @@ def test_every_layout_says_what_transformers_says(
         # the ranks forget nothing by themselves: handles of the first run are all given back by its end
         tight.finish()
         assert answers(tight.requests) == expected
+        if family == "mistral":
+            continue  # its window leaves room for the others
         assert tight.metrics.preemptions > 0
         assert bool(tight.metrics.swap_blocks["in"]) == bool(num_host_blocks)
         assert num_host_blocks == 0 or tight.metrics.tokens_recomputed == 0
