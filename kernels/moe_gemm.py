@@ -208,7 +208,10 @@ def block_rows(average: int) -> int:
 
 
 @triton.jit
-def _gate_kernel(both_ptr, out_ptr, width, limit, alpha, CLAMPED: tl.constexpr, BLOCK: tl.constexpr):
+def _gate_kernel(
+    both_ptr, out_ptr, width, stride_out, limit, alpha, CLAMPED: tl.constexpr, TURNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
@@ -220,16 +223,22 @@ def _gate_kernel(both_ptr, out_ptr, width, limit, alpha, CLAMPED: tl.constexpr, 
         made = gate * tl.sigmoid(alpha * gate) * up
     else:
         made = gate * tl.sigmoid(gate) * up
-    tl.store(out_ptr + row * width + column, made.to(out_ptr.dtype.element_ty), inside)
+    where = out_ptr + row * stride_out
+    if TURNED:
+        made = tl.where(inside, made, 0.0)
+        tl.store(where + moe_packed.turned_column(column), made.to(out_ptr.dtype.element_ty), column < stride_out)
+    else:
+        tl.store(where + column, made.to(out_ptr.dtype.element_ty), inside)
 
 
-def _gate(both: Tensor, limit: float, alpha: float) -> Tensor:
-    """silu(gate) * up of [C, gate | up], or gpt-oss's clamped form."""
+def _gate(both: Tensor, limit: float, alpha: float, *, turned: bool) -> Tensor:
+    """silu(gate) * up of [C, gate | up], or gpt-oss's clamped form; `turned` as `moe_packed.turn` does."""
     num_choices, inner = both.shape[0], both.shape[1] // 2
-    gated = torch.empty((num_choices, inner), dtype=both.dtype, device=both.device)
-    block = min(1024, tuning.next_power_of_two(inner))
-    _gate_kernel[(num_choices, triton.cdiv(inner, block))](
-        both, gated, inner, limit, alpha, CLAMPED=bool(limit), BLOCK=block, num_warps=4
+    width = moe_packed.span(inner) if turned else inner
+    gated = torch.empty((num_choices, width), dtype=both.dtype, device=both.device)
+    block = min(1024, tuning.next_power_of_two(width))
+    _gate_kernel[(num_choices, triton.cdiv(width, block))](
+        both, gated, inner, width, limit, alpha, CLAMPED=bool(limit), TURNED=turned, BLOCK=block, num_warps=4
     )
     return gated
 
@@ -273,27 +282,33 @@ def experts(
     assert out_TD.is_contiguous()
     if num_tokens == 0:
         return out_TD
-    rows = block_rows(num_tokens * top_k // num_experts if average is None else average)
+    average = num_tokens * top_k // num_experts if average is None else average
+    rows = block_rows(average) if gate_up_scale is None else moe_packed.block_rows(average)
     ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
     places, expert_of_block = group_tokens(ids_TK, num_experts, rows)
     num_choices = num_tokens * top_k
 
     def product(x: Tensor | Fp8Rows, weight_EOI: Tensor, scale: Tensor | None, **options: Any) -> Tensor:
-        if scale is not None and (isinstance(x, Fp8Rows) or (weight_EOI.dtype == torch.uint8 and x.itemsize == 2)):
+        if scale is not None and (turned or isinstance(x, Fp8Rows)):
             return moe_packed.grouped_gemm(
                 x, weight_EOI, scale, places, expert_of_block, num_choices, dtype=x_TD.dtype, **options
             )
         assert isinstance(x, Tensor)
         return grouped_gemm(x, weight_EOI, places, expert_of_block, num_choices, scale_EOI=scale, **options)
 
+    turned = gate_up_EID.dtype == torch.uint8 and x_TD.dtype == torch.bfloat16  # MXFP4
     # one token keeps its 16 bits, as everywhere: it waits for weights, not for products
     rounds = gate_up_EID.dtype == torch.float8_e4m3fn and num_tokens > 1 and x_TD.itemsize == 2 and not limit
-    rounded = fp8_quantize.quantize(x_TD, Rounding(moe_packed.GROUP)) if rounds else x_TD
-    both = product(rounded, gate_up_EID, gate_up_scale, shared=top_k, bias_EO=gate_up_bias_EI)
+    rows_x: Tensor | Fp8Rows = x_TD
+    if turned:
+        rows_x = moe_packed.turn(x_TD)
+    elif rounds:
+        rows_x = fp8_quantize.quantize(x_TD, Rounding(moe_packed.GROUP))
+    both = product(rows_x, gate_up_EID, gate_up_scale, shared=top_k, bias_EO=gate_up_bias_EI)
     if rounds:
         gated: Tensor | Fp8Rows = fp8_quantize.quantize(both, Rounding(moe_packed.GROUP), gate="silu")
     else:
-        gated = _gate(both, limit, alpha)
+        gated = _gate(both, limit, alpha, turned=turned)
     made = product(gated, down_EDI, down_scale, shared=1, bias_EO=down_bias_ED, weights=weights_TK)
     block = min(1024, tuning.next_power_of_two(width))
     _sum_kernel[(num_tokens, triton.cdiv(width, block))](

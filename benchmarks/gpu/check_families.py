@@ -140,7 +140,11 @@ class Slice:
             theirs = packed[name]
             for key, mine in module.named_parameters(recurse=False):
                 values, scale = getattr(theirs, key), getattr(theirs, f"{key}_scale", None)
-                mine.data.copy_(values if scale is None else _unpacked(values, scale))
+                if scale is None or values.ndim < 3:
+                    mine.data.copy_(values if scale is None else _unpacked(values, scale))
+                    continue
+                for expert in range(len(values)):  # all at once would not fit
+                    mine.data[expert] = _unpacked(values[expert], scale[expert])
 
     def metadata(self, counts: list[int], lengths: list[int], blocks: Tensor) -> tuple[AttentionMetadata, Tensor]:
         """Rows of `counts` new tokens, the last of `lengths`; and positions."""
@@ -175,8 +179,7 @@ class Slice:
 def _unpacked(values: Tensor, scale: Tensor) -> Tensor:
     """What numbers of 4 or 8 bits mean; a scale for 32 of a row, for 128 x 128, or for a row."""
     if values.dtype == torch.uint8:
-        blocks = values.unflatten(-1, (-1, mxfp4.BLOCK // 2))
-        return torch.stack([mxfp4.unpack(one, s, torch.float32) for one, s in zip(blocks, scale, strict=True)])
+        return mxfp4.unpack(values.unflatten(-1, (-1, mxfp4.BLOCK // 2)), scale, torch.float32)
     for axis in (-2, -1) if scale.ndim == values.ndim else ():
         scale = scale.repeat_interleave(128, axis).narrow(axis, 0, values.shape[axis])
     return values.float() * (scale if scale.ndim == values.ndim else scale[..., None])
@@ -342,7 +345,8 @@ def main() -> int:
             found = {"model": name, "error": f"{type(error).__name__}: {error}"[:500]}
             failed.append(name)
             print(json.dumps(found), flush=True)
-            if "CUDA" in str(error):
+            torch.cuda.empty_cache()
+            if "CUDA" in str(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise
             continue
         found["machine"], found["ok"] = machine, found["worst_relative_error"] < 0.03

