@@ -174,10 +174,13 @@ def _fewest_offloaded(runner: ModelRunner, layers: list[int], now: MemoryReading
     serving = Serving.from_config(runner.config, shape)
     sizes = StageBytes(shape, msgspec.structs.replace(serving, offload_bytes=0))
     sheet = find_data_sheet(name)
-    gpu = Gpu(index=0, model=name, memory_bytes=now.total, free_bytes=now.total - now.used)
+    calibration = default_calibration(name if sheet is None else sheet.name)
+    own = calibration.workspace_bytes + (calibration.group_bytes if rank.tp_size * rank.pp_size > 1 else 0)
+    others = max(0, now.used - own)  # our context is in use by now, and the plan counts it
+    gpu = Gpu(index=0, model=name, memory_bytes=now.total, free_bytes=now.total - others)
     planned = rank_memory(
-        sizes, default_calibration(name if sheet is None else sheet.name), gpu, tp_size=rank.tp_size,
-        pp_size=rank.pp_size, first_layer=rank.first_layer, last_layer=rank.last_layer,
+        sizes, calibration, gpu, tp_size=rank.tp_size, pp_size=rank.pp_size, first_layer=rank.first_layer,
+        last_layer=rank.last_layer,
     )  # fmt: skip
     budget = planned.kv_budget_bytes + planned.weight_bytes - _bytes_of(runner.model)
     return num_offloaded(serving, layers, runner.block_bytes, budget)

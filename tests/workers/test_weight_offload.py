@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,8 +27,13 @@ from test_parallel_ranks import LAYOUTS, prompts, start
 
 from argosy.cluster.protocol.errors import ConfigError, PlacementImpossible
 from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.deploy import bench_models
+from argosy.placement.calibration import default_calibration
+from argosy.placement.model_sources import read_model_shape
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext
+from argosy.placement.rank_memory import Serving, StageBytes, rank_memory
+from argosy.placement.topology import Gpu
 from argosy.placement.weight_offload import (
     buffer_bytes,
     count_for,
@@ -35,7 +41,9 @@ from argosy.placement.weight_offload import (
     offloaded_bytes,
     offloaded_places,
 )
-from argosy.workers import host_memory
+from argosy.workers import host_memory, memory
+from argosy.workers.device import MemoryReading
+from argosy.workers.memory import MemoryLedger, choose_num_offloaded
 from argosy.workers.model_runner import ModelRunner
 from argosy.workers.weight_offload import WeightOffload
 
@@ -224,6 +232,33 @@ def test_a_layer_sees_its_own_bytes_and_what_is_shared_stays() -> None:
             torch.equal(layer(x), wanted) for layer, wanted in zip(offload.in_turn(layers), expected, strict=True)
         )
     assert shared.weight.untyped_storage().data_ptr() not in {b.untyped_storage().data_ptr() for b in offload._buffers}
+
+
+def test_a_rank_offloads_what_the_plan_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The 8B shape with "auto" on cards of several sizes: the planner's figure, though our context is in use by then."""
+    folder, _ = bench_models.make_folder("8b", tmp_path)
+    config = make_config(
+        folder, cpu_offload_gb="auto", dtype="bfloat16", max_model_len=4096, block_size=16, max_num_batched_tokens=2048,
+        num_gpu_blocks_override=None,
+    )  # fmt: skip
+    spec = read_model_spec(folder)
+    (rank,) = make_plan(spec.num_layers, 1, 1).ranks
+    parallel = ParallelContext(rank, CPU, 5.0)
+    runner = ModelRunner(config, spec, parallel, device=CPU, dtype=torch.bfloat16, cache_dtype=torch.bfloat16)
+    monkeypatch.setattr(memory, "describe_device", lambda device: "NVIDIA H200")
+    monkeypatch.setattr(host_memory.psutil, "virtual_memory", lambda: SimpleNamespace(available=64 * GIB))
+    shape = read_model_shape(folder)
+    sizes = StageBytes(shape, Serving.from_config(config, shape))
+    counts = []
+    for total in (40 * GIB, 16 * GIB, 12 * GIB):
+        gpu = Gpu(index=0, model="NVIDIA H200", memory_bytes=total)
+        said = rank_memory(sizes, default_calibration("H200"), gpu, tp_size=1, pp_size=1, first_layer=0, last_layer=32)
+        reading = MemoryReading(total=total, used=550 << 20)
+        meter = SimpleNamespace(read=lambda reading=reading: reading)
+        count = choose_num_offloaded(runner, MemoryLedger(meter=meter))  # type: ignore[arg-type]  # all that is asked
+        assert count * 436_224_000 == said.offloaded_bytes
+        counts.append(count)
+    assert counts[0] == 0 < counts[1] < counts[2] <= 32
 
 
 # ---------------------------------------------------------------------------------------------------------- refusals
