@@ -125,7 +125,7 @@ def attention(report: Callable[..., None]) -> None:
 
 def prompts(report: Callable[..., None]) -> None:
     """Attention of prompts by Hopper's own kernel."""
-    for heads, kv_heads, size in ((32, 8, 128), (14, 2, 64)):
+    for heads, kv_heads, size in ((32, 8, 128),):
         counts = f"{heads}/{kv_heads}x{size}"
         q = torch.zeros(64, heads + 2 * kv_heads, size, dtype=BF16)[:, :heads]
         cache = torch.zeros(64, 16, kv_heads, size, dtype=BF16)
@@ -182,7 +182,7 @@ def _product(
         report(f"{name}, tuned", run, rows, weight, None, BF16, sizes)
 
 
-PROMPT_SIZES = ((128, 2, 224, 56), (64, 3, 224, 56))
+PROMPT_SIZES = ((128, 2, 216, 72), (64, 4, 208, 88))
 PARTS = {"attention": attention, "prompts": prompts, "linear": linear, "fp8": fp8}
 
 

@@ -18,7 +18,7 @@ from argosy.kernels import prefill_attention, reference, tuning
 Near = Callable[[Tensor, Tensor], None]
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "compile_for.py"
 HAS_ASSEMBLER = (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists()
-SIZES = [(128, 2, 224, 56), (64, 3, 224, 56)]
+SIZES = [(128, 2, 216, 72), (64, 4, 208, 88)]
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 

@@ -24,7 +24,15 @@ def test_each_operation_has_its_meaning_in_the_reference() -> None:
             continue
         meaning = getattr(reference, name, None) or getattr(sampling_reference, name)
         extra = set(inspect.signature(operation).parameters) ^ set(inspect.signature(meaning).parameters)
-        launch = {"max_context", "inputs_early", "shared_len_R", "out_RNH", "out_TNH", "out_TO", "scratch"}  # say how, not what
+        launch = {
+            "max_context",
+            "inputs_early",
+            "shared_len_R",
+            "out_RNH",
+            "out_TNH",
+            "out_TO",
+            "scratch",
+        }  # say how, not what
         assert extra <= launch | {"caches", "sources", "destinations"}, name
 
 
