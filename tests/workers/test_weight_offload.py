@@ -235,7 +235,7 @@ def test_a_layer_sees_its_own_bytes_and_what_is_shared_stays() -> None:
 
 
 def test_a_rank_offloads_what_the_plan_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The 8B shape with "auto" on cards of several sizes: the planner's figure, though our context is in use by then."""
+    """The 8B shape with "auto" on cards of several sizes: the planner's figure, with our context in use by then."""
     folder, _ = bench_models.make_folder("8b", tmp_path)
     config = make_config(
         folder, cpu_offload_gb="auto", dtype="bfloat16", max_model_len=4096, block_size=16, max_num_batched_tokens=2048,
