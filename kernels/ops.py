@@ -192,7 +192,7 @@ def swap_blocks(sources: Sequence[Tensor], destinations: Sequence[Tensor], pairs
 def gather_blocks(caches: Sequence[Tensor], block_ids: Sequence[int] | Tensor, staged_MB: Tensor) -> None:
     """Lay whole blocks side by side: row i of `staged_MB` [M, bytes of a block] becomes block `block_ids[i]`.
 
-    Caches are contiguous [B, ...] of any type. Ids may be on the device already (`upload_ids`). On the current stream;
+    Caches are contiguous [B, ...] of any type. Ids may be on the device already. On the current stream;
     nothing waits.
     """
     if staged_MB.is_cuda:
@@ -201,12 +201,6 @@ def gather_blocks(caches: Sequence[Tensor], block_ids: Sequence[int] | Tensor, s
         block_transfer.gather_blocks(caches, block_ids, staged_MB)
         return
     reference.gather_blocks(caches, block_ids, staged_MB)
-
-
-def upload_ids(block_ids: Sequence[int], device: torch.device) -> Tensor:
-    """Block ids on the device, int64, without waiting."""
-    ids = torch.tensor(block_ids, dtype=torch.int64)
-    return ids.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ids
 
 
 def scatter_blocks(staged_MB: Tensor, caches: Sequence[Tensor], block_ids: Sequence[int] | Tensor) -> None:

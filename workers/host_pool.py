@@ -144,7 +144,7 @@ class CardHostPool(HostPool):
     def _begin_out(self, compute: Any, pairs: Sequence[tuple[int, int]]) -> None:
         first, start = _event(), 0
         pairs = sorted(pairs, key=_second)
-        ids = ops.upload_ids([block_id for block_id, _ in pairs], self.device)
+        ids = _upload([block_id for block_id, _ in pairs], self.device)
         for part, chunk in enumerate(_chunks(pairs, len(self._out_buffers[0]))):
             turn = self._turn = (self._turn + 1) % OUT_BUFFERS
             buffer, stream = self._out_buffers[turn], self._out_stream
@@ -176,7 +176,7 @@ class CardHostPool(HostPool):
                     stream.wait_event(written)
             first.record(stream)
             pairs, start = sorted(pairs), 0
-            ids = ops.upload_ids([block_id for _, block_id in pairs], self.device)
+            ids = _upload([block_id for _, block_id in pairs], self.device)
             for chunk in _chunks(pairs, len(buffer)):
                 for row, host_id, count in _runs([host_id for host_id, _ in chunk]):
                     buffer[row : row + count].copy_(self.rows_NB[host_id : host_id + count], non_blocking=True)
@@ -220,6 +220,11 @@ def make_host_pool(tensors: Sequence[Tensor], num_blocks: int) -> HostPool:
 
 def _event() -> Any:
     return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call, unused-ignore]  # torch's own
+
+
+def _upload(block_ids: Sequence[int], device: torch.device) -> Tensor:
+    """The ids on the device, without waiting. Slices of them serve the parts of an order."""
+    return torch.tensor(block_ids, dtype=torch.int64).pin_memory().to(device, non_blocking=True)
 
 
 def _second(pair: tuple[int, int]) -> int:

@@ -3,7 +3,7 @@
     python benchmarks/families/make_table.py            # some minutes on two cores
 
 The cases and the comparison are those of `tests/workers/test_model_families.py`: tiny random configs, float32, greedy,
-whole prompts, chunks of five, preempted and computed anew, three answers to one prompt. A cell is the largest
+whole prompts, chunks of five, preempted and computed anew, swapped, three answers to one prompt. A cell is the largest
 difference of any logit before any token; a token that differs makes it "differs".
 """
 

@@ -7,6 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.swap import NO_SWAP, SwapCosts
 from argosy.cluster.simulated_cluster import Arrival, SimulatedCluster
 from argosy.cluster.simulated_replica import SimulatedReplica, StepSize
 
@@ -29,12 +30,12 @@ def prices(stages: int = 1, *, fixed: float = 0.01) -> Callable[[StepSize], Sequ
 
 def simulate(
     arrivals: Sequence[Arrival], *, leaps: bool = True, num_blocks: int = 64, stages: int = 1, replicas: int = 1,
-    **given: object,
+    swap: SwapCosts = NO_SWAP, **given: object,
 ) -> SimulatedCluster:  # fmt: skip
     """Run to the end; the books must balance afterwards."""
     settled = config(pipeline_parallel_size=stages, **given)
     each = [
-        SimulatedReplica(number, settled, num_blocks, prices(stages), num_stages=stages, leaps=leaps)
+        SimulatedReplica(number, settled, num_blocks, prices(stages), num_stages=stages, leaps=leaps, swap=swap)
         for number in range(replicas)
     ]
     block_size = settled.cache.block_size if leaps else None
@@ -43,7 +44,7 @@ def simulate(
     for replica in each:
         replica.scheduler.check()
         assert replica.num_running == replica.num_waiting == 0
-        assert replica.scheduler.blocks.pool.num_held == 0
+        assert replica.scheduler.blocks.pool.num_held == replica.scheduler.host.pool.num_held == 0
     return cluster
 
 
@@ -149,3 +150,30 @@ def test_the_same_arrivals_give_the_same_figures() -> None:
     """Order must not depend on hashing or on the wall clock."""
     arrivals = [Arrival(0.01 * number, 10 + number % 7, 20, number % 3, 8) for number in range(60)]
     assert facts(simulate(arrivals, replicas=3)) == facts(simulate(arrivals, replicas=3))
+
+
+SWAP = SwapCosts(num_host_blocks=400, block_bytes=100, out_seconds=2e-4, in_seconds=3e-4, token_seconds=1e-3)
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_swapping_computes_nothing_twice_and_takes_the_link_s_time(stages: int) -> None:
+    """Eight prefixes that the device has room for one by one, and answers that outgrow it."""
+    arrivals = [Arrival(0.001 * i, 90, 30, prefix=i % 8, prefix_len=80) for i in range(48)]
+    again = simulate(arrivals, num_blocks=70, stages=stages)
+    swapped = simulate(arrivals, num_blocks=70, stages=stages, swap=SWAP)
+    metrics, before = swapped.replicas[0].metrics, again.replicas[0].metrics
+    assert before.tokens_recomputed > 0
+    assert metrics.tokens_recomputed == 0
+    assert metrics.host_hits > 1000
+    assert metrics.swap_seconds["in"] == pytest.approx(3e-4 * metrics.swap_blocks["in"])
+    assert swapped.now < again.now
+
+
+def test_leaps_change_nothing_with_a_host_tier() -> None:
+    """What is on its way in holds a leap up: it may arrive in between."""
+    arrivals = [Arrival(0.02 * i, 40 + i % 7, 60, prefix=i % 5, prefix_len=30) for i in range(40)]
+    leapt, stepped = (simulate(arrivals, num_blocks=60, leaps=leaps, swap=SWAP) for leaps in (True, False))
+    assert facts(leapt) == facts(stepped)
+    assert leapt.replicas[0].metrics.swap_blocks == stepped.replicas[0].metrics.swap_blocks
+    assert min(leapt.replicas[0].metrics.swap_blocks.values()) > 10
+    assert leapt.replicas[0].num_leapt > 0

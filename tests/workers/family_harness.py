@@ -16,12 +16,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from argosy.cluster.protocol.messages import BlockSwaps
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.placement.plan import RankInfo, make_plan
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
 from argosy.workers.attention.base import AttentionBackend, AttentionMetadata
 from argosy.workers.attention.torch_backend import TorchBackend
 from argosy.workers.forward_context import ForwardContext
+from argosy.workers.host_pool import make_host_pool
 from argosy.workers.kv_cache import KVCache
 from argosy.workers.loading.stream import load_weights
 from argosy.workers.models.registry import build_model
@@ -30,7 +32,7 @@ CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS = 4, 96
 LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP4": (4, 1), "TP2xPP2": (2, 2), "EP2": (2, 1)}
 LAYOUTS |= {"A2A2": (2, 1), "A2A4": (4, 1), "A2A2xPP2": (2, 2)}  # whole experts, and tokens exchanged
-WAYS = ("whole", "chunked", "preempted", "n = 3")
+WAYS = ("whole", "chunked", "preempted", "swapped", "n = 3")
 PARTED_WAYS = WAYS[1:]  # over several ranks, where all that whole prompts could show shows in chunks
 
 
@@ -167,10 +169,27 @@ class Harness:
                 for place in range(1, len(rows), 2):  # their blocks were taken: computed anew, elsewhere
                     rows[place] = self.sequence(rows[place].ids, len(rows[place].ids) + num_new)
                 logits = self.prefill(rows, 3)
+            elif way == "swapped" and step == 2:
+                for place in range(1, len(rows), 2):
+                    rows[place] = self._swapped(rows[place], num_new)
+                logits = self.step([(row, 1) for row in rows])
             elif step + 1 < num_new:
                 logits = self.step([(row, 1) for row in rows])
         self.free = free
         return worst
+
+    def _swapped(self, row: Sequence, num_new: int) -> Sequence:
+        """The row after its blocks went to the host, were written by others, and came back to other blocks."""
+        pool = make_host_pool(self.cache.tensors, NUM_BLOCKS)
+        back = self.sequence(row.ids, len(row.ids) + num_new)
+        count = -(-row.computed // self.block_size)
+        pool.begin(0, BlockSwaps(out=[(block_id, NUM_BLOCKS - 1 - block_id) for block_id in row.blocks[:count]]))
+        for tensor in self.cache.tensors:
+            tensor.view(torch.uint8).view(NUM_BLOCKS, -1)[row.blocks] = 77
+        into = [(NUM_BLOCKS - 1 - old, new) for old, new in zip(row.blocks[:count], back.blocks, strict=False)]
+        pool.begin(1, BlockSwaps(into=into, await_step_id=1))
+        back.computed = row.computed
+        return back
 
     def _prefill_shared(self, rows: list[Sequence], copies: int) -> Tensor:
         """Answers to one prompt share its full blocks; each has a copy of the one that is not full."""

@@ -1,4 +1,4 @@
-"""Every family in every layout answers as transformers does: float32, greedy, whole, chunked, preempted, three answers.
+"""Every family in every layout answers as transformers does: float32, greedy, whole, chunked, preempted, swapped, n.
 
 What is compared are all logits before all tokens, with the expected tokens fed: a token that differs can't hide.
 """
@@ -54,7 +54,7 @@ def answers(
 
 @pytest.mark.parametrize("name", CASES)
 def test_one_rank_equals_transformers(name: str, folders: dict[str, tuple[Path, Expected]]) -> None:
-    """Somebody serves this model on one card: in one piece, in chunks, after preemption, three answers at once."""
+    """Somebody serves this model on one card: in one piece, in chunks, preempted, swapped, three answers at once."""
     folder, expected = folders[name]
     rank = make_plan(num_layers_of(name), 1, 1).ranks[0]
     harness = Harness(folder, rank, init_parallel(rank, "", CPU, 1.0), max_model_len=CASES[name].max_model_len)
