@@ -13,7 +13,7 @@ T = tokens of the step, C = tokens of a slice, D = model width, S = rows that sa
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -259,21 +259,29 @@ def cut(inputs: StepInputs, slice_tokens: int) -> Iterator[Slice]:
         is_longer = own_R > 1
         sampled = np.flatnonzero((last_token_S >= first) & (last_token_S < last))
         device = whole.slot_mapping_T.device
+        metadata = AttentionMetadata(
+            num_rows=high - low,
+            num_decode_rows=int(is_longer.argmax()) if is_longer.any() else high - low,
+            query_start_R1=_on(device, np.concatenate(([0], np.cumsum(own_R)))),
+            context_len_R=_on(device, context_R),
+            block_table_RB=whole.block_table_RB[rows],
+            slot_mapping_T=whole.slot_mapping_T[first:last],
+            max_query_len=int(own_R.max()),
+            max_context_len=int(context_R.max()),
+        )
+        metadata.others = tuple(
+            replace(
+                metadata, block_table_RB=other.block_table_RB[rows], slot_mapping_T=other.slot_mapping_T[first:last],
+                scratch={},
+            )
+            for other in whole.others
+        )  # fmt: skip
         yield Slice(
             first=first,
             last=last,
             positions_T=inputs.positions_T[first:last],
             token_ids_T=inputs.token_ids_T[first:last],
-            metadata=AttentionMetadata(
-                num_rows=high - low,
-                num_decode_rows=int(is_longer.argmax()) if is_longer.any() else high - low,
-                query_start_R1=_on(device, np.concatenate(([0], np.cumsum(own_R)))),
-                context_len_R=_on(device, context_R),
-                block_table_RB=whole.block_table_RB[rows],
-                slot_mapping_T=whole.slot_mapping_T[first:last],
-                max_query_len=int(own_R.max()),
-                max_context_len=int(context_R.max()),
-            ),
+            metadata=metadata,
             sampled=sampled,
             places=(last_token_S[sampled] - first).tolist(),
         )
