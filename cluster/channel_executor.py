@@ -55,7 +55,13 @@ from argosy.cluster.protocol.messages import (
     WorkerReport,
 )
 from argosy.cluster.rank_processes import RankDoor, RankKeeper, StartRanks
-from argosy.cluster.start_rules import agree_on_num_blocks, agree_on_num_host_blocks, error_of_rank, swap_costs
+from argosy.cluster.start_rules import (
+    agree_on_num_blocks,
+    agree_on_num_host_blocks,
+    error_of_rank,
+    slowest_phase,
+    swap_costs,
+)
 from argosy.cluster.step_deadline import StepDeadline
 
 _log = logging.getLogger(__name__)
@@ -193,9 +199,7 @@ class ChannelExecutor:
         """What the slowest rank is doing, and how much of that is done."""
         if self.status in ("starting", "stopped"):
             return "starting workers", len(self._ranks) / self.num_ranks
-        if self.progress:
-            return min(self.progress.values(), key=lambda entry: (_PHASES.get(entry[0], 0), entry[1]))
-        return self.status, 0.0
+        return slowest_phase(self.progress.values()) or (self.status, 0.0)
 
     @property
     def num_steps_in_flight(self) -> int:
@@ -399,14 +403,3 @@ class ChannelExecutor:
         if self.status == "starting":
             return set(self._ranks)
         return set(self.reports) if self.status == "loading" else set(self.ready)
-
-
-# The order in which ranks go through their phases; an unknown one counts as early.
-_PHASES: Final = {
-    "starting workers": 0,
-    "groups": 1,
-    "loading weights": 2,
-    "measuring": 3,
-    "allocating": 4,
-    "warming up": 5,
-}

@@ -1,7 +1,8 @@
 """What follows from the ranks' first words: how many blocks all have, or why the engine can't start."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Final
 
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import (
@@ -122,3 +123,19 @@ def error_from_code(code: str, message: str, *, global_rank: int = -1, node: str
 
 def _gib(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.2f} GiB"
+
+
+# The order in which ranks go through their phases; an unknown one counts as early.
+_PHASES: Final = {
+    "starting workers": 0,
+    "groups": 1,
+    "loading weights": 2,
+    "measuring": 3,
+    "allocating": 4,
+    "warming up": 5,
+}
+
+
+def slowest_phase(progress: Iterable[tuple[str, float]]) -> tuple[str, float] | None:
+    """Of what ranks said they are doing, and how much of it is done, that which is furthest from the end."""
+    return min(progress, key=lambda entry: (_PHASES.get(entry[0], 0), entry[1]), default=None)

@@ -42,6 +42,21 @@ def plan(
     return plan_cluster(shape, topology, PlanOptions(**options), serving)  # type: ignore[arg-type]
 
 
+def test_a_group_over_a_fast_network_has_a_place_on_each_node() -> None:
+    """What is planned is what the launcher reserves: a bundle on each node, its ranks in order."""
+    fast = parse_topology({"network": "900GB", "nodes": [{"name": "n", "count": 2, "gpus": "8 x H200"}]})
+    report = plan("llama-3.1-405b", fast, tp_size=16)
+    (replica,) = report.plan.replicas
+    assert [(place[0].node, [rank.tp_rank for rank in place]) for place in replica.places()] == [
+        ("n-0", list(range(8))),
+        ("n-1", list(range(8, 16))),
+    ]
+    assert any("groups span nodes" in note for note in report.notes)
+    slow = parse_topology({"network": "100Gbit", "nodes": [{"name": "n", "count": 2, "gpus": "8 x H200"}]})
+    with pytest.raises(PlacementImpossible, match="needs so many devices in one node"):
+        plan("llama-3.1-405b", slow, tp_size=16)
+
+
 @pytest.mark.parametrize("path", CLUSTERS, ids=lambda path: path.stem)
 def test_the_example_clusters_get_the_layouts_that_their_files_tell(path: Path) -> None:
     """Each file names its command and its layout in comments; docs and README quote them."""
