@@ -3,8 +3,8 @@
 Meaning: `packed_reference.linear`. The weight is the left side of tensor core products of 16 rows, of which a program
 has TILES; its warps share out the inputs, so that each unpacks words that nobody else does, and add up at the end. A
 group's product is of the numbers as they are unpacked, BASE + q, in float32; (BASE + zero) times the sum of the inputs
-goes off it, which is one more product, with ones. Words are asked for AHEAD steps early, the first before the kernel
-before this one is done.
+goes off it, which is one more product, with ones. Words come a step early to registers (AHEAD), or STAGES early through
+shared memory; and before the kernel before this one is done, the second-level cache is asked for the first of them.
 
 A decode step of 8b at one token spends 1 KB of weights a warp in about 140 instructions; the card takes 216 to read it.
 """
@@ -31,9 +31,9 @@ def few_kernel(
     x_ptr, words_ptr, pairs_ptr, bias_ptr, residual_ptr, out_ptr,
     num_tokens, num_inputs, num_outputs, num_tiles, num_blocks, stride_x, stride_out,
     UNITS: tl.constexpr, HALVES: tl.constexpr, PLANES: tl.constexpr, HALF_SCALES: tl.constexpr,
-    SPLIT: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr, AHEAD: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, PREFETCH: tl.constexpr, ASM: tl.constexpr,
-    PDL: tl.constexpr,
+    SPLIT: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
+    EVEN: tl.constexpr,    BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, PREFETCH: tl.constexpr,
+    EARLY: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A step is UNITS units, a block, of each of SPLIT warps; blocks are of one plane each."""
     T: tl.constexpr = x_ptr.dtype.element_ty
@@ -80,15 +80,19 @@ def few_kernel(
             own = tl.minimum(first + every // 2, num_tiles // 2 - 1) + every % 2 * (num_tiles // 2)
         row_of_tiles = own.to(tl.int64) * (num_blocks * UNITS * 128)
         prefetch(words_ptr + (row_of_tiles[:, None, None] + (line * 32)[None, :, :]))
-    words = tl.load(here) if EVEN else tl.load(here, (block < num_blocks)[:, None, None], other=0)
-    later = words
-    if AHEAD == 2:
-        later = tl.load(here + UNITS * 128, (block + 1 < last_block)[:, None, None], other=0)
+    if AHEAD:
+        words = tl.load(here) if EVEN else tl.load(here, (block < num_blocks)[:, None, None], other=0)
     if PDL:
+        if EARLY:
+            gdc_launch_dependents()
         gdc_wait()
-    for i in range(steps):
-        ahead = i + AHEAD
-        latest = tl.load(here + ahead * (UNITS * 128), (block + ahead < last_block)[:, None, None], other=0)
+    for i in tl.range(0, steps, num_stages=STAGES):
+        if AHEAD:
+            latest = tl.load(here + (i + 1) * (UNITS * 128), (block + i + 1 < last_block)[:, None, None], other=0)
+        elif EVEN:
+            words = tl.load(here + i * (UNITS * 128))
+        else:
+            words = tl.load(here + i * (UNITS * 128), (block + i < last_block)[:, None, None], other=0)
         a, b, c, d, e, f, g, h = fields(words, FP16, ASM)
         # Both sides are the same. Joins right before a product make Triton choose an order of inputs that is not ours.
         if num_inputs > 0:
@@ -111,9 +115,9 @@ def few_kernel(
         total = tl.reshape(total, (HALVES * SPLIT, 16 * TILES, TOKENS))
         scale, zero = scale_of(pair, HALF_SCALES), zero_of(pair, HALF_SCALES)
         acc += scale[:, :, None] * (part - (zero + BASE)[:, :, None] * total)
-        words = later if AHEAD == 2 else latest
-        later = latest
-    if PDL:
+        if AHEAD:
+            words = latest
+    if PDL and not EARLY:
         gdc_launch_dependents()
     y = tl.sum(acc, 0)
     if BIAS:

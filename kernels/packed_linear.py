@@ -132,7 +132,8 @@ def _few(
         x_TI, words, weight.pairs_MKR2.view(torch.int32), out_TO if bias_O is None else bias_O, out_TO, out_TO,
         num_tokens, num_in, out_TO.shape[1], words.shape[0], blocks, x_TI.stride(0), out_TO.stride(0),
         **_layout(weight), SPLIT=sizes["split"], TILES=tiles, TOKENS=8 if num_tokens <= 8 else 16,
-        AHEAD=sizes["ahead"], EVEN=even, BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual_TO is not None,
+        AHEAD=bool(sizes["ahead"]), STAGES=sizes.get("stages", 3), EARLY=bool(sizes.get("early", 0)), EVEN=even,
+        BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual_TO is not None,
         PREFETCH=sizes.get("prefetch", 0) if ASSEMBLES else 0, num_warps=sizes["split"], **tuning.overlap(x_TI.device),
     )  # fmt: skip
     return out_TO
@@ -156,7 +157,7 @@ def _many(
         x_TI, words, weight.pairs_MKR2.view(torch.int32), out_TO if bias_O is None else bias_O, out_TO, part, counters,
         num_tokens, num_in, weight.num_outputs, words.shape[0], blocks, x_TI.stride(0), out_TO.stride(0),
         **_layout(weight), TILES=tiles, TOKENS=tokens, SPLITS=splits, STAGES=sizes["stages"],
-        EVEN=num_in % block_of(weight.group) == 0, BIAS=bias_O is not None,
+        EVEN=num_in % block_of(weight.group) == 0, BIAS=bias_O is not None, EARLY=bool(sizes.get("early", 0)),
         PREFETCH=sizes.get("prefetch", 0) if ASSEMBLES else 0, num_warps=sizes["warps"], **tuning.overlap(x_TI.device),
     )  # fmt: skip
     return out_TO

@@ -54,7 +54,7 @@ def many_kernel(
     num_tokens, num_inputs, num_outputs, num_tiles, num_blocks, stride_x, stride_out,
     UNITS: tl.constexpr, HALVES: tl.constexpr, PLANES: tl.constexpr, HALF_SCALES: tl.constexpr,
     TILES: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
-    BIAS: tl.constexpr, PREFETCH: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    BIAS: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A step is a block of UNITS units, of one plane; a program has TILES tiles of rows and a piece of the blocks.
 
@@ -94,6 +94,8 @@ def many_kernel(
         line = tl.minimum(begin * (UNITS * 4) + tl.arange(0, PREFETCH), end * (UNITS * 4) - 1)
         prefetch(words_ptr + ((tile * (num_blocks * UNITS * 128))[:, None] + (line * 32)[None, :]))
     if PDL:
+        if EARLY:
+            gdc_launch_dependents()
         gdc_wait()
     for block in tl.range(begin, end, num_stages=STAGES):
         words = tl.load(words_here + block * (UNITS * 128))
@@ -112,7 +114,7 @@ def many_kernel(
             acc += made * one
         else:
             acc += made * scale_of(tl.load(scales_here + block * 16), HALF_SCALES)[:, None]
-    if PDL:
+    if PDL and not EARLY:
         gdc_launch_dependents()
     if SPLITS > 1:
         index = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)

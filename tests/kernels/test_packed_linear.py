@@ -15,7 +15,7 @@ PACKED_ONLY = [(8, 16, 48, 33), (4, 8, 24, 3)]
 FEW = {"kernel": packed_linear.FEW, "tiles": 2, "split": 4, "ahead": 1}
 MANY = {"kernel": packed_linear.MANY, "tiles": 4, "tokens": 16, "splits": 2, "stages": 2, "warps": 4}
 WAYS = [
-    (1, FEW), (3, FEW | {"tiles": 1, "ahead": 2}), (9, FEW | {"split": 2}), (2, MANY), (19, MANY),
+    (1, FEW), (3, FEW | {"tiles": 1, "ahead": 0, "early": 1}), (9, FEW | {"split": 2}), (2, MANY), (19, MANY),
     (19, MANY | {"splits": 1, "tiles": 8}), (19, {"kernel": packed_linear.SLICES}),
 ]  # fmt: skip
 
