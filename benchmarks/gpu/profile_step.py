@@ -25,10 +25,20 @@ from argosy.workers.device import set_up_device
 from argosy.workers.model_runner import ModelRunner
 
 
-def make_runner(model: str, max_num_seqs: int, context: int, *, quantization: str | None = None) -> ModelRunner:
-    """A rank with random weights and room for the largest batch at this context."""
+def make_runner(
+    model: str,
+    max_num_seqs: int,
+    context: int,
+    *,
+    quantization: str | None = None,
+    checkpoint: dict[str, object] | None = None,
+) -> ModelRunner:
+    """A rank with random weights and room for the largest batch at this context.
+
+    `checkpoint`: what else its config.json would say, such as a `quantization_config`.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        Path(folder, "config.json").write_text(json.dumps({**COMMON, **SHAPES[model]}))
+        Path(folder, "config.json").write_text(json.dumps({**COMMON, **SHAPES[model], **(checkpoint or {})}))
         config = ServingConfig.from_mapping(
             {"model": folder, "load_format": "dummy", "max_num_seqs": max_num_seqs, "max_model_len": 4096,
              "max_num_batched_tokens": 8192, "max_cuda_graph_batch": max_num_seqs}

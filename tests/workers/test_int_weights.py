@@ -249,3 +249,17 @@ def test_plain_weights_are_rounded_as_they_are_loaded_the_same_in_every_layout(
     step = plain.abs().view(64, -1, 64).amax(-1).repeat_interleave(64, 1) * 2 / ((1 << bits) - 1)
     assert float(((whole - plain).abs() / step).max()) <= 1.0
     assert not torch.equal(whole, plain)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_random_weights_come_in_every_layout(name: str, tmp_path: Path) -> None:
+    """Speed is measured without checkpoints: `load_format="dummy"` draws words where a checkpoint has them."""
+    write(tmp_path, FORMATS[name])
+    (tmp_path / "model.safetensors").unlink()
+    spec = read_model_spec(tmp_path)
+    rank = make_plan(2, 1, 1).ranks[0]
+    model = build_model(spec, rank, ParallelContext(rank, CPU, 5.0), torch.float32, CPU)
+    load_weights(model, tmp_path, spec, rank, load_format="dummy")
+    for layer in (model.layers["0"].attention.qkv_proj, model.layers["1"].mlp.down_proj):
+        spread = float(_weight(layer).std())
+        assert 0.005 < spread < 0.05

@@ -31,6 +31,7 @@ ALL = slice(None)
 SCALE_DTYPES = ("F16", "BF16", "F32")
 AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which output the positions of a word hold, from the lowest bits on
 SMALLEST_GROUP = 8
+RANDOM_SPREAD = 0.05  # of random weights, from the least to the largest: a standard deviation of 0.02
 FILLED = 32  # the smallest group that kernels take
 
 
@@ -44,6 +45,7 @@ class IntWeightMethod:
         self._orders: list[Tensor | None] = [None for _ in parts]
         self._own: tuple[Tensor, Tensor, Tensor] | None = None  # numbers, scales, zeros of the parts that are there
         self._missing = len(self.parts)
+        self._is_random = False  # no checkpoint, but random numbers
         self._plain: UnquantizedMethod | None = None
         self._weight: PackedWeight | None = None
         self._order_J: Tensor | None = None  # which inputs, where the product takes them in another order
@@ -144,10 +146,13 @@ class IntWeightMethod:
     def _keep(self, place: int, name: str, tensor: Tensor) -> None:
         """One tensor of a part came in. With the last one the part is put in its place."""
         waiting = self._waiting[place]
-        waiting[name] = self._drawn(name, tensor) if tensor.is_floating_point() and name != "scales" else tensor
-        waiting[name] = waiting[name].to(self._device)
+        is_drawn = tensor.is_floating_point() and name != "scales"
+        self._is_random |= is_drawn
+        waiting[name] = (self._drawn(name, tensor) if is_drawn else tensor).to(self._device)
         if waiting.keys() != self._names():
             return
+        if self._is_random:
+            waiting["scales"] = torch.full_like(waiting["scales"], RANDOM_SPREAD / (1 << self.scheme.bits))
         numbers_OI, scale_OG, zero_OG, order_I = self._read(self.parts[place], waiting)
         waiting.clear()
         self._orders[place] = order_I
@@ -158,6 +163,8 @@ class IntWeightMethod:
         if name == "order":  # one for all parts, as it must be
             generator = torch.Generator().manual_seed(tensor.numel())
             return torch.randperm(tensor.numel(), generator=generator).to(torch.int32) // self.scheme.group
+        if self.scheme.layout == "int8":
+            return torch.randint(-128, 128, tensor.shape, dtype=torch.int8, device=tensor.device)
         return torch.randint(-(1 << 31), (1 << 31) - 1, tensor.shape, dtype=torch.int32, device=tensor.device)
 
     @property
