@@ -3,6 +3,7 @@
 import random
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +67,8 @@ def random_step(draw: random.Random) -> StepInputs:
         num_rows=len(counts), num_decode_rows=counts.count(1), query_start_R1=torch.zeros(0), context_len_R=rows,
         block_table_RB=rows[:, None], slot_mapping_T=torch.arange(total), max_query_len=0, max_context_len=0,
     )  # fmt: skip
+    other = replace(metadata, block_table_RB=rows[:, None] + 100, slot_mapping_T=torch.arange(total) + 1000)
+    metadata.others = (other,)  # a second group of layers
     return StepInputs(
         handles_R=np.arange(len(counts)), num_tokens_R=np.array(counts), end_R=ends, num_tokens=total,
         token_ids_T=torch.arange(total), positions_T=torch.from_numpy(positions), metadata=metadata,
@@ -89,6 +92,10 @@ def test_slices_are_steps_of_their_own_and_make_up_the_whole() -> None:
             owners: Tensor = torch.repeat_interleave(metadata.block_table_RB[:, 0], metadata.query_start_R1.diff())
             expected = np.repeat(np.arange(step.num_rows), step.num_tokens_R)[part.first : part.last]
             assert owners.tolist() == expected.tolist()
+            (other,) = metadata.others
+            assert other.block_table_RB.tolist() == (metadata.block_table_RB + 100).tolist()
+            assert other.slot_mapping_T.tolist() == (metadata.slot_mapping_T + 1000).tolist()
+            assert other.scratch is not metadata.scratch
             last_positions = part.positions_T[metadata.query_start_R1[1:].long() - 1]
             assert metadata.context_len_R.tolist() == (last_positions + 1).tolist()
             counts = metadata.query_start_R1.diff().tolist()
