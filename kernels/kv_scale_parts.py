@@ -35,34 +35,72 @@ def scale_of(code):
 
 
 @triton.jit
-def first_codes(start, BLOCK_L: tl.constexpr):
-    """Every fourth token of a tile: where words of four codes begin."""
-    return start + 4 * tl.arange(0, BLOCK_L // 4)
+def load_codes(cache_ptr, block, offset, head, inside, K: tl.constexpr, H: tl.constexpr, S: tl.constexpr):
+    """Codes of a tile's tokens. Loops ask for those of the next tile before they work on one: Triton fetches ahead what
+    goes to a product, and nothing of a byte a thread."""
+    return tl.load(codes_at(cache_ptr) + code_place(block, offset, head, K, H, S), inside, other=0)
 
 
 @triton.jit
-def load_codes(cache_ptr, place, inside):
-    """Words of four codes. (Single bytes would not be fetched ahead while the tile before is worked on.)"""
+def load_words(cache_ptr, place, inside):
+    """Words of four codes, which Triton does fetch ahead: for prompts, whose tiles have more threads than tokens."""
     return tl.load((codes_at(cache_ptr) + place).to(tl.pointer_type(tl.int32), bitcast=True), inside, other=0)
 
 
 @triton.jit
-def raw_scales(words, inside, BLOCK_L: tl.constexpr):
-    """Scales of a tile times 2^108, from words of four codes; the smallest for tokens outside, which may hold nan."""
+def codes_of(words, inside, BLOCK_L: tl.constexpr):
+    """The codes of a tile, from words of four; the smallest for tokens outside, which may hold that of nan."""
     code = tl.reshape((words[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 255, [BLOCK_L])
-    return ((tl.where(inside, code, 0) + 766) << 21).to(tl.float32, bitcast=True)
+    return tl.where(inside, code, 0)
 
 
 @triton.jit
-def log_of(raw, NATIVE: tl.constexpr):
-    """Base 2, of a scale from `raw_scales`. Triton's own is exact where we need no more than 22 bits."""
+def raw_scales(code):
+    """Scales times 2^108."""
+    return ((code.to(tl.int32) + 766) << 21).to(tl.float32, bitcast=True)
+
+
+# The three below are told to have effects: so each is computed once for a token and then handed to the threads that
+# want it, where Triton would hand out the codes and let every thread work on all of its tokens' (a fifth of a decode
+# tile's instructions, and a third of a prompt's).
+
+
+@triton.jit
+def key_factor(raw, factor, NATIVE: tl.constexpr):
+    """What logits are multiplied with: the scale of keys times `factor`."""
+    scale = raw * (factor * 3.0814879110195774e-33)
+    if NATIVE:
+        scale = tl.inline_asm_elementwise(
+            "mov.b32 $0, $1;", "=r,r", [scale], dtype=tl.float32, is_pure=False, pack=1
+        )  # fmt: skip
+    return scale
+
+
+@triton.jit
+def value_log(raw, NATIVE: tl.constexpr, ANYWHERE: tl.constexpr):
+    """Base 2, of the scale of values. Triton's own is exact where we need no more than 22 bits. ANYWHERE: may be
+    computed by every thread, after all."""
     if NATIVE:
         log = tl.inline_asm_elementwise(
-            "lg2.approx.ftz.f32 $0, $1;", "=r,r", [raw], dtype=tl.float32, is_pure=True, pack=1
-        )
+            "{ lg2.approx.ftz.f32 $0, $1; add.f32 $0, $0, 0fC2D80000; }", "=r,r", [raw], dtype=tl.float32,
+            is_pure=ANYWHERE, pack=1,
+        )  # fmt: skip
     else:
-        log = tl.log2(raw)
-    return log - 108.0
+        log = tl.log2(raw) - 108.0
+    return log
+
+
+@triton.jit
+def value_inverse(log, NATIVE: tl.constexpr):
+    """One over the scale of values, from its logarithm."""
+    if NATIVE:
+        inverse = tl.inline_asm_elementwise(
+            "{ .reg .f32 n; neg.f32 n, $1; ex2.approx.ftz.f32 $0, n; }", "=r,r", [log], dtype=tl.float32,
+            is_pure=False, pack=1,
+        )  # fmt: skip
+    else:
+        inverse = tl.exp2(-log)
+    return inverse
 
 
 @triton.jit

@@ -16,13 +16,12 @@ from argosy.kernels.kv_scale_parts import (
     code_of,
     code_place,
     codes_at,
-    first_codes,
     inverse_of,
     load_codes,
     magnitude,
     number_place,
-    raw_scales,
     rounded,
+    scale_of,
 )
 from argosy.kernels.kv_scales import has_scales
 
@@ -84,7 +83,6 @@ def _decode_kernel(
     C: tl.constexpr, P: tl.constexpr, S: tl.constexpr, HEADS: tl.constexpr, KEYS: tl.constexpr,
     KV_SCALES: tl.constexpr,
 ):  # fmt: skip
-    UNIT: tl.constexpr = 3.0814879110195774e-33  # 2^-108
     row, group, split = tl.program_id(0).to(tl.int64), tl.program_id(1), tl.program_id(2)
     head = group * HEADS + tl.arange(0, HEADS)
     is_head = head < num_heads
@@ -112,12 +110,8 @@ def _decode_kernel(
         key = tl.load(key_ptr + key_at[:, None] + p[None, :], is_key[:, None], other=0.0).to(q_latent.dtype)
         logits = tl.dot(q_latent, tl.trans(latent), input_precision="ieee")
         if KV_SCALES:
-            fourth = first_codes(start, KEYS)
-            block = tl.load(table_ptr + row * stride_table + fourth // S, fourth < last, other=0).to(tl.int64)
-            latent_codes = load_codes(latent_ptr, code_place(block, fourth % S, 0, 1, C, S), fourth < last)
-            key_codes = load_codes(key_ptr, code_place(block, fourth % S, 0, 1, P, S), fourth < last)
-            latent_scale = raw_scales(latent_codes, is_key, KEYS) * UNIT
-            key_scale = raw_scales(key_codes, is_key, KEYS) * UNIT
+            latent_scale = scale_of(load_codes(latent_ptr, block, token % S, 0, is_key, 1, C, S))
+            key_scale = scale_of(load_codes(key_ptr, block, token % S, 0, is_key, 1, P, S))
             logits *= latent_scale[None, :]
             logits += tl.dot(q_rotated, tl.trans(key), input_precision="ieee") * key_scale[None, :]
             logits *= scale

@@ -34,16 +34,17 @@ from argosy.kernels.kv_scale_parts import (
     code_of,
     code_place,
     codes_at,
-    first_codes,
     inverse_of,
+    key_factor,
     load_codes,
-    log_of,
     magnitude,
     number_place,
     numbers,
     raw_scales,
     rounded,
     scale_of,
+    value_inverse,
+    value_log,
 )
 from argosy.kernels.kv_scales import has_scales
 from argosy.kernels.shared_prefix import SharedPrefix, attend_prefix, begin_with_prefix
@@ -94,7 +95,6 @@ def _paged_attention_kernel(
     STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
-    UNIT: tl.constexpr = 3.0814879110195774e-33  # 2^-108
     kv_head = tl.program_id(0)  # heads beside each other: their keys lie beside each other
     row = tl.program_id(1).to(tl.int64)
     split = tl.program_id(2)
@@ -108,9 +108,6 @@ def _paged_attention_kernel(
 
     context = tl.load(context_ptr + row)
     first = tl.maximum(context - window, 0) if WINDOW else 0
-    oldest = first  # that is seen
-    if KV_SCALES and WINDOW:
-        first = first // 4 * 4  # codes are read by four
     if SHARED > 0:
         shared = tl.maximum(tl.load(shared_ptr + row), 0)
         first = tl.minimum(shared, context)
@@ -210,31 +207,37 @@ def _paged_attention_kernel(
     q = for_cache(q, k_cache_ptr)
     if ALIBI:
         slope = tl.load(slopes_ptr + kv_head * G + head, in_group, other=0.0).to(tl.float32) * LOG2E
+    if KV_SCALES:
+        table_row = table_ptr + row * stride_table
+        coming = begin + tl.arange(0, BLOCK_L)
+        next_block = tl.load(table_row + coming // S, coming < end, other=0).to(tl.int64)
+        k_code_L = load_codes(k_cache_ptr, next_block, coming % S, kv_head, coming < end, K, H, S)
+        v_code_L = load_codes(v_cache_ptr, next_block, coming % S, kv_head, coming < end, K, H, S)
+        coming += BLOCK_L
+        next_block = tl.load(table_row + coming // S, coming < end, other=0).to(tl.int64)
     for start in tl.range(begin, end, BLOCK_L, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK_L)
-        inside = (token < end) & (token >= oldest) if KV_SCALES and WINDOW else token < end
+        inside = token < end
         block = tl.load(table_ptr + row * stride_table + token // S, inside, other=0).to(tl.int64)
         if KV_SCALES:
             place = number_place(block, token % S, K, H, S) + kv_head * H
-            fourth = first_codes(start, BLOCK_L)
-            its_block = tl.load(table_ptr + row * stride_table + fourth // S, fourth < end, other=0).to(tl.int64)
-            codes = code_place(its_block, fourth % S, kv_head, K, H, S)
-            k_scales = raw_scales(load_codes(k_cache_ptr, codes, fourth < end), inside, BLOCK_L)
-            v_scales = raw_scales(load_codes(v_cache_ptr, codes, fourth < end), inside, BLOCK_L)
-            v_log = log_of(v_scales, NATIVE)
+            k_factor = key_factor(raw_scales(k_code_L), scale if SOFT_CAP else scale * LOG2E, NATIVE)
+            v_log = value_log(raw_scales(v_code_L), NATIVE, False)
+            v_inverse_L = value_inverse(v_log, NATIVE)
+            coming = token + BLOCK_L
+            k_code_L = load_codes(k_cache_ptr, next_block, coming % S, kv_head, coming < end, K, H, S)
+            v_code_L = load_codes(v_cache_ptr, next_block, coming % S, kv_head, coming < end, K, H, S)
+            coming += BLOCK_L
+            next_block = tl.load(table_row + coming // S, coming < end, other=0).to(tl.int64)
         else:
             place = ((block * S + token % S) * K + kv_head) * H
         here = inside[:, None] if WIDTH == H else inside[:, None] & (dim < H)[None, :]
         k = numbers(tl.load(k_cache_ptr + place[:, None] + dim[None, :], here, other=0.0), q.dtype, NATIVE, False)
         v = numbers(tl.load(v_cache_ptr + place[:, None] + dim[None, :], here, other=0.0), q.dtype, NATIVE, STAGED)
         logit = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-        if KV_SCALES:
-            logit *= (k_scales * UNIT)[None, :]
+        logit = logit * (k_factor[None, :] if KV_SCALES else scale if SOFT_CAP else scale * LOG2E)
         if SOFT_CAP:
-            tanh = 2.0 * tl.sigmoid(2.0 * (logit * scale / soft_cap)) - 1.0
-            logit = tanh * (soft_cap * LOG2E)
-        else:
-            logit *= scale * LOG2E
+            logit = (2.0 * tl.sigmoid(2.0 * (logit / soft_cap)) - 1.0) * (soft_cap * LOG2E)
         if ALIBI:
             logit += slope[:, None] * (token - context + 1).to(tl.float32)[None, :]
         if KV_SCALES:
@@ -244,7 +247,7 @@ def _paged_attention_kernel(
         weight = tl.exp2(logit - higher[:, None])
         shrink = tl.exp2(largest - higher)
         if KV_SCALES:
-            total = total * shrink + tl.sum(weight * tl.exp2(-v_log)[None, :], 1)
+            total = total * shrink + tl.sum(weight * v_inverse_L[None, :], 1)
         else:
             total = total * shrink + tl.sum(weight, 1)
         acc = tl.dot(weight.to(q.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
@@ -334,6 +337,7 @@ def _launch(
     splits = 1
     if groups <= tuning.MAX_COUNTERS:
         splits = choose_splits(groups, bound, min_piece, facts.num_sms, sizes["per_sm"])
+    limit = {"maxnreg": sizes["maxnreg"]} if "maxnreg" in sizes else {}
     part = stats = counters = out_RNH
     if splits > 1:
         part = torch.empty(groups * splits * group * head_size, dtype=torch.float32, device=device)
@@ -365,7 +369,7 @@ def _launch(
         shared_part_ptr=out_RNH if shared is None else shared.part,
         shared_stats_ptr=out_RNH if shared is None else shared.stats,
         shared_pieces=1 if shared is None else shared.pieces, SHARED=0 if shared is None else shared.block_l,
-        num_warps=sizes["warps"], **about_new, **tuning.overlap(device),
+        num_warps=sizes["warps"], **limit, **about_new, **tuning.overlap(device),
     )  # fmt: skip
     return out_RNH
 

@@ -23,12 +23,12 @@ from argosy.kernels.attention_parts import cache_suffix, check_caches, for_cache
 from argosy.kernels.kv_scale_parts import (
     code_place,
     codes_at,
-    first_codes,
-    load_codes,
-    log_of,
+    codes_of,
+    load_words,
     number_place,
     numbers,
     raw_scales,
+    value_log,
 )
 from argosy.kernels.kv_scales import has_scales
 
@@ -65,16 +65,17 @@ def _walk(
             offset = key % S
         if KV_SCALES:
             place = number_place(block, offset, K, H, S)
-            fourth = first_codes(start, BLOCK_L)
+            fourth = start + 4 * tl.arange(0, BLOCK_L // 4)
             if S % BLOCK_L == 0:
                 codes = code_place(block, start % S + 4 * tl.arange(0, BLOCK_L // 4), 0, K, H, S)
             else:
                 its_block = tl.load(table_row + tl.minimum(fourth, last_key) // S)
                 its_block = its_block.to(tl.int64) if WIDE else its_block
                 codes = code_place(its_block, fourth % S, 0, K, H, S)
-            k_scales = raw_scales(load_codes(k_codes, codes, fourth <= last_key), key <= last_key, BLOCK_L)
-            v_scales = raw_scales(load_codes(v_codes, codes, fourth <= last_key), key <= last_key, BLOCK_L)
-            v_log = log_of(v_scales, NATIVE)
+            k_words = load_words(k_codes, codes, fourth <= last_key)
+            v_words = load_words(v_codes, codes, fourth <= last_key)
+            k_scales = raw_scales(codes_of(k_words, key <= last_key, BLOCK_L))
+            v_log = value_log(raw_scales(codes_of(v_words, key <= last_key, BLOCK_L)), NATIVE, True)
         else:
             place = (block * S + offset) * K * H
         if MASKED:

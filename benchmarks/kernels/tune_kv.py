@@ -35,13 +35,18 @@ Sizes = dict[str, int]
 
 def decode_sizes(kind: str, dtype: torch.dtype) -> Iterator[Sizes]:
     """Some that may do; keys and values of a tile are held `stages` - 1 times."""
-    few = kind == "few"
-    for staged, block_l, warps in itertools.product((0, 1) if dtype.itemsize == 1 else (0,), (32, 64, 128), (1, 2, 4)):
-        if not 16 <= block_l // warps <= 64 or (few and (warps == 1 or not staged) and dtype.itemsize == 1):
+    few, eight_bits = kind == "few", dtype.itemsize == 1
+    for block_l, warps in itertools.product((32, 64, 128), (1, 2, 4)):
+        if not 16 <= block_l // warps <= 64 or (few and warps == 1):
             continue
         for stages in (3, 5) if few else (2, 3, 4):
-            yield {"block_l": block_l, "warps": warps, "stages": stages, "per_sm": 1, "staged": staged,
-                   **({"min_piece": 512} if few else {})}  # fmt: skip
+            sizes = {"block_l": block_l, "warps": warps, "stages": stages, "per_sm": 1}
+            sizes |= {"min_piece": 512} if few else {}
+            yield {**sizes, "staged": int(eight_bits)}
+            if eight_bits and stages == 2:
+                yield {**sizes, "staged": 0}
+            if eight_bits and not few and stages < 4:
+                yield {**sizes, "staged": 1, "maxnreg": 128}
 
 
 def prompt_sizes() -> Iterator[Sizes]:

@@ -46,6 +46,7 @@ class Variant(NamedTuple):
     quantization: str | None = None
     rounds_inputs: bool = True  # on a CPU; a GPU rounds the inputs of more than one token
     kv_dtype: torch.dtype | None = None
+    kv_scaled: bool = False  # with a scale for each token and head; int8 always has them
     one_by_one: bool = False
 
 
@@ -59,7 +60,9 @@ def variants(names: list[str], device: torch.device) -> list[Variant]:
         else:
             found.append(Variant(f"{name}, weights and inputs", name))
             found.append(Variant(f"{name}, token by token: weights only", name, one_by_one=True))
+    found.append(Variant("cache int8", kv_dtype=torch.int8))
     found.append(Variant("cache e4m3", kv_dtype=torch.float8_e4m3fn))
+    found.append(Variant("cache e4m3 with scales", kv_dtype=torch.float8_e4m3fn, kv_scaled=True))
     found += [Variant(f"{name} and cache e4m3", name, kv_dtype=torch.float8_e4m3fn) for name in names[:1]]
     return found
 
@@ -82,7 +85,7 @@ def score(folder: str, variant: Variant, ids: list[int], args: argparse.Namespac
     report = load_weights(model, folder, spec, rank, load_format="dummy" if args.shape else "auto", seed=args.seed)
     num_blocks = -(-len(ids) // BLOCK_SIZE)
     kv_dtype = variant.kv_dtype or dtype
-    cache = KVCache.allocate(spec, rank, num_blocks, BLOCK_SIZE, kv_dtype, device)
+    cache = KVCache.allocate(spec, rank, num_blocks, BLOCK_SIZE, kv_dtype, device, scaled=variant.kv_scaled)
     backend = TritonBackend() if device.type == "cuda" else TorchBackend()
     found = []
     with torch.inference_mode():
@@ -94,7 +97,9 @@ def score(folder: str, variant: Variant, ids: list[int], args: argparse.Namespac
                 ForwardContext(backend, cache, _metadata(start, stop, num_blocks, device)),
             )  # fmt: skip
             found += [torch.log_softmax(model.compute_logits(part), -1).cpu() for part in hidden.split(256)]
-    return Scored(torch.cat(found), report.num_bytes, KVCache.block_bytes(spec, rank, 1, kv_dtype))
+    return Scored(
+        torch.cat(found), report.num_bytes, KVCache.block_bytes(spec, rank, 1, kv_dtype, scaled=variant.kv_scaled)
+    )
 
 
 def _metadata(start: int, stop: int, num_blocks: int, device: torch.device) -> AttentionMetadata:

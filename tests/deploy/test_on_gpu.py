@@ -189,6 +189,39 @@ def test_a_layout_says_what_one_card_says(
     assert distance(scores, exact) < 1.5 * distance(theirs, exact) + 0.01
 
 
+@pytest.mark.parametrize("kind", ["int8", "fp8_scaled"])
+def test_a_cache_in_8_bits_changes_little(kind: str, folders: dict[str, Path], prompts: list[list[int]]) -> None:
+    """Recorded steps, steps of pieces of prompts, eager steps: the log probabilities of one text, near to those over
+    16 bits, and nearer to each other."""
+    settings = {"dtype": "bfloat16", "max_model_len": 512}
+    with engine(folders["qwen3"], **settings) as llm:
+        tokens, plain = answer(llm, prompts)
+    texts = [[*prompt, *new] for prompt, new in zip(prompts, tokens, strict=True)]
+    scores = []
+    for eager in (False, True):
+        with engine(folders["qwen3"], kv_cache_dtype=kind, enforce_eager=eager, **settings) as llm:
+            scores.append([one[: len(text) - 1] for one, text in zip(answer(llm, texts)[1], texts, strict=True)])
+            assert len(answer(llm, prompts)[0][0]) == NUM_NEW
+    print(kind, distance(scores[0], plain), distance(scores[0], scores[1]))
+    assert 0 < distance(scores[0], plain) < (0.05 if kind == "int8" else 0.3)
+    assert distance(scores[0], scores[1]) < 0.02
+
+
+@pytest.mark.parametrize(("tp", "pp"), [layout.values[1:] for layout in LAYOUTS[:2]])
+def test_layouts_agree_over_a_cache_in_8_bits(
+    tp: int, pp: int, folders: dict[str, Path], prompts: list[list[int]]
+) -> None:
+    """In float32, where only sums in another order could flip a rounding."""
+    if tp * pp > NUM_CARDS:
+        pytest.skip(f"needs {tp * pp} cards")
+    found = []
+    for sizes in ({}, {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}):
+        with engine(folders["llama"], dtype="float32", kv_cache_dtype="int8", **sizes) as llm:
+            found.append(answer(llm, prompts))
+    assert found[0][0] == found[1][0]
+    assert distance(found[0][1], found[1][1]) < 2e-3
+
+
 @pytest.mark.parametrize(("family", "tp", "pp"), [("llama", 1, 1), *LAYOUTS[:4]])
 def test_steps_of_many_prompt_tokens_say_what_transformers_says(
     family: str, tp: int, pp: int, folders: dict[str, Path]

@@ -93,5 +93,6 @@ def test_settings_change_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
 
     plain = blocks()
     assert blocks("--kv-cache-dtype", "fp8_e4m3") in (2 * plain, 2 * plain + 1)
+    assert blocks("--kv-cache-dtype", "int8") == pytest.approx(2 * 128 / 129 * plain, abs=2)
     assert blocks("--gpu-memory-utilization", "0.46") < plain / 2
     assert blocks("-q", "fp8") > plain

@@ -10,7 +10,7 @@ import torch
 
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.kv_groups import kv_groups
-from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.cluster.protocol.model_spec import KV_SCALE_BYTES, read_model_spec
 from argosy.placement import rank_memory as planned
 from argosy.placement.calibration import default_calibration
 from argosy.placement.model_sources import read_model_shape
@@ -69,6 +69,8 @@ LAYOUTS: list[tuple[str, dict[str, Any], int, tuple[int, ...]]] = [
     ("llama_biased", {"kv_cache_memory_bytes": 777_777}, 2, (6,)),
     ("qwen2", {"block_size": 1}, 2, (1, 2, 3)),
     ("qwen3", {"dtype": "bfloat16", "kv_cache_dtype": "float32"}, 2, (5, 1)),
+    ("qwen3", {"dtype": "bfloat16", "kv_cache_dtype": "int8"}, 4, (6,)),  # a scale for each copy of a head
+    ("llama", {"kv_cache_dtype": "fp8_scaled", "kv_cache_memory_bytes": 777_777}, 2, (4, 2)),
     ("mistral_window", {"num_gpu_blocks_override": 77}, 1, (6,)),
     ("mistral_window", {"max_num_seqs": 3, "max_num_batched_tokens": 50}, 1, (6,)),  # bounded by windows and chunks
     (
@@ -103,6 +105,7 @@ class RealRank:
         self.config = ServingConfig.from_mapping({"model": str(folder), "device": "cpu", **settings})
         self.spec, self.rank, self.device = read_model_spec(folder), rank, torch.device("cpu")
         dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        dtypes |= {"int8": torch.int8, "fp8_scaled": torch.float8_e4m3fn}
         dtype = self.config.model.dtype if self.config.model.dtype != "auto" else self.spec.dtype
         self.dtype = dtypes[dtype]
         self.cache_dtype = dtypes.get(self.config.cache.kv_cache_dtype, self.dtype)
@@ -121,7 +124,10 @@ class RealRank:
             )  # fmt: skip
         block_size = self.config.cache.block_size
         self.kv_groups = kv_groups(self.spec, self.max_model_len)
-        self.block_bytes = KVCache.block_bytes(self.spec, rank, block_size, self.cache_dtype, groups=self.kv_groups)
+        self.cache_scales = self.config.cache.kv_cache_dtype in KV_SCALE_BYTES
+        self.block_bytes = KVCache.block_bytes(
+            self.spec, rank, block_size, self.cache_dtype, groups=self.kv_groups, scaled=self.cache_scales
+        )
 
     def measure(self) -> int:
         """Blocks that there is room for, by the worker's own rules."""
@@ -131,7 +137,14 @@ class RealRank:
         """Bytes of the tensors behind so many blocks."""
         block_size = self.config.cache.block_size
         cache = KVCache.allocate(
-            self.spec, self.rank, num_blocks, block_size, self.cache_dtype, self.device, groups=self.kv_groups
+            self.spec,
+            self.rank,
+            num_blocks,
+            block_size,
+            self.cache_dtype,
+            self.device,
+            groups=self.kv_groups,
+            scaled=self.cache_scales,
         )
         return cache.num_bytes
 
