@@ -34,26 +34,21 @@ LARGEST_ERROR = 4e-3  # of bf16 against float64
 def sizes_for(tokens: int, name: str) -> Iterator[dict[str, int]]:
     """What is tried. A product that is gated needs two tiles of rows."""
     if tokens <= 16:
-        for (tiles, split), (ahead, stages), early, prefetch in itertools.product(
-            ((1, 4), (1, 8), (2, 4), (2, 8), (4, 4)), ((1, 3), (0, 4), (0, 6)), (0, 1), (0, 32, 128)
+        for (tiles, split), (ahead, stages), (early, prefetch) in itertools.product(
+            ((1, 4), (1, 8), (2, 4), (2, 8), (4, 4)), ((1, 3), (0, 4)), ((0, 0), (0, 32), (1, 32), (1, 128))
         ):
-            if (tiles == 1 and name == "gate_up") or (tokens == 16 and (tiles == 4 or stages == 6 or prefetch == 0)):
+            if (tiles == 1 and name == "gate_up") or (tokens == 16 and (tiles == 4 or early != (prefetch > 0))):
                 continue
             yield {"kernel": FEW, "tiles": tiles, "split": split, "ahead": ahead, "stages": stages, "early": early,
                    "prefetch": prefetch}  # fmt: skip
     if 8 < tokens <= 64:
-        for (tiles, warps), splits, stages, prefetch in itertools.product(
-            ((4, 4), (8, 8), (8, 4)), (1, 2, 4), (3, 5), (0, 64)
-        ):
+        for (tiles, warps), splits, stages, prefetch in itertools.product(((4, 4), (8, 8)), (1, 2, 4), (4,), (0, 64)):
             yield {"kernel": MANY, "tiles": tiles, "tokens": max(16, tokens), "splits": splits, "stages": stages,
                    "warps": warps, "prefetch": prefetch, "early": int(prefetch > 0)}  # fmt: skip
     elif tokens > 64:
-        for (tiles, warps), at_once, splits, stages in itertools.product(
-            ((8, 8), (4, 4), (8, 4)), (64, 128), (1, 2, 3, 4), (3, 4)
-        ):
-            if (tiles, warps, at_once) != (8, 4, 128):
-                yield {"kernel": MANY, "tiles": tiles, "tokens": at_once, "splits": splits, "stages": stages,
-                       "warps": warps, "prefetch": 0}  # fmt: skip
+        for (tiles, warps), at_once, splits, stages in itertools.product(((8, 8), (4, 4)), (64, 128), (1, 2, 4), (3,)):
+            yield {"kernel": MANY, "tiles": tiles, "tokens": at_once, "splits": splits, "stages": stages,
+                   "warps": warps, "prefetch": 0}  # fmt: skip
     if tokens >= 64:
         yield {"kernel": SLICES, "slice_mb": 24}
         yield {"kernel": SLICES, "slice_mb": 256}
