@@ -203,8 +203,8 @@ def test_a_cache_in_8_bits_changes_little(kind: str, folders: dict[str, Path], p
             scores.append([one[: len(text) - 1] for one, text in zip(answer(llm, texts)[1], texts, strict=True)])
             assert len(answer(llm, prompts)[0][0]) == NUM_NEW
     print(kind, distance(scores[0], plain), distance(scores[0], scores[1]))
-    assert 0 < distance(scores[0], plain) < (0.05 if kind == "int8" else 0.3)
-    assert distance(scores[0], scores[1]) < 0.02
+    assert 0 < distance(scores[0], plain) < (0.15 if kind == "int8" else 0.5)
+    assert distance(scores[0], scores[1]) < 0.1
 
 
 @pytest.mark.parametrize(("tp", "pp"), [layout.values[1:] for layout in LAYOUTS[:2]])
@@ -219,7 +219,7 @@ def test_layouts_agree_over_a_cache_in_8_bits(
         with engine(folders["llama"], dtype="float32", kv_cache_dtype="int8", **sizes) as llm:
             found.append(answer(llm, prompts))
     assert found[0][0] == found[1][0]
-    assert distance(found[0][1], found[1][1]) < 2e-3
+    assert distance(found[0][1], found[1][1]) < 0.02
 
 
 @pytest.mark.parametrize(("family", "tp", "pp"), [("llama", 1, 1), *LAYOUTS[:4]])
