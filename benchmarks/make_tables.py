@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from argosy.deploy import bench_suite, bench_table
+from argosy.placement.calibration import default_calibration
 
 HERE = Path(__file__).resolve().parent
 Row = dict[str, Any]
@@ -77,10 +78,20 @@ def idle_table() -> str:
     return "\n".join(lines)
 
 
+def layouts_table() -> str:
+    """Whole layouts of four cards under Ray, replicas side by side, beside what the planner foretells."""
+    sys.path.insert(0, str(HERE / "planner"))
+    from compare_layouts import topologies_table  # a script beside this one
+
+    path = HERE / "results" / "layouts_h200.jsonl"
+    return topologies_table(path, default_calibration("H200"), "H200") if path.exists() else ""
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "h200": lambda: suite_table("h200"),
     "doors": doors_table,
     "idle": idle_table,
+    "layouts": layouts_table,
 }
 
 

@@ -91,28 +91,31 @@ def predict(case: Case, calibration: Calibration, gpu: str = "H200") -> tuple[fl
     return figures["output_tokens_per_second"], ttft
 
 
-def compare_topologies(path: str, calibration: Calibration, gpu: str) -> None:
+def topologies_table(path: str | Path, calibration: Calibration, gpu: str) -> str:
     """What the planner took on each topology beside its rivals: measured, foretold, and the share of the best."""
     newest: dict[tuple[str, ...], dict[str, Any]] = {}
+    taken: dict[tuple[str, ...], str] = {}  # by the planner, when it was asked last
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         layout = f"{row['replicas']} x TP{row['tp']} x PP{row['pp']}"
-        key = (row["topology"], row["model"], row["workload"], layout)
-        newest[key] = {**row, "asked": "auto" if "auto" in (row["asked"], newest.get(key, row)["asked"]) else "given"}
-    print("| nodes x cards | model, workload | layout | measured | foretold | off by | of the best | TTFT p50 measured "
-          "| foretold | off by |\n|---|---|---|---|---|---|---|---|---|---|")  # fmt: skip
+        place = (row["topology"], row["model"], row["workload"])
+        newest[(*place, layout)] = row
+        if row["asked"] == "auto":
+            taken[place] = layout
+    lines = ["| nodes x cards | model, workload | layout | measured | of the best | foretold | off by | TTFT p50 "
+             "| foretold | off by |", "|---|---|---|---|---|---|---|---|---|---|"]  # fmt: skip
     for key, row in sorted(newest.items()):
         best = max(other["figure"] for place, other in newest.items() if place[:3] == key[:3])
         case = Case(row["model"], row["tp"], row["pp"], row["workload"], max_num_seqs=row["max_num_seqs"])
         figure, ttft = predict(case, calibration, gpu)
-        figure, measured_ttft = figure * row["replicas"], row["ttft_ms_p50"] / 1e3
-        taken = " (planned)" if row["asked"] == "auto" else ""
-        print(
-            f"| {key[0]} | {key[1]} {key[2]} | {key[3]}{taken} | {row['figure']:,.0f} tok/s | {figure:,.0f} tok/s | "
-            f"{figure / row['figure'] - 1:+.1%} | {row['figure'] / best:.0%} | {1e3 * measured_ttft:,.0f} ms | "
-            f"{1e3 * ttft:,.0f} ms | {ttft / measured_ttft - 1:+.1%} |",
-            flush=True,
+        figure, seen = figure * row["replicas"], row["ttft_ms_p50"] / 1e3
+        chosen = " (planned)" if taken.get(key[:3]) == key[3] else ""
+        lines.append(
+            f"| {key[0]} | {key[1]} {key[2]} | {key[3]}{chosen} | {row['figure']:,.0f} tok/s | "
+            f"{row['figure'] / best:.0%} | {figure:,.0f} tok/s | {figure / row['figure'] - 1:+.1%} | "
+            f"{1e3 * seen:,.0f} ms | {1e3 * ttft:,.0f} ms | {ttft / seen - 1:+.1%} |"
         )
+    return "\n".join(lines)
 
 
 def _decode(name: str):  # type: ignore[no-untyped-def]  # arrivals
@@ -132,7 +135,7 @@ def main() -> int:
     args = parser.parse_args()
     calibration = read_calibration(args.calibration) if args.calibration else default_calibration(args.gpu)
     if args.layouts:
-        compare_topologies(args.layouts, calibration, args.gpu)
+        print(topologies_table(args.layouts, calibration, args.gpu))
         return 0
     if args.predict:
         for text in args.predict:
