@@ -27,6 +27,7 @@ os.environ.update(
 )
 
 from ray.cluster_utils import Cluster
+from ray.exceptions import RayError
 
 from argosy.cluster.protocol.errors import ServingError
 from argosy.cluster.replica_client import connect_engine
@@ -130,7 +131,7 @@ def main() -> int:
                 for layout in [*([] if args.no_auto else ["auto"]), *args.layouts]:
                     try:
                         line = json.dumps(measure(args, topology, layout, address, folder))
-                    except ServingError as error:  # a layout that this topology has no place for is an answer, too
+                    except (ServingError, RayError) as error:  # no place on this topology: an answer, too
                         failed += 1
                         print(f"{topology} {layout}: {error}", file=sys.stderr, flush=True)
                         continue
