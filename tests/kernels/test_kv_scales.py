@@ -241,6 +241,33 @@ def test_new_tokens_are_stored_with_a_scale_of_their_own(
     same(made[3][1], want_v, slots, exact=True)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_kernels_mark_heads_with_nan_or_inf(kind: torch.dtype, device: torch.device) -> None:
+    """By the code of nan, each head for itself, whichever kernel writes."""
+    num_heads, num_kv_heads, size, slots = 2, 2, 64, torch.tensor([17, 3], device=device)
+    table = torch.tensor([[1], [0]], dtype=torch.int32, device=device)
+    context = torch.tensor([2, 4], dtype=torch.int32, device=device)
+    qkv = torch.randn(2, (num_heads + 2 * num_kv_heads) * size, device=device)
+    heads = qkv.view(2, -1, size)
+    heads[0, 2, 5], heads[1, 3, 63], heads[1, 4, 0] = math.nan, -math.inf, math.inf  # keys, keys, values
+    wanted = ([[True, False], [False, True]], [[False, False], [True, False]])
+    for writer in ("alone", "rotated", "attended"):
+        caches = [scaled_cache(2, 16, num_kv_heads, size, kind, device) for _ in range(2)]
+        if writer == "alone":
+            kv_cache.store_kv(heads[:, 2:4], heads[:, 4:], *caches, slots)
+        elif writer == "rotated":
+            rotary.rope_and_store(qkv.clone(), slots, None, *caches, slots, num_heads=num_heads)
+        else:
+            paged_attention.decode_attention(
+                qkv.clone(), context.long() - 1, None, *caches, slots, table, context, num_heads=num_heads, scale=0.1
+            )
+        for cache, marked in zip(caches, wanted, strict=True):
+            codes = kv_scales.scales_of(cache)[slots // 16, :, slots % 16]
+            assert (codes == kv_scales.NAN_CODE).tolist() == marked, writer
+            finite = kv_scales.gather(cache, torch.tensor([0, 1], device=device)).isfinite().all(-1)
+            assert int((~finite).sum()) == sum(map(sum, marked)), writer
+
+
 def same(got: Tensor, want: Tensor, slots: Tensor, *, exact: bool = False) -> None:
     """Equal but where a last bit of the norm or the rotation decides, and untouched everywhere else."""
     every = torch.arange(len(got), device=got.device)
