@@ -12,6 +12,7 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import PlacementImpossible, PreflightFailed
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.placement.layout import Traffic
+from argosy.placement.model_families import shape_from_spec
 from argosy.placement.model_shape import ModelShape
 from argosy.placement.model_sources import read_model_shape
 from argosy.placement.plan import PlacementPlan, make_plan
@@ -20,7 +21,8 @@ from argosy.placement.planner import plan_cluster
 from argosy.placement.preflight_rules import Fault, usable_nodes
 from argosy.placement.rank_memory import Serving
 from argosy.placement.seating import Offer, StageRoom, seat_stages
-from argosy.placement.topology import ClusterTopology
+from argosy.placement.topology import ClusterTopology, Gpu
+from argosy.placement.uneven import uneven_layers
 
 if TYPE_CHECKING:  # the module needs Ray
     from argosy.deploy.preflight import Inspection
@@ -138,6 +140,9 @@ def _given(
         seats = seat_stages(rooms, fit or offers, by_total=True)
     plans = []
     num_seats = plan.pp_size * parts
+    if layers := uneven_layers(config, shape_from_spec(spec), _stage_devices(topology, seats[:num_seats], plan, parts)):
+        plan = make_plan(spec.num_layers, plan.tp_size, plan.pp_size, layers)
+        note(f"stages have unequal room: {plan.describe()}")
     for replica in range(parallel.data_parallel_size):
         mine = seats[replica * num_seats : (replica + 1) * num_seats]
         own = [mine[rank.global_rank * parts // plan.tp_size] for rank in plan.ranks]
@@ -157,6 +162,25 @@ def _nodes_of_a_group(tp_size: int, num_stages: int, device: str, offers: Sequen
         if all(len(set(group)) == parts for group in groups):
             return parts
     return 1  # it fits nowhere, which is said of the whole
+
+
+def _stage_devices(topology: ClusterTopology, seats: Sequence[str], plan: PlacementPlan, parts: int) -> list[Gpu]:
+    """For each stage the device of its nodes that it has to expect: the freest that are left; empty: not known."""
+    nodes = {node.node_id: node for node in topology.nodes}
+    taken: dict[str, int] = {}
+    devices = []
+    for stage in range(plan.pp_size):
+        found = []
+        for node_id in seats[stage * parts : (stage + 1) * parts]:
+            gpus = sorted(nodes[node_id].gpus, key=lambda gpu: gpu.index) if node_id in nodes else []
+            start = taken.get(node_id, 0)
+            taken[node_id] = start + plan.tp_size // parts
+            on_cpu = bool(gpus) and all(gpu.model == _CPU for gpu in gpus)
+            found += gpus[:1] if on_cpu else gpus[start : taken[node_id]]
+        if not found:
+            return []
+        devices.append(min(found, key=lambda gpu: gpu.usable_bytes))
+    return devices
 
 
 def _device(wanted: str, offers: Sequence[Offer]) -> str:

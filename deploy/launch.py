@@ -20,7 +20,10 @@ from argosy.cluster.start_rules import error_from_code
 from argosy.deploy.local_launch import RANK_MODULE, LocalDriver
 from argosy.deploy.model_folder import localize
 from argosy.deploy.replica_drivers import ReplicaDrivers, RunningDriver
+from argosy.deploy.stage_devices import local_devices
+from argosy.placement.model_families import shape_from_spec
 from argosy.placement.plan import PlacementPlan, make_plan
+from argosy.placement.uneven import uneven_layers
 from argosy.workers.loading.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -98,6 +101,10 @@ def launch_engine(
     if backend == "local":
         if config.parallel.data_parallel_size > 1:
             raise ConfigError("data_parallel_size: several replicas need Ray; leave out the backend 'mp'")
+        if layers := uneven_layers(config, shape_from_spec(spec), local_devices(config)):
+            config = config.replace(parallel=config.parallel.replace(pipeline_layers=layers))
+            plan = make_plan(spec.num_layers, plan.tp_size, plan.pp_size, layers)
+            _log.info("stages have unequal room: %s", plan.describe())
         info = describe_engine(config, spec, plan)
         driver = LocalDriver(config, plan, info, secret=secret, rank_module=rank_module)
         return _wait_until_ready(driver, secret, config, tell)

@@ -67,7 +67,18 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
             "pipeline-parallel-size", "int", "stages of consecutive layers, one node each where possible", short="-pp"
         ),
         Flag("data-parallel-size", "int", "replicas of the whole model, behind one address", short="-dp"),
-        Flag("pipeline-layers", "json", "layers of each stage as a JSON list, such as [10,14] (default: even)"),
+        Flag(
+            "pipeline-layers",
+            "json",
+            "layers of each stage as a JSON list, such as [10,14] (default: even, or by room "
+            "where the stages' devices have unequal free memory)",
+        ),
+        Flag(
+            "stage-memory-gb",
+            "json",
+            "GiB that each rank of a stage may use, as a JSON list such as [0,40]; 0: what "
+            "there is (default: no bounds); layers are split to suit",
+        ),
         Flag(
             "layout", "text", "auto or given (default: auto when none of the sizes above is given: see 'argosy plan')"
         ),

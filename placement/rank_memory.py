@@ -11,7 +11,7 @@ import msgspec
 
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.kv_groups import ONE_TABLE, KVGroups, kv_groups
-from argosy.cluster.protocol.model_spec import DTYPE_BYTES, KV_SCALE_BYTES
+from argosy.cluster.protocol.model_spec import DTYPE_BYTES, KV_SCALE_BYTES, ModelSpec
 from argosy.placement.calibration import Calibration
 from argosy.placement.model_shape import Matrix, ModelShape
 from argosy.placement.swap_space import staging_bytes, swap_setting
@@ -50,6 +50,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     offload_bytes: int | None = 0  # of a rank's weights, in whole layers; None: as few as are needed to fit
     swap_bytes: int | None = 0  # of the host's memory for blocks of a rank; None: what suits
     groups: KVGroups = ONE_TABLE  # of layers that share a block table
+    stage_bytes: tuple[int, ...] = ()  # that each rank of a stage may use, 0: what there is; empty: no bounds
 
     @classmethod
     def from_config(
@@ -74,6 +75,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
             max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
             max_model_len=max_model_len,
             groups=kv_groups(shape.spec, max_model_len),
+            stage_bytes=config.stage_memory_bytes,
             gpu_memory_utilization=config.cache.gpu_memory_utilization,
             kv_cache_memory_bytes=config.cache.kv_cache_memory_bytes,
             num_gpu_blocks_override=config.cache.num_gpu_blocks_override,
@@ -89,9 +91,20 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
             self.max_num_seqs, self.max_model_len, self.block_size, self.max_num_batched_tokens
         )
 
+    @property
+    def most_tokens(self) -> int:
+        """That go through the model at once."""
+        return max(self.slice_tokens or self.max_num_batched_tokens, self.max_num_seqs)
+
     def blocks_of(self, num_tokens: int) -> int:
         """The most blocks that a request of so many tokens holds while it decodes."""
         return self.groups.num_blocks(num_tokens, self.block_size)
+
+
+def cpu_activation_bytes(spec: ModelSpec, num_tokens: int, tp_size: int, dtype_bytes: int) -> int:
+    """What the tensors of a step of so many tokens come to on a CPU, logits aside."""
+    width = 4 * spec.hidden_size + (2 * spec.intermediate_size + 3 * spec.num_heads * spec.head_size) // tp_size
+    return num_tokens * width * dtype_bytes
 
 
 def offload_setting(config: ServingConfig) -> int | None:
@@ -224,8 +237,9 @@ def rank_memory(
     pp_size: int,
     first_layer: int,
     last_layer: int,
+    cap_bytes: int | None = None,
 ) -> RankMemory:
-    """The ledger of a rank on `gpu`."""
+    """The ledger of a rank on `gpu`, of which it may use `cap_bytes` in all (None: what there is)."""
     serving = sizes.serving
     weights = sizes.stage_bytes(tp_size, first_layer, last_layer)
     block = sizes.block_bytes(tp_size, first_layer, last_layer)
@@ -235,11 +249,20 @@ def rank_memory(
     if gpu.model == "CPU":
         workspace, limit, taken = 0, gpu.usable_bytes, 0
         share = int(min(CPU_CACHE_BYTES, limit * CPU_CACHE_FRACTION)) // (tp_size * pp_size)
-        budget = min(share, limit - weights - activations)
+        if cap_bytes is None:
+            budget = min(share, limit - weights - activations)
+        else:
+            limit = min(limit, cap_bytes)
+            spec = sizes.shape.spec
+            activations = cpu_activation_bytes(spec, serving.most_tokens, tp_size, serving.dtype_bytes)
+            if last_layer == sizes.shape.num_layers:
+                activations += serving.max_num_seqs * spec.vocab_size * 4
+            budget = max(0, limit - weights - activations)
     else:
         workspace = calibration.workspace_bytes + (calibration.group_bytes if tp_size * pp_size > 1 else 0)
         workspace += staging_bytes(block) if serving.swap_bytes != 0 else 0
         limit = min(int(gpu.memory_bytes * serving.gpu_memory_utilization), gpu.memory_bytes - MIN_SLACK)
+        limit = limit if cap_bytes is None else min(limit, cap_bytes)
         budget = limit - taken - workspace - weights - activations
         if serving.offload_bytes != 0:
             layers = [sizes.layer_bytes(tp_size, layer, layer + 1) for layer in range(first_layer, last_layer)]

@@ -21,9 +21,17 @@ from argosy.cluster.protocol.ledger import HOST, gib
 from argosy.placement.calibration import default_calibration
 from argosy.placement.data_sheets import find_data_sheet
 from argosy.placement.model_families import shape_from_spec
-from argosy.placement.rank_memory import Serving, StageBytes, num_offloaded, offload_setting, rank_memory
+from argosy.placement.rank_memory import (
+    Serving,
+    StageBytes,
+    cpu_activation_bytes,
+    num_offloaded,
+    offload_setting,
+    rank_memory,
+)
 from argosy.placement.swap_space import staging_bytes
 from argosy.placement.topology import Gpu
+from argosy.placement.uneven import cap_of
 from argosy.placement.weight_offload import buffer_bytes, count_for, offloaded_bytes
 from argosy.workers.cuda_graphs import ladder
 from argosy.workers.device import MemoryReading, describe_device
@@ -106,7 +114,7 @@ def check_weights_fit(runner: ModelRunner, ledger: MemoryLedger, count: int = 0)
         layers = [_bytes_of(layer) for layer in runner.model.layers.values()]
         needed += buffer_bytes(layers, count) - offloaded_bytes(layers, count)
     now = ledger.meter.read()
-    limit = int(now.total * runner.config.cache.gpu_memory_utilization)
+    limit = min(int(now.total * runner.config.cache.gpu_memory_utilization), cap_bytes(runner) or now.total)
     free = min(limit - now.used, now.total - now.used)
     if needed < free:
         return
@@ -180,7 +188,7 @@ def _fewest_offloaded(runner: ModelRunner, layers: list[int], now: MemoryReading
     gpu = Gpu(index=0, model=name, memory_bytes=now.total, free_bytes=now.total - others)
     planned = rank_memory(
         sizes, calibration, gpu, tp_size=rank.tp_size, pp_size=rank.pp_size, first_layer=rank.first_layer,
-        last_layer=rank.last_layer,
+        last_layer=rank.last_layer, cap_bytes=cap_bytes(runner),
     )  # fmt: skip
     budget = planned.kv_budget_bytes + planned.weight_bytes - _bytes_of(runner.model)
     return num_offloaded(serving, layers, runner.block_bytes, budget)
@@ -223,9 +231,16 @@ def most_blocks(config: ServingConfig, max_model_len: int, groups: KVGroups = ON
     return groups.most_blocks(scheduler.max_num_seqs, max_model_len, size, scheduler.max_num_batched_tokens)
 
 
-def cache_room(reading: MemoryReading, *, utilization: float, activation_bytes: int, graph_bytes: int) -> int:
+def cap_bytes(runner: ModelRunner) -> int | None:
+    """What the settings allow this rank of its device; None: no bound of theirs."""
+    return cap_of(runner.config.stage_memory_bytes, runner.rank.pp_rank)
+
+
+def cache_room(
+    reading: MemoryReading, *, utilization: float, activation_bytes: int, graph_bytes: int, cap_bytes: int | None = None
+) -> int:
     """Bytes for the KV cache: the share of the card that may be used, less all that is or will be there beside it."""
-    limit = int(reading.total * utilization)
+    limit = min(int(reading.total * utilization), cap_bytes or reading.total)
     taken = reading.outside + reading.allocated + activation_bytes + graph_bytes
     return max(0, min(limit, reading.total - MIN_SLACK) - taken)
 
@@ -249,13 +264,15 @@ def _measure_cpu(runner: ModelRunner, ledger: MemoryLedger) -> None:
     spec, config, rank = runner.spec, runner.config, runner.rank
     available = psutil.virtual_memory().available
     num_ranks = rank.tp_size * rank.pp_size
-    ledger.room_bytes = int(min(CPU_CACHE_BYTES, available * CPU_CACHE_FRACTION)) // num_ranks
-    width = 4 * spec.hidden_size + (2 * spec.intermediate_size + 3 * spec.num_heads * spec.head_size) // rank.tp_size
-    ledger.activation_bytes = runner.most_tokens * width * runner.dtype.itemsize
+    ledger.activation_bytes = cpu_activation_bytes(spec, runner.most_tokens, rank.tp_size, runner.dtype.itemsize)
     if runner.long_steps is not None:
         ledger.activation_bytes += runner.long_steps.buffer_bytes
     if rank.is_last_stage:
         ledger.activation_bytes += config.scheduler.max_num_seqs * spec.vocab_size * 4
+    if (cap := cap_bytes(runner)) is not None:
+        ledger.room_bytes = max(0, min(cap, available) - _bytes_of(runner.model) - ledger.activation_bytes)
+    else:
+        ledger.room_bytes = int(min(CPU_CACHE_BYTES, available * CPU_CACHE_FRACTION)) // num_ranks
 
 
 def _measure_device(runner: ModelRunner, ledger: MemoryLedger) -> None:
@@ -285,6 +302,7 @@ def _measure_device(runner: ModelRunner, ledger: MemoryLedger) -> None:
         utilization=runner.config.cache.gpu_memory_utilization,
         activation_bytes=ledger.activation_bytes,
         graph_bytes=ledger.graph_bytes,
+        cap_bytes=cap_bytes(runner),
     )
 
 

@@ -77,6 +77,7 @@ class ParallelConfig(_Settings, frozen=True):
     tensor_parallel_size: int = 1
     pipeline_parallel_size: int = 1
     pipeline_layers: tuple[int, ...] = ()  # layers of each stage; empty: as even as can be
+    stage_memory_gb: tuple[float, ...] = ()  # GiB that each rank of a stage may use, 0: what there is; empty: no bounds
     data_parallel_size: int = 1  # replicas of the whole, each with an engine of its own
     start_deadline_seconds: float = 600.0
     step_deadline_seconds: float = 60.0
@@ -167,6 +168,18 @@ class ServingConfig(_Settings, frozen=True):
                 f"pipeline_layers={list(stages)} must name at least one layer for each of the "
                 f"{parallel.pipeline_parallel_size} stages"
             )
+
+        caps = parallel.stage_memory_gb
+        if caps and (len(caps) != parallel.pipeline_parallel_size or not all(0 <= cap < math.inf for cap in caps)):
+            raise ConfigError(
+                f"stage_memory_gb={list(caps)} must be {parallel.pipeline_parallel_size} numbers of GiB, one for each "
+                "stage, 0 where a stage may use what there is"
+            )
+
+    @property
+    def stage_memory_bytes(self) -> tuple[int, ...]:
+        """`stage_memory_gb` in bytes."""
+        return tuple(int(gib * 2**30) for gib in self.parallel.stage_memory_gb)
 
     @property
     def max_steps_in_flight(self) -> int:

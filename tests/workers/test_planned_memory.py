@@ -19,6 +19,7 @@ from argosy.placement.process_groups import ParallelContext
 from argosy.placement.rank_memory import Serving, StageBytes
 from argosy.placement.stage_transport import StageTransport
 from argosy.placement.topology import Gpu
+from argosy.placement.uneven import stage_memory, uneven_layers
 from argosy.workers import memory
 from argosy.workers.kv_cache import KVCache
 from argosy.workers.long_steps import LongSteps, slice_tokens_of
@@ -213,3 +214,34 @@ def test_packed_weights_are_counted_to_the_byte(tmp_path: Path, quantization: st
     sizes = StageBytes(shape, Serving.from_config(config, shape))
     said, held = sizes.stage_bytes(1, 0, 6), sum(parameter.nbytes for parameter in model.parameters())
     assert held == said
+
+
+def test_a_rank_of_half_the_memory_does_not_cut_the_other(tmp_path: Path) -> None:
+    """Two stages, one capped to half: the split by room uses 97 % of both, and has 1.4 times an even split's blocks."""
+    folder = tmp_path / "llama"
+    folder.mkdir()
+    config = {"architectures": ["LlamaForCausalLM"], **BASE, "num_hidden_layers": 60, "torch_dtype": "float32"}
+    (folder / "config.json").write_text(json.dumps(config))
+    settings = {"stage_memory_gb": (64 / 1024, 32 / 1024), "pipeline_parallel_size": 2, "max_num_seqs": 256}
+    shape = read_model_shape(folder)
+    serving = ServingConfig.from_mapping({"model": str(folder), **settings})
+    gpus = [Gpu(index=0, model="CPU", memory_bytes=psutil.virtual_memory().available)] * 2
+    layers = uneven_layers(serving, shape, gpus)
+    found = {}
+    for split in (layers, (30, 30)):
+        plan = make_plan(60, 1, 2, split)
+        ranks = [RealRank(folder, settings, rank) for rank in plan.ranks]
+        blocks = [real.measure() for real in ranks]
+        sizes = StageBytes(shape, Serving.from_config(serving, shape))
+        said = [
+            stage_memory(sizes, gpus[0], 1, 2, rank.pp_rank, rank.first_layer, rank.last_layer) for rank in plan.ranks
+        ]
+        assert [one.num_blocks for one in said] == blocks
+        used = [
+            one.weight_bytes + one.activation_bytes + min(blocks) * real.block_bytes
+            for one, real in zip(said, ranks, strict=True)
+        ]
+        found[split] = min(blocks), [size / cap for size, cap in zip(used, serving.stage_memory_bytes, strict=True)]
+    assert layers[0] > 30 > layers[1]
+    assert min(found[layers][1]) >= 0.97, found
+    assert found[layers][0] >= 1.4 * found[30, 30][0], found
