@@ -114,8 +114,10 @@ class HostTier:
         num_groups, known = self.blocks.rules.num_groups, list[int | None]()
         for at, block_id in enumerate(table):
             place, group = divmod(at, num_groups)
-            named = place < num_named and block_id != HOLE
-            known.append(names.get(request.block_hashes[place], group) if named else HOLE if block_id == HOLE else None)
+            if block_id == HOLE:
+                known.append(HOLE)
+            else:
+                known.append(names.get(request.block_hashes[place], group) if place < num_named else None)
         return known
 
     def _keep(self, block_id: int, block_hash: BlockHash) -> None:

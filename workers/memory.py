@@ -136,10 +136,12 @@ def check_weights_fit(runner: ModelRunner, ledger: MemoryLedger, count: int = 0)
     )
 
 
-def num_ranks_here(runner: ModelRunner) -> int:
-    """How many ranks share this host at most, for what they take of its memory."""
-    parallel, rank = runner.config.parallel, runner.rank
-    count = rank.tp_size * rank.pp_size * parallel.data_parallel_size
+def num_ranks_here(runner: ModelRunner, *, of_all_replicas: bool) -> int:
+    """How many ranks share this host at most: of this replica, which start together, or of all."""
+    rank = runner.rank
+    count = rank.tp_size * rank.pp_size
+    if of_all_replicas:
+        count *= runner.config.parallel.data_parallel_size
     return max(rank.tp_size, min(count, torch.cuda.device_count())) if runner.device.type == "cuda" else count
 
 

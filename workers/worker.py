@@ -233,7 +233,9 @@ class Worker:
                 self.ledger.move("buffers", "slice buffers", long_steps.buffer_bytes)
         num_host_blocks = 0
         if self.config.offload.swap_space:
-            num_host_blocks = choose_num_host_blocks(self.config, self.runner.block_bytes, num_ranks_here(self.runner))
+            is_auto = isinstance(self.config.offload.swap_space, str)  # what is asked for others may have taken already
+            num_ranks = num_ranks_here(self.runner, of_all_replicas=is_auto)
+            num_host_blocks = choose_num_host_blocks(self.config, self.runner.block_bytes, num_ranks)
         measured = measure_num_blocks(self.runner, self.ledger)
         self._clock.mark("measuring memory")
         self.channel.send(
