@@ -43,6 +43,7 @@ CPU_CACHE_BYTES = 4 * 2**30  # all ranks of a machine together, unless kv_cache_
 CPU_CACHE_FRACTION = 0.3  # and never more than this part of what is available
 CPU_PROMPT_TOKENS = 32  # a CPU has no compilation to warm up, only thread pools and allocators
 CPU_ROWS = 8
+WARM_UP_CONTEXT = 2048
 GRAPH_BYTES_A_KERNEL = 2048  # what the driver keeps of each kernel of a recorded graph
 GRAPH_SCRATCH_BYTES = 2**26  # partial sums of attention and products
 MIN_SLACK = 2**28  # beside the cache: what a later step's fragments and lazily loaded kernels may take
@@ -340,19 +341,24 @@ def prompt_shape(runner: ModelRunner) -> tuple[int, int]:
 
 
 def warm_up_shapes(runner: ModelRunner) -> list[tuple[int, ...]]:
-    """(rows, tokens a row, rows of one token beside) of steps to run before the first request; the same on every rank.
+    """Steps before the first request: (rows, tokens a row, rows of one token beside, tokens in the cache before).
 
-    On a GPU the largest ran already, to be measured.
+    The same on every rank. On a GPU the largest ran already, to be measured; each kind of batch that attention has a
+    kernel of its own for comes once here, behind nothing and behind a context that is worth being cut into pieces.
     """
     scheduler = runner.config.scheduler
     tokens = min(CPU_PROMPT_TOKENS, scheduler.max_num_batched_tokens, runner.max_model_len)
     if runner.device.type == "cuda":
-        mixed = [
+        mixed: list[tuple[int, ...]] = [
             (1, count, beside)
             for count, beside in ((tokens, 1), (4 * tokens, 32), (16 * tokens, 256))
             if beside < scheduler.max_num_seqs
             and count <= runner.max_model_len
             and count + beside <= scheduler.max_num_batched_tokens
         ]
+        behind = min(WARM_UP_CONTEXT, runner.max_model_len - 16 * tokens)
+        if behind > 0 and mixed and tokens == CPU_PROMPT_TOKENS:
+            few_each = (min(4, scheduler.max_num_seqs - 1), tokens // 4, 1)
+            mixed += [(*shape, behind) for shape in (*mixed, few_each)]
         return [(1, tokens), *mixed, *((1 << power, 1) for power in range(scheduler.max_num_seqs.bit_length()))]
     return [(1, tokens), (min(CPU_ROWS, scheduler.max_num_seqs), 1), (1, 1)]

@@ -219,15 +219,17 @@ class ModelRunner:
     def warm_up(self, shapes: Sequence[tuple[int, ...]]) -> None:
         """Run steps of (rows, tokens a row), so that no request pays for what only the first use of a shape costs.
 
-        A third number is that of rows with one token beside them. All write to block 0, which is zeroed afterwards.
+        A third number is that of rows with one token beside them, a fourth how many tokens of each row are in the cache
+        already. All write to block 0, which is zeroed afterwards.
         """
         assert self.kv_cache is not None
         params = TokenParams(max_tokens=1, temperature=1.0, top_p=0.9)
-        for step, (num_rows, num_tokens, *beside) in enumerate(shapes):
-            counts = [1] * sum(beside) + [num_tokens] * num_rows
+        for step, shape in enumerate(shapes):
+            num_rows, num_tokens, beside, context = (*shape, 0, 0)[:4]
+            counts = [1] * beside + [num_tokens] * num_rows
             requests = [
-                NewRequest(handle, [0] * count, count, 0, self._warm_up_blocks(count), params)
-                for handle, count in enumerate(counts)
+                NewRequest(handle, [0] * length, length, context, self._warm_up_blocks(length), params)
+                for handle, length in enumerate(context + count for count in counts)
             ]
             output = SchedulerOutput(
                 step_id=step,
