@@ -93,6 +93,11 @@ def plan_lines(report: PlanReport, *, all_losers: bool = False) -> Iterator[str]
     even = make_plan(report.model.num_layers, 1, start["pipeline_parallel_size"]).layer_counts
     if start["pipeline_layers"] and start["pipeline_layers"] != even:
         flags += f" --pipeline-layers [{','.join(map(str, start['pipeline_layers']))}]"
+    if report.model.deals_experts(start["tensor_parallel_size"]):
+        flags += " --enable-expert-parallel"
+        moe = report.model.spec.moe
+        if moe is not None and moe.all2all != "auto":
+            flags += f" --all2all-backend {moe.all2all}"
     if report.serving.offload_bytes != 0:
         flags += f" --cpu-offload-gb {offload_word(report)}"
     if report.serving.slice_tokens is not None:

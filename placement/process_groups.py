@@ -9,6 +9,7 @@ import math
 import socket
 from collections.abc import Iterator
 from datetime import timedelta
+from typing import Any
 
 import msgspec
 import torch
@@ -19,6 +20,10 @@ from argosy.cluster.protocol.errors import ConfigError, StartupTimeout, WorkerFa
 from argosy.placement.network import choose_interface
 from argosy.placement.plan import RankInfo
 from argosy.placement.symmetric_memory import SymmetricAllReduce, SymmetricBuffer, open_symmetric
+
+# newer versions of torch warn of the older names
+_gather_single: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_scatter_single: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
 class ParallelContext:
@@ -79,7 +84,7 @@ class ParallelContext:
         if self.tp_size == 1:
             return x_SD
         whole = torch.empty((self.tp_size * x_SD.shape[0], *x_SD.shape[1:]), dtype=x_SD.dtype, device=x_SD.device)
-        dist.all_gather_into_tensor(whole, x_SD.contiguous(), group=self.tp_group)
+        _gather_single(whole, x_SD.contiguous(), group=self.tp_group)
         return whole
 
     def scatter_sum(self, x_TD: Tensor) -> Tensor:
@@ -90,7 +95,7 @@ class ParallelContext:
         missing = num_rows * self.tp_size - x_TD.shape[0]
         whole = torch.nn.functional.pad(x_TD, (0, 0, 0, missing)) if missing else x_TD.contiguous()
         own = torch.empty((num_rows, *x_TD.shape[1:]), dtype=x_TD.dtype, device=x_TD.device)
-        dist.reduce_scatter_tensor(own, whole, group=self.tp_group)
+        _scatter_single(own, whole, group=self.tp_group)
         return own
 
     def all_to_all(self, rows: Tensor, sent: list[int] | None, received: list[int] | None) -> Tensor:

@@ -321,9 +321,12 @@ def _matrix_bytes(shape: ModelShape, matrix: Matrix, serving: Serving, tp_size: 
     elif matrix.cut == "expert_row":
         num_in //= tp_size
     packs = matrix.quantised and (matrix.is_experts or not serving.weight_format.experts_only)
+    if matrix.is_experts and serving.weight_format.name in INT_FORMATS and shape.weight_format.bits < 16:
+        packs = False  # made plain when they are read
     weight_format = serving.weight_format if packs else _PLAIN
     size = weight_format.matrix_bytes(num_out, num_in, serving.dtype_bytes)
     return count * (size + (bias_rows * serving.dtype_bytes if matrix.bias else 0))
 
 
 _PLAIN: Final = WeightFormat()
+INT_FORMATS: Final = ("gptq", "awq", "int4", "int8")

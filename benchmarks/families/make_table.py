@@ -25,7 +25,8 @@ from argosy.placement.process_groups import init_parallel  # noqa: E402
 
 PAGE = ROOT / "docs" / "models.md"
 START, END = "<!-- table: made by benchmarks/families/make_table.py -->", "<!-- end of table -->"
-COLUMNS = ("TP1", "TP2", "PP2", "TP2xPP2", "EP2")
+COLUMNS = ("TP1", "TP2", "PP2", "TP2xPP2", "EP2", "A2A2", "A2A4")
+TITLES = {"EP2": "EP2, summed", "A2A2": "EP2, exchanged", "A2A4": "EP4, exchanged"}
 
 
 def main() -> int:
@@ -33,7 +34,7 @@ def main() -> int:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory(prefix="argosy-families-") as folder:
         found = measure(Path(folder))
-    lines = [f"| model | {' | '.join(COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
+    lines = [f"| model | {' | '.join(TITLES.get(name, name) for name in COLUMNS)} |", f"|---|{'---|' * len(COLUMNS)}"]
     for name in [*CASES, *FALLBACKS]:
         cells = [found.get((name, layout)) for layout in COLUMNS]
         shown = ["–" if cell is None else "differs" if cell > 1e-2 else f"{cell:.0e}" for cell in cells]
@@ -68,8 +69,8 @@ def measure(folder: Path) -> dict[tuple[str, str], float]:
         found[name, "TP1"] = max(harness.largest_difference(expected, way) for way in WAYS)
         for layout in ("TP2", "PP2", "TP2xPP2") if name in CASES else ():
             models[layout].append((name, str(path), layers, case.max_model_len))
-        if harness.spec.moe is not None:
-            models["EP2"].append((name, str(path), layers, case.max_model_len))
+        for layout in ("EP2", "A2A2", "A2A4") if harness.spec.moe is not None else ():
+            models[layout].append((name, str(path), layers, case.max_model_len))
     print(f"one rank: {time.perf_counter() - started:.0f} s", file=sys.stderr)
     for rank_found in run_layouts(models, folder, deadline_seconds=900.0):
         for key, difference in rank_found.items():

@@ -33,7 +33,7 @@ BLOCK_SIZE, NUM_BLOCKS = 4, 96
 LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP4": (4, 1), "TP2xPP2": (2, 2), "EP2": (2, 1)}
 LAYOUTS |= {"A2A2": (2, 1), "A2A4": (4, 1), "A2A2xPP2": (2, 2)}  # whole experts, and tokens exchanged
 WAYS = ("whole", "chunked", "preempted", "swapped", "n = 3")
-PARTED_WAYS = WAYS[1:]  # over several ranks, where all that whole prompts could show shows in chunks
+PARTED_WAYS = WAYS[2:]  # over several ranks; two of them begin in chunks, where all shows that whole prompts could show
 
 
 @dataclass

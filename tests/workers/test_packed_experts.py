@@ -133,9 +133,10 @@ def test_gpt_oss_in_4_bits(gpt_oss: Path) -> None:
 
 
 def test_in_parts(deepseek: Path, gpt_oss: Path, tmp_path: Path) -> None:
-    """Cut inside the experts (inputs of down may begin inside a block of 32), and whole experts on each rank."""
+    """Cut inside the experts (inputs of down may begin inside a block of 32), and whole experts on each rank, which
+    tokens reach by sums or by being sent there."""
     both = [("r1", str(deepseek), 2, None), ("oss", str(gpt_oss), 2, None)]
-    found = run_layouts({"TP2": both, "EP2": both, "TP4": both[1:]}, tmp_path)
+    found = run_layouts({"TP2": both, "EP2": both, "A2A2": both, "A2A4": both, "TP4": both[1:]}, tmp_path)
     for rank in found:
         assert max(rank.values()) < CLOSE, rank
-    assert [len(rank) for rank in found] == [5 * len(PARTED_WAYS)] * 2 + [len(PARTED_WAYS)] * 2
+    assert [len(rank) for rank in found] == [9 * len(PARTED_WAYS)] * 2 + [3 * len(PARTED_WAYS)] * 2

@@ -11,9 +11,8 @@ import msgspec
 import torch
 from torch import Tensor, nn
 
-from argosy.cluster.protocol.errors import UnsupportedModel
-from argosy.cluster.protocol.model_spec import CONFIG_FILE, ModelSpec
-from argosy.cluster.protocol.quant_spec import WeightScheme
+from argosy.cluster.protocol.int_quant_spec import IntScheme
+from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.placement.plan import RankInfo
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.forward_context import ForwardContext
@@ -23,6 +22,7 @@ from argosy.workers.layers.expert_exchange import ExpertExchange
 from argosy.workers.layers.fp8_experts import Fp8Experts, RoundedExperts
 from argosy.workers.layers.fused_checkpoint import cuts_of, transposed
 from argosy.workers.layers.group_sum import open_group_sum
+from argosy.workers.layers.int_experts import IntExperts
 from argosy.workers.layers.linear import ParallelLinear, ReplicatedLinear
 from argosy.workers.layers.mla import LatentAttention
 from argosy.workers.layers.moe import Experts, MoE
@@ -40,6 +40,7 @@ from argosy.workers.quantization.base import (
 
 # what a checkpoint may hold for a kind of layer that this stage has none of
 OF_OTHER_LAYERS = {"weight", "bias", "e_score_correction_bias", "weight_scale_inv", "weight_scale", "input_scale"}
+OF_OTHER_LAYERS |= {"qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_zero_point", "weight_shape"}
 
 
 class GeneralDecoder(Decoder):
@@ -138,9 +139,11 @@ class GeneralDecoder(Decoder):
         scheme = self.spec.quantization.scheme_of(rows[0].format(layer, 0))
         if scheme is None:
             return Experts
-        if not isinstance(scheme, WeightScheme):
-            raise UnsupportedModel(CONFIG_FILE, "quantization_config", "experts in this format are not supported")
-        return RoundedExperts if scheme.online else partial(Fp8Experts, scheme=scheme)
+        if scheme.online:
+            return RoundedExperts  # also for whole numbers: 8 bits either way
+        if isinstance(scheme, IntScheme):
+            return partial(IntExperts, scheme=scheme)
+        return partial(Fp8Experts, scheme=scheme)
 
     def _shared_mlp(self) -> GatedMLP | None:
         moe = self.spec.moe

@@ -1,0 +1,85 @@
+"""Experts of 4 and 8 bits as GPTQ, AWQ and compressed-tensors publish them answer as their plain weights do."""
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.torch import load_file, save_file
+
+from argosy.placement.model_sources import read_model_shape
+from argosy.placement.plan import make_plan
+from argosy.placement.planner import make_serving
+from argosy.placement.process_groups import init_parallel
+from argosy.placement.rank_memory import StageBytes
+
+from .test_int_weights import FORMATS, Format
+
+sys.path.insert(0, str(Path(__file__).parent))
+import family_cases
+from family_harness import CPU, PARTED_WAYS, WAYS, Harness, load_expected, run_layouts
+
+SHAPE = {
+    "hidden_size": 64, "intermediate_size": 64, "moe_intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 101, "max_position_embeddings": 128,
+    "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "tie_word_embeddings": False,
+}  # fmt: skip
+NAMES = ("gptq 4 bits", "gptq v2, ordered", "awq", "packed 4 bits, zeros", "int8, channel")
+
+
+def write(folder: Path, form: Format) -> None:
+    """A Qwen3-MoE in this format, and beside it what transformers answers with the plain weights."""
+    plainly = folder / "plain"
+    plainly.mkdir()
+    config = transformers.Qwen3MoeConfig(**SHAPE, bos_token_id=1, eos_token_id=2)
+    torch.manual_seed(3)
+    transformers.Qwen3MoeForCausalLM(config).save_pretrained(plainly)
+    plain, stored, rng = load_file(plainly / "model.safetensors"), {}, np.random.default_rng(11)
+    order = rng.permutation(64)
+    for name, value in plain.items():
+        stored[name] = value
+        if name.endswith("_proj.weight"):
+            del stored[name]
+            layer = form.draw(rng, *value.shape, order)
+            plain[name] = layer.plain.float()
+            stored.update(form.tensors(name.removesuffix(".weight"), layer))
+    save_file(plain, plainly / "model.safetensors", metadata={"format": "pt"})
+    made = transformers.Qwen3MoeForCausalLM.from_pretrained(plainly, dtype=torch.float32).eval()
+    tokens, logits = family_cases.greedy_answers(made)
+    torch.save({"prompts": family_cases.PROMPTS, "tokens": tokens, "logits": logits}, folder / "expected.pt")
+    save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
+    facts = json.loads((plainly / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(facts | {"quantization_config": form.config}))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_experts_of_whole_numbers(name: str, tmp_path: Path) -> None:
+    """Somebody has Qwen3-30B-A3B in 4 bits: it runs, with the file's numbers, and the planner knows what it takes."""
+    write(tmp_path, FORMATS[name])
+    rank = make_plan(2, 1, 1).ranks[0]
+    harness = Harness(tmp_path, rank, init_parallel(rank, "", CPU, 1.0))
+    expected = load_expected(tmp_path)
+    assert max(harness.largest_difference(expected, way) for way in WAYS) < 1e-3
+    shape = read_model_shape(tmp_path)
+    experts = sum(
+        parameter.nbytes for key, parameter in harness.model.named_parameters() if ".experts." in key
+    )  # fmt: skip
+    sizes = StageBytes(shape, make_serving(shape, dtype="float32"))
+    assert experts == 4 * 2 * 4 * 3 * 64 * 64 < sizes.layer_bytes(1, 0, 2)
+
+
+def test_in_parts(tmp_path: Path) -> None:
+    """Cut over two ranks, whole on each, and reached by tokens that are sent there."""
+    models = []
+    for name in ("gptq v2, ordered", "awq"):
+        folder = tmp_path / name.split()[0]
+        folder.mkdir()
+        write(folder, FORMATS[name])
+        models.append((name, str(folder), 2, None))
+    found = run_layouts({"TP2": models, "EP2": models[:1], "A2A2": models[1:]}, tmp_path)
+    assert [len(rank) for rank in found] == [4 * len(PARTED_WAYS)] * 2 + [0, 0]
+    for rank in found[:2]:
+        assert max(rank.values()) < 1e-3, rank
