@@ -170,6 +170,7 @@ class DriverLoop:
         if ready and not (self._is_known and self._info.epoch == executor.epoch):
             reports = executor.reports
             self._is_known = True
+            self.driver.metrics.ledgers = {rank: ready.ledger for rank, ready in executor.ready.items()}
             self._info = msgspec.structs.replace(
                 self._info,
                 num_blocks=executor.num_blocks,

@@ -4,6 +4,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Final
 
+import msgspec
+
 from argosy.cluster.driver_client import DriverClient
 from argosy.cluster.prefix_cache import BlockHash
 from argosy.cluster.protocol.messages import StatsReply
@@ -45,7 +47,7 @@ class KnownReplica:
 
     def __init__(self, client: DriverClient, address: str):
         self.client, self.address = client, address
-        self.seen = SeenPrefixes(client.info.num_blocks)
+        self.seen = SeenPrefixes(client.info.num_blocks // len(client.info.kv_windows))
         self.is_healthy = True
         self.gave_up = False  # it told its requests so, and is about to go
         self._said, self._said_waiting, self._own_then = 0.0, 0.0, 0
@@ -75,9 +77,20 @@ class KnownReplica:
         )
 
 
+def _with_replica(reply: StatsReply, number: int) -> StatsReply:
+    """Figures of single ranks say of which replica: there is nothing to sum."""
+    values = {
+        name.replace("{", f'{{replica="{number}",', 1) if name.startswith("argosy_rank_") else name: value
+        for name, value in reply.values.items()
+    }
+    return msgspec.structs.replace(reply, values=values)
+
+
 def merge_stats(replies: Sequence[StatsReply], num_replicas: int) -> StatsReply:
     """Sums of what can be summed; ratios are averaged, epochs the highest. Healthy while one replica is."""
     values: dict[str, float] = {}
+    if len(replies) > 1:
+        replies = [_with_replica(reply, number) for number, reply in enumerate(replies)]
     for name in dict.fromkeys(name for reply in replies for name in reply.values):
         every = [reply.values.get(name, 0.0) for reply in replies]
         kind = name.partition("{")[0]

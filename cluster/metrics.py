@@ -51,6 +51,7 @@ METRIC_NAMES: Final[Mapping[str, MetricName]] = {
     "argosy_kv_blocks_cached": MetricName("gauge", "Free KV blocks whose content may be found again."),
     "argosy_kv_usage_ratio": MetricName("gauge", "Used part of the KV blocks.", "vllm:kv_cache_usage_perc"),
     "argosy_kv_waste_ratio": MetricName("gauge", "Part of the used KV slots that holds no token."),
+    "argosy_rank_memory_bytes": MetricName("gauge", "Where the bytes of each rank's device went, by purpose."),
     "argosy_steps_in_flight": MetricName("gauge", "Steps sent and not answered."),
     "argosy_epoch": MetricName("gauge", "How often the ranks were rebuilt."),
     "argosy_steps_total": MetricName("counter", "Steps that were answered."),
@@ -135,6 +136,7 @@ class Metrics:
         self.swap_bytes = dict.fromkeys(_DIRECTIONS, 0)
         self.swap_seconds = dict.fromkeys(_DIRECTIONS, 0.0)
         self.refused: dict[str, int] = {}
+        self.ledgers: dict[int, Mapping[str, int]] = {}  # of each rank of the group that is ready
         self.finished = dict.fromkeys(FinishReason, 0)
         self._histograms = {
             name: Histogram(_BOUNDS.get(name, _SECONDS))
@@ -182,6 +184,9 @@ class Metrics:
                 found[f'argosy_swap_{name}_total{{direction="{direction}"}}'] = float(amount)
         for direction, seconds in self.swap_seconds.items():
             found[f'argosy_swap_seconds_total{{direction="{direction}"}}'] = seconds
+        for rank, ledger in sorted(self.ledgers.items()):
+            for purpose, num_bytes in ledger.items():
+                found[f'argosy_rank_memory_bytes{{rank="{rank}",purpose="{purpose}"}}'] = float(num_bytes)
         for reason, count in self.finished.items():
             found[f'argosy_requests_finished_total{{reason="{reason}"}}'] = float(count)
             found[f'vllm:request_success_total{{finished_reason="{reason}"}}'] = float(count)

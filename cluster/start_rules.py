@@ -90,7 +90,7 @@ def _way_out(report: WorkerReport, config: ServingConfig, needed: int) -> str:
     cache, wanted = config.cache, needed * report.block_bytes
     if cache.num_gpu_blocks_override is not None:
         return f"use --num-gpu-blocks-override {needed} or more"
-    if cache.kv_cache_memory_bytes is not None or not (total := report.ledger.get("total")):
+    if cache.kv_cache_memory_bytes is not None or report.device == "cpu" or not (total := report.ledger.get("total")):
         return f"use --kv-cache-memory-bytes {wanted} or more"
     share = cache.gpu_memory_utilization + max(wanted - report.free_bytes, 0) / total + 0.01
     if share < 0.99:

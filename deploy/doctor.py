@@ -6,12 +6,15 @@ would not even import.
 
 import json
 import os
+import re
 import resource
 import shutil
 import socket
 import sys
 import tempfile
+import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPException
 from importlib import metadata
 from pathlib import Path
 from typing import Final, Literal, NamedTuple
@@ -19,11 +22,13 @@ from typing import Final, Literal, NamedTuple
 import psutil
 
 from argosy.cluster.protocol.errors import ServingError
+from argosy.cluster.protocol.ledger import describe_ledger
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.deploy import settings
 from argosy.deploy.device_defaults import read_gpus
 
 _GIB: Final = 1 << 30
+_MOST_METRICS: Final = 1 << 22  # bytes of a server's figures
 _PACKAGES: Final = {  # name: (least version, needed for)
     "torch": ((2, 11), "the models"),
     "ray": ((2, 55), "the cluster"),
@@ -70,6 +75,7 @@ def examine(model: str | None, port: int) -> Iterator[Finding]:
     yield _temporary_folder()
     yield _open_files()
     yield _port(port)
+    yield from _rank_memory(port)
     yield _model(model)
 
 
@@ -183,6 +189,26 @@ def _port(port: int) -> Finding:
     if is_port_free("127.0.0.1", port):
         return Finding(f"port {port}", "ok", "free")
     return Finding(f"port {port}", "warn", "taken", f"argosy serve --port {port + 1}, or stop what listens there")
+
+
+def _rank_memory(port: int) -> Iterator[Finding]:
+    """Where the bytes of each rank went, if a server of ours listens there and lets its figures be read."""
+    key = os.environ.get("ARGOSY_API_KEY", "")
+    request = urllib.request.Request(
+        f"http://127.0.0.1:{port}/metrics", headers={"Authorization": f"Bearer {key}"} if key else {}
+    )
+    try:
+        with urllib.request.urlopen(request, timeout=3.0) as answer:
+            text = answer.read(_MOST_METRICS).decode("utf-8", "replace")
+    except (OSError, ValueError, HTTPException):
+        return
+    ledgers: dict[str, dict[str, int]] = {}
+    for labels, value in re.findall(r"^argosy_rank_memory_bytes\{(.*)\} (\S+)$", text, re.MULTILINE):
+        found = dict(re.findall(r'(\w+)="([^"]*)"', labels))
+        replica = f"replica {found['replica']} " if "replica" in found else ""
+        ledgers.setdefault(f"{replica}rank {found.get('rank', '?')}", {})[found.get("purpose", "?")] = int(float(value))
+    for name, ledger in ledgers.items():
+        yield Finding(f"{name} memory", "ok", describe_ledger(ledger))
 
 
 def _model(model: str | None) -> Finding:

@@ -100,10 +100,22 @@ class MemoryLedger:
         the host."""
         host = {HOST + purpose: size for purpose, size in self.host.items()}
         if self._last is None:
-            return {**self.purposes, "activations": self.activation_bytes, "free": self.room_bytes, **host}
+            return {**self._cpu_entries(), **host}
         last = self._last
         kept = {"activations": last.reserved - last.allocated, "free": last.total - last.used}
         return {**self.purposes, **kept, "total": last.total, **host}
+
+    def mark_cpu(self, weight_bytes: int) -> None:
+        """On a CPU, when weights stand: the process has so much more than these."""
+        rss = psutil.Process().memory_info().rss
+        self.purposes |= {"weights": weight_bytes, "workspace": max(0, rss - weight_bytes)}
+
+    def _cpu_entries(self) -> dict[str, int]:
+        """A CPU's pages come when they are touched: what was promised counts as taken, what is left as free."""
+        process, machine = psutil.Process().memory_info().rss, psutil.virtual_memory()
+        others = max(0, machine.total - machine.available - process)
+        taken = {**self.purposes, "activations": self.activation_bytes, "others": others}
+        return {**taken, "free": machine.total - sum(taken.values()), "total": machine.total}
 
 
 def check_weights_fit(runner: ModelRunner, ledger: MemoryLedger, count: int = 0) -> None:

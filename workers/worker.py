@@ -221,7 +221,7 @@ class Worker:
         self.ledger.mark("weights", outside="groups" if self.rank.tp_size > 1 else "workspace")
         offload = self.runner.offload
         if self.ledger.meter is None:
-            self.ledger.purposes["weights"] = report.num_bytes
+            self.ledger.mark_cpu(report.num_bytes)
         elif offload is not None:  # of what was counted as weights, these are there for others to come to
             self.ledger.move("weights", "weight buffers", offload.buffer_bytes)
         if offload is not None:

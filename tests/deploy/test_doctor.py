@@ -3,6 +3,8 @@
 import json
 import shutil
 import socket
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
@@ -75,3 +77,31 @@ def test_the_last_line_is_true_where_the_port_is_taken() -> None:
     taken = Finding("port 8000", "warn", "taken", "argosy serve --port 8001")
     assert doctor.table([taken]).endswith("Ready: 'argosy serve' should work here, on another port (1 warning).")
     assert doctor.table([taken._replace(state="ok")]).endswith("Ready: 'argosy serve' should work here.")
+
+
+def test_a_server_that_listens_says_where_its_ranks_bytes_went() -> None:
+    """Its figures are read as Prometheus does; whatever else listens there is passed over."""
+    lines = [
+        f'argosy_rank_memory_bytes{{model_name="m",rank="{rank}",purpose="{purpose}"}} {size}'
+        for rank in (0, 1)
+        for purpose, size in (("weights", 3 << 30), ("kv", 5 << 30), ("free", 2 << 30), ("total", 10 << 30))
+    ]
+
+    class Door(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write("\n".join(["argosy_epoch 0", *lines]).encode())
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with HTTPServer(("127.0.0.1", 0), Door) as server:
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
+        thread.start()
+        found = list(doctor._rank_memory(server.server_port))
+        server.shutdown()
+        thread.join(timeout=10)
+    assert [one.name for one in found] == ["rank 0 memory", "rank 1 memory"]
+    assert found[0].found == "weights 3.00 + kv 5.00 + free 2.00 = 10.00 GiB"
+    assert list(doctor._rank_memory(server.server_port)) == []

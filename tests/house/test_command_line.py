@@ -15,8 +15,9 @@ EXPECTED = {
         --layout --load-format --max-body-bytes --max-logprobs --max-model-len --max-num-batched-tokens --max-num-seqs
         --max-num-waiting --max-upload-bytes --model --num-gpu-blocks-override --pipeline-layers
         --pipeline-parallel-size --port --quantization --ray-address --request-deadline-seconds --response-role
-        --revision --scheduling-policy --seed --served-model-name --skip-tokenizer-init --start-deadline-seconds
-        --step-deadline-seconds --swap-space --tensor-parallel-size --tokenizer --tokenizer-revision -dp -pp -q -tp
+        --revision --scheduling-policy --seed --served-model-name --skip-tokenizer-init --stage-memory-gb
+        --start-deadline-seconds --step-deadline-seconds --swap-space --tensor-parallel-size --tokenizer
+        --tokenizer-revision -dp -pp -q -tp
     """,
     "chat": "--api-key --max-tokens --model --seed --stop --system --temperature --url",
     "complete": "--api-key --max-tokens --model --seed --stop --temperature --url",
@@ -31,8 +32,8 @@ EXPECTED = {
         --layout --load-format --max-logprobs --max-model-len --max-num-batched-tokens --max-num-seqs --max-num-waiting
         --model --num-gpu-blocks-override --output --pipeline-layers --pipeline-parallel-size --quantization
         --ray-address --request-deadline-seconds --revision --scheduling-policy --seed --served-model-name
-        --skip-tokenizer-init --start-deadline-seconds --step-deadline-seconds --swap-space --tensor-parallel-size
-        --tokenizer --tokenizer-revision -dp -o -pp -q -tp
+        --skip-tokenizer-init --stage-memory-gb --start-deadline-seconds --step-deadline-seconds --swap-space
+        --tensor-parallel-size --tokenizer --tokenizer-revision -dp -o -pp -q -tp
     """,
     "jobs": "--api-key --limit --output --url",
     "doctor": "--json --no-all-reduce --port --ray-address",

@@ -49,16 +49,19 @@ def test_no_more_blocks_than_could_ever_be_used(tmp_path: Path) -> None:
 
 
 def test_a_small_machine_gives_a_part_of_what_it_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A laptop with 64 KiB to spare: three tenths of it for the cache, and the ledger says so."""
+    """A laptop with 64 KiB to spare: three tenths of it for the cache, and the ledger adds up to the machine."""
 
     class Little:
-        available = 64 * 1024
+        available, total = 64 * 1024, 8 * GIB
 
     monkeypatch.setattr(memory.psutil, "virtual_memory", Little)
     num_blocks, ledger = measure(oracle_config(tmp_path, num_gpu_blocks_override=None))
     assert ledger.room_bytes == int(64 * 1024 * memory.CPU_CACHE_FRACTION)
     assert num_blocks == ledger.room_bytes // BLOCK_BYTES
-    assert ledger.entries()["free"] == ledger.room_bytes
+    ledger.mark_cpu(1000)
+    entries = ledger.entries()
+    assert entries["total"] == 8 * GIB == sum(size for name, size in entries.items() if name != "total")
+    assert entries["workspace"] > 10_000_000, "an interpreter with torch is more than that"
 
 
 class FakeCard:
