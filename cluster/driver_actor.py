@@ -17,6 +17,7 @@ from typing import Any, Final
 
 import msgspec
 import ray
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from argosy.cluster.driver_loop import DriverLoop, DriverStatus
 from argosy.cluster.protocol.config import ServingConfig
@@ -98,7 +99,12 @@ class DriverHandle:
 
     @classmethod
     def create(cls, boot: DriverBoot, start_ranks: StartRanks) -> "DriverHandle":
-        """Start the actor; `status` tells how it goes."""
+        """Start the actor, on this process's node; `status` tells how it goes.
+
+        Its edges know it by an address of that node, which also was asked for a free port: begun anew on another node,
+        where Ray would as soon put it, it would never be found again.
+        """
+        here = ray.get_runtime_context().get_node_id()
         actor = (
             ray.remote(DriverActor)
             .options(
@@ -106,6 +112,7 @@ class DriverHandle:
                 namespace=NAMESPACE,
                 lifetime="detached",
                 num_cpus=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(here, soft=False),
                 max_restarts=-1,
                 max_task_retries=0,
                 max_concurrency=4,
