@@ -4,15 +4,19 @@ import threading
 from collections.abc import Callable
 from typing import Any, cast
 
+import msgspec
 import pytest
 import torch
 from torch import Tensor
 
-from argosy.cluster.protocol.model_spec import MoESpec
+from argosy.cluster.protocol.model_spec import ModelSpec, MoESpec
 from argosy.kernels import moe_ops
 from argosy.placement.plan import RankInfo, make_plan
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.layers.expert_exchange import ExpertExchange
+from argosy.workers.layers.moe import MoE
+from argosy.workers.models.decoder import GatedMLP
+from argosy.workers.quantization.base import UnquantizedMethod
 
 WIDTH = 6
 
@@ -138,3 +142,56 @@ def test_who_asks_for_one_way_gets_it(all2all: str, takes: bool) -> None:
     moe = MoESpec(num_experts=8, top_k=2, intermediate_size=5, expert_parallel=True, all2all=all2all)
     rank = Thread(make_plan(2, 2, 1).ranks[0], Wires(2))
     assert ExpertExchange(cast(ParallelContext, rank), moe).takes(1) is takes
+
+
+@pytest.mark.parametrize(("shared_size", "all2all"), [(0, "sum"), (8, "sum"), (8, "all_to_all")])
+@pytest.mark.parametrize("num_tokens", [1, 5])
+def test_the_parts_of_a_group_add_up(shared_size: int, all2all: str, num_tokens: int) -> None:
+    """GPUs that share memory write parts of a sum side by side: also of a shared expert that each rank has whole."""
+    world, generator = 2, torch.Generator().manual_seed(5)
+    moe = MoESpec(
+        num_experts=5, top_k=2, intermediate_size=6, expert_parallel=True, all2all=all2all, shared_size=shared_size,
+        shared_gate=bool(shared_size),
+    )  # fmt: skip
+    spec = ModelSpec(
+        architecture="", num_layers=1, hidden_size=WIDTH, num_heads=2, num_kv_heads=2, head_size=4,
+        intermediate_size=8, vocab_size=8, max_position=8, moe=moe,
+    )  # fmt: skip
+    x_TD = torch.randn(num_tokens, WIDTH, generator=generator)
+    whole = {name: torch.randn(shape, generator=generator) for name, shape in {
+        "router": (5, WIDTH), "gate_up": (5, 12, WIDTH), "down": (5, WIDTH, 6), "gate": (1, WIDTH),
+        "shared gate": (shared_size, WIDTH), "shared up": (shared_size, WIDTH), "shared down": (WIDTH, shared_size),
+    }.items()}  # fmt: skip
+    total, asked = torch.zeros(num_tokens, WIDTH), None
+    for rank in make_plan(2, world, 1).ranks:
+        parallel = ParallelContext(rank, torch.device("cpu"), 1.0)
+        method = UnquantizedMethod()
+        shared = None
+        if shared_size:
+            shared = GatedMLP(
+                msgspec.structs.replace(spec, intermediate_size=shared_size),
+                parallel.alone() if moe.shared_is_whole else parallel, method, dtype=torch.float32,
+            )  # fmt: skip
+            ranks = 1 if moe.shared_is_whole else world
+            rows = slice(None) if ranks == 1 else slice(rank.tp_rank * 4, rank.tp_rank * 4 + 4)
+            gate_up = torch.cat((whole["shared gate"][rows], whole["shared up"][rows]))
+            shared.gate_up_proj.weight = torch.nn.Parameter(gate_up)
+            shared.down_proj.weight = torch.nn.Parameter(whole["shared down"][:, rows].contiguous())
+        layer = MoE(spec, parallel, dtype=torch.float32, shared=shared)
+        own = layer.experts.own_experts
+        layer.router.weight = torch.nn.Parameter(whole["router"])
+        layer.experts.gate_up = torch.nn.Parameter(whole["gate_up"][own.start : own.stop])
+        layer.experts.down = torch.nn.Parameter(whole["down"][own.start : own.stop])
+        if layer.shared_gate is not None:
+            layer.shared_gate.weight = torch.nn.Parameter(whole["gate"])
+        part_TD = torch.full((num_tokens, WIDTH), 9.0)
+        with torch.no_grad():
+            asked = layer.part(x_TD, part_TD)
+        total += part_TD
+    ids, weights = moe_ops.choose_experts(x_TD @ whole["router"].T, 2)
+    want = moe_ops.experts(x_TD, whole["gate_up"], whole["down"], ids, weights)
+    if shared_size:
+        inner = torch.nn.functional.silu(x_TD @ whole["shared gate"].T) * (x_TD @ whole["shared up"].T)
+        want += (inner @ whole["shared down"].T) * (x_TD @ whole["gate"].T).sigmoid()
+    torch.testing.assert_close(total, want, rtol=1e-4, atol=1e-4)
+    assert (asked is None) == bool(shared_size), "with a shared expert every rank has something of every token"

@@ -194,7 +194,12 @@ class MoE(nn.Module):
         ids_TK, weights_TK = self.router(x_TD)
         self.experts(x_TD, ids_TK, weights_TK, out_TD=out_TD)
         if self.shared is not None:
-            self._with_shared(out_TD, x_TD, in_place=True)
+            own = slice(0, len(x_TD))
+            if self.shared_is_whole:  # each rank adds it for its share of the tokens: the parts are summed
+                size = -(-len(x_TD) // self.parallel.tp_size)
+                own = slice(self.parallel.rank.tp_rank * size, (self.parallel.rank.tp_rank + 1) * size)
+            if len(x_TD[own]):
+                self._with_shared(out_TD[own], x_TD[own], in_place=True)
             return None
         moe = self.experts.moe
         return (ids_TK, moe.num_experts) if moe.expert_parallel else None
