@@ -113,7 +113,8 @@ def answers(args: argparse.Namespace, vocab: int, salt: int = 77_000) -> Any:
 
 def idle(args: argparse.Namespace, vocab: int) -> Any:
     """Answers for which there is room, one crowd after the other: from the second on each takes the place of cached
-    content, which a host tier copies out. The first run warms up; the median of the others counts."""
+    content, which a host tier copies out. The first run warms up; the median of the others counts. (Rows times tokens
+    must fit `--device-tokens`, or only the modes with room have no pressure.)"""
     crowd = argparse.Namespace(**{**vars(args), "rows": args.idle_rows})
 
     async def work(gateway: Gateway) -> dict[str, Any]:
@@ -153,7 +154,7 @@ def run(mode: str, args: argparse.Namespace, loads: dict[str, Any]) -> list[dict
             print(f"{mode}: ready after {time.perf_counter() - began:.1f} s", flush=True)
             rows = []
             for name, work in loads.items():
-                if (name == "idle") == mode.startswith("room") or (name != "idle" and mode == "room"):
+                if name == "idle" or mode != "room_and_swap":
                     rows.append(measure(llm, mode, name, work, args))
         return rows
 
@@ -207,9 +208,10 @@ def summarise(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
             "same_answers": f"{sum(same)} of {len(same)}",
         })  # fmt: skip
     rates = {row["mode"]: row["tokens_per_second"] for row in rows if row["load"] == "idle"}
-    if {"room", "room_and_swap"} <= rates.keys():
-        found.append({"load": "idle", "summary": "cost without pressure",
-                      "slower": round(1 - rates["room_and_swap"] / rates["room"], 4)})  # fmt: skip
+    for plain, swap_mode in (("room", "room_and_swap"), ("recompute", "swap")):
+        if {plain, swap_mode} <= rates.keys():
+            found.append({"load": "idle", "summary": f"cost without pressure, {swap_mode}",
+                          "slower": round(1 - rates[swap_mode] / rates[plain], 4)})  # fmt: skip
     return found
 
 
