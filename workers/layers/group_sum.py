@@ -40,6 +40,11 @@ class GroupSum:
         self._buffer = parallel.shared_buffer(self._flag_bytes + 2 * self._world * 4)
         self._counters = torch.zeros(group_sum.MAX_PROGRAMS, dtype=torch.int32, device=parallel.device)
 
+    @property
+    def num_ranks(self) -> int:
+        """Of the group."""
+        return self._world
+
     def part(self, which: int, num_tokens: int) -> Tensor:
         """Where this rank's product goes, [T, D]. Turn about: 0, 1, 0, 1."""
         assert num_tokens * self._width * self._dtype.itemsize <= self._part_bytes, num_tokens

@@ -8,6 +8,7 @@ With many tokens the sums of one half are done by copy engines while the other h
 T = tokens of the step, D = model width, X = width of q, k and v.
 """
 
+import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,8 +23,23 @@ from argosy.workers.layers.norm import RMSNorm
 if TYPE_CHECKING:  # it imports this file
     from argosy.workers.models.decoder import DecoderLayer
 
-OVERLAP_TOKENS = 1024  # from so many on, halves are large enough to keep the card busy
+LEAST_OVERLAP_TOKENS = 1024  # from so many on, halves are large enough to keep the card busy
+# Over two H200 the host takes 37 ms to queue the 32 layers of a step in halves, flags and copies (8B; a step of 1131
+# tokens with 512 rows took 38 ms that way, one of 935 in one piece 17): fewer tokens than keep the cards as long
+# are faster with their sums in between.
+HOST_SECONDS_A_LAYER = 1.15e-3
+PRODUCT_BYTES_PER_SECOND = 650e12  # of weights, times tokens: 16-bit weights at 650 TFLOP/s
+SUM_BYTES_PER_SECOND = 0.64e12  # of a sum over the group, times ranks
 HALF_MULTIPLE = 128  # the rows of a product's tile
+
+
+def least_overlapped(layer_bytes: int, token_bytes: int, num_ranks: int) -> int:
+    """From how many tokens on a layer keeps the cards longer than the host takes to queue it in halves."""
+    asked = os.environ.get("ARGOSY_OVERLAP_TOKENS")  # for tests, and for who wants to measure it
+    if asked is not None:
+        return int(asked)
+    seconds = layer_bytes / PRODUCT_BYTES_PER_SECOND + 2 * token_bytes * num_ranks / SUM_BYTES_PER_SECOND
+    return max(LEAST_OVERLAP_TOKENS, round(HOST_SECONDS_A_LAYER / seconds))
 
 
 class GroupForward:
@@ -48,6 +64,8 @@ class GroupForward:
         self._norms: list[RMSNorm | None] = [*(layer.input_norm for layer in layers), norm]
         self._width, self._dtype, self._device = width, dtype, device
         self._copies = copies
+        layer_bytes = sum(weight.numel() * weight.element_size() for weight in layers[0].parameters())
+        self._overlap_tokens = least_overlapped(layer_bytes, width * dtype.itemsize, sums.num_ranks)
         # of high priority: its short kernels go between two products, not behind all that are queued
         make_stream: Any = torch.cuda.Stream  # torch gives these no types
         make_event: Any = torch.cuda.Event
@@ -79,7 +97,7 @@ class GroupForward:
         return x_TD
 
     def _overlaps(self, num_tokens: int) -> bool:
-        return self._copies is not None and num_tokens >= OVERLAP_TOKENS
+        return self._copies is not None and num_tokens >= self._overlap_tokens
 
     def _overlapped(
         self, copies: GroupCopies, x_TD: Tensor, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext
