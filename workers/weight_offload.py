@@ -80,18 +80,16 @@ class WeightOffload:
     def pack(self, layer: nn.Module) -> None:
         """Move what the layer has to the host. It can't run until `open`. In the order of `layers`."""
         assert self._place[id(layer)] == len(self._host), "layers are packed in the order in which they run"
-        views, at = [], 0
-        found = [(storage, tensors) for storage, tensors in self._storages(layer)]
-        for storage, tensors in found:
+        found = self._storages(layer)
+        sizes = [-(-storage.nbytes() // ALIGNMENT) * ALIGNMENT for storage, _ in found]
+        host, at, views = pinned_bytes(sum(sizes), self.device), 0, []
+        for (storage, tensors), size in zip(found, sizes, strict=True):
+            num_bytes = storage.nbytes()
+            whole = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage, 0, (num_bytes,), (1,))
+            host[at : at + num_bytes].copy_(whole)
             for tensor in tensors:
                 views.append(_View(tensor, at, int(tensor.storage_offset()), tensor.shape, tensor.stride()))
-            at += -(-storage.nbytes() // ALIGNMENT) * ALIGNMENT
-        host, at = pinned_bytes(at, self.device), 0
-        for storage, _ in found:
-            size = storage.nbytes()
-            whole = torch.empty(0, dtype=torch.uint8, device=self.device).set_(storage, 0, (size,), (1,))
-            host[at : at + size].copy_(whole)
-            at += -(-size // ALIGNMENT) * ALIGNMENT
+            at += size
         for view in views:
             view.tensor.set_()  # type: ignore[call-overload, unused-ignore]  # gives its memory back
         self._host.append(host)
