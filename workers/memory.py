@@ -163,7 +163,7 @@ def choose_num_offloaded(runner: ModelRunner, ledger: MemoryLedger) -> int:
 
     Raises `ConfigError` for a model without layers of ours, `PlacementImpossible` where the host has no room.
     """
-    config, rank = runner.config, runner.rank
+    config = runner.config
     asked = offload_setting(config)
     if asked == 0:
         return 0
@@ -185,7 +185,7 @@ def choose_num_offloaded(runner: ModelRunner, ledger: MemoryLedger) -> int:
         offloaded_bytes(layers, count),
         f"cpu_offload_gb={config.offload.cpu_offload_gb}",
         "set a smaller one, or spread the model over more ranks (--tensor-parallel-size)",
-        num_ranks=rank.tp_size,
+        num_ranks=num_ranks_here(runner, of_all_replicas=False),
     )
     return count
 
