@@ -24,30 +24,31 @@ def _unpack(w, power):
     """Bytes of two e2m1 numbers, times a power of two, to (low halves, high halves) in bfloat16.
 
     The bits of e2m1 in the places of a bfloat16 are the number times 2^-126, also where it is 0.5; so the power comes
-    as 2^126 times what is meant, and the product is exact. Two numbers an instruction; products of integers are done
-    beside the logic, which is what there is too little of.
+    as 2^126 times what is meant, and the product is exact (plus -0, since cards before Hopper have no product alone).
+    Two numbers an instruction; products of integers are done beside the logic, which is what there is too little of.
     """
     return tl.inline_asm_elementwise(
         """{
-        .reg .b32 p, a, b;
+        .reg .b32 p, a, b, z;
+        mov.b32 z, 0x80008000;
         prmt.b32 a, $4, 0, 0x4140;
         prmt.b32 b, $4, 0, 0x4342;
         and.b32 p, a, 0x000F000F;
         mul.lo.u32 p, p, 0x1040;
         and.b32 p, p, 0x81C081C0;
-        mul.bf16x2 $0, p, $5;
+        fma.rn.bf16x2 $0, p, $5, z;
         and.b32 p, b, 0x000F000F;
         mul.lo.u32 p, p, 0x1040;
         and.b32 p, p, 0x81C081C0;
-        mul.bf16x2 $1, p, $6;
+        fma.rn.bf16x2 $1, p, $6, z;
         and.b32 p, a, 0x00F000F0;
         mul.lo.u32 p, p, 0x104;
         and.b32 p, p, 0x81C081C0;
-        mul.bf16x2 $2, p, $5;
+        fma.rn.bf16x2 $2, p, $5, z;
         and.b32 p, b, 0x00F000F0;
         mul.lo.u32 p, p, 0x104;
         and.b32 p, p, 0x81C081C0;
-        mul.bf16x2 $3, p, $6;
+        fma.rn.bf16x2 $3, p, $6, z;
         }""",
         "=&r,=&r,=&r,=&r,r,r,r", [w, power], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4,
     )  # fmt: skip

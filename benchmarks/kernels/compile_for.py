@@ -26,9 +26,12 @@ from argosy.kernels import (
     fp8_reference,
     fp8_split,
     gemv,
+    group_sum,
     hopper_attention,
     kv_cache,
     kv_scales,
+    moe_gemm,
+    moe_packed,
     paged_attention,
     prefill_attention,
     rotary,
@@ -183,7 +186,32 @@ def _product(
 
 
 PROMPT_SIZES = ((128, 2, 216, 72), (64, 4, 208, 88))
-PARTS = {"attention": attention, "prompts": prompts, "linear": linear, "fp8": fp8}
+
+
+def experts(report: Callable[..., None]) -> None:
+    """Grouped products of plain, e4m3 and MXFP4 weights, and the sum over a group that leaves ranks out."""
+    for rows in (16, 32, 64):
+        places, of_block = torch.zeros(8 * rows, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+        chosen = (places, of_block, 8)
+        x, weight = torch.zeros(4, 4096, dtype=BF16), torch.zeros(2, 1024, 4096, dtype=BF16)
+        report(f"experts, {rows} rows a block", moe_gemm.grouped_gemm, x, weight, *chosen, shared=1)
+        rounded = fp8_reference.quantize_rows(x, Rounding(128))
+        scale = torch.ones(2, 8, 32)
+        options = {"shared": 1, "dtype": BF16}
+        report(f"e4m3 experts, {rows} rows a block", moe_packed.grouped_gemm, rounded, weight.to(E4M3), scale, *chosen,
+               **options)  # fmt: skip
+        turned, packed = torch.zeros(4, 2944, dtype=BF16), torch.zeros(2, 1024, 1440, dtype=torch.uint8)
+        scale = torch.zeros(2, 1024, 90, dtype=torch.uint8)
+        report(
+            f"MXFP4 experts, {rows} rows a block", moe_packed.grouped_gemm, turned, packed, scale, *chosen, **options
+        )
+    x, bases = torch.zeros(64, 4096, dtype=BF16), torch.zeros(4, dtype=torch.int64)
+    counters, ids = torch.zeros(group_sum.MAX_PROGRAMS, dtype=torch.int32), torch.zeros(64, 2, dtype=torch.int32)
+    report("sum over ranks with experts", group_sum.sum_add_norm, bases, counters, 0, x, x[0], 1e-5, parts_bytes=0,
+           shared_bytes=0, shared_TD=torch.zeros_like(x), asked=(ids, 8))  # fmt: skip
+
+
+PARTS = {"attention": attention, "prompts": prompts, "linear": linear, "fp8": fp8, "experts": experts}
 
 
 def main() -> int:
