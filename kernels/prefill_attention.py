@@ -53,8 +53,11 @@ def _walk(
     # Scaled where the exponent is taken, one multiply-add, unless something else is done to the logits before.
     PLAIN: tl.constexpr = not SOFT_CAP and not ALIBI and not KV_SCALES
     factor = scale * LOG2E if PLAIN else 1.0
+    # blocks before the window of the first query may be another's by now: not even a weight of 0 makes a nan 0
+    lowest = tl.min(position, 0) - window + 1 if WINDOW else 0
     for start in tl.range(begin, end, BLOCK_L, num_stages=STAGES):
         key = start + tl.arange(0, BLOCK_L)
+        known = (key <= last_key) & (key >= lowest) if WINDOW else key <= last_key
         if S % BLOCK_L == 0:  # the whole tile lies in one block
             block = tl.load(table_row + start // S)
             block = block.to(tl.int64) if WIDE else block
@@ -74,12 +77,12 @@ def _walk(
                 codes = code_place(its_block, fourth % S, 0, K, H, S)
             k_words = load_words(k_codes, codes, fourth <= last_key)
             v_words = load_words(v_codes, codes, fourth <= last_key)
-            k_scales = raw_scales(codes_of(k_words, key <= last_key, BLOCK_L))
-            v_log = value_log(raw_scales(codes_of(v_words, key <= last_key, BLOCK_L)), NATIVE, True)
+            k_scales = raw_scales(codes_of(k_words, known, BLOCK_L))
+            v_log = value_log(raw_scales(codes_of(v_words, known, BLOCK_L)), NATIVE, True)
         else:
             place = (block * S + offset) * K * H
         if MASKED:
-            here = (key <= last_key)[:, None] & (dim < H)[None, :]
+            here = known[:, None] & (dim < H)[None, :]
             k = tl.load(k_base + place[:, None] + dim[None, :], here, other=0.0)
             v = tl.load(v_base + place[:, None] + dim[None, :], here, other=0.0)
         elif WIDTH == H:

@@ -1,10 +1,12 @@
 """How much of the KV memory that requests hold is empty: the real scheduler against reserving the maximum.
 
-    python benchmarks/scheduler/bench_waste.py [--out benchmarks/results/scheduler.jsonl]
+    python benchmarks/scheduler/bench_waste.py [--block-sizes 16 8 4] [--out benchmarks/results/scheduler.jsonl]
 
 A ShareGPT-like mix (log-normal prompts and answers, seeded) meets a pool of a given size, all at once, until all have
 ended. `reserve` is the allocation of systems without paging on the same trace and the same memory: each request gets
-room for the model's whole length when it starts. Waste is 1 - tokens held / slots held, over all steps.
+room for the model's whole length when it starts. Waste is 1 - tokens held / slots held, over all steps, and over
+those in which at least 95 % of the pool was held ("at load"). `--windows 0 128` is a model of two groups of layers,
+half of which see 128 tokens: slots of a window that nobody looks back on are waste.
 """
 
 import argparse
@@ -18,14 +20,16 @@ from pathlib import Path
 from argosy.cluster.clock import ManualClock
 from argosy.cluster.metrics import Metrics
 from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.kv_groups import KVGroups
 from argosy.cluster.protocol.messages import GenerateRequest, ModelRunnerOutput, TokenDelta
 from argosy.cluster.protocol.sampling import TokenParams
 from argosy.cluster.request import make_requests
 from argosy.cluster.scheduler import Scheduler
 
 MAX_MODEL_LEN = 2048
-BLOCK_SIZE = 16
+BLOCK_SIZE = 16  # of what is reserved
 MAX_NUM_SEQS = 256
+LOAD = 0.95
 
 
 def cpu_name() -> str:
@@ -48,14 +52,16 @@ def length_mix(num_requests: int, seed: int) -> list[tuple[int, int]]:
     ]
 
 
-def run_paged(lengths: list[tuple[int, int]], num_blocks: int) -> dict[str, float]:
+def run_paged(
+    lengths: list[tuple[int, int]], num_blocks: int, block_size: int, windows: tuple[int, ...]
+) -> dict[str, float]:
     """The real scheduler until all have ended."""
     config = ServingConfig.from_mapping(
-        {"model": "none", "max_num_seqs": MAX_NUM_SEQS, "max_num_waiting": len(lengths), "block_size": BLOCK_SIZE}
+        {"model": "none", "max_num_seqs": MAX_NUM_SEQS, "max_num_waiting": len(lengths), "block_size": block_size}
     )
     clock, metrics = ManualClock(), Metrics()
     scheduler = Scheduler(config, clock, metrics)
-    scheduler.begin_epoch(0, num_blocks)
+    scheduler.begin_epoch(0, num_blocks, KVGroups(windows))
     deltas: list[TokenDelta] = []
     for stream_id, (prompt, answer) in enumerate(lengths):
         message = GenerateRequest(
@@ -65,12 +71,17 @@ def run_paged(lengths: list[tuple[int, int]], num_blocks: int) -> dict[str, floa
             params=TokenParams(max_tokens=answer),
         )
         scheduler.add(make_requests(message, arrival=stream_id, now=0.0, max_len=MAX_MODEL_LEN, deltas=deltas))
-    unused = held = running = steps = 0
+    unused = held = unused_at_load = held_at_load = running = steps = steps_at_load = 0
     while (output := scheduler.schedule()) is not None:
         gauges = scheduler.gauges()
-        slots = gauges["argosy_kv_blocks_used"] * BLOCK_SIZE
-        unused += round(gauges["argosy_kv_waste_ratio"] * slots)
+        slots = gauges["argosy_kv_blocks_used"] * block_size
+        wasted = round(gauges["argosy_kv_waste_ratio"] * slots)
+        unused += wasted
         held += round(slots)
+        if gauges["argosy_kv_usage_ratio"] >= LOAD:
+            unused_at_load += wasted
+            held_at_load += round(slots)
+            steps_at_load += 1
         running += scheduler.num_running
         steps += 1
         num_sampled = len(output.rows) - len(output.partial)
@@ -80,6 +91,8 @@ def run_paged(lengths: list[tuple[int, int]], num_blocks: int) -> dict[str, floa
     assert metrics.generation_tokens == sum(answer for _, answer in lengths)
     return {
         "kv_waste_ratio": round(unused / held, 4),
+        "kv_waste_ratio_at_load": round(unused_at_load / held_at_load, 4) if held_at_load else -1.0,
+        "steps_at_load": steps_at_load,
         "mean_running": round(running / steps, 1),
         "steps": steps,
         "preemptions": metrics.preemptions,
@@ -110,7 +123,9 @@ def main() -> None:
     """Run both and print a line of JSON for each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=2000)
-    parser.add_argument("--blocks", type=int, default=4096)
+    parser.add_argument("--blocks", type=int, default=4096, help="of 16 tokens: the memory is the same for all sizes")
+    parser.add_argument("--block-sizes", type=int, nargs="+", default=[16, 8, 4])
+    parser.add_argument("--windows", type=int, nargs="+", default=[0], help="of groups of layers; 0 sees everything")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
@@ -123,16 +138,18 @@ def main() -> None:
         "mean_prompt": round(sum(prompt for prompt, _ in lengths) / len(lengths), 1),
         "mean_answer": round(sum(answer for _, answer in lengths) / len(lengths), 1),
         "pool_tokens": arguments.blocks * BLOCK_SIZE,
-        "block_size": BLOCK_SIZE,
+        "windows": arguments.windows,
         "max_model_len": MAX_MODEL_LEN,
     }
     lines = []
-    for name, run in (("paged", run_paged), ("reserve", run_reserved)):
+    windows = tuple(arguments.windows)
+    for size in (*arguments.block_sizes, 0):
         began = time.perf_counter()
-        figures = run(lengths, arguments.blocks)
-        seconds = round(time.perf_counter() - began, 2)
-        lines.append(json.dumps({**about, "allocation": name, **figures, "seconds": seconds}))
-    print("\n".join(lines))
+        num_blocks = arguments.blocks * BLOCK_SIZE // (size or BLOCK_SIZE)
+        figures = run_paged(lengths, num_blocks, size, windows) if size else run_reserved(lengths, num_blocks)
+        how = {"allocation": "paged" if size else "reserve", "block_size": size or BLOCK_SIZE}
+        lines.append(json.dumps({**about, **how, **figures, "seconds": round(time.perf_counter() - began, 2)}))
+        print(lines[-1], flush=True)
     if arguments.out:
         with arguments.out.open("a") as file:
             file.write("\n".join(lines) + "\n")

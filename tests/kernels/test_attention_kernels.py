@@ -192,3 +192,26 @@ def test_both_on_shapes_that_nobody_chose(seed: int, device: torch.device, asser
         q, k_cache, v_cache, starts, context, table, scale=0.1, sizes=sizes, **options
     )  # fmt: skip
     assert_near(got, want)
+
+
+@pytest.mark.parametrize("block_size", [4, 8, 16, 64])
+def test_a_window_reads_no_block_before_it(block_size: int, device: torch.device, assert_near: Near) -> None:
+    """These were given back, and whoever has them now may have written nan; tiles are wider than blocks."""
+    num_heads, num_kv_heads, head_size, dtype = HEADS[0]
+    num_queries, window, contexts = 9, 21, [150, 40, 9]
+    k_cache, v_cache, table, context = paged(contexts, block_size, num_kv_heads, head_size, dtype, device)
+    q = torch.randn(num_queries * len(contexts), num_heads, head_size, device=device).to(dtype)
+    starts = torch.arange(0, num_queries * len(contexts) + 1, num_queries, dtype=torch.int32, device=device)
+    options = {"scale": 0.2, "sliding_window": window}
+    want = reference.prefill_attention(q, k_cache, v_cache, starts, context, table, **options)
+    want_one = reference.paged_attention(q[: len(contexts)], k_cache, v_cache, table, context, **options)
+    stale, ones = table.clone(), table.clone()
+    spare = next(block for block in range(len(k_cache)) if block not in table)
+    k_cache[spare], v_cache[spare] = float("nan"), float("nan")
+    for row, length in enumerate(contexts):
+        stale[row, : max(0, length - num_queries - window + 1) // block_size] = spare
+        ones[row, : max(0, length - window) // block_size] = spare
+    assert (stale == spare).any()
+    assert_near(prefill_attention.prefill_attention(q, k_cache, v_cache, starts, context, stale, **options), want)
+    got = paged_attention.paged_attention(q[: len(contexts)], k_cache, v_cache, ones, context, **options)
+    assert_near(got, want_one)

@@ -138,6 +138,30 @@ def test_a_long_sequence_holds_what_the_formula_says(
     assert max(decoding.values()) <= num_full * 32 + windowed
 
 
+@pytest.mark.parametrize("name", ["mistral", "gemma3"])
+def test_what_was_given_back_is_never_read(name: str, families: dict[str, tuple[Path, list[list[int]]]]) -> None:
+    """After every step whatever nobody holds is overwritten with huge numbers."""
+    folder, expected = families[name]
+    config = make_config(folder, enable_prefix_caching=False)
+    rank = InProcessRank(config, 256)
+    run = Run(rank, config, 256)
+    for place, prompt in enumerate(prompts()):
+        run.add(greedy(prompt, NUM_TOKENS, stream_id=place))
+    assert rank.runner.kv_cache is not None
+    tensors, num_spoilt = rank.runner.kv_cache.tensors, 0
+
+    def spoil() -> None:
+        nonlocal num_spoilt
+        free = [block for block, count in enumerate(run.scheduler.blocks.pool.ref_counts) if not count]
+        num_spoilt += sum(bool((tensors[0][block] != 1e4).any()) and bool(tensors[0][block].any()) for block in free)
+        for tensor in tensors:
+            tensor[free] = 1e4
+
+    run.finish(spoil)
+    assert answers(run.requests) == expected
+    assert num_spoilt > 20
+
+
 def test_a_prompt_longer_than_the_pool_passes_through_a_model_of_windows(
     families: dict[str, tuple[Path, list[list[int]]]],
 ) -> None:
