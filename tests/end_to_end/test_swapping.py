@@ -48,7 +48,7 @@ async def answers_under_pressure(engine: Engine, disturb: Callable[[dict[str, fl
     return values
 
 
-@pytest.mark.parametrize("layout", [{}, {"tensor_parallel_size": 2, "pipeline_parallel_size": 2}], ids=["one", "four"])
+@pytest.mark.parametrize("layout", [{}, {"pipeline_parallel_size": 2}], ids=["one", "two_stages"])
 def test_requests_swap_and_none_is_computed_twice(
     oracle_settings: Callable[..., ServingConfig], private_tmp: str, layout: dict[str, int]
 ) -> None:
