@@ -142,6 +142,10 @@ def test_who_asks_for_one_way_gets_it(all2all: str, takes: bool) -> None:
     moe = MoESpec(num_experts=8, top_k=2, intermediate_size=5, expert_parallel=True, all2all=all2all)
     rank = Thread(make_plan(2, 2, 1).ranks[0], Wires(2))
     assert ExpertExchange(cast(ParallelContext, rank), moe).takes(1) is takes
+    assert ExpertExchange(cast(ParallelContext, rank), moe).takes(1, only_decodes=True) is takes
+    rank.device = torch.device("cuda", 0)  # whose decode steps are recorded: what they do must not depend on sizes
+    assert ExpertExchange(cast(ParallelContext, rank), moe).takes(1) is takes
+    assert not ExpertExchange(cast(ParallelContext, rank), moe).takes(1, only_decodes=True)
 
 
 @pytest.mark.parametrize(("shared_size", "all2all"), [(0, "sum"), (8, "sum"), (8, "all_to_all")])

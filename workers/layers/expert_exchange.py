@@ -45,11 +45,14 @@ class ExpertExchange:
         self.parallel, self.moe = parallel, moe
         self._least_tokens = least_tokens(moe, parallel.tp_size, parallel.device.type)
 
-    def takes(self, num_tokens: int) -> bool:
-        """Whether a step of so many tokens is exchanged; the same on all ranks."""
+    def takes(self, num_tokens: int, *, only_decodes: bool = False) -> bool:
+        """Whether a step of so many tokens is exchanged; the same on all ranks.
+
+        Not one of answers alone on a GPU: it is recorded, or runs as it will be recorded.
+        """
         if self._least_tokens is None or num_tokens < self._least_tokens:
             return False
-        return self.parallel.device.type != "cuda" or not torch.cuda.is_current_stream_capturing()
+        return self.parallel.device.type != "cuda" or not only_decodes
 
     def own_slice(self, x_TD: Tensor) -> Tensor:
         """This rank's rows of what all ranks have, [S, D]; rows beyond the last token are 0. A copy."""

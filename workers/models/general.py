@@ -183,7 +183,8 @@ class GeneralDecoder(Decoder):
     ) -> Tensor:
         """As `Decoder.forward`."""
         num_tokens = len(positions_T)
-        exchanges = self.exchange is not None and self.exchange.takes(num_tokens)
+        only_decodes = ctx.metadata.num_decode_rows == ctx.metadata.num_rows
+        exchanges = self.exchange is not None and self.exchange.takes(num_tokens, only_decodes=only_decodes)
         if self._group is not None and not exchanges:
             return self._group(token_ids_T, hidden_TD, positions_T, ctx)
         if hidden_TD is None:
