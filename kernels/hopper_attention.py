@@ -34,7 +34,7 @@ copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_gl
 LINES = 128  # of a tile: 64 for each of the two groups that multiply
 HEAD_SIZES = (64, 128)
 LOG2E = 1.4426950408889634
-DEFAULT_SIZES = {"block_l": 128, "stages": 2, "registers": 224, "fetch_registers": 56}
+DEFAULT_SIZES = {"block_l": 128, "stages": 2, "registers": 200, "fetch_registers": 104}
 
 
 @gluon.jit
@@ -291,32 +291,6 @@ def _hopper_attention_kernel(
     )  # fmt: skip
 
 
-def plan_tiles(query_start_R1: Tensor, context_len_R: Tensor, num_tokens: int, block_q: int) -> Tensor:
-    """The tiles of a step, those with the most keys first: int32 [X + 1, 8], the same for all of its layers.
-
-    Of each its keys, first position, first token, queries (of it and of later ones in its row) and row. X bounds the
-    tiles by what the host knows; those that there are not have no keys, and the last line says how many there are.
-    """
-    device, num_rows = context_len_R.device, context_len_R.shape[0]
-    num_tiles = num_tokens // block_q + num_rows
-    starts_R = query_start_R1[:-1].long()
-    counts_R = query_start_R1[1:] - starts_R
-    ends_R = (-(-counts_R // block_q)).cumsum(0)
-    tile_X = torch.arange(num_tiles, device=device)
-    row_X = torch.searchsorted(ends_R, tile_X, right=True).clamp_(max=num_rows - 1)
-    first_X = (tile_X - ends_R[row_X]) * block_q + -(-counts_R // block_q)[row_X] * block_q
-    left_X = counts_R[row_X] - first_X
-    position_X = context_len_R[row_X] - left_X
-    keys_X = torch.minimum(position_X + block_q, context_len_R[row_X])
-    keys_X = torch.where(tile_X < ends_R[-1], keys_X, 0)
-    facts_X8 = torch.zeros((num_tiles + 1, 8), dtype=torch.int32, device=device)
-    keys_X, order_X = keys_X.sort(descending=True)
-    columns = (keys_X, *(x[order_X] for x in (position_X, starts_R[row_X] + first_X, left_X, row_X)))
-    facts_X8[:-1, :5] = torch.stack(columns, 1)
-    facts_X8[-1, 0] = ends_R[-1]
-    return facts_X8
-
-
 def hopper_attention(
     q_TNH: Tensor,
     k_cache_BSKH: Tensor,
@@ -329,7 +303,7 @@ def hopper_attention(
     kv_scales: tuple[float, float] = (1.0, 1.0),
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
-    """`prefill_attention` of the tiles that `plan_tiles` made for `block_q_of` these heads. Ask `takes` first."""
+    """`prefill_attention` of the tiles that `prompt_tiles` planned for `block_q_of` these heads. Ask `takes` first."""
     num_heads, head_size = q_TNH.shape[1:]
     block_size, num_kv_heads = k_cache_BSKH.shape[1:3]
     group = num_heads // num_kv_heads

@@ -307,11 +307,12 @@ def prefill_attention(
         hopper = _hopper_sizes(q_TNH, k_cache_BSKH, kind)
         if hopper is not None:
             from argosy.kernels import hopper_attention as special
+            from argosy.kernels import prompt_tiles
 
             block_q = special.block_q_of(q_TNH, k_cache_BSKH)
             scratch = {} if scratch is None else scratch
             if ("tiles", block_q) not in scratch:
-                scratch["tiles", block_q] = special.plan_tiles(query_start_R1, context_len_R, num_tokens, block_q)
+                scratch["tiles", block_q] = prompt_tiles.plan_tiles(query_start_R1, context_len_R, num_tokens, block_q)
             return special.hopper_attention(
                 q_TNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, scratch["tiles", block_q], out_TNH, scale=scale,
                 kv_scales=kv_scales, sizes=hopper,

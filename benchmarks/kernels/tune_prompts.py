@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from timing import microseconds
 from torch import Tensor
 
-from argosy.kernels import hopper_attention, prefill_attention, tuning
+from argosy.kernels import hopper_attention, prefill_attention, prompt_tiles, tuning
 
 Rows = list[tuple[int, int]]  # queries and context of each row
 BLOCK = 16
@@ -74,7 +74,7 @@ def ways(case: Case, sizes: list[dict[str, int]]) -> dict[str, Callable[[], Tens
     """Every way to attend, by its name."""
     scale = case.size**-0.5
     block_q = hopper_attention.block_q_of(case.q, case.k)
-    tiles = hopper_attention.plan_tiles(case.starts, case.lengths, len(case.q), block_q)
+    tiles = prompt_tiles.plan_tiles(case.starts, case.lengths, len(case.q), block_q)
     found: dict[str, Callable[[], Tensor]] = {
         "any GPU": lambda: prefill_attention.prefill_attention(
             *case.arguments, scale=scale, out_TNH=case.out, sizes=general_sizes(case)
