@@ -78,6 +78,9 @@ def make_report(cluster: SimulatedCluster, *, slo: Slo, request_seconds: float, 
         "prefix_hit_rate": sum(records.cached) / max(input_tokens, 1),
         "preemptions": sum(one.preemptions for one in metrics),
         "recomputed_tokens": sum(one.tokens_recomputed for one in metrics),
+        "swapped_preemptions": sum(one.preemptions_swapped for one in metrics),
+        "swapped_blocks": {way: sum(one.swap_blocks[way] for one in metrics) for way in ("out", "in")},
+        "host_tier_tokens": sum(one.host_hits for one in metrics),
         "steps": sum(replica.num_steps for replica in cluster.replicas),
         "load": [_sample_row(sample, before) for before, sample in zip([None, *cluster.samples], cluster.samples,
                                                                         strict=False)],
@@ -133,6 +136,10 @@ def report_lines(report: dict[str, Any]) -> Iterator[str]:
     yield (f"  KV: {report['kv_usage_peak']:.1%} used at most, {report['kv_waste']:.1%} of the slots held wasted, "
            f"{report['prefix_hit_rate']:.1%} of prompt tokens found cached")  # fmt: skip
     yield f"  {report['preemptions']:,} preemptions, {report['recomputed_tokens']:,} tokens computed again"
+    if any((blocks := report["swapped_blocks"]).values()):
+        found = f"{report['host_tier_tokens']:,} tokens of prompts were found there"
+        yield f"  {report['swapped_preemptions']:,} of them swapped"
+        yield f"  {blocks['out']:,} blocks went to host memory, {blocks['in']:,} came back; {found}"
     load = report["load"]
     if len(load) > 1:
         yield ""

@@ -69,6 +69,18 @@ def test_shared_prefixes_and_bursts(capsys: pytest.CaptureFixture[str]) -> None:
     assert 0.65 < json.loads(shown)["prefix_hit_rate"] < 0.75
 
 
+def test_a_host_tier_is_simulated(capsys: pytest.CaptureFixture[str]) -> None:
+    """More shared prefixes than a small cache holds: with `--swap-space` they come back from the host, and sooner."""
+    words = (*ONE, "--kv-cache-memory-bytes", str(2**31), "--requests", "60", "--prefixes", "12",
+             "--prefix-len", "2048", "--input-len", "2100", "--output-len", "16", "--lengths", "fixed", "--arrivals", "at-once")  # fmt: skip
+    again, swapped = (json.loads(run(capsys, *words, *more, "--json")[1]) for more in ((), ("--swap-space", "8")))
+    assert again["host_tier_tokens"] == again["swapped_blocks"]["in"] == 0
+    assert swapped["host_tier_tokens"] > 10_000
+    assert swapped["seconds"] < 0.8 * again["seconds"]
+    shown = run(capsys, *words, "--swap-space", "8")[1]
+    assert "blocks went to host memory" in shown
+
+
 def test_a_pipeline_shows_its_bubbles(capsys: pytest.CaptureFixture[str]) -> None:
     """Two stages under load are busy; the picture is drawn."""
     words = ("llama-3.1-8b", "--gpus", "2 x H100", "-pp", "2", "--replicas", "1", "--workload", "cpu64", "--json")
