@@ -71,8 +71,10 @@ def test_shared_prefixes_and_bursts(capsys: pytest.CaptureFixture[str]) -> None:
 
 def test_a_host_tier_is_simulated(capsys: pytest.CaptureFixture[str]) -> None:
     """More shared prefixes than a small cache holds: with `--swap-space` they come back from the host, and sooner."""
-    words = (*ONE, "--kv-cache-memory-bytes", str(2**31), "--requests", "60", "--prefixes", "12",
-             "--prefix-len", "2048", "--input-len", "2100", "--output-len", "16", "--lengths", "fixed", "--arrivals", "at-once")  # fmt: skip
+    words = (
+        *(*ONE, "--kv-cache-memory-bytes", str(2**31), "--requests", "60", "--prefixes", "12", "--prefix-len", "2048"),
+        *("--input-len", "2100", "--output-len", "16", "--lengths", "fixed", "--arrivals", "at-once"),
+    )
     again, swapped = (json.loads(run(capsys, *words, *more, "--json")[1]) for more in ((), ("--swap-space", "8")))
     assert again["host_tier_tokens"] == again["swapped_blocks"]["in"] == 0
     assert swapped["host_tier_tokens"] > 10_000
