@@ -21,6 +21,7 @@ import tempfile
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from hosts import Host, Hosts, kept_folders, missing_here, usual_path
 ROOT = Path(__file__).resolve().parents[2]
 READY = b"Argosy is ready"
 COMMAND_SECONDS = 240.0
-MAX_TOKENS = 24
+MAX_TOKENS, LONG_TOKENS = 24, 230
 PROMPTS = ["Return a list of", "The function", "What does len do?", "A class that holds"]
 
 
@@ -78,13 +79,14 @@ def run(words: list[str], environment: dict[str, str], log: Path) -> None:
         raise RuntimeError(f"{shlex.join(words)} ended with {done.returncode}:\n{log.read_text()[-4000:]}")
 
 
-def ask(address: str, prompt: str) -> dict[str, Any]:
+def ask(address: str, prompt: str, **more: Any) -> dict[str, Any]:
     """One greedy completion."""
     body = {"model": "argosy-default", "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0, "logprobs": 1}
+    body |= more
     request = urllib.request.Request(
         f"{address}/v1/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
-    with urllib.request.urlopen(request, timeout=60) as answer:
+    with urllib.request.urlopen(request, timeout=120) as answer:
         found: dict[str, Any] = json.load(answer)
     return found["choices"][0]
 
@@ -134,11 +136,37 @@ def actors_of(host: Host) -> str:
     return host.enter("pgrep -af 'ray::(DriverActor|WorkerActor)'", check=False).stdout
 
 
+def answers_under_losses(address: str, hosts: Hosts) -> bool:
+    """Whether long answers are the same while a driver, and then a rank of the last host, is killed under them."""
+
+    def all_long() -> list[str]:
+        with ThreadPoolExecutor(len(PROMPTS)) as pool:
+            asked = [pool.submit(ask, address, prompt, max_tokens=LONG_TOKENS, ignore_eos=True) for prompt in PROMPTS]
+            return [one.result()["text"] for one in asked]
+
+    whole, same = all_long(), True
+    for host, kind in ((hosts.all[0], "DriverActor"), (hosts.all[-1], "WorkerActor")):
+        with ThreadPoolExecutor(1) as pool:
+            disturbed = pool.submit(all_long)
+            time.sleep(0.5)
+            host.enter(f"pgrep -f 'ray::{kind}' | head -n 1 | xargs kill -9")
+            was_early = not disturbed.done()
+            began = time.monotonic()
+            found = disturbed.result() == whole
+            print(
+                f"{time.monotonic() - began:7.1f} s  answers ended after kill -9 of a {kind}; the same: {found}",
+                flush=True,
+            )
+            same = same and found and was_early
+    return same
+
+
 def main() -> int:
     """See above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--hosts", type=int, default=2, help="default: %(default)s")
     parser.add_argument("--flags", default=None, help="of 'argosy serve' (default: a stage on each host)")
+    parser.add_argument("--kill", action="store_true", help="kill a driver and a rank under long answers, as well")
     parser.add_argument("--keep", action="store_true", help="leave all running, to look at (hosts.py --name ... down)")
     args = parser.parse_args()
     if why := missing_here():
@@ -186,6 +214,8 @@ def main() -> int:
                 )
                 print(f"first token {result['first_token_seconds']} s after the first command; {result['layout']}")
                 print(f"ranks on each host: {result['ranks']}")
+                if args.kill:
+                    result["same_under_losses"] = answers_under_losses(address, hosts)
             with timer("Ctrl-C, until no driver and no rank is left"):
                 wait_for(lambda: not any(actors_of(host) for host in hosts.all), 60, "the end of drivers and ranks")
             with timer("ray down -y ray_cluster.yaml"):
@@ -201,7 +231,7 @@ def main() -> int:
     with timer("the same on one host"):
         same = on_one_host() == result["answers"]
     print(json.dumps({**result, "same_tokens_as_one_host": same, "seconds": timer.seconds}))
-    return 0 if same else 1
+    return 0 if same and result.get("same_under_losses", True) else 1
 
 
 def on_one_host() -> list[list[str]]:
