@@ -20,6 +20,7 @@ NUM_TOKENS = 20
 WINDOW = {"sliding_window": 7}
 SIX = SMALL | {"num_hidden_layers": 6}
 MIXED = ["sliding_attention"] * 2 + ["full_attention"]
+NUM_HOST_BLOCKS = 400
 CASES: dict[str, tuple[Case, tuple[int, ...]]] = {
     "mistral": (Case("MistralConfig", "MistralForCausalLM", SMALL | WINDOW | {"head_dim": 16}), (7,)),
     "phi3": (Case("Phi3Config", "Phi3ForCausalLM", SMALL | WINDOW | {"pad_token_id": 0}), (7,)),
@@ -89,10 +90,10 @@ def ask_all(run: Run, *, n: int = 1, preempts: bool = False) -> list[list[int]]:
 def test_one_rank_says_what_transformers_says(
     name: str, settings: dict[str, object], families: dict[str, tuple[Path, list[list[int]]]]
 ) -> None:
-    """In chunks, over prefix hits, with n = 3, then in a pool that forces preemption."""
+    """In chunks, over prefix hits, with n = 3, then in a pool that forces preemption: computed anew, then swapped."""
     folder, expected = families[name]
     config = make_config(folder, **settings)
-    rank = InProcessRank(config, 256)
+    rank = InProcessRank(config, 256, NUM_HOST_BLOCKS)
     run = Run(rank, config, 256)
     assert run.groups.windows == CASES[name][1]
     assert ask_all(run) == expected
@@ -102,10 +103,12 @@ def test_one_rank_says_what_transformers_says(
     assert ask_all(run, n=3) == [answer for answer in expected for _ in range(3)]
     assert run.metrics.block_copies >= run.groups.num_groups
     num_blocks = run.groups.num_blocks(81, 4) + 2
-    tight = Run(rank, config, num_blocks)
-    tight.scheduler._next_step_id = 1000
-    assert ask_all(tight, preempts=True) == expected
-    assert tight.metrics.preemptions > 0
+    for num_host_blocks in (0, NUM_HOST_BLOCKS):
+        tight = Run(rank, config, num_blocks, num_host_blocks=num_host_blocks)
+        tight.scheduler._next_step_id = 1000 + num_host_blocks * 10
+        assert ask_all(tight, preempts=True) == expected
+        assert tight.metrics.preemptions > 0
+        assert tight.metrics.preemptions_swapped == (tight.metrics.preemptions if num_host_blocks else 0)
 
 
 @pytest.mark.parametrize(("name", "in_chunks"), [(name, 16) for name in CASES] + [("gemma3", 250), ("mistral", 4)])
@@ -188,20 +191,24 @@ def test_every_layout_says_what_transformers_says(
     folder, expected = families[name]
     tp_size, pp_size = LAYOUTS[layout]
     config = make_config(folder, tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size)
-    ranks = _start(hosts, config, 256, tmp_path)
+    ranks = _start(hosts, config, 256, tmp_path, NUM_HOST_BLOCKS)
     run = Run(ranks, config, 256)
     assert {KVGroups(report.kv_windows) for report in ranks.reports} == {run.groups}
     assert ask_all(run) == expected
     assert ask_all(run, n=3) == [answer for answer in expected for _ in range(3)]
     assert run.metrics.prefix_hits > 60
-    tight = Run(ranks, config, run.groups.num_blocks(81, 4) + 2)
-    tight.scheduler._next_step_id = 1000
-    assert ask_all(tight, preempts=True) == expected
+    for num_host_blocks in (0, NUM_HOST_BLOCKS):
+        tight = Run(ranks, config, run.groups.num_blocks(81, 4) + 2, num_host_blocks=num_host_blocks)
+        tight.scheduler._next_step_id = 1000 + num_host_blocks * 10
+        assert ask_all(tight, preempts=True) == expected
+        assert bool(tight.metrics.swap_blocks["in"]) == bool(num_host_blocks)
     ranks.stop()
 
 
-def _start(hosts: RankHosts, config: ServingConfig, num_blocks: int, folder: Path) -> RemoteRanks:
+def _start(
+    hosts: RankHosts, config: ServingConfig, num_blocks: int, folder: Path, num_host_blocks: int = 0
+) -> RemoteRanks:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    return RemoteRanks(hosts, config, num_blocks, folder, f"127.0.0.1:{port}")
+    return RemoteRanks(hosts, config, num_blocks, folder, f"127.0.0.1:{port}", num_host_blocks)
