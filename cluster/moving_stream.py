@@ -19,7 +19,7 @@ from argosy.cluster.protocol.sampling import FinishReason, TokenParams
 # what a driver says of all its requests when it can't go on: another one can
 _GAVE_UP: Final = frozenset(
     ("worker_lost", "worker_failed", "startup_timeout", "placement_impossible", "preflight_failed", "cluster_error",
-     "channel_closed", "serving_error")
+     "channel_closed", "serving_error", "weight_error", "unsupported_model", "config_error")
 )  # fmt: skip
 _LOST: Final = (FinishReason.LOST, FinishReason.ERROR)
 

@@ -209,6 +209,7 @@ class ReplicaClient:
             return
         try:
             replica.hear(await replica.client.stats(_ANSWER_SECONDS))
+            replica.gave_up = replica.gave_up and not replica.is_healthy
         except ServingError:
             replica.is_healthy = False
 

@@ -172,6 +172,31 @@ def test_a_wait_without_a_replica_has_an_end(make_driver: Callable[[str], Runnin
     as_edge(drivers, body, patience=1.5)
 
 
+def test_a_replica_that_says_it_gave_up_is_left_at_once(make_driver: Callable[[str], Running]) -> None:
+    """Its connection still stands for a moment; what it worked on goes on elsewhere, and nothing new is sent there."""
+    drivers = [make_driver("a"), make_driver("b")]
+
+    async def body(client: ReplicaClient) -> None:
+        stream = client.submit(PROMPT, TokenParams(max_tokens=1500))
+        before = await some(stream, 5)
+        source = stream._source
+        assert source is not None
+        source.push(
+            TokenDelta(
+                stream_id=source.stream_id, index=0, token_ids=(), finish_reason=FinishReason.ERROR,
+                error_code="worker_failed", error_message="three groups in a row did not come up", error_status=503,
+            )
+        )  # fmt: skip
+        after = await rest(stream)
+        assert tokens(before + after) == expected(7, 3, 1500)
+        assert after[-1].num_recoveries == 1
+        assert client.num_open == 1
+        await client.look()  # it answers, and is well: what it said was not the end of it
+        assert client.num_open == 2
+
+    as_edge(drivers, body)
+
+
 def test_a_request_that_was_there_too_often_is_lost(make_driver: Callable[[str], Running]) -> None:
     """It may be what kills them: with its moves used up, the others are spared."""
     drivers = [make_driver("a"), make_driver("b")]
