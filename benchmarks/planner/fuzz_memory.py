@@ -161,7 +161,7 @@ def _check_rank(spec: Any, serving: Serving, layout: Layout, plan: PlacementPlan
     weights = [parameter.nbytes for parameter in model.parameters()]
     assert sum(weights) == memory.weight_bytes, (sum(weights), memory.weight_bytes)
     blocks = layout.num_blocks
-    block_bytes = KVCache.block_bytes(spec, rank, serving.block_size, DTYPES[spec.dtype])
+    block_bytes = KVCache.block_bytes(spec, rank, serving.block_size, DTYPES[spec.dtype], groups=serving.groups)
     assert block_bytes == memory.block_bytes, (block_bytes, memory.block_bytes)
     allocator = Allocator()
     for size in weights:

@@ -137,3 +137,25 @@ def test_ray_s_ranks_know_no_card_s_number() -> None:
     started = [rank for replica in report.plan.replicas for rank in ranks_as_ray_starts_them(replica)]
     assert [rank.gpu for rank in started] == [None] * 4
     assert [rank.node for rank in started] == ["n"] * 4
+
+
+@pytest.mark.parametrize(("free", "caps", "is_uneven"), [((140, 70), [], True), ((140, 140), [0, 70], True),
+                                                         ((140, 138), [], False)])  # fmt: skip
+def test_stages_of_unequal_room_are_split_by_it(free: tuple[int, int], caps: list[int], is_uneven: bool) -> None:
+    """`argosy serve -pp 2` on two nodes with a card each: of what is free, or of what the settings allow."""
+    nodes = [
+        {"name": name, "gpus": [{"model": "H200", "count": 1, "free_gib": gib}]}
+        for name, gib in zip("ab", free, strict=True)
+    ]
+    topology = parse_topology({"nodes": nodes})
+    wanted = config(pipeline_parallel_size=2, stage_memory_gb=caps, layout="given", device="cuda", max_num_seqs=1 << 20,
+                    max_num_batched_tokens=1 << 20)  # fmt: skip
+    offers = [Offer(node_id=name, address=name, total={"GPU": 1.0}, free={"GPU": 1.0}) for name in "ab"]
+    facts = {name: msgspec.structs.replace(SOUND, address=name) for name in "ab"}
+    notes: list[str] = []
+    inspection = Inspection(nodes=facts, ray_memory=dict.fromkeys("ab", 8 << 30))
+    (plan,) = choose_layout(wanted, topology, inspection, offers, notes.append).plans
+    first, second = plan.layer_counts
+    assert (first > second) == is_uneven
+    assert any("unequal room" in note for note in notes) == is_uneven
+    assert {rank.node for rank in plan.ranks} == {"a", "b"}
