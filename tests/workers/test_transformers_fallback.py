@@ -8,7 +8,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 from family_cases import FALLBACKS, REFUSED, make_checkpoint, num_layers_of
-from family_harness import CPU, WAYS, Harness
+from family_harness import CPU, PARTED_WAYS, WAYS, Harness, run_layouts
 
 from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel
 from argosy.placement.plan import make_plan
@@ -57,8 +57,31 @@ def test_an_attention_that_is_not_what_it_seems_is_found_before_anything_is_serv
         served(tmp_path, "arcee")
 
 
-def test_one_rank_only(tmp_path: Path) -> None:
-    """Somebody asks for two cards: told what to do instead, before anything is loaded."""
+def test_two_stages(tmp_path: Path) -> None:
+    """A model that no card holds: layers whose output is a tensor or a tuple, windows, experts, scaled embeddings."""
+    models = []
+    for name in ("gpt bigcode", "glm4", "minimax m2", "nemotron", "helium"):
+        folder = tmp_path / name.split()[0]
+        make_checkpoint(folder, name)
+        models.append((name, str(folder), num_layers_of(name), None))
+    for rank in run_layouts({"PP2": models}, tmp_path)[:2]:
+        assert len(rank) == len(models) * len(PARTED_WAYS)
+        assert max(rank.values()) < CLOSE, rank
+
+
+def test_a_stage_holds_its_own_layers_alone(tmp_path: Path) -> None:
+    """The others' weights are let go of before anything comes to the device."""
+    make_checkpoint(tmp_path, "arcee")
+    whole = sum(parameter.numel() for parameter in served(tmp_path, "arcee").model.inner.model.layers.parameters())
+    own = []
+    for rank in make_plan(3, 1, 2).ranks:
+        model = Harness(tmp_path, rank, ParallelContext(rank, CPU, 1.0)).model
+        own.append(sum(parameter.numel() for parameter in model.inner.model.layers.parameters()))
+    assert [round(3 * count / whole) for count in own] in ([1, 2], [2, 1])
+
+
+def test_no_groups_of_ranks(tmp_path: Path) -> None:
+    """Somebody asks for a group of two cards: told what to do instead, before anything is loaded."""
     make_checkpoint(tmp_path, "arcee")
     rank = make_plan(3, 2, 1).ranks[0]
     with pytest.raises(ConfigError, match=r"ArceeForCausalLM.*data_parallel_size"):

@@ -1,12 +1,13 @@
 """Any other decoder that transformers knows: its own modules, with our paged attention through its attention interface.
 
-Correct first: one rank, no recorded graphs, weights as transformers loads them. What its modules would compute without
-our cache (recurrent states, chunked masks, biases of positions, an encoder) is refused by name before anything is
-served, and so is an architecture whose attention does not ask the interface. T = tokens, H = head size.
+Correct first: stages of whole layers, no recorded graphs, weights as transformers loads them. What its modules would
+compute without our cache (recurrent states, chunked masks, biases of positions, an encoder) is refused by name before
+anything is served, and so is an architecture whose attention does not ask the interface. T = tokens, H = head size.
 """
 
 import copy
 from collections.abc import Collection, Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -15,13 +16,14 @@ from torch import Tensor, nn
 
 from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel
 from argosy.cluster.protocol.model_spec import CONFIG_FILE, ModelSpec
-from argosy.placement.plan import RankInfo
+from argosy.placement.plan import RankInfo, make_plan
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.attention.base import AttentionBackend, AttentionMetadata, AttentionShape
 from argosy.workers.attention.torch_backend import TorchBackend
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.kv_cache import KVCache
 from argosy.workers.loading.names import NameTable
+from argosy.workers.models.strangers_stage import StrangersStage, layers_of
 from argosy.workers.quantization.base import Cut
 
 NAME = "argosy"  # of our attention in the interface
@@ -46,6 +48,7 @@ class _Bridge:
         self.ctx: ForwardContext | None = None
         self.positions_T: Tensor | None = None
         self.layers_seen: set[int] = set()
+        self.first_layer = 0  # whose cache is the first here
 
 
 class _Output:
@@ -72,7 +75,7 @@ class _Given(nn.Module):
 
 
 class TransformersFallback(nn.Module):
-    """A whole model of transformers' on one rank."""
+    """A model of transformers', or a stage of it."""
 
     NAMES = NameTable({})
     records_graphs = False  # modules of others may ask the device for values
@@ -81,10 +84,10 @@ class TransformersFallback(nn.Module):
         self, spec: ModelSpec, rank: RankInfo, parallel: ParallelContext, dtype: torch.dtype, device: torch.device
     ):
         super().__init__()
-        if rank.tp_size * rank.pp_size > 1:
+        if rank.tp_size > 1:
             raise ConfigError(
-                f"tensor_parallel_size={rank.tp_size}, pipeline_parallel_size={rank.pp_size}: {spec.architecture} runs "
-                "through transformers' own modules, on one rank only; use replicas (data_parallel_size) for more"
+                f"tensor_parallel_size={rank.tp_size}: {spec.architecture} runs through transformers' modules, which "
+                "can't be cut; use stages (pipeline_parallel_size) or replicas (data_parallel_size) for more"
             )
         self.spec, self.rank, self.parallel, self.dtype, self.device = spec, rank, parallel, dtype, device
         self._config = _read_config(spec)
@@ -92,6 +95,7 @@ class TransformersFallback(nn.Module):
         self.inner: Any = None
         self._head: Any = None
         self._given = _Given()
+        self._stage: StrangersStage | None = None  # None: all layers
 
     # ------------------------------------------------------------------------------------------------------ loading
 
@@ -114,13 +118,19 @@ class TransformersFallback(nn.Module):
             raise _refused(self.spec, "it has a list of attentions of its own") from error
         if not model._supports_attention_backend:
             raise _refused(self.spec, "its attention does not go through transformers' attention interface")
-        self.inner = model.to(self.device).eval().requires_grad_(False)
+        # several stages: there is memory for one of them on the device, so they are tried where the files were read
+        tried_on = self.device if self.rank.pp_size == 1 else torch.device("cpu")
+        self.inner = model.to(tried_on).eval().requires_grad_(False)
         for module in self.inner.modules():
             if hasattr(module, "layer_idx"):
                 module.argosy_bridge = self._bridge
         head = copy.copy(self.inner)
         head._modules = {**self.inner._modules, self.inner.base_model_prefix: self._given}
         self._head = (head,)  # in a tuple: its modules are counted where they live
+        self._try(tried_on)
+        if self._stage is not None:
+            self._stage.empty()
+            self.inner.to(self.device)
 
     def _load(self) -> Any:
         import transformers  # seconds of import: only for models that need it
@@ -133,44 +143,63 @@ class TransformersFallback(nn.Module):
             )
         return make.from_config(self._config, **options)
 
-    @torch.inference_mode()
     def finish(self, modules: Collection[nn.Module] | None = None) -> None:
-        """All is in shape: now it must answer as it does with transformers' own attention.
+        """All is in shape."""
+
+    @torch.inference_mode()
+    def _try(self, device: torch.device) -> None:
+        """It must answer as it does with transformers' own attention; then it is cut to this rank's stage.
 
         Raises `UnsupportedModel` when it doesn't: what an attention does beyond asking the interface we can't know.
         """
-        if modules is not None and self not in modules:
-            return
-        ids_T = torch.arange(1, CHECKED_TOKENS + 1, device=self.device) % self.spec.vocab_size
-        positions_T = torch.arange(CHECKED_TOKENS, device=self.device)
+        ids_T = torch.arange(1, CHECKED_TOKENS + 1, device=device) % self.spec.vocab_size
+        positions_T = torch.arange(CHECKED_TOKENS, device=device)
         self.inner.set_attn_implementation("eager")
         want_TV = self.inner(input_ids=ids_T[None], use_cache=False).logits[0, :, : self.spec.vocab_size].float()
         self.inner.set_attn_implementation(NAME)
-        cache = KVCache.allocate(self.spec, self.rank, 1, CHECKED_TOKENS, self.dtype, self.device)
-        middle, parts = CHECKED_TOKENS // 2, []
+        rank, self.rank = self.rank, make_plan(self.spec.num_layers, 1, 1).ranks[0]
+        cache = KVCache.allocate(self.spec, self.rank, 1, CHECKED_TOKENS, self.dtype, device)
+        ends = sorted({0, rank.first_layer, rank.last_layer, self.spec.num_layers})
+        layers = layers_of(self.inner, self.spec.num_layers) if rank.pp_size > 1 else None
+        if layers is None and rank.pp_size > 1:
+            raise _refused(self.spec, "its layers are no list that stages could share; use pipeline_parallel_size=1")
+        middle, parts, gives_tuple = CHECKED_TOKENS // 2, [], False
         for part in (slice(0, middle), slice(middle, CHECKED_TOKENS)):  # the second looks back on the first
-            hidden_TD = self.forward(ids_T[part], None, positions_T[part], self._trial(cache, part))
+            hidden_TD: Tensor | None = None
+            for first, last in pairwise(ends):
+                self._stage = None if layers is None else StrangersStage(layers, first, last)
+                ctx = self._trial(cache, part, device)
+                if self._stage is not None:
+                    self._stage.gives_tuple = gives_tuple
+                hidden_TD = self.forward(ids_T[part], hidden_TD, positions_T[part], ctx)
+                if self._stage is not None:
+                    gives_tuple = self._stage.gives_tuple
+                    self._stage.undo()
+            assert hidden_TD is not None
             parts.append(self.compute_logits(hidden_TD))
-        got_TV = torch.cat(parts)
-        errors_T = (got_TV - want_TV).norm(dim=-1) / want_TV.norm(dim=-1)
+        errors_T = (torch.cat(parts) - want_TV).norm(dim=-1) / want_TV.norm(dim=-1)
         worst = float(errors_T.median())  # a single token may have been given other experts by a rounding
         if not worst < (LARGEST_ERROR if self.dtype == torch.float32 else LARGEST_ERROR_OF_16_BITS):
             raise _refused(self.spec, f"its answers differ by {worst:.1%} with our attention in place of its own")
+        self.rank, self._stage = rank, None
+        if layers is not None:
+            self._stage = StrangersStage(layers, rank.first_layer, rank.last_layer)
+            self._stage.gives_tuple = gives_tuple
 
-    def _trial(self, cache: KVCache, tokens: slice) -> ForwardContext:
+    def _trial(self, cache: KVCache, tokens: slice, device: torch.device) -> ForwardContext:
         """Some tokens of one short prompt, in the one block that there is."""
         backend: AttentionBackend = TorchBackend()
-        if self.device.type == "cuda":
+        if device.type == "cuda":
             from argosy.workers.attention.triton_backend import TritonBackend  # Triton, which a CPU host has no need of
 
             backend = TritonBackend()
         count = tokens.stop - tokens.start
         metadata = AttentionMetadata(
             num_rows=1, num_decode_rows=0, max_query_len=count, max_context_len=tokens.stop,
-            query_start_R1=torch.tensor([0, count], dtype=torch.int32, device=self.device),
-            context_len_R=torch.tensor([tokens.stop], dtype=torch.int32, device=self.device),
-            block_table_RB=torch.zeros((1, 1), dtype=torch.int32, device=self.device),
-            slot_mapping_T=torch.arange(tokens.start, tokens.stop, device=self.device),
+            query_start_R1=torch.tensor([0, count], dtype=torch.int32, device=device),
+            context_len_R=torch.tensor([tokens.stop], dtype=torch.int32, device=device),
+            block_table_RB=torch.zeros((1, 1), dtype=torch.int32, device=device),
+            slot_mapping_T=torch.arange(tokens.start, tokens.stop, device=device),
         )  # fmt: skip
         return ForwardContext(backend, cache, metadata)
 
@@ -179,18 +208,23 @@ class TransformersFallback(nn.Module):
     def forward(
         self, token_ids_T: Tensor | None, hidden_TD: Tensor | None, positions_T: Tensor, ctx: ForwardContext
     ) -> Tensor:
-        """The final hidden state of each token, [T, D]."""
-        assert token_ids_T is not None
-        bridge = self._bridge
+        """[T, D]: the final hidden state of each token, or what the next stage gets."""
+        bridge, stage, rank = self._bridge, self._stage, self.rank
         bridge.ctx, bridge.positions_T = ctx, positions_T
+        first, last = (rank.first_layer, rank.last_layer) if stage is None else (stage.first, stage.last)
+        bridge.first_layer = rank.first_layer
         bridge.layers_seen.clear()
+        if stage is not None:
+            stage.given_TD = hidden_TD if first else None
+        if token_ids_T is None:  # their embedding is not looked at
+            token_ids_T = torch.zeros_like(positions_T)
         output = self.inner.base_model(
             input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False, return_dict=True
         )
         bridge.ctx = None
-        if len(bridge.layers_seen) != self.spec.num_layers:
-            raise _refused(self.spec, f"only {len(bridge.layers_seen)} of its {self.spec.num_layers} layers attend")
-        hidden: Tensor = output.last_hidden_state[0]
+        if len(bridge.layers_seen) != last - first:
+            raise _refused(self.spec, f"only {len(bridge.layers_seen)} of its {last - first} layers attend")
+        hidden: Tensor = output.last_hidden_state[0] if last == self.spec.num_layers else stage.made_TD  # type: ignore[union-attr]
         return hidden
 
     def compute_raw_logits(self, hidden_SD: Tensor) -> Tensor:
@@ -291,7 +325,8 @@ def _attend(
         sinks_N=s_aux,
     )
     qkv_TD = torch.cat((query[0], key[0], value[0])).transpose(0, 1).reshape(query.shape[2], -1)
-    cache = ctx.kv_cache.layers[layer]
-    out_TD = ctx.backend.forward(qkv_TD, bridge.positions_T, None, cache, ctx.metadata_of(layer), shape, None)
+    place = layer - bridge.first_layer
+    cache = ctx.kv_cache.layers[place]
+    out_TD = ctx.backend.forward(qkv_TD, bridge.positions_T, None, cache, ctx.metadata_of(place), shape, None)
     bridge.layers_seen.add(layer)
     return out_TD.view(1, -1, num_heads, size), None
