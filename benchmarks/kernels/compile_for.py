@@ -34,7 +34,6 @@ from argosy.kernels import (
     moe_packed,
     paged_attention,
     prefill_attention,
-    prompt_tiles,
     rotary,
     tuning,
 )
@@ -135,8 +134,6 @@ def prompts(report: Callable[..., None]) -> None:
         cache = torch.zeros(64, 16, kv_heads, size, dtype=BF16)
         tiles, table = torch.zeros(9, 8, dtype=torch.int32), torch.zeros(4, 16, dtype=torch.int32)
         out = torch.zeros(64, heads, size, dtype=BF16)
-        rows = torch.zeros(5, dtype=torch.int32)
-        report("plan of tiles", prompt_tiles.plan_tiles, rows, rows[1:], 64, 32)
         for block_l, stages, registers, fetch_registers in PROMPT_SIZES:
             sizes = {
                 "block_l": block_l, "stages": stages, "registers": registers, "fetch_registers": fetch_registers

@@ -9,7 +9,7 @@ import torch
 from argosy.kernels.prompt_tiles import plan_tiles
 
 
-@pytest.mark.parametrize("block_q", [7, 32])
+@pytest.mark.parametrize("block_q", [1, 18, 32, 64])
 def test_the_plan_has_each_query_once_and_long_tiles_first(block_q: int, device: torch.device) -> None:
     """Every token of every row lies in one tile, with the keys up to the last of its queries."""
     drawn = random.Random(block_q)
