@@ -51,6 +51,24 @@ class QuietOutcomes(Outcomes):
                 request.token_ids.append(TOKEN)
 
 
+def _most_shared(rows: Sequence[Request]) -> int:
+    """Blocks that need not be read again, where of all prefixes that rows have in common the one that saves most is."""
+    groups: dict[int, list[Sequence[int]]] = {}
+    for request in rows:
+        if request.block_ids:
+            groups.setdefault(request.block_ids[0], []).append(request.block_ids)
+    most = 0
+    for tables in groups.values():
+        if len(tables) > 1:
+            common = min(map(len, tables))
+            first = tables[0]
+            for table in tables:
+                if table[:common] != first[:common]:
+                    common = next(place for place in range(common) if table[place] != first[place])
+            most = max(most, (len(tables) - 1) * common)
+    return most
+
+
 class HostLink:
     """Copies between device and host, in virtual time: one after the other in each direction, beside the steps."""
 
@@ -80,7 +98,10 @@ class HostLink:
 
 
 class SimulatedReplica:
-    """A replica that takes requests and answers after virtual seconds. `leaps`: many plain steps at once."""
+    """A replica that takes requests and answers after virtual seconds. `leaps`: many plain steps at once.
+
+    `shared_reads`: which part of the reads of a prefix that decodes have in common is saved, where ranks read it once.
+    """
 
     def __init__(
         self,
@@ -93,7 +114,10 @@ class SimulatedReplica:
         leaps: bool = True,
         groups: KVGroups | None = None,
         swap: SwapCosts = NO_SWAP,
+        shared_reads: float = 0.0,
     ):
+        self._shared_reads = shared_reads if groups is None or groups.num_groups == 1 else 0.0
+        self._block_size = config.cache.block_size
         self.replica_id, self.num_blocks = replica_id, num_blocks
         self.clock, self.metrics = ManualClock(), Metrics()
         self.scheduler = Scheduler(config, self.clock, self.metrics)
@@ -198,6 +222,8 @@ class SimulatedReplica:
             context = self._last_context + num_decodes
         else:
             context = sum([request.boundary - request.countdown for request in rows[:num_decodes]])
+            if self._shared_reads and num_decodes == len(rows):  # steps with prompts read each row's own
+                context -= int(self._shared_reads * _most_shared(rows) * self._block_size)
         self._last_decodes, self._last_context = (rows, context) if num_decodes == len(rows) else ((), 0)
         tokens = pairs = 0
         if num_decodes < len(rows):

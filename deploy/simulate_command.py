@@ -135,6 +135,7 @@ def simulate(
             SimulatedReplica(
                 number, _config_of(config, layout), layout.num_blocks, _seconds_of(costs[key]),
                 num_stages=layout.pp_size, leaps=leaps, groups=report.serving.groups, swap=swap,
+                shared_reads=calibration.shared_reads,
             )
         )  # fmt: skip
     sample = max(expected_seconds / 120, 0.05)

@@ -24,6 +24,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     # arithmetic and memory
     weight_efficiency: float = 0.9  # of the memory's bandwidth, when weights are read
     kv_efficiency: float = 0.75  # the same for keys and values
+    shared_reads: float = 0.0  # of the reads of a prefix that decodes have in common, the part that is saved
     flops_efficiency: tuple[tuple[float, float], ...] = ((16.0, 0.5), (256.0, 0.65), (8192.0, 0.7))  # by tokens
     attention_efficiency: float = 0.35  # of the arithmetic, for prompts
     overlap: float = 3.0  # how reading and arithmetic hide each other: infinite is max(), 1 is their sum
