@@ -225,6 +225,7 @@ class StageBytes:
         rows = serving.max_num_seqs * spec.vocab_size * calibration.logit_bytes if is_last else 0.0
         kernels = 8 * (last_layer - first_layer) + 8
         graphs = calibration.num_graphs * kernels * GRAPH_BYTES_A_KERNEL
+        graphs += serving.groups.more_table_bytes(serving.max_num_seqs, serving.max_model_len, serving.block_size)
         return int(max(prompts, rows) + buffers + (rows + graphs if calibration.num_graphs else 0))
 
 

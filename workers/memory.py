@@ -311,6 +311,9 @@ def _measure_device(runner: ModelRunner, ledger: MemoryLedger) -> None:
         layers = runner.rank.last_layer - runner.rank.first_layer
         pool_bytes = min(peaks[-1], decode_bytes(runner, sizes[-1]))
         ledger.graph_bytes = reckon_graphs(2 * len(sizes), 8 * layers + 8, pool_bytes)
+        ledger.graph_bytes += runner.kv_groups.more_table_bytes(
+            runner.config.scheduler.max_num_seqs, runner.max_model_len, runner.config.cache.block_size
+        )
     reading = meter.read()
     ledger.room_bytes = cache_room(
         reading,

@@ -53,6 +53,10 @@ class KVGroups(msgspec.Struct, frozen=True):
         whole = -(-num_tokens // block_size)
         return sum(min(whole, window_blocks(window, block_size, chunk)) if window else whole for window in self.windows)
 
+    def more_table_bytes(self, num_rows: int, num_tokens: int, block_size: int) -> int:
+        """Bytes on a GPU of the tables of all groups but one, which recorded steps keep by request and by row."""
+        return (self.num_groups - 1) * 2 * num_rows * -(-num_tokens // block_size) * 4
+
     def most_blocks(self, num_sequences: int, num_tokens: int, block_size: int, step_tokens: int) -> int:
         """The most blocks that so many sequences of so many tokens can hold at once, a step computing `step_tokens`."""
         most = num_sequences * self.num_blocks(num_tokens, block_size)
