@@ -141,6 +141,11 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         """Raise `ConfigError` when heads or widths can't be divided over so many ranks."""
         if pp_size > self.num_layers:
             raise ConfigError(f"pipeline_parallel_size={pp_size} exceeds the model's {self.num_layers} layers")
+        if self.source and tp_size > 1:
+            raise ConfigError(
+                f"tensor_parallel_size={tp_size}: {self.architecture} runs through transformers' modules, which can't "
+                "be cut; use stages (pipeline_parallel_size) or replicas (data_parallel_size) for more"
+            )
         if self.moe is not None and self.moe.expert_parallel and self.moe.num_experts < tp_size:
             raise ConfigError(
                 f"tensor_parallel_size={tp_size} exceeds {CONFIG_FILE}'s num_experts={self.moe.num_experts}: with "

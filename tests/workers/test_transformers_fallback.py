@@ -11,6 +11,7 @@ from family_cases import FALLBACKS, REFUSED, make_checkpoint, num_layers_of
 from family_harness import CPU, PARTED_WAYS, WAYS, Harness, run_layouts
 
 from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel
+from argosy.placement.model_sources import read_model_shape
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext, init_parallel
 from argosy.workers.models import transformers_fallback
@@ -86,3 +87,5 @@ def test_no_groups_of_ranks(tmp_path: Path) -> None:
     rank = make_plan(3, 2, 1).ranks[0]
     with pytest.raises(ConfigError, match=r"ArceeForCausalLM.*data_parallel_size"):
         Harness(tmp_path, rank, ParallelContext(rank, CPU, 1.0))
+    shape = read_model_shape(tmp_path)
+    assert [shape.why_not_tp(tp_size) is None for tp_size in (1, 2)] == [True, False], "nor is one planned"

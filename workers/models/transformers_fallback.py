@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel
+from argosy.cluster.protocol.errors import UnsupportedModel
 from argosy.cluster.protocol.model_spec import CONFIG_FILE, ModelSpec
 from argosy.placement.plan import RankInfo, make_plan
 from argosy.placement.process_groups import ParallelContext
@@ -84,11 +84,7 @@ class TransformersFallback(nn.Module):
         self, spec: ModelSpec, rank: RankInfo, parallel: ParallelContext, dtype: torch.dtype, device: torch.device
     ):
         super().__init__()
-        if rank.tp_size > 1:
-            raise ConfigError(
-                f"tensor_parallel_size={rank.tp_size}: {spec.architecture} runs through transformers' modules, which "
-                "can't be cut; use stages (pipeline_parallel_size) or replicas (data_parallel_size) for more"
-            )
+        spec.check_layout(rank.tp_size, rank.pp_size)
         self.spec, self.rank, self.parallel, self.dtype, self.device = spec, rank, parallel, dtype, device
         self._config = _read_config(spec)
         self._bridge = _Bridge(spec)
