@@ -4,8 +4,9 @@ Meaning: `reference.prefill_attention` without window, soft cap, slopes or sinks
 Each multiprocessor keeps one program, which asks a counter for tiles of 128 lines (BLOCK_Q positions of the G heads of
 one key/value head, as in `prefill_attention`) until there are none. Its three groups of four warps:
 
-    fetch      finds the tile's row, copies queries, then keys and values from the edge of the triangle backwards, as
-               far ahead as the rings have room; of the next tile while the last one is still being multiplied
+    fetch      takes a tile of the step's plan (`prompt_tiles`), copies queries, then keys and values from the edge of
+               the triangle backwards, as far ahead as the rings have room; of the next tile while the last one is
+               still being multiplied
     attend x2  64 lines each: logits of a tile of keys, and the products of the weights before them with their values
                while these are being weighed. Two of them side by side: one multiplies while the other weighs
 
