@@ -10,6 +10,7 @@ import msgspec
 
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError
+from argosy.cluster.protocol.quant_spec import ONLINE
 from argosy.deploy import device_defaults
 from argosy.deploy.plan_svg import plan_svg
 from argosy.deploy.plan_text import describe_model, plan_json, plan_lines
@@ -113,7 +114,7 @@ def main(args: argparse.Namespace) -> int:
     if args.json:
         print(json.dumps(plan_json(report), indent=1))
     else:
-        print("\n".join(plan_lines(report, all_losers=args.all)))
+        print("\n".join(plan_lines(report, all_losers=args.all, given=serve_flags(args))))
     return 0
 
 
@@ -131,7 +132,7 @@ def topology_from(args: argparse.Namespace) -> ClusterTopology:
 def config_from(args: argparse.Namespace, shape: ModelShape, topology: ClusterTopology | None = None) -> ServingConfig:
     """The settings that the flags name, the others at their defaults: a step's size is what suits the cards."""
     given: dict[str, Any] = {name: getattr(args, name) for name in SERVING_FLAGS if getattr(args, name) is not None}
-    for name in ("cpu_offload_gb", "activation_offload_gb", "swap_space"):
+    for name in ("cpu_offload_gb", "activation_offload_gb", "swap_space", "kv_cache_dtype"):
         if name in given:
             given[name] = clean_setting(name, given[name])
     models = [gpu.model for node in topology.nodes for gpu in node.gpus] if topology is not None else []
@@ -143,6 +144,15 @@ def serving_from(args: argparse.Namespace, shape: ModelShape, topology: ClusterT
     """The settings that decide bytes, from the flags."""
     weight_format = format_by_name(args.quantization) if args.quantization else None
     return Serving.from_config(config_from(args, shape, topology), shape, weight_format)
+
+
+def serve_flags(args: argparse.Namespace) -> str:
+    """What was given here and `argosy serve` takes, too: the settings that a plan counts with."""
+    names = [name for name in SERVING_FLAGS if name not in ("enable_expert_parallel", "all2all_backend")]
+    if args.quantization in ONLINE:
+        names.append("quantization")
+    words = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names if getattr(args, name) is not None]
+    return " ".join(words)
 
 
 def calibration_from(args: argparse.Namespace) -> Calibration | None:

@@ -54,8 +54,8 @@ def describe_topology(topology: ClusterTopology) -> str:
     return "cluster: " + ", ".join(parts) + network
 
 
-def plan_lines(report: PlanReport, *, all_losers: bool = False) -> Iterator[str]:
-    """The whole answer of `argosy plan`."""
+def plan_lines(report: PlanReport, *, all_losers: bool = False, given: str = "") -> Iterator[str]:
+    """The whole answer of `argosy plan`. `given`: flags of `argosy serve` that it was planned with."""
     chosen, options = report.chosen, report.options
     yield describe_model(report.model, report.serving)
     yield describe_topology(report.topology)
@@ -90,6 +90,8 @@ def plan_lines(report: PlanReport, *, all_losers: bool = False) -> Iterator[str]
         yield f"  ... {len(report.losers) - len(shown)} more (--all shows them)"
     start = report.plan.settings()
     flags = f"-tp {start['tensor_parallel_size']} -pp {start['pipeline_parallel_size']}"
+    if len(chosen.replicas) > 1:
+        flags += f" -dp {len(chosen.replicas)}"
     even = make_plan(report.model.num_layers, 1, start["pipeline_parallel_size"]).layer_counts
     if start["pipeline_layers"] and start["pipeline_layers"] != even:
         flags += f" --pipeline-layers [{','.join(map(str, start['pipeline_layers']))}]"
@@ -98,18 +100,8 @@ def plan_lines(report: PlanReport, *, all_losers: bool = False) -> Iterator[str]
         moe = report.model.spec.moe
         if moe is not None and moe.all2all != "auto":
             flags += f" --all2all-backend {moe.all2all}"
-    if report.serving.offload_bytes != 0:
-        flags += f" --cpu-offload-gb {offload_word(report)}"
-    if report.serving.slice_tokens is not None:
-        flags += f" --max-num-batched-tokens {report.serving.max_num_batched_tokens} --activation-offload-gb auto"
     yield ""
-    yield f"the same by hand: argosy serve {report.model.name} {flags}"
-
-
-def offload_word(report: PlanReport) -> str:
-    """The value of --cpu-offload-gb that was planned with."""
-    asked = report.serving.offload_bytes
-    return "auto" if asked is None else f"{asked / 2**30:g}"
+    yield f"the same by hand: argosy serve {report.model.name} {flags} {given}".rstrip()
 
 
 def _draw_replica(place: int, replica: Layout, serving: Serving) -> Iterator[str]:

@@ -12,6 +12,7 @@ import msgspec
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.kv_groups import ONE_TABLE, KVGroups, kv_groups
 from argosy.cluster.protocol.model_spec import DTYPE_BYTES, KV_SCALE_BYTES, ModelSpec
+from argosy.cluster.protocol.quant_spec import OTHER_NAMES
 from argosy.placement.calibration import Calibration
 from argosy.placement.model_shape import Matrix, ModelShape
 from argosy.placement.swap_space import staging_bytes, swap_setting
@@ -61,7 +62,8 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
         `weight_format` None is the checkpoint's own, or what the setting `quantization` makes of plain weights.
         """
         if weight_format is None and shape.weight_format.bits == 16:
-            weight_format = FORMATS.get(config.model.quantization or "none")
+            wanted = config.model.quantization or "none"
+            weight_format = FORMATS.get(OTHER_NAMES.get(wanted, wanted))
         max_model_len = config.model.max_model_len or shape.spec.max_position
         dtype = shape.spec.dtype if config.model.dtype == "auto" else config.model.dtype
         kv_dtype = dtype if config.cache.kv_cache_dtype == "auto" else config.cache.kv_cache_dtype
@@ -322,11 +324,27 @@ def _matrix_bytes(shape: ModelShape, matrix: Matrix, serving: Serving, tp_size: 
     elif matrix.cut == "expert_row":
         num_in //= tp_size
     packs = matrix.quantised and (matrix.is_experts or not serving.weight_format.experts_only)
-    if matrix.is_experts and serving.weight_format.name in INT_FORMATS and shape.weight_format.bits < 16:
-        packs = False  # made plain when they are read
     weight_format = serving.weight_format if packs else _PLAIN
+    if packs and matrix.is_experts and shape.weight_format.bits == 16:
+        weight_format = _rounded_experts(
+            weight_format, num_out // 2 if matrix.cut == "expert_column" else num_out, num_in
+        )
+    elif packs and matrix.is_experts and weight_format.name in INT_FORMATS:
+        weight_format = _PLAIN  # made plain when they are read
     size = weight_format.matrix_bytes(num_out, num_in, serving.dtype_bytes)
     return count * (size + (bias_rows * serving.dtype_bytes if matrix.bias else 0))
+
+
+def _rounded_experts(asked: WeightFormat, num_out: int, num_in: int) -> WeightFormat:
+    """How experts of plain checkpoints are kept: in e4m3 by block, whatever was asked for, where blocks divide them.
+
+    GPTQ and AWQ stand for a checkpoint of such: its experts would be made plain when they are read.
+    """
+    block = FORMATS["fp8_block"]
+    sizes = block.block or (1, 1)
+    if asked.bits == 16 or asked.name in ("gptq", "awq") or num_out % sizes[0] or num_in % sizes[1]:
+        return _PLAIN
+    return block
 
 
 _PLAIN: Final = WeightFormat()

@@ -49,7 +49,9 @@ FORMATS: Final[Mapping[str, WeightFormat]] = {
     "fp8": WeightFormat(name="fp8", bits=8, row_scales=True),
     "fp8_per_tensor": WeightFormat(name="fp8_per_tensor", bits=8, row_scales=True),
     "fp8_block": WeightFormat(name="fp8_block", bits=8, block=(128, 128)),
-    "int8": WeightFormat(name="int8", bits=8, row_scales=True),
+    # rounded here: a scale and a zero of 16 bits for every 4 bits of a number's width
+    "int8": WeightFormat(name="int8", bits=8, group=128, scale_bytes=4, zero_bits=32),
+    "int4": WeightFormat(name="int4", bits=4, group=128, scale_bytes=2, zero_bits=16),
     "gptq": WeightFormat(name="gptq", bits=4, group=128, scale_bytes=2, zero_bits=4, order_bytes=4),
     "awq": WeightFormat(name="awq", bits=4, group=128, scale_bytes=2, zero_bits=4),
 }

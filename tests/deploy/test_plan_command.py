@@ -22,7 +22,7 @@ def test_a_plan_says_where_everything_goes_and_what_it_will_do(capsys: pytest.Ca
     assert code == 0
     for part in ("70.55 B parameters, 141.11 GB", "plan: 2 x TP2 x PP1, 4 of 4 devices", "layers 0-79", "H200 0,1",
                  "KV cache", "first token", "output tokens/s", "a million output tokens at 12.00 an hour",
-                 "why not another:", "% slower", "lacks", "argosy serve llama-3.1-70b -tp 2 -pp 1"):  # fmt: skip
+                 "why not another:", "% slower", "lacks", "argosy serve llama-3.1-70b -tp 2 -pp 1 -dp 2"):  # fmt: skip
         assert part in shown, part
     assert "█" in shown
 
@@ -96,3 +96,14 @@ def test_settings_change_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     assert blocks("--kv-cache-dtype", "int8") == pytest.approx(2 * 128 / 129 * plain, abs=2)
     assert blocks("--gpu-memory-utilization", "0.46") < plain / 2
     assert blocks("-q", "fp8") > plain
+
+
+def test_the_same_by_hand_is_all_that_was_planned_with(capsys: pytest.CaptureFixture[str]) -> None:
+    """Replicas, and each setting of `serve`, in any of its names; a format that only checkpoints have is none."""
+    words = ["--swap-space", "64", "--kv-cache-dtype", "int8_per_token_head", "--cpu-offload-gb", "2"]
+    _, shown, _ = run(capsys, "llama-3.1-8b", "--gpus", "2 x H200", "-tp", "1", "-q", "int4", *words)
+    line = shown.splitlines()[-1]
+    for part in ("-tp 1 -pp 1 -dp 2", "--swap-space 64", "--kv-cache-dtype int8", "--cpu-offload-gb 2", "int4"):
+        assert part in line, part
+    _, shown, _ = run(capsys, "llama-3.1-8b", "--gpus", "1 x H200", "-q", "awq")
+    assert shown.splitlines()[-1].endswith("argosy serve llama-3.1-8b -tp 1 -pp 1")

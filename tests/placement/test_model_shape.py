@@ -6,11 +6,12 @@ from pathlib import Path
 
 import pytest
 
+from argosy.cluster.protocol.config import ModelConfig, ServingConfig
 from argosy.cluster.protocol.errors import UnsupportedModel, WeightError
 from argosy.cluster.protocol.model_spec import kv_bytes_per_token
 from argosy.placement.model_sources import known_models, read_model_shape
 from argosy.placement.planner import make_serving
-from argosy.placement.rank_memory import StageBytes
+from argosy.placement.rank_memory import Serving, StageBytes
 from argosy.placement.weight_format import FORMATS, format_from_config
 
 # as their makers or the Hugging Face hub count them
@@ -83,6 +84,26 @@ def test_formats_count_their_scales() -> None:
     assert sizes["fp8_block"] == numbers + 4 * 32 * 32
     assert sizes["awq"] == numbers // 2 + 32 * 4096 * 2 + 32 * 4096 // 2
     assert sizes["gptq"] == sizes["awq"] + 4096 * 4
+    assert sizes["int4"] == numbers // 2 + 32 * 4096 * 4  # as `workers/quantization/int_weights.py` keeps them
+    assert sizes["int8"] == numbers + 32 * 4096 * 8
+
+
+def test_experts_that_are_rounded_are_counted_in_8_bits_whatever_was_asked() -> None:
+    """Mixtral's in e4m3 by block; those of GPTQ and AWQ are made plain, and sizes that blocks don't divide stay so."""
+    mixtral = read_model_shape("mixtral-8x7b-v0.1")
+    sizes = {
+        name: StageBytes(mixtral, make_serving(mixtral, quantization=name)).stage_bytes(1, 0, 32)
+        for name in ("none", "fp8", "int8", "int4", "awq")
+    }
+    experts = 32 * 8 * 3 * 4096 * 14336
+    assert all(experts < sizes[name] < 1.06 * experts for name in ("fp8", "int8", "int4")), sizes
+    assert min(sizes["none"], sizes["awq"]) > 2 * experts
+    asked = ServingConfig(model=ModelConfig(model="m", quantization="bitsandbytes"))  # as others call int8
+    assert StageBytes(mixtral, Serving.from_config(asked, mixtral)).stage_bytes(1, 0, 32) == sizes["int8"]
+    small = read_model_shape("qwen3-30b-a3b")  # experts of 768: a part of 96 on each of eight ranks
+    plain, fp8 = (StageBytes(small, make_serving(small, quantization=name)) for name in ("none", "fp8"))
+    assert fp8.stage_bytes(1, 0, 48) < 0.55 * plain.stage_bytes(1, 0, 48)
+    assert fp8.stage_bytes(8, 0, 48) > 0.9 * plain.stage_bytes(8, 0, 48)
 
 
 def test_formats_are_read_from_the_checkpoint() -> None:

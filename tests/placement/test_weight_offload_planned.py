@@ -103,14 +103,13 @@ def test_slices_bound_what_a_long_step_needs() -> None:
     assert any("slices of so many" in note and "1.07 GB of the host's memory" in note for note in report.notes)
 
 
-def test_the_plan_says_what_the_link_costs_and_how_to_start_it() -> None:
+def test_the_plan_says_what_the_link_costs() -> None:
     """A 13b model on a card of 24 GB, with what doesn't fit in the host's memory."""
     from argosy.deploy.plan_text import plan_json, plan_lines
 
     report = plan("llama-2-13b", "1 x A10G", cpu_offload_gb="auto")
     text = "\n".join(plan_lines(report))
     assert "live in the host's memory and are copied in every step: " in text
-    assert text.endswith("--cpu-offload-gb auto")
     (replica,) = plan_json(report)["replicas"]
     (stage,) = replica["stages"]
     assert stage["offloaded_bytes"] > stage["buffer_bytes"] > 0
