@@ -18,12 +18,16 @@ from argosy.kernels.packed_parts import BASE_BF16, BASE_FP16, fields, joined, pr
 
 @triton.jit
 def _fragments(
-    a, b, c, d, e, f, g, h, HALVES: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr, UNITS: tl.constexpr
+    a, b, c, d, e, f, g, h,
+    HALVES: tl.constexpr, SPLIT: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr, UNITS: tl.constexpr,
 ):  # fmt: skip
-    """[HALVES * SPLIT, 16 * TILES, columns of a group] in the order of inputs: only names of registers change."""
-    v = tl.reshape(joined(a, b, c, d, e, f, g, h), (SPLIT, TILES, UNITS, 8, 4, 2, 2, 2, 2, 2))
-    v = tl.permute(v, (5, 0, 1, 8, 3, 2, 9, 7, 4, 6)) if HALVES == 2 else tl.permute(v, (0, 1, 8, 3, 2, 5, 9, 7, 4, 6))
-    return tl.reshape(v, (HALVES * SPLIT, 16 * TILES, UNITS * 64 // HALVES))
+    """[HALVES * WIDE * SPLIT, 16 * TILES, columns of a group] in the order of inputs: only names of registers move."""
+    v = tl.reshape(joined(a, b, c, d, e, f, g, h), (SPLIT, TILES, WIDE, UNITS, 8, 4, 2, 2, 2, 2, 2))
+    if HALVES == 2:
+        v = tl.permute(v, (6, 2, 0, 1, 9, 4, 3, 10, 8, 5, 7))
+    else:
+        v = tl.permute(v, (2, 0, 1, 9, 4, 3, 6, 10, 8, 5, 7))
+    return tl.reshape(v, (HALVES * WIDE * SPLIT, 16 * TILES, UNITS * 64 // HALVES))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -31,19 +35,23 @@ def few_kernel(
     x_ptr, words_ptr, pairs_ptr, bias_ptr, residual_ptr, out_ptr,
     num_tokens, num_inputs, num_outputs, num_tiles, num_blocks, stride_x, stride_out,
     UNITS: tl.constexpr, HALVES: tl.constexpr, PLANES: tl.constexpr, HALF_SCALES: tl.constexpr,
-    SPLIT: tl.constexpr, TILES: tl.constexpr, TOKENS: tl.constexpr, AHEAD: tl.constexpr, STAGES: tl.constexpr,
-    EVEN: tl.constexpr,    BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr, PREFETCH: tl.constexpr,
-    EARLY: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    SPLIT: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, AHEAD: tl.constexpr,
+    STAGES: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
+    PREFETCH: tl.constexpr, EARLY: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A step is UNITS units, a block, of each of SPLIT warps; blocks are of one plane each."""
+    """A step is WIDE blocks, of UNITS units, of each of SPLIT warps; blocks are of one plane each.
+
+    Products of a group wait for each other; those of WIDE groups stand side by side.
+    """
     T: tl.constexpr = x_ptr.dtype.element_ty
     FP16: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
     BASE: tl.constexpr = BASE_FP16 if FP16 else BASE_BF16
     WIDTH: tl.constexpr = UNITS * 64
     GROUP: tl.constexpr = WIDTH // HALVES
-    steps = tl.cdiv(num_blocks, SPLIT)
-    piece = tl.arange(0, TILES * UNITS)
-    place = piece // UNITS
+    PARTS: tl.constexpr = HALVES * WIDE * SPLIT
+    steps = tl.cdiv(num_blocks, SPLIT * WIDE)
+    piece = tl.arange(0, TILES * WIDE * UNITS)
+    place = piece // (WIDE * UNITS)
     row = tl.arange(0, 16 * TILES)
     place_of_row = row // 16
     if GATED:  # in turn a tile of gates and that of their ups
@@ -56,20 +64,22 @@ def few_kernel(
         tile = tl.minimum(first + place, num_tiles - 1)
         tile_of_row = tl.minimum(first + place_of_row, num_tiles - 1)
     warp = tl.arange(0, SPLIT)
-    block = warp * steps
-    last_block = tl.minimum(block + steps, num_blocks)
-    unit = tile.to(tl.int64) * (num_blocks * UNITS) + piece % UNITS
+    block = warp * (steps * WIDE)
+    last_block = tl.minimum(block + steps * WIDE, num_blocks)
+    unit = tile.to(tl.int64) * (num_blocks * UNITS) + piece % (WIDE * UNITS)
+    own_block = block[:, None, None] + (piece // UNITS % WIDE)[None, :, None]
     here = words_ptr + ((unit[None, :, None] + (block * UNITS)[:, None, None]) * 128 + tl.arange(0, 128)[None, None, :])
-    group = tl.arange(0, HALVES * SPLIT)
-    group_warp = group % SPLIT
+    group = tl.arange(0, PARTS)
+    group_block = group % SPLIT * (steps * WIDE) + group // SPLIT % WIDE
+    group_half = group // (SPLIT * WIDE)
     pairs_here = pairs_ptr + (
-        (tile_of_row * (num_blocks * HALVES) * 16 + row % 16)[None, :] + (group // SPLIT * 16)[:, None]
+        (tile_of_row * (num_blocks * HALVES) * 16 + row % 16)[None, :] + (group_half * 16)[:, None]
     )
     token = tl.arange(0, TOKENS)
     present = (token < num_tokens)[None, None, :]
-    column = (group // SPLIT * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
-    ones = tl.full((HALVES * SPLIT, 16, GROUP), 1.0, T)
-    acc = tl.zeros((HALVES * SPLIT, 16 * TILES, TOKENS), tl.float32)
+    column = (group_half * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
+    ones = tl.full((PARTS, 16, GROUP), 1.0, T)
+    acc = tl.zeros((PARTS, 16 * TILES, TOKENS), tl.float32)
     if PREFETCH > 0:
         line = tl.minimum(
             (block * (UNITS * 4))[:, None] + tl.arange(0, PREFETCH)[None, :], num_blocks * (UNITS * 4) - 1
@@ -81,25 +91,26 @@ def few_kernel(
         row_of_tiles = own.to(tl.int64) * (num_blocks * UNITS * 128)
         prefetch(words_ptr + (row_of_tiles[:, None, None] + (line * 32)[None, :, :]))
     if AHEAD:
-        words = tl.load(here) if EVEN else tl.load(here, (block < num_blocks)[:, None, None], other=0)
+        words = tl.load(here) if EVEN else tl.load(here, own_block < num_blocks, other=0)
     if PDL:
         if EARLY:
             gdc_launch_dependents()
         gdc_wait()
     for i in tl.range(0, steps, num_stages=STAGES):
         if AHEAD:
-            latest = tl.load(here + (i + 1) * (UNITS * 128), (block + i + 1 < last_block)[:, None, None], other=0)
+            left = own_block + (i + 1) * WIDE < last_block[:, None, None]
+            latest = tl.load(here + (i + 1) * (WIDE * UNITS * 128), left, other=0)
         elif EVEN:
-            words = tl.load(here + i * (UNITS * 128))
+            words = tl.load(here + i * (WIDE * UNITS * 128))
         else:
-            words = tl.load(here + i * (UNITS * 128), (block + i < last_block)[:, None, None], other=0)
+            words = tl.load(here + i * (WIDE * UNITS * 128), own_block + i * WIDE < last_block[:, None, None], other=0)
         a, b, c, d, e, f, g, h = fields(words, FP16, ASM)
         # Both sides are the same. Joins right before a product make Triton choose an order of inputs that is not ours.
         if num_inputs > 0:
-            v = _fragments(a, b, c, d, e, f, g, h, HALVES, SPLIT, TILES, UNITS)
+            v = _fragments(a, b, c, d, e, f, g, h, HALVES, SPLIT, TILES, WIDE, UNITS)
         else:
-            v = _fragments(a, b, c, d, e, f, g, h, HALVES, SPLIT, TILES, UNITS)
-        at = group_warp * steps + i
+            v = _fragments(a, b, c, d, e, f, g, h, HALVES, SPLIT, TILES, WIDE, UNITS)
+        at = group_block + i * WIDE
         k = (at // PLANES * WIDTH)[:, None] + column
         if EVEN:
             x = tl.load(x_ptr + k[:, :, None] + token[None, None, :] * stride_x, present, other=0.0)
@@ -111,8 +122,8 @@ def few_kernel(
             pair = tl.load(pairs_here + (at * (HALVES * 16))[:, None], inside, other=0)
         part = tl.dot(v, x)
         total = tl.dot(ones, x)
-        total = tl.broadcast_to(total[:, None, :, :], (HALVES * SPLIT, TILES, 16, TOKENS))
-        total = tl.reshape(total, (HALVES * SPLIT, 16 * TILES, TOKENS))
+        total = tl.broadcast_to(total[:, None, :, :], (PARTS, TILES, 16, TOKENS))
+        total = tl.reshape(total, (PARTS, 16 * TILES, TOKENS))
         scale, zero = scale_of(pair, HALF_SCALES), zero_of(pair, HALF_SCALES)
         acc += scale[:, :, None] * (part - (zero + BASE)[:, :, None] * total)
         if AHEAD:

@@ -11,13 +11,11 @@ import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels.packed_parts import (
-    BASE_BF16,
-    BASE_FP16,
-    fields,
     joined,
     made_fields,
     prefetch,
     scale_of,
+    settled,
     zero_of,
 )
 
@@ -27,6 +25,16 @@ def _rows(a, b, c, d, e, f, g, h, TILES: tl.constexpr, UNITS: tl.constexpr):
     """[16 * TILES, 64 * UNITS] in the order of inputs: only names of registers change."""
     v = tl.reshape(joined(a, b, c, d, e, f, g, h), (TILES, UNITS, 8, 4, 2, 2, 2, 2, 2))
     return tl.reshape(tl.permute(v, (0, 7, 2, 1, 4, 8, 6, 3, 5)), (16 * TILES, 64 * UNITS))
+
+
+@triton.jit
+def _rows_of_warps(
+    a, b, c, d, e, f, g, h, TILES: tl.constexpr, UNITS: tl.constexpr, WARPS: tl.constexpr
+):  # fmt: skip
+    """[WARPS, 16 * TILES / WARPS, 64 * UNITS]: a warp has each WARPS-th tile, as it has loaded them."""
+    v = tl.reshape(joined(a, b, c, d, e, f, g, h), (TILES // WARPS, WARPS, UNITS, 8, 4, 2, 2, 2, 2, 2))
+    v = tl.permute(v, (1, 0, 8, 3, 2, 5, 9, 7, 4, 6))
+    return tl.reshape(v, (WARPS, 16 * TILES // WARPS, 64 * UNITS))
 
 
 @triton.jit
@@ -53,14 +61,15 @@ def many_kernel(
     x_ptr, words_ptr, pairs_ptr, bias_ptr, out_ptr, part_ptr, counter_ptr,
     num_tokens, num_inputs, num_outputs, num_tiles, num_blocks, stride_x, stride_out,
     UNITS: tl.constexpr, HALVES: tl.constexpr, PLANES: tl.constexpr, HALF_SCALES: tl.constexpr,
-    TILES: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
+    TILES: tl.constexpr, WARPS: tl.constexpr, TOKENS: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
+    SYNC: tl.constexpr, EVEN: tl.constexpr,
     BIAS: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A step is a block of UNITS units, of one plane; a program has TILES tiles of rows and a piece of the blocks.
 
-    Every step's product is added to the sum by the ordinary units. Left to run on, it reads the registers of its left
-    side while the next step already makes new ones there: seen on an H200 as wrong sums where programs share a
-    multiprocessor. So scales may as well come in with that addition, in float32; but a group of 32 is half a step.
+    By warp groups (SYNC), every step's product is waited for. Left to run on, it reads the registers of its left side
+    while the next step already makes new ones there: seen on an H200 as wrong sums where programs share a
+    multiprocessor. The other way is products of a warp each, of TILES / WARPS tiles.
     """
     T: tl.constexpr = x_ptr.dtype.element_ty
     FP16: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
@@ -86,10 +95,7 @@ def many_kernel(
     column = tl.arange(0, WIDTH)
     x_here = x_ptr + tl.minimum(token, num_tokens - 1).to(tl.int64)[:, None] * stride_x + column[None, :]
     row = tl.arange(0, ROWS)
-    tile_of_row = tl.minimum(tl.program_id(1) * TILES + row // 16, num_tiles - 1).to(tl.int64)
-    scales_here = pairs_ptr + (tile_of_row * (num_blocks * HALVES * 16) + row % 16)
-    one = tl.where(num_inputs > 0, 1.0, 0.0)  # not known to be one when this is compiled
-    acc = tl.zeros((ROWS, TOKENS), tl.float32)
+    acc = tl.zeros((ROWS, TOKENS) if SYNC else (WARPS, ROWS // WARPS, TOKENS), tl.float32)
     if PREFETCH > 0:
         line = tl.minimum(begin * (UNITS * 4) + tl.arange(0, PREFETCH), end * (UNITS * 4) - 1)
         prefetch(words_ptr + ((tile * (num_blocks * UNITS * 128))[:, None] + (line * 32)[None, :]))
@@ -108,12 +114,20 @@ def many_kernel(
             x = tl.load(x_here + first, (first + column < num_inputs)[None, :], other=0.0)
         upper = _to_words(_as_activations(upper, FP16, HALF_SCALES), TILES, UNITS, TIMES)
         lower = _to_words(_as_activations(lower, FP16, HALF_SCALES), TILES, UNITS, TIMES)
-        a, b, c, d, e, f, g, h = made_fields(words, upper, lower, HALVES == 2, FP16, ASM)
-        made = tl.dot(_rows(a, b, c, d, e, f, g, h, TILES, UNITS), tl.trans(x))
-        if HALVES == 2:
-            acc += made * one
+        a, b, c, d, e, f, g, h = made_fields(words, upper, lower, True, FP16, ASM)
+        if SYNC:
+            acc = settled(tl.dot(_rows(a, b, c, d, e, f, g, h, TILES, UNITS), tl.trans(x), acc), ASM)
         else:
-            acc += made * scale_of(tl.load(scales_here + block * 16), HALF_SCALES)[:, None]
+            both = tl.broadcast_to(tl.trans(x)[None, :, :], (WARPS, WIDTH, TOKENS))
+            # as in `packed_few`: both sides are the same
+            if num_inputs > 0:
+                v = _rows_of_warps(a, b, c, d, e, f, g, h, TILES, UNITS, WARPS)
+            else:
+                v = _rows_of_warps(a, b, c, d, e, f, g, h, TILES, UNITS, WARPS)
+            acc = tl.dot(v, both, acc)
+    if not SYNC:
+        acc = tl.permute(tl.reshape(acc, (WARPS, TILES // WARPS, 16, TOKENS)), (1, 0, 2, 3))
+        acc = tl.reshape(acc, (ROWS, TOKENS))
     if PDL and not EARLY:
         gdc_launch_dependents()
     if SPLITS > 1:
@@ -139,14 +153,12 @@ def many_kernel(
 @triton.jit
 def unpack_kernel(
     words_ptr, pairs_ptr, out_ptr, num_inputs, num_tiles, num_blocks, first_tile, last_row, stride_out,
-    UNITS: tl.constexpr, HALVES: tl.constexpr, PLANES: tl.constexpr, HALF_SCALES: tl.constexpr, FP16: tl.constexpr,
-    TILES: tl.constexpr, ASM: tl.constexpr,
+    UNITS: tl.constexpr, HALVES: tl.constexpr, PLANES: tl.constexpr, HALF_SCALES: tl.constexpr, TILES: tl.constexpr,
+    ASM: tl.constexpr,
 ):  # fmt: skip
     """A block of columns of some tiles of rows in 16 bits: (q - zero) * scale, rounded as scales are, then as `out`."""
     WIDTH: tl.constexpr = UNITS * 64
-    ROWS: tl.constexpr = TILES * 16
-    S: tl.constexpr = tl.float16 if HALF_SCALES else tl.bfloat16
-    BASE: tl.constexpr = BASE_FP16 if FP16 else BASE_BF16
+    TIMES: tl.constexpr = 4 // HALVES
     place = tl.program_id(0) * TILES + tl.arange(0, TILES)
     tile = tl.minimum(first_tile + place, num_tiles - 1).to(tl.int64)
     block = tl.program_id(1) * PLANES
@@ -155,23 +167,36 @@ def unpack_kernel(
         ((tile * num_blocks + block)[:, None, None] * UNITS + unit[None, :, None]) * 128
         + tl.arange(0, 128)[None, None, :]
     )
-    row = tl.arange(0, ROWS)
-    tile_of_row = tl.minimum(first_tile + tl.program_id(0) * TILES + row // 16, num_tiles - 1).to(tl.int64)
-    column = tl.arange(0, WIDTH)
-    group = column // (WIDTH // HALVES)
+    word = tl.arange(0, 128 // TIMES)
     pairs_here = pairs_ptr + (
-        ((tile_of_row * num_blocks + block) * (HALVES * 16) + row % 16)[:, None] + (group * 16)[None, :]
+        ((tile * num_blocks + block) * (HALVES * 16))[:, None, None]
+        + unit[None, :, None] * 0
+        + (word % HALVES * 16 + word // (4 * HALVES))[None, None, :]
     )
-    pair = tl.load(pairs_here)
-    total = tl.zeros((ROWS, WIDTH), tl.float32)
-    for plane in tl.static_range(PLANES):
-        words = tl.load(words_here + plane * (UNITS * 128))
-        zero = zero_of(tl.load(pairs_here + plane * (HALVES * 16)), HALF_SCALES)
-        a, b, c, d, e, f, g, h = fields(words, FP16, ASM)
-        number = _rows(a, b, c, d, e, f, g, h, TILES, UNITS).to(tl.float32)
-        total += (number - BASE - zero) * (16**plane)
-    made = (total * scale_of(pair, HALF_SCALES)).to(S)
-    at_row = tl.program_id(0).to(tl.int64) * ROWS + row
-    at_column = tl.program_id(1) * WIDTH + column
+    upper = _to_words(tl.load(pairs_here), TILES, UNITS, TIMES)
+    lower = _to_words(tl.load(pairs_here + 8), TILES, UNITS, TIMES)
+    words = tl.load(words_here)
+    if PLANES == 1:
+        a, b, c, d, e, f, g, h = made_fields(words, upper, lower, True, HALF_SCALES, ASM)
+        made = _rows(a, b, c, d, e, f, g, h, TILES, UNITS)
+    else:  # the sum of both planes is rounded once: the high one is sixteen times as much, and all are whole numbers
+        a, b, c, d, e, f, g, h = made_fields(words, upper, lower, False, HALF_SCALES, ASM)
+        low = _rows(a, b, c, d, e, f, g, h, TILES, UNITS).to(tl.float32)
+        words = tl.load(words_here + UNITS * 128)
+        upper_high = _to_words(tl.load(pairs_here + HALVES * 16), TILES, UNITS, TIMES)
+        lower_high = _to_words(tl.load(pairs_here + HALVES * 16 + 8), TILES, UNITS, TIMES)
+        a, b, c, d, e, f, g, h = made_fields(words, upper_high, lower_high, False, HALF_SCALES, ASM)
+        high = _rows(a, b, c, d, e, f, g, h, TILES, UNITS).to(tl.float32)
+        row = tl.arange(0, TILES * 16)
+        group = tl.arange(0, WIDTH) // (WIDTH // HALVES)
+        own = tl.minimum(first_tile + tl.program_id(0) * TILES + row // 16, num_tiles - 1).to(tl.int64)
+        pair = tl.load(
+            pairs_ptr + ((own * num_blocks + block) * (HALVES * 16) + row % 16)[:, None] + (group * 16)[None, :]
+        )
+        S: tl.constexpr = tl.float16 if HALF_SCALES else tl.bfloat16
+        made = ((high * 16 + low) * scale_of(pair, HALF_SCALES)).to(S)
+    at_row = tl.program_id(0).to(tl.int64) * (TILES * 16) + tl.arange(0, TILES * 16)
+    at_column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     kept = (at_row < last_row)[:, None] & (at_column < num_inputs)[None, :]
-    tl.store(out_ptr + at_row[:, None] * stride_out + at_column[None, :], made.to(out_ptr.dtype.element_ty), kept)
+    out = out_ptr + at_row[:, None] * stride_out + at_column[None, :]
+    tl.store(out, made.to(out_ptr.dtype.element_ty), kept)

@@ -27,6 +27,17 @@ SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "dow
 TOKENS = (1, 8, 16, 32, 64, 128, 256)
 SAME = {2: 8, 4: 8}  # the same kernel, the same time
 AGAIN = {8: 1}  # sizes are the best of fewer tokens
+FEW_WAYS = [  # tiles, split, wide, ahead, stages
+    (1, 4, 1, 1, 3), (1, 4, 2, 1, 3), (1, 8, 2, 1, 3), (1, 8, 4, 1, 3), (2, 4, 1, 0, 4), (2, 4, 2, 0, 3),
+    (2, 4, 2, 1, 3), (2, 8, 1, 1, 3), (2, 8, 1, 0, 4), (2, 8, 2, 0, 3), (2, 8, 2, 1, 3),
+]  # fmt: skip
+MANY_WAYS = {  # tiles, warps, sync, tokens at once
+    16: [(8, 8, 0, 16)],
+    32: [(8, 8, 0, 32), (16, 8, 0, 32), (4, 4, 0, 32), (8, 4, 0, 32)],
+    64: [(8, 8, 0, 64), (16, 8, 0, 64), (4, 4, 0, 64)],
+    128: [(8, 8, 0, 128), (16, 8, 0, 64), (8, 8, 1, 128)],
+    256: [(8, 8, 1, 256), (8, 8, 1, 128), (8, 8, 0, 128)],
+}
 PROCESSES = 15
 LARGEST_ERROR = 4e-3  # of bf16 against float64
 
@@ -34,22 +45,15 @@ LARGEST_ERROR = 4e-3  # of bf16 against float64
 def sizes_for(tokens: int, name: str) -> Iterator[dict[str, int]]:
     """What is tried. A product that is gated needs two tiles of rows."""
     if tokens <= 16:
-        for (tiles, split), (ahead, stages), (early, prefetch) in itertools.product(
-            ((1, 4), (1, 8), (2, 4), (2, 8), (4, 4)), ((1, 3), (0, 4)), ((0, 0), (0, 32), (1, 32), (1, 128))
-        ):
-            if (tiles == 1 and name == "gate_up") or (tokens == 16 and (tiles == 4 or early != (prefetch > 0))):
-                continue
-            yield {"kernel": FEW, "tiles": tiles, "split": split, "ahead": ahead, "stages": stages, "early": early,
-                   "prefetch": prefetch}  # fmt: skip
-    if 8 < tokens <= 64:
-        for (tiles, warps), splits, stages, prefetch in itertools.product(((4, 4), (8, 8)), (1, 2, 4), (4,), (0, 64)):
-            yield {"kernel": MANY, "tiles": tiles, "tokens": max(16, tokens), "splits": splits, "stages": stages,
-                   "warps": warps, "prefetch": prefetch, "early": int(prefetch > 0)}  # fmt: skip
-    elif tokens > 64:
-        for (tiles, warps), at_once, splits, stages in itertools.product(((8, 8), (4, 4)), (64, 128), (1, 2, 4), (3,)):
-            yield {"kernel": MANY, "tiles": tiles, "tokens": at_once, "splits": splits, "stages": stages,
-                   "warps": warps, "prefetch": 0}  # fmt: skip
-    if tokens >= 64:
+        for (tiles, split, wide, ahead, stages), (early, prefetch) in itertools.product(FEW_WAYS, ((0, 0), (1, 32))):
+            if not (tiles == 1 and name == "gate_up") and not (tokens == 16 and early):
+                yield {"kernel": FEW, "tiles": tiles, "split": split, "wide": wide, "ahead": ahead, "stages": stages,
+                       "early": early, "prefetch": prefetch}  # fmt: skip
+    if tokens > 8:
+        for (tiles, warps, sync, at_once), splits in itertools.product(MANY_WAYS[tokens], (1, 2, 4)):
+            yield {"kernel": MANY, "tiles": tiles, "tokens": at_once, "splits": splits, "stages": 3, "warps": warps,
+                   "sync": sync}  # fmt: skip
+    if tokens > 64:
         yield {"kernel": SLICES, "slice_mb": 24}
         yield {"kernel": SLICES, "slice_mb": 256}
 

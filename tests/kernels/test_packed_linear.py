@@ -13,10 +13,11 @@ Near = Callable[[Tensor, Tensor], None]
 SHAPES = [(4, 128, 256, 24), (4, 32, 96, 5), (4, 64, 320, 17), (8, 128, 384, 9), (8, 32, 160, 33)]
 PACKED_ONLY = [(8, 16, 48, 33), (4, 8, 24, 3)]
 FEW = {"kernel": packed_linear.FEW, "tiles": 2, "split": 4, "ahead": 1}
-MANY = {"kernel": packed_linear.MANY, "tiles": 4, "tokens": 16, "splits": 2, "stages": 2, "warps": 4}
+MANY = {"kernel": packed_linear.MANY, "tiles": 4, "tokens": 16, "splits": 2, "stages": 2, "warps": 4, "sync": 1}
 WAYS = [
-    (1, FEW), (3, FEW | {"tiles": 1, "ahead": 0, "early": 1}), (9, FEW | {"split": 2}), (2, MANY), (19, MANY),
-    (19, MANY | {"splits": 1, "tiles": 8}), (19, {"kernel": packed_linear.SLICES}),
+    (1, FEW), (3, FEW | {"tiles": 1, "ahead": 0, "early": 1}), (9, FEW | {"split": 2, "wide": 2, "ahead": 0}),
+    (2, MANY), (19, MANY | {"sync": 0}), (19, MANY | {"sync": 0, "warps": 2, "splits": 1}),
+    (19, {"kernel": packed_linear.SLICES}),
 ]  # fmt: skip
 
 
