@@ -281,6 +281,14 @@ def _refuse_not_yet(written: str, name: str) -> None:
         raise ConfigError(f"{written} is not supported yet; leave it out")
 
 
+def _check_bits(name: str, value: object, given: Mapping[str, object]) -> None:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name}={value!r}: must be True or False")
+    for other in ("quantization", *_BITS):
+        if value and other != name and (asked := given.get(other)) not in (None, False, _BITS[name]):
+            raise ConfigError(f"{name}=True and {other}={asked!r} ask for different roundings; leave one out")
+
+
 def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
     """The settings from flat names, and which of the names have no effect. Raises `ConfigError`."""
     known: dict[str, object] = {}
@@ -293,6 +301,7 @@ def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
             take_hub_token(value)
             continue
         if name in _BITS:
+            _check_bits(name, value, given)
             if value:
                 known["quantization"] = _BITS[name]
         elif name in IGNORED:

@@ -118,6 +118,11 @@ def test_every_setting_has_a_flag_or_a_reason() -> None:
 def test_small_weights_by_the_names_that_users_bring() -> None:
     assert settings.config_from_kwargs("some/model", {"load_in_8bit": True}).model.quantization == "int8"
     assert settings.config_from_kwargs("some/model", {"load_in_4bit": False}).model.quantization is None
+    for second in ({"load_in_4bit": True}, {"quantization": "fp8"}):
+        with pytest.raises(ConfigError, match=r"load_in_.bit=True and .*leave one out"):
+            settings.config_from_kwargs("some/model", {"load_in_8bit": True, **second})
+    with pytest.raises(ConfigError, match="load_in_8bit='no': must be True or False"):
+        settings.config_from_kwargs("some/model", {"load_in_8bit": "no"})
     plain = {"architectures": ["LlamaForCausalLM"]}
     for name, method in (("bitsandbytes", "int8"), ("int4", "int4")):
         found = choose_quantization(plain, name)
