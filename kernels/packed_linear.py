@@ -56,13 +56,12 @@ def default_sizes(weight: PackedWeight, num_tokens: int, num_sms: int) -> dict[s
         return {"kernel": FEW, "tiles": per_program, "split": split, "ahead": 1, "prefetch": 32}
     if num_tokens > MANY_TOKENS:
         return {"kernel": SLICES}
-    if num_tokens > 128:
-        sync, stages, tokens = 1, 3, 256
-    else:
-        sync, stages, tokens = 0, 3, max(32, tuning.next_power_of_two(num_tokens))
-    programs = -(-tiles // 8) * -(-num_tokens // tokens)
+    few = num_tokens <= 64
+    per_program, tokens = (4, max(16, tuning.next_power_of_two(num_tokens))) if few else (8, 128)
+    programs = -(-tiles // per_program) * -(-num_tokens // tokens)
     splits = max(1, min(4, 2 * num_sms // programs))
-    return {"kernel": MANY, "tiles": 8, "tokens": tokens, "splits": splits, "stages": stages, "warps": 8, "sync": sync}
+    return {"kernel": MANY, "tiles": per_program, "tokens": tokens, "splits": splits, "stages": 4 if few else 3,
+            "warps": per_program, "prefetch": 0}  # fmt: skip
 
 
 def _sizes(weight: PackedWeight, num_tokens: int, device: torch.device) -> tuning.Sizes:
@@ -159,7 +158,7 @@ def _many(
         x_TI, words, weight.pairs_MKR2.view(torch.int32), out_TO if bias_O is None else bias_O, out_TO, part, counters,
         num_tokens, num_in, weight.num_outputs, words.shape[0], blocks, x_TI.stride(0), out_TO.stride(0),
         **_layout(weight), TILES=tiles, TOKENS=tokens, WARPS=sizes["warps"], SPLITS=splits,
-        STAGES=sizes["stages"], SYNC=bool(sizes.get("sync", 0)),
+        STAGES=sizes["stages"], SYNC=bool(sizes.get("sync", 1)),
         EVEN=num_in % block_of(weight.group) == 0, BIAS=bias_O is not None, EARLY=bool(sizes.get("early", 0)),
         PREFETCH=sizes.get("prefetch", 0) if ASSEMBLES else 0, num_warps=sizes["warps"], **tuning.overlap(x_TI.device),
     )  # fmt: skip
@@ -170,9 +169,9 @@ def unpack_rows(weight: PackedWeight, first: int, out_RI: Tensor) -> Tensor:
     """Rows of the weight from `first` (a multiple of 16) on in 16 bits, as many as `out_RI` has."""
     assert first % ROWS == 0
     words, blocks = weight.words_MUW, _blocks(weight)
-    unpack_kernel[(triton.cdiv(out_RI.shape[0], 4 * ROWS), blocks // weight.planes)](
+    unpack_kernel[(triton.cdiv(out_RI.shape[0], 2 * ROWS), blocks // weight.planes)](
         words, weight.pairs_MKR2.view(torch.int32), out_RI, weight.num_inputs, words.shape[0], blocks, first // ROWS,
-        out_RI.shape[0], out_RI.stride(0), **_layout(weight), TILES=4, num_warps=4,
+        out_RI.shape[0], out_RI.stride(0), **_layout(weight), FP16=out_RI.dtype == torch.float16, TILES=2, num_warps=4,
     )  # fmt: skip
     return out_RI
 

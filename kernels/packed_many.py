@@ -10,14 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from argosy.kernels.packed_parts import (
-    joined,
-    made_fields,
-    prefetch,
-    scale_of,
-    settled,
-    zero_of,
-)
+from argosy.kernels.packed_parts import BASE_BF16, BASE_FP16, fields, joined, made_fields, prefetch, scale_of, zero_of
 
 
 @triton.jit
@@ -67,9 +60,10 @@ def many_kernel(
 ):  # fmt: skip
     """A step is a block of UNITS units, of one plane; a program has TILES tiles of rows and a piece of the blocks.
 
-    By warp groups (SYNC), every step's product is waited for. Left to run on, it reads the registers of its left side
-    while the next step already makes new ones there: seen on an H200 as wrong sums where programs share a
-    multiprocessor. The other way is products of a warp each, of TILES / WARPS tiles.
+    By warp groups (SYNC), every step's product is added to the sum by the ordinary units. Left to run on, it reads the
+    registers of its left side while the next step already makes new ones there: seen on an H200 as wrong sums where
+    programs share a multiprocessor. So scales may as well come in with that addition, in float32; but a group of 32 is
+    half a step. The other way is products of a warp each, of TILES / WARPS tiles, with scales on the left side.
     """
     T: tl.constexpr = x_ptr.dtype.element_ty
     FP16: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
@@ -95,6 +89,9 @@ def many_kernel(
     column = tl.arange(0, WIDTH)
     x_here = x_ptr + tl.minimum(token, num_tokens - 1).to(tl.int64)[:, None] * stride_x + column[None, :]
     row = tl.arange(0, ROWS)
+    tile_of_row = tl.minimum(tl.program_id(1) * TILES + row // 16, num_tiles - 1).to(tl.int64)
+    scales_here = pairs_ptr + (tile_of_row * (num_blocks * HALVES * 16) + row % 16)
+    one = tl.where(num_inputs > 0, 1.0, 0.0)  # not known to be one when this is compiled
     acc = tl.zeros((ROWS, TOKENS) if SYNC else (WARPS, ROWS // WARPS, TOKENS), tl.float32)
     if PREFETCH > 0:
         line = tl.minimum(begin * (UNITS * 4) + tl.arange(0, PREFETCH), end * (UNITS * 4) - 1)
@@ -114,9 +111,13 @@ def many_kernel(
             x = tl.load(x_here + first, (first + column < num_inputs)[None, :], other=0.0)
         upper = _to_words(_as_activations(upper, FP16, HALF_SCALES), TILES, UNITS, TIMES)
         lower = _to_words(_as_activations(lower, FP16, HALF_SCALES), TILES, UNITS, TIMES)
-        a, b, c, d, e, f, g, h = made_fields(words, upper, lower, True, FP16, ASM)
+        a, b, c, d, e, f, g, h = made_fields(words, upper, lower, HALVES == 2 or not SYNC, FP16, ASM)
         if SYNC:
-            acc = settled(tl.dot(_rows(a, b, c, d, e, f, g, h, TILES, UNITS), tl.trans(x), acc), ASM)
+            made = tl.dot(_rows(a, b, c, d, e, f, g, h, TILES, UNITS), tl.trans(x))
+            if HALVES == 2:
+                acc += made * one
+            else:
+                acc += made * scale_of(tl.load(scales_here + block * 16), HALF_SCALES)[:, None]
         else:
             both = tl.broadcast_to(tl.trans(x)[None, :, :], (WARPS, WIDTH, TOKENS))
             # as in `packed_few`: both sides are the same
@@ -153,12 +154,14 @@ def many_kernel(
 @triton.jit
 def unpack_kernel(
     words_ptr, pairs_ptr, out_ptr, num_inputs, num_tiles, num_blocks, first_tile, last_row, stride_out,
-    UNITS: tl.constexpr, HALVES: tl.constexpr, PLANES: tl.constexpr, HALF_SCALES: tl.constexpr, TILES: tl.constexpr,
-    ASM: tl.constexpr,
+    UNITS: tl.constexpr, HALVES: tl.constexpr, PLANES: tl.constexpr, HALF_SCALES: tl.constexpr, FP16: tl.constexpr,
+    TILES: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
     """A block of columns of some tiles of rows in 16 bits: (q - zero) * scale, rounded as scales are, then as `out`."""
     WIDTH: tl.constexpr = UNITS * 64
-    TIMES: tl.constexpr = 4 // HALVES
+    ROWS: tl.constexpr = TILES * 16
+    S: tl.constexpr = tl.float16 if HALF_SCALES else tl.bfloat16
+    BASE: tl.constexpr = BASE_FP16 if FP16 else BASE_BF16
     place = tl.program_id(0) * TILES + tl.arange(0, TILES)
     tile = tl.minimum(first_tile + place, num_tiles - 1).to(tl.int64)
     block = tl.program_id(1) * PLANES
@@ -167,36 +170,23 @@ def unpack_kernel(
         ((tile * num_blocks + block)[:, None, None] * UNITS + unit[None, :, None]) * 128
         + tl.arange(0, 128)[None, None, :]
     )
-    word = tl.arange(0, 128 // TIMES)
+    row = tl.arange(0, ROWS)
+    tile_of_row = tl.minimum(first_tile + tl.program_id(0) * TILES + row // 16, num_tiles - 1).to(tl.int64)
+    column = tl.arange(0, WIDTH)
+    group = column // (WIDTH // HALVES)
     pairs_here = pairs_ptr + (
-        ((tile * num_blocks + block) * (HALVES * 16))[:, None, None]
-        + unit[None, :, None] * 0
-        + (word % HALVES * 16 + word // (4 * HALVES))[None, None, :]
+        ((tile_of_row * num_blocks + block) * (HALVES * 16) + row % 16)[:, None] + (group * 16)[None, :]
     )
-    upper = _to_words(tl.load(pairs_here), TILES, UNITS, TIMES)
-    lower = _to_words(tl.load(pairs_here + 8), TILES, UNITS, TIMES)
-    words = tl.load(words_here)
-    if PLANES == 1:
-        a, b, c, d, e, f, g, h = made_fields(words, upper, lower, True, HALF_SCALES, ASM)
-        made = _rows(a, b, c, d, e, f, g, h, TILES, UNITS)
-    else:  # the sum of both planes is rounded once: the high one is sixteen times as much, and all are whole numbers
-        a, b, c, d, e, f, g, h = made_fields(words, upper, lower, False, HALF_SCALES, ASM)
-        low = _rows(a, b, c, d, e, f, g, h, TILES, UNITS).to(tl.float32)
-        words = tl.load(words_here + UNITS * 128)
-        upper_high = _to_words(tl.load(pairs_here + HALVES * 16), TILES, UNITS, TIMES)
-        lower_high = _to_words(tl.load(pairs_here + HALVES * 16 + 8), TILES, UNITS, TIMES)
-        a, b, c, d, e, f, g, h = made_fields(words, upper_high, lower_high, False, HALF_SCALES, ASM)
-        high = _rows(a, b, c, d, e, f, g, h, TILES, UNITS).to(tl.float32)
-        row = tl.arange(0, TILES * 16)
-        group = tl.arange(0, WIDTH) // (WIDTH // HALVES)
-        own = tl.minimum(first_tile + tl.program_id(0) * TILES + row // 16, num_tiles - 1).to(tl.int64)
-        pair = tl.load(
-            pairs_ptr + ((own * num_blocks + block) * (HALVES * 16) + row % 16)[:, None] + (group * 16)[None, :]
-        )
-        S: tl.constexpr = tl.float16 if HALF_SCALES else tl.bfloat16
-        made = ((high * 16 + low) * scale_of(pair, HALF_SCALES)).to(S)
-    at_row = tl.program_id(0).to(tl.int64) * (TILES * 16) + tl.arange(0, TILES * 16)
-    at_column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
+    pair = tl.load(pairs_here)
+    total = tl.zeros((ROWS, WIDTH), tl.float32)
+    for plane in tl.static_range(PLANES):
+        words = tl.load(words_here + plane * (UNITS * 128))
+        zero = zero_of(tl.load(pairs_here + plane * (HALVES * 16)), HALF_SCALES)
+        a, b, c, d, e, f, g, h = fields(words, FP16, ASM)
+        number = _rows(a, b, c, d, e, f, g, h, TILES, UNITS).to(tl.float32)
+        total += (number - BASE - zero) * (16**plane)
+    made = (total * scale_of(pair, HALF_SCALES)).to(S)
+    at_row = tl.program_id(0).to(tl.int64) * ROWS + row
+    at_column = tl.program_id(1) * WIDTH + column
     kept = (at_row < last_row)[:, None] & (at_column < num_inputs)[None, :]
-    out = out_ptr + at_row[:, None] * stride_out + at_column[None, :]
-    tl.store(out, made.to(out_ptr.dtype.element_ty), kept)
+    tl.store(out_ptr + at_row[:, None] * stride_out + at_column[None, :], made.to(out_ptr.dtype.element_ty), kept)

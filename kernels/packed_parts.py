@@ -144,15 +144,6 @@ def made_fields(words, upper, lower, SCALED: tl.constexpr, FP16: tl.constexpr, A
 
 
 @triton.jit
-def settled(acc, ASM: tl.constexpr):
-    """The same numbers; the compiler does not know that, and must have them before it goes on."""
-    if ASM:
-        return tl.inline_asm_elementwise("// $0 $1", "=f,0", [acc], dtype=tl.float32, is_pure=True, pack=1)
-    else:
-        return acc
-
-
-@triton.jit
 def prefetch(ptr):
     """Ask for the 128 bytes at each place into the second-level cache."""
     tl.inline_asm_elementwise(
