@@ -48,6 +48,7 @@ class Variant(NamedTuple):
     kv_dtype: torch.dtype | None = None
     kv_scaled: bool = False  # with a scale for each token and head; int8 always has them
     one_by_one: bool = False
+    folder: str | None = None  # a checkpoint of the same model in another format
 
 
 def variants(names: list[str], device: torch.device) -> list[Variant]:
@@ -77,6 +78,7 @@ class Scored(NamedTuple):
 
 def score(folder: str, variant: Variant, ids: list[int], args: argparse.Namespace, device: torch.device) -> Scored:
     """Run the text through one variant; a step of all tokens, or of one each for the last `--one-by-one` of them."""
+    folder = variant.folder or folder
     spec = read_model_spec(folder, None, variant.quantization)
     rank = make_plan(spec.num_layers, 1, 1).ranks[0]
     dtype = TORCH_DTYPES[args.dtype]
@@ -139,6 +141,8 @@ def main() -> int:
     parser.add_argument("--model", default=str(DEFAULT_MODEL), help="a model folder")
     parser.add_argument("--shape", choices=sorted(GPU_SHAPES), help="random weights of this shape instead")
     parser.add_argument("--quantization", nargs="+", default=["fp8", "fp8_per_tensor", "fp8_block"])
+    parser.add_argument("--packed", nargs="+", default=[], help="folders of the same model (see write_quantized.py)")
+    parser.add_argument("--only-packed", action="store_true", help="these alone")
     parser.add_argument("--dtype", default="bfloat16", choices=sorted(TORCH_DTYPES))
     parser.add_argument("--tokens", type=int, default=512, help="length of the text")
     parser.add_argument("--one-by-one", type=int, default=64, help="last tokens that such variants run in steps of one")
@@ -161,7 +165,8 @@ def main() -> int:
         plain = score(folder, Variant("plain"), ids, args, device)
         about = {"model": name, "dtype": args.dtype, "device": device_name, "tokens": len(ids)}
         rows = []
-        for variant in variants(args.quantization, device):
+        packed = [Variant(Path(other).name, folder=other) for other in args.packed]
+        for variant in packed if args.only_packed else [*variants(args.quantization, device), *packed]:
             scored = score(folder, variant, ids, args, device)
             row = {**about, "variant": variant.name, **compare(plain.log_probs_TV, scored.log_probs_TV)}
             row["weights_ratio"] = round(scored.weight_bytes / plain.weight_bytes, 3)
