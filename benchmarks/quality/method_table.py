@@ -3,9 +3,9 @@
     python benchmarks/quality/method_table.py            rewrite the table
     python benchmarks/quality/method_table.py --check    only say whether it is that of the results
 
-Speed and memory: `benchmarks/gpu/compare_methods.py` (results/methods_h200.jsonl). Quality: `compare_precision.py` on the
-default model, for GPTQ and AWQ with the checkpoints of `write_quantized.py` (results/precision.jsonl). The latest row of
-each counts; what was not measured is left empty.
+Speed and memory: `benchmarks/gpu/compare_methods.py` (results/methods_h200.jsonl). Quality: `compare_precision.py` on
+the default model, for GPTQ and AWQ with the checkpoints of `write_quantized.py` (results/precision.jsonl). The latest
+row of each counts; what was not measured is left empty.
 """
 
 import argparse
