@@ -120,7 +120,7 @@ class DriverLoop:
             error_message=str(self._error) if self._error else "",
             seconds_since_beat=max(self.clock.now() - self._beat, 0.0),
             epoch=self._executor.epoch,
-            ranks=tuple(self._executor.ready.values()) if self._state == "ready" else (),
+            ranks=tuple(ready for _, ready in sorted(self._executor.ready.items())) if self._state == "ready" else (),
         )
 
     # -------------------------------------------------------------------------------------------------- the loop
