@@ -54,7 +54,7 @@ def default_sizes(weight: PackedWeight, num_tokens: int, num_sms: int) -> dict[s
     if num_tokens <= MOST_FUSED:
         per_program, split = 2 if tiles >= 8 * num_sms else 1, 4 if tiles >= 2.5 * num_sms else 8
         return {"kernel": FEW, "tiles": per_program, "split": split, "ahead": 1, "prefetch": 32}
-    if num_tokens > MANY_TOKENS:
+    if num_tokens > MANY_TOKENS // weight.planes:  # two planes are two products: 256 tokens took 25 ms a step of 8B
         return {"kernel": SLICES}
     few = num_tokens <= 64
     per_program, tokens = (4, max(16, tuning.next_power_of_two(num_tokens))) if few else (8, 128)

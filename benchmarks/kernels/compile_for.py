@@ -32,6 +32,8 @@ from argosy.kernels import (
     kv_scales,
     moe_gemm,
     moe_packed,
+    packed_linear,
+    packed_reference,
     paged_attention,
     prefill_attention,
     rotary,
@@ -211,7 +213,23 @@ def experts(report: Callable[..., None]) -> None:
            shared_bytes=0, shared_TD=torch.zeros_like(x), asked=(ids, 8))  # fmt: skip
 
 
-PARTS = {"attention": attention, "prompts": prompts, "linear": linear, "fp8": fp8, "experts": experts}
+def packed(report: Callable[..., None]) -> None:
+    """Products with weights of 4 bits: as measured, and what only the tuner tries."""
+    many = {"kernel": packed_linear.MANY, "stages": 3, "splits": 1, "warps": 8}
+    for num_in, num_out in ((4096, 6144), (14336, 4096)):
+        words, pairs = packed_reference.shapes(num_out, num_in, bits=4, group=128)
+        weight = packed_reference.PackedWeight(
+            torch.zeros(words, dtype=torch.int32), torch.zeros(pairs, dtype=BF16), 4, 128, num_in, num_out
+        )
+        for tokens in (1, 16, 32, 64, 256):
+            x = torch.zeros(tokens, num_in, dtype=BF16)
+            report(f"4 bits {num_in}x{num_out}, {tokens} tokens", packed_linear.linear, x, weight)
+            if tokens in (32, 64):
+                sizes = {**many, "tiles": 8, "tokens": tokens, "sync": 0}
+                report(f"4 bits {num_in}x{num_out}, {tokens} a warp", packed_linear.linear, x, weight, sizes=sizes)
+
+
+PARTS = {"attention": attention, "prompts": prompts, "linear": linear, "fp8": fp8, "experts": experts, "packed": packed}
 
 
 def main() -> int:
