@@ -47,10 +47,6 @@ class GroupRules:
                 place -= 1
         return found
 
-    def chunk_that_fits(self, held: int, first: int, num_blocks: int) -> int:
-        """Of a sequence that holds `held` blocks up to place `first`: how many tokens' places so many more give."""
-        return (first + (num_blocks - held) // self.num_groups) * self.block_size
-
     def find(self, cache: PrefixCache, hashes: Sequence[BlockHash]) -> list[int]:
         """The blocks of the longest prefix that is a hit for every group; holes where a window needs none.
 

@@ -335,6 +335,9 @@ class Worker:
             code, text = error.code, str(error)
         elif isinstance(error, torch.OutOfMemoryError):
             code, text = "out_of_memory", f"out of device memory; lower --gpu-memory-utilization ({_first_line(error)})"
+        elif "DefaultCPUAllocator" in str(error):  # torch has no type for the host's memory
+            fix = "lower --max-num-batched-tokens, --max-num-seqs or --max-model-len"
+            code, text = "out_of_memory", f"out of the host's memory; {fix} ({_first_line(error)})"
         else:
             code, text = "worker_failed", f"{type(error).__name__}: {_first_line(error)}"
         with contextlib.suppress(ServingError, OSError):
