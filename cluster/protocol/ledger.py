@@ -23,5 +23,5 @@ def _describe_device(entries: Mapping[str, int]) -> str:
 
 
 def gib(num_bytes: float) -> str:
-    """Such as 15.0 GiB, or 12.5 MiB where that would say nothing."""
-    return f"{num_bytes / 2**30:.1f} GiB" if not 0 < num_bytes < 2**27 else f"{num_bytes / 2**20:.3g} MiB"
+    """Such as 15.0 GiB, or 12.5 MiB where that would say too little."""
+    return f"{num_bytes / 2**30:.1f} GiB" if not 0 < num_bytes < 2**27 else f"{num_bytes / 2**20:.1f} MiB"

@@ -48,7 +48,7 @@ def test_pages_are_unpinned_with_the_last_tensor_that_looks_at_them(calls: list[
 
 def test_a_driver_that_refuses_is_quoted(calls: list[tuple[str, int]]) -> None:
     """With the size and a way out; nothing stays behind."""
-    with pytest.raises(PlacementImpossible, match=r"refuses to pin 9 MiB .* \(error 2\): raise 'ulimit -l'"):
+    with pytest.raises(PlacementImpossible, match=r"refuses to pin 10\.0 MiB .* \(error 2\): raise 'ulimit -l'"):
         pinned_bytes(9 << 20, CUDA)
     gc.collect()
     assert [what for what, _ in calls] == ["pin"]
