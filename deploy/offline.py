@@ -10,6 +10,7 @@ a tokenizer and one connection, on an event loop in a thread, so that it also wo
 
 import asyncio
 import concurrent.futures
+import contextlib
 import sys
 import threading
 import weakref
@@ -46,6 +47,7 @@ _BACKENDS: Final[Mapping[object, Literal["ray", "local"]]] = {
 }
 _ONE_DAY_SECONDS: Final = 86_400.0  # a batch may take long; a server's ten minutes for a request would cut it off
 _CONNECT_SECONDS: Final = 30.0
+_CALL_OFF_SECONDS: Final = 5.0
 
 
 class Metric(msgspec.Struct, frozen=True):
@@ -308,12 +310,24 @@ class _LoopThread:
             raise
 
     def stop(self) -> None:
-        """End the loop and the thread."""
+        """Call off what still runs, and end the loop and the thread."""
         if self._thread.is_alive():
+            calling_off = asyncio.run_coroutine_threadsafe(_call_off_tasks(), self.loop)
+            with contextlib.suppress(concurrent.futures.TimeoutError):
+                calling_off.result(timeout=2 * _CALL_OFF_SECONDS)
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join(timeout=10.0)
         if not self._thread.is_alive():
             self.loop.close()
+
+
+async def _call_off_tasks() -> None:
+    """Of this loop, but for this one: a task that is dropped with its loop complains on standard error."""
+    others = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in others:
+        task.cancel()
+    if others:
+        await asyncio.wait(others, timeout=_CALL_OFF_SECONDS)
 
 
 async def _connect(engine: "Engine", tokenizer: Tokenizer | None, config: ServingConfig) -> Gateway:

@@ -7,7 +7,6 @@ rebuilds the group.
 
 import contextlib
 import os
-import queue
 import select
 import sys
 import threading
@@ -41,6 +40,7 @@ from argosy.cluster.protocol.model_spec import KV_SCALE_BYTES, read_model_spec
 from argosy.kernels import fp8_ops
 from argosy.placement.plan import RankInfo
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
+from argosy.workers.answer_thread import EXIT_FAILED, GRACE_SECONDS, AnswerThread
 from argosy.workers.device import (
     TORCH_DTYPES,
     DeviceMemory,
@@ -61,13 +61,11 @@ from argosy.workers.memory import (
     prompt_shape,
     warm_up_shapes,
 )
-from argosy.workers.model_runner import ModelRunner, StepOutcome
+from argosy.workers.model_runner import ModelRunner
 from argosy.workers.start_clock import StartClock
 
 IDLE_SECONDS = 5.0  # without a word from the driver, longer than a step: what is taken before is waited for
-GRACE_SECONDS = 1.0  # between the driver's going away and our own end, for an orderly one
 EXIT_DRIVER_GONE = 3
-EXIT_FAILED = 4
 
 
 class WorkerBoot(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,7 +121,7 @@ class Worker:
         self.ledger = MemoryLedger()
         self._clock = StartClock()
         self._clock.mark("Python and imports")
-        self._answers: _AnswerThread | None = None
+        self._answers: AnswerThread | None = None
 
     def serve(self) -> int:
         """Obey until told to stop (0), until the driver goes away, or until something fails."""
@@ -289,7 +287,7 @@ class Worker:
         print(f"rank {self.rank.global_rank} memory: {describe_ledger(self.ledger.entries())}", file=sys.stderr)
         print(f"rank {self.rank.global_rank} start: {self._clock.describe()}", file=sys.stderr, flush=True)
         if self.runner.device.type != "cpu" and self.rank.answers:
-            self._answers = _AnswerThread(self.channel.send, self._tell_failure)
+            self._answers = AnswerThread(self.channel.send, self._tell_failure)
         self.channel.send(
             WorkerReady(
                 global_rank=self.rank.global_rank,
@@ -354,37 +352,6 @@ class Worker:
         self.runner = None
         if self.parallel is not None:
             destroy_parallel(self.parallel)
-
-
-class _AnswerThread:
-    """Waits for the device's answers and sends them, so that the main thread can launch the next step."""
-
-    def __init__(self, send: Callable[[object], None], on_failure: Callable[[BaseException], None]):
-        self._send, self._on_failure = send, on_failure
-        self._outcomes: queue.SimpleQueue[StepOutcome | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name="answers", daemon=True)
-        self._thread.start()
-
-    def put(self, outcome: StepOutcome) -> None:
-        """Send this when the device has it."""
-        self._outcomes.put(outcome)
-
-    def close(self) -> None:
-        """Send what is left, then end."""
-        self._outcomes.put(None)
-        self._thread.join(timeout=GRACE_SECONDS)
-
-    def _run(self) -> None:
-        try:
-            while (outcome := self._outcomes.get()) is not None:
-                self._send(outcome.result())
-        except ChannelClosed:
-            return  # the watcher and the main thread see it, too
-        except Exception as error:  # a device error shows here first; nothing can be computed after it
-            traceback.print_exc()
-            self._on_failure(error)
-            sys.stderr.flush()
-            os._exit(EXIT_FAILED)
 
 
 def _first_line(error: BaseException) -> str:

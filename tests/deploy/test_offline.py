@@ -135,3 +135,16 @@ def test_arguments_are_checked_before_anything_starts() -> None:
         LLM(max_model_length=4)
     with pytest.raises(ConfigError, match="'ray' or 'mp'"):
         LLM(distributed_executor_backend="mpi")
+
+
+def test_the_loop_ends_with_nothing_left_in_it() -> None:
+    """What still waits there is called off, so that no dropped task writes to somebody's terminal."""
+    thread = offline._LoopThread()
+
+    async def start() -> asyncio.Task[None]:
+        return asyncio.create_task(asyncio.sleep(1000.0), name="waits for ever")
+
+    waiting = thread.run(start())
+    thread.stop()
+    assert waiting.cancelled()
+    assert thread.loop.is_closed()

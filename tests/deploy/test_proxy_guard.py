@@ -41,6 +41,6 @@ def test_what_runs_here_is_nobodys_business() -> None:
 def test_serve_finds_it_by_name() -> None:
     """The name is text in the environment; a renamed module would silently leave the proxy without us."""
     http_util = pytest.importorskip("ray.serve._private.utils")
-    (path,) = ENVIRONMENT.values()
+    path = ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]
     (middleware,) = http_util.call_function_from_import_path(path)
     assert middleware.cls is ProxyGuard
