@@ -62,7 +62,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("seed", "int", "seed of the random choices the engine makes itself"),
     ),
     "machines": (
-        Flag("tensor-parallel-size", "int", "ranks that share each layer, within one node", short="-tp"),
+        Flag("tensor-parallel-size", "int", "ranks that share each layer, within one node where possible", short="-tp"),
         Flag(
             "pipeline-parallel-size", "int", "stages of consecutive layers, one node each where possible", short="-pp"
         ),

@@ -152,13 +152,15 @@ def _host_tier(chosen: Candidate, serving: Serving, topology: ClusterTopology) -
     if not any(taken.values()):
         return
     count = plan_host_blocks(chosen.replicas[0], serving, topology.nodes)
+    names = {node.node_id: node.address for node in topology.nodes}  # Ray's ids are for programs
     worst = max(taken, key=lambda node_id: taken[node_id])
     yield (
         f"swap_space keeps {count:,} blocks = {count * serving.block_size:,} tokens a replica in the hosts' memory, "
-        f"{taken[worst] / 2**30:.1f} GiB of {worst}"
+        f"{taken[worst] / 2**30:.1f} GiB of {names[worst]}"
     )
     has = {node.node_id: node.memory_bytes for node in topology.nodes}
     for node_id, num_bytes in sorted(taken.items()):
         if 0 < has[node_id] < num_bytes:
-            yield f"{node_id} has {has[node_id] / 2**30:.1f} GiB of memory: too little for swap_space; ask for less"
+            gib = f"{has[node_id] / 2**30:.1f} GiB"
+            yield f"{names[node_id]} has {gib} of memory: too little for swap_space; ask for less"
             return
