@@ -11,6 +11,7 @@ settings; the rest is mended by a small script that stands in for the program, c
 reads it, and sees to it that HAProxy does not outlive Ray.
 """
 
+import json
 import random
 import re
 import socket
@@ -26,6 +27,13 @@ _LOOPBACK: Final = "127.0.0.1"
 _HTTP_PORTS, _GRPC_PORTS = 160, 32  # a port rests for 35 s after its replica has gone
 _PORT_RANGES: Final = (20_000, 30_000, 200)  # above Ray's own, below those of outgoing connections
 _REAL: Final = "@HAPROXY@"
+_NOTHING_HERE: Final = "@NOTHING_HERE@"  # Ray says 404 until our application, which has all paths, is there
+_STARTING: Final = {
+    "message": "the server is starting, or has no application: ask again",
+    "type": "overloaded_error",
+    "param": None,
+    "code": None,
+}
 _SCRIPT: Final = r"""#!/bin/sh
 # Stands in for HAProxy; see argosy/deploy/haproxy.py.
 host=$(cat "${0%/*}/host" 2>/dev/null) || host=127.0.0.1
@@ -42,7 +50,8 @@ for file; do
     http-request del-header serve- -m beg\
     http-request del-header x-request-id unless { req.fhdr(x-request-id) -m reg ^[!-~]*$ }\
     http-request del-header traceparent unless { req.fhdr(traceparent) -m reg ^[!-~]*$ }\
-    http-request return status 404 if { path -i /-/routes }' "$file" ;;
+    http-request return status 404 if { path -i /-/routes }' \
+      -e '/^backend default_backend/,/^backend [^d]/s|http-request return status 404 .*|@NOTHING_HERE@|' "$file" ;;
   esac
 done
 if command -v setpriv >/dev/null 2>&1; then
@@ -62,6 +71,13 @@ def find() -> str | None:
     return path if Path(path).is_file() else None
 
 
+def _refusal() -> str:
+    """What HAProxy answers where there is no application, in the words of its configuration, as sed must write them."""
+    body = json.dumps({"error": _STARTING}).replace('"', r"\"")
+    rule = f'http-request return status 503 content-type application/json hdr retry-after 1 string "{body}"'
+    return rule.replace("\\", r"\\")
+
+
 def listen_at(folder: Path, host: str) -> str:
     """Have HAProxy of that folder listen at `host`; what to tell Serve, whose replicas then stay on loopback."""
     if not (folder / "haproxy").is_file():
@@ -79,7 +95,7 @@ def environment(folder: Path) -> dict[str, str]:
         return {}
     first = reserve_ports()
     script = folder / "haproxy"
-    script.write_text(_SCRIPT.replace(_REAL, real), encoding="utf-8")
+    script.write_text(_SCRIPT.replace(_REAL, real).replace(_NOTHING_HERE, _refusal()), encoding="utf-8")
     script.chmod(0o700)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",

@@ -1,5 +1,6 @@
 """What Ray leaves open in HAProxy's configuration is closed before HAProxy reads it."""
 
+import json
 import os
 import subprocess
 import sys
@@ -17,6 +18,11 @@ AS_RAY_WRITES_IT = """frontend prometheus
 frontend http_frontend
     bind 127.0.0.1:8000
     acl routes path -i /-/routes
+    default_backend default_backend
+backend default_backend
+    http-request return status 404 content-type text/plain lf-string "Path \\'%[path]\\' not found. Ping http://.../"
+backend other
+    http-request return status 404 if { path /x }
 listen stats
   bind *:8404
   stats enable
@@ -46,6 +52,11 @@ def test_every_port_listens_on_loopback_unless_it_is_the_door(folder: Path) -> N
         assert f"http-request del-header {name}\n" in run.stdout
     assert "del-header x-request-id unless { req.fhdr(x-request-id) -m reg ^[!-~]*$ }" in run.stdout
     assert "timeout http-request 30s" in run.stdout
+    (starting,) = [line for line in run.stdout.splitlines() if "status 503" in line]
+    body = starting[starting.index('string "') + len('string "') : -1].replace('\\"', '"')
+    assert "starting" in json.loads(body)["error"]["message"]
+    assert "hdr retry-after 1" in starting
+    assert "status 404 if { path /x }" in run.stdout
 
 
 def test_nothing_lies_where_another_server_would_look(folder: Path) -> None:
