@@ -44,6 +44,9 @@ class WeightFormat(msgspec.Struct, frozen=True, kw_only=True):
         return size + self.scale_bytes * (num_out if self.row_scales else 1)
 
 
+_WHOLE_ROW: Final = 1 << 30  # inputs, more than any matrix has
+
+
 FORMATS: Final[Mapping[str, WeightFormat]] = {
     "none": WeightFormat(),
     "fp8": WeightFormat(name="fp8", bits=8, row_scales=True),
@@ -52,8 +55,9 @@ FORMATS: Final[Mapping[str, WeightFormat]] = {
     # rounded here: a scale and a zero of 16 bits for every 4 bits of a number's width
     "int8": WeightFormat(name="int8", bits=8, group=128, scale_bytes=4, zero_bits=32),
     "int4": WeightFormat(name="int4", bits=4, group=128, scale_bytes=2, zero_bits=16),
-    "gptq": WeightFormat(name="gptq", bits=4, group=128, scale_bytes=2, zero_bits=4, order_bytes=4),
-    "awq": WeightFormat(name="awq", bits=4, group=128, scale_bytes=2, zero_bits=4),
+    # checkpoints pack zeros in as many bits as numbers; ranks keep them as above
+    "gptq": WeightFormat(name="gptq", bits=4, group=128, scale_bytes=2, zero_bits=16),
+    "awq": WeightFormat(name="awq", bits=4, group=128, scale_bytes=2, zero_bits=16),
 }
 
 
@@ -77,7 +81,14 @@ def format_from_config(config: Mapping[str, Any]) -> WeightFormat:
         return FORMATS["fp8"]
     if method in ("gptq", "awq"):
         bits, group = int(given.get("bits", 4)), int(given.get("group_size", 128))
-        return msgspec.structs.replace(FORMATS[method], bits=bits, zero_bits=bits, group=max(group, 0))
+        return msgspec.structs.replace(
+            FORMATS[method],
+            bits=bits,
+            scale_bytes=bits // 2,
+            zero_bits=4 * bits,
+            group=group if group > 0 else _WHOLE_ROW,
+            order_bytes=4 if given.get("desc_act") else 0,
+        )
     if method == "mxfp4":
         return WeightFormat(name="mxfp4", bits=4, group=32, scale_bytes=1, experts_only=True)
     if method == "compressed-tensors":

@@ -107,7 +107,10 @@ def test_decode_steps_are_foretold_within_an_eighth() -> None:
     for line in (ROOT / "benchmarks" / "results" / "planner_h200.jsonl").read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         plain = (
-            row.get("unit") == "ms/step" and row["layout"] == "TP1" and not row["note"] and row["dtype"] == "bfloat16"
+            row.get("unit") == "ms/step"
+            and row["layout"] == "TP1"
+            and not row.get("note")
+            and row["dtype"] == "bfloat16"
         )
         if plain and not row.get("quantization") and row["model"] in names:
             newest[row["model"], int(row["workload"].removeprefix("decode"))] = row["figure"]

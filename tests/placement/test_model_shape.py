@@ -82,8 +82,12 @@ def test_formats_count_their_scales() -> None:
     assert sizes["fp8"] == numbers + 4 * 4096
     assert sizes["fp8_per_tensor"] == sizes["fp8"]  # in a rank every row keeps the tensor's scale
     assert sizes["fp8_block"] == numbers + 4 * 32 * 32
-    assert sizes["awq"] == numbers // 2 + 32 * 4096 * 2 + 32 * 4096 // 2
-    assert sizes["gptq"] == sizes["awq"] + 4096 * 4
+    assert sizes["awq"] == sizes["int4"] == numbers // 2 + 32 * 4096 * (2 + 2)
+    assert sizes["gptq"] == sizes["awq"]
+    ordered = format_from_config({"quantization_config": {"quant_method": "gptq", "bits": 4, "desc_act": True}})
+    assert ordered.matrix_bytes(4096, 4096, 2) == sizes["gptq"] + 4096 * 4
+    wide = format_from_config({"quantization_config": {"quant_method": "gptq", "bits": 8, "group_size": -1}})
+    assert wide.matrix_bytes(4096, 4096, 2) == numbers + 4096 * 8  # one scale and zero a row
     assert sizes["int4"] == numbers // 2 + 32 * 4096 * 4  # as `workers/quantization/int_weights.py` keeps them
     assert sizes["int8"] == numbers + 32 * 4096 * 8
 
