@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -34,6 +33,7 @@ if TYPE_CHECKING:
 _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 _UNFINISHED: Final = ("argosy_requests_running", "argosy_requests_waiting")
 _POLL_SECONDS: Final = 0.1
+_SAME_SIGNAL_SECONDS: Final = 0.3  # apart, two signals are two wishes
 _LAST_BYTES_SECONDS: Final = 0.3  # from the driver's last token to the client's socket, through the doors
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: the terminal or its ssh has gone
 
@@ -153,21 +153,25 @@ async def drain(address: str, secret: str, seconds: float) -> bool:
 
 
 class _StopSignals:
-    """The first signal asks for an orderly end, the second for an immediate one."""
+    """The first signal asks for an orderly end, the second for an immediate one.
+
+    A handler may be called in the middle of another call of itself, so it takes no lock: with an `Event`, two signals
+    within microseconds (`timeout` passes on what its group got as well) waited for each other for ever.
+    """
 
     def __init__(self) -> None:
-        self._event = threading.Event()
+        self._asked_at: float | None = None
         self._before: dict[int, object] = {}
 
     @property
     def is_set(self) -> bool:
         """Whether somebody asked to stop."""
-        return self._event.is_set()
+        return self._asked_at is not None
 
     def wait(self) -> None:
         """Until somebody asks to stop."""
-        while not self._event.wait(timeout=1.0):  # wakes up, so that signals are seen on every platform
-            pass
+        while not self.is_set:
+            time.sleep(_POLL_SECONDS)
 
     def install(self) -> None:
         """Be the one who hears of signals, whoever was so before."""
@@ -186,13 +190,14 @@ class _StopSignals:
             signal.signal(number, handler)  # type: ignore[arg-type]  # it came from there
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
-        if self._event.is_set():
+        now = time.monotonic()
+        if self._asked_at is not None:
+            if now - self._asked_at < _SAME_SIGNAL_SECONDS:
+                return  # one wish, told twice
             raise KeyboardInterrupt
-        self._event.set()
+        self._asked_at = now
         with contextlib.suppress(OSError):  # nobody may be there to read it
-            print(
-                "\nStopping: no new requests; running ones may end. Again to stop at once.", file=sys.stderr, flush=True
-            )
+            os.write(2, b"\nStopping: no new requests; running ones may end. Again to stop at once.\n")
 
 
 def _doors_folder(config: ServingConfig, own: Path) -> Path:

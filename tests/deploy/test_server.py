@@ -1,7 +1,10 @@
 """What `argosy serve` checks before it starts anything, and what it says when it is ready."""
 
+import os
+import signal
 import socket
 import stat
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -164,3 +167,16 @@ def test_an_address_that_is_no_interface_of_this_machine_is_refused() -> None:
     """203.0.113.0/24 is for documentation."""
     with pytest.raises(ConfigError, match="no address of this machine"):
         server.check_port(config(host="203.0.113.7"))
+
+
+def test_a_storm_of_signals_is_one_wish_and_a_later_one_another() -> None:
+    """Handlers interrupt each other; the first version waited for its own lock when two came within microseconds."""
+    with server._StopSignals() as stop:
+        for _ in range(20):
+            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), signal.SIGINT)
+        stop.wait()
+        assert stop.is_set
+        time.sleep(1.1 * server._SAME_SIGNAL_SECONDS)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
