@@ -52,6 +52,19 @@ def idle_of(events: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
+def in_turn(work: list[dict[str, Any]], count: int = 16) -> list[tuple[str, float, float]]:
+    """Kernels from the middle of the trace's middle step: (name, when it began, how long it ran), in microseconds.
+
+    Kernels overlap: what counts is when the next one begins.
+    """
+    kernels = sorted((e for e in work if e["cat"] == "kernel"), key=lambda e: e["ts"])
+    begins = [place for place, e in enumerate(kernels) if e["name"].startswith(FIRST_KERNEL)]
+    first = begins[len(begins) // 2 - 1]
+    middle = (first + begins[len(begins) // 2]) // 2
+    some = kernels[middle : middle + count]
+    return [(e["name"][:40], round(e["ts"] - some[0]["ts"], 2), round(e["dur"], 2)) for e in some]
+
+
 class ProfiledWorker(worker.Worker):
     """Counts decode steps of the sizes asked for and profiles a window of them."""
 
@@ -91,11 +104,19 @@ class ProfiledWorker(worker.Worker):
             events = json.loads(path.read_text())["traceEvents"]
         work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
         kernels: Counter[str] = Counter()
+        counts: Counter[str] = Counter()
         for event in work:
-            kernels[event["name"][:80]] += event["dur"]
-        total = sum(kernels.values())
+            name = f"{event['name'][:80]} {event['args'].get('grid', '')}"  # one kernel does products of several shapes
+            kernels[name] += event["dur"]
+            counts[name] += 1
+        total, idle = sum(kernels.values()), idle_of(work)
+        steps = idle["steps"] + 1  # the last one's begin ends the span, but its kernels are there
         top = {name: round(us / total, 4) for name, us in kernels.most_common(12)}
-        row = {"rows": rows, "rank": self.rank.global_rank, **idle_of(work), "share_of_kernel_time": top}
+        each = {
+            name: [round(us / counts[name], 2), round(counts[name] / steps, 1)] for name, us in kernels.most_common(20)
+        }
+        row = {"rows": rows, "rank": self.rank.global_rank, **idle, "share_of_kernel_time": top}
+        row |= {"us_and_count_a_step": each, "in_turn": in_turn(work)}
         with open(self._file, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
 
