@@ -73,6 +73,7 @@ class MemoryLedger:
     room_bytes: int = 0  # what the cache could be made of
     activation_bytes: int = 0  # the most that a step needs
     graph_bytes: int = 0  # what recorded graphs are reckoned to need
+    peaks: list[int] = field(default_factory=list)  # of each step that was run to learn that
     meter: Meter | None = None
     host: dict[str, int] = field(default_factory=dict)  # bytes of the host's memory by purpose
     _last: MemoryReading | None = None
@@ -293,7 +294,7 @@ def _measure_cpu(runner: ModelRunner, ledger: MemoryLedger) -> None:
 def _measure_device(runner: ModelRunner, ledger: MemoryLedger) -> None:
     meter = ledger.meter
     assert meter is not None
-    peaks = []
+    peaks = ledger.peaks
     with explain_out_of_memory(
         "running the largest step", "lower --max-num-batched-tokens or --max-num-seqs, or spread the model over more "
         "ranks with --tensor-parallel-size",

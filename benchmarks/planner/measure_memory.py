@@ -1,104 +1,83 @@
-"""Where a GPU rank's bytes go, beside what `argosy plan` predicts: the ledger for several models and step sizes.
+"""Where the bytes of GPU ranks go: the ledgers of whole engines, for several models, layouts, step sizes and shares.
 
-    python benchmarks/planner/measure_memory.py --model 06b 8b --steps 8192:512 2048:256 --output out.jsonl
+    python benchmarks/planner/measure_memory.py --cases 8b:1x1:8192:1024 8b:2x1:2048:256:0.1219 --output out.jsonl
 
-Random weights, one rank in this process (no driver); one JSON line a combination. With `--pair` also the blocks that a
-whole engine of one and of two ranks gets when its memory is capped (the super-linear row).
+A case is MODEL:TPxPP:TOKENS:ROWS, with :SHARE of the card's memory (0.92) and :QUANTIZATION behind it. Random weights;
+one JSON line a rank; `compare_memory.py` sets them beside what `argosy plan` says.
 """
 
 import argparse
-import gc
 import json
+import os
 import sys
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
-import torch
+from argosy.cluster.protocol.errors import ServingError
+from argosy.deploy import bench_models, launch
+from argosy.deploy.offline import LLM
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "gpu"))
-from bench_gpu import COMMON, SHAPES
-
-from argosy.cluster.protocol.config import ServingConfig
-from argosy.cluster.protocol.model_spec import read_model_spec
-from argosy.placement.plan import make_plan
-from argosy.placement.process_groups import ParallelContext
-from argosy.workers.device import DeviceMemory
-from argosy.workers.memory import MemoryLedger, measure_num_blocks, warm_up_shapes
-from argosy.workers.model_runner import ModelRunner
+HERE = Path(__file__).resolve().parent
+CASES = ("06b:1x1:8192:1024", "8b:1x1:8192:1024", "8b:1x1:2048:256", "8b:1x1:8192:256:0.92:fp8")
 
 
-def measure(folder: str, model: str, tokens: int, rows: int) -> dict[str, object]:
-    """One rank's ledger, and what is in use once graphs are recorded."""
-    device = torch.device("cuda", 0)
-    config = ServingConfig.from_mapping(
-        {
-            "model": folder, "load_format": "dummy", "dtype": "bfloat16", "max_model_len": 4096,
-            "max_num_batched_tokens": tokens, "max_num_seqs": rows, "max_cuda_graph_batch": rows,
-        }
-    )  # fmt: skip
-    ledger = MemoryLedger(meter=DeviceMemory(device))
-    ledger.mark("context", outside="context")
-    spec = read_model_spec(folder)
-    rank = make_plan(spec.num_layers, 1, 1).ranks[0]
-    parallel = ParallelContext(rank, device, 60.0)
-    runner = ModelRunner(config, spec, parallel, device=device, dtype=torch.bfloat16, cache_dtype=torch.bfloat16)
-    ledger.mark("buffers")
-    runner.load(Path(folder), None)
-    ledger.mark("weights", outside="workspace")
-    blocks = measure_num_blocks(runner, ledger)
-    runner.allocate(blocks)
-    ledger.mark("kv")
-    runner.warm_up(warm_up_shapes(runner))
-    ledger.mark("workspace")
-    runner.record_graphs()
-    ledger.mark("graphs", outside="graphs")
-    row = {
-        "model": model, "tokens": tokens, "rows": rows, "blocks": blocks, "block_bytes": runner.block_bytes,
-        "activation_bytes": ledger.activation_bytes, "graph_bytes": ledger.graph_bytes, "room": ledger.room_bytes,
-        "ledger": ledger.entries(), "gpu": torch.cuda.get_device_name(device),
-    }  # fmt: skip
-    del runner
-    gc.collect()
-    torch.cuda.empty_cache()
-    return row
+def parse(case: str) -> dict[str, Any]:
+    """The case in words."""
+    model, layout, tokens, rows, *more = case.split(":")
+    tp_size, pp_size = map(int, layout.split("x"))
+    share = float(more[0]) if more else 0.92
+    return {"model": model, "tp_size": tp_size, "pp_size": pp_size, "tokens": int(tokens), "max_rows": int(rows),
+            "share": share, "quantization": more[1] if len(more) > 1 else None}  # fmt: skip
+
+
+def measure(case: dict[str, Any], parent: Path, device: str, max_model_len: int) -> list[dict[str, Any]]:
+    """An engine's start; a row for each of its ranks, in order."""
+    folder, options = bench_models.make_folder(case["model"], parent)
+    file = parent / "ranks.jsonl"
+    os.environ["ARGOSY_MEMORY"] = str(file)
+    began = time.perf_counter()
+    with LLM(
+        str(folder), dtype="bfloat16", device=device,
+        distributed_executor_backend="local", tensor_parallel_size=case["tp_size"],
+        pipeline_parallel_size=case["pp_size"], gpu_memory_utilization=case["share"], max_num_seqs=case["max_rows"],
+        max_num_batched_tokens=case["tokens"], max_model_len=max_model_len, max_cuda_graph_batch=case["max_rows"],
+        quantization=case["quantization"], **options,
+    ) as llm:  # fmt: skip
+        took = time.perf_counter() - began
+        about = {"gpu": llm._gateway.info.device, "seconds": round(took, 1)}
+    rows = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    return [
+        {**case, "max_model_len": max_model_len, **row, **about} for row in sorted(rows, key=lambda row: row["rank"])
+    ]
 
 
 def main() -> int:
     """Measure, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", nargs="+", default=["06b"], choices=sorted(SHAPES))
-    parser.add_argument("--steps", nargs="*", default=["8192:512", "2048:256"], help="token budget : rows")
-    parser.add_argument("--pair", metavar="SHARE", type=float, help="memory share of one and of two ranks of 8b")
+    parser.add_argument("--cases", nargs="+", default=CASES, metavar="MODEL:TPxPP:TOKENS:ROWS[:SHARE[:QUANTIZATION]]")
+    parser.add_argument("--max-model-len", type=int, default=4096)
+    parser.add_argument("--device", default="cuda", choices=("cuda", "cpu"))
     parser.add_argument("--output", help="append the JSON lines to this file")
     args = parser.parse_args()
-
-    def tell(row: dict[str, object]) -> None:
-        print(json.dumps(row), flush=True)
-        if args.output:
-            with open(args.output, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
-
-    for model in args.model:
-        with tempfile.TemporaryDirectory(prefix="argosy-memory-") as folder:
-            Path(folder, "config.json").write_text(json.dumps({**COMMON, **SHAPES[model]}))
-            for step in args.steps:
-                tokens, rows = map(int, step.split(":"))
-                tell(measure(folder, model, tokens, rows))
-            if args.pair and model == "8b":
-                for tp_size in (1, 2):
-                    tell(_engine_blocks(folder, tp_size, args.pair))
-    return 0
-
-
-def _engine_blocks(folder: str, tp_size: int, share: float) -> dict[str, object]:
-    from argosy.deploy.offline import LLM
-
-    with LLM(
-        folder, load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", distributed_executor_backend="local",
-        tensor_parallel_size=tp_size, gpu_memory_utilization=share, max_num_seqs=256, max_num_batched_tokens=8192,
-        max_model_len=4096,
-    ) as llm:  # fmt: skip
-        return {"pair": f"TP{tp_size}", "share": share, "blocks": llm._gateway.info.num_blocks}
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])])
+    launch.launch_engine.__kwdefaults__["rank_module"] = "measured_rank"
+    failed = 0
+    for case in map(parse, args.cases):
+        with tempfile.TemporaryDirectory(prefix="argosy-memory-") as parent:
+            try:
+                rows = measure(case, Path(parent), args.device, args.max_model_len)
+            except ServingError as error:
+                print(f"{case}: {error}", file=sys.stderr, flush=True)
+                failed += 1
+                continue
+        for row in rows:
+            print(json.dumps(row), flush=True)
+            if args.output:
+                with open(args.output, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(row) + "\n")
+    return min(failed, 1)
 
 
 if __name__ == "__main__":
