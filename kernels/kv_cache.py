@@ -134,9 +134,10 @@ class _PairUploads:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self._pinned = torch.zeros((UPLOADS, MAX_PAIRS, 2), dtype=torch.int64, pin_memory=True)
+        with torch.inference_mode(False):  # made on whichever call comes first, written by all
+            self._pinned = torch.zeros((UPLOADS, MAX_PAIRS, 2), dtype=torch.int64, pin_memory=True)
+            self._there = torch.zeros((UPLOADS, MAX_PAIRS, 2), dtype=torch.int64, device=device)
         self._host = self._pinned.numpy()
-        self._there = torch.zeros((UPLOADS, MAX_PAIRS, 2), dtype=torch.int64, device=device)
         event: Any = torch.cuda.Event  # torch gives it no types
         self._used = [event() for _ in range(UPLOADS)]
         self._turn = 0
