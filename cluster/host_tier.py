@@ -12,6 +12,7 @@ Where tokens are found is one number here: a device block, HOLE, or below that w
 """
 
 from collections.abc import Iterable, Sequence
+from typing import Final
 
 from argosy.cluster.block_manager import BlockManager
 from argosy.cluster.block_pool import BlockPool
@@ -21,6 +22,10 @@ from argosy.cluster.prefix_cache import BlockHash, PrefixCache
 from argosy.cluster.protocol.messages import BlockSwaps
 from argosy.cluster.protocol.swap import SwapCosts
 from argosy.cluster.request import Request
+
+ORDER_SECONDS: Final = 0.004
+"""Of copies in that one step orders; the next request's are left to the next step. What a step orders in is said to be
+in all at once: requests that come in together would go on together and end together, with an idle link in between."""
 
 
 class HostTable:
@@ -159,6 +164,11 @@ class HostTier:
     def needs_load(self, sources: Iterable[int]) -> bool:
         """Whether the content of some of these places is not on the device, or not yet."""
         return any(place < HOLE or self._arriving.get(place, -1) > self.await_step_id for place in sources)
+
+    @property
+    def is_link_taken(self) -> bool:
+        """Whether the next step orders as much in as the link carries in a step's time."""
+        return len(self._in) * self.costs.in_seconds >= ORDER_SECONDS
 
     def load(self, request: Request, sources: list[int], step_id: int) -> None:
         """Order the blocks of `sources` in with step `step_id`, and take room for the tokens that it computes next.

@@ -143,6 +143,8 @@ class Scheduler(Residents):
                 self._blocked = (request, self.blocks.pool.num_free, len(self._running.prefilling))
                 return
             if loads:
+                if host.is_link_taken:
+                    return  # a step's copies come in all together: the next step orders more
                 self.queue.pop()
                 request.move(RequestStatus.LOADING, f"its blocks come in from step {self._next_step_id} on")
                 host.load(request, sources, self._next_step_id)

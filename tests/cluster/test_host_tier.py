@@ -223,6 +223,22 @@ def test_nothing_is_computed_twice_at_four_times_the_room(world: Callable[..., A
     assert values['argosy_swap_bytes_total{direction="out"}'] == 1000 * figures["swap"].swap_blocks["out"] > 0
 
 
+def test_requests_whose_copies_take_long_come_in_one_after_the_other(world: Callable[..., Any]) -> None:
+    """Six wait on the host when room for all of them comes free at once. Copies of one step are in all together, so
+    with one order for all of them the first would wait for the last, and all would go on, and end, together."""
+    slow = SwapCosts(num_host_blocks=64, out_seconds=1e-6, in_seconds=0.005, token_seconds=1.0)
+    here = world(swap=slow, num_blocks=24, max_num_seqs=16, max_num_batched_tokens=64)
+    for turn in range(2):
+        for number in range(12):
+            here.ask([*[number] * 11, *range(turn)], max_tokens=2)
+        here.run()
+    for number in range(24):
+        here.assert_exact(number)
+    carried = [output for output in here.executor.outputs if output.swaps is not None and output.swaps.into]
+    assert sum(len(output.swaps.into) for output in carried) > 10
+    assert max(len(output.swaps.into) for output in carried) <= 2  # the full blocks of one prompt
+
+
 def test_lost_ranks_take_the_host_blocks_along(world: Callable[..., Any]) -> None:
     """Some run, some wait with their blocks on the host, some come in: all are computed anew and say the same."""
     here = world(swap=CHEAP, swap_lag=3, num_blocks=24, max_num_seqs=16, max_num_batched_tokens=64)
