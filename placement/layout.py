@@ -111,11 +111,20 @@ class LayoutJudge:
     def _split(self, replica: Sequence[DeviceGroup], tp_size: int) -> tuple[int, ...]:
         """Layers of each stage: room for the traffic first, then the least time on the slowest stage."""
         num_layers = self.sizes.shape.num_layers
-        room = [self._room(group, tp_size, len(replica)) for group in replica]
+        kinds = {group.kind: self._room(group, tp_size, len(replica)) for group in replica}
+        room = [kinds[group.kind] for group in replica]
+        known: dict[object, dict[tuple[int, int], float]] = {kind: {} for kind in kinds}
+        known_to = [known[group.kind] for group in replica]  # alike stages are asked the same, and twice
 
         before = [self.sizes.layer_bytes(tp_size, 0, layer) for layer in range(num_layers + 1)]
 
         def blocks(stage: int, first: int, last: int) -> float:
+            value = known_to[stage].get((first, last))
+            if value is None:
+                value = known_to[stage][first, last] = blocks_of(stage, first, last)
+            return value
+
+        def blocks_of(stage: int, first: int, last: int) -> float:
             base, first_bytes, last_bytes = room[stage]
             budget = base - before[last] + before[first]
             if first == 0:

@@ -157,6 +157,7 @@ class StageBytes:
     def __init__(self, shape: ModelShape, serving: Serving):
         self.shape, self.serving = shape, serving
         self._prefix: dict[int, list[int]] = {}  # tp -> bytes of the layers before each
+        self._block_bytes: dict[tuple[int, int], int] = {}  # (tp, layers with a place in a block) -> bytes of one
         windowed = (shape.spec.window_of(layer) is not None for layer in range(shape.num_layers))
         self._windowed_before = [0, *accumulate(windowed)]
 
@@ -201,7 +202,12 @@ class StageBytes:
         if self.serving.groups.num_groups > 1:
             num_windowed = self._windowed_before[last_layer] - self._windowed_before[first_layer]
             num_places = self.serving.groups.num_places(num_places - num_windowed, num_windowed)
-        return self.kv_bytes_per_token(tp_size, num_places) * self.serving.block_size
+        size = self._block_bytes.get((tp_size, num_places))
+        if size is None:
+            size = self._block_bytes[tp_size, num_places] = (
+                self.kv_bytes_per_token(tp_size, num_places) * self.serving.block_size
+            )
+        return size
 
     def kv_bytes_per_token(self, tp_size: int, num_layers: int) -> int:
         """Bytes of one token on one rank that has `num_layers` layers, scales included."""

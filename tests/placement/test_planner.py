@@ -222,6 +222,22 @@ def test_planning_needs_no_torch_and_no_ray() -> None:
     assert run.stderr.strip() == "[]"
 
 
+def test_a_large_cluster_is_planned_without_working_a_size_out_twice(monkeypatch: pytest.MonkeyPatch) -> None:
+    """64 nodes took 2.3 s, most of it sizes of the same blocks; the promise is an answer within 2 s."""
+    asked: list[tuple[int, int]] = []
+    work_out = StageBytes.kv_bytes_per_token
+
+    def kv_bytes_per_token(self: StageBytes, tp_size: int, num_layers: int) -> int:
+        asked.append((tp_size, num_layers))
+        return work_out(self, tp_size, num_layers)
+
+    monkeypatch.setattr(StageBytes, "kv_bytes_per_token", kv_bytes_per_token)
+    report = plan("llama-3.1-405b", cluster("8 x H100", nodes=64))
+    assert report.chosen.replicas
+    # once for each size of a stage, and for each ledger; every layout asks for tens of thousands
+    assert len(asked) < 3_000
+
+
 def test_the_shipped_calibrations_can_be_read() -> None:
     """A device without one of its own takes the H200's ratios."""
     assert default_calibration("H200") is default_calibration("H200")
