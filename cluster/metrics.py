@@ -9,6 +9,7 @@ from bisect import bisect_left
 from collections.abc import Mapping
 from typing import Final, Literal, NamedTuple, TypeAlias
 
+from argosy.cluster.protocol.ledger import TOTAL, place_entries
 from argosy.cluster.protocol.sampling import FinishReason
 
 Kind: TypeAlias = Literal["gauge", "counter", "histogram"]
@@ -51,7 +52,12 @@ METRIC_NAMES: Final[Mapping[str, MetricName]] = {
     "argosy_kv_blocks_cached": MetricName("gauge", "Free KV blocks whose content may be found again."),
     "argosy_kv_usage_ratio": MetricName("gauge", "Used part of the KV blocks.", "vllm:kv_cache_usage_perc"),
     "argosy_kv_waste_ratio": MetricName("gauge", "Part of the used KV slots that holds no token."),
-    "argosy_rank_memory_bytes": MetricName("gauge", "Where the bytes of each rank's device went, by purpose."),
+    "argosy_rank_memory_bytes": MetricName(
+        "gauge", "Where the bytes of each rank went, by purpose, on its device and in its host's memory (place)."
+    ),
+    "argosy_rank_memory_total_bytes": MetricName(
+        "gauge", "What each rank's device has: the sum of its purposes there, free among them."
+    ),
     "argosy_steps_in_flight": MetricName("gauge", "Steps sent and not answered."),
     "argosy_epoch": MetricName("gauge", "How often the ranks were rebuilt."),
     "argosy_steps_total": MetricName("counter", "Steps that were answered."),
@@ -185,8 +191,11 @@ class Metrics:
         for direction, seconds in self.swap_seconds.items():
             found[f'argosy_swap_seconds_total{{direction="{direction}"}}'] = seconds
         for rank, ledger in sorted(self.ledgers.items()):
-            for purpose, num_bytes in ledger.items():
-                found[f'argosy_rank_memory_bytes{{rank="{rank}",purpose="{purpose}"}}'] = float(num_bytes)
+            for place, purpose, num_bytes in place_entries(ledger):
+                labels = f'rank="{rank}",place="{place}",purpose="{purpose}"'
+                found[f"argosy_rank_memory_bytes{{{labels}}}"] = float(num_bytes)
+            if TOTAL in ledger:
+                found[f'argosy_rank_memory_total_bytes{{rank="{rank}"}}'] = float(ledger[TOTAL])
         for reason, count in self.finished.items():
             found[f'argosy_requests_finished_total{{reason="{reason}"}}'] = float(count)
             found[f'vllm:request_success_total{{finished_reason="{reason}"}}'] = float(count)

@@ -15,6 +15,7 @@ from argosy.cluster.protocol.errors import (
     WorkerLost,
 )
 from argosy.cluster.protocol.kv_groups import KVGroups
+from argosy.cluster.protocol.ledger import gib
 from argosy.cluster.protocol.messages import WorkerError, WorkerReady, WorkerReport
 from argosy.cluster.protocol.swap import MOST_HOST_BLOCKS, NO_SWAP, SwapCosts
 
@@ -38,8 +39,8 @@ def agree_on_num_blocks(reports: Sequence[WorkerReport], config: ServingConfig) 
     if num_blocks < 2 * groups.num_groups:
         needed = max(2 * groups.num_groups, groups.num_blocks(max_model_len or 1, block_size))
         raise PlacementImpossible(
-            f"{where} has room for {max(num_blocks, 0)} KV blocks after {_gib(smallest.weight_bytes)} of weights and "
-            f"{_gib(smallest.activation_bytes)} of activations, and one request of full length needs {needed}; "
+            f"{where} has room for {max(num_blocks, 0)} KV blocks after {gib(smallest.weight_bytes)} of weights and "
+            f"{gib(smallest.activation_bytes)} of activations, and one request of full length needs {needed}; "
             f"{_way_out(smallest, config, needed)}"
         )
     needed = groups.num_blocks(max_model_len or 1, block_size)
@@ -47,7 +48,7 @@ def agree_on_num_blocks(reports: Sequence[WorkerReport], config: ServingConfig) 
         raise ConfigError(
             f"max_model_len={max_model_len} needs {needed} KV blocks and {where} has room for {num_blocks}; "
             f"start with --max-model-len {groups.num_tokens(num_blocks, block_size)} or less, or give the cache "
-            f"{_gib(needed * smallest.block_bytes)}: {_way_out(smallest, config, needed)}"
+            f"{gib(needed * smallest.block_bytes)}: {_way_out(smallest, config, needed)}"
         )
     return num_blocks
 
@@ -65,7 +66,7 @@ def agree_on_num_host_blocks(reports: Sequence[WorkerReport], config: ServingCon
         return min(smallest.num_host_blocks, MOST_HOST_BLOCKS * num_blocks)
     if smallest.num_host_blocks < 1:
         raise ConfigError(
-            f"swap_space={swap_space:g}: a KV block of rank {smallest.global_rank} has {_gib(smallest.block_bytes)}; "
+            f"swap_space={swap_space:g}: a KV block of rank {smallest.global_rank} has {gib(smallest.block_bytes)}; "
             f"use --swap-space {max(1, -(-smallest.block_bytes // 2**30))}GiB or more, or auto"
         )
     return smallest.num_host_blocks
@@ -119,10 +120,6 @@ def error_from_code(code: str, message: str, *, global_rank: int = -1, node: str
     if code == WorkerFailed.code and (named := re.fullmatch(r"rank (-?\d+): (.*)", message, re.DOTALL)):
         return WorkerFailed(int(named[1]), code, named[2])
     return WorkerFailed(global_rank, code, message)
-
-
-def _gib(num_bytes: int) -> str:
-    return f"{num_bytes / 2**30:.2f} GiB"
 
 
 # The order in which ranks go through their phases; an unknown one counts as early.

@@ -22,7 +22,7 @@ from typing import Final, Literal, NamedTuple
 import psutil
 
 from argosy.cluster.protocol.errors import ServingError
-from argosy.cluster.protocol.ledger import describe_ledger
+from argosy.cluster.protocol.ledger import HOST, TOTAL, describe_ledger, gib
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.deploy import settings
 from argosy.deploy.device_defaults import read_gpus
@@ -203,10 +203,12 @@ def _rank_memory(port: int) -> Iterator[Finding]:
     except (OSError, ValueError, HTTPException):
         return
     ledgers: dict[str, dict[str, int]] = {}
-    for labels, value in re.findall(r"^argosy_rank_memory_bytes\{(.*)\} (\S+)$", text, re.MULTILINE):
+    for is_total, labels, value in re.findall(r"^argosy_rank_memory_(total_)?bytes\{(.*)\} (\S+)$", text, re.MULTILINE):
         found = dict(re.findall(r'(\w+)="([^"]*)"', labels))
         replica = f"replica {found['replica']} " if "replica" in found else ""
-        ledgers.setdefault(f"{replica}rank {found.get('rank', '?')}", {})[found.get("purpose", "?")] = int(float(value))
+        where = HOST if found.get("place") == "host" else ""
+        purpose = TOTAL if is_total else where + found.get("purpose", "?")
+        ledgers.setdefault(f"{replica}rank {found.get('rank', '?')}", {})[purpose] = int(float(value))
     for name, ledger in ledgers.items():
         yield Finding(f"{name} memory", "ok", describe_ledger(ledger))
 
@@ -228,7 +230,7 @@ def _model(model: str | None) -> Finding:
     if not any((folder / name).is_file() for name in settings.TOKENIZER_FILES):
         fix = "fetch tokenizer.json as well, or name the folder of a tokenizer with 'argosy serve --tokenizer'"
         return Finding("model", "fail", f"{folder} has no tokenizer", fix)
-    found = f"{folder.name}: {spec.architecture}, {spec.num_layers} layers, {weights / _GIB:.2f} GiB of weights"
+    found = f"{folder.name}: {spec.architecture}, {spec.num_layers} layers, {gib(weights, 2)} of weights"
     if weights > psutil.virtual_memory().available and not read_gpus():
         return Finding("model", "warn", found, "the weights don't fit this machine's free memory")
     return Finding("model", "ok", found)

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any, Final
 
+from argosy.cluster.protocol.ledger import gb
 from argosy.placement.layout import Layout, Stage
 from argosy.placement.model_shape import ModelShape
 from argosy.placement.plan import make_plan
@@ -24,15 +25,20 @@ def describe_model(shape: ModelShape, serving: Serving) -> str:
         if serving.weight_format.bits == 16
         else f"{serving.weight_format.name}, rest {shape.spec.dtype}"
     )
-    files = f"; its files hold {shape.checkpoint_bytes / 1e9:,.2f} GB" if shape.checkpoint_bytes else ""
+    files = f"; its files hold {gb(shape.checkpoint_bytes, 2)}" if shape.checkpoint_bytes else ""
     windows = ""
     if serving.groups.has_windows:
         long = kv_bytes_a_token(shape, serving, serving.max_model_len)
         windows = f" ({long / 1e3:,.1f} kB at {serving.max_model_len:,} tokens: layers have windows)"
     return (
-        f"{shape.name}: {shape.num_parameters / 1e9:,.2f} B parameters, {weights / 1e9:,.2f} GB of weights ({stored}), "
+        f"{shape.name}: {_count(shape.num_parameters)} parameters, {gb(weights, 2)} of weights ({stored}), "
         f"{kv / 1e3:,.1f} kB of KV a token{windows}{files}"
     )
+
+
+def _count(number: int) -> str:
+    """Parameters: 8.03 B, or 0.13 M."""
+    return f"{number / 1e9:,.2f} B" if number >= 1e8 else f"{number / 1e6:,.2f} M"
 
 
 def kv_bytes_a_token(shape: ModelShape, serving: Serving, num_tokens: int) -> float:
@@ -111,7 +117,7 @@ def _draw_replica(place: int, replica: Layout, serving: Serving) -> Iterator[str
         layers = f"layers {stage.first_layer}-{stage.last_layer - 1}"
         memory = stage.memory
         rest = memory.other_bytes
-        figures = f"{memory.weight_bytes / 1e9:.1f} + {memory.kv_bytes / 1e9:.1f} + {rest / 1e9:.1f}"
+        figures = " + ".join(gb(size).removesuffix(" GB") for size in (memory.weight_bytes, memory.kv_bytes, rest))
         figures += f" of {memory.limit_bytes / 1e9:.1f} GB"
         yield f"    stage {number}  {layers:15} {seats:22} {_bar(stage)} {figures} each"
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Final
 
+from argosy.cluster.protocol.ledger import gib
 from argosy.placement.model_shape import ModelShape
 from argosy.placement.plan_report import Candidate, Loser, PlanOptions
 from argosy.placement.rank_memory import Serving, StageBytes
@@ -156,11 +157,10 @@ def _host_tier(chosen: Candidate, serving: Serving, topology: ClusterTopology) -
     worst = max(taken, key=lambda node_id: taken[node_id])
     yield (
         f"swap_space keeps {count:,} blocks = {count * serving.block_size:,} tokens a replica in the hosts' memory, "
-        f"{taken[worst] / 2**30:.1f} GiB of {names[worst]}"
+        f"{gib(taken[worst])} of {names[worst]}"
     )
     has = {node.node_id: node.memory_bytes for node in topology.nodes}
     for node_id, num_bytes in sorted(taken.items()):
         if 0 < has[node_id] < num_bytes:
-            gib = f"{has[node_id] / 2**30:.1f} GiB"
-            yield f"{names[node_id]} has {gib} of memory: too little for swap_space; ask for less"
+            yield f"{names[node_id]} has {gib(has[node_id])} of memory: too little for swap_space; ask for less"
             return

@@ -122,12 +122,12 @@ def test_what_is_remembered_is_bounded_and_chains_lose_their_ends_first() -> Non
 def test_figures_of_replicas_are_put_together() -> None:
     """Counts add up, ratios don't."""
     one = StatsReply(values={"argosy_steps_total": 3.0, "argosy_kv_usage_ratio": 0.5, "argosy_epoch": 0.0,
-                             'argosy_rank_memory_bytes{rank="0",purpose="kv"}': 5.0},
+                             'argosy_rank_memory_bytes{rank="0",place="host",purpose="kv"}': 5.0},
                      histograms={"h": ([1.0], [1, 2], 4.0)})  # fmt: skip
     two = StatsReply(values={"argosy_steps_total": 4.0, "argosy_kv_usage_ratio": 0.1, "argosy_epoch": 2.0},
                      histograms={"h": ([1.0], [0, 5], 6.0)}, healthy=False)  # fmt: skip
     both = merge_stats([one, two], 2)
     assert both.values == {"argosy_steps_total": 7.0, "argosy_kv_usage_ratio": 0.3, "argosy_epoch": 2.0,
-                           'argosy_rank_memory_bytes{replica="0",rank="0",purpose="kv"}': 5.0}  # fmt: skip
+                           'argosy_rank_memory_bytes{replica="0",rank="0",place="host",purpose="kv"}': 5.0}  # fmt: skip
     assert both.histograms == {"h": ([1.0], [1, 7], 10.0)}
     assert (both.healthy, both.status) == (True, "1 of 2 replicas are healthy")

@@ -82,9 +82,15 @@ def test_the_last_line_is_true_where_the_port_is_taken() -> None:
 def test_a_server_that_listens_says_where_its_ranks_bytes_went() -> None:
     """Its figures are read as Prometheus does; whatever else listens there is passed over."""
     lines = [
-        f'argosy_rank_memory_bytes{{model_name="m",rank="{rank}",purpose="{purpose}"}} {size}'
+        f'argosy_rank_memory_{name}{{model_name="m",rank="{rank}"{labels}}} {size}'
         for rank in (0, 1)
-        for purpose, size in (("weights", 3 << 30), ("kv", 5 << 30), ("free", 2 << 30), ("total", 10 << 30))
+        for name, labels, size in (
+            ("bytes", ',place="device",purpose="weights"', 3 << 20),
+            ("bytes", ',place="device",purpose="kv"', 8 << 30),
+            ("bytes", ',place="device",purpose="free"', 2 << 30),
+            ("bytes", ',place="host",purpose="kv"', 6 << 30),
+            ("total_bytes", "", 10 << 30),
+        )
     ]
 
     class Door(BaseHTTPRequestHandler):
@@ -103,5 +109,5 @@ def test_a_server_that_listens_says_where_its_ranks_bytes_went() -> None:
         server.shutdown()
         thread.join(timeout=10)
     assert [one.name for one in found] == ["rank 0 memory", "rank 1 memory"]
-    assert found[0].found == "weights 3.00 + kv 5.00 + free 2.00 = 10.00 GiB"
+    assert found[0].found == "weights 3.0 MiB + kv 8.00 + free 2.00 = 10.00 GiB; host: kv 6.00 GiB"
     assert list(doctor._rank_memory(server.server_port)) == []
