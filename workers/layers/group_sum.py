@@ -14,12 +14,16 @@ from argosy.placement.process_groups import ParallelContext
 from argosy.placement.stream_flags import StreamFlags, open_stream_flags
 from argosy.workers.layers.norm import RMSNorm
 
-NUM_PARTS = 2  # in turn: a peer may still read what was written last, never what was written before that
+# A peer may still read what was written last, never what was written before that: the products of layers take turns.
+# A step begins with the embedding's sum, and the last sum of the step before need not be over on all ranks where no row
+# drew a token or another stage draws it: so it has a place of its own, whose last readers are a whole step behind.
+NUM_PARTS = 3
+EMBEDDED = 2
 SCATTER_ROWS = 32  # from more rows on, with more than two ranks, bytes count more than a second trip over the link
 
 
 class GroupSum:
-    """The shared buffer of one rank: flags, two places for products, one for results, one for choices.
+    """The shared buffer of one rank: flags, three places for products, one for results, one for choices.
 
     All ranks of the group make the same calls in the same order on one stream.
     """
@@ -46,7 +50,7 @@ class GroupSum:
         return self._world
 
     def part(self, which: int, num_tokens: int) -> Tensor:
-        """Where this rank's product goes, [T, D]. Turn about: 0, 1, 0, 1."""
+        """Where this rank's product goes, [T, D]. In a step: `EMBEDDED`, then turn about 0, 1, 0, 1."""
         assert num_tokens * self._width * self._dtype.itemsize <= self._part_bytes, num_tokens
         return self._view(self._kernels.FLAG_BYTES + which * self._part_bytes, num_tokens)
 

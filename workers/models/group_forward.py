@@ -17,7 +17,7 @@ from torch import Tensor
 
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.layers.embedding import VocabParallelEmbedding
-from argosy.workers.layers.group_sum import GroupCopies, GroupSum
+from argosy.workers.layers.group_sum import EMBEDDED, GroupCopies, GroupSum
 from argosy.workers.layers.norm import RMSNorm
 
 if TYPE_CHECKING:  # it imports this file
@@ -82,8 +82,8 @@ class GroupForward:
             assert token_ids_T is not None
             num_tokens = token_ids_T.shape[0]
             residual_TD = torch.empty((num_tokens, self._width), dtype=self._dtype, device=self._device)
-            self._embed.part(token_ids_T, sums.part(1, num_tokens))
-            x_TD = sums.add_norm(1, residual_TD, self._norms[0], add=False, whole=self._overlaps(num_tokens))
+            self._embed.part(token_ids_T, sums.part(EMBEDDED, num_tokens))
+            x_TD = sums.add_norm(EMBEDDED, residual_TD, self._norms[0], add=False, whole=self._overlaps(num_tokens))
         else:
             assert hidden_TD is not None
             residual_TD, x_TD = hidden_TD, self._layers[0].input_norm(hidden_TD)
