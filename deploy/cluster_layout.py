@@ -53,7 +53,7 @@ def choose_layout(
     unfit = tuple(node_id for node_id in all_ids if node_id not in usable)
     try:
         if config.parallel.layout != "given":
-            layout = _planned(config, _free_part(topology, [o for o in offers if o.node_id in usable]), note)
+            layout = _planned(config, free_part(topology, [o for o in offers if o.node_id in usable]), note)
         else:
             layout = _given(config, topology, offers, usable, note)
     except PlacementImpossible as error:
@@ -190,7 +190,7 @@ def _device(wanted: str, offers: Sequence[Offer]) -> str:
     return "GPU" if wanted == "cuda" else _CPU
 
 
-def _free_part(topology: ClusterTopology, offers: Sequence[Offer]) -> ClusterTopology:
+def free_part(topology: ClusterTopology, offers: Sequence[Offer]) -> ClusterTopology:
     """The nodes of these offers with as many of their devices as nobody holds, those with the most memory."""
     free = {offer.node_id: offer.free for offer in offers}
     nodes = []

@@ -33,6 +33,7 @@ examples:
   argosy plan llama-3.1-70b --gpus "4 x H200"         one node, here and now
   argosy plan deepseek-r1 --gpus "8 x H100" --nodes 2 --network 400Gbit
   argosy plan ./my-model --cluster cluster.yaml --price 2.5 --svg plan.svg
+  argosy plan ./my-model --ray-address auto           what 'argosy serve' would choose on the cluster here
 
 A cluster file (examples/clusters/*.yaml, docs/planning.md):
   network: 400Gbit
@@ -72,6 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags that say on what, and with which settings."""
     parser.add_argument("--cluster", metavar="FILE", help="YAML of the cluster (it need not exist)")
+    parser.add_argument("--ray-address", metavar="ADDRESS",
+                        help="host:port or auto: the Ray cluster that runs there, and what is free of it")  # fmt: skip
     parser.add_argument("--gpus", metavar="'N x MODEL'", help="instead of a file: the GPUs of a node")
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="with --gpus: so many such nodes")
     parser.add_argument("--network", default="100Gbit", metavar="SPEED", help="between them (default: %(default)s)")
@@ -105,7 +108,7 @@ def main(args: argparse.Namespace) -> int:
     shape = read_model_shape(
         args.model, expert_parallel=bool(args.enable_expert_parallel), all2all=args.all2all_backend or "auto"
     )
-    if args.cluster is None and args.gpus is None:
+    if not names_cluster(args):
         return _print_needs(shape, serving_from(args, shape), as_json=args.json)
     topology = topology_from(args)
     report = plan_cluster(shape, topology, options_from(args), serving_from(args, shape, topology))
@@ -118,10 +121,19 @@ def main(args: argparse.Namespace) -> int:
     return 0
 
 
+def names_cluster(args: argparse.Namespace) -> bool:
+    """Whether the flags say on what."""
+    return any(value is not None for value in (args.cluster, args.gpus, args.ray_address))
+
+
 def topology_from(args: argparse.Namespace) -> ClusterTopology:
     """The cluster that the flags name."""
-    if args.cluster is not None and args.gpus is not None:
-        raise ConfigError("give --cluster or --gpus, not both")
+    if [args.cluster, args.gpus, args.ray_address].count(None) < 2:
+        raise ConfigError("give one of --cluster, --gpus and --ray-address")
+    if args.ray_address is not None:
+        from argosy.deploy.live_cluster import read_live_topology  # Ray: only where a running cluster is asked for
+
+        return read_live_topology(args.ray_address)
     if args.cluster is not None:
         return read_topology(args.cluster)
     return parse_topology(

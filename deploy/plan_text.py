@@ -6,6 +6,7 @@ from typing import Any, Final
 from argosy.cluster.protocol.ledger import gb
 from argosy.placement.layout import Layout, Stage
 from argosy.placement.model_shape import ModelShape
+from argosy.placement.model_sources import servable_name
 from argosy.placement.plan import make_plan
 from argosy.placement.plan_report import Candidate, PlanReport
 from argosy.placement.rank_memory import Serving, StageBytes
@@ -107,7 +108,7 @@ def plan_lines(report: PlanReport, *, all_losers: bool = False, given: str = "")
         if moe is not None and moe.all2all != "auto":
             flags += f" --all2all-backend {moe.all2all}"
     yield ""
-    yield f"the same by hand: argosy serve {report.model.name} {flags} {given}".rstrip()
+    yield f"the same by hand: argosy serve {servable_name(report.model.name)} {flags} {given}".rstrip()
 
 
 def _draw_replica(place: int, replica: Layout, serving: Serving) -> Iterator[str]:

@@ -72,8 +72,8 @@ def main(args: argparse.Namespace) -> int:
     """Plan, simulate, print."""
     if args.workload and args.trace:
         raise ConfigError("give --workload or --trace, not both")
-    if args.cluster is None and args.gpus is None:
-        raise ConfigError("say on what: --gpus '4 x H200', or --cluster FILE")
+    if not plan_command.names_cluster(args):
+        raise ConfigError("say on what: --gpus '4 x H200', --cluster FILE, or --ray-address auto")
     shape = read_model_shape(
         args.model, expert_parallel=bool(args.enable_expert_parallel), all2all=args.all2all_backend or "auto"
     )

@@ -16,6 +16,63 @@ from argosy.placement.weight_format import format_from_config
 CONFIG_FOLDER: Final = Path(__file__).with_name("model_configs")
 
 
+HUB_NAMES: Final[Mapping[str, str]] = {
+    "bloom-176b": "bigscience/bloom",
+    "bloom-560m": "bigscience/bloom-560m",
+    "deepseek-r1": "deepseek-ai/DeepSeek-R1",
+    "deepseek-v2-lite": "deepseek-ai/DeepSeek-V2-Lite",
+    "deepseek-v3": "deepseek-ai/DeepSeek-V3",
+    "gpt2": "gpt2",  # one of the few that the hub knows without an owner
+    "gpt3-175b": "",  # never published
+    "llama-2-13b": "meta-llama/Llama-2-13b-hf",
+    "llama-2-70b": "meta-llama/Llama-2-70b-hf",
+    "llama-2-7b": "meta-llama/Llama-2-7b-hf",
+    "llama-3.1-405b": "meta-llama/Llama-3.1-405B",
+    "llama-3.1-70b": "meta-llama/Llama-3.1-70B",
+    "llama-3.1-8b": "meta-llama/Llama-3.1-8B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+    "llama-3.2-3b": "meta-llama/Llama-3.2-3B",
+    "llama-3.3-70b": "meta-llama/Llama-3.3-70B-Instruct",
+    "mistral-7b-v0.3": "mistralai/Mistral-7B-v0.3",
+    "mixtral-8x22b-v0.1": "mistralai/Mixtral-8x22B-v0.1",
+    "mixtral-8x7b-v0.1": "mistralai/Mixtral-8x7B-v0.1",
+    "opt-13b": "facebook/opt-13b",
+    "opt-175b": "",  # given to few
+    "qwen2.5-32b": "Qwen/Qwen2.5-32B",
+    "qwen2.5-72b": "Qwen/Qwen2.5-72B",
+    "qwen2.5-7b": "Qwen/Qwen2.5-7B",
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen3-235b-a22b": "Qwen/Qwen3-235B-A22B",
+    "qwen3-30b-a3b": "Qwen/Qwen3-30B-A3B",
+    "qwen3-32b": "Qwen/Qwen3-32B",
+    "qwen3-8b": "Qwen/Qwen3-8B",
+}
+"""Under which name the hub has the weights of each config that ships; empty: it has none."""
+
+
+def servable_name(name: str) -> str:
+    """What `argosy serve` takes for a model that was planned by `name`: a folder, a hub name, or "FOLDER"."""
+    path = Path(name).expanduser()
+    if path.name == CONFIG_FILE and path.is_file():
+        return str(path.parent)
+    if path.is_dir() or "/" in name:
+        return name
+    return HUB_NAMES.get(_alias(name) or "", name) or "FOLDER"
+
+
+def why_not_served(name: str) -> str | None:
+    """What to give instead of a name that only the planner knows; None for every other name.
+
+    Configs ship without weights, and a short name doesn't say which of several checkpoints is meant.
+    """
+    alias = None if "/" in name else _alias(name)
+    if alias is None or HUB_NAMES[alias] == name:
+        return None
+    hub_name = HUB_NAMES[alias]
+    given = f"give the hub's name, such as {hub_name}, or" if hub_name else "no weights of it are on the hub: give"
+    return f"is a name of 'argosy plan', which needs no weights; {given} a folder with config.json and *.safetensors"
+
+
 def known_models() -> tuple[str, ...]:
     """Names of the published configs that ship with us."""
     return tuple(sorted(path.parent.name for path in CONFIG_FOLDER.glob(f"*/{CONFIG_FILE}")))
@@ -49,12 +106,17 @@ def _find(name: str | Path) -> Path:
         return path
     if path.name == CONFIG_FILE and path.is_file():
         return path.parent
-    short = str(name).rsplit("/", 1)[-1].lower()
-    for alias in (short, short.removesuffix("-hf"), short.removesuffix("-instruct"), short.removeprefix("meta-")):
-        if alias in known_models():
-            return CONFIG_FOLDER / alias
+    if alias := _alias(str(name)):
+        return CONFIG_FOLDER / alias
     known = ", ".join(known_models())
     raise WeightError(str(name), "", f"is no folder, no {CONFIG_FILE}, and none of the models known by name: {known}")
+
+
+def _alias(name: str) -> str | None:
+    """The config that ships for a name with or without its owner."""
+    short = name.rsplit("/", 1)[-1].lower()
+    forms = (short, short.removesuffix("-hf"), short.removesuffix("-instruct"), short.removeprefix("meta-"))
+    return next((form for form in forms if form in HUB_NAMES), None)
 
 
 def _read_config(path: Path) -> dict[str, Any]:

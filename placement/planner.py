@@ -186,7 +186,7 @@ def _check_wishes(shape: ModelShape, topology: ClusterTopology, options: PlanOpt
         if value is not None and value < 1:
             raise ConfigError(f"{name}={value}: must be at least 1")
     if options.tp_size is not None and (problem := shape.why_not_tp(options.tp_size)):
-        raise ConfigError(f"tensor_parallel_size={options.tp_size}: {problem}")
+        raise ConfigError(problem)
     asked = (options.tp_size or 1) * (options.pp_size or 1) * (options.num_replicas or 1)
     there = sum(len(node.gpus) for node in topology.nodes)
     if asked > there:

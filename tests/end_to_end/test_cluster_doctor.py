@@ -4,12 +4,17 @@ import json
 import shutil
 from pathlib import Path
 
+import msgspec
 import pytest
 import ray
 
-from argosy.deploy import doctor_cluster, preflight
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.deploy import cli, doctor_cluster, preflight
+from argosy.deploy.cluster_layout import choose_layout, free_part
+from argosy.deploy.live_cluster import named_by_address
 from argosy.deploy.ray_session import RaySession
 from argosy.placement import ray_cluster
+from argosy.placement.topology import ClusterTopology, Link, Node, NodeLink
 
 MODEL = Path(__file__).parents[2] / "argosy" / "default_model"
 
@@ -32,6 +37,35 @@ def test_a_sound_node_and_a_model_that_was_cut_off(
     (fault,) = [fault for fault in faults if fault["check"] == "model-broken"]
     assert (fault["node"], fault["level"]) == ("127.0.0.1", "fail")
     assert "model.safetensors" in fault["found"]
+
+
+def test_a_plan_of_the_running_cluster_is_what_serve_would_choose(
+    ray_session: RaySession, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nodes by their addresses and memory that is really free; what others hold is no room."""
+    words = ["plan", str(MODEL), "--ray-address", "of this test", "--max-model-len", "512", "--json"]
+    assert cli.main(words) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert {rank["node"] for rank in answer["ranks"]} == {"127.0.0.1"}
+    offers = ray_cluster.offers()
+    config = ServingConfig.from_mapping({"model": str(MODEL), "layout": "auto", "max_model_len": 512})
+    inspection = preflight.inspect_cluster()
+    topology = ray_cluster.discover(inspection.probes(), links=inspection.node_links())
+    layout = choose_layout(config, topology, inspection, offers, print)
+    assert answer["settings"]["tensor_parallel_size"] == layout.config.parallel.tensor_parallel_size
+    assert len(answer["replicas"]) == len(layout.plans)
+    all_taken = [msgspec.structs.replace(offer, free={}) for offer in offers]
+    assert free_part(topology, all_taken).nodes == ()
+
+
+def test_raylets_of_one_machine_have_names_of_their_own() -> None:
+    """Ray's ids are 56 hex digits; people know addresses."""
+    nodes = [Node(node_id=f"{number:056x}", address=address) for number, address in enumerate(("a", "b", "a"))]
+    way = Link(kind="network", gbytes_per_second=1.0, latency_us=9.0)
+    links = [NodeLink(first=nodes[0].node_id, second=nodes[2].node_id, link=way)]
+    found = named_by_address(ClusterTopology(nodes=tuple(nodes), links=tuple(links)))
+    assert [node.node_id for node in found.nodes] == ["a", "a-2", "b"]
+    assert found.link_between("a-2", "a") == way
 
 
 def test_a_probe_answers_as_an_actor_on_its_node_and_goes(ray_session: RaySession) -> None:

@@ -9,7 +9,7 @@ import pytest
 from argosy.cluster.protocol.config import ModelConfig, ServingConfig
 from argosy.cluster.protocol.errors import UnsupportedModel, WeightError
 from argosy.cluster.protocol.model_spec import kv_bytes_per_token
-from argosy.placement.model_sources import known_models, read_model_shape
+from argosy.placement.model_sources import HUB_NAMES, known_models, read_model_shape, servable_name
 from argosy.placement.planner import make_serving
 from argosy.placement.rank_memory import Serving, StageBytes
 from argosy.placement.weight_format import FORMATS, format_from_config
@@ -140,3 +140,14 @@ def test_an_unknown_name_lists_the_known_ones() -> None:
     with pytest.raises(WeightError, match=r"llama-3\.1-405b"):
         read_model_shape("llama-9")
     assert read_model_shape("meta-llama/Llama-3.1-8B-Instruct").num_layers == 32
+
+
+def test_every_config_that_ships_says_where_its_weights_are(tmp_path: Path) -> None:
+    """What a plan prints as the command to serve by hand has to be servable."""
+    assert sorted(HUB_NAMES) == list(known_models())
+    assert servable_name("Meta-Llama-3.1-8B") == "meta-llama/Llama-3.1-8B"
+    assert servable_name("meta-llama/Llama-3.1-8B-Instruct") == "meta-llama/Llama-3.1-8B-Instruct"
+    assert servable_name("opt-175b") == "FOLDER"
+    assert servable_name(str(tmp_path)) == str(tmp_path)
+    (tmp_path / "config.json").write_text("{}")
+    assert servable_name(str(tmp_path / "config.json")) == str(tmp_path)

@@ -93,3 +93,18 @@ def test_what_is_asked_of_the_library(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert (asked[0]["revision"], asked[0]["cache_dir"]) == ("v1", Path("/models"))
     assert asked[1]["cache_dir"] is None
     assert not any(pattern.endswith((".py", ".bin", ".pt")) for pattern in WANTED_FILES)
+
+
+@pytest.mark.parametrize(
+    ("name", "fix"),
+    [
+        ("llama-3.1-8b", "such as meta-llama/Llama-3.1-8B, or a folder"),
+        ("Qwen3-8B", "such as Qwen/Qwen3-8B, or a folder"),
+        ("gpt3-175b", "no weights of it are on the hub: give a folder"),
+    ],
+)
+def test_a_name_of_the_planner_is_answered_with_the_name_to_give(name: str, fix: str) -> None:
+    """Who just read `argosy plan llama-3.1-8b` types the same after `argosy serve`; no hub has to be asked."""
+    with pytest.raises(WeightError, match="is a name of 'argosy plan'") as caught:
+        resolve_model(name)
+    assert fix in str(caught.value)

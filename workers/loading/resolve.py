@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Final
 
 from argosy.cluster.protocol.errors import WeightError
+from argosy.placement.model_sources import why_not_served
 
 HUB_NAME: Final = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 # never .py, .bin or .pt: no code and no pickle of a stranger comes onto this machine
@@ -34,6 +35,8 @@ def resolve_model(
         raise WeightError(model, "", "is a file; name the folder that holds config.json and *.safetensors")
     if hub_name is not None:
         return fetch(hub_name, revision, download_dir)
+    if why := why_not_served(model):
+        raise WeightError(model, "", why)
     if not HUB_NAME.fullmatch(model):
         raise WeightError(model, "", "is neither a folder here nor a name on the Hugging Face hub")
     return fetch(model, revision, download_dir)
