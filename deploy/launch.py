@@ -22,7 +22,9 @@ from argosy.deploy.model_folder import localize
 from argosy.deploy.replica_drivers import ReplicaDrivers, RunningDriver
 from argosy.deploy.stage_devices import local_devices
 from argosy.placement.model_families import shape_from_spec
+from argosy.placement.odd_settings import odd_settings
 from argosy.placement.plan import PlacementPlan, make_plan
+from argosy.placement.rank_memory import Serving
 from argosy.placement.uneven import uneven_layers
 from argosy.workers.loading.checkpoint import Checkpoint
 
@@ -105,6 +107,7 @@ def launch_engine(
             config = config.replace(parallel=config.parallel.replace(pipeline_layers=layers))
             plan = make_plan(spec.num_layers, plan.tp_size, plan.pp_size, layers)
             _log.info("stages have unequal room: %s", plan.describe())
+        _tell_odd_settings(config, spec, on_note)
         info = describe_engine(config, spec, plan)
         driver = LocalDriver(config, plan, info, secret=secret, rank_module=rank_module)
         return _wait_until_ready(driver, secret, config, tell)
@@ -121,6 +124,7 @@ def launch_engine(
         tell=tell,
         note=on_note or _log.info,
     )
+    _tell_odd_settings(started.config, spec, on_note)
     return _wait_until_ready(
         ReplicaDrivers(started.drivers),
         secret,
@@ -130,6 +134,12 @@ def launch_engine(
         session=started.session,
         folders=started.folders,
     )
+
+
+def _tell_odd_settings(config: ServingConfig, spec: ModelSpec, on_note: Callable[[str], None] | None) -> None:
+    shape = shape_from_spec(spec)
+    for line in odd_settings(config, shape, Serving.from_config(config, shape)):
+        (on_note or _log.warning)(f"warning: {line}" if on_note else line)
 
 
 def resolve(config: ServingConfig) -> tuple[ServingConfig, ModelSpec, PlacementPlan]:

@@ -17,9 +17,10 @@ from argosy.deploy.plan_text import describe_model, plan_json, plan_lines
 from argosy.deploy.settings import clean_setting
 from argosy.placement.calibration import Calibration, read_calibration
 from argosy.placement.data_sheets import DATA_SHEETS
-from argosy.placement.layout import Traffic
+from argosy.placement.layout import Layout, Traffic
 from argosy.placement.model_shape import ModelShape
 from argosy.placement.model_sources import known_models, read_model_shape
+from argosy.placement.odd_settings import odd_settings
 from argosy.placement.plan_report import PlanOptions
 from argosy.placement.planner import fits, plan_cluster
 from argosy.placement.rank_memory import Serving
@@ -112,6 +113,9 @@ def main(args: argparse.Namespace) -> int:
         return _print_needs(shape, serving_from(args, shape), as_json=args.json)
     topology = topology_from(args)
     report = plan_cluster(shape, topology, options_from(args), serving_from(args, shape, topology))
+    config = config_of(config_from(args, shape, topology), report.chosen.replicas[0])
+    odd = odd_settings(config, shape, report.serving)
+    report = msgspec.structs.replace(report, notes=(*report.notes, *odd))
     if args.svg:
         _write(args.svg, plan_svg(report))
     if args.json:
@@ -150,6 +154,15 @@ def config_from(args: argparse.Namespace, shape: ModelShape, topology: ClusterTo
     models = [gpu.model for node in topology.nodes for gpu in node.gpus] if topology is not None else []
     filled = device_defaults.fill({**given, "model": shape.name or "model"}, card=models[0] if models else "")
     return ServingConfig.from_mapping(filled)
+
+
+def config_of(config: ServingConfig, layout: Layout) -> ServingConfig:
+    """The settings with the sizes of a layout."""
+    parallel = config.parallel.replace(
+        tensor_parallel_size=layout.tp_size, pipeline_parallel_size=layout.pp_size, pipeline_layers=layout.layer_counts
+    )
+    changed: ServingConfig = config.replace(parallel=parallel)
+    return changed
 
 
 def serving_from(args: argparse.Namespace, shape: ModelShape, topology: ClusterTopology | None = None) -> Serving:

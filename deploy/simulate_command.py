@@ -17,7 +17,7 @@ from argosy.deploy.simulate_workload import WorkloadSpec, generate, named, read_
 from argosy.deploy.workload import WORKLOADS
 from argosy.placement.cost_model import ReplicaCost, StepLoad
 from argosy.placement.device_groups import hop_links
-from argosy.placement.layout import Layout, LayoutJudge, Traffic
+from argosy.placement.layout import LayoutJudge, Traffic
 from argosy.placement.model_sources import read_model_shape
 from argosy.placement.plan_report import PlanOptions, PlanReport
 from argosy.placement.planner import plan_cluster
@@ -133,7 +133,7 @@ def simulate(
         swap = plan_swap(layout, report.serving, report.topology.nodes, costs[key], calibration)
         replicas.append(
             SimulatedReplica(
-                number, _config_of(config, layout), layout.num_blocks, _seconds_of(costs[key]),
+                number, plan_command.config_of(config, layout), layout.num_blocks, _seconds_of(costs[key]),
                 num_stages=layout.pp_size, leaps=leaps, groups=report.serving.groups, swap=swap,
                 shared_reads=calibration.shared_reads,
             )
@@ -150,14 +150,6 @@ def simulate(
 def _judge(report: PlanReport) -> LayoutJudge:
     options = report.options
     return LayoutJudge(StageBytes(report.model, report.serving), options.traffic, calibration=options.calibration)
-
-
-def _config_of(config: ServingConfig, layout: Layout) -> ServingConfig:
-    parallel = config.parallel.replace(
-        tensor_parallel_size=layout.tp_size, pipeline_parallel_size=layout.pp_size, pipeline_layers=layout.layer_counts
-    )
-    changed: ServingConfig = config.replace(parallel=parallel)
-    return changed
 
 
 def _seconds_of(cost: ReplicaCost) -> StageSeconds:
