@@ -1,7 +1,7 @@
 """Products with weights of 4 or 8 bits, by the number of tokens. Meaning: `packed_reference.linear`.
 
     1 to 16        `packed_few`: bound by reading the weight; with gate, bias and residual in one launch
-    to some 100    `packed_many`: the weight becomes 16 bits on its way to the tensor cores
+    to some 100    `packed_hopper`, elsewhere `packed_many`: 16 bits are made on the way to the tensor cores
     more           the weight becomes 16 bits in memory, a slice at a time, and cuBLAS multiplies
 
 Which of them, and in which sizes, stands in the tuned file (`tune_packed.py`) by shape and tokens.
@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from argosy.kernels import activation, tuning
+from argosy.kernels import activation, packed_hopper, tuning
 from argosy.kernels.packed_few import few_kernel
 from argosy.kernels.packed_inputs import pick_inputs as pick_inputs
 from argosy.kernels.packed_many import many_kernel, unpack_kernel
@@ -23,8 +23,9 @@ MOST_FUSED = 16  # tokens, of `packed_few`
 MANY_TOKENS = 256  # and no more are multiplied by `packed_many`, where nothing was tuned
 SLICE_BYTES = 24 << 20  # of plain weight at a time: it stays in the second-level cache
 SLICE_ROWS = 64  # and a multiple of so many
-FEW, MANY, SLICES = 0, 1, 2  # as `kernel` in the tuned sizes counts them
-BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256)
+HOPPER_UNTUNED = False  # not before it was seen to be right on a card
+FEW, MANY, SLICES, HOPPER = 0, 1, 2, 3  # as `kernel` in the tuned sizes counts them
+BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
 def suits(weight: PackedWeight) -> bool:
@@ -64,9 +65,16 @@ def default_sizes(weight: PackedWeight, num_tokens: int, num_sms: int) -> dict[s
             "warps": per_program, "prefetch": 0}  # fmt: skip
 
 
-def _sizes(weight: PackedWeight, num_tokens: int, device: torch.device) -> tuning.Sizes:
+def _sizes(weight: PackedWeight, x_TI: Tensor) -> tuning.Sizes:
+    num_tokens, device = max(1, x_TI.shape[0]), x_TI.device
     found = tuning.pick("packed", key_of(weight, num_tokens), device) if num_tokens <= BUCKETS[-1] else None
-    return found or default_sizes(weight, num_tokens, tuning.device_facts(device).num_sms)
+    by_hopper = num_tokens > MOST_FUSED and packed_hopper.takes(x_TI, weight)
+    if found is not None and (found["kernel"] != HOPPER or by_hopper):
+        return found
+    num_sms = tuning.device_facts(device).num_sms
+    if by_hopper and HOPPER_UNTUNED and num_tokens <= MANY_TOKENS:
+        return {"kernel": HOPPER, **packed_hopper.default_sizes(weight, num_tokens, num_sms)}
+    return default_sizes(weight, num_tokens, num_sms)
 
 
 def linear(
@@ -87,7 +95,7 @@ def linear(
     assert num_in == weight.num_inputs
     assert x_TI.stride(1) == 1
     assert residual_TO is None or out_TO is None
-    sizes = sizes or _sizes(weight, max(1, num_tokens), x_TI.device)
+    sizes = sizes or _sizes(weight, x_TI)
     num_outputs = weight.num_outputs // 2 if gated else weight.num_outputs
     made_TO = residual_TO if out_TO is None else out_TO
     if made_TO is None:
@@ -101,6 +109,8 @@ def linear(
         y_TO = linear(x_TI, weight, bias_O, sizes=sizes)
         y_TO = activation.silu_and_mul(y_TO) if gated else y_TO
         return made_TO.copy_(y_TO) if residual_TO is None else made_TO.add_(y_TO)
+    if sizes["kernel"] == HOPPER:
+        return packed_hopper.linear(x_TI, weight, bias_O, made_TO, sizes)
     if sizes["kernel"] == MANY:
         return _many(x_TI, weight, bias_O, made_TO, sizes)
     return _by_slices(x_TI, weight, bias_O, made_TO, sizes.get("slice_mb", SLICE_BYTES >> 20) << 20)

@@ -29,10 +29,11 @@ def _unpacking(mask: str, magic: str, shifts: tuple[str, ...]) -> str:
     return _HALVES + "\n".join(["", *lines])
 
 
-_BF16 = _unpacking("0x000f000f", "0x43004300", ("", *(f"shr.b32 t, @, {4 * field};" for field in (1, 2, 3))))
-_FP16 = _unpacking(
-    "0x00f000f0", "0x54005400", ("shl.b32 t, @, 4;", "", "shr.b32 t, @, 4;", "shr.b32 t, @, 8;")
-)  # fmt: skip
+_MASKS_BF16 = ("0x000f000f", "0x43004300", "0x43004300")  # of a number, the exponent over it, BASE twice
+_MASKS_FP16 = ("0x00f000f0", "0x54005400", "0x54005400")
+_SHIFTS_BF16 = ("", *(f"shr.b32 t, @, {4 * field};" for field in (1, 2, 3)))
+_SHIFTS_FP16 = ("shl.b32 t, @, 4;", "", "shr.b32 t, @, 4;", "shr.b32 t, @, 8;")
+_BF16, _FP16 = _unpacking(*_MASKS_BF16[:2], _SHIFTS_BF16), _unpacking(*_MASKS_FP16[:2], _SHIFTS_FP16)
 
 
 def _zeroing(kind: str, base: str) -> str:
@@ -59,7 +60,39 @@ ASM_LESS_BF16 = tl.constexpr(f"{_REGISTERS}{_LESS_BF16}\n}}")
 ASM_LESS_FP16 = tl.constexpr(f"{_REGISTERS}{_LESS_FP16}\n}}")
 ASM_SCALED_BF16 = tl.constexpr(f"{_REGISTERS}{_LESS_BF16}{_scaling('bf16')}\n}}")
 ASM_SCALED_FP16 = tl.constexpr(f"{_REGISTERS}{_LESS_FP16}{_scaling('f16')}\n}}")
+
+
+def _planes(mask: str, magic: str, base: str, kind: str, shifts: tuple[str, ...], sixteen: str) -> str:
+    """Numbers of 8 bits, (low - zero) + 16 (high - zero) times the scale.
+
+    $8, $9: words of the low plane, $10, $11 of the high one; $12, $14: the low plane's pairs of the upper row and of
+    the one eight below, $16, $18 the high one's.
+    """
+    lines = [f"mov.b32 t, {base};", f"mov.b32 sixteen, {sixteen};"]
+    for row, low, high in ((0, "$12", "$16"), (1, "$14", "$18")):
+        for name, pair in (("z", low), ("y", high)):
+            lines.append(f"prmt.b32 {name}{row}, {pair}, {pair}, 0x3232;\nadd.rn.{kind}x2 {name}{row}, {name}{row}, t;")
+        lines.append(f"prmt.b32 s{row}, {low}, {low}, 0x1010;")
+    for half, selector in ((0, "0x5410"), (1, "0x7632")):
+        lines += [f"prmt.b32 lo, $8, $9, {selector};", f"prmt.b32 hi, $10, $11, {selector};"]
+        for place, shift in enumerate(shifts):
+            field, row = 4 * half + place, place // 2
+            for source, to, zero in (("lo", f"${field}", "z"), ("hi", "u", "y")):
+                if shift:
+                    lines.append(shift.replace("@", source))
+                lines.append(f"lop3.b32 {to}, {'t' if shift else source}, {mask}, {magic}, 0xea;")
+                lines.append(f"sub.rn.{kind}x2 {to}, {to}, {zero}{row};")
+            lines.append(
+                f"fma.rn.{kind}x2 ${field}, u, sixteen, ${field};\nmul.rn.{kind}x2 ${field}, ${field}, s{row};"
+            )
+    registers = ".reg .b32 lo, hi, t, u, sixteen, z0, z1, y0, y1, s0, s1;"
+    return "\n".join(["{", registers, *lines, "}"])
+
+
+ASM_PLANES_BF16 = tl.constexpr(_planes(*_MASKS_BF16, "bf16", _SHIFTS_BF16, "0x41804180"))
+ASM_PLANES_FP16 = tl.constexpr(_planes(*_MASKS_FP16, "f16", _SHIFTS_FP16, "0x4c004c00"))
 _OUTPUTS = ",".join(["=&r"] * 8)
+PLANES_AND_PAIRS = tl.constexpr(_OUTPUTS + ",r" * 12)
 WORDS_ALONE, WORDS_AND_PAIRS = tl.constexpr(f"{_OUTPUTS},r,r"), tl.constexpr(f"{_OUTPUTS},r,r,r,r,r,r")
 EIGHT_BF16, EIGHT_FP16 = tl.constexpr((tl.bfloat16,) * 8), tl.constexpr((tl.float16,) * 8)
 

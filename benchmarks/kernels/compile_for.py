@@ -32,6 +32,7 @@ from argosy.kernels import (
     kv_scales,
     moe_gemm,
     moe_packed,
+    packed_hopper,
     packed_linear,
     packed_reference,
     paged_attention,
@@ -227,8 +228,21 @@ def packed(report: Callable[..., None]) -> None:
             if tokens in (32, 64):
                 sizes = {**many, "tiles": 8, "tokens": tokens, "sync": 0}
                 report(f"4 bits {num_in}x{num_out}, {tokens} a warp", packed_linear.linear, x, weight, sizes=sizes)
+    for bits, group, dtype, half in ((4, 128, BF16, False), (4, 64, torch.float16, True), (8, 128, BF16, True)):
+        words, pairs = packed_reference.shapes(6144, 4096, bits=bits, group=group)
+        scales = torch.zeros(pairs, dtype=torch.float16 if half else BF16)
+        weight = packed_reference.PackedWeight(torch.zeros(words, dtype=torch.int32), scales, bits, group, 4096, 6144)
+        for wgs, tiles, at_once in HOPPER_SIZES:
+            x = torch.zeros(at_once, 4096, dtype=dtype)
+            ring = {"wgs": wgs, "tiles": tiles, "tokens": at_once}
+            stages = min(8, packed_hopper.RING_BYTES // packed_hopper.place_bytes(weight, ring))
+            for programs in (0, 132):
+                sizes = {"kernel": packed_linear.HOPPER, **ring, "stages": stages, "programs": programs}
+                name = f"{bits} bits of {group}, {sizes}"
+                report(name, packed_linear.linear, x, weight, scales.flatten()[:6144].to(dtype), sizes=sizes)
 
 
+HOPPER_SIZES = ((4, 4, 32), (4, 4, 64), (2, 8, 64), (4, 4, 128), (2, 8, 128), (2, 4, 256))
 PARTS = {"attention": attention, "prompts": prompts, "linear": linear, "fp8": fp8, "experts": experts, "packed": packed}
 
 

@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from timing import copies_for, microseconds
 
-from argosy.kernels import packed_linear, packed_reference, tuning
-from argosy.kernels.packed_linear import FEW, MANY, SLICES
+from argosy.kernels import packed_hopper, packed_linear, packed_reference, tuning
+from argosy.kernels.packed_linear import FEW, HOPPER, MANY, SLICES
 
 SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
-TOKENS = (1, 8, 16, 32, 64, 128, 256)
+TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
 SAME = {2: 8, 4: 8}  # the same kernel, the same time
 AGAIN = {8: 1}  # sizes are the best of fewer tokens
 FEW_WAYS = [  # tiles, split, wide, ahead, stages
@@ -33,26 +33,38 @@ FEW_WAYS = [  # tiles, split, wide, ahead, stages
 ]  # fmt: skip
 MANY_WAYS = {  # tiles, warps, sync, tokens at once
     16: [(8, 8, 0, 16)],
-    32: [(8, 8, 0, 32), (16, 8, 0, 32), (4, 4, 0, 32), (8, 4, 0, 32)],
-    64: [(8, 8, 0, 64), (16, 8, 0, 64), (4, 4, 0, 64)],
-    128: [(8, 8, 0, 128), (16, 8, 0, 64), (8, 8, 1, 128)],
-    256: [(8, 8, 1, 256), (8, 8, 1, 128), (8, 8, 0, 128)],
+    32: [(8, 8, 0, 32), (4, 4, 0, 32)],
+    64: [(8, 8, 0, 64)],
 }
+HOPPER_WAYS = {  # groups of warps, tiles of each, tokens at once
+    16: [(4, 4, 16), (2, 4, 16)],
+    32: [(4, 4, 32), (2, 4, 32), (2, 8, 32)],
+    64: [(4, 4, 64), (2, 4, 64), (2, 8, 64)],
+    128: [(4, 4, 128), (2, 4, 128), (2, 8, 128)],
+    256: [(4, 4, 128), (2, 8, 128), (2, 4, 256)],
+    512: [(4, 4, 128), (2, 8, 128), (2, 4, 256)],
+    1024: [(2, 8, 128), (2, 4, 256)],
+}
+NUM_SMS = 132  # of the card: so many programs share all work evenly
 PROCESSES = 15
 LARGEST_ERROR = 4e-3  # of bf16 against float64
 
 
-def sizes_for(tokens: int, name: str) -> Iterator[dict[str, int]]:
+def sizes_for(tokens: int, name: str, bits: int) -> Iterator[dict[str, int]]:
     """What is tried. A product that is gated needs two tiles of rows."""
     if tokens <= 16:
         for (tiles, split, wide, ahead, stages), (early, prefetch) in itertools.product(FEW_WAYS, ((0, 0), (1, 32))):
             if not (tiles == 1 and name == "gate_up") and not (tokens == 16 and early):
                 yield {"kernel": FEW, "tiles": tiles, "split": split, "wide": wide, "ahead": ahead, "stages": stages,
                        "early": early, "prefetch": prefetch}  # fmt: skip
-    if tokens > 8:
-        for (tiles, warps, sync, at_once), splits in itertools.product(MANY_WAYS[tokens], (1, 2, 4)):
-            yield {"kernel": MANY, "tiles": tiles, "tokens": at_once, "splits": splits, "stages": 3, "warps": warps,
-                   "sync": sync}  # fmt: skip
+    for (tiles, warps, sync, at_once), splits in itertools.product(MANY_WAYS.get(tokens, ()), (1, 2, 4)):
+        yield {"kernel": MANY, "tiles": tiles, "tokens": at_once, "splits": splits, "stages": 3, "warps": warps,
+               "sync": sync}  # fmt: skip
+    for (wgs, tiles, at_once), programs in itertools.product(HOPPER_WAYS.get(tokens, ()), (0, NUM_SMS)):
+        ring = {"kernel": HOPPER, "wgs": wgs, "tiles": tiles, "tokens": at_once, "programs": programs}
+        most = min(8, packed_hopper.RING_BYTES // (bits // 4 * wgs * tiles * 576 + at_once * 128))
+        for stages in sorted({most, max(3, most - 2)}):
+            yield ring | {"stages": stages}
     if tokens > 64:
         yield {"kernel": SLICES, "slice_mb": 24}
         yield {"kernel": SLICES, "slice_mb": 256}
@@ -71,9 +83,13 @@ def weights_of(
     return made
 
 
-def compile_all(weight: packed_reference.PackedWeight, name: str, part: tuple[int, int]) -> None:
+def compile_all(
+    weight: packed_reference.PackedWeight, name: str, part: tuple[int, int], counts: Iterable[int]
+) -> None:  # fmt: skip
     """Every n-th size, into the cache that the measuring process reads."""
-    for turn, (tokens, sizes) in enumerate((t, s) for t in TOKENS if t not in AGAIN for s in sizes_for(t, name)):
+    for turn, (tokens, sizes) in enumerate(
+        (t, s) for t in counts if t not in AGAIN for s in sizes_for(t, name, weight.bits)
+    ):
         if turn % part[1] == part[0]:
             try:
                 packed_linear.linear(
@@ -121,12 +137,13 @@ def main() -> None:
     parser.add_argument("--report", default=os.devnull)
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=128)
+    parser.add_argument("--tokens", type=int, nargs="+", choices=TOKENS, default=list(TOKENS))
     parser.add_argument("--part", help=argparse.SUPPRESS)  # "i/n": compile every n-th size only
     args = parser.parse_args()
     form = {"bits": args.bits, "group": args.group}
     if args.part:
         i, n = map(int, args.part.split("/"))
-        compile_all(weights_of(*SHAPES["qkv"], 1, **form)[0], "qkv", (i, n))
+        compile_all(weights_of(*SHAPES["qkv"], 1, **form)[0], "qkv", (i, n), args.tokens)
         return
     others = [
         subprocess.Popen([sys.executable, *sys.argv, "--part", f"{i}/{PROCESSES}"], stdout=subprocess.DEVNULL)
@@ -135,15 +152,15 @@ def main() -> None:
     for other in others:
         other.wait()
     tuned: dict[str, dict[str, int]] = {}
-    layers: dict[int, list[float]] = {tokens: [0.0, 0.0] for tokens in TOKENS}
+    layers: dict[int, list[float]] = {tokens: [0.0, 0.0] for tokens in args.tokens}
     with Path(args.report).open("a", encoding="utf-8") as report:
         for name, (num_in, num_out) in SHAPES.items():
             weights = weights_of(num_in, num_out, copies_for(num_in * num_out * args.bits // 8, 16), **form)
             plain_OI = packed_reference.dequantize(weights[0])
             plain = [plain_OI] + [plain_OI.clone() for _ in range(copies_for(plain_OI.nbytes, 16) - 1)]
             tops: dict[int, list[dict[str, int]]] = {}
-            for tokens in TOKENS:
-                candidates = tops[AGAIN[tokens]] if tokens in AGAIN else sizes_for(tokens, name)
+            for tokens in args.tokens:
+                candidates = tops[AGAIN[tokens]] if AGAIN.get(tokens) in tops else sizes_for(tokens, name, args.bits)
                 found = measured(weights, plain_OI, tokens, name, candidates)
                 tops[tokens] = [sizes for _, sizes, _ in found[:3]]
                 us, sizes, error = found[0]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from argosy.kernels import packed_linear, packed_reference, reference
+from argosy.kernels import packed_hopper, packed_linear, packed_reference, reference
 
 Near = Callable[[Tensor, Tensor], None]
 # bits, group, inputs, outputs: whole units, columns and rows that fill none, two groups a unit, two planes
@@ -91,6 +91,54 @@ def test_bfloat16_activations_multiply_scales_of_either_kind(
     x = torch.randn(tokens, 2048, device=device).bfloat16()
     want = (x.double() @ packed_reference.dequantize(weight).double().t()).bfloat16()
     assert_near(packed_linear.linear(x, weight), want)
+
+
+IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+# bits, group; groups of warps, tiles of each, tokens at once, places in the ring; programs
+BY_HOPPER = [
+    (4, 128, 4, 4, 64, 3, 132), (4, 128, 2, 4, 256, 3, 3), (4, 64, 2, 8, 128, 4, 0), (4, 128, 4, 4, 128, 4, 7),
+    (8, 128, 4, 4, 32, 8, 132), (8, 64, 2, 4, 16, 4, 3),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not IS_HOPPER, reason="needs capability 9.0")
+@pytest.mark.parametrize(("bits", "group", "wgs", "tiles", "at_once", "stages", "programs"), BY_HOPPER)
+def test_hopper_multiplies_tiles_that_are_filled_and_such_that_are_not(
+    bits: int, group: int, wgs: int, tiles: int, at_once: int, stages: int, programs: int, device: torch.device,
+    assert_near: Near,
+) -> None:  # fmt: skip
+    """Rows, columns, tokens of no whole tile, programs that begin inside a tile; twice: counters are left at zero."""
+    sizes = {"kernel": packed_linear.HOPPER, "wgs": wgs, "tiles": tiles, "tokens": at_once, "stages": stages}
+    sizes["programs"] = programs
+    for dtype, num_in, num_out, tokens in (
+        (torch.bfloat16, 384, 1000, at_once + 7), (torch.float16, 2048, 264, at_once - 5), (torch.bfloat16, 128, 17, 1),
+    ):  # fmt: skip
+        weight = make(bits, group, num_in, num_out, device)
+        wide = torch.randn(tokens, num_in + 8, device=device).to(dtype)
+        x, bias = wide[:, :num_in], torch.randn(num_out, device=device).to(dtype)
+        plain = packed_reference.dequantize(weight).double()
+        want = x.double() @ plain.t()
+        for _ in range(2):
+            out = torch.full((tokens, num_out), float("nan"), device=device, dtype=dtype)
+            packed_linear.linear(x, weight, sizes=sizes, out_TO=out)
+            assert_near(out, want.to(dtype))
+        assert_near(packed_linear.linear(x, weight, bias, sizes=sizes), (want + bias.double()).to(dtype))
+
+
+def test_sizes_are_for_any_shape(device: torch.device) -> None:
+    """What nobody has tuned: rings that fit, tiles that the copy engine takes."""
+    for bits, group in ((4, 128), (8, 64)):
+        for num_out, num_in in ((96, 256), (28672, 4096)):
+            words, pairs = packed_reference.shapes(num_out, num_in, bits=bits, group=group)
+            weight = packed_reference.PackedWeight(
+                torch.empty(words, dtype=torch.int32, device="meta"),
+                torch.empty(pairs, dtype=torch.float16, device="meta"), bits, group, num_in, num_out,
+            )  # fmt: skip
+            for tokens in (1, 17, 64, 100, 256, 1000):
+                sizes = packed_hopper.default_sizes(weight, tokens, 132)
+                assert sizes["tokens"] in (16, 32, 64, 128, 256)
+                assert 2 <= sizes["stages"] * packed_hopper.place_bytes(weight, sizes) <= packed_hopper.RING_BYTES
 
 
 @pytest.mark.parametrize("sizes", [FEW, MANY])

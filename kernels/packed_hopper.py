@@ -1,0 +1,364 @@
+"""Products of some dozens to some hundreds of tokens with weights of 4 or 8 bits, for Hopper's tensor cores.
+
+Meaning: `packed_reference.linear`, the weight in the type of the activations. A program has WGS groups of four warps
+that multiply, each 64 ROWS_OF rows of the weight with the same TOKENS tokens, and one warp that fetches for them:
+
+    fetch      by the copy engine, as far ahead as the ring has places: the words of 64 columns of all rows, their
+               scales, and the tokens' 64 inputs. Words come before the kernel before this one is done
+    multiply   words become 16 bits in the registers that the tensor cores read as their left side, and nowhere else;
+               while one group multiplies, another unpacks. No register of a product is written before it is done
+
+Work is cut into blocks of a group's columns: a program takes `per` of them after each other, whichever tiles they
+belong to. Tiles that several programs share are added up by the one that is done last, in the order of the inputs.
+Written in Triton's lower language (Gluon), since Triton runs all warps of a program in step.
+"""
+
+from functools import cache
+
+import torch
+import triton
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from argosy.kernels import tuning
+from argosy.kernels.packed_parts import (
+    ASM_PLANES_BF16,
+    ASM_PLANES_FP16,
+    ASM_SCALED_BF16,
+    ASM_SCALED_FP16,
+    EIGHT_BF16,
+    EIGHT_FP16,
+    PLANES_AND_PAIRS,
+    WORDS_AND_PAIRS,
+)
+from argosy.kernels.packed_reference import ROWS, PackedWeight
+
+# Triton 3.9 calls it otherwise than 3.6
+copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+COLUMNS = gl.constexpr(64)  # of a place in the ring
+GROUPS = (64, 128)
+REGISTERS = {2: 232, 4: 112}  # of a thread that multiplies, by the number of groups of warps
+FETCH_REGISTERS = 32
+RING_BYTES = 200_000  # of a multiprocessor's 232,448, less barriers and what results go out through
+
+
+@gluon.jit
+def _fetch(
+    x_desc, words_desc, pairs_desc, x_smem, words_smem, pairs_smem, full, empty, per, total, num_blocks, token_tiles,
+    UNITS: gl.constexpr, PLANES: gl.constexpr, TILES: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
+    BYTES: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    begin = gl.program_id(0) * per
+    steps = (gl.minimum(begin + per, total) - begin) * UNITS
+    for n in range(gl.minimum(steps, STAGES)):
+        at = begin + n // UNITS
+        mbarrier.expect(full.index(n), BYTES)
+        _fetch_words(
+            words_desc, pairs_desc, words_smem, pairs_smem, full, n, at, n % UNITS, num_blocks, token_tiles, UNITS,
+            PLANES, TILES,
+        )  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    for n in range(steps):
+        slot = n % STAGES
+        at = begin + n // UNITS
+        if n >= STAGES:
+            mbarrier.wait(empty.index(slot), (n // STAGES - 1) & 1)
+            mbarrier.expect(full.index(slot), BYTES)
+            _fetch_words(
+                words_desc, pairs_desc, words_smem, pairs_smem, full, slot, at, n % UNITS, num_blocks, token_tiles,
+                UNITS, PLANES, TILES,
+            )  # fmt: skip
+        token = at // num_blocks % token_tiles * TOKENS
+        column = (at % num_blocks * UNITS + n % UNITS) * COLUMNS
+        copy_in(x_desc, [token, column], full.index(slot), x_smem.index(slot))
+
+
+@gluon.jit
+def _fetch_words(
+    words_desc, pairs_desc, words_smem, pairs_smem, full, slot, at, unit, num_blocks, token_tiles,
+    UNITS: gl.constexpr, PLANES: gl.constexpr, TILES: gl.constexpr,
+):  # fmt: skip
+    tile = at // num_blocks // token_tiles * TILES
+    block = at % num_blocks * PLANES
+    for plane in gl.static_range(PLANES):
+        here = slot * PLANES + plane
+        column = ((block + plane) * UNITS + unit) * 128
+        copy_in(words_desc, [tile, column], full.index(slot), words_smem.index(here))
+        copy_in(pairs_desc, [tile, (block + plane) * 16], full.index(slot), pairs_smem.index(here))
+
+
+@gluon.jit
+def _as_activations(pairs, FP16: gl.constexpr, HALF_SCALES: gl.constexpr):
+    """Pairs of float16 as pairs of bfloat16, or the other way round."""
+    if FP16 == HALF_SCALES:
+        return pairs
+    else:
+        S: gl.constexpr = gl.float16 if HALF_SCALES else gl.bfloat16
+        T: gl.constexpr = gl.float16 if FP16 else gl.bfloat16
+        scale = pairs.to(gl.int16).to(S, bitcast=True).to(gl.float32).to(T).to(gl.int16, bitcast=True)
+        zero = (pairs >> 16).to(gl.int16).to(S, bitcast=True).to(gl.float32).to(T).to(gl.int16, bitcast=True)
+        return (scale.to(gl.int32) & 0xFFFF) | (zero.to(gl.int32) << 16)
+
+
+@gluon.jit
+def _pairs_of_words(
+    pairs, words_in: gl.constexpr, wide: gl.constexpr, TILES: gl.constexpr, FP16: gl.constexpr,
+    HALF_SCALES: gl.constexpr,
+):  # fmt: skip
+    """(upper, lower): the pairs of both rows of each word. Only names of registers change."""
+    pairs = _as_activations(pairs, FP16, HALF_SCALES)
+    upper, lower = gl.split(gl.permute(gl.reshape(pairs, [TILES, 2, 8]), [0, 2, 1]))
+    upper = gl.convert_layout(upper, gl.SliceLayout(2, wide), assert_trivial=True)
+    lower = gl.convert_layout(lower, gl.SliceLayout(2, wide), assert_trivial=True)
+    nothing = gl.zeros([TILES, 8, 16], gl.int32, wide)
+    upper = gl.convert_layout(gl.reshape(upper[:, :, None] + nothing, [TILES, 128]), words_in, assert_trivial=True)
+    lower = gl.convert_layout(gl.reshape(lower[:, :, None] + nothing, [TILES, 128]), words_in, assert_trivial=True)
+    return upper, lower
+
+
+@gluon.jit
+def _unpacked(
+    words_smem, pairs_smem, slot, left_in: gl.constexpr, G: gl.constexpr, PLANES: gl.constexpr, TILES: gl.constexpr,
+    FP16: gl.constexpr, HALF_SCALES: gl.constexpr,
+):  # fmt: skip
+    """The left side of a product, [16 TILES, 64], from a place in the ring."""
+    words_in: gl.constexpr = gl.BlockedLayout([1, 4], [1, 32], [4, 1], [1, 0])
+    wide: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 8, 4], [4, 1, 1], [2, 1, 0])
+    regs: gl.constexpr = [[0, 8]] if TILES == 4 else [[0, 8], [4, 0]]
+    pairs_in: gl.constexpr = gl.DistributedLinearLayout(
+        regs, [[0, 0], [0, 0], [0, 1], [0, 2], [0, 4]], [[1, 0], [2, 0]], [], [TILES, 16]
+    )
+    kinds: gl.constexpr = EIGHT_FP16 if FP16 else EIGHT_BF16
+    words = words_smem.index(slot * PLANES).slice(G * TILES, TILES, 0).load(words_in)
+    pairs = pairs_smem.index(slot * PLANES).slice(G * TILES, TILES, 0).load(pairs_in)
+    upper, lower = _pairs_of_words(pairs, words_in, wide, TILES, FP16, HALF_SCALES)
+    if PLANES == 1:
+        source: gl.constexpr = ASM_SCALED_FP16 if FP16 else ASM_SCALED_BF16
+        a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
+            source, WORDS_AND_PAIRS, [words, upper, lower], dtype=kinds, is_pure=True, pack=2
+        )
+    else:
+        both: gl.constexpr = ASM_PLANES_FP16 if FP16 else ASM_PLANES_BF16
+        high = words_smem.index(slot * PLANES + 1).slice(G * TILES, TILES, 0).load(words_in)
+        pairs = pairs_smem.index(slot * PLANES + 1).slice(G * TILES, TILES, 0).load(pairs_in)
+        over, under = _pairs_of_words(pairs, words_in, wide, TILES, FP16, HALF_SCALES)
+        a, b, c, d, e, f, g, h = gl.inline_asm_elementwise(
+            both, PLANES_AND_PAIRS, [words, high, upper, lower, over, under], dtype=kinds, is_pure=True, pack=2
+        )
+    v = gl.join(gl.join(gl.join(a, b), gl.join(c, d)), gl.join(gl.join(e, f), gl.join(g, h)))
+    v = gl.permute(gl.reshape(v, [TILES, 8, 4, 2, 2, 2, 2, 2]), [0, 6, 1, 3, 7, 5, 2, 4])
+    return gl.convert_layout(gl.reshape(v, [16 * TILES, 64]), left_in, assert_trivial=True)
+
+
+@gluon.jit
+def _multiply(
+    out_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, words_smem, pairs_smem, full, empty, per, total, num_blocks,
+    token_tiles, num_tokens, num_outputs, stride_out,
+    G: gl.constexpr, WGS: gl.constexpr, UNITS: gl.constexpr, PLANES: gl.constexpr, TILES: gl.constexpr,
+    TOKENS: gl.constexpr, STAGES: gl.constexpr, HALF_SCALES: gl.constexpr, BIAS: gl.constexpr, SHARED: gl.constexpr,
+):  # fmt: skip
+    T: gl.constexpr = x_smem.dtype
+    FP16: gl.constexpr = x_smem.dtype == gl.float16
+    OWN: gl.constexpr = 16 * TILES
+    acc_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    left_in: gl.constexpr = gl.DotOperandLayout(0, acc_in, 2)
+    out_in: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
+    program = gl.program_id(0)
+    begin = program * per
+    end = gl.minimum(begin + per, total)
+    at = begin
+    n = 0
+    while at < end:
+        tile = at // num_blocks
+        count = gl.minimum((tile + 1) * num_blocks, end) - at
+        acc = gl.zeros([OWN, TOKENS], gl.float32, acc_in)
+        for _ in range(count):
+            slot = n % STAGES
+            mbarrier.wait(full.index(slot), (n // STAGES) & 1)
+            v = _unpacked(words_smem, pairs_smem, slot, left_in, G, PLANES, TILES, FP16, HALF_SCALES)
+            acc = warpgroup_mma(v, x_smem.index(slot).permute((1, 0)), acc, is_async=True)
+            n += 1
+            if UNITS == 2:
+                second = n % STAGES
+                mbarrier.wait(full.index(second), (n // STAGES) & 1)
+                w = _unpacked(words_smem, pairs_smem, second, left_in, G, PLANES, TILES, FP16, HALF_SCALES)
+                acc = warpgroup_mma(w, x_smem.index(second).permute((1, 0)), acc, is_async=True)
+                n += 1
+                acc, v, w = warpgroup_mma_wait(0, deps=[acc, v, w])
+                mbarrier.arrive(empty.index(slot))
+                mbarrier.arrive(empty.index(second))
+            else:
+                acc, v = warpgroup_mma_wait(0, deps=[acc, v])
+                mbarrier.arrive(empty.index(slot))
+        whole = count == num_blocks
+        if SHARED and count < num_blocks:
+            here = gl.arange(0, OWN, gl.SliceLayout(1, acc_in))[:, None] * TOKENS
+            here += gl.arange(0, TOKENS, gl.SliceLayout(0, acc_in))[None, :]
+            own = program * 2 + (at > begin).to(gl.int32)
+            gl.store(part_ptr + (own.to(gl.int64) * WGS + G) * (OWN * TOKENS) + here, acc)
+            gl.thread_barrier()  # every thread's stores come before the one thread's release below
+            first = tile * num_blocks // per
+            last = ((tile + 1) * num_blocks - 1) // per
+            counter = counter_ptr + tile * WGS + G
+            if gl.atomic_add(counter, 1, sem="acq_rel") == last - first:
+                gl.atomic_xchg(counter, 0, sem="relaxed")  # ready for the next launch
+                acc = gl.zeros([OWN, TOKENS], gl.float32, acc_in)
+                for other in range(first, last + 1):  # .cg: past the first-level cache
+                    place = other * 2 + (other * per < tile * num_blocks).to(gl.int32)
+                    acc += gl.load(
+                        part_ptr + (place.to(gl.int64) * WGS + G) * (OWN * TOKENS) + here, cache_modifier=".cg"
+                    )
+                whole = count < num_blocks
+        if whole:
+            first_row = (tile // token_tiles * WGS + G) * OWN
+            if BIAS:
+                of_acc = first_row + gl.arange(0, OWN, gl.SliceLayout(1, acc_in))
+                acc += gl.load(bias_ptr + gl.minimum(of_acc, num_outputs - 1)).to(gl.float32)[:, None]
+            row = first_row + gl.arange(0, OWN, gl.SliceLayout(1, out_in))
+            token = tile % token_tiles * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, out_in))
+            to = out_ptr + (token.to(gl.int64) * stride_out)[None, :] + row[:, None]
+            kept = (token < num_tokens)[None, :] & (row < num_outputs)[:, None]
+            gl.store(to, gl.convert_layout(acc.to(T), out_in), kept)
+        at += count
+
+
+@gluon.jit(do_not_specialize=["num_tokens", "per", "total", "token_tiles"])
+def hopper_kernel(
+    x_desc, words_desc, pairs_desc, out_ptr, bias_ptr, part_ptr, counter_ptr, per, total, num_blocks, token_tiles,
+    num_tokens, num_outputs, stride_out,
+    UNITS: gl.constexpr, PLANES: gl.constexpr, HALF_SCALES: gl.constexpr, WGS: gl.constexpr, TILES: gl.constexpr,
+    TOKENS: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr, SHARED: gl.constexpr, REGISTERS: gl.constexpr,
+    FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+):  # fmt: skip
+    ALL: gl.constexpr = WGS * TILES
+    BYTES: gl.constexpr = PLANES * ALL * (512 + 64) + TOKENS * 128
+    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TOKENS, 64], x_desc.layout)
+    words_smem = gl.allocate_shared_memory(gl.int32, [STAGES * PLANES, ALL, 128], words_desc.layout)
+    pairs_smem = gl.allocate_shared_memory(gl.int32, [STAGES * PLANES, ALL, 16], pairs_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=WGS)
+    # in full: a tuple that is given a name has no constants any more
+    if WGS == 2:
+        gl.warp_specialize([
+            (_multiply, (
+                out_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, words_smem, pairs_smem, full, empty, per, total,
+                num_blocks, token_tiles, num_tokens, num_outputs, stride_out, 0, WGS, UNITS, PLANES, TILES, TOKENS,
+                STAGES, HALF_SCALES, BIAS, SHARED,
+            )),
+            (_multiply, (
+                out_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, words_smem, pairs_smem, full, empty, per, total,
+                num_blocks, token_tiles, num_tokens, num_outputs, stride_out, 1, WGS, UNITS, PLANES, TILES, TOKENS,
+                STAGES, HALF_SCALES, BIAS, SHARED,
+            )),
+            (_fetch, (
+                x_desc, words_desc, pairs_desc, x_smem, words_smem, pairs_smem, full, empty, per, total, num_blocks,
+                token_tiles, UNITS, PLANES, ALL, TOKENS, STAGES, BYTES, PDL,
+            )),
+        ], [4, 1], [REGISTERS, FETCH_REGISTERS])  # fmt: skip
+    else:
+        gl.warp_specialize([
+            (_multiply, (
+                out_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, words_smem, pairs_smem, full, empty, per, total,
+                num_blocks, token_tiles, num_tokens, num_outputs, stride_out, 0, WGS, UNITS, PLANES, TILES, TOKENS,
+                STAGES, HALF_SCALES, BIAS, SHARED,
+            )),
+            (_multiply, (
+                out_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, words_smem, pairs_smem, full, empty, per, total,
+                num_blocks, token_tiles, num_tokens, num_outputs, stride_out, 1, WGS, UNITS, PLANES, TILES, TOKENS,
+                STAGES, HALF_SCALES, BIAS, SHARED,
+            )),
+            (_multiply, (
+                out_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, words_smem, pairs_smem, full, empty, per, total,
+                num_blocks, token_tiles, num_tokens, num_outputs, stride_out, 2, WGS, UNITS, PLANES, TILES, TOKENS,
+                STAGES, HALF_SCALES, BIAS, SHARED,
+            )),
+            (_multiply, (
+                out_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, words_smem, pairs_smem, full, empty, per, total,
+                num_blocks, token_tiles, num_tokens, num_outputs, stride_out, 3, WGS, UNITS, PLANES, TILES, TOKENS,
+                STAGES, HALF_SCALES, BIAS, SHARED,
+            )),
+            (_fetch, (
+                x_desc, words_desc, pairs_desc, x_smem, words_smem, pairs_smem, full, empty, per, total, num_blocks,
+                token_tiles, UNITS, PLANES, ALL, TOKENS, STAGES, BYTES, PDL,
+            )),
+        ], [4, 4, 4, 1], [REGISTERS, REGISTERS, REGISTERS, FETCH_REGISTERS])  # fmt: skip
+
+
+@cache
+def _is_hopper(device: torch.device) -> bool:
+    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) == (9, 0)
+
+
+def takes(x_TI: Tensor, weight: PackedWeight) -> bool:
+    """Whether these can be multiplied here: 16 bits in rows that the copy engine can fetch, groups of 64 or 128."""
+    return (
+        x_TI.is_cuda
+        and x_TI.element_size() == 2
+        and x_TI.stride(1) == 1
+        and x_TI.stride(0) % 8 == 0
+        and x_TI.data_ptr() % 16 == 0
+        and weight.group in GROUPS
+        and _is_hopper(x_TI.device)
+    )
+
+
+def place_bytes(weight: PackedWeight, sizes: tuning.Sizes) -> int:
+    """Shared memory of one place in the ring."""
+    return int(weight.planes * sizes["wgs"] * sizes["tiles"] * (512 + 64) + sizes["tokens"] * 128)
+
+
+def default_sizes(weight: PackedWeight, num_tokens: int, num_sms: int) -> dict[str, int]:
+    """Tiles as large as registers allow, and work shared out where there are fewer of them than multiprocessors."""
+    tokens = min(256, max(16, tuning.next_power_of_two(num_tokens)))
+    sizes = {"wgs": 2 if tokens == 256 else 4, "tiles": 4, "tokens": tokens}
+    tiles = -(-weight.words_MUW.shape[0] // (sizes["wgs"] * 4)) * -(-num_tokens // tokens)
+    return {**sizes, "stages": min(8, RING_BYTES // place_bytes(weight, sizes)),
+            "programs": num_sms if tiles < num_sms else 0}  # fmt: skip
+
+
+def linear(
+    x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None, out_TO: Tensor, sizes: tuning.Sizes
+) -> Tensor:  # fmt: skip
+    """x W^T + bias into `out_TO`. Ask `takes` first.
+
+    `sizes`: wgs (2 or 4 groups of warps), tiles (4 or 8 of 16 rows, of each), tokens (of a program), stages,
+    programs (0: each takes one tile of the result; else so many share all work evenly).
+    """
+    num_tokens, words, pairs = x_TI.shape[0], weight.words_MUW, weight.pairs_MKR2
+    units, planes = weight.group // 64, weight.planes
+    wgs, tiles, tokens = sizes["wgs"], sizes["tiles"], sizes["tokens"]
+    blocks = words.shape[1] // (units * planes)
+    token_tiles = triton.cdiv(num_tokens, tokens)
+    total = triton.cdiv(words.shape[0], wgs * tiles) * token_tiles * blocks
+    per = triton.cdiv(total, sizes["programs"]) if sizes["programs"] else blocks
+    if total // blocks * wgs > tuning.MAX_COUNTERS:
+        per = blocks
+    programs = triton.cdiv(total, per)
+    shared = per % blocks != 0
+    part, counters = out_TO, out_TO
+    if shared:
+        part = torch.empty(programs * 2 * wgs * tiles * ROWS * tokens, dtype=torch.float32, device=x_TI.device)
+        counters = tuning.counters(x_TI.device)
+    flat, words_2d = gl.NVMMASharedLayout(0, 32, 2), words.view(words.shape[0], -1)
+    pairs_2d = pairs.view(torch.int32).view(pairs.shape[0], -1)
+    hopper_kernel[(programs,)](
+        TensorDescriptor.from_tensor(x_TI, [tokens, 64], gl.NVMMASharedLayout(128, 16, 2)),
+        TensorDescriptor.from_tensor(words_2d, [wgs * tiles, 128], flat),
+        TensorDescriptor.from_tensor(pairs_2d, [wgs * tiles, 16], flat),
+        out_TO, out_TO if bias_O is None else bias_O, part, counters, per, total, blocks, token_tiles, num_tokens,
+        weight.num_outputs, out_TO.stride(0),
+        UNITS=units, PLANES=planes, HALF_SCALES=pairs.dtype == torch.float16, WGS=wgs, TILES=tiles, TOKENS=tokens,
+        STAGES=sizes["stages"], BIAS=bias_O is not None, SHARED=shared,
+        REGISTERS=sizes.get("registers", REGISTERS[wgs]), FETCH_REGISTERS=FETCH_REGISTERS, num_warps=4,
+        **tuning.overlap(x_TI.device),
+    )  # fmt: skip
+    return out_TO
