@@ -130,7 +130,7 @@ def inspect_cluster(
     began = time.monotonic()
     if here := _only_node(folder, with_weights, wanted):
         return here
-    alive = {node["NodeID"]: node for node in _ray_nodes() if node["Alive"]}
+    alive = _own_first(_ray_nodes(), ray.get_runtime_context().get_node_id())
     addresses = {node_id: str(node["NodeManagerAddress"]) for node_id, node in alive.items()}
     ray_gpus = {node_id: float(node["Resources"].get("GPU", 0.0)) for node_id, node in alive.items()}
     with _probes(list(alive)) as probes:
@@ -152,6 +152,16 @@ def inspect_cluster(
         ray_memory=_memory_of(list(alive.values())),
         seconds=round(time.monotonic() - began, 2),
     )
+
+
+def _own_first(nodes: Sequence[Mapping[str, Any]], own: str) -> dict[str, Mapping[str, Any]]:
+    """The nodes that are alive, by id. Of two that differ the first is taken to be right: that is where somebody asks.
+
+    Ray's own order is that of random ids: of two nodes it called now the one and now the other the odd one.
+    """
+    alive = [node for node in nodes if node["Alive"]]
+    alive.sort(key=lambda node: (node["NodeID"] != own, str(node["NodeManagerAddress"]), node["NodeID"]))
+    return {node["NodeID"]: node for node in alive}
 
 
 def _only_node(folder: str, with_weights: bool, wanted: Wanted) -> Inspection | None:

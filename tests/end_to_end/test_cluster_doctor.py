@@ -58,6 +58,15 @@ def test_a_plan_of_the_running_cluster_is_what_serve_would_choose(
     assert free_part(topology, all_taken).nodes == ()
 
 
+def test_of_two_nodes_that_differ_the_one_that_asks_is_right() -> None:
+    """Ray's order is that of random ids, so every other cluster of two named its head as the odd node."""
+    nodes = [
+        {"NodeID": name, "NodeManagerAddress": address, "Alive": name != "dead"}
+        for name, address in (("aa", "10.0.0.12"), ("dead", "10.0.0.1"), ("bb", "10.0.0.11"), ("cc", "10.0.0.10"))
+    ]
+    assert list(preflight._own_first(nodes, "bb")) == ["bb", "cc", "aa"]
+
+
 def test_raylets_of_one_machine_have_names_of_their_own() -> None:
     """Ray's ids are 56 hex digits; people know addresses."""
     nodes = [Node(node_id=f"{number:056x}", address=address) for number, address in enumerate(("a", "b", "a"))]
