@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import rms_norm, tuning
 from argosy.kernels.fp8_reference import Fp8Weight
-from argosy.kernels.gemv import _finish, _prefetch_rows, _weight_rows
+from argosy.kernels.gemv_parts import finish, prefetch_rows, weight_rows
 
 MAX_TOKENS = 16
 
@@ -36,8 +36,8 @@ def _vector_kernel(
         if PREFETCH > 0:
             for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
                 if tile < tl.num_programs(0) * AHEAD:
-                    row = _weight_rows(tile, num_outputs, ROWS, GATED)
-                    _prefetch_rows(weight_ptr + row * stride_weight, PREFETCH)
+                    row = weight_rows(tile, num_outputs, ROWS, GATED)
+                    prefetch_rows(weight_ptr + row * stride_weight, PREFETCH)
         gdc_wait()
         if EARLY:
             gdc_launch_dependents()
@@ -46,13 +46,13 @@ def _vector_kernel(
         length = 1.0 / tl.sqrt(tl.sum(x * x, 0) / num_inputs + eps)
         x *= length * tl.load(norm_ptr + column, inside, other=0.0).to(tl.float32)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=STAGES):
-        row = _weight_rows(tile, num_outputs, ROWS, GATED)
+        row = weight_rows(tile, num_outputs, ROWS, GATED)
         if EVEN:
             w = tl.load(weight_ptr + row[:, None] * stride_weight + column[None, :])
         else:
             w = tl.load(weight_ptr + row[:, None] * stride_weight + column[None, :], inside[None, :], other=0.0)
         y = tl.sum(w.to(tl.float32) * x[None, :], 1) * tl.load(scale_ptr + row)
-        _finish(
+        finish(
             y[None, :], row, tile, tl.arange(0, 1), num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr,
             stride_out, 1, ROWS, BIAS, GATED, RESIDUAL,
         )  # fmt: skip
@@ -76,12 +76,12 @@ def _matrix_kernel(
     tile = tl.program_id(0)
     token = tl.arange(0, TOKENS)
     column = tl.arange(0, WIDTH)
-    row = _weight_rows(tile, num_outputs, ROWS, GATED)
+    row = weight_rows(tile, num_outputs, ROWS, GATED)
     x_row = x_ptr + token.to(tl.int64) * stride_x
     present = (token < num_tokens)[:, None]
     if PDL:
         if PREFETCH > 0:
-            _prefetch_rows(weight_ptr + row * stride_weight, PREFETCH)
+            prefetch_rows(weight_ptr + row * stride_weight, PREFETCH)
         gdc_wait()
         if EARLY:
             gdc_launch_dependents()
@@ -113,7 +113,7 @@ def _matrix_kernel(
         acc = tl.trans(acc)
     if GROUP == 0:
         acc *= tl.load(scale_ptr + row)[None, :]
-    _finish(
+    finish(
         acc, row, tile, token, num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_out,
         TOKENS, ROWS, BIAS, GATED, RESIDUAL,
     )  # fmt: skip
@@ -131,10 +131,10 @@ def _tiled_vector_kernel(
     """One token, a program a tile, walking along its rows in steps of WIDTH."""
     tile = tl.program_id(0)
     column = tl.arange(0, WIDTH)
-    row = _weight_rows(tile, num_outputs, ROWS, GATED)
+    row = weight_rows(tile, num_outputs, ROWS, GATED)
     if PDL:
         if PREFETCH > 0:
-            _prefetch_rows(weight_ptr + row * stride_weight, PREFETCH)
+            prefetch_rows(weight_ptr + row * stride_weight, PREFETCH)
         gdc_wait()
         if EARLY:
             gdc_launch_dependents()
@@ -170,7 +170,7 @@ def _tiled_vector_kernel(
         y *= tl.load(scale_ptr + row)
     if NORM:
         y *= 1.0 / tl.sqrt(tl.sum(squares, 0) / num_inputs + eps)
-    _finish(
+    finish(
         y[None, :], row, tile, tl.arange(0, 1), num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_out,
         1, ROWS, BIAS, GATED, RESIDUAL,
     )  # fmt: skip

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
 from argosy.kernels.fp8_reference import Fp8Rows, Fp8Weight
-from argosy.kernels.gemv import _prefetch_rows
+from argosy.kernels.gemv_parts import prefetch_rows
 
 MAX_TOKENS = 256
 
@@ -38,7 +38,7 @@ def _split_kernel(
     safe_row = tl.minimum(row, num_outputs - 1).to(tl.int64)
     if PDL:
         if PREFETCH > 0:
-            _prefetch_rows(w_ptr + safe_row * stride_w + begin, PREFETCH)
+            prefetch_rows(w_ptr + safe_row * stride_w + begin, PREFETCH)
         gdc_wait()
         if EARLY:
             gdc_launch_dependents()

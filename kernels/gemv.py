@@ -14,51 +14,11 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from argosy.kernels import rms_norm, tuning
+from argosy.kernels import gemv_split, rms_norm, tuning
+from argosy.kernels.gemv_parts import finish, prefetch_rows, weight_rows
 
 MAX_TOKENS = 16  # the smallest tile of the tensor cores; above it cuBLAS is at the bandwidth of the card
 MAX_DEFAULT_INPUTS = 16384  # of one token where nothing was tuned
-
-
-@triton.jit
-def _prefetch_rows(row_ptr, BYTES: tl.constexpr):
-    """Ask for the first BYTES of each row into the second-level cache, 128 of them a request."""
-    line = tl.arange(0, BYTES // 128) * 128
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [row_ptr.to(tl.int64)[:, None] + line[None, :]],
-        dtype=tl.int32, is_pure=False, pack=1,
-    )  # fmt: skip
-
-
-@triton.jit
-def _weight_rows(tile, num_outputs, ROWS: tl.constexpr, GATED: tl.constexpr):
-    """The weight rows of a tile: its outputs, or in turn the gate and the up row of half as many."""
-    row = tile * ROWS + tl.arange(0, ROWS)
-    half = tl.minimum(row // 2, num_outputs - 1) + row % 2 * num_outputs
-    return (half if GATED else tl.minimum(row, num_outputs - 1)).to(tl.int64)
-
-
-@triton.jit
-def _finish(
-    y, row, tile, token, num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_out,
-    TOKENS: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-):  # fmt: skip
-    """y: [TOKENS, ROWS] sums in float32; adds the bias, gates, adds to the residual in place or stores."""
-    if BIAS:
-        y += tl.load(bias_ptr + row).to(tl.float32)[None, :]
-    if GATED:
-        gate, up = tl.split(tl.reshape(y, (TOKENS, ROWS // 2, 2)))
-        y = gate * tl.sigmoid(gate) * up
-        out = tile * (ROWS // 2) + tl.arange(0, ROWS // 2)
-    else:
-        out = tile * ROWS + tl.arange(0, ROWS)
-    inside = (token < num_tokens)[:, None] & (out < num_outputs)[None, :]
-    place = token.to(tl.int64)[:, None] * stride_out + out[None, :]
-    if RESIDUAL:
-        y += tl.load(residual_ptr + place, inside, other=0.0).to(tl.float32)
-        tl.store(residual_ptr + place, y.to(residual_ptr.dtype.element_ty), inside)
-    else:
-        tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), inside)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -77,8 +37,8 @@ def _vector_kernel(
         if PREFETCH > 0:
             for tile in range(tl.program_id(0), num_tiles, tl.num_programs(0)):
                 if tile < tl.num_programs(0) * AHEAD:
-                    row = _weight_rows(tile, num_outputs, ROWS, GATED)
-                    _prefetch_rows(weight_ptr + row * stride_weight, PREFETCH)
+                    row = weight_rows(tile, num_outputs, ROWS, GATED)
+                    prefetch_rows(weight_ptr + row * stride_weight, PREFETCH)
         gdc_wait()
         if EARLY:
             gdc_launch_dependents()
@@ -87,13 +47,13 @@ def _vector_kernel(
         scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / num_inputs + eps)
         x *= scale * tl.load(norm_ptr + column, inside, other=0.0).to(tl.float32)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), num_stages=STAGES):
-        row = _weight_rows(tile, num_outputs, ROWS, GATED)
+        row = weight_rows(tile, num_outputs, ROWS, GATED)
         if EVEN:
             w = tl.load(weight_ptr + row[:, None] * stride_weight + column[None, :])
         else:
             w = tl.load(weight_ptr + row[:, None] * stride_weight + column[None, :], inside[None, :], other=0.0)
         y = tl.sum(w.to(tl.float32) * x[None, :], 1)[None, :]
-        _finish(
+        finish(
             y, row, tile, tl.arange(0, 1), num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_out,
             1, ROWS, BIAS, GATED, RESIDUAL,
         )  # fmt: skip
@@ -112,10 +72,10 @@ def _tiled_vector_kernel(
     """One token, a program a tile, walking along its rows in steps of WIDTH."""
     tile = tl.program_id(0)
     column = tl.arange(0, WIDTH)
-    row = _weight_rows(tile, num_outputs, ROWS, GATED)
+    row = weight_rows(tile, num_outputs, ROWS, GATED)
     if PDL:
         if PREFETCH > 0:
-            _prefetch_rows(weight_ptr + row * stride_weight, PREFETCH)
+            prefetch_rows(weight_ptr + row * stride_weight, PREFETCH)
         gdc_wait()
         if EARLY:
             gdc_launch_dependents()
@@ -140,7 +100,7 @@ def _tiled_vector_kernel(
     y = tl.sum(acc, 1)[None, :]
     if NORM:
         y *= 1.0 / tl.sqrt(tl.sum(squares, 0) / num_inputs + eps)
-    _finish(
+    finish(
         y, row, tile, tl.arange(0, 1), num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_out,
         1, ROWS, BIAS, GATED, RESIDUAL,
     )  # fmt: skip
@@ -159,12 +119,12 @@ def _matrix_kernel(
     tile = tl.program_id(0)
     token = tl.arange(0, 16)
     column = tl.arange(0, WIDTH)
-    row = _weight_rows(tile, num_outputs, ROWS, GATED)
+    row = weight_rows(tile, num_outputs, ROWS, GATED)
     x_row = x_ptr + token.to(tl.int64) * stride_x
     present = (token < num_tokens)[:, None]
     if PDL:
         if PREFETCH > 0:
-            _prefetch_rows(weight_ptr + row * stride_weight, PREFETCH)
+            prefetch_rows(weight_ptr + row * stride_weight, PREFETCH)
         gdc_wait()
         if EARLY:
             gdc_launch_dependents()
@@ -182,7 +142,7 @@ def _matrix_kernel(
         acc = tl.dot(x, tl.trans(w), acc)
     if PDL and not EARLY:
         gdc_launch_dependents()
-    _finish(
+    finish(
         acc, row, tile, token, num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_out,
         16, ROWS, BIAS, GATED, RESIDUAL,
     )  # fmt: skip
@@ -190,24 +150,31 @@ def _matrix_kernel(
 
 # as `kernel` in the tuned sizes counts them
 KERNELS = (_vector_kernel, _matrix_kernel, _tiled_vector_kernel)
+SPLIT = 3  # `gemv_split`
 
 
 def suits(x_TI: Tensor, weight_OI: Tensor) -> bool:
-    """Whether `fused_linear` takes these: 1 to 16 tokens, 16-bit, unit strides, and not measured slower than cuBLAS."""
+    """Whether `fused_linear` takes these: 16-bit, unit strides, 1 to 16 tokens and not measured slower than cuBLAS, or
+    up to 64 and measured faster."""
     num_tokens, num_inputs = x_TI.shape
-    if not 0 < num_tokens <= MAX_TOKENS or x_TI.dtype not in (torch.bfloat16, torch.float16):
+    if not 0 < num_tokens <= gemv_split.MAX_TOKENS or x_TI.dtype not in (torch.bfloat16, torch.float16):
         return False
     if weight_OI.dtype != x_TI.dtype or weight_OI.stride(1) != 1 or x_TI.stride(1) != 1 or num_inputs % 8:
         return False
     tuned = tuning.pick("gemv", _key(num_tokens, weight_OI), weight_OI.device)
     if tuned is None:  # a row of weights would not fit on chip by the default sizes
-        return num_tokens > 1 or num_inputs <= MAX_DEFAULT_INPUTS
+        return 1 < num_tokens <= MAX_TOKENS or (num_tokens == 1 and num_inputs <= MAX_DEFAULT_INPUTS)
     return not tuned.get("library", 0)
 
 
 def _key(num_tokens: int, weight_OI: Tensor) -> str:
     num_outputs, num_inputs = weight_OI.shape
-    return f"{num_inputs}x{num_outputs}x{1 if num_tokens == 1 else MAX_TOKENS}"
+    return f"{num_inputs}x{num_outputs}x{bucket(num_tokens)}"
+
+
+def bucket(num_tokens: int) -> int:
+    """Which number of tokens' sizes are used: 1, or up to 16, 32, 64."""
+    return 1 if num_tokens == 1 else max(MAX_TOKENS, tuning.next_power_of_two(num_tokens))
 
 
 def _default_sizes(num_tokens: int, num_inputs: int, num_rows: int, num_sms: int) -> dict[str, int]:
@@ -247,7 +214,8 @@ def fused_linear(
     facts = tuning.device_facts(x_TI.device)
     sizes = sizes or tuning.pick("gemv", _key(num_tokens, weight_OI), x_TI.device)
     sizes = sizes or _default_sizes(num_tokens, num_inputs, num_rows, facts.num_sms)
-    kernel, width = KERNELS[sizes["kernel"]], sizes["width"]
+    in_pieces = sizes["kernel"] == SPLIT
+    kernel, width = KERNELS[0 if in_pieces else sizes["kernel"]], sizes["width"]
     rows = max(sizes["rows"], 2) if gated else sizes["rows"]  # a gate needs the row beside it, also where one was best
     if num_tokens > 1 and norm_weight_I is not None:
         x_TI, norm_weight_I = rms_norm.rms_norm(x_TI, norm_weight_I, eps), None
@@ -256,6 +224,12 @@ def fused_linear(
     if out_TO is None:
         out_TO = torch.empty((num_tokens, num_outputs), dtype=x_TI.dtype, device=x_TI.device)
     assert out_TO.stride(1) == 1
+    if in_pieces:
+        if norm_weight_I is not None:
+            x_TI = rms_norm.rms_norm(x_TI, norm_weight_I, eps)
+        return gemv_split.linear(
+            x_TI, weight_OI, bias_O, out_TO, sizes, gated=gated, residual=residual_TO is not None
+        )  # fmt: skip
     programs = triton.cdiv(num_rows, rows)
     if kernel is _vector_kernel:
         programs = min(programs, facts.num_sms * sizes["per_sm"])

@@ -7,6 +7,7 @@ them. JSON lines: microseconds each.
 """
 
 import argparse
+import functools
 import json
 import os
 import random
@@ -18,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from argosy.kernels import ops
+from argosy.kernels import group_push, ops
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
 from argosy.workers.layers.group_sum import GroupSum, open_group_sum
@@ -31,6 +32,12 @@ def by_nccl(parallel: ParallelContext, part_TD: Tensor, residual_TD: Tensor, nor
     """A collective, then addition and norm."""
     dist.all_reduce(part_TD, group=parallel.tp_group)
     return ops.add_rms_norm(part_TD, residual_TD, norm.weight, norm.eps)[0]
+
+
+def ways_for(sums: GroupSum, num_rows: int) -> list[str]:
+    """All ways that take so many rows."""
+    ways = ["pull", "pull scatter"] if sums.num_ranks > 2 else ["pull"]
+    return ["push", "push scatter", *ways] if num_rows <= group_push.MAX_ROWS else ways
 
 
 def check(parallel: ParallelContext, sums: GroupSum, norm: RMSNorm, width: int, max_tokens: int) -> float:
@@ -47,11 +54,12 @@ def check(parallel: ParallelContext, sums: GroupSum, norm: RMSNorm, width: int, 
         dist.all_reduce(total_TD, group=parallel.tp_group)
         want_TD = ops.rms_norm((residual_TD.float() + total_TD).bfloat16(), norm.weight, norm.eps).float()
         sums.part(step % 2, num).copy_(part_TD)
-        got_TD = sums.add_norm(step % 2, residual_TD, norm)
+        way = rng.choice(ways_for(sums, num))
+        got_TD = sums.add_norm(step % 2, residual_TD, norm, way=way)
         worst = max(worst, float((got_TD.float() - want_TD).norm() / want_TD.norm()))
         same = got_TD.float().clone()
         dist.all_reduce(same, op=dist.ReduceOp.MAX, group=parallel.tp_group)
-        assert torch.equal(same, got_TD.float()), f"step {step}: ranks differ"
+        assert torch.equal(same, got_TD.float()), f"step {step}: ranks differ, {num} rows by {way}"
         logits = torch.randn(num, 1000, dtype=torch.bfloat16, device=device)
         if num <= 1000:
             ids, values = sums.choose(logits, logits.float().argmax(-1), 1000 * parallel.rank.tp_rank)
@@ -117,16 +125,17 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int) -> None:
         residual_TD = torch.zeros_like(part_TD)
         turn = [0]
 
-        def ours(residual_TD: Tensor = residual_TD, turn: list[int] = turn) -> None:
+        def ours(residual_TD: Tensor = residual_TD, turn: list[int] = turn, way: str | None = None) -> None:
             turn[0] ^= 1
-            sums.add_norm(turn[0], residual_TD, norm)
+            sums.add_norm(turn[0], residual_TD, norm, way=way)
 
         def nccl(part_TD: Tensor = part_TD, residual_TD: Tensor = residual_TD) -> None:
             by_nccl(parallel, part_TD, residual_TD, norm)
 
+        by_way = {way: round(timed(parallel, functools.partial(ours, way=way)), 2) for way in ways_for(sums, num)}
         row = {
             "kernel": "group_sum", "cards": args.cards, "tokens": num, "width": args.width,
-            "us": round(timed(parallel, ours), 2), "nccl_add_norm_us": round(timed(parallel, nccl), 2),
+            "us": by_way[sums.way_of(num)], "by_way": by_way, "nccl_add_norm_us": round(timed(parallel, nccl), 2),
             "device": torch.cuda.get_device_name(device),
         }  # fmt: skip
         if tp_rank == 0:

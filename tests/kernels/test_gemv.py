@@ -37,6 +37,35 @@ def test_fused_linear(
     assert_near(got, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fused", ["norm", "bias", "gate", "residual", "all"])
+@pytest.mark.parametrize(("num_tokens", "rows", "width", "splits"), [(2, 64, 64, 1), (33, 32, 128, 3), (64, 64, 64, 8)])
+def test_linear_in_pieces_of_the_inputs(
+    num_tokens: int, rows: int, width: int, splits: int, fused: str, dtype: torch.dtype, device: torch.device,
+    assert_near: Near,
+) -> None:  # fmt: skip
+    """Tiles that outputs do not fill, a last piece that is shorter, twice: counters must be zero again."""
+    num_inputs, num_outputs = 448, 200
+    x = torch.randn(num_tokens, num_inputs, device=device).to(dtype)
+    weight = (torch.randn(num_outputs, num_inputs, device=device) / num_inputs**0.5).to(dtype)
+    gated = fused in ("gate", "all")
+    bias = torch.randn(num_outputs, device=device).to(dtype) if fused in ("bias", "all") else None
+    norm = torch.randn(num_inputs, device=device).to(dtype) if fused in ("norm", "all") else None
+    sizes = {"kernel": gemv.SPLIT, "rows": rows, "width": width, "splits": splits, "stages": 3, "warps": 4}
+    sizes |= {"prefetch": 256, "early": 0}
+    for _ in range(2):
+        residual = None
+        if fused in ("residual", "all"):
+            residual = torch.randn(num_tokens, num_outputs // (2 if gated else 1), device=device).to(dtype)
+        exact = [None if y is None else y.double().cpu() for y in (x, weight, bias, norm, residual)]
+        want = reference.fused_linear(*exact[:3], norm_weight_I=exact[3], residual_TO=exact[4], gated=gated)
+        got = gemv.fused_linear(
+            x, weight, bias, norm_weight_I=norm, residual_TO=residual, gated=gated, sizes=sizes
+        )  # fmt: skip
+        assert residual is None or got is residual
+        assert_near(got, want)
+
+
 def test_only_a_few_16_bit_tokens_suit() -> None:
     weight = torch.zeros(8, 64, dtype=torch.float16)
     assert gemv.suits(torch.zeros(16, 64, dtype=torch.float16), weight)

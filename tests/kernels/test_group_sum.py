@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from argosy.kernels import group_sum, ops, reference
+from argosy.kernels import group_push, group_sum, ops, reference
 
 Near = Callable[[Tensor, Tensor], None]
 
@@ -195,3 +195,50 @@ def test_parts_of_ranks_without_experts_of_a_token_are_not_read(
     want = reference.rms_norm((before.float() + total).to(dtype), weight, 1e-5)
     for rank in range(world):
         assert_near(made[rank], want)
+
+
+@pytest.mark.parametrize("scatter", [False, True])
+@pytest.mark.parametrize(
+    ("world", "rows", "width", "normed", "add"),
+    [(2, 1, 64, True, True), (2, 5, 130, True, False), (4, 6, 96, False, True), (3, 64, 40, True, True)],
+)
+def test_words_that_bring_their_turn_give_the_same_sum(
+    world: int, rows: int, width: int, normed: bool, add: bool, scatter: bool, device: torch.device, assert_near: Near
+) -> None:
+    """Without waiting, a rank sees what the others sent in the round before; so the second round counts."""
+    dtype = torch.float16
+    at = 256
+    boxes = [
+        torch.zeros(at + group_push.inbox_bytes(world, width), dtype=torch.uint8, device=device) for _ in range(world)
+    ]
+    bases_W = torch.tensor([box.data_ptr() for box in boxes], dtype=torch.int64, device=device)
+    counters = [torch.zeros(group_sum.MAX_PROGRAMS, dtype=torch.int32, device=device) for _ in range(world)]
+    parts = [torch.randn(rows, width, dtype=dtype, device=device) for _ in range(world)]
+    before, weight = torch.randn(rows, width, dtype=dtype, device=device), torch.randn(width, device=device).to(dtype)
+    for _ in range(2 + scatter):  # parts, then results
+        residuals = [before.clone() for _ in range(world)]
+        made = [
+            group_push.push_add_norm(
+                bases_W, counters[rank], rank, parts[rank], residuals[rank], weight if normed else None, 1e-5,
+                inbox_at=at, scatter=scatter, add=add, wait=False,
+            )
+            for rank in range(world)
+        ]  # fmt: skip
+    total = torch.stack([part.float() for part in parts]).sum(0)
+    want = (total + before.float() if add else total).to(dtype)
+    for rank in range(world):
+        own = slice(rank, None, world) if scatter else slice(None)
+        assert_near(residuals[rank][own], want[own])
+        if scatter and rows > 1:
+            assert torch.equal(residuals[rank][(rank + 1) % world :: world], before[(rank + 1) % world :: world])
+        assert_near(made[rank], reference.rms_norm(want, weight, 1e-5) if normed else want)
+        assert torch.equal(made[rank], made[0]), "ranks must agree to the last bit"
+        assert (counters[rank][:rows] == 2 + scatter).all()
+        assert not counters[rank][rows:].any()
+
+
+def test_words_carry_16_bits_and_an_even_width() -> None:
+    assert group_push.suits(64, 4096, torch.bfloat16)
+    assert not group_push.suits(65, 4096, torch.bfloat16)
+    assert not group_push.suits(1, 4096, torch.float32)
+    assert not group_push.suits(1, 129, torch.float16)

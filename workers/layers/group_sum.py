@@ -20,6 +20,9 @@ from argosy.workers.layers.norm import RMSNorm
 NUM_PARTS = 3
 EMBEDDED = 2
 SCATTER_ROWS = 32  # from more rows on, with more than two ranks, bytes count more than a second trip over the link
+# Up to so many rows numbers travel with their flags, to all; up to so many, to the one who sums a row. By ranks.
+PUSH_ROWS = {2: (64, 0)}
+PUSH_ROWS_MORE = (8, 64)  # three ranks and more
 
 
 class GroupSum:
@@ -30,18 +33,21 @@ class GroupSum:
 
     def __init__(self, parallel: ParallelContext, *, max_tokens: int, width: int, max_rows: int, dtype: torch.dtype):
         """Collective. Raises nothing where GPUs can't address each other: ask `open_group_sum`."""
-        from argosy.kernels import group_sum  # Triton, which a CPU host has no need of
+        from argosy.kernels import group_push, group_sum  # Triton, which a CPU host has no need of
 
-        self._kernels = group_sum
+        self._kernels, self._push = group_sum, group_push
         self._rank, self._world = parallel.rank.tp_rank, parallel.tp_size
         self._max_rows, self._dtype, self._width = max_rows, dtype, width
         self.max_tokens = max_tokens
         self._part_bytes = -(-max_tokens * width * dtype.itemsize // 256) * 256
         self._shared_bytes = group_sum.FLAG_BYTES + NUM_PARTS * self._part_bytes
         self._choice_bytes = self._shared_bytes + self._part_bytes
-        # kept, since it holds the peers' memory open
         self._flag_bytes = self._choice_bytes + self._world * max_rows * 8
-        self._buffer = parallel.shared_buffer(self._flag_bytes + 2 * self._world * 4)
+        self._inbox_bytes = -(-(self._flag_bytes + 2 * self._world * 4) // 256) * 256
+        each = group_push.inbox_bytes(self._world, width) if group_push.suits(1, width, dtype) else 0
+        self._each_inbox = each
+        # kept, since it holds the peers' memory open
+        self._buffer = parallel.shared_buffer(self._inbox_bytes + NUM_PARTS * each)
         self._counters = torch.zeros(group_sum.MAX_PROGRAMS, dtype=torch.int32, device=parallel.device)
 
     @property
@@ -62,15 +68,33 @@ class GroupSum:
         *,
         add: bool = True,
         whole: bool = False,
+        leave: bool = False,
         asked: tuple[Tensor, int] | None = None,
+        way: str | None = None,
     ) -> Tensor:
         """residual (+)= the sum of all parts. Returns its norm, or itself without one, valid until the next call.
 
         With many rows over many ranks each rank keeps only its own rows of the residual up to date, unless it must be
-        `whole`; what is returned always is. `asked`: (ids, number of experts), where ranks have whole experts.
+        `whole`; what is returned always is. `leave`: the same part is written next, so all ranks must have read it.
+        `asked`: (ids, number of experts), where ranks have whole experts. `way` overrides `way_of` (benchmarks).
         """
         num_tokens = residual_TD.shape[0]
-        scatters = self._world > 2 and num_tokens > SCATTER_ROWS and not whole
+        way = way or self.way_of(num_tokens, whole=whole, asked=asked is not None)
+        scatters = way.endswith("scatter")
+        if way.startswith("push"):
+            made_TD = self._push.push_add_norm(
+                self._buffer.addresses_W,
+                self._counters,
+                self._rank,
+                self.part(which, num_tokens),
+                residual_TD,
+                None if norm is None else norm.weight,
+                0.0 if norm is None else norm.eps,
+                inbox_at=self._inbox_bytes + which * self._each_inbox,
+                scatter=scatters,
+                add=add,
+            )
+            return residual_TD.copy_(made_TD) if norm is None else made_TD
         made_TD = self._kernels.sum_add_norm(
             self._buffer.addresses_W,
             self._counters,
@@ -82,9 +106,20 @@ class GroupSum:
             shared_bytes=self._shared_bytes if scatters else None,
             shared_TD=self.shared(num_tokens) if scatters else None,
             add=add,
+            leave=leave,
             asked=asked,
         )
         return residual_TD.copy_(made_TD) if norm is None and scatters else made_TD
+
+    def way_of(self, num_tokens: int, *, whole: bool = False, asked: bool = False) -> str:
+        """How so many rows are summed: `push`, `push scatter` (`kernels/group_push`), `pull` or `pull scatter`."""
+        to_all, to_owner = PUSH_ROWS.get(self._world, PUSH_ROWS_MORE)
+        if self._each_inbox and not asked:  # parts of ranks that were not asked hold anything
+            if num_tokens <= to_all:
+                return "push"
+            if num_tokens <= to_owner and not whole:
+                return "push scatter"
+        return "pull scatter" if self._world > 2 and num_tokens > SCATTER_ROWS and not whole else "pull"
 
     def shared(self, num_tokens: int) -> Tensor:
         """Where results for all ranks go, [T, D]."""

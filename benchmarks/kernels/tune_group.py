@@ -1,0 +1,369 @@
+"""Sizes of the products of one rank of a tensor-parallel group, chosen by the time of the group's own decode steps.
+
+    python benchmarks/kernels/tune_group.py --model 8b --cards 2 --out FILE
+
+Each product alone first (cuBLAS, and `gemv_split` in many sizes; the cards share the shapes out), then the best few,
+what was tuned before, and how far ahead weights are asked for, in steps of eight layers over the cards: a kernel that
+asks for its weights while the sum before it waits for the link is worth more there than alone. Prints every try and
+writes the entries for `kernels/tuned/<gpu>.json`.
+"""
+
+# ruff: noqa: B023 - every closure here is called within the turn of the loop that made it
+import argparse
+import json
+import math
+import os
+import socket
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from bench_kernels import rand
+from timing import copies_for, microseconds
+from torch import Tensor
+
+from argosy.kernels import gemv, ops, tuning
+from argosy.placement.plan import make_plan
+from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
+from argosy.workers.layers.group_sum import open_group_sum
+from argosy.workers.layers.norm import RMSNorm
+
+Sizes = dict[str, int]
+MODELS = {"8b": (4096, 14336, 32, 8, 128256), "70b": (8192, 28672, 64, 8, 128256)}  # hidden, wide, heads, kv heads
+HEAD_SIZE, CONTEXT, LAYERS = 128, 256, 8
+LIBRARY = {"kernel": 1, "rows": 32, "width": 128, "stages": 3, "warps": 4, "per_sm": 0, "prefetch": 4096, "early": 0,
+           "library": 1}  # fmt: skip
+KEEP = 0.997  # of the time before, or a change is noise
+WAYS = ("push", "push scatter", "pull", "pull scatter")
+
+
+def shapes_of(model: str, cards: int) -> dict[str, tuple[int, int, bool]]:
+    """(inputs, weight rows, gated) of each product of a rank."""
+    hidden, wide, heads, kv_heads, vocabulary = MODELS[model]
+    qkv = (heads // cards + 2 * max(1, kv_heads // cards)) * HEAD_SIZE
+    return {
+        "qkv": (hidden, qkv, False), "o": (heads // cards * HEAD_SIZE, hidden, False),
+        "gate_up": (hidden, 2 * wide // cards, True), "down": (wide // cards, hidden, False),
+        "head": (hidden, vocabulary // cards, False),
+    }  # fmt: skip
+
+
+def split_sizes(tokens: int, num_in: int, num_rows: int) -> Iterator[Sizes]:
+    """Of `gemv_split` for so many tokens: enough programs for the card, and enough bytes on their way."""
+    tile = max(16, tokens)
+    for rows in (64, 128):
+        for width in (64, 128, 256):
+            for stages in (3, 4, 6):
+                held = stages * (rows + tile) * width * 2
+                if num_in % width or not 40 << 10 <= held <= 220 << 10:
+                    continue
+                for splits in (1, 2, 4, 8):
+                    programs = -(-num_rows // rows) * splits
+                    if num_in // splits >= 2 * width and 90 <= programs <= 1200:
+                        yield {"kernel": gemv.SPLIT, "rows": rows, "width": width, "stages": stages, "warps": 4,
+                               "splits": splits, "prefetch": 512, "early": 0, "library": 0}  # fmt: skip
+
+
+def compile_part(index: int, of: int, rows_asked: list[int]) -> None:
+    """Every kernel that will be timed, for all models, run once; this process does each `of`-th."""
+    seen: set[str] = set()
+    weights: dict[tuple[int, int], Tensor] = {}
+
+    def try_once(rows: int, num_in: int, num_out: int, sizes: Sizes, gated: bool) -> None:
+        # what the same kernel is compiled for: all numbers here are divisible by 16
+        prefetch = min(sizes["prefetch"], 1 << (num_in // sizes.get("splits", 1) * 2).bit_length() - 1)
+        facts = sizes | {"splits": sizes.get("splits", 1) > 1, "prefetch": prefetch}
+        key = json.dumps([gemv.bucket(rows), gated, num_in % sizes["width"], facts])
+        if key in seen:
+            return
+        seen.add(key)
+        if len(seen) % of != index:
+            return
+        if (num_in, num_out) not in weights:
+            weights.clear()
+            weights[num_in, num_out] = rand(num_out, num_in)
+        try:
+            gemv.fused_linear(rand(rows, num_in), weights[num_in, num_out], sizes=sizes, gated=gated)
+        except Exception as error:  # too large a program
+            print("skipped", sizes, str(error)[:80], flush=True)
+
+    for num_in, num_out, gated in {s for m in MODELS for c in (2, 4) for s in shapes_of(m, c).values()}:
+        for rows in rows_asked:
+            tuned = tuning.pick("gemv", f"{num_in}x{num_out}x{gemv.bucket(rows)}", torch.device("cuda", 0))
+            for sizes in [dict(tuned) | {"library": 0}] if tuned else []:
+                for one in (sizes, *ahead_of(sizes, num_in)):
+                    try_once(rows, num_in, num_out, one, gated)
+            for sizes in split_sizes(rows, num_in, num_out) if rows > 1 else ():
+                for one in (sizes, *ahead_of(sizes, num_in)):
+                    try_once(rows, num_in, num_out, one, gated)
+    torch.cuda.synchronize()
+
+
+def alone(shape: tuple[int, int, bool], rows: int, name: str) -> tuple[float, list[tuple[float, Sizes]]]:
+    """(microseconds of the library, [(microseconds, sizes)] of the best first) of one product."""
+    num_in, num_out, gated = shape
+    weights = [rand(num_out, num_in) / 64 for _ in range(copies_for(num_in * num_out * 2, 24))]
+    x = rand(rows, num_in)
+
+    def library(w: Tensor) -> object:
+        y = F.linear(x, w)
+        return ops.silu_and_mul(y) if gated else y
+
+    launches = max(len(weights), 20)
+    by_library = microseconds([lambda w=w: library(w) for w in weights], launches=launches, replays=3)[0]
+    times: list[tuple[float, Sizes]] = []
+    tuned = tuning.pick("gemv", f"{num_in}x{num_out}x{gemv.bucket(rows)}", x.device)
+    tries = [*split_sizes(rows, num_in, num_out)] if rows > 1 else []
+    for sizes in [*([dict(tuned) | {"library": 0}] if tuned and tuned["kernel"] != gemv.SPLIT else []), *tries]:
+        calls = [lambda w=w: gemv.fused_linear(x, w, sizes=sizes, gated=gated) for w in weights]
+        try:
+            times.append((microseconds(calls, launches=launches, replays=3)[0], sizes))
+        except Exception as error:  # a size that does not fit is no failure of the search
+            print("skipped", sizes, str(error)[:80], flush=True)
+    times.sort(key=lambda found: found[0])
+    floor = num_in * num_out * 2 / 4.44e6
+    best = "  ".join(f"{us:.1f} {short(sizes)}" for us, sizes in times[:3])
+    print(f"{name} {num_in}x{num_out} {rows} rows: floor {floor:.1f}, library {by_library:.1f}; {best}", flush=True)
+    return by_library, times
+
+
+def short(sizes: Sizes) -> str:
+    """Sizes in a few letters."""
+    return "library" if sizes.get("library") else "/".join(f"{k[:3]}{v}" for k, v in sizes.items() if k != "library")
+
+
+class Chain:
+    """Eight layers of one rank as `GroupForward` runs them, over random weights."""
+
+    def __init__(self, parallel: ParallelContext, model: str, cards: int, most_rows: int):
+        self.parallel, self.device = parallel, parallel.device
+        hidden, _, heads, kv_heads, _ = MODELS[model]
+        self.hidden, self.heads, self.kv_heads = hidden, heads // cards, max(1, kv_heads // cards)
+        self.shapes = shapes_of(model, cards)
+        names = [name for name in self.shapes if name != "head"]
+        self.weights = [
+            [rand(self.shapes[n][1], self.shapes[n][0]) / math.sqrt(self.shapes[n][0]) for n in names]
+            for _ in range(LAYERS)
+        ]
+        sums = open_group_sum(
+            parallel, max_tokens=max(64, most_rows), width=hidden, max_rows=max(64, most_rows), dtype=torch.bfloat16
+        )  # fmt: skip
+        assert sums is not None, "these cards can't address each other"
+        self.sums, self.way = sums, ""
+        self.norm = RMSNorm(hidden, 1e-5, dtype=torch.bfloat16)
+        self.norm.weight = torch.nn.Parameter(torch.ones(hidden, device=self.device).bfloat16(), requires_grad=False)
+        self.rotations = torch.randn(8192, HEAD_SIZE, device=self.device)
+
+    def of(self, rows: int) -> Callable[[], Tensor]:
+        """A step of `rows` rows, ready to be captured."""
+        per_row = CONTEXT // 16 + 1
+        caches = [
+            [rand(rows * per_row, 16, self.kv_heads, HEAD_SIZE) for _ in range(2)] for _ in range(LAYERS)
+        ]  # fmt: skip
+        table = torch.arange(rows * per_row, device=self.device).view(rows, per_row).int()
+        lengths = torch.full((rows,), CONTEXT, device=self.device, dtype=torch.int32)
+        positions = lengths.long() - 1
+        slots = table[:, (CONTEXT - 1) // 16].long() * 16 + (CONTEXT - 1) % 16
+        residual = rand(rows, self.hidden)
+        start = rand(rows, self.hidden)
+
+        def run() -> Tensor:
+            x = start
+            for (qkv_w, o_w, gate_up_w, down_w), cache in zip(self.weights, caches, strict=True):
+                qkv = ops.fused_linear(x, qkv_w)
+                seen = ops.decode_attention(
+                    qkv, positions, self.rotations, *cache, slots, table, lengths, num_heads=self.heads, scale=0.1,
+                    max_context=4096, inputs_early=True,
+                )  # fmt: skip
+                ops.fused_linear(seen.view(rows, -1), o_w, out_TO=self.sums.part(0, rows))
+                x = self.sums.add_norm(0, residual, self.norm, way=self.way or None)
+                inner = ops.fused_linear(x, gate_up_w, gated=True)
+                ops.fused_linear(inner, down_w, out_TO=self.sums.part(1, rows))
+                x = self.sums.add_norm(1, residual, self.norm, way=self.way or None)
+            return x
+
+        return run
+
+    def time(self, run: Callable[[], Tensor], replays: int = 7) -> float:
+        """Microseconds a layer, the slowest rank's median; the same number on all ranks."""
+        stream = torch.cuda.Stream(self.device)
+        with torch.cuda.stream(stream):
+            run()
+            stream.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                run()
+            times = []
+            for _ in range(replays + 1):
+                stream.synchronize()
+                dist.barrier(self.parallel.tp_group)
+                start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+                graph.replay()  # ranks begin together
+                start.record(stream)
+                for _ in range(3):
+                    graph.replay()
+                end.record(stream)
+                stream.synchronize()
+                times.append(1e3 * start.elapsed_time(end) / (3 * LAYERS))
+            graph.reset()
+        found = torch.tensor([statistics.median(times[1:])], device=self.device)
+        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.parallel.tp_group)
+        return float(found[0])
+
+
+def ahead_of(sizes: Sizes, num_in: int) -> list[Sizes]:
+    """The same, asking for more or less of the weights before the kernel before is done."""
+    if sizes.get("library"):
+        return []
+    if sizes["kernel"] == gemv.SPLIT:
+        return [sizes | {"prefetch": prefetch} for prefetch in (0, 2048, 8192)]
+    whole = {"prefetch": 1 << (2 * num_in).bit_length()}
+    found = [sizes | {"prefetch": 0}, sizes | whole]
+    if sizes["kernel"] == 0:
+        found += [sizes | whole | {"ahead": ahead} for ahead in (2, 4, 8)]
+    return found
+
+
+def tune_chain(
+    chain: Chain, rows: int, table: dict[str, Sizes], ranked: dict[str, list[Sizes]], *, says: bool
+) -> dict[str, object]:
+    """Entries of `table` replaced where that makes the chain faster. Returns what came out."""
+    run = chain.of(rows)
+    before = now = chain.time(run)
+    ways = {}
+    for way in WAYS:
+        if way == "pull scatter" and chain.parallel.tp_size == 2:
+            continue
+        chain.way = way
+        ways[way] = chain.time(run)
+    chain.way = min(ways, key=ways.__getitem__)
+    if says:
+        print(
+            f"{rows} rows: {before:.2f} us a layer as it was; { ({w: round(t, 2) for w, t in ways.items()}) }",
+            flush=True,
+        )
+    now = chain.time(run)
+    for name in ("qkv", "o", "gate_up", "down"):
+        num_in, num_out, _ = chain.shapes[name]
+        key = f"{num_in}x{num_out}x{gemv.bucket(rows)}"
+        for turn in range(2):
+            tries = ahead_of(table.get(key, LIBRARY), num_in) if turn else ranked[f"{name} {rows}"]
+            for sizes in tries:
+                old = table.get(key)
+                table[key] = sizes
+                us = chain.time(run)
+                kept = us < now * KEEP
+                if says:
+                    print(f"    {name} {us:.2f} {short(sizes)}{' kept' if kept else ''}", flush=True)
+                if kept:
+                    now = us
+                elif old is None:
+                    del table[key]
+                else:
+                    table[key] = old
+    return {"rows": rows, "before_us": round(before, 2), "us": round(now, 2),
+            "ways": {way: round(us, 2) for way, us in ways.items()}}  # fmt: skip
+
+
+def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int, folder: str) -> None:
+    """Tune on one card."""
+    device = torch.device("cuda", tp_rank)
+    torch.cuda.set_device(device)
+    torch.set_default_device(device)
+    torch.manual_seed(tp_rank)
+    shapes = shapes_of(args.model, args.cards)
+    slug = tuning.device_facts(device).slug
+    began = time.perf_counter()
+    own: dict[str, list[Sizes]] = {}
+    jobs = [(rows, name) for rows in args.rows for name in shapes if name != "head" or rows > 1]
+    jobs.sort(key=lambda job: -shapes[job[1]][0] * shapes[job[1]][1])
+    for rows, name in jobs[tp_rank :: args.cards]:
+        by_library, times = alone(shapes[name], rows, name)
+        own[f"{name} {rows}"] = [LIBRARY, *(sizes for _, sizes in times[: args.best])]
+        if name == "head" and times and times[0][0] < by_library * KEEP:
+            print(f"head: {short(times[0][1])} {by_library - times[0][0]:.1f} us less than the library", flush=True)
+        torch.cuda.empty_cache()
+    Path(folder, f"{tp_rank}.json").write_text(json.dumps(own))
+    # not before: NCCL's own thread breaks captures in the mode that `alone` uses
+    parallel = init_parallel(make_plan(1, args.cards, 1).ranks[tp_rank], f"127.0.0.1:{port}", device, 120.0)
+    dist.barrier(parallel.tp_group)
+    ranked: dict[str, list[Sizes]] = {}
+    for rank in range(args.cards):
+        ranked |= json.loads(Path(folder, f"{rank}.json").read_text())
+    if tp_rank == 0:
+        print(f"alone: {time.perf_counter() - began:.1f} s", flush=True)
+    table = {key: dict(sizes) for key, sizes in tuning._tuned(slug).get("gemv", {}).items()}
+    tuning.pick = lambda kernel, key, device: table.get(key) if kernel == "gemv" else PICK(kernel, key, device)  # type: ignore[assignment]
+    chain = Chain(parallel, args.model, args.cards, max(args.rows))
+    for rows in args.rows:
+        chain.way = ""
+        row = tune_chain(chain, rows, table, ranked, says=tp_rank == 0)
+        if tp_rank == 0:
+            about = {"kernel": "group_step", "model": args.model, "cards": args.cards}
+            print(json.dumps(about | row | {"device": torch.cuda.get_device_name(device)}), flush=True)
+            keys = {f"{i}x{o}x{gemv.bucket(r)}" for r in args.rows for i, o, _ in shapes.values()}
+            Path(args.out).write_text(json.dumps({"gemv": {k: table[k] for k in sorted(keys) if k in table}}, indent=1))
+    if tp_rank == 0:
+        print(f"all: {time.perf_counter() - began:.1f} s", flush=True)
+    dist.barrier()
+    destroy_parallel(parallel)
+
+
+PICK = tuning.pick
+
+
+def compile_all(args: argparse.Namespace) -> None:
+    """In as many processes as there are cores, on all cards."""
+    workers = min(56, os.cpu_count() or 1)
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+    others = [
+        subprocess.Popen(
+            [sys.executable, __file__, "--rows", *map(str, args.rows), "--compile-part", f"{i}/{workers}"],
+            env={**os.environ, "CUDA_VISIBLE_DEVICES": visible[i % len(visible)]},
+        )
+        for i in range(workers)
+    ]
+    for other in others:
+        other.wait()
+
+
+def main() -> None:
+    """Compile, then one process a card."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", choices=sorted(MODELS), default="8b")
+    parser.add_argument("--cards", type=int, default=2)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
+    parser.add_argument("--best", type=int, default=4, help="sizes of each product that are tried in steps")
+    parser.add_argument("--out", default="tuned_group.json")
+    parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache and stop")
+    parser.add_argument("--compiled", action="store_true", help="Triton's cache is full already")
+    parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": be one of the compiling processes
+    args = parser.parse_args()
+    if args.compile_part:
+        index, of = map(int, args.compile_part.split("/"))
+        compile_part(index, of, args.rows)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if not args.compiled:
+        began = time.perf_counter()
+        compile_all(args)
+        print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
+    if args.compile_only:
+        return
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with tempfile.TemporaryDirectory() as folder:
+        mp.spawn(main_of_rank, (args, port, folder), nprocs=args.cards)
+
+
+if __name__ == "__main__":
+    main()
