@@ -79,8 +79,8 @@ def _sum_kernel(
     bases_ptr, counter_ptr, parts_offset, shared_offset, residual_ptr, weight_ptr, out_ptr, num_rows, stride_residual,
     eps, rank, ids_ptr, num_experts,
     WIDTH: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr, SCATTER: tl.constexpr,
-    ADD: tl.constexpr, NORM: tl.constexpr, MEET: tl.constexpr, LEAVE: tl.constexpr, PDL: tl.constexpr,
-    TOP_K: tl.constexpr, TOP_K_2: tl.constexpr,
+    ADD: tl.constexpr, NORM: tl.constexpr, MEET: tl.constexpr, PDL: tl.constexpr, TOP_K: tl.constexpr,
+    TOP_K_2: tl.constexpr,
 ):  # fmt: skip
     DTYPE: tl.constexpr = residual_ptr.dtype.element_ty
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -123,7 +123,7 @@ def _sum_kernel(
                 tl.store(_row_of(bases_ptr, peer, shared_offset, row, column, WIDTH, DTYPE), made, present)
         elif NORM:
             tl.store(out_ptr + row * WIDTH + column, made, present)
-    if (SCATTER or LEAVE) and MEET:
+    if SCATTER and MEET:
         _meet(bases_ptr, counter_ptr, program, rank, WORLD, PEERS)
 
 
@@ -141,7 +141,6 @@ def sum_add_norm(
     out_TD: Tensor | None = None,
     add: bool = True,
     meet: bool = True,
-    leave: bool = False,
     asked: tuple[Tensor, int] | None = None,
 ) -> Tensor:
     """residual (+)= sum over the group of the parts at `parts_bytes` of each buffer, then its RMS norm.
@@ -150,9 +149,8 @@ def sum_add_norm(
     first. With `shared_bytes` (where in the buffers) and `shared_TD` (the same place of this rank's buffer) each rank
     takes its share of the rows and writes to all; the result is `shared_TD`. `out_TD`: where else the norm goes.
     Without `norm_weight_D` the result is the sum itself. `add` false: the residual is only written. `meet` false: all
-    parts are known to be there (tests). `leave`: when a rank is done, all have read its part. `asked`: (ids int32
-    [T, K], number of experts) of a mixture whose ranks have whole ones: only what ranks with experts of a row made of
-    it is read.
+    parts are known to be there (tests). `asked`: (ids int32 [T, K], number of experts) of a mixture whose ranks have
+    whole ones: only what ranks with experts of a row made of it is read.
     """
     num_rows, width = residual_TD.shape
     world = bases_W.shape[0]
@@ -175,8 +173,7 @@ def sum_add_norm(
         residual_TD if norm_weight_D is None else norm_weight_D, out_TD, num_rows, residual_TD.stride(0), eps, rank,
         bases_W if asked is None else asked[0], 1 if asked is None else asked[1], WIDTH=width, BLOCK=block,
         WORLD=world, PEERS=tuning.next_power_of_two(world), SCATTER=scatter, ADD=add,
-        NORM=norm_weight_D is not None, MEET=meet, LEAVE=leave,
-        TOP_K=top_k, TOP_K_2=tuning.next_power_of_two(max(1, top_k)),
+        NORM=norm_weight_D is not None, MEET=meet, TOP_K=top_k, TOP_K_2=tuning.next_power_of_two(max(1, top_k)),
         num_warps=min(16, max(4, block // 256)), **tuning.overlap(residual_TD.device),
     )  # fmt: skip
     return shared_TD if shared_TD is not None else out_TD

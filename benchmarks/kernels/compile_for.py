@@ -26,6 +26,7 @@ from argosy.kernels import (
     fp8_reference,
     fp8_split,
     gemv,
+    group_push,
     group_sum,
     hopper_attention,
     kv_cache,
@@ -156,6 +157,24 @@ def linear(report: Callable[..., None]) -> None:
             report(f"linear {num_in}x{num_out}, {tokens} tokens", gemv.fused_linear, x, weight)
 
 
+def group(report: Callable[..., None]) -> None:
+    """Sums over a group by words that bring their turn, and products of its ranks in pieces."""
+    for world, width in ((2, 4096), (4, 4096), (4, 8192)):
+        x, bases = torch.zeros(8, width, dtype=BF16), torch.zeros(world, dtype=torch.int64)
+        counters = torch.zeros(group_sum.MAX_PROGRAMS, dtype=torch.int32)
+        for scatter in (False, True):
+            report(f"sum of {width} over {world}{', shared out' * scatter}", group_push.push_add_norm, bases, counters,
+                   0, x, x, x[0], 1e-5, inbox_at=1024, scatter=scatter)  # fmt: skip
+    weight = torch.zeros(14336, 4096, dtype=BF16)
+    for tokens in (8, 32, 64):
+        x = torch.zeros(tokens, 4096, dtype=BF16)
+        for rows, width in ((64, 128), (128, 64), (128, 128)):
+            sizes = {"kernel": gemv.SPLIT, "rows": rows, "width": width, "stages": 4, "warps": 4, "splits": 2,
+                     "prefetch": 512, "early": 0}  # fmt: skip
+            report(f"{tokens} tokens in pieces, {rows} by {width}", gemv.fused_linear, x, weight, gated=True,
+                   sizes=sizes)  # fmt: skip
+
+
 def fp8(report: Callable[..., None]) -> None:
     """Roundings and products with e4m3 weights."""
     for tokens in (1, 64, 512):
@@ -243,7 +262,10 @@ def packed(report: Callable[..., None]) -> None:
 
 
 HOPPER_SIZES = ((4, 4, 32), (4, 4, 64), (2, 8, 64), (4, 4, 128), (2, 8, 128), (2, 4, 256))
-PARTS = {"attention": attention, "prompts": prompts, "linear": linear, "fp8": fp8, "experts": experts, "packed": packed}
+PARTS = {
+    "attention": attention, "prompts": prompts, "linear": linear, "group": group, "fp8": fp8, "experts": experts,
+    "packed": packed,
+}  # fmt: skip
 
 
 def main() -> int:

@@ -21,8 +21,8 @@ NUM_PARTS = 3
 EMBEDDED = 2
 SCATTER_ROWS = 32  # from more rows on, with more than two ranks, bytes count more than a second trip over the link
 # Up to so many rows numbers travel with their flags, to all; up to so many, to the one who sums a row. By ranks.
-PUSH_ROWS = {2: (64, 0)}
-PUSH_ROWS_MORE = (8, 64)  # three ranks and more
+PUSH_ROWS: dict[int, tuple[int, int]] = {}
+PUSH_ROWS_MORE = (0, 0)  # any other number of ranks: not measured on cards yet
 
 
 class GroupSum:
@@ -68,15 +68,14 @@ class GroupSum:
         *,
         add: bool = True,
         whole: bool = False,
-        leave: bool = False,
         asked: tuple[Tensor, int] | None = None,
         way: str | None = None,
     ) -> Tensor:
         """residual (+)= the sum of all parts. Returns its norm, or itself without one, valid until the next call.
 
         With many rows over many ranks each rank keeps only its own rows of the residual up to date, unless it must be
-        `whole`; what is returned always is. `leave`: the same part is written next, so all ranks must have read it.
-        `asked`: (ids, number of experts), where ranks have whole experts. `way` overrides `way_of` (benchmarks).
+        `whole`; what is returned always is. `asked`: (ids, number of experts), where ranks have whole experts.
+        `way` overrides `way_of` (benchmarks).
         """
         num_tokens = residual_TD.shape[0]
         way = way or self.way_of(num_tokens, whole=whole, asked=asked is not None)
@@ -94,7 +93,9 @@ class GroupSum:
                 scatter=scatters,
                 add=add,
             )
-            return residual_TD.copy_(made_TD) if norm is None else made_TD
+            if norm is None:
+                return residual_TD.copy_(made_TD) if scatters else residual_TD
+            return made_TD
         made_TD = self._kernels.sum_add_norm(
             self._buffer.addresses_W,
             self._counters,
@@ -106,7 +107,6 @@ class GroupSum:
             shared_bytes=self._shared_bytes if scatters else None,
             shared_TD=self.shared(num_tokens) if scatters else None,
             add=add,
-            leave=leave,
             asked=asked,
         )
         return residual_TD.copy_(made_TD) if norm is None and scatters else made_TD

@@ -89,12 +89,11 @@ class GroupForward:
             residual_TD, x_TD = hidden_TD, self._layers[0].input_norm(hidden_TD)
         if self._copies is not None and self._overlaps(len(x_TD)):
             return self._overlapped(self._copies, x_TD, residual_TD, positions_T, ctx)
-        for number, (layer, next_norm) in enumerate(zip(self._in_turn(), self._norms[1:], strict=True), start=2):
+        for layer, next_norm in zip(self._in_turn(), self._norms[1:], strict=True):
             layer.attention.part(x_TD, positions_T, ctx, sums.part(0, len(x_TD)))
             x_TD = sums.add_norm(0, residual_TD, layer.mlp_norm)
             asked = layer.mlp.part(x_TD, sums.part(1, len(x_TD)))
-            leave = number == len(self._norms) and self._embed is not None  # which writes the same part
-            x_TD = sums.add_norm(1, residual_TD, next_norm, asked=asked, leave=leave)
+            x_TD = sums.add_norm(1, residual_TD, next_norm, asked=asked)
         return x_TD
 
     def _overlaps(self, num_tokens: int) -> bool:
