@@ -7,6 +7,7 @@ back the longest ago. Everything is O(1).
 
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable
+from itertools import islice
 
 
 class BlockPool:
@@ -47,6 +48,10 @@ class BlockPool:
                 self._on_evict(block_id)
         self.ref_counts[block_id] = 1
         return block_id
+
+    def next_to_go(self, count: int) -> list[int]:
+        """The cached blocks that give way next, the first first."""
+        return list(islice(self._cached, count))
 
     def share(self, block_id: int) -> None:
         """One more holder; a cached block is taken up again."""

@@ -16,6 +16,7 @@ from typing import Final
 
 from argosy.cluster.block_manager import BlockManager
 from argosy.cluster.block_pool import BlockPool
+from argosy.cluster.keeping import Keeping
 from argosy.cluster.kv_groups import HOLE
 from argosy.cluster.metrics import Metrics
 from argosy.cluster.prefix_cache import BlockHash, PrefixCache
@@ -26,6 +27,10 @@ from argosy.cluster.request import Request
 ORDER_SECONDS: Final = 0.004
 """Of copies in that one step orders; the next request's are left to the next step. What a step orders in is said to be
 in all at once: requests that come in together would go on together and end together, with an idle link in between."""
+
+AHEAD: Final = 32
+"""Blocks that an order of content that gives way carries beyond what has to go now: the next ones in line. Rows that
+grow take a few blocks a step, and an order of one block holds up a step for as long as one of many."""
 
 
 class HostTable:
@@ -82,6 +87,7 @@ class HostTier:
         self._in: list[tuple[int, int]] = []
         self._fresh: list[int] = []  # host blocks that the next step fills; not to be filled twice
         self._arriving: dict[int, int] = {}  # device block -> the step that ordered its content in
+        self._keeping = Keeping(costs, blocks.block_size / blocks.rules.num_groups)
         if costs.num_host_blocks:
             blocks.on_evict = self._keep
 
@@ -127,14 +133,23 @@ class HostTier:
 
     def _keep(self, block_id: int, block_hash: BlockHash) -> None:
         """Cached content leaves the device: here it stays for as long as there is room."""
+        is_copied = self._keeping.give_way(block_hash)
         known = self.names.get(block_hash)
         if known is not None:
             self.pool.share(known)  # and released: among those that wait for their end it is the youngest now
             self.pool.release(known, keep=True)
-        elif self.pool.num_free:
-            host_id = self._order_out(block_id)
-            self.names.register(host_id, block_hash)
-            self._fresh.append(host_id)
+        elif is_copied and self.pool.num_free:
+            self._copy(block_id, block_hash)
+            for other in self.blocks.pool.next_to_go(AHEAD):  # an order has a price, whatever it carries
+                other_hash = self.blocks.prefix_cache.hash_of(other)
+                if self.pool.num_free and other_hash is not None and self.names.get(other_hash) is None:
+                    self._copy(other, other_hash)
+
+    def _copy(self, block_id: int, block_hash: BlockHash) -> None:
+        """Nobody but its name holds the copy, once the step has it."""
+        host_id = self._order_out(block_id)
+        self.names.register(host_id, block_hash)
+        self._fresh.append(host_id)
 
     def _order_out(self, block_id: int) -> int:
         host_id = self.pool.allocate()
@@ -154,10 +169,11 @@ class HostTier:
             num_named = min(table.num_computed // blocks.block_size, len(request.block_hashes)) if reads else 0
             known = self._known(blocks.prefix_cache, request, table.host_ids, num_named)
             return [on_host(host) if one is None else one for one, host in zip(known, table.host_ids, strict=True)]
-        if not reads or not len(self.names):
+        if not reads:
             return found
         num_blocks = (len(request.token_ids) - 1) // blocks.block_size
         sources = blocks.rules.find(_BothTiers(blocks.prefix_cache, self.names), request.block_hashes[:num_blocks])
+        self._keeping.ask_for(request.block_hashes[len(sources) // blocks.rules.num_groups : num_blocks])
         num_tokens = blocks.num_cached_tokens(sources) - blocks.num_cached_tokens(found)
         return sources if num_tokens and self.costs.is_worth(0, num_on_host(sources), num_tokens) else found
 
@@ -182,6 +198,7 @@ class HostTier:
             for host_id in host_ids:
                 self.pool.share(host_id)
             self._metrics.host_hits += len(host_ids) * blocks.block_size // blocks.rules.num_groups
+            self._keeping.come_back(len(host_ids))
             request.host_table = table
         for place in sources:  # first: a new block must not take the place of one of these
             if place >= 0:

@@ -47,6 +47,10 @@ class PrefixCache:
         """Whether the block's content has a name."""
         return block_id in self._hash_of
 
+    def hash_of(self, block_id: int) -> BlockHash | None:
+        """The name of the block's content."""
+        return self._hash_of.get(block_id)
+
     def find(self, hashes: Sequence[BlockHash]) -> list[int]:
         """The blocks that hold the longest known prefix of `hashes`."""
         found = []

@@ -55,14 +55,16 @@ def _part(entry: Entry) -> str:
 
 def gib(num_bytes: float, digits: int = 1) -> str:
     """Such as 15.0 GiB, or 12.5 MiB where that would say too little."""
-    return _scaled(num_bytes, _BINARY, digits)
+    size, name = _unit(num_bytes, _BINARY)
+    return f"{num_bytes / size:.{digits}f} {name}"
 
 
 def gb(num_bytes: float, digits: int = 1) -> str:
     """The same in powers of ten, with commas: 1,234.5 GB, or 3.1 MB."""
-    return _scaled(num_bytes, _DECIMAL, digits)
+    size, name = _unit(num_bytes, _DECIMAL)
+    return f"{num_bytes / size:,.{digits}f} {name}"
 
 
-def _scaled(amount: float, units: tuple[tuple[int, str], ...], digits: int) -> str:
-    size, name = next(((size, name) for size, name in units if amount >= size / 10), units[-1] if amount else units[0])
-    return f"{amount / size:,.{digits}f} {name}"
+def _unit(amount: float, units: tuple[tuple[int, str], ...]) -> tuple[int, str]:
+    """The largest of which there is a tenth at least."""
+    return next((unit for unit in units if amount >= unit[0] / 10), units[-1] if amount else units[0])

@@ -143,6 +143,23 @@ def test_a_prefix_that_gave_way_on_the_device_comes_in_from_the_host() -> None:
     assert again.num_computed_tokens == 12
 
 
+def test_an_order_takes_along_what_gives_way_next() -> None:
+    """Rows that grow take a block now and then: the first that has to go takes the others of that chat along, and when
+    their turn comes nothing is left to do."""
+    blocks, host = tiers()
+    compute(blocks, chat := request(list(range(12))))
+    blocks.free(chat)
+    compute(blocks, other := request(list(range(50, 70))))
+    assert not orders(host).out
+    assert blocks.grow(other, 24) is not None
+    assert len(orders(host).out) == 3
+    assert blocks.grow(other, 32) is not None
+    assert host.take_orders() is None
+    again = request(list(range(13)))
+    assert len(host.find(again, blocks.find_prefix(again))) == 3
+    host.check([other])
+
+
 def test_who_begins_like_somebody_whose_blocks_are_coming_in_waits_for_the_same_copies() -> None:
     blocks, host = tiers()
     compute(blocks, one := request(list(range(8))))
