@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from argosy.kernels.packed_parts import BASE_BF16, BASE_FP16, fields, joined, prefetch, scale_of, zero_of
+from argosy.kernels.packed_parts import BASE_BF16, BASE_FP16, both_fields, fields, joined, prefetch, scale_of, zero_of
 
 
 @triton.jit
@@ -32,21 +32,25 @@ def _fragments(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def few_kernel(
-    x_ptr, words_ptr, pairs_ptr, bias_ptr, residual_ptr, out_ptr,
-    num_tokens, num_inputs, num_outputs, num_tiles, num_blocks, stride_x, stride_out,
+    x_ptr, words_ptr, pairs_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr,
+    num_tokens, num_inputs, num_outputs, num_tiles, num_blocks, stride_x, stride_out, eps,
     UNITS: tl.constexpr, HALVES: tl.constexpr, PLANES: tl.constexpr, HALF_SCALES: tl.constexpr,
     SPLIT: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, AHEAD: tl.constexpr,
     STAGES: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-    PREFETCH: tl.constexpr, EARLY: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    NORM: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """A step is WIDE blocks, of UNITS units, of each of SPLIT warps; blocks are of one plane each.
+    """A step is WIDE blocks, of UNITS units, of each of SPLIT warps.
 
-    Products of a group wait for each other; those of WIDE groups stand side by side.
+    Products of a group wait for each other; those of WIDE groups stand side by side. Numbers of 8 bits are made of both
+    planes first, less 128. NORM: the weight of the norm goes to the inputs and its root to the sums; a product of ones
+    with squares, in 16 bits, is off by less than 1e-4 of their sum.
     """
     T: tl.constexpr = x_ptr.dtype.element_ty
     FP16: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
-    BASE: tl.constexpr = BASE_FP16 if FP16 else BASE_BF16
+    BASE: tl.constexpr = -128.0 if PLANES == 2 else (BASE_FP16 if FP16 else BASE_BF16)
     WIDTH: tl.constexpr = UNITS * 64
+    WORDS: tl.constexpr = UNITS * PLANES * 128  # of a tile's block
+    PAIRS: tl.constexpr = 16 * PLANES * HALVES
     GROUP: tl.constexpr = WIDTH // HALVES
     PARTS: tl.constexpr = HALVES * WIDE * SPLIT
     steps = tl.cdiv(num_blocks, SPLIT * WIDE)
@@ -66,32 +70,37 @@ def few_kernel(
     warp = tl.arange(0, SPLIT)
     block = warp * (steps * WIDE)
     last_block = tl.minimum(block + steps * WIDE, num_blocks)
-    unit = tile.to(tl.int64) * (num_blocks * UNITS) + piece % (WIDE * UNITS)
+    unit = tile.to(tl.int64) * (num_blocks * UNITS * PLANES)
+    unit += piece // UNITS % WIDE * (UNITS * PLANES) + piece % UNITS
     own_block = block[:, None, None] + (piece // UNITS % WIDE)[None, :, None]
-    here = words_ptr + ((unit[None, :, None] + (block * UNITS)[:, None, None]) * 128 + tl.arange(0, 128)[None, None, :])
+    here = words_ptr + (unit[None, :, None] * 128 + (block * WORDS)[:, None, None] + tl.arange(0, 128)[None, None, :])
     group = tl.arange(0, PARTS)
     group_block = group % SPLIT * (steps * WIDE) + group // SPLIT % WIDE
     group_half = group // (SPLIT * WIDE)
-    pairs_here = pairs_ptr + (
-        (tile_of_row * (num_blocks * HALVES) * 16 + row % 16)[None, :] + (group_half * 16)[:, None]
-    )
+    pairs_here = pairs_ptr + ((tile_of_row * (num_blocks * PAIRS) + row % 16)[None, :] + (group_half * 16)[:, None])
     token = tl.arange(0, TOKENS)
     present = (token < num_tokens)[None, None, :]
     column = (group_half * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     ones = tl.full((PARTS, 16, GROUP), 1.0, T)
     acc = tl.zeros((PARTS, 16 * TILES, TOKENS), tl.float32)
+    squares = tl.zeros((PARTS, 16, TOKENS), tl.float32)
     if PREFETCH > 0:
         line = tl.minimum(
-            (block * (UNITS * 4))[:, None] + tl.arange(0, PREFETCH)[None, :], num_blocks * (UNITS * 4) - 1
+            (block * (WORDS // 32))[:, None] + tl.arange(0, PREFETCH)[None, :], num_blocks * (WORDS // 32) - 1
         )
         every = tl.arange(0, TILES)
         own = tl.minimum(first + every, num_tiles - 1)
         if GATED:
             own = tl.minimum(first + every // 2, num_tiles // 2 - 1) + every % 2 * (num_tiles // 2)
-        row_of_tiles = own.to(tl.int64) * (num_blocks * UNITS * 128)
+        row_of_tiles = own.to(tl.int64) * (num_blocks * WORDS)
         prefetch(words_ptr + (row_of_tiles[:, None, None] + (line * 32)[None, :, :]))
+    if NORM and PREFETCH > 0:
+        prefetch(norm_ptr + tl.minimum(tl.arange(0, 128) * 64, num_inputs - 1))
     if AHEAD:
         words = tl.load(here) if EVEN else tl.load(here, own_block < num_blocks, other=0)
+        high = words
+        if PLANES == 2:
+            high = tl.load(here + UNITS * 128) if EVEN else tl.load(here + UNITS * 128, own_block < num_blocks, other=0)
     if PDL:
         if EARLY:
             gdc_launch_dependents()
@@ -99,38 +108,57 @@ def few_kernel(
     for i in tl.range(0, steps, num_stages=STAGES):
         if AHEAD:
             left = own_block + (i + 1) * WIDE < last_block[:, None, None]
-            latest = tl.load(here + (i + 1) * (WIDE * UNITS * 128), left, other=0)
-        elif EVEN:
-            words = tl.load(here + i * (WIDE * UNITS * 128))
+            latest = tl.load(here + (i + 1) * (WIDE * WORDS), left, other=0)
+            latest_high = latest
+            if PLANES == 2:
+                latest_high = tl.load(here + (i + 1) * (WIDE * WORDS) + UNITS * 128, left, other=0)
         else:
-            words = tl.load(here + i * (WIDE * UNITS * 128), own_block + i * WIDE < last_block[:, None, None], other=0)
-        a, b, c, d, e, f, g, h = fields(words, FP16, ASM)
+            left = EVEN | (own_block + i * WIDE < last_block[:, None, None])
+            words = tl.load(here + i * (WIDE * WORDS)) if EVEN else tl.load(here + i * (WIDE * WORDS), left, other=0)
+            high = words
+            if PLANES == 2:
+                next_plane = here + i * (WIDE * WORDS) + UNITS * 128
+                high = tl.load(next_plane) if EVEN else tl.load(next_plane, left, other=0)
+        if PLANES == 2:
+            a, b, c, d, e, f, g, h = both_fields(words, high, FP16, ASM)
+        else:
+            a, b, c, d, e, f, g, h = fields(words, FP16, ASM)
         # Both sides are the same. Joins right before a product make Triton choose an order of inputs that is not ours.
         if num_inputs > 0:
             v = _fragments(a, b, c, d, e, f, g, h, HALVES, SPLIT, TILES, WIDE, UNITS)
         else:
             v = _fragments(a, b, c, d, e, f, g, h, HALVES, SPLIT, TILES, WIDE, UNITS)
         at = group_block + i * WIDE
-        k = (at // PLANES * WIDTH)[:, None] + column
+        k = (at * WIDTH)[:, None] + column
+        inside = (at < num_blocks)[:, None]
+        kept = (inside & (k < num_inputs))[:, :, None]
+        here_pairs = pairs_here + (at * PAIRS)[:, None]
         if EVEN:
             x = tl.load(x_ptr + k[:, :, None] + token[None, None, :] * stride_x, present, other=0.0)
-            pair = tl.load(pairs_here + (at * (HALVES * 16))[:, None])
+            pair = tl.load(here_pairs)
         else:
-            inside = (at < num_blocks)[:, None]
-            kept = (inside & (k < num_inputs))[:, :, None]
             x = tl.load(x_ptr + k[:, :, None] + token[None, None, :] * stride_x, present & kept, other=0.0)
-            pair = tl.load(pairs_here + (at * (HALVES * 16))[:, None], inside, other=0)
+            pair = tl.load(here_pairs, inside, other=0)
+        scale, zero = scale_of(pair, HALF_SCALES), zero_of(pair, HALF_SCALES)
+        if PLANES == 2:
+            pair = tl.load(here_pairs + HALVES * 16) if EVEN else tl.load(here_pairs + HALVES * 16, inside, other=0)
+            zero += 16 * zero_of(pair, HALF_SCALES)
+        if NORM:
+            squares = tl.dot(ones, x * x, squares)  # in each of 16 rows
+            norm = tl.load(norm_ptr + k) if EVEN else tl.load(norm_ptr + k, inside & (k < num_inputs), other=0.0)
+            x *= norm[:, :, None]
         part = tl.dot(v, x)
         total = tl.dot(ones, x)
         total = tl.broadcast_to(total[:, None, :, :], (PARTS, TILES, 16, TOKENS))
         total = tl.reshape(total, (PARTS, 16 * TILES, TOKENS))
-        scale, zero = scale_of(pair, HALF_SCALES), zero_of(pair, HALF_SCALES)
         acc += scale[:, :, None] * (part - (zero + BASE)[:, :, None] * total)
         if AHEAD:
-            words = latest
+            words, high = latest, latest_high
     if PDL and not EARLY:
         gdc_launch_dependents()
     y = tl.sum(acc, 0)
+    if NORM:
+        y *= 1.0 / tl.sqrt(tl.sum(tl.sum(squares, 0), 0) / (16 * num_inputs) + eps)[None, :]
     if BIAS:
         at_row = tl.minimum(tile_of_row * 16 + row % 16, num_outputs * (2 if GATED else 1) - 1)
         y += tl.load(bias_ptr + at_row).to(tl.float32)[:, None]

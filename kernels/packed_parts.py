@@ -89,9 +89,26 @@ def _planes(mask: str, magic: str, base: str, kind: str, shifts: tuple[str, ...]
     return "\n".join(["{", registers, *lines, "}"])
 
 
+def _both(mask: str, magic: str, kind: str, shifts: tuple[str, ...], sixteen: str, less: str) -> str:
+    """Numbers of 8 bits less 128, exact: 16 (BASE + high) - (17 BASE + 128), and that to BASE + low."""
+    lines = [f"mov.b32 sixteen, {sixteen};", f"mov.b32 less, {less};"]
+    for half, selector in ((0, "0x5410"), (1, "0x7632")):
+        lines += [f"prmt.b32 lo, $8, $9, {selector};", f"prmt.b32 hi, $10, $11, {selector};"]
+        for place, shift in enumerate(shifts):
+            for source, to in (("lo", "v"), ("hi", "u")):
+                if shift:
+                    lines.append(shift.replace("@", source))
+                lines.append(f"lop3.b32 {to}, {'t' if shift else source}, {mask}, {magic}, 0xea;")
+            lines.append(f"fma.rn.{kind}x2 u, u, sixteen, less;\nadd.rn.{kind}x2 ${4 * half + place}, u, v;")
+    return "\n".join(["{", ".reg .b32 lo, hi, t, u, v, sixteen, less;", *lines, "}"])
+
+
+ASM_BOTH_BF16 = tl.constexpr(_both(*_MASKS_BF16[:2], "bf16", _SHIFTS_BF16, "0x41804180", "0xc510c510"))
+ASM_BOTH_FP16 = tl.constexpr(_both(*_MASKS_FP16[:2], "f16", _SHIFTS_FP16, "0x4c004c00", "0xe4c0e4c0"))
 ASM_PLANES_BF16 = tl.constexpr(_planes(*_MASKS_BF16, "bf16", _SHIFTS_BF16, "0x41804180"))
 ASM_PLANES_FP16 = tl.constexpr(_planes(*_MASKS_FP16, "f16", _SHIFTS_FP16, "0x4c004c00"))
 _OUTPUTS = ",".join(["=&r"] * 8)
+TWO_WORDS = tl.constexpr(_OUTPUTS + ",r" * 4)
 PLANES_AND_PAIRS = tl.constexpr(_OUTPUTS + ",r" * 12)
 WORDS_ALONE, WORDS_AND_PAIRS = tl.constexpr(f"{_OUTPUTS},r,r"), tl.constexpr(f"{_OUTPUTS},r,r,r,r,r,r")
 EIGHT_BF16, EIGHT_FP16 = tl.constexpr((tl.bfloat16,) * 8), tl.constexpr((tl.float16,) * 8)
@@ -119,6 +136,27 @@ def fields(words, FP16: tl.constexpr, ASM: tl.constexpr):
             _field(words, 0, FP16), _field(words, 1, FP16), _field(words, 2, FP16), _field(words, 3, FP16),
             _field(words, 4, FP16), _field(words, 5, FP16), _field(words, 6, FP16), _field(words, 7, FP16),
         )  # fmt: skip
+
+
+@triton.jit
+def both_fields(low, high, FP16: tl.constexpr, ASM: tl.constexpr):
+    """The eight numbers of 8 bits of each two words, less 128, a tensor each."""
+    if ASM and FP16:
+        return tl.inline_asm_elementwise(ASM_BOTH_FP16, TWO_WORDS, [low, high], dtype=EIGHT_FP16, is_pure=True, pack=2)
+    elif ASM:
+        return tl.inline_asm_elementwise(ASM_BOTH_BF16, TWO_WORDS, [low, high], dtype=EIGHT_BF16, is_pure=True, pack=2)
+    else:
+        return (
+            _both_field(low, high, 0, FP16), _both_field(low, high, 1, FP16), _both_field(low, high, 2, FP16),
+            _both_field(low, high, 3, FP16), _both_field(low, high, 4, FP16), _both_field(low, high, 5, FP16),
+            _both_field(low, high, 6, FP16), _both_field(low, high, 7, FP16),
+        )  # fmt: skip
+
+
+@triton.jit
+def _both_field(low, high, FIELD: tl.constexpr, FP16: tl.constexpr):
+    number = ((low >> (4 * FIELD)) & 15) + ((high >> (4 * FIELD)) & 15) * 16 - 128
+    return number.to(tl.float16 if FP16 else tl.bfloat16)
 
 
 @triton.jit

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from timing import copies_for, microseconds
 
-from argosy.kernels import packed_hopper, packed_linear, packed_reference, tuning
+from argosy.kernels import packed_hopper, packed_linear, packed_reference, rms_norm, tuning
 from argosy.kernels.packed_linear import FEW, HOPPER, MANY, SLICES
 
 SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
@@ -130,6 +130,24 @@ def measured(
     return found
 
 
+def with_norm(weights: list[packed_reference.PackedWeight], tokens: int, ways: Iterable[dict[str, int]]) -> None:
+    """What the norm before a product takes, in a launch of its own and inside the product."""
+    x = torch.randn(tokens, weights[0].num_inputs, device="cuda").bfloat16()
+    norm = torch.rand(weights[0].num_inputs, device="cuda").bfloat16() + 0.5
+    normed = rms_norm.rms_norm(x, norm, 1e-5)
+    want = packed_linear.linear(normed, weights[0]).double()
+    for sizes in ways:
+        apart = [
+            lambda w=w, s=sizes: packed_linear.linear(rms_norm.rms_norm(x, norm, 1e-5), w, sizes=s) for w in weights
+        ]  # type: ignore[misc]  # noqa: E501
+        inside = [
+            lambda w=w, s=sizes: packed_linear.linear(x, w, norm_weight_I=norm, eps=1e-5, sizes=s) for w in weights
+        ]  # type: ignore[misc]  # noqa: E501
+        error = float((inside[0]().double() - want).norm() / want.norm())
+        first, second = (microseconds(calls, launches=max(len(weights), 24), replays=3)[0] for calls in (apart, inside))
+        print(f"    norm apart {first:.2f} us, inside {second:.2f} us, differ by {error:.5f}: {sizes}", flush=True)
+
+
 def main() -> None:
     """Compile in many processes, then time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -177,6 +195,8 @@ def main() -> None:
                     "error": round(error, 5), "sizes": sizes, "device": torch.cuda.get_device_name(),
                 }  # fmt: skip
                 print(json.dumps(row), flush=True)
+                if tokens <= packed_linear.MOST_NORMED and name in ("qkv", "gate_up"):
+                    with_norm(weights, tokens, tops[tokens])
                 report.write(json.dumps(row) + "\n")
             del weights, plain
             torch.cuda.empty_cache()
