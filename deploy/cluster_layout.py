@@ -22,7 +22,7 @@ from argosy.placement.preflight_rules import Fault, usable_nodes
 from argosy.placement.rank_memory import Serving
 from argosy.placement.seating import Offer, StageRoom, seat_stages
 from argosy.placement.topology import ClusterTopology, Gpu
-from argosy.placement.uneven import uneven_layers
+from argosy.placement.uneven import layers_for
 
 if TYPE_CHECKING:  # the module needs Ray
     from argosy.deploy.preflight import Inspection
@@ -140,9 +140,9 @@ def _given(
         seats = seat_stages(rooms, fit or offers, by_total=True)
     plans = []
     num_seats = plan.pp_size * parts
-    if layers := uneven_layers(config, shape_from_spec(spec), _stage_devices(topology, seats[:num_seats], plan, parts)):
+    if layers := layers_for(config, shape_from_spec(spec), _stage_devices(topology, seats[:num_seats], plan, parts)):
         plan = make_plan(spec.num_layers, plan.tp_size, plan.pp_size, layers)
-        note(f"stages have unequal room: {plan.describe()}")
+        note(f"layers split to suit: {plan.describe()}")
     for replica in range(parallel.data_parallel_size):
         mine = seats[replica * num_seats : (replica + 1) * num_seats]
         own = [mine[rank.global_rank * parts // plan.tp_size] for rank in plan.ranks]

@@ -25,7 +25,7 @@ from argosy.placement.model_families import shape_from_spec
 from argosy.placement.odd_settings import odd_settings
 from argosy.placement.plan import PlacementPlan, make_plan
 from argosy.placement.rank_memory import Serving
-from argosy.placement.uneven import uneven_layers
+from argosy.placement.uneven import layers_for
 from argosy.workers.loading.checkpoint import Checkpoint
 
 if TYPE_CHECKING:
@@ -103,10 +103,10 @@ def launch_engine(
     if backend == "local":
         if config.parallel.data_parallel_size > 1:
             raise ConfigError("data_parallel_size: several replicas need Ray; leave out the backend 'mp'")
-        if layers := uneven_layers(config, shape_from_spec(spec), local_devices(config)):
+        if layers := layers_for(config, shape_from_spec(spec), local_devices(config)):
             config = config.replace(parallel=config.parallel.replace(pipeline_layers=layers))
             plan = make_plan(spec.num_layers, plan.tp_size, plan.pp_size, layers)
-            _log.info("stages have unequal room: %s", plan.describe())
+            _log.info("layers split to suit: %s", plan.describe())
         _tell_odd_settings(config, spec, on_note)
         info = describe_engine(config, spec, plan)
         driver = LocalDriver(config, plan, info, secret=secret, rank_module=rank_module)

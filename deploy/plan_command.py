@@ -81,6 +81,8 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--network", default="100Gbit", metavar="SPEED", help="between them (default: %(default)s)")
     parser.add_argument("-tp", "--tensor-parallel-size", type=int, help="default: the planner chooses")
     parser.add_argument("-pp", "--pipeline-parallel-size", type=int, help="default: the planner chooses")
+    parser.add_argument("--stage-memory-gb", metavar="[A,B]",
+                        help="GiB that each rank of a stage may use, such as [0,40]; 0: what there is")  # fmt: skip
     parser.add_argument("--replicas", type=int, help="default: as many as fit")
     parser.add_argument("-q", "--quantization", choices=tuple(FORMATS), help="default: as the checkpoint is stored")
     parser.add_argument("--cpu-offload-gb", "--offload-gb", metavar="GIB",
@@ -152,6 +154,8 @@ def config_from(args: argparse.Namespace, shape: ModelShape, topology: ClusterTo
         if name in given:
             given[name] = clean_setting(name, given[name])
     models = [gpu.model for node in topology.nodes for gpu in node.gpus] if topology is not None else []
+    if caps := stage_memory_from(args):
+        given |= {"stage_memory_gb": caps, "pipeline_parallel_size": args.pipeline_parallel_size or len(caps)}
     filled = device_defaults.fill({**given, "model": shape.name or "model"}, card=models[0] if models else "")
     return ServingConfig.from_mapping(filled)
 
@@ -171,11 +175,27 @@ def serving_from(args: argparse.Namespace, shape: ModelShape, topology: ClusterT
     return Serving.from_config(config_from(args, shape, topology), shape, weight_format)
 
 
+def stage_memory_from(args: argparse.Namespace) -> tuple[float, ...]:
+    """What the flags allow the ranks of each stage; empty: no bounds. Raises `ConfigError`."""
+    text = args.stage_memory_gb
+    value = clean_setting("stage_memory_gb", text) if text is not None else ()
+    if not isinstance(value, tuple) or not all(type(cap) in (int, float) for cap in value):
+        raise ConfigError(f"--stage-memory-gb {text}: must be a JSON list of GiB, one for each stage, such as [0,40]")
+    return value
+
+
+def num_stages_from(args: argparse.Namespace) -> int | None:
+    """How many stages the flags ask for; None: the planner chooses."""
+    asked: int | None = args.pipeline_parallel_size
+    return asked if asked is not None else len(stage_memory_from(args)) or None
+
+
 def serve_flags(args: argparse.Namespace) -> str:
     """What was given here and `argosy serve` takes, too: the settings that a plan counts with."""
     names = [name for name in SERVING_FLAGS if name not in ("enable_expert_parallel", "all2all_backend")]
     if args.quantization in ONLINE:
         names.append("quantization")
+    names += ["stage_memory_gb"]
     words = [f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names if getattr(args, name) is not None]
     return " ".join(words)
 
@@ -192,7 +212,7 @@ def options_from(args: argparse.Namespace) -> PlanOptions:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
     return PlanOptions(
         tp_size=args.tensor_parallel_size,
-        pp_size=args.pipeline_parallel_size,
+        pp_size=num_stages_from(args),
         num_replicas=args.replicas,
         objective=args.objective,
         traffic=Traffic(input_len=args.input_len, output_len=args.output_len, concurrency=args.concurrency),

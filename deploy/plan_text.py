@@ -7,7 +7,6 @@ from argosy.cluster.protocol.ledger import gb
 from argosy.placement.layout import Layout, Stage
 from argosy.placement.model_shape import ModelShape
 from argosy.placement.model_sources import servable_name
-from argosy.placement.plan import make_plan
 from argosy.placement.plan_report import Candidate, PlanReport
 from argosy.placement.rank_memory import Serving, StageBytes
 from argosy.placement.topology import ClusterTopology
@@ -99,8 +98,7 @@ def plan_lines(report: PlanReport, *, all_losers: bool = False, given: str = "")
     flags = f"-tp {start['tensor_parallel_size']} -pp {start['pipeline_parallel_size']}"
     if len(chosen.replicas) > 1:
         flags += f" -dp {len(chosen.replicas)}"
-    even = make_plan(report.model.num_layers, 1, start["pipeline_parallel_size"]).layer_counts
-    if start["pipeline_layers"] and start["pipeline_layers"] != even:
+    if start["pipeline_layers"]:
         flags += f" --pipeline-layers [{','.join(map(str, start['pipeline_layers']))}]"
     if report.model.deals_experts(start["tensor_parallel_size"]):
         flags += " --enable-expert-parallel"

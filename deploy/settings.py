@@ -70,8 +70,8 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag(
             "pipeline-layers",
             "json",
-            "layers of each stage as a JSON list, such as [10,14] (default: even, or by room "
-            "where the stages' devices have unequal free memory)",
+            "layers of each stage as a JSON list, such as [10,14] (default: as even in time as 'argosy plan' finds, "
+            "by room where the stages' devices have unequal free memory, even on CPUs)",
         ),
         Flag(
             "stage-memory-gb",

@@ -81,7 +81,7 @@ def main(args: argparse.Namespace) -> int:
     config = plan_command.config_from(args, shape, topology)
     options = PlanOptions(
         tp_size=args.tensor_parallel_size,
-        pp_size=args.pipeline_parallel_size,
+        pp_size=plan_command.num_stages_from(args),
         num_replicas=args.replicas,
         traffic=Traffic(input_len=args.input_len, output_len=args.output_len),
         calibration=plan_command.calibration_from(args),

@@ -13,10 +13,11 @@ from argosy.placement.calibration import Calibration, default_calibration
 from argosy.placement.cost_model import ReplicaCost, StageCost, StepLoad
 from argosy.placement.device_groups import DeviceGroup
 from argosy.placement.partition import split_layers
-from argosy.placement.rank_memory import RankMemory, StageBytes, rank_memory
+from argosy.placement.rank_memory import RankMemory, StageBytes, cap_of, rank_memory
 from argosy.placement.topology import Link
 
 _NEVER: Final = float("-inf")
+MIXED_ROWS: Final = 64  # of a decode step of one stage, when layers are split: a chat server that is not full
 
 
 class Traffic(msgspec.Struct, frozen=True, kw_only=True):
@@ -93,9 +94,11 @@ class LayoutJudge:
         problem = shape.why_not_tp(tp_size)
         if problem is None and pp_size > shape.num_layers:
             problem = f"{pp_size} stages are more than the {shape.num_layers} layers"
+        if problem is None and (caps := len(self.sizes.serving.stage_bytes)) and caps != pp_size:
+            problem = f"stage_memory_gb names {caps} stages"
         if problem is not None:
             return Layout(tp_size=tp_size, pp_size=pp_size, problem=problem)
-        return self.judge_split(replica, tp_size, hops, self._split(replica, tp_size))
+        return self.judge_split(replica, tp_size, hops, self.split(replica, tp_size))
 
     def judge_split(
         self, replica: Sequence[DeviceGroup], tp_size: int, hops: Sequence[Link], counts: Sequence[int]
@@ -108,13 +111,16 @@ class LayoutJudge:
 
     # --------------------------------------------------------------------------------------------------- the split
 
-    def _split(self, replica: Sequence[DeviceGroup], tp_size: int) -> tuple[int, ...]:
+    def split(self, replica: Sequence[DeviceGroup], tp_size: int) -> tuple[int, ...]:
         """Layers of each stage: room for the traffic first, then the least time on the slowest stage."""
         num_layers = self.sizes.shape.num_layers
-        kinds = {group.kind: self._room(group, tp_size, len(replica)) for group in replica}
-        room = [kinds[group.kind] for group in replica]
-        known: dict[object, dict[tuple[int, int], float]] = {kind: {} for kind in kinds}
-        known_to = [known[group.kind] for group in replica]  # alike stages are asked the same, and twice
+        kinds = [(group.kind, self._cap(stage)) for stage, group in enumerate(replica)]
+        rooms = {
+            kind: self._room(group, tp_size, len(replica), kind[1]) for kind, group in zip(kinds, replica, strict=True)
+        }
+        room = [rooms[kind] for kind in kinds]
+        known: dict[object, dict[tuple[int, int], float]] = {kind: {} for kind in rooms}
+        known_to = [known[kind] for kind in kinds]  # alike stages are asked the same, and twice
 
         before = [self.sizes.layer_bytes(tp_size, 0, layer) for layer in range(num_layers + 1)]
 
@@ -140,7 +146,7 @@ class LayoutJudge:
         needed = min(most, float(self._needed_blocks(self._wanted_concurrency())))
         if most < self._needed_blocks(1) or len(replica) == 1:
             return roomy
-        seconds = [self._seconds_of_layers(group, tp_size) for group in replica]
+        seconds = [self._seconds_of_layers(group, tp_size, len(replica)) for group in replica]
 
         def speed(stage: int, first: int, last: int) -> float:
             if blocks(stage, first, last) < needed:
@@ -152,7 +158,9 @@ class LayoutJudge:
         assert fastest is not None  # `roomy` is one
         return fastest[1]
 
-    def _room(self, group: DeviceGroup, tp_size: int, pp_size: int) -> tuple[float, float, float]:
+    def _room(
+        self, group: DeviceGroup, tp_size: int, pp_size: int, cap_bytes: int | None
+    ) -> tuple[float, float, float]:
         """(bytes for layers and blocks, what the embedding takes of it, what the head takes of it)."""
         shape, serving = self.sizes.shape, self.sizes.serving
         # bytes or blocks that the user names for the cache are the same on every stage: splits are by what is there
@@ -162,8 +170,9 @@ class LayoutJudge:
 
         def left(first: int, last: int) -> float:
             ledger = rank_memory(
-                sizes, calibration, group.gpu, tp_size=tp_size, pp_size=pp_size, first_layer=first, last_layer=last
-            )
+                sizes, calibration, group.gpu, tp_size=tp_size, pp_size=pp_size, first_layer=first, last_layer=last,
+                cap_bytes=cap_bytes,
+            )  # fmt: skip
             return ledger.kv_budget_bytes + sizes.layer_bytes(tp_size, first, last) + (serving.offload_bytes or 0)
 
         if shape.num_layers < 3:
@@ -172,26 +181,44 @@ class LayoutJudge:
         inner = left(1, 2)
         return inner, inner - left(0, 1), inner - left(shape.num_layers - 1, shape.num_layers)
 
-    def _seconds_of_layers(self, group: DeviceGroup, tp_size: int) -> tuple[list[float], float]:
-        """Seconds of the layers before each one in a typical decode step on these devices, and of the head."""
-        key = (*group.kind, tp_size)
+    def _seconds_of_layers(self, group: DeviceGroup, tp_size: int, pp_size: int) -> tuple[list[float], float]:
+        """Seconds that a request of the traffic costs in the layers before each one on these devices, and in the head.
+
+        Its part of a full step of prompts and of its decode steps: in the long run a stage has to do all of both, so
+        the split that evens these sums leaves the stages the least idle.
+        """
+        key = (*group.kind, tp_size, pp_size)
         if key not in self._layer_seconds:
             shape = self.sizes.shape
-            rows = max(1, min(64, self._wanted_concurrency()))
-            load = StepLoad(rows, rows * self.traffic.held_tokens, 0, 0, rows)
+            loads = self._loads_of_a_request(pp_size)
+
+            def cost(first: int, last: int) -> float:
+                stage = self._stage_cost(group, tp_size, first, last)
+                return sum(share * stage.seconds(load) for load, share in loads)
+
             of_kind: dict[int, float] = {}
+            overhead = self.calibration_of(group).stage_us * 1e-6 * sum(share for _, share in loads)
             for index, kind in enumerate(shape.layer_kinds):
                 if kind not in of_kind and index + 1 < shape.num_layers:
-                    one = self._stage_cost(group, tp_size, index, index + 1)
-                    of_kind[kind] = one.seconds(load) - one.overhead_seconds
+                    of_kind[kind] = cost(index, index + 1) - overhead
             fallback = next(iter(of_kind.values()), 0.0)
             before = [0.0]
             for kind in shape.layer_kinds:
                 before.append(before[-1] + of_kind.get(kind, fallback))
-            last = self._stage_cost(group, tp_size, shape.num_layers - 1, shape.num_layers)
-            head = max(0.0, last.seconds(load) - last.overhead_seconds - of_kind.get(shape.layer_kinds[-1], fallback))
+            last = cost(shape.num_layers - 1, shape.num_layers) - overhead  # with the head, the draw and the answer
+            head = max(0.0, last - of_kind.get(shape.layer_kinds[-1], fallback))
             self._layer_seconds[key] = before, head
         return self._layer_seconds[key]
+
+    def _loads_of_a_request(self, pp_size: int) -> list[tuple[StepLoad, float]]:
+        """Steps, each with how many of them a request accounts for."""
+        traffic, serving = self.traffic, self.sizes.serving
+        rows = max(1, min(MIXED_ROWS, self._wanted_concurrency() // pp_size))
+        decode = StepLoad(rows, rows * traffic.held_tokens, 0, 0, rows)
+        tokens = serving.max_num_batched_tokens
+        prompts = tokens / traffic.input_len  # that share a step, or the part of one
+        prefill = StepLoad(0, 0, tokens, tokens * min(traffic.input_len, tokens) // 2, max(1, int(prompts)))
+        return [(decode, traffic.output_len / rows), (prefill, 1 / prompts)]
 
     def _stage_cost(
         self, group: DeviceGroup, tp_size: int, first: int, last: int, *, offloaded_bytes: int = 0
@@ -203,15 +230,18 @@ class LayoutJudge:
 
     def _memories(self, replica: Sequence[DeviceGroup], tp_size: int, counts: Sequence[int]) -> list[RankMemory]:
         found, first = [], 0
-        for group, count in zip(replica, counts, strict=True):
+        for stage, (group, count) in enumerate(zip(replica, counts, strict=True)):
             found.append(
                 rank_memory(
                     self.sizes, self.calibration_of(group), group.gpu, tp_size=tp_size, pp_size=len(replica),
-                    first_layer=first, last_layer=first + count,
+                    first_layer=first, last_layer=first + count, cap_bytes=self._cap(stage),
                 )
             )  # fmt: skip
             first += count
         return found
+
+    def _cap(self, stage: int) -> int | None:
+        return cap_of(self.sizes.serving.stage_bytes, stage)
 
     def _needed_blocks(self, num_requests: int) -> int:
         """Blocks of so many requests: a lone one at its full length, several at their average."""

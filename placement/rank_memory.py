@@ -4,6 +4,7 @@ The rules are those of `workers/memory.py`: tests hold this file to what real ra
 rank of a tensor-parallel group, which has the most (it adds the biases of row-parallel layers).
 """
 
+from collections.abc import Sequence
 from itertools import accumulate
 from typing import Final
 
@@ -120,6 +121,11 @@ def slice_setting(config: ServingConfig) -> int | None:
     size = config.offload.activation_slice_tokens
     is_asked = config.offload.activation_offload_gb != 0 and config.scheduler.max_num_batched_tokens > size
     return size if is_asked else None
+
+
+def cap_of(caps: Sequence[int], stage: int) -> int | None:
+    """What a rank of the stage may use; None: what there is."""
+    return caps[stage] or None if caps else None
 
 
 class RankMemory(msgspec.Struct, frozen=True, kw_only=True):

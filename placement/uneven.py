@@ -1,7 +1,8 @@
-"""Layers for stages whose devices have unequal room: each stage gets as many as leave the same number of KV blocks.
+"""Layers for the stages of a pipeline, where nobody names them.
 
-An even split of layers over devices of unequal memory leaves all of them as many blocks as the poorest has. Split by
-room, the larger device holds more of the weights and, with them, more of every block.
+Devices of unequal room: an even split leaves all of them as many blocks as the poorest has. Split by room, the
+larger one holds more of the weights and, with them, more of every block. Devices that are alike: the planner's split,
+by what requests cost on each stage, since the last one has the head besides.
 """
 
 from collections.abc import Sequence
@@ -12,9 +13,12 @@ import msgspec
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.placement.calibration import default_calibration
 from argosy.placement.data_sheets import find_data_sheet
+from argosy.placement.device_groups import DeviceGroup
+from argosy.placement.layout import LayoutJudge, Traffic
 from argosy.placement.model_shape import ModelShape
 from argosy.placement.partition import split_layers
-from argosy.placement.rank_memory import RankMemory, Serving, StageBytes, rank_memory
+from argosy.placement.plan import make_plan
+from argosy.placement.rank_memory import RankMemory, Serving, StageBytes, cap_of, rank_memory
 from argosy.placement.topology import Gpu
 
 ALIKE: Final = 0.05  # devices whose room differs by less are taken for equal: what is free changes from start to start
@@ -52,21 +56,35 @@ def stage_memory(
     )  # fmt: skip
 
 
-def cap_of(caps: Sequence[int], stage: int) -> int | None:
-    """What a rank of the stage may use; None: what there is."""
-    return caps[stage] or None if caps else None
-
-
 def _usable(gpu: Gpu, cap: int) -> int:
     return min(gpu.usable_bytes, cap) if cap else gpu.usable_bytes
 
 
-def uneven_layers(config: ServingConfig, shape: ModelShape, devices: Sequence[Gpu]) -> tuple[int, ...]:
+def layers_for(config: ServingConfig, shape: ModelShape, devices: Sequence[Gpu]) -> tuple[int, ...]:
     """The split for stages on these devices; empty where it was given, or where an even one does as well."""
     parallel = config.parallel
     num_stages = parallel.pipeline_parallel_size
     if num_stages < 2 or parallel.pipeline_layers or len(devices) != num_stages or num_stages > shape.num_layers:
         return ()
-    if not is_uneven(devices, config.stage_memory_bytes):
+    serving, tp_size = Serving.from_config(config, shape), parallel.tensor_parallel_size
+    if is_uneven(devices, config.stage_memory_bytes):
+        return split_by_room(shape, serving, devices, tp_size)
+    layers = split_by_time(shape, serving, devices, tp_size)
+    return () if layers == make_plan(shape.num_layers, 1, num_stages).layer_counts else layers
+
+
+def split_by_time(shape: ModelShape, serving: Serving, devices: Sequence[Gpu], tp_size: int) -> tuple[int, ...]:
+    """As `argosy plan` splits for devices that are alike; empty for CPUs and devices that nobody has figures of."""
+    sheets = [find_data_sheet(gpu.model) for gpu in devices]
+    poorest = min(devices, key=lambda gpu: gpu.usable_bytes)  # a little more or less room must not move layers
+    groups = [
+        DeviceGroup(devices=(("", 0),) * tp_size, gpu=poorest, sheet=sheet, link=sheet.link)
+        for sheet in sheets
+        if sheet is not None and sheet.name != "CPU"
+    ]
+    if len(groups) < len(devices):
         return ()
-    return split_by_room(shape, Serving.from_config(config, shape), devices, parallel.tensor_parallel_size)
+    half = max(1, serving.max_model_len // 2)
+    usual = Traffic()
+    traffic = Traffic(input_len=min(usual.input_len, half), output_len=min(usual.output_len, half))
+    return LayoutJudge(StageBytes(shape, serving), traffic).split(groups, tp_size)

@@ -24,6 +24,7 @@ from argosy.placement.model_families import shape_from_spec
 from argosy.placement.rank_memory import (
     Serving,
     StageBytes,
+    cap_of,
     cpu_activation_bytes,
     num_offloaded,
     offload_setting,
@@ -31,7 +32,6 @@ from argosy.placement.rank_memory import (
 )
 from argosy.placement.swap_space import staging_bytes
 from argosy.placement.topology import Gpu
-from argosy.placement.uneven import cap_of
 from argosy.placement.weight_offload import buffer_bytes, count_for, offloaded_bytes
 from argosy.workers.cuda_graphs import ladder
 from argosy.workers.device import MemoryReading, describe_device

@@ -19,6 +19,7 @@ from argosy.placement.plan_report import PlanOptions
 from argosy.placement.planner import plan_cluster
 from argosy.placement.preflight_facts import GpuFacts, NodeFacts
 from argosy.placement.preflight_rules import Wanted
+from argosy.placement.rank_memory import Serving
 from argosy.placement.seating import Offer
 from argosy.placement.topology_sources import parse_topology, topology_from_ray
 
@@ -155,7 +156,11 @@ def test_stages_of_unequal_room_are_split_by_it(free: tuple[int, int], caps: lis
     notes: list[str] = []
     inspection = Inspection(nodes=facts, ray_memory=dict.fromkeys("ab", 8 << 30))
     (plan,) = choose_layout(wanted, topology, inspection, offers, notes.append).plans
-    first, second = plan.layer_counts
-    assert (first > second) == is_uneven
-    assert any("unequal room" in note for note in notes) == is_uneven
+    alike = parse_topology({"nodes": [{"name": "n", "gpus": "2 x H200"}]})
+    shape, options = read_model_shape(wanted.model.model), PlanOptions(tp_size=1, pp_size=2)
+    serving = msgspec.structs.replace(Serving.from_config(wanted, shape), stage_bytes=())
+    planned = plan_cluster(shape, alike, options, serving).chosen.replicas[0].layer_counts
+    assert (plan.layer_counts != planned) == is_uneven  # stages that are alike: as `argosy plan` would
+    assert plan.layer_counts[0] > plan.layer_counts[1]  # by room; else since the last stage has the head besides
+    assert any("layers split to suit" in note for note in notes)
     assert {rank.node for rank in plan.ranks} == {"a", "b"}

@@ -108,3 +108,24 @@ def test_the_same_by_hand_is_all_that_was_planned_with(capsys: pytest.CaptureFix
         assert part in line, part
     _, shown, _ = run(capsys, "llama-3.1-8b", "--gpus", "1 x H200", "-q", "awq")
     assert shown.splitlines()[-1].endswith("argosy serve meta-llama/Llama-3.1-8B -tp 1 -pp 1")
+
+
+def test_bounds_of_stages_are_planned_with(capsys: pytest.CaptureFixture[str]) -> None:
+    """As many stages as bounds, each within its own; layers move to where room is; the words for `serve` say both."""
+    words = ["llama-3.1-8b", "--gpus", "2 x H200", "--max-num-seqs", "1024", "--max-num-batched-tokens", "8192"]
+    _, shown, _ = run(capsys, *words, "--stage-memory-gb", "[0,14]", "--json")
+    replica = json.loads(shown)["replicas"][0]
+    first, second = replica["stages"]
+    assert second["limit_bytes"] == 14 * 2**30 < first["limit_bytes"]
+    assert replica["num_blocks"] * second["block_bytes"] <= second["limit_bytes"] - second["weight_bytes"]
+    counts = [stage["last_layer"] - stage["first_layer"] for stage in (first, second)]
+    assert counts[0] > counts[1] + 8
+    _, shown, _ = run(capsys, *words, "--stage-memory-gb", "[0,14]")
+    assert shown.splitlines()[-1].endswith(
+        f"--pipeline-layers [{counts[0]},{counts[1]}] --max-num-seqs 1024 --max-num-batched-tokens 8192 "
+        "--stage-memory-gb [0,14]"
+    )
+    code, _, complaint = run(capsys, *words, "--stage-memory-gb", "[0,14]", "-pp", "1")
+    assert (code, "stage_memory_gb=[0.0, 14.0] must be 1 number" in complaint) == (2, True)
+    code, _, complaint = run(capsys, *words, "--stage-memory-gb", "14")
+    assert (code, "--stage-memory-gb 14: must be a JSON list" in complaint) == (2, True)

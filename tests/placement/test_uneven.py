@@ -12,7 +12,7 @@ from argosy.placement.model_sources import read_model_shape
 from argosy.placement.plan import make_plan
 from argosy.placement.rank_memory import Serving, StageBytes
 from argosy.placement.topology import Gpu
-from argosy.placement.uneven import is_uneven, split_by_room, stage_memory, uneven_layers
+from argosy.placement.uneven import is_uneven, layers_for, split_by_room, stage_memory
 
 GIB = 2**30
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -49,7 +49,7 @@ def test_a_card_of_half_the_memory_gets_fewer_layers(
     shape, devices = shape_of(tmp_path), cards(*free)
     given = {"max_num_seqs": 4096, "max_num_batched_tokens": 8192, "stage_memory_gb": caps}
     config = ServingConfig.from_mapping({"model": "m", "pipeline_parallel_size": len(free), **given})
-    layers = uneven_layers(config, shape, devices)
+    layers = layers_for(config, shape, devices)
     even = make_plan(32, 1, len(free)).layer_counts
     assert sum(layers) == 32
     assert blocks(shape, config, devices, layers) >= 1.3 * blocks(shape, config, devices, even)
@@ -59,14 +59,16 @@ def test_a_card_of_half_the_memory_gets_fewer_layers(
     assert blocks(shape, config, devices, layers) == best
 
 
-def test_alike_devices_and_given_layers_are_left_alone(tmp_path: Path) -> None:
-    """What is free differs by a little from start to start; that must not move layers."""
+def test_alike_devices_are_split_by_time_and_given_layers_left_alone(tmp_path: Path) -> None:
+    """The last stage has the head. What is free differs by a little from start to start; that must not move layers."""
     shape = shape_of(tmp_path)
     config = ServingConfig.from_mapping({"model": "m", "pipeline_parallel_size": 2})
-    assert uneven_layers(config, shape, cards(141, 138)) == ()
-    assert uneven_layers(config, shape, []) == ()
+    assert layers_for(config, shape, cards(141, 138)) == layers_for(config, shape, cards(140, 141)) == (17, 15)
+    assert layers_for(config, shape, []) == ()
+    cpus = [Gpu(index=place, model="CPU", memory_bytes=24 * GIB) for place in range(2)]
+    assert layers_for(config, shape, cpus) == ()  # what a CPU has to do nobody has measured
     given = ServingConfig.from_mapping({"model": "m", "pipeline_parallel_size": 2, "pipeline_layers": (16, 16)})
-    assert uneven_layers(given, shape, cards(141, 70)) == ()
+    assert layers_for(given, shape, cards(141, 70)) == ()
     assert is_uneven(cards(141, 70))
     assert not is_uneven(cards(141))
     assert split_by_room(shape, Serving.from_config(config, shape), cards(100, 100), 1) in (

@@ -19,7 +19,7 @@ from argosy.placement.process_groups import ParallelContext
 from argosy.placement.rank_memory import Serving, StageBytes
 from argosy.placement.stage_transport import StageTransport
 from argosy.placement.topology import Gpu
-from argosy.placement.uneven import stage_memory, uneven_layers
+from argosy.placement.uneven import layers_for, stage_memory
 from argosy.workers import memory
 from argosy.workers.kv_cache import KVCache
 from argosy.workers.long_steps import LongSteps, slice_tokens_of
@@ -226,7 +226,7 @@ def test_a_rank_of_half_the_memory_does_not_cut_the_other(tmp_path: Path) -> Non
     shape = read_model_shape(folder)
     serving = ServingConfig.from_mapping({"model": str(folder), **settings})
     gpus = [Gpu(index=0, model="CPU", memory_bytes=psutil.virtual_memory().available)] * 2
-    layers = uneven_layers(serving, shape, gpus)
+    layers = layers_for(serving, shape, gpus)
     found = {}
     for split in (layers, (30, 30)):
         plan = make_plan(60, 1, 2, split)
