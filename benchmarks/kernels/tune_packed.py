@@ -139,10 +139,10 @@ def with_norm(weights: list[packed_reference.PackedWeight], tokens: int, ways: I
     for sizes in ways:
         apart = [
             lambda w=w, s=sizes: packed_linear.linear(rms_norm.rms_norm(x, norm, 1e-5), w, sizes=s) for w in weights
-        ]  # type: ignore[misc]  # noqa: E501
+        ]  # type: ignore[misc]
         inside = [
             lambda w=w, s=sizes: packed_linear.linear(x, w, norm_weight_I=norm, eps=1e-5, sizes=s) for w in weights
-        ]  # type: ignore[misc]  # noqa: E501
+        ]  # type: ignore[misc]
         error = float((inside[0]().double() - want).norm() / want.norm())
         first, second = (microseconds(calls, launches=max(len(weights), 24), replays=3)[0] for calls in (apart, inside))
         print(f"    norm apart {first:.2f} us, inside {second:.2f} us, differ by {error:.5f}: {sizes}", flush=True)
