@@ -1,6 +1,7 @@
 """Causal attention of prompts for Hopper's tensor cores: one group of warps fetches, two multiply and weigh.
 
-Meaning: `reference.prefill_attention` without window, soft cap, slopes or sinks, over a cache of the queries' own type.
+Meaning: `reference.prefill_attention` without window, soft cap, slopes or sinks, over a cache of the queries' own type;
+for bfloat16 also over one in 8 bits, whose numbers the group that fetches unpacks on their way (`hopper_unpack`).
 Each multiprocessor keeps one program, which asks a counter for tiles of 128 lines (BLOCK_Q positions of the G heads of
 one key/value head, as in `prefill_attention`) until there are none. Its three groups of four warps:
 
@@ -29,28 +30,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from argosy.kernels import tuning
+from argosy.kernels.hopper_parts import (
+    ask_for_work,
+    block_of,
+    copy_async,
+    fact,
+    hand_out_end,
+    hand_out_queries,
+)
+from argosy.kernels.hopper_unpack import fetch_unpacked
+from argosy.kernels.kv_scales import has_scales
 
-# Triton 3.9 calls it otherwise than 3.6
-copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 LINES = 128  # of a tile: 64 for each of the two groups that multiply
 HEAD_SIZES = (64, 128)
 LOG2E = 1.4426950408889634
+UNPACKED_SIZES = {"block_l": 64, "stages": 4, "registers": 208, "fetch_registers": 88}  # caches in 8 bits
 DEFAULT_SIZES = {"block_l": 128, "stages": 2, "registers": 200, "fetch_registers": 104}
-
-
-@gluon.jit
-def _fact(facts, place: gl.constexpr, layout: gl.constexpr):
-    """One of the numbers that the fetcher left for a tile, as a scalar."""
-    return gl.sum(gl.where(gl.arange(0, 8, layout) == place, facts, 0), 0)
-
-
-@gluon.jit
-def _block_of(table_row, start, within, num_keys, S: gl.constexpr, BLOCK_L: gl.constexpr, WIDE: gl.constexpr):
-    """The blocks of a tile's keys, those past the end the last one."""
-    # where tiles are whole blocks, most of it is the same for all of them and worked out once
-    place = start // S + within // S if BLOCK_L % S == 0 else (start + within) // S
-    block = gl.load(table_row + gl.minimum(place, (num_keys - 1) // S))
-    return block.to(gl.int64) if WIDE else block
 
 
 @gluon.jit
@@ -64,7 +59,6 @@ def _fetch(
     copying: gl.constexpr = gl.BlockedLayout([1, 8], [32 // PER_ROW, PER_ROW], [4, 1], [1, 0])
     few: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     dim = gl.arange(0, H, gl.SliceLayout(0, copying))
-    line = gl.arange(0, BLOCK_M, gl.SliceLayout(1, copying))
     within = gl.arange(0, BLOCK_L, gl.SliceLayout(1, copying))
     place = gl.arange(0, 8, few)
     total = gl.load(tiles_ptr + num_tiles * 8) * K  # the line behind the last tile says how many there are
@@ -74,22 +68,16 @@ def _fetch(
     facts = gl.load(tiles_ptr + work // K * 8 + place)
     while work < total:
         kv_head = work % K
-        num_keys = _fact(facts, 0, few)
-        token = _fact(facts, 2, few)
-        num_queries = _fact(facts, 3, few)
-        row = _fact(facts, 4, few)
+        num_keys = fact(facts, 0, few)
+        row = fact(facts, 4, few)
         num_steps = (num_keys + BLOCK_L - 1) // BLOCK_L
         table_row = table_ptr + row.to(gl.int64) * stride_table
         start = (num_steps - 1) * BLOCK_L
-        block = _block_of(table_row, start, within, num_keys, S, BLOCK_L, WIDE)
-        q_slot = turn & 1
-        mbarrier.wait(q_empty.index(q_slot), ((turn >> 1) & 1) ^ 1)
-        facts_smem.index(q_slot).store(gl.where(place == 5, kv_head, facts))
-        q_line = (token + gl.minimum(line // G, num_queries - 1)).to(gl.int64) * stride_q
-        q_line += (kv_head * G + line % G) * H
-        copy_async(q_smem.index(q_slot), q_ptr + (q_line[:, None] + dim[None, :]))
-        async_copy.mbarrier_arrive(q_full.index(q_slot), increment_count=False)
-        mbarrier.arrive(q_full.index(q_slot))
+        block = block_of(table_row, start, within, num_keys, S, BLOCK_L, WIDE)
+        hand_out_queries(
+            q_ptr, stride_q, facts, place, kv_head, turn, q_smem, facts_smem, q_full, q_empty, copying, few, G, H,
+            BLOCK_M,
+        )  # fmt: skip
         turn += 1
         for i in range(num_steps):
             slot = step % STAGES
@@ -99,7 +87,7 @@ def _fetch(
             offset = (block * S + inside) * (K * H) + kv_head * H
             there = (start + within < num_keys)[:, None]  # what is not there is zero
             start = gl.maximum(start - BLOCK_L, 0)
-            block = _block_of(table_row, start, within, num_keys, S, BLOCK_L, WIDE)
+            block = block_of(table_row, start, within, num_keys, S, BLOCK_L, WIDE)
             mbarrier.wait(k_empty.index(slot), phase ^ 1)
             copy_async(k_smem.index(slot), k_cache_ptr + (offset[:, None] + dim[None, :]), there)
             async_copy.mbarrier_arrive(k_full.index(slot), increment_count=False)
@@ -107,15 +95,30 @@ def _fetch(
             copy_async(v_smem.index(slot), v_cache_ptr + (offset[:, None] + dim[None, :]), there)
             async_copy.mbarrier_arrive(v_full.index(slot), increment_count=False)
             if i == 0:  # while the first keys are under way
-                work = gl.num_programs(0) + gl.atomic_add(counter_ptr, 1)
-                # each program asks once too often, and the last of them leaves the counter at zero
-                if work == total + gl.num_programs(0) - 1:
-                    gl.store(counter_ptr, 0)
+                work = ask_for_work(counter_ptr, total)
                 facts = gl.load(tiles_ptr + gl.minimum(work // K, num_tiles) * 8 + place)
-    mbarrier.wait(q_empty.index(turn & 1), ((turn >> 1) & 1) ^ 1)
-    facts_smem.index(turn & 1).store(gl.full([8], 0, gl.int32, few))
-    async_copy.mbarrier_arrive(q_full.index(turn & 1), increment_count=False)
-    mbarrier.arrive(q_full.index(turn & 1))
+    hand_out_end(turn, facts_smem, q_full, q_empty, few)
+
+
+@gluon.jit
+def _fetch_any(
+    q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, tiles_ptr, counter_ptr, stride_q, stride_table, num_tiles,
+    q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+    K: gl.constexpr, G: gl.constexpr, H: gl.constexpr, S: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_L: gl.constexpr,
+    STAGES: gl.constexpr, WIDE: gl.constexpr, UNPACKED: gl.constexpr, E4M3: gl.constexpr, SCALES: gl.constexpr,
+):  # fmt: skip
+    if UNPACKED:
+        fetch_unpacked(
+            q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, tiles_ptr, counter_ptr, stride_q, stride_table, num_tiles,
+            q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, K, G, H, S, BLOCK_M,
+            BLOCK_L, STAGES, WIDE, E4M3, SCALES,
+        )  # fmt: skip
+    else:
+        _fetch(
+            q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, tiles_ptr, counter_ptr, stride_q, stride_table, num_tiles,
+            q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, K, G, H, S, BLOCK_M,
+            BLOCK_L, STAGES, WIDE,
+        )  # fmt: skip
 
 
 @gluon.jit
@@ -187,9 +190,9 @@ def _attend(
     step = 0
     mbarrier.wait(q_full.index(0), 0)
     facts = facts_smem.index(0).load(few)
-    num_keys = _fact(facts, 0, few)
+    num_keys = fact(facts, 0, few)
     while num_keys > 0:
-        first_position = _fact(facts, 1, few)
+        first_position = fact(facts, 1, few)
         num_steps = (num_keys + BLOCK_L - 1) // BLOCK_L
         q_half = q_smem.index(turn & 1).slice(HALF * 64, 64, 0)
         position = first_position + line // G
@@ -221,9 +224,9 @@ def _attend(
         mbarrier.wait(v_full.index(last % STAGES), (last // STAGES) & 1)
         fence_async_shared()
         acc = warpgroup_mma(weight, v_smem.index(last % STAGES), acc, is_async=True)
-        token = _fact(facts, 2, few)
-        num_queries = _fact(facts, 3, few)
-        kv_head = _fact(facts, 5, few)
+        token = fact(facts, 2, few)
+        num_queries = fact(facts, 3, few)
+        kv_head = fact(facts, 5, few)
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(last % STAGES))
         share = v_scale / gl.convert_layout(total, gl.SliceLayout(1, acc_in))
@@ -236,7 +239,7 @@ def _attend(
         turn += 1
         mbarrier.wait(q_full.index(turn & 1), (turn >> 1) & 1)
         facts = facts_smem.index(turn & 1).load(few)
-        num_keys = _fact(facts, 0, few)
+        num_keys = fact(facts, 0, few)
 
 
 @gluon.jit(
@@ -248,6 +251,7 @@ def _hopper_attention_kernel(
     v_scale, num_tiles,
     K: gl.constexpr, G: gl.constexpr, H: gl.constexpr, S: gl.constexpr, BLOCK_Q: gl.constexpr, BLOCK_L: gl.constexpr,
     STAGES: gl.constexpr, WIDE: gl.constexpr, FETCH_REGISTERS: gl.constexpr, REGISTERS: gl.constexpr,
+    UNPACKED: gl.constexpr, E4M3: gl.constexpr, SCALES: gl.constexpr,
 ):  # fmt: skip
     BLOCK_M: gl.constexpr = 128
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -266,10 +270,11 @@ def _hopper_attention_kernel(
     for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=129)  # each thread's copies, and the facts
         mbarrier.init(q_empty.index(i), count=2)
+    arrivals: gl.constexpr = 1 if UNPACKED else 128  # of the group once it has stored, of each thread's copies
     for i in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(i), count=128)
+        mbarrier.init(k_full.index(i), count=arrivals)
         mbarrier.init(k_empty.index(i), count=2)
-        mbarrier.init(v_full.index(i), count=128)
+        mbarrier.init(v_full.index(i), count=arrivals)
         mbarrier.init(v_empty.index(i), count=2)
     gl.warp_specialize(
         [
@@ -281,10 +286,10 @@ def _hopper_attention_kernel(
                 out_ptr, factor, v_scale, q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full,
                 v_empty, 1, K, G, H, BLOCK_Q, BLOCK_L, STAGES,
             )),
-            (_fetch, (
+            (_fetch_any, (
                 q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, tiles_ptr, counter_ptr, stride_q, stride_table, num_tiles,
                 q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, K, G, H, S,
-                BLOCK_M, BLOCK_L, STAGES, WIDE,
+                BLOCK_M, BLOCK_L, STAGES, WIDE, UNPACKED, E4M3, SCALES,
             )),
         ],
         [4, 4],
@@ -308,15 +313,17 @@ def hopper_attention(
     num_heads, head_size = q_TNH.shape[1:]
     block_size, num_kv_heads = k_cache_BSKH.shape[1:3]
     group = num_heads // num_kv_heads
-    sizes = sizes or DEFAULT_SIZES
+    unpacked, e4m3 = k_cache_BSKH.element_size() == 1, k_cache_BSKH.dtype == torch.float8_e4m3fn
+    sizes = sizes or (UNPACKED_SIZES if unpacked else DEFAULT_SIZES)
     num_tiles = tiles_X8.shape[0] - 1
     programs = min(tuning.device_facts(q_TNH.device).num_sms, num_tiles * num_kv_heads)
     _hopper_attention_kernel[(programs,)](
         q_TNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, tiles_X8, out_TNH, tuning.counters(q_TNH.device),
         q_TNH.stride(0), block_table_RB.stride(0), scale * kv_scales[0] * LOG2E, kv_scales[1], num_tiles,
         K=num_kv_heads, G=group, H=head_size, S=block_size, BLOCK_Q=LINES // group, BLOCK_L=sizes["block_l"],
-        STAGES=sizes["stages"], WIDE=k_cache_BSKH.numel() >= 1 << 31, FETCH_REGISTERS=sizes["fetch_registers"],
-        REGISTERS=sizes["registers"], num_warps=4,
+        STAGES=sizes["stages"], WIDE=k_cache_BSKH.shape[0] * k_cache_BSKH.stride(0) >= 1 << 31,
+        FETCH_REGISTERS=sizes["fetch_registers"], REGISTERS=sizes["registers"], UNPACKED=unpacked, E4M3=e4m3,
+        SCALES=has_scales(k_cache_BSKH), num_warps=4,
     )  # fmt: skip
     return out_TNH
 
@@ -337,8 +344,8 @@ def takes(q_TNH: Tensor, k_cache_BSKH: Tensor) -> bool:
     return (
         head_size in HEAD_SIZES
         and q_TNH.element_size() == 2
-        and q_TNH.dtype == k_cache_BSKH.dtype
-        and k_cache_BSKH.is_contiguous()
+        and (k_cache_BSKH.dtype == q_TNH.dtype or (k_cache_BSKH.element_size() == 1 and q_TNH.dtype == torch.bfloat16))
+        and (k_cache_BSKH.is_contiguous() or has_scales(k_cache_BSKH))
         and num_heads // k_cache_BSKH.shape[2] <= LINES
         and _is_hopper(q_TNH.device)
     )

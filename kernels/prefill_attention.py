@@ -254,7 +254,8 @@ def _default_sizes(width: int, mean_queries: int, group: int, dtype: torch.dtype
 
 def _hopper_sizes(q_TNH: Tensor, k_cache_BSKH: Tensor, kind: str) -> tuning.Sizes | None:
     """Sizes for `hopper_attention` where it was measured to be faster for rows of this kind, and takes these."""
-    sizes = tuning.pick("hopper_attention", f"h{q_TNH.shape[2]}_{kind}", q_TNH.device)
+    key = f"h{q_TNH.shape[2]}_{kind}{cache_suffix(k_cache_BSKH)}"
+    sizes = tuning.pick("hopper_attention", key, q_TNH.device)
     if sizes is None or not triton.__version__.startswith(GLUON_VERSIONS):
         return None
     from argosy.kernels import hopper_attention

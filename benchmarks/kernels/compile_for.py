@@ -138,13 +138,17 @@ def prompts(report: Callable[..., None]) -> None:
         cache = torch.zeros(64, 16, kv_heads, size, dtype=BF16)
         tiles, table = torch.zeros(9, 8, dtype=torch.int32), torch.zeros(4, 16, dtype=torch.int32)
         out = torch.zeros(64, heads, size, dtype=BF16)
-        for block_l, stages, registers, fetch_registers in PROMPT_SIZES:
-            sizes = {
-                "block_l": block_l, "stages": stages, "registers": registers, "fetch_registers": fetch_registers
-            }  # fmt: skip
+        for each in PROMPT_SIZES:
+            sizes = dict(zip(("block_l", "stages", "registers", "fetch_registers"), each, strict=True))
             report(
                 f"prompts, {counts} {sizes}", hopper_attention.hopper_attention, q, cache, cache, table,
                 tiles, out, scale=0.1, sizes=sizes,
+            )  # fmt: skip
+        raw = torch.zeros(64, kv_scales.block_bytes(16, kv_heads, size), dtype=torch.uint8)
+        for eight_bits in (kv_scales.as_scaled_cache(raw, 16, kv_heads, size, torch.int8), cache.to(E4M3)):
+            report(
+                f"prompts, {counts} {eight_bits.dtype}", hopper_attention.hopper_attention, q, eight_bits, eight_bits,
+                table, tiles, out, scale=0.1, sizes=hopper_attention.UNPACKED_SIZES,
             )  # fmt: skip
 
 

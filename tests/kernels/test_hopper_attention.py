@@ -12,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from argosy.kernels import prefill_attention, reference, tuning
+from argosy.kernels import kv_scales, prefill_attention, reference, tuning
 from argosy.kernels.prompt_tiles import plan_tiles
 
 Near = Callable[[Tensor, Tensor], None]
@@ -58,6 +58,55 @@ def test_prompts_and_chunks_are_those_of_the_reference(
             sizes=dict(zip(names, sizes, strict=True)),
         )  # fmt: skip
         assert_near(out, want)
+    assert int(tuning.counters(q.device)[0]) == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not IS_HOPPER, reason="needs capability 9.0")
+@pytest.mark.parametrize("block_size", [16, 4, 24])
+@pytest.mark.parametrize(
+    ("dtype", "scaled"), [(torch.int8, True), (torch.float8_e4m3fn, True), (torch.float8_e4m3fn, False)]
+)
+@pytest.mark.parametrize(("heads", "kv_heads", "size"), [(32, 8, 128), (14, 2, 64)])
+def test_caches_in_8_bits_are_unpacked_on_the_way(
+    heads: int, kv_heads: int, size: int, dtype: torch.dtype, scaled: bool, block_size: int, assert_near: Near
+) -> None:
+    """All numbers there are, in heads of very different sizes; blocks behind a row's end hold scales that are nan."""
+    from argosy.kernels.hopper_attention import block_q_of, hopper_attention, takes
+
+    rows = [(1, 1), (1, 300), (33, 33), (128, 128), (129, 400), (256, 256), (64, 1000)]
+    per_row = -(-1000 // block_size)
+    blocks = len(rows) * per_row
+    caches = []
+    for _ in range(2):
+        x = torch.randn(blocks, block_size, kv_heads, size, device="cuda")
+        if scaled:
+            raw = torch.zeros(
+                blocks, kv_scales.block_bytes(block_size, kv_heads, size), dtype=torch.uint8, device="cuda"
+            )
+            cache = kv_scales.as_scaled_cache(raw, block_size, kv_heads, size, dtype)
+            x *= torch.rand(blocks, block_size, kv_heads, 1, device="cuda") ** 4
+            kv_scales.store(x.flatten(0, 1), cache, torch.arange(blocks * block_size, device="cuda"))
+        else:
+            cache = x.to(dtype)
+        caches.append(cache)
+    table = torch.randperm(blocks, device="cuda").int().view(len(rows), per_row)
+    everything = torch.arange(blocks, device="cuda")
+    exact = [kv_scales.gather(x, everything) if scaled else x.float() for x in caches]
+    if scaled:
+        for row, (_, context) in enumerate(rows):
+            last, inside = table[row, (context - 1) // block_size], (context - 1) % block_size
+            for cache in caches:
+                kv_scales.scales_of(cache)[last, :, inside + 1 :] = kv_scales.NAN_CODE
+    starts = torch.tensor([0, *torch.tensor([n for n, _ in rows]).cumsum(0).tolist()], device="cuda", dtype=torch.int32)
+    lengths = torch.tensor([context for _, context in rows], device="cuda", dtype=torch.int32)
+    q = torch.randn(int(starts[-1]), heads + 2 * kv_heads, size, device="cuda", dtype=torch.bfloat16)[:, :heads]
+    assert takes(q, caches[0])
+    assert not takes(q.half(), caches[0])
+    want = reference.prefill_attention(q.float(), *exact, starts, lengths, table, scale=size**-0.5)
+    tiles = plan_tiles(starts, lengths, len(q), block_q_of(q, caches[0]))
+    out = torch.full((len(q), heads, size), float("nan"), device="cuda", dtype=torch.bfloat16)
+    assert_near(hopper_attention(q, *caches, table, tiles, out, scale=size**-0.5), want)
     assert int(tuning.counters(q.device)[0]) == 0
 
 
