@@ -17,9 +17,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from argosy.kernels import fp8_quantize, moe_packed, tuning
+from argosy.kernels import fp8_quantize, moe_int, moe_packed, tuning
 from argosy.kernels.fp8_reference import Fp8Rows, Rounding
-from argosy.kernels.moe_reference import most_blocks
+from argosy.kernels.moe_parts import own_rows, own_tile
+from argosy.kernels.moe_reference import IntExpertWeight, most_blocks
 
 CHUNK = 1024  # ids that a program of the grouping reads at once
 PLAIN, E4M3_BLOCKS, MXFP4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how weights are stored
@@ -87,22 +88,15 @@ def group_tokens(ids_TK: Tensor, num_experts: int, rows: int) -> tuple[Tensor, T
 @triton.jit
 def _gemm_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, weight_ptr, out_ptr, places_ptr, expert_of_block_ptr,
-    num_choices, num_outputs, num_inputs, stride_x, stride_we, stride_wo, stride_se, stride_so, shared,
-    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, BAND: tl.constexpr,
-    HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr, FORMAT: tl.constexpr, num_blocks,
+    num_choices, num_outputs, num_inputs, stride_x, stride_we, stride_wo, stride_se, stride_so, shared, num_blocks,
+    first_expert, num_experts,
+    ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, BAND: tl.constexpr, HAS_BIAS: tl.constexpr,
+    WEIGHTED: tl.constexpr, FORMAT: tl.constexpr,
 ):  # fmt: skip
-    # programs that follow each other take the same tile of weights for several blocks of rows, which the cache shares
-    tiles_o = tl.cdiv(num_outputs, OUTPUTS)
-    band = tl.program_id(0) // (BAND * tiles_o)
-    in_band = tl.minimum(num_blocks - band * BAND, BAND)
-    inside_band = tl.program_id(0) % (BAND * tiles_o)
-    block = band * BAND + inside_band % in_band
-    tile = inside_band // in_band
-    expert = tl.load(expert_of_block_ptr + block)
-    if expert >= 0:
-        place = tl.load(places_ptr + block * ROWS + tl.arange(0, ROWS))
-        is_row = place < num_choices
-        source = (tl.where(is_row, place, 0) // shared).to(tl.int64)
+    block, tile = own_tile(num_blocks, tl.cdiv(num_outputs, OUTPUTS), BAND)
+    expert = tl.load(expert_of_block_ptr + block) - first_expert
+    if (expert >= 0) & (expert < num_experts):
+        place, is_row, source = own_rows(places_ptr, block, num_choices, shared, ROWS)
         output = tile * OUTPUTS + tl.arange(0, OUTPUTS)
         is_output = output < num_outputs
         safe_output = tl.minimum(output, num_outputs - 1).to(tl.int64)
@@ -160,19 +154,24 @@ def grouped_gemm(
     weights: Tensor | None = None,
     scale_EOI: Tensor | None = None,
     tile: tuple[int, int, int, int] | None = None,
+    first_expert: int = 0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Row c of the result is w[expert of c] · x[c // shared], for each choice c that some expert here has: [C, O].
 
     `scale_EOI`: of e4m3 weights, one for 128 x 128 of them; of MXFP4 (uint8 [E, O, I / 2]), a byte for 32 inputs.
     `weights`: by choice, multiplied in float32. `tile`: (outputs, inputs, warps, stages) other than the rule's.
+    `first_expert`: which one `w_EOI` begins with, where it has some of them; `out` then keeps the rows of the others.
     """
-    _, num_outputs, num_inputs = w_EOI.shape
+    num_experts, num_outputs, num_inputs = w_EOI.shape
     kind = (PLAIN if scale_EOI is None else MXFP4 if w_EOI.dtype == torch.uint8 else E4M3_BLOCKS).value
     if kind == MXFP4.value:
         num_inputs *= 2
+    assert w_EOI.stride(2) == 1
     num_blocks = expert_of_block.shape[0]
     rows = places.shape[0] // num_blocks
-    out = torch.empty((num_choices, num_outputs), dtype=x.dtype, device=x.device)
+    if out is None:
+        out = torch.empty((num_choices, num_outputs), dtype=x.dtype, device=x.device)
     outputs, inputs, warps, stages = tile or _tile(rows, x.element_size(), kind)
     grid = (num_blocks * triton.cdiv(num_outputs, outputs),)
     scale = x if scale_EOI is None else scale_EOI
@@ -180,10 +179,29 @@ def grouped_gemm(
         x, w_EOI, scale, x if bias_EO is None else bias_EO, x if weights is None else weights, out, places,
         expert_of_block, num_choices, num_outputs, num_inputs, x.stride(0), w_EOI.stride(0), w_EOI.stride(1),
         0 if scale_EOI is None else scale_EOI.stride(0), 0 if scale_EOI is None else scale_EOI.stride(1),
-        shared, ROWS=rows, OUTPUTS=outputs, INPUTS=inputs, BAND=8, HAS_BIAS=bias_EO is not None,
-        WEIGHTED=weights is not None, FORMAT=kind, num_blocks=num_blocks, num_warps=warps,
-        num_stages=stages,
+        shared, num_blocks, first_expert, num_experts, ROWS=rows, OUTPUTS=outputs, INPUTS=inputs, BAND=8,
+        HAS_BIAS=bias_EO is not None, WEIGHTED=weights is not None, FORMAT=kind, num_warps=warps, num_stages=stages,
     )  # fmt: skip
+    return out
+
+
+def _by_slices(
+    x: Tensor,
+    weight: IntExpertWeight,
+    places: Tensor,
+    expert_of_block: Tensor,
+    num_choices: int,
+    *,
+    bias_EO: Tensor | None = None,
+    **options: Any,
+) -> Tensor:
+    """`grouped_gemm`, with some experts at a time made plain: so many rows that unpacking for each block costs more."""
+    out = torch.empty((num_choices, weight.packed.num_outputs), dtype=x.dtype, device=x.device)
+    for first, some_NOI in moe_int.slices(weight, x.dtype):
+        bias_NO = None if bias_EO is None else bias_EO[first : first + len(some_NOI)]
+        grouped_gemm(
+            x, some_NOI, places, expert_of_block, num_choices, bias_EO=bias_NO, first_expert=first, out=out, **options
+        )
     return out
 
 
@@ -258,8 +276,8 @@ def _sum_kernel(rows_ptr, ids_ptr, out_ptr, width, TOP_K: tl.constexpr, BLOCK: t
 
 def experts(
     x_TD: Tensor,
-    gate_up_EID: Tensor,
-    down_EDI: Tensor,
+    gate_up_EID: Tensor | IntExpertWeight,
+    down_EDI: Tensor | IntExpertWeight,
     ids_TK: Tensor,
     weights_TK: Tensor,
     *,
@@ -274,31 +292,41 @@ def experts(
 ) -> Tensor:
     """See `moe_reference.experts`; `average` and `out_TD` in `moe_ops`."""
     num_tokens, top_k = ids_TK.shape
-    num_experts, width = gate_up_EID.shape[0], x_TD.shape[1]
+    in_groups = isinstance(gate_up_EID, IntExpertWeight)
+    num_experts = gate_up_EID.num_experts if isinstance(gate_up_EID, IntExpertWeight) else gate_up_EID.shape[0]
+    width = x_TD.shape[1]
     assert x_TD.stride(1) == 1
-    assert gate_up_EID.stride(2) == down_EDI.stride(2) == 1
     if out_TD is None:
         out_TD = torch.empty((num_tokens, width), dtype=x_TD.dtype, device=x_TD.device)
     assert out_TD.is_contiguous()
     if num_tokens == 0:
         return out_TD
     average = num_tokens * top_k // num_experts if average is None else average
-    rows = block_rows(average) if gate_up_scale is None else moe_packed.block_rows(average)
+    weights = (gate_up_EID, down_EDI)
+    sliced = average >= moe_int.SLICES_FROM and all(isinstance(w, Tensor) or moe_int.can_slice(w) for w in weights)
+    if in_groups and not sliced:
+        ordered = any(isinstance(w, IntExpertWeight) and w.order_EI is not None for w in weights)
+        rows = moe_int.block_rows(average, ordered=ordered)
+    else:
+        rows = block_rows(average) if gate_up_scale is None else moe_packed.block_rows(average)
     ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()
-    places, expert_of_block = group_tokens(ids_TK, num_experts, rows)
-    num_choices = num_tokens * top_k
+    chosen = (*group_tokens(ids_TK, num_experts, rows), num_tokens * top_k)
 
-    def product(x: Tensor | Fp8Rows, weight_EOI: Tensor, scale: Tensor | None, **options: Any) -> Tensor:
+    def product(
+        x: Tensor | Fp8Rows, weight_EOI: Tensor | IntExpertWeight, scale: Tensor | None, **options: Any
+    ) -> Tensor:  # fmt: skip
         if scale is not None and (turned or isinstance(x, Fp8Rows)):
-            return moe_packed.grouped_gemm(
-                x, weight_EOI, scale, places, expert_of_block, num_choices, dtype=x_TD.dtype, **options
-            )
+            assert isinstance(weight_EOI, Tensor)
+            return moe_packed.grouped_gemm(x, weight_EOI, scale, *chosen, dtype=x_TD.dtype, **options)
         assert isinstance(x, Tensor)
-        return grouped_gemm(x, weight_EOI, places, expert_of_block, num_choices, scale_EOI=scale, **options)
+        if isinstance(weight_EOI, Tensor):
+            return grouped_gemm(x, weight_EOI, *chosen, scale_EOI=scale, **options)
+        return (_by_slices if sliced else moe_int.grouped_gemm)(x, weight_EOI, *chosen, **options)
 
-    turned = gate_up_EID.dtype == torch.uint8 and x_TD.dtype == torch.bfloat16  # MXFP4
+    stored = None if isinstance(gate_up_EID, IntExpertWeight) else gate_up_EID.dtype
+    turned = stored == torch.uint8 and x_TD.dtype == torch.bfloat16  # MXFP4
     # one token keeps its 16 bits, as everywhere: it waits for weights, not for products
-    rounds = gate_up_EID.dtype == torch.float8_e4m3fn and num_tokens > 1 and x_TD.itemsize == 2 and not limit
+    rounds = stored == torch.float8_e4m3fn and num_tokens > 1 and x_TD.itemsize == 2 and not limit
     rows_x: Tensor | Fp8Rows = x_TD
     if turned:
         rows_x = moe_packed.turn(x_TD)

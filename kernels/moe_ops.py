@@ -6,6 +6,7 @@ May be captured in a CUDA graph: launch shapes follow from tensor shapes alone.
 from torch import Tensor
 
 from argosy.kernels import moe_reference
+from argosy.kernels.moe_reference import IntExpertWeight
 
 
 def choose_experts(
@@ -35,8 +36,8 @@ def choose_experts(
 
 def experts(
     x_TD: Tensor,
-    gate_up_EID: Tensor,
-    down_EDI: Tensor,
+    gate_up_EID: Tensor | IntExpertWeight,
+    down_EDI: Tensor | IntExpertWeight,
     ids_TK: Tensor,
     weights_TK: Tensor,
     *,

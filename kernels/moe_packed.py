@@ -15,6 +15,7 @@ from torch import Tensor
 
 from argosy.kernels import tuning
 from argosy.kernels.fp8_reference import Fp8Rows
+from argosy.kernels.moe_parts import own_rows, own_tile, store_turned
 
 GROUP = 128  # columns of an e4m3 row or weight that share a scale
 
@@ -93,19 +94,11 @@ def _packed_kernel(
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, BAND: tl.constexpr, HAS_BIAS: tl.constexpr,
     WEIGHTED: tl.constexpr, MXFP4: tl.constexpr,
 ):  # fmt: skip
-    tiles_o = tl.cdiv(num_outputs, OUTPUTS)
-    band = tl.program_id(0) // (BAND * tiles_o)
-    in_band = tl.minimum(num_blocks - band * BAND, BAND)
-    inside_band = tl.program_id(0) % (BAND * tiles_o)
-    block = band * BAND + inside_band % in_band
-    tile = inside_band // in_band
+    block, tile = own_tile(num_blocks, tl.cdiv(num_outputs, OUTPUTS), BAND)
     expert = tl.load(expert_of_block_ptr + block)
     if expert >= 0:
-        place = tl.load(places_ptr + block * ROWS + tl.arange(0, ROWS))
-        is_row = place < num_choices
-        source = (tl.where(is_row, place, 0) // shared).to(tl.int64)
+        place, is_row, source = own_rows(places_ptr, block, num_choices, shared, ROWS)
         output = tile * OUTPUTS + tl.arange(0, OUTPUTS)
-        is_output = output < num_outputs
         safe_output = tl.minimum(output, num_outputs - 1).to(tl.int64)
         x_row = x_ptr + source[None, :] * stride_x
         w_row = w_ptr + expert.to(tl.int64) * stride_we + safe_output[:, None] * stride_wo
@@ -144,12 +137,7 @@ def _packed_kernel(
                 s = tl.load(s_row + start // 128)
                 xs = tl.load(xs_row + start // 128 * stride_xg)
                 acc += tl.dot(w, x) * s[:, None] * xs[None, :]
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + expert * num_outputs + output, is_output, other=0.0).to(tl.float32)[:, None]
-        if WEIGHTED:
-            acc *= tl.load(weight_ptr + place, is_row, other=0.0)[None, :]
-        where = out_ptr + place.to(tl.int64)[:, None] * num_outputs + output[None, :]
-        tl.store(where, tl.trans(acc).to(out_ptr.dtype.element_ty), is_row[:, None] & is_output[None, :])
+        store_turned(acc, bias_ptr, weight_ptr, out_ptr, expert, output, place, is_row, num_outputs, HAS_BIAS, WEIGHTED)
 
 
 def grouped_gemm(

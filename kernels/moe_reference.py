@@ -4,11 +4,34 @@ T tokens, E experts, K chosen experts a token, D model width, I inner width of a
 another rank serves; it adds nothing.
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argosy.kernels import mxfp4
+from argosy.kernels import mxfp4, packed_reference
+from argosy.kernels.packed_reference import PackedWeight
+
+
+class IntExpertWeight(NamedTuple):
+    """One product of all experts, of 4 or 8 bits with a scale and a zero a group of inputs."""
+
+    packed: PackedWeight  # with an axis of experts before its own
+    order_EI: Tensor | None = None  # int32: which input stands at each place, where that is not its own
+
+    @property
+    def num_experts(self) -> int:
+        """That are here."""
+        return self.packed.words_MUW.shape[0]
+
+    def of(self, expert: int) -> Tensor:
+        """What one expert's weight means, [O, I] in the scales' numbers."""
+        words, pairs = self.packed.words_MUW[expert], self.packed.pairs_MKR2[expert]
+        plain_OI = packed_reference.dequantize(self.packed._replace(words_MUW=words, pairs_MKR2=pairs))
+        if self.order_EI is None:
+            return plain_OI
+        return torch.empty_like(plain_OI).index_copy_(1, self.order_EI[expert].long(), plain_OI)
 
 
 def choose_experts(
@@ -59,8 +82,8 @@ def swiglu(both: Tensor, limit: float = 0.0, alpha: float = 1.0) -> Tensor:
 
 def experts(
     x_TD: Tensor,
-    gate_up_EID: Tensor,
-    down_EDI: Tensor,
+    gate_up_EID: Tensor | IntExpertWeight,
+    down_EDI: Tensor | IntExpertWeight,
     ids_TK: Tensor,
     weights_TK: Tensor,
     *,
@@ -81,16 +104,21 @@ def experts(
         if expert < 0:
             continue
         tokens, places = torch.where(ids_TK == expert)
-        gate_up = _unscaled(gate_up_EID[expert], gate_up_scale, expert, x_TD.dtype)
-        down = _unscaled(down_EDI[expert], down_scale, expert, x_TD.dtype)
+        gate_up = _unscaled(gate_up_EID, gate_up_scale, expert, x_TD.dtype)
+        down = _unscaled(down_EDI, down_scale, expert, x_TD.dtype)
         both = F.linear(x_TD[tokens], gate_up, None if gate_up_bias_EI is None else gate_up_bias_EI[expert])
         made = F.linear(swiglu(both, limit, alpha), down, None if down_bias_ED is None else down_bias_ED[expert])
         out_TD.index_add_(0, tokens, made.float() * weights_TK[tokens, places, None])
     return out_TD.to(x_TD.dtype)
 
 
-def _unscaled(weight: Tensor, scale: Tensor | None, expert: int, dtype: torch.dtype) -> Tensor:
-    """A weight of 8 or 4 bits with its scales multiplied in; another as it is."""
+def _unscaled(
+    weights: Tensor | IntExpertWeight, scale: Tensor | None, expert: int, dtype: torch.dtype
+) -> Tensor:  # fmt: skip
+    """One expert's weight of 8 or 4 bits with its scales multiplied in; another as it is."""
+    if isinstance(weights, IntExpertWeight):
+        return weights.of(expert).to(dtype)
+    weight = weights[expert]
     if scale is None:
         return weight
     if weight.dtype == torch.uint8:

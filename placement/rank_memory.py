@@ -4,6 +4,7 @@ The rules are those of `workers/memory.py`: tests hold this file to what real ra
 rank of a tensor-parallel group, which has the most (it adds the biases of row-parallel layers).
 """
 
+import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Final
@@ -337,27 +338,35 @@ def _matrix_bytes(shape: ModelShape, matrix: Matrix, serving: Serving, tp_size: 
         num_in //= tp_size
     packs = matrix.quantised and (matrix.is_experts or not serving.weight_format.experts_only)
     weight_format = serving.weight_format if packs else _PLAIN
-    if packs and matrix.is_experts and shape.weight_format.bits == 16:
-        weight_format = _rounded_experts(
-            weight_format, num_out // 2 if matrix.cut == "expert_column" else num_out, num_in
-        )
-    elif packs and matrix.is_experts and weight_format.name in INT_FORMATS:
-        weight_format = _PLAIN  # made plain when they are read
+    if packs and matrix.is_experts:
+        in_groups = weight_format.name in INT_FORMATS and (weight_format.bits == 4 or shape.weight_format.bits != 16)
+        if in_groups:
+            weight_format = _packed_experts(weight_format, num_in, num_in < matrix.num_in, serving.dtype_bytes)
+        elif shape.weight_format.bits == 16:
+            rows = num_out // 2 if matrix.cut == "expert_column" else num_out
+            weight_format = _rounded_experts(weight_format, rows, num_in)
     size = weight_format.matrix_bytes(num_out, num_in, serving.dtype_bytes)
     return count * (size + (bias_rows * serving.dtype_bytes if matrix.bias else 0))
 
 
-def _rounded_experts(asked: WeightFormat, num_out: int, num_in: int) -> WeightFormat:
-    """How experts of plain checkpoints are kept: in e4m3 by block, whatever was asked for, where blocks divide them.
+def _packed_experts(kept: WeightFormat, num_in: int, is_cut: bool, dtype_bytes: int) -> WeightFormat:
+    """How experts of 4 or 8 bits are kept: in groups that kernels take, as `workers/layers/int_experts.py` decides."""
+    group = min(LARGEST_GROUP, math.gcd(kept.group, num_in & -num_in))
+    if dtype_bytes != 2 or group < SMALLEST_GROUP or (is_cut and kept.order_bytes):
+        return _PLAIN
+    return msgspec.structs.replace(kept, group=group)
 
-    GPTQ and AWQ stand for a checkpoint of such: its experts would be made plain when they are read.
-    """
+
+def _rounded_experts(asked: WeightFormat, num_out: int, num_in: int) -> WeightFormat:
+    """How experts of plain checkpoints are kept in 8 bits: in e4m3 by block, where blocks divide them."""
     block = FORMATS["fp8_block"]
     sizes = block.block or (1, 1)
-    if asked.bits == 16 or asked.name in ("gptq", "awq") or num_out % sizes[0] or num_in % sizes[1]:
+    if asked.bits == 16 or num_out % sizes[0] or num_in % sizes[1]:
         return _PLAIN
     return block
 
 
 _PLAIN: Final = WeightFormat()
 INT_FORMATS: Final = ("gptq", "awq", "int4", "int8")
+SMALLEST_GROUP: Final = 32  # inputs that share a scale, as kernels take them; larger ones are cut
+LARGEST_GROUP: Final = 128

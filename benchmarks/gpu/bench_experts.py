@@ -50,7 +50,6 @@ class Cards:
             is_norm = parameter.ndim == 1 and "norm" in name
             parameter.data.normal_(float(is_norm), 0.02, generator=generator)
         self.slice.model.finish()
-        self.slice.model.SUMS_IN_ONE_LAUNCH = True  # what is measured here
         self.slice.model.open_group_sum(most_tokens, 512)
         self.group = self.slice.model._group
 

@@ -4,8 +4,10 @@
 
 A slice is the first few layers of a model at its full width, with random weights in bfloat16. It answers prompts,
 chunks of prompts and decode steps by our kernels; then a copy in float32 answers the same by the plain definitions in
-`kernels.reference`, `moe_reference` and `mla_reference`. The copy takes the same experts: which of two nearly equal
-ones is chosen says nothing about a kernel. Then decode steps of the layers alone are recorded as a graph and timed;
+`kernels.reference`, `moe_reference`, `mla_reference` and `fp8_reference`. The copy takes the same experts: which of two
+nearly equal ones is chosen says nothing about a kernel. What numbers of 16 bits, or rounding inputs to 8, cost any
+implementation is measured beside it: the same plain definitions in the slice's own numbers. Ours may not be further
+from float32 than those by more than a fifth. Then decode steps of the layers alone are recorded as a graph and timed;
 `weights` is what a step reads of them at least, as a share of the card's 4.8 TB/s.
 """
 
@@ -25,7 +27,20 @@ import torch
 from torch import Tensor
 
 from argosy.cluster.protocol.model_spec import ModelSpec, read_model_spec
-from argosy.kernels import mla_ops, mla_reference, moe_ops, moe_reference, mxfp4, ops, reference
+from argosy.kernels import (
+    fp8_ops,
+    fp8_reference,
+    mla_ops,
+    mla_reference,
+    moe_ops,
+    moe_reference,
+    mxfp4,
+    ops,
+    packed_linear,
+    packed_reference,
+    reference,
+)
+from argosy.kernels.moe_reference import IntExpertWeight
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext, init_parallel
 from argosy.workers.attention.base import AttentionMetadata
@@ -37,6 +52,7 @@ from argosy.workers.models.registry import build_model
 
 BLOCK = 16
 CARD_BYTES_A_SECOND = 4.8e12  # an H200's data sheet
+WORSE, LEAST_BOUND = 1.2, 0.005  # than plain torch in the same numbers; below that nothing is worth a word
 COMMON = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "bfloat16", "max_position_embeddings": 8192}
 YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
 FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
@@ -97,6 +113,11 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 
 SHAPES["deepseek-r1-fp8"] = SHAPES["deepseek-r1"] | {"quantization_config": FP8}  # as it is published
+AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": True}
+SHAPES["mixtral-awq"] = SHAPES["mixtral"] | {"quantization_config": AWQ}
+SHAPES["qwen3-30b-awq"] = SHAPES["qwen3-30b"] | {"quantization_config": AWQ}
+SHAPES["qwen3-30b-gptq"] = SHAPES["qwen3-30b"] | {"quantization_config": GPTQ}
 SHAPES["gpt-oss-mxfp4"] = SHAPES["gpt-oss"] | {"quantization_config": {"quant_method": "mxfp4"}}
 
 
@@ -139,6 +160,13 @@ class Slice:
         for name, module in self.model.named_modules():
             theirs = packed[name]
             for key, mine in module.named_parameters(recurse=False):
+                if key == "weight" and getattr(theirs, "words", None) is not None:
+                    mine.data.copy_(_of_groups(theirs.method))
+                    continue
+                if isinstance(getattr(theirs, key), IntExpertWeight):
+                    for expert in range(len(mine)):
+                        mine.data[expert] = getattr(theirs, key).of(expert)
+                    continue
                 values, scale = getattr(theirs, key), getattr(theirs, f"{key}_scale", None)
                 if scale is None or values.ndim < 3:
                     mine.data.copy_(values if scale is None else _unpacked(values, scale))
@@ -176,6 +204,13 @@ class Slice:
         return self.model.compute_logits(hidden[last])
 
 
+def _of_groups(method: Any) -> Tensor:
+    """What a linear layer of whole numbers means, inputs in their own order."""
+    made = packed_reference.dequantize(method._weight).float()
+    order = method._order_J
+    return made if order is None else torch.empty_like(made).index_copy_(1, order.long(), made)
+
+
 def _unpacked(values: Tensor, scale: Tensor) -> Tensor:
     """What numbers of 4 or 8 bits mean; a scale for 32 of a row, for 128 x 128, or for a row."""
     if values.dtype == torch.uint8:
@@ -183,6 +218,55 @@ def _unpacked(values: Tensor, scale: Tensor) -> Tensor:
     for axis in (-2, -1) if scale.ndim == values.ndim else ():
         scale = scale.repeat_interleave(128, axis).narrow(axis, 0, values.shape[axis])
     return values.float() * (scale if scale.ndim == values.ndim else scale[..., None])
+
+
+def plain_experts(x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, **options: Any) -> Tensor:
+    """By definition; more than one row of experts in e4m3 are rounded before both products, as DeepSeek's are."""
+    is_e4m3 = isinstance(gate_up, Tensor) and gate_up.dtype == fp8_reference.E4M3
+    if not is_e4m3 or len(x) == 1 or x.itemsize != 2:
+        return moe_reference.experts(x, gate_up, down, ids, weights, **options)
+
+    def rounded(rows: Tensor) -> Tensor:
+        return fp8_reference.dequantize_rows(fp8_reference.quantize_rows(rows, fp8_reference.Rounding(128)), rows.dtype)
+
+    x, out = rounded(x), torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    for expert in set(ids.flatten().tolist()) - {-1}:
+        tokens, places = torch.where(ids == expert)
+        both, last = (
+            _unpacked(weight[expert], options[f"{name}_scale"][expert])
+            for name, weight in (("gate_up", gate_up), ("down", down))
+        )
+        made = moe_reference.swiglu((x[tokens].float() @ both.t()).to(x.dtype))
+        out.index_add_(0, tokens, (rounded(made).float() @ last.t()) * weights[tokens, places, None])
+    return out.to(x.dtype)
+
+
+def plain_fp8(
+    x: Tensor, weight: Any, bias: Tensor | None = None, *, rounding: Any = None, norm_weight_I: Tensor | None = None,
+    eps: float = 1e-6, residual_TO: Tensor | None = None, gated: bool = False, out_TO: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`fp8_ops.fused_linear` by definition; more than one row is rounded."""
+    if rounding is None or len(x) <= fp8_ops.FEW_TOKENS:
+        made = fp8_reference.fused_linear(x, weight, bias, norm_weight_I=norm_weight_I, eps=eps, gated=gated)
+    else:
+        x = x if norm_weight_I is None else reference.rms_norm(x, norm_weight_I, eps)
+        made = fp8_reference.linear(fp8_reference.quantize_rows(x, rounding), weight, bias, x.dtype)
+        made = reference.silu_and_mul(made) if gated else made
+    if out_TO is not None:
+        return out_TO.copy_(made)
+    return made if residual_TO is None else residual_TO.add_(made)
+
+
+def plain_int(
+    x: Tensor, weight: Any, bias: Tensor | None = None, *, residual_TO: Tensor | None = None, gated: bool = False,
+    out_TO: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`packed_linear.linear` by definition."""
+    made = packed_reference.linear(x, weight, bias)
+    made = reference.silu_and_mul(made) if gated else made
+    if out_TO is not None:
+        return out_TO.copy_(made)
+    return made if residual_TO is None else residual_TO.add_(made)
 
 
 @contextmanager
@@ -199,6 +283,13 @@ def plain_torch(choices: Iterator[tuple[Tensor, Tensor]]) -> Iterator[None]:
 
         return run
 
+    def drop_hints(definition: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def run(*args: Any, average: int | None = None, out_TD: Tensor | None = None, **options: Any) -> Tensor:
+            made = definition(*args, **options)
+            return made if out_TD is None else out_TD.copy_(made)
+
+        return run
+
     replaced: list[tuple[Any, str, Any]] = [
         (ops, name, by_definition(getattr(reference, name)))
         for name in (
@@ -207,7 +298,12 @@ def plain_torch(choices: Iterator[tuple[Tensor, Tensor]]) -> Iterator[None]:
         )
     ]  # fmt: skip
     replaced += [(mla_ops, name, by_definition(getattr(mla_reference, name))) for name in ("store_latent", "decode")]
-    replaced += [(moe_ops, "experts", by_definition(moe_reference.experts))]
+    replaced += [(moe_ops, "experts", drop_hints(plain_experts))]
+    replaced += [(fp8_ops, "fused_linear", plain_fp8), (packed_linear, "linear", plain_int)]
+    replaced += [
+        (fp8_ops, name, getattr(fp8_reference, name))
+        for name in ("quantize_rows", "norm_and_quantize", "gate_and_quantize", "linear")
+    ]
     replaced += [(moe_ops, "choose_experts", lambda *args, **options: next(choices))]
     kept = [(module, name, getattr(module, name)) for module, name, _ in replaced]
     for module, name, definition in replaced:
@@ -250,8 +346,11 @@ def check(name: str, device: torch.device, *, narrow: int) -> tuple[Slice, dict[
         ours.model.finish(), exact.model.finish()
     else:  # as they were loaded; the definition reads what they mean, in numbers of 32 bits
         exact = Slice(msgspec.structs.replace(spec, quantization=None), torch.float32, device, num_blocks=200)
+        if spec.mla is None:  # a CPU keeps other copies from then on; latent attention has its weights only then
+            exact.take_meaning(ours)
         exact.model.finish()
-        exact.take_meaning(ours)
+        if spec.mla is not None:
+            exact.take_meaning(ours)
     generator = torch.Generator().manual_seed(1)
     prompts = [40 // narrow, 300 // narrow, 23 // narrow, 700 // narrow]
     blocks = torch.randperm(200 if narrow == 1 else 40, generator=generator)
@@ -266,14 +365,26 @@ def check(name: str, device: torch.device, *, narrow: int) -> tuple[Slice, dict[
         step_ids = torch.cat([row[n - c : n] for row, c, n in zip(ids, counts, lengths, strict=True)])
         with remembered(chosen):
             got.append(ours.step(step_ids, counts, lengths, blocks))
-    errors = []
-    with plain_torch(iter(chosen)):
-        for (counts, lengths), mine in zip(plans, got, strict=True):
-            step_ids = torch.cat([row[n - c : n] for row, c, n in zip(ids, counts, lengths, strict=True)])
-            want = exact.step(step_ids, counts, lengths, blocks)
-            errors.append(float(((mine - want).norm(dim=-1) / want.norm(dim=-1)).max()))
-    found = {"model": name, "layers": spec.num_layers, "worst_relative_error": max(errors), "by_step": errors}
+
+    def by_definition(model: Slice) -> list[Tensor]:
+        made = []
+        with plain_torch(iter(chosen)):
+            for counts, lengths in plans:
+                step_ids = torch.cat([row[n - c : n] for row, c, n in zip(ids, counts, lengths, strict=True)])
+                made.append(model.step(step_ids, counts, lengths, blocks))
+        return made
+
+    want = by_definition(exact)
     del exact
+
+    def errors(found: list[Tensor]) -> list[float]:
+        return [float(((a - b).norm(dim=-1) / b.norm(dim=-1)).max()) for a, b in zip(found, want, strict=True)]
+
+    mine, plain = errors(got), errors(by_definition(ours))
+    found = {
+        "model": name, "layers": spec.num_layers, "worst_relative_error": max(mine), "plain_torch": max(plain),
+        "by_step": mine, "ok": max(mine) < max(LEAST_BOUND, WORSE * max(plain)),
+    }  # fmt: skip
     return ours, found
 
 
@@ -349,7 +460,7 @@ def main() -> int:
             if "CUDA" in str(error) and not isinstance(error, torch.OutOfMemoryError):
                 raise
             continue
-        found["machine"], found["ok"] = machine, found["worst_relative_error"] < 0.03
+        found["machine"] = machine
         if not found["ok"]:
             failed.append(name)
         print(json.dumps(found), flush=True)

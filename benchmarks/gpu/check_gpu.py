@@ -20,11 +20,23 @@ FAMILIES = {
     "mistral": (transformers.MistralConfig, {"sliding_window": 24}),
     "qwen2": (transformers.Qwen2Config, {}),
     "qwen3": (transformers.Qwen3Config, {"head_dim": 64}),
+    "mixtral": (transformers.MixtralConfig, {"num_local_experts": 6}),
+    "qwen3-moe": (
+        transformers.Qwen3MoeConfig,
+        {
+            "head_dim": 64,
+            "num_experts": 10,
+            "num_experts_per_tok": 3,
+            "moe_intermediate_size": 128,
+            "norm_topk_prob": True,
+        },
+    ),
 }
 SHAPE = {
     "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
     "intermediate_size": 512, "vocab_size": 1024, "max_position_embeddings": 4096,
 }  # fmt: skip
+WAYS = {"e": "sum", "a": "all_to_all"}  # of tokens to whole experts on other ranks
 
 
 def reference(folder: str, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
@@ -70,7 +82,13 @@ def main() -> int:
     """All families, with and without graphs."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--family", nargs="+", choices=sorted(FAMILIES), default=sorted(FAMILIES))
-    parser.add_argument("--layout", nargs="+", default=["1x1"], help="tensor x pipeline parallel, such as 2x1 1x2 2x2")
+    parser.add_argument(
+        "--layout",
+        nargs="+",
+        default=["1x1"],
+        help="tensor x pipeline parallel, such as 2x1 1x2 "
+        "2x2; 2x1e: whole experts on each rank, 2x1a: reached by exchange",
+    )
     parser.add_argument("--long", action="store_true", help="prompts of 1000 to 1700 tokens in steps of up to 2048")
     parser.add_argument("--swap", action="store_true", help="only this: more than there is room for, with swap_space")
     parser.add_argument("--backend", default="local", choices=("local", "ray"))
@@ -91,14 +109,15 @@ def main() -> int:
             prompts = [[rng.randrange(3, 1000) for _ in range(n)] for n in lengths]
             want = reference(folder, prompts, 24)
             for layout, eager in itertools.product(args.layout, (False, True)):
-                tp_size, pp_size = map(int, layout.split("x"))
-                if eager and layout != "1x1":
+                tp_size, pp_size = map(int, layout.rstrip("ea").split("x"))
+                if eager and layout != "1x1" and not layout.endswith(("e", "a")):
                     continue
+                experts = {"enable_expert_parallel": True, "all2all_backend": WAYS.get(layout[-1])}
                 with LLM(
                     folder, tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size,
                     dtype="float32", skip_tokenizer_init=True, distributed_executor_backend=args.backend,
                     enforce_eager=eager, max_num_seqs=8, max_num_batched_tokens=2048 if args.long else 64,
-                    gpu_memory_utilization=0.2,
+                    gpu_memory_utilization=0.2, **(experts if layout[-1] in WAYS else {}),
                 ) as llm:  # fmt: skip
                     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, detokenize=False)
                     outputs = llm.generate(prompts, params, use_tqdm=False)

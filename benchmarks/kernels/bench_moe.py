@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tune_moe import random_int_experts
 
 from argosy.kernels import moe_ops, moe_reference
 
@@ -26,6 +27,8 @@ CARD_BYTES_A_SECOND, CARD_FLOPS = 4.8e12, 989e12
 SHAPES = {
     "mixtral-8x7b": (8, 2, 4096, 14336, "plain"),
     "qwen3-30b-a3b": (128, 8, 2048, 768, "plain"),
+    "mixtral-8x7b in 4 bits": (8, 2, 4096, 14336, "int4"),
+    "qwen3-30b-a3b in 4 bits": (128, 8, 2048, 768, "int4"),
     "gpt-oss-120b": (128, 4, 2880, 2880, "mxfp4"),
     "deepseek-r1, 32 experts of a rank": (32, 1, 7168, 2048, "e4m3"),
     "granite-3-3b-a800m": (40, 8, 1536, 512, "plain"),
@@ -61,7 +64,10 @@ class Layer:
         self.experts, self.top_k, self.width, self.inner, self.kind = experts, top_k, width, inner, kind
         shapes = ((experts, 2 * inner, width), (experts, width, inner))
         self.weights = [torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_(0, 0.02) for shape in shapes]
-        self.stored, self.options = self.weights, {}
+        self.options: dict[str, Any] = {}
+        self.stored: list[Any] = self.weights
+        if kind == "int4":
+            self.stored = [random_int_experts(*shape) for shape in shapes]
         if kind == "mxfp4":
             self.stored = [
                 torch.randint(0, 256, (e, o, i // 2), device="cuda", dtype=torch.uint8) for e, o, i in shapes
@@ -78,7 +84,8 @@ class Layer:
         x = torch.randn(tokens, self.width, device="cuda", dtype=torch.bfloat16)
         ids, weights = moe_reference.choose_experts(torch.randn(tokens, self.experts, device="cuda"), self.top_k)
         asked = len(ids.unique())
-        read = asked * sum(weight[0].nbytes for weight in self.stored)
+        sizes = [w.packed.num_bytes / self.experts if self.kind == "int4" else w[0].nbytes for w in self.stored]
+        read = asked * sum(sizes)
         flops = 6 * tokens * self.top_k * self.width * self.inner
         limit = max(read / CARD_BYTES_A_SECOND, flops / (CARD_FLOPS * (2 if self.kind == "e4m3" else 1))) * 1e6
         found: dict[str, Any] = {"experts_asked": asked, "limit": limit}

@@ -18,6 +18,7 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
+from tune_moe import INT_TILES
 
 from argosy.kernels import (
     fp8_gemm,
@@ -32,7 +33,9 @@ from argosy.kernels import (
     kv_cache,
     kv_scales,
     moe_gemm,
+    moe_int,
     moe_packed,
+    moe_reference,
     packed_hopper,
     packed_linear,
     packed_reference,
@@ -231,6 +234,20 @@ def experts(report: Callable[..., None]) -> None:
         report(
             f"MXFP4 experts, {rows} rows a block", moe_packed.grouped_gemm, turned, packed, scale, *chosen, **options
         )
+    for bits, group, ordered in ((4, 128, False), (4, 32, False), (8, 128, False), (4, 128, True)):
+        words, pairs = packed_reference.shapes(1024, 4096, bits=bits, group=group)
+        weight = moe_reference.IntExpertWeight(
+            packed_reference.PackedWeight(
+                torch.zeros(2, *words, dtype=torch.int32), torch.zeros(2, *pairs, dtype=torch.float16), bits, group,
+                4096, 1024,
+            ),
+            torch.zeros(2, 4096, dtype=torch.int32) if ordered else None,
+        )  # fmt: skip
+        for rows, tiles in INT_TILES.items():
+            places, of_block = torch.zeros(8 * rows, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
+            for tile in tiles if (bits, group, ordered) == (4, 128, False) else (None,):
+                name = f"{bits} bits, groups of {group}{', ordered' * ordered}, {rows} rows a block, {tile}"
+                report(name, moe_int.grouped_gemm, x, weight, places, of_block, 8, shared=1, tile=tile)
     x, bases = torch.zeros(64, 4096, dtype=BF16), torch.zeros(4, dtype=torch.int64)
     counters, ids = torch.zeros(group_sum.MAX_PROGRAMS, dtype=torch.int32), torch.zeros(64, 2, dtype=torch.int32)
     report("sum over ranks with experts", group_sum.sum_add_norm, bases, counters, 0, x, x[0], 1e-5, parts_bytes=0,

@@ -11,11 +11,14 @@ import argparse
 import json
 import sys
 import time
+from typing import Any
 
 import torch
 
-from argosy.kernels import fp8_quantize, moe_gemm, moe_packed, moe_reference
+from argosy.kernels import fp8_quantize, moe_gemm, moe_int, moe_packed, moe_reference, packed_reference
 from argosy.kernels.fp8_reference import Rounding
+from argosy.kernels.moe_int import FEW, MANY, WARP_GROUPS, Tile
+from argosy.kernels.moe_reference import IntExpertWeight
 
 CARD_BYTES_A_SECOND = 4.8e12
 # name -> experts, outputs, inputs, chosen, format
@@ -24,6 +27,10 @@ SHAPES = {
     "mixtral down": (8, 4096, 14336, 2, "plain"),
     "qwen3-30b gate-up": (128, 1536, 2048, 8, "plain"),
     "qwen3-30b down": (128, 2048, 768, 8, "plain"),
+    "mixtral gate-up int4": (8, 28672, 4096, 2, "int4"),
+    "mixtral down int4": (8, 4096, 14336, 2, "int4"),
+    "qwen3-30b gate-up int4": (128, 1536, 2048, 8, "int4"),
+    "qwen3-30b down int4": (128, 2048, 768, 8, "int4"),
     "gpt-oss-120b gate-up mxfp4": (128, 5760, 2880, 4, "mxfp4"),
     "gpt-oss-120b down mxfp4": (128, 2880, 2880, 4, "mxfp4"),
     "deepseek-r1 tp8 gate-up fp8": (256, 512, 7168, 8, "e4m3"),
@@ -36,6 +43,15 @@ TILES = {
     32: [(64, 128, 4, 4), (128, 128, 4, 3), (128, 64, 4, 4), (128, 128, 8, 3)],
     64: [(64, 128, 4, 3), (128, 64, 4, 4), (128, 64, 8, 3), (128, 128, 8, 3)],
     128: [(128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3), (128, 128, 8, 3)],
+}  # fmt: skip
+INT_TILES = {
+    16: [Tile(FEW, 2, 4, 4), Tile(FEW, 2, 8, 3), Tile(FEW, 4, 4, 4), Tile(FEW, 1, 4, 4), Tile(FEW, 1, 8, 4),
+         Tile(FEW, 2, 4, 3, wide=2), Tile(FEW, 2, 2, 4), Tile(MANY, 4, 4, 4)],
+    32: [Tile(MANY, 4, 4, 3), Tile(MANY, 4, 2, 3), Tile(MANY, 8, 4, 3), Tile(MANY, 8, 8, 3), Tile(FEW, 2, 4, 3),
+         Tile(WARP_GROUPS, 8, 8, 3), Tile(WARP_GROUPS, 4, 4, 3)],
+    64: [Tile(MANY, 4, 4, 3), Tile(MANY, 8, 4, 2), Tile(MANY, 8, 8, 3), Tile(WARP_GROUPS, 8, 8, 3),
+         Tile(WARP_GROUPS, 4, 4, 3), Tile(WARP_GROUPS, 8, 4, 3)],
+    128: [Tile(WARP_GROUPS, 8, 8, 3), Tile(WARP_GROUPS, 4, 4, 3), Tile(MANY, 8, 8, 2)],
 }  # fmt: skip
 TURNED = {
     "mxfp4": [(64, 128, 4, 4), (64, 256, 4, 4), (128, 128, 8, 4), (64, 256, 4, 6), (128, 256, 8, 4), (64, 512, 4, 3)],
@@ -55,8 +71,12 @@ def main() -> int:
     machine = torch.cuda.get_device_name(0)
     for name in args.shapes:
         experts, outputs, inputs, top_k, kind = SHAPES[name]
-        weight = torch.randn(experts, outputs, inputs, device="cuda", dtype=torch.bfloat16) * 0.02
         scale = None
+        weight: Any = None
+        if kind == "int4":
+            weight = random_int_experts(experts, outputs, inputs)
+        elif kind != "mxfp4":
+            weight = torch.randn(experts, outputs, inputs, device="cuda", dtype=torch.bfloat16) * 0.02
         if kind == "mxfp4":
             weight = torch.randint(0, 256, (experts, outputs, inputs // 2), device="cuda", dtype=torch.uint8)
             scale = torch.full((experts, outputs, inputs // 32), 119, device="cuda", dtype=torch.uint8)
@@ -74,23 +94,27 @@ def main() -> int:
                 if not average / 4 <= rows <= max(32, 4 * average):
                     continue
                 places, of_block = moe_gemm.group_tokens(ids, experts, rows)
-                ways = [("turned", tile) for tile in TURNED.get(kind, ())]
-                ways += [("", tile) for tile in (tiles if kind == "plain" else tiles[2:3])]
+                ways: list[tuple[str, Any]] = [("turned", tile) for tile in TURNED.get(kind, ())]
+                if kind == "int4":
+                    ways = [("int", tile) for tile in INT_TILES[rows]] + [("slices", ())] * (rows >= 64)
+                else:
+                    ways += [("", tile) for tile in (tiles if kind == "plain" else tiles[2:3])]
                 for way, tile in ways:
                     if not way and kind == "e4m3" and tile[1] != 128:
                         continue  # a step of inputs is what shares a scale
                     rows_x = x
-                    if way:
+                    if way == "turned":
                         rows_x = moe_packed.turn(x) if kind == "mxfp4" else fp8_quantize.quantize(x, Rounding(128))
                     try:
-                        seconds = timed(rows_x, weight, places, of_block, tokens * top_k, top_k, scale, tile, bool(way))
+                        seconds = timed(rows_x, weight, places, of_block, tokens * top_k, top_k, scale, tile, way)
                     except Exception as error:  # a tile too large for the card's shared memory
                         print(f"# {name} {rows} {way} {tile}: {type(error).__name__} {str(error)[:80]}", flush=True)
                         continue
-                    found.append((seconds, rows, *tile, way))
+                    found.append((seconds, rows, *(tile or (-1,)), way))
             found.sort()
             asked = len(ids.unique())
-            bound = asked * weight[0].nbytes / CARD_BYTES_A_SECOND
+            size = weight.packed.num_bytes / experts if kind == "int4" else weight[0].nbytes
+            bound = asked * size / CARD_BYTES_A_SECOND
             line = {
                 "kernel": "moe_gemm", "shape": name, "tokens": tokens, "machine": machine,
                 "bandwidth": round(bound / found[0][0], 3),
@@ -110,11 +134,26 @@ def main() -> int:
     return 0
 
 
-def timed(x, weight, places, of_block, choices, shared, scale, tile, turned) -> float:  # type: ignore[no-untyped-def]
+def random_int_experts(experts: int, outputs: int, inputs: int) -> IntExpertWeight:
+    """Any words and zeros, one scale."""
+    words, pairs = packed_reference.shapes(outputs, inputs, bits=4, group=128)
+    packed = packed_reference.PackedWeight(
+        torch.randint(-(1 << 31), (1 << 31) - 1, (experts, *words), dtype=torch.int32, device="cuda"),
+        torch.randint(0, 16, (experts, *pairs), device="cuda").half(), 4, 128, inputs, outputs,
+    )  # fmt: skip
+    packed.pairs_MKR2[..., 0] = 0.003
+    return IntExpertWeight(packed)
+
+
+def timed(x, weight, places, of_block, choices, shared, scale, tile, way) -> float:  # type: ignore[no-untyped-def]
     """Seconds of one product, the median of five times ten."""
 
     def run() -> None:
-        if turned:
+        if way == "int":
+            moe_int.grouped_gemm(x, weight, places, of_block, choices, shared=shared, tile=tile)
+        elif way == "slices":
+            moe_gemm._by_slices(x, weight, places, of_block, choices, shared=shared)
+        elif way:
             moe_packed.grouped_gemm(
                 x, weight, scale, places, of_block, choices, shared=shared, dtype=torch.bfloat16, tile=tile
             )

@@ -8,8 +8,19 @@ import pytest
 import torch
 from torch import Tensor
 
-from argosy.kernels import fp8_quantize, moe_gemm, moe_packed, moe_reference, moe_route, mxfp4
+from argosy.kernels import (
+    fp8_quantize,
+    moe_gemm,
+    moe_int,
+    moe_packed,
+    moe_reference,
+    moe_route,
+    mxfp4,
+    packed_reference,
+)
 from argosy.kernels.fp8_reference import Rounding
+from argosy.kernels.moe_int import Tile
+from argosy.kernels.moe_reference import IntExpertWeight
 
 Near = Callable[[Tensor, Tensor], None]
 
@@ -151,6 +162,98 @@ def test_turned_rows_meet_their_weights(width: int, device: torch.device) -> Non
     ]
     got = sum(torch.einsum("osk,tsk->to", weights, turned[:, :, half]) for half, weights in enumerate(halves))
     torch.testing.assert_close(got, x @ plain[:, :width].T, rtol=1e-4, atol=1e-4)
+
+
+def in_groups(
+    num_experts: int, outputs: int, inputs: int, device: torch.device, *, bits: int, group: int, ordered: bool = False,
+) -> IntExpertWeight:  # fmt: skip
+    """Experts of whole numbers as checkpoints have them, the scale of each group of inputs another."""
+    words, pairs = zip(
+        *(
+            packed_reference.pack(
+                torch.randint(0, 1 << bits, (outputs, inputs), device=device),
+                torch.rand(outputs, inputs // group, device=device).half() / (1 << bits) + 0.001,
+                torch.randint(0, 1 << bits, (outputs, inputs // group), device=device).half(),
+                bits=bits, group=group,
+            )[:2]
+            for _ in range(num_experts)
+        ),
+        strict=True,
+    )  # fmt: skip
+    order = torch.stack([torch.randperm(inputs, device=device) for _ in range(num_experts)]).int() if ordered else None
+    weight = packed_reference.PackedWeight(torch.stack(words), torch.stack(pairs), bits, group, inputs, outputs)
+    return IntExpertWeight(weight, order)
+
+
+FEW_ROWS, MANY_ROWS = Tile(moe_int.FEW, 2, 4, 3), Tile(moe_int.MANY, 4, 4, 2)
+INT_TILES = [
+    (16, FEW_ROWS), (16, Tile(moe_int.FEW, 1, 2, 2, wide=2)), (16, MANY_ROWS), (32, MANY_ROWS),
+    (32, Tile(moe_int.MANY, 4, 2, 2)), (64, Tile(moe_int.WARP_GROUPS, 4, 4, 2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "tile"), INT_TILES)
+@pytest.mark.parametrize(
+    ("bits", "group", "ordered"), [(4, 128, False), (4, 32, False), (4, 64, True), (8, 128, False)]
+)
+def test_a_product_with_experts_of_whole_numbers(
+    rows: int, tile: Tile, bits: int, group: int, ordered: bool, device: torch.device, assert_near: Near
+) -> None:
+    """Rows that fill no tile, inputs that fill no block, an expert that nobody wants, and one of another rank."""
+    inputs = {128: 384, 64: 192, 32: 160}[group]
+    weight = in_groups(3, 41, inputs, device, bits=bits, group=group, ordered=ordered)
+    x, bias = torch.randn(20, inputs, device=device).half(), torch.randn(3, 41, device=device).half()
+    ids = torch.tensor([[0, 2]] * 17 + [[2, -1]] * 3, dtype=torch.int32, device=device)
+    chosen = (*moe_gemm.group_tokens(ids, 3, rows), ids.numel())
+    weights = torch.rand(ids.shape, device=device)
+    got = moe_int.grouped_gemm(x, weight, *chosen, shared=2, bias_EO=bias, weights=weights, tile=tile)
+    for expert in (0, 2):
+        token, place = torch.where(ids == expert)
+        want = (x[token].double() @ weight.of(expert).double().t() + bias[expert].double()) * weights[
+            token, place, None
+        ]
+        assert_near(got[token * 2 + place], want.half())
+
+
+@pytest.mark.parametrize(("num_tokens", "sliced"), [(1, False), (9, False), (40, False), (12, True)])
+@pytest.mark.parametrize("ordered", [False, True])
+def test_experts_of_whole_numbers(
+    num_tokens: int,
+    sliced: bool,
+    ordered: bool,
+    device: torch.device,
+    assert_near: Near,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Experts of GPTQ and AWQ stay packed; for long prompts some of them at a time become plain."""
+    monkeypatch.setattr(moe_int, "SLICES_FROM", 4 if sliced else 1000)
+    monkeypatch.setattr(moe_int, "SLICE_BYTES", 2 * 64 * 128 * 2)  # two experts of gate and up
+    gate_up = in_groups(3, 64, 128, device, bits=4, group=64, ordered=ordered)
+    down = in_groups(3, 128, 32, device, bits=4, group=32)
+    x = torch.randn(num_tokens, 128, device=device).half()
+    ids, weights = choices(num_tokens, 2, 3, device)
+    biases = {"gate_up_bias_EI": torch.randn(3, 64, device=device).half()}
+    got = moe_gemm.experts(x, gate_up, down, ids, weights, **biases)
+    plain = [torch.stack([weight.of(expert) for expert in range(3)]).double() for weight in (gate_up, down)]
+    exact = {key: value.double() for key, value in biases.items()}
+    assert_near(got, moe_reference.experts(x.double(), *plain, ids, weights, **exact))
+    same = moe_reference.experts(x.double(), gate_up, down, ids, weights, **exact)
+    torch.testing.assert_close(same, moe_reference.experts(x.double(), *plain, ids, weights, **exact))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("num_tokens", [1, 9, 60, 200, 700])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_experts_of_whole_numbers_in_bfloat16(
+    num_tokens: int, bits: int, device: torch.device, assert_near: Near
+) -> None:
+    """The sizes that a server launches, of published widths, scales in float16 as their files have them."""
+    gate_up = in_groups(4, 1536, 2048, device, bits=bits, group=128)
+    down = in_groups(4, 2048, 768, device, bits=bits, group=128)
+    x = torch.randn(num_tokens, 2048, device=device).bfloat16() / 30
+    ids, weights = choices(num_tokens, 2, 4, device)
+    got = moe_gemm.experts(x, gate_up, down, ids, weights)
+    assert_near(got, moe_reference.experts(x.double(), gate_up, down, ids, weights).bfloat16())
 
 
 ROUTERS: dict[str, tuple[int, int, dict[str, Any]]] = {

@@ -92,22 +92,25 @@ def test_formats_count_their_scales() -> None:
     assert sizes["int8"] == numbers + 32 * 4096 * 8
 
 
-def test_experts_that_are_rounded_are_counted_in_8_bits_whatever_was_asked() -> None:
-    """Mixtral's in e4m3 by block; those of GPTQ and AWQ are made plain, and sizes that blocks don't divide stay so."""
+def test_experts_are_counted_as_ranks_keep_them() -> None:
+    """Mixtral's in e4m3 by block or in 4 bits with scales; sizes that blocks or groups don't divide stay plain."""
     mixtral = read_model_shape("mixtral-8x7b-v0.1")
     sizes = {
         name: StageBytes(mixtral, make_serving(mixtral, quantization=name)).stage_bytes(1, 0, 32)
         for name in ("none", "fp8", "int8", "int4", "awq")
     }
     experts = 32 * 8 * 3 * 4096 * 14336
-    assert all(experts < sizes[name] < 1.06 * experts for name in ("fp8", "int8", "int4")), sizes
-    assert min(sizes["none"], sizes["awq"]) > 2 * experts
+    assert all(experts < sizes[name] < 1.06 * experts for name in ("fp8", "int8")), sizes
+    assert all(4.25 / 8 * experts < sizes[name] < 0.57 * experts for name in ("awq", "int4")), sizes
+    assert sizes["none"] > 2 * experts
     asked = ServingConfig(model=ModelConfig(model="m", quantization="bitsandbytes"))  # as others call int8
     assert StageBytes(mixtral, Serving.from_config(asked, mixtral)).stage_bytes(1, 0, 32) == sizes["int8"]
     small = read_model_shape("qwen3-30b-a3b")  # experts of 768: a part of 96 on each of eight ranks
     plain, fp8 = (StageBytes(small, make_serving(small, quantization=name)) for name in ("none", "fp8"))
     assert fp8.stage_bytes(1, 0, 48) < 0.55 * plain.stage_bytes(1, 0, 48)
     assert fp8.stage_bytes(8, 0, 48) > 0.9 * plain.stage_bytes(8, 0, 48)
+    int4 = StageBytes(small, make_serving(small, quantization="int4"))
+    assert int4.stage_bytes(8, 0, 48) < 0.4 * plain.stage_bytes(8, 0, 48)  # in groups of 32, of which 96 has three
 
 
 def test_formats_are_read_from_the_checkpoint() -> None:

@@ -4,17 +4,25 @@ import json
 import sys
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.cluster.protocol.quant_spec import choose_quantization
+from argosy.kernels.moe_reference import IntExpertWeight
+from argosy.placement import rank_memory
 from argosy.placement.model_sources import read_model_shape
 from argosy.placement.plan import make_plan
 from argosy.placement.planner import make_serving
-from argosy.placement.process_groups import init_parallel
+from argosy.placement.process_groups import ParallelContext, init_parallel
 from argosy.placement.rank_memory import StageBytes
+from argosy.workers.layers.int_experts import IntExperts
+from argosy.workers.loading.stream import load_weights
+from argosy.workers.models.registry import build_model
 
 from .test_int_weights import FORMATS, Format
 
@@ -28,6 +36,9 @@ SHAPE = {
     "num_experts": 4, "num_experts_per_tok": 2, "norm_topk_prob": True, "tie_word_embeddings": False,
 }  # fmt: skip
 NAMES = ("gptq 4 bits", "gptq v2, ordered", "awq", "packed 4 bits, zeros", "int8, channel")
+ORDERED = Format(4, 32, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}, ordered=True)
+PACKED = {name: FORMATS[name] for name in ("gptq 4 bits", "awq", "packed 4 bits", "int8, channel")}
+PACKED |= {"gptq, ordered": ORDERED}
 
 
 def write(folder: Path, form: Format) -> None:
@@ -69,6 +80,73 @@ def test_experts_of_whole_numbers(name: str, tmp_path: Path) -> None:
     )  # fmt: skip
     sizes = StageBytes(shape, make_serving(shape, dtype="float32"))
     assert experts == 4 * 2 * 4 * 3 * 64 * 64 < sizes.layer_bytes(1, 0, 2)
+
+
+def experts_of(folder: Path, tp_size: int, tp_rank: int, *, whole: bool) -> IntExperts:
+    """Those of the first layer of one rank."""
+    spec = read_model_spec(folder).as_served(None, expert_parallel=whole, all2all="sum")
+    rank = make_plan(2, tp_size, 1).ranks[tp_rank]
+    model = build_model(spec, rank, ParallelContext(rank, CPU, 5.0), torch.float32, CPU)
+    load_weights(model, folder, spec, rank)
+    found = model.layers["0"].mlp.experts
+    assert isinstance(found, IntExperts)
+    return found
+
+
+@pytest.mark.parametrize("name", PACKED)
+def test_packed_experts_are_the_files_numbers_bit_for_bit(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a card they stay packed: alone, cut over two ranks (down to groups of 32 inputs), and whole on each."""
+    write(tmp_path, PACKED[name])
+    for tp_size, whole in ((1, False), (2, False), (2, True)):
+        for rank in range(tp_size):
+            monkeypatch.setattr(IntExperts, "packs_on_cpu", False)
+            plain = experts_of(tmp_path, tp_size, rank, whole=whole)
+            monkeypatch.setattr(IntExperts, "packs_on_cpu", True)
+            packed = experts_of(tmp_path, tp_size, rank, whole=whole)
+            for product in ("gate_up", "down"):
+                want, got = getattr(plain, product), getattr(packed, product)
+                if product == "down" and name == "gptq, ordered" and tp_size == 2 and not whole:
+                    assert torch.equal(got, want)  # a cut through ordered inputs: made plain
+                    continue
+                assert isinstance(got, IntExpertWeight)
+                assert (got.order_EI is not None) == (name == "gptq, ordered")
+                for expert in range(len(want)):
+                    assert torch.equal(got.of(expert).float(), want[expert])
+
+
+@pytest.mark.parametrize("name", ["gptq, ordered", "awq"])
+def test_packed_experts_answer(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole model with them, by their definition."""
+    monkeypatch.setattr(IntExperts, "packs_on_cpu", True)
+    write(tmp_path, PACKED[name])
+    rank = make_plan(2, 1, 1).ranks[0]
+    harness = Harness(tmp_path, rank, init_parallel(rank, "", CPU, 1.0))
+    expected = load_expected(tmp_path)
+    assert max(harness.largest_difference(expected, way) for way in WAYS) < 1e-3
+
+
+def test_plain_experts_are_rounded_to_4_bits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`--quantization int4` means the experts, too, which are nearly all of a mixture's weights."""
+    write(tmp_path, FORMATS["awq"])
+    plainly = tmp_path / "plain"
+    monkeypatch.setattr(IntExperts, "packs_on_cpu", True)
+    spec = msgspec.structs.replace(read_model_spec(plainly), quantization=choose_quantization({}, "int4"))
+    rank = make_plan(2, 1, 1).ranks[0]
+    model = build_model(spec, rank, ParallelContext(rank, CPU, 5.0), torch.bfloat16, CPU)
+    load_weights(model, plainly, spec, rank)
+    experts = model.layers["1"].mlp.experts
+    assert isinstance(experts.down, IntExpertWeight)
+    name = "model.layers.1.mlp.experts.3.down_proj.weight"
+    stored = load_file(plainly / "model.safetensors")[name]
+    steps = (stored.amax(1) - stored.amin(1).clamp(max=0.0)) / 15
+    off = experts.down.of(3).float() - stored
+    assert bool((off.abs() <= 0.51 * steps[:, None] + 0.01 * stored.abs() + 1e-4).all())
+    shape = read_model_shape(plainly)
+    serving = make_serving(shape, dtype="bfloat16", quantization="int4")
+    wanted = sum(rank_memory._matrix_bytes(shape, m, serving, 1) for m in shape.layer(1).matrices if m.is_experts)
+    assert wanted == sum(parameter.nbytes for parameter in experts.parameters())
 
 
 def test_in_parts(tmp_path: Path) -> None:

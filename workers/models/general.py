@@ -47,7 +47,6 @@ class GeneralDecoder(Decoder):
     """This rank's part of a decoder of any family. A family's file has its names, and what no fact can say."""
 
     TRANSPOSED = False  # the checkpoint has weights as [inputs, outputs]
-    SUMS_IN_ONE_LAUNCH = False  # over a group of GPUs; off until `benchmarks/gpu/bench_experts.py` was seen to agree
 
     def __init__(
         self, spec: ModelSpec, rank: RankInfo, parallel: ParallelContext, dtype: torch.dtype, device: torch.device
@@ -140,7 +139,7 @@ class GeneralDecoder(Decoder):
         scheme = self.spec.quantization.scheme_of(rows[0].format(layer, 0))
         if scheme is None:
             return Experts
-        if scheme.online:
+        if scheme.online and not (isinstance(scheme, IntScheme) and scheme.bits == 4):
             return RoundedExperts  # also for whole numbers: 8 bits either way
         if isinstance(scheme, IntScheme):
             return partial(IntExperts, scheme=scheme)
@@ -159,8 +158,6 @@ class GeneralDecoder(Decoder):
     def open_group_sum(self, max_tokens: int, max_rows: int) -> None:
         """As `Decoder.open_group_sum`, for those families whose blocks are Llama's with experts or other attention."""
         spec = self.spec
-        if not self.SUMS_IN_ONE_LAUNCH:
-            return
         plain = spec.block == "sequential" and spec.norm == "rms" and spec.final_norm and not spec.embedding_norm
         plain = plain and spec.position == "rotary" and not spec.embedding_size and not spec.head_bias
         scales = (spec.residual_scale, spec.embedding_scale, spec.logit_scale)

@@ -238,11 +238,15 @@ class IntWeightMethod:
         if self._missing == 0:
             packed = packed_reference.pack(*self._own, bits=self.scheme.bits, group=self._group)
             self._own = None
-            assert self._layer.words is not None
-            assert self._layer.scale_zero is not None
-            self._layer.words.data = packed.words_MUW
-            self._layer.scale_zero.data = packed.pairs_MKR2
-            self._width = packed.num_inputs
+            self._store(packed)
+
+    def _store(self, packed: PackedWeight) -> None:
+        """The whole weight of this rank."""
+        assert self._layer.words is not None
+        assert self._layer.scale_zero is not None
+        self._layer.words.data = packed.words_MUW
+        self._layer.scale_zero.data = packed.pairs_MKR2
+        self._width = packed.num_inputs
 
     def _filled(self, part: Cut, order_I: Tensor | None, whole: int) -> tuple[Tensor, Tensor, Tensor]:
         """(columns in the order of groups, the group of each run of `FILLED` places, places that are nobody's).
@@ -285,10 +289,7 @@ class IntWeightMethod:
             layer.words.data, layer.scale_zero.data, self.scheme.bits, self._group, self._width, self._num_out
         )
         if not self._is_filled:
-            self._order_J = self._orders[0]
-            for order in self._orders:
-                if order is not self._order_J and not _same(order, self._order_J):
-                    raise _unsupported("desc_act: parts of one product (q, k, v) order their inputs differently")
+            self._order_J = self._common_order()
         if weight.words_MUW.is_cuda and self._dtype.itemsize == 2:
             from argosy.kernels import packed_linear  # Triton, which a CPU host has no need of
 
@@ -300,6 +301,13 @@ class IntWeightMethod:
             zeros = plain_OJ.new_zeros((self._num_out, self._num_in))
             plain_OJ = zeros.index_add_(1, self._order_J, plain_OJ)
         self._make_plain(layer, plain_OJ)
+
+    def _common_order(self) -> Tensor | None:
+        """Of the inputs of all parts."""
+        first, *others = self._orders
+        if not all(_same(order, first) for order in others):
+            raise _unsupported("desc_act: parts of one product (q, k, v) order their inputs differently")
+        return first
 
     def _make_plain(self, layer: LinearLayer, plain_OI: Tensor) -> None:
         layer.weight = nn.Parameter(plain_OI.contiguous(), requires_grad=False)

@@ -1,0 +1,274 @@
+"""The grouped product with experts of 4 or 8 bits and a scale a group of inputs; rows stay in 16 bits.
+
+Weights are arranged as those of linear layers are (`packed_reference`): the left side of the tensor cores' product,
+which comes from memory as it is stored and becomes numbers in the registers that the product reads. Meaning:
+`moe_reference`, grouping: `moe_gemm`. By what an expert gets on average:
+
+    16 rows a block     as `packed_few`: warps share out the inputs, no word is unpacked twice; zeros by one of ones
+    32 and 64 rows      as `packed_many`: rows come through shared memory, where all warps find them
+    more                some experts at a time become 16 bits in memory, and `moe_gemm` multiplies
+"""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from argosy.kernels import packed_linear
+from argosy.kernels.moe_parts import own_rows, own_tile, store_turned
+from argosy.kernels.moe_reference import IntExpertWeight
+from argosy.kernels.packed_few import _fragments
+from argosy.kernels.packed_many import _as_activations, _rows, _rows_of_warps, _to_words
+from argosy.kernels.packed_parts import ASSEMBLES, BASE_BF16, BASE_FP16, fields, made_fields, scale_of, zero_of
+from argosy.kernels.packed_reference import COLUMNS, block_of
+from argosy.kernels.packed_reference import ROWS as TILE_ROWS
+
+FEW, MANY, WARP_GROUPS = 0, 1, 2
+SLICE_BYTES = 64 << 20  # of plain weights at a time
+SLICES_FROM = 128  # choices of an expert on average: from so many on experts become plain, a slice at a time
+
+
+class Tile(NamedTuple):
+    """How a launch is cut: `tiles` of 16 outputs a program; FEW: `warps` share the inputs, `wide` groups at once."""
+
+    kernel: int
+    tiles: int
+    warps: int
+    stages: int
+    wide: int = 1
+
+
+@triton.jit
+def _columns(order_ptr, expert, k, num_inputs, ORDERED: tl.constexpr):
+    """Which inputs stand at places k: those, or the expert's own order (GPTQ's `desc_act`)."""
+    if ORDERED:
+        return tl.load(order_ptr + expert.to(tl.int64) * num_inputs + tl.minimum(k, num_inputs - 1))
+    else:
+        return k
+
+
+@triton.jit
+def _few_kernel(
+    x_ptr, words_ptr, pairs_ptr, order_ptr, bias_ptr, weight_ptr, out_ptr, places_ptr, expert_of_block_ptr,
+    num_choices, num_inputs, num_outputs, num_tiles, num_steps, stride_x, shared, num_blocks,
+    UNITS: tl.constexpr, HALVES: tl.constexpr, PLANES: tl.constexpr, HALF_SCALES: tl.constexpr, ASM: tl.constexpr,
+    ROWS: tl.constexpr, BAND: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
+    STAGES: tl.constexpr, EVEN: tl.constexpr, ORDERED: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """`num_steps` blocks of columns and planes. A turn is WIDE of them of each of SPLIT warps."""
+    T: tl.constexpr = x_ptr.dtype.element_ty
+    FP16: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
+    BASE: tl.constexpr = BASE_FP16 if FP16 else BASE_BF16
+    WIDTH: tl.constexpr = UNITS * 64
+    GROUP: tl.constexpr = WIDTH // HALVES
+    PARTS: tl.constexpr = HALVES * WIDE * SPLIT
+    block, first = own_tile(num_blocks, tl.cdiv(num_tiles, TILES), BAND)
+    expert = tl.load(expert_of_block_ptr + block)
+    if expert >= 0:
+        place, is_row, source = own_rows(places_ptr, block, num_choices, shared, ROWS)
+        tiles_before = expert.to(tl.int64) * num_tiles
+        steps = tl.cdiv(num_steps, SPLIT * WIDE)
+        piece = tl.arange(0, TILES * WIDE * UNITS)
+        row = tl.arange(0, 16 * TILES)
+        tile = tiles_before + tl.minimum(first * TILES + piece // (WIDE * UNITS), num_tiles - 1)
+        tile_of_row = tiles_before + tl.minimum(first * TILES + row // 16, num_tiles - 1)
+        begin = tl.arange(0, SPLIT) * (steps * WIDE)
+        end = tl.minimum(begin + steps * WIDE, num_steps)
+        unit = tile * (num_steps * UNITS) + piece % (WIDE * UNITS)
+        own_unit = begin[:, None, None] + (piece // UNITS % WIDE)[None, :, None]
+        words_here = words_ptr + (
+            (unit[None, :, None] + (begin * UNITS)[:, None, None]) * 128 + tl.arange(0, 128)[None, None, :]
+        )
+        part_of = tl.arange(0, PARTS)
+        unit_of_part = part_of % SPLIT * (steps * WIDE) + part_of // SPLIT % WIDE
+        half = part_of // (SPLIT * WIDE)
+        pairs_here = pairs_ptr + ((tile_of_row * (num_steps * HALVES) * 16 + row % 16)[None, :] + (half * 16)[:, None])
+        column = (half * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
+        x_row = x_ptr + (source * stride_x)[None, None, :]
+        present = is_row[None, None, :]
+        ones = tl.full((PARTS, 16, GROUP), 1.0, T)
+        acc = tl.zeros((PARTS, 16 * TILES, ROWS), tl.float32)
+        for i in tl.range(0, steps, num_stages=STAGES):
+            at = unit_of_part + i * WIDE
+            k = (at // PLANES * WIDTH)[:, None] + column
+            if EVEN:
+                words = tl.load(words_here + i * (WIDE * UNITS * 128))
+                pair = tl.load(pairs_here + (at * (HALVES * 16))[:, None])
+                x = tl.load(x_row + _columns(order_ptr, expert, k, num_inputs, ORDERED)[:, :, None], present, other=0.0)
+            else:
+                left = own_unit + i * WIDE < end[:, None, None]
+                words = tl.load(words_here + i * (WIDE * UNITS * 128), left, other=0)
+                inside = (at < num_steps)[:, None]
+                pair = tl.load(pairs_here + (at * (HALVES * 16))[:, None], inside, other=0)
+                kept = (inside & (k < num_inputs))[:, :, None]
+                from_column = _columns(order_ptr, expert, k, num_inputs, ORDERED)
+                x = tl.load(x_row + from_column[:, :, None], present & kept, other=0.0)
+            a, b, c, d, e, f, g, h = fields(words, FP16, ASM)
+            # as in `packed_few`: both sides are the same
+            if num_inputs > 0:
+                v = _fragments(a, b, c, d, e, f, g, h, HALVES, SPLIT, TILES, WIDE, UNITS)
+            else:
+                v = _fragments(a, b, c, d, e, f, g, h, HALVES, SPLIT, TILES, WIDE, UNITS)
+            part = tl.dot(v, x)
+            total = tl.dot(ones, x)
+            total = tl.broadcast_to(total[:, None, :, :], (PARTS, TILES, 16, ROWS))
+            total = tl.reshape(total, (PARTS, 16 * TILES, ROWS))
+            scale, zero = scale_of(pair, HALF_SCALES), zero_of(pair, HALF_SCALES)
+            acc += scale[:, :, None] * (part - (zero + BASE)[:, :, None] * total)
+        output, y = first * (16 * TILES) + row, tl.sum(acc, 0)
+        store_turned(y, bias_ptr, weight_ptr, out_ptr, expert, output, place, is_row, num_outputs, HAS_BIAS, WEIGHTED)
+
+
+@triton.jit
+def _many_kernel(
+    x_ptr, words_ptr, pairs_ptr, order_ptr, bias_ptr, weight_ptr, out_ptr, places_ptr, expert_of_block_ptr,
+    num_choices, num_inputs, num_outputs, num_tiles, num_steps, stride_x, shared, num_blocks,
+    UNITS: tl.constexpr, HALVES: tl.constexpr, PLANES: tl.constexpr, HALF_SCALES: tl.constexpr, ASM: tl.constexpr,
+    ROWS: tl.constexpr, BAND: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, SYNC: tl.constexpr,
+    STAGES: tl.constexpr, EVEN: tl.constexpr, ORDERED: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
+):  # fmt: skip
+    """A step is a group, of one plane. SYNC: products of warp groups, each added by the ordinary units, as there."""
+    FP16: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
+    WIDTH: tl.constexpr = UNITS * 64
+    HIGH: tl.constexpr = TILES * 16
+    TIMES: tl.constexpr = 4 // HALVES
+    block, first = own_tile(num_blocks, tl.cdiv(num_tiles, TILES), BAND)
+    expert = tl.load(expert_of_block_ptr + block)
+    if expert >= 0:
+        place, is_row, source = own_rows(places_ptr, block, num_choices, shared, ROWS)
+        tiles_before = expert.to(tl.int64) * num_tiles
+        tile = tiles_before + tl.minimum(first * TILES + tl.arange(0, TILES), num_tiles - 1)
+        unit = tl.arange(0, UNITS)
+        words_here = words_ptr + (
+            ((tile * (num_steps * UNITS))[:, None, None] + unit[None, :, None]) * 128 + tl.arange(0, 128)[None, None, :]
+        )
+        word = tl.arange(0, 128 // TIMES)
+        pairs_here = pairs_ptr + (
+            (tile * (num_steps * HALVES * 16))[:, None, None]
+            + unit[None, :, None] * 0  # units of a group share its scale
+            + (word % HALVES * 16 + word // (4 * HALVES))[None, None, :]
+        )
+        column = tl.arange(0, WIDTH)
+        x_row = x_ptr + (source * stride_x)[:, None]
+        row = tl.arange(0, HIGH)
+        tile_of_row = tiles_before + tl.minimum(first * TILES + row // 16, num_tiles - 1)
+        scales_here = pairs_ptr + (tile_of_row * (num_steps * HALVES * 16) + row % 16)
+        one = tl.where(num_inputs > 0, 1.0, 0.0)  # not known to be one when this is compiled
+        acc = tl.zeros((HIGH, ROWS) if SYNC else (WARPS, HIGH // WARPS, ROWS), tl.float32)
+        for at in tl.range(0, num_steps, num_stages=STAGES):
+            words = tl.load(words_here + at * (UNITS * 128))
+            upper = tl.load(pairs_here + at * (HALVES * 16))
+            lower = tl.load(pairs_here + at * (HALVES * 16) + 8)
+            k = at // PLANES * WIDTH + column
+            from_column = _columns(order_ptr, expert, k, num_inputs, ORDERED)
+            kept = is_row[:, None] if EVEN else is_row[:, None] & (k < num_inputs)[None, :]
+            x = tl.load(x_row + from_column[None, :], kept, other=0.0)
+            upper = _to_words(_as_activations(upper, FP16, HALF_SCALES), TILES, UNITS, TIMES)
+            lower = _to_words(_as_activations(lower, FP16, HALF_SCALES), TILES, UNITS, TIMES)
+            a, b, c, d, e, f, g, h = made_fields(words, upper, lower, HALVES == 2 or not SYNC, FP16, ASM)
+            if SYNC:
+                made = tl.dot(_rows(a, b, c, d, e, f, g, h, TILES, UNITS), tl.trans(x))
+                if HALVES == 2:
+                    acc += made * one
+                else:
+                    acc += made * scale_of(tl.load(scales_here + at * 16), HALF_SCALES)[:, None]
+            else:
+                both = tl.broadcast_to(tl.trans(x)[None, :, :], (WARPS, WIDTH, ROWS))
+                if num_inputs > 0:
+                    v = _rows_of_warps(a, b, c, d, e, f, g, h, TILES, UNITS, WARPS)
+                else:
+                    v = _rows_of_warps(a, b, c, d, e, f, g, h, TILES, UNITS, WARPS)
+                acc = tl.dot(v, both, acc)
+        if not SYNC:
+            acc = tl.permute(tl.reshape(acc, (WARPS, TILES // WARPS, 16, ROWS)), (1, 0, 2, 3))
+            acc = tl.reshape(acc, (HIGH, ROWS))
+        store_turned(
+            acc,
+            bias_ptr,
+            weight_ptr,
+            out_ptr,
+            expert,
+            first * HIGH + row,
+            place,
+            is_row,
+            num_outputs,
+            HAS_BIAS,
+            WEIGHTED,
+        )
+
+
+def grouped_gemm(
+    x: Tensor,
+    weight: IntExpertWeight,
+    places: Tensor,
+    expert_of_block: Tensor,
+    num_choices: int,
+    *,
+    shared: int,
+    bias_EO: Tensor | None = None,
+    weights: Tensor | None = None,
+    tile: Tile | None = None,
+) -> Tensor:
+    """See `moe_gemm.grouped_gemm`."""
+    packed, order_EI = weight
+    num_tiles, units = packed.words_MUW.shape[1:3]
+    block = block_of(packed.group)
+    num_steps = units * COLUMNS // block
+    num_blocks = expert_of_block.shape[0]
+    rows = places.shape[0] // num_blocks
+    out = torch.empty((num_choices, packed.num_outputs), dtype=x.dtype, device=x.device)
+    assert x.stride(1) == 1
+    assert packed.words_MUW.is_contiguous()
+    assert packed.pairs_MKR2.is_contiguous()
+    assert order_EI is None or order_EI.is_contiguous()
+    tile = tile or default_tile(rows)
+    is_few = tile.kernel == FEW
+    grid = (num_blocks * triton.cdiv(num_tiles, tile.tiles),)
+    even = packed.num_inputs % block == 0 and (not is_few or num_steps % (tile.warps * tile.wide) == 0)
+    own = {"SPLIT": tile.warps, "WIDE": tile.wide} if is_few else {"WARPS": tile.warps, "SYNC": tile.kernel != MANY}
+    (_few_kernel if is_few else _many_kernel)[grid](
+        x, packed.words_MUW, packed.pairs_MKR2.view(torch.int32), x if order_EI is None else order_EI,
+        x if bias_EO is None else bias_EO, x if weights is None else weights, out, places, expert_of_block,
+        num_choices, packed.num_inputs, packed.num_outputs, num_tiles, num_steps, x.stride(0), shared, num_blocks,
+        UNITS=block // COLUMNS, HALVES=block // packed.group, PLANES=packed.planes,
+        HALF_SCALES=packed.pairs_MKR2.dtype == torch.float16, ASM=ASSEMBLES, ROWS=rows, BAND=8, TILES=tile.tiles, **own,
+        STAGES=tile.stages, EVEN=even, ORDERED=order_EI is not None, HAS_BIAS=bias_EO is not None,
+        WEIGHTED=weights is not None, num_warps=tile.warps,
+    )  # fmt: skip
+    return out
+
+
+def can_slice(weight: IntExpertWeight) -> bool:
+    """Whether tiles of its rows have no others between them, and its inputs are in their order."""
+    return weight.order_EI is None and weight.packed.num_outputs % TILE_ROWS == 0
+
+
+def slices(
+    weight: IntExpertWeight, dtype: torch.dtype, *, slice_bytes: int | None = None
+) -> Iterator[tuple[int, Tensor]]:
+    """(number of the first expert, some experts' plain weights [N, O, I]), in the same memory one after the other."""
+    packed = weight.packed
+    count, num_out, num_in = packed.words_MUW.shape[0], packed.num_outputs, packed.num_inputs
+    words, pairs = packed.words_MUW.flatten(0, 1), packed.pairs_MKR2.flatten(0, 1)
+    flat = packed._replace(words_MUW=words, pairs_MKR2=pairs, num_outputs=count * num_out)
+    at_once = min(count, max(1, (slice_bytes or SLICE_BYTES) // (num_out * num_in * dtype.itemsize)))
+    plain_NOI = torch.empty((at_once, num_out, num_in), dtype=dtype, device=words.device)
+    for first in range(0, count, at_once):
+        some_NOI = plain_NOI[: min(at_once, count - first)]
+        packed_linear.unpack_rows(flat, first * num_out, some_NOI.view(-1, num_in))
+        yield first, some_NOI
+
+
+def default_tile(rows: int) -> Tile:
+    """By the rows of a block."""
+    if rows == 16:
+        return Tile(FEW, 2, 4, 4)
+    return Tile(MANY, 4, 4, 3)
+
+
+def block_rows(average: int, *, ordered: bool = False) -> int:
+    """Rows of a block by what an expert gets on average; where inputs are looked up, more would spill registers."""
+    return 16 if average <= 16 else 32 if average <= 40 or ordered else 64
