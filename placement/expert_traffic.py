@@ -11,9 +11,9 @@ from typing import Final
 
 from argosy.cluster.protocol.model_spec import MoESpec
 
-# Ranks of the group -> tokens of a step from which the exchange was faster; None: never. On H200 of one host, Mixtral's
-# layer of 8192 tokens took 7.74 ms exchanged and 6.51 with sums in one launch over 2 cards, 4.68 and 4.12 over 4; of 512
-# tokens 2.1 and 0.80, since the host waits for sizes in each layer (`benchmarks/results/experts_h200.jsonl`).
+# Ranks of the group -> tokens of a step from which the exchange was faster; None: never. On H200 of one host a layer of
+# Mixtral with 8192 tokens took 7.74 ms exchanged and 6.51 with sums in one launch over 2 cards, 4.68 and 4.12 over 4;
+# with 512 tokens 2.1 and 0.80, since the host waits for sizes in each layer (`benchmarks/results/experts_h200.jsonl`).
 MEASURED: Final[dict[str, dict[int, int | None]]] = {"cuda": {2: None, 4: None}, "cpu": {}}
 
 
