@@ -38,7 +38,8 @@ class TokenStream:
 
     def __init__(self, client: "DriverClient", stream_id: int, n: int):
         self.stream_id = stream_id
-        self.was_cut = False  # the driver went away before all answers had ended
+        self.was_cut = False  # the driver went away, or was left, before all answers had ended
+        self.can_move = False  # whoever reads it would go on at another driver
         self._client = client
         self._unfinished = set(range(n))
         self._arrived: list[TokenDelta] = []
@@ -85,7 +86,7 @@ class TokenStream:
         return not self._unfinished
 
     def lose(self, reason: str) -> None:
-        """The driver has gone: end every answer that has not ended."""
+        """The driver has gone, or is left: end every answer that has not ended."""
         self.was_cut = bool(self._unfinished)
         for index in sorted(self._unfinished):
             self.push(
@@ -175,6 +176,15 @@ class DriverClient:
         self.send(request)
         self._streams[stream.stream_id] = stream
         return stream
+
+    def leave(self, most: int, reason: str) -> int:
+        """Call off up to `most` requests that can go on elsewhere, the oldest first; how many that were."""
+        leaving = [stream for stream in self._streams.values() if stream.can_move and not stream.finished][:most]
+        for stream in leaving:
+            stream.abort()
+            del self._streams[stream.stream_id]  # what the driver still says of it comes too late
+            stream.lose(reason)
+        return len(leaving)
 
     async def stats(self, timeout_seconds: float = _ANSWER_SECONDS) -> StatsReply:
         """The live figures. Raises `StartupTimeout` when the driver's loop does not answer in time."""

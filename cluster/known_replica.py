@@ -13,6 +13,7 @@ from argosy.cluster.routing import ReplicaLoad
 
 _RUNNING: Final = "argosy_requests_running"
 _WAITING: Final = "argosy_requests_waiting"
+REBUILDING: Final = "rebuilding"
 
 
 class SeenPrefixes:
@@ -50,6 +51,7 @@ class KnownReplica:
         self.seen = SeenPrefixes(client.info.num_blocks // len(client.info.kv_windows))
         self.is_healthy = True
         self.gave_up = False  # it told its requests so, and is about to go
+        self.is_rebuilding = False  # its ranks were lost and are being started again; its driver is well
         self._said, self._said_waiting, self._own_then = 0.0, 0.0, 0
 
     @property
@@ -61,7 +63,13 @@ class KnownReplica:
         """What it says of itself."""
         self._said, self._said_waiting = stats.values.get(_RUNNING, 0.0), stats.values.get(_WAITING, 0.0)
         self._own_then = self.client.num_streams
-        self.is_healthy = stats.healthy
+        self.is_healthy, self.is_rebuilding = stats.healthy, stats.status == REBUILDING
+
+    def room(self) -> int:
+        """How many more requests it may be given that have to move: it runs so many at once, and as many may wait."""
+        load = self.load(0, ())
+        most = 2 * self.client.info.max_num_seqs
+        return max(0, most - load.num_running - load.num_waiting) if load.takes_requests else 0
 
     def load(self, replica_id: int, hashes: Sequence[BlockHash]) -> ReplicaLoad:
         """As far as is known now: what it said, and what this edge sent or saw end since."""

@@ -162,6 +162,7 @@ class MovingStream:
         )  # fmt: skip
         if source is not None:
             self._asked_after = self._loop.time() - self._began
+            source.can_move = self._num_moves < self._max_moves
             for index in sorted(gone):
                 source.abort(index)
         return source

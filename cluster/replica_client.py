@@ -2,7 +2,8 @@
 
 What a replica has cached is what this edge sent it, remembered by the names of its blocks and forgotten like those;
 what it has to do is what it last said, corrected by what this edge sent since. No request waits for a question.
-A request whose replica went on without it moves to another one, or waits for the next life of its own.
+A request whose replica went on without it moves to another one, or waits for the next life of its own. One whose
+replica lost its ranks moves as well, where another has room: starting ranks takes longer than computing it again.
 """
 
 import asyncio
@@ -201,7 +202,17 @@ class ReplicaClient:
     async def look(self) -> None:
         """Hear how each is, and connect again to those that went: a driver comes back at the same door."""
         await asyncio.gather(*map(self._look_at, self._replicas))
+        self._relieve()
         self._seconds_of_patience()
+
+    def _relieve(self) -> None:
+        """Requests of a replica whose ranks are being started again move to those that run, as far as they have room;
+        the others wait for those ranks."""
+        room = sum(replica.room() for replica in self._open if not replica.is_rebuilding)
+        for replica in self._open:
+            if replica.is_rebuilding and room and (moved := replica.client.leave(room, "its ranks are started again")):
+                room -= moved
+                _log.info("%d requests leave the replica at %s while its ranks are started", moved, replica.address)
 
     async def _look_at(self, replica: KnownReplica) -> None:
         if replica.client.closed:

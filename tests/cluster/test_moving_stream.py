@@ -197,6 +197,58 @@ def test_a_replica_that_says_it_gave_up_is_left_at_once(make_driver: Callable[[s
     as_edge(drivers, body)
 
 
+def test_requests_of_a_replica_that_lost_a_rank_do_not_wait_for_the_next_group(
+    make_driver: Callable[[str], Running],
+) -> None:
+    """A rank dies and its group takes its time to come up: the driver is well, and its requests go on elsewhere, those
+    that had begun and those that came too late to know. The next ones stay away until the ranks are back."""
+    drivers = [make_driver("a"), make_driver("b")]
+
+    async def body(client: ReplicaClient) -> None:
+        streams = [client.submit([first, 1, 2], TokenParams(max_tokens=1200), n=1 + first % 2) for first in range(12)]
+        begun = [await some(stream, 1) for stream in streams]
+        lost = drivers[0]
+        lost.ranks.may_start.clear()
+        await asyncio.to_thread(lost.ranks.kill)
+        late = [client.submit([50 + first, 1], TokenParams(max_tokens=20)) for first in range(4)]
+        ends = await asyncio.gather(*map(rest, streams))
+        for first, (start, end) in enumerate(zip(begun, ends, strict=True)):
+            for index in range(1 + first % 2):
+                assert tokens(start + end, index) == expected(first, 3, 1200)
+        assert max(delta.num_recoveries for end in ends for delta in end) == 1
+        for first, stream in enumerate(late):
+            assert tokens(await rest(stream)) == expected(50 + first, 2, 20)
+        assert lost.loop.status().state == "rebuilding"
+        assert (await client._replicas[0].client.stats()).values["argosy_requests_waiting"] == 0  # called off there
+        lost.ranks.may_start.set()
+        while not client._replicas[0].is_healthy:
+            await asyncio.sleep(0.05)
+        assert tokens(await rest(client.submit(PROMPT, TokenParams(max_tokens=9)))) == expected(7, 3, 9)
+
+    as_edge(drivers, body)
+
+
+def test_who_has_used_up_its_moves_waits_for_the_ranks(make_driver: Callable[[str], Running]) -> None:
+    """Its driver holds it, and may compute it again as often as it is allowed to there: nobody takes that away."""
+    drivers = [make_driver("a"), make_driver("b")]
+
+    async def body(client: ReplicaClient) -> None:
+        stream = client.submit(PROMPT, TokenParams(max_tokens=1200))
+        before = await some(stream, 2)
+        lost, _ = working_on(client, drivers)
+        lost.ranks.may_start.clear()
+        await asyncio.to_thread(lost.ranks.kill)
+        after = asyncio.create_task(rest(stream))
+        while not any(replica.is_rebuilding for replica in client._replicas):
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(0.2)
+        assert not after.done()
+        lost.ranks.may_start.set()
+        assert tokens(before + await after) == expected(7, 3, 1200)
+
+    as_edge(drivers, body, moves=0)
+
+
 def test_a_request_that_was_there_too_often_is_lost(make_driver: Callable[[str], Running]) -> None:
     """It may be what kills them: with its moves used up, the others are spared."""
     drivers = [make_driver("a"), make_driver("b")]

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Coroutine, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 from argosy.cluster.known_replica import SeenPrefixes, merge_stats
@@ -24,16 +25,22 @@ class FakeDriver:
         self.num_streams = 0
         self.prompts: list[Sequence[int]] = []
         self.said: dict[str, float] = {}
+        self.status = "ready"
 
-    def submit(self, prompt_token_ids: Sequence[int], params: TokenParams, **_: Any) -> str:
+    def submit(self, prompt_token_ids: Sequence[int], params: TokenParams, **_: Any) -> SimpleNamespace:
         self.num_streams += 1
         self.prompts.append(prompt_token_ids)
-        return "stream"
+        return SimpleNamespace(can_move=False)
+
+    def leave(self, most: int, reason: str) -> int:
+        left = min(most, self.num_streams)
+        self.num_streams -= left
+        return left
 
     async def stats(self, timeout_seconds: float = 1.0) -> StatsReply:
         if self.closed:
             raise ChannelClosed("gone")
-        return StatsReply(values=self.said)
+        return StatsReply(values=self.said, status=self.status, healthy=self.status == "ready")
 
     async def close(self) -> None:
         self.closed = True
@@ -85,6 +92,21 @@ def test_what_other_edges_sent_counts_too() -> None:
     run(client.look())
     ask(client, CHAT)
     assert (len(first.prompts), len(second.prompts)) == (0, 1)
+
+
+def test_a_replica_without_ranks_is_left_by_as_many_as_others_have_room_for() -> None:
+    """Two rows each: the others take four requests in all, with those they have; the rest wait where they are."""
+    client, drivers = replicas(3)
+    drivers[0].num_streams, drivers[0].status = 9, "rebuilding"
+    drivers[1].num_streams = 3
+    drivers[2].said = {"argosy_requests_running": 2.0, "argosy_requests_waiting": 1.0}
+    run(client.look())
+    assert drivers[0].num_streams == 7
+    ask(client, CHAT)
+    assert not drivers[0].prompts
+    drivers[1].status = drivers[2].status = "rebuilding"
+    run(client.look())
+    assert (drivers[0].num_streams, client.num_open) == (7, 3)
 
 
 def test_tenants_with_their_own_salt_don_t_meet() -> None:
