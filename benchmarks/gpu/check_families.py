@@ -8,7 +8,7 @@ chunks of prompts and decode steps by our kernels; then a copy in float32 answer
 nearly equal ones is chosen says nothing about a kernel. What numbers of 16 bits, or rounding inputs to 8, cost any
 implementation is measured beside it: the same plain definitions in the slice's own numbers. Ours may not be further
 from float32 than those by more than a fifth. Then decode steps of the layers alone are recorded as a graph and timed;
-`weights` is what a step reads of them at least, as a share of the card's 4.8 TB/s.
+`weights` is what a step reads of them at least, as a share of the card's 4.8 TB/s; `limit`: with keys and values.
 """
 
 import argparse
@@ -426,9 +426,13 @@ def time_decode(ours: Slice, num_rows: int, context: int) -> dict[str, Any]:
         share = 1 - (1 - spec.moe.top_k / spec.moe.num_experts) ** num_rows
         experts = sum(p.nbytes for n, p in ours.model.layers.named_parameters() if ".experts." in n)
         read -= int(experts * (1 - share))
+    width = 2 * spec.num_kv_heads * spec.head_size if spec.mla is None else spec.mla.kv_rank + spec.mla.rope_size
+    seen = sum(min(context, spec.window_of(layer) or context) for layer in range(spec.num_layers))
+    cached = num_rows * seen * width * torch.bfloat16.itemsize
     return {
         "rows": num_rows, "context": context, "step_ms": seconds * 1e3, "ms_a_layer": seconds * 1e3 / spec.num_layers,
         "tokens_a_second": num_rows / seconds, "weights": read / seconds / CARD_BYTES_A_SECOND,
+        "limit": (read + cached) / seconds / CARD_BYTES_A_SECOND,
     }  # fmt: skip
 
 

@@ -31,6 +31,24 @@ FAMILIES = {
             "norm_topk_prob": True,
         },
     ),
+    "deepseek-v3": (
+        transformers.DeepseekV3Config,
+        {
+            "num_key_value_heads": 8,
+            "q_lora_rank": 64,
+            "kv_lora_rank": 64,
+            "qk_nope_head_dim": 32,
+            "qk_rope_head_dim": 16,
+            "v_head_dim": 32,
+            "n_routed_experts": 8,
+            "num_experts_per_tok": 2,
+            "n_group": 4,
+            "topk_group": 2,
+            "moe_intermediate_size": 128,
+            "n_shared_experts": 1,
+            "first_k_dense_replace": 1,
+        },
+    ),
 }
 SHAPE = {
     "hidden_size": 256, "num_hidden_layers": 3, "num_attention_heads": 8, "num_key_value_heads": 2,
