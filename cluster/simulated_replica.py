@@ -210,7 +210,8 @@ class SimulatedReplica:
             if self._num_stages > 1:
                 ready = max([now, *(self._sampled_at.get(handle, now) for handle in output.rows[: step.num_decodes])])
             if output.swaps is not None:
-                ready = max(ready, self._link.begin(output.step_id, output.swaps, ready))
+                at = max(ready, self._free_at[0])  # copies begin where the step does: its blocks are others' until then
+                ready = max(ready, self._link.begin(output.step_id, output.swaps, at))
             finish = self._run_on_stages(self._size_of(output, step), ready)
             if self._num_stages > 1:
                 self._note_sampled(output, finish)
