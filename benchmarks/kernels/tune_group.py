@@ -42,7 +42,7 @@ HEAD_SIZE, CONTEXT, LAYERS = 128, 256, 8
 LIBRARY = {"kernel": 1, "rows": 32, "width": 128, "stages": 3, "warps": 4, "per_sm": 0, "prefetch": 4096, "early": 0,
            "library": 1}  # fmt: skip
 KEEP = 0.997  # of the time before, or a change is noise
-WAYS = ("push", "push scatter", "pull", "pull scatter")
+WAYS = ("push", "push scatter", "send scatter", "pull", "pull scatter")
 
 
 def shapes_of(model: str, cards: int) -> dict[str, tuple[int, int, bool]]:
