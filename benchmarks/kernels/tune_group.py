@@ -10,6 +10,7 @@ writes the entries for `kernels/tuned/<gpu>.json`.
 
 # ruff: noqa: B023 - every closure here is called within the turn of the loop that made it
 import argparse
+import itertools
 import json
 import math
 import os
@@ -30,7 +31,7 @@ from bench_kernels import rand
 from timing import copies_for, microseconds
 from torch import Tensor
 
-from argosy.kernels import gemv, ops, tuning
+from argosy.kernels import gemv, ops, paged_attention, tuning
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
 from argosy.workers.layers.group_sum import open_group_sum
@@ -39,6 +40,11 @@ from argosy.workers.layers.norm import RMSNorm
 Sizes = dict[str, int]
 MODELS = {"8b": (4096, 14336, 32, 8, 128256), "70b": (8192, 28672, 64, 8, 128256)}  # hidden, wide, heads, kv heads
 HEAD_SIZE, CONTEXT, LAYERS = 128, 256, 8
+ATTENTION = [
+    {"block_l": block_l, "warps": warps, "stages": stages, "per_sm": 1, "min_piece": min_piece}
+    for block_l, warps, stages in ((128, 4, 5), (64, 4, 5), (64, 4, 3), (128, 8, 3), (32, 4, 5), (64, 2, 3), (32, 2, 3))
+    for min_piece in (128, 256, 512)
+]
 LIBRARY = {"kernel": 1, "rows": 32, "width": 128, "stages": 3, "warps": 4, "per_sm": 0, "prefetch": 4096, "early": 0,
            "library": 1}  # fmt: skip
 KEEP = 0.997  # of the time before, or a change is noise
@@ -104,7 +110,32 @@ def compile_part(index: int, of: int, rows_asked: list[int]) -> None:
             for sizes in split_sizes(rows, num_in, num_out) if rows > 1 else ():
                 for one in (sizes, *ahead_of(sizes, num_in)):
                     try_once(rows, num_in, num_out, one, gated)
+    for number, (sizes, layout) in enumerate(itertools.product(ATTENTION, [(m, c) for m in MODELS for c in (2, 4)])):
+        if number % of == index:
+            attend = attention_of(*layout, 1, CONTEXT)
+            attend(rand(1, shapes_of(*layout)["qkv"][1]), 0, sizes)
     torch.cuda.synchronize()
+
+
+def attention_of(model: str, cards: int, rows: int, context: int) -> Callable[..., Tensor]:
+    """Attention of a decode step over caches of its own for each layer: (qkv, layer, sizes or as tuned)."""
+    _, _, heads, kv_heads, _ = MODELS[model]
+    heads, kv_heads, per_row = heads // cards, max(1, kv_heads // cards), context // 16 + 1
+    caches = [[rand(rows * per_row, 16, kv_heads, HEAD_SIZE) for _ in range(2)] for _ in range(LAYERS)]
+    table = torch.arange(rows * per_row, device="cuda").view(rows, per_row).int()
+    lengths = torch.full((rows,), context, device="cuda", dtype=torch.int32)
+    positions = lengths.long() - 1
+    slots = table[:, (context - 1) // 16].long() * 16 + (context - 1) % 16
+    rotations = torch.randn(8192, HEAD_SIZE, device="cuda")
+
+    def attend(qkv: Tensor, layer: int, sizes: Sizes | None = None) -> Tensor:
+        inputs = (qkv, positions, rotations, *caches[layer], slots, table, lengths)
+        options = {"num_heads": heads, "scale": 0.1, "max_context": 4096, "inputs_early": True}
+        if sizes is None:
+            return ops.decode_attention(*inputs, **options)
+        return paged_attention.decode_attention(*inputs, **options, sizes=sizes)
+
+    return attend
 
 
 def alone(shape: tuple[int, int, bool], rows: int, name: str) -> tuple[float, list[tuple[float, Sizes]]]:
@@ -145,8 +176,8 @@ class Chain:
 
     def __init__(self, parallel: ParallelContext, model: str, cards: int, most_rows: int):
         self.parallel, self.device = parallel, parallel.device
-        hidden, _, heads, kv_heads, _ = MODELS[model]
-        self.hidden, self.heads, self.kv_heads = hidden, heads // cards, max(1, kv_heads // cards)
+        self.model, self.cards, hidden = model, cards, MODELS[model][0]
+        self.hidden, self.kv_heads = hidden, max(1, MODELS[model][3] // cards)
         self.shapes = shapes_of(model, cards)
         names = [name for name in self.shapes if name != "head"]
         self.weights = [
@@ -160,29 +191,17 @@ class Chain:
         self.sums, self.way = sums, ""
         self.norm = RMSNorm(hidden, 1e-5, dtype=torch.bfloat16)
         self.norm.weight = torch.nn.Parameter(torch.ones(hidden, device=self.device).bfloat16(), requires_grad=False)
-        self.rotations = torch.randn(8192, HEAD_SIZE, device=self.device)
+        self.attention: Sizes | None = None
 
-    def of(self, rows: int) -> Callable[[], Tensor]:
+    def of(self, rows: int, context: int = CONTEXT) -> Callable[[], Tensor]:
         """A step of `rows` rows, ready to be captured."""
-        per_row = CONTEXT // 16 + 1
-        caches = [
-            [rand(rows * per_row, 16, self.kv_heads, HEAD_SIZE) for _ in range(2)] for _ in range(LAYERS)
-        ]  # fmt: skip
-        table = torch.arange(rows * per_row, device=self.device).view(rows, per_row).int()
-        lengths = torch.full((rows,), CONTEXT, device=self.device, dtype=torch.int32)
-        positions = lengths.long() - 1
-        slots = table[:, (CONTEXT - 1) // 16].long() * 16 + (CONTEXT - 1) % 16
-        residual = rand(rows, self.hidden)
-        start = rand(rows, self.hidden)
+        attend = attention_of(self.model, self.cards, rows, context)
+        residual, start = rand(rows, self.hidden), rand(rows, self.hidden)
 
         def run() -> Tensor:
             x = start
-            for (qkv_w, o_w, gate_up_w, down_w), cache in zip(self.weights, caches, strict=True):
-                qkv = ops.fused_linear(x, qkv_w)
-                seen = ops.decode_attention(
-                    qkv, positions, self.rotations, *cache, slots, table, lengths, num_heads=self.heads, scale=0.1,
-                    max_context=4096, inputs_early=True,
-                )  # fmt: skip
+            for layer, (qkv_w, o_w, gate_up_w, down_w) in enumerate(self.weights):
+                seen = attend(ops.fused_linear(x, qkv_w), layer, self.attention)
                 ops.fused_linear(seen.view(rows, -1), o_w, out_TO=self.sums.part(0, rows))
                 x = self.sums.add_norm(0, residual, self.norm, way=self.way or None)
                 inner = ops.fused_linear(x, gate_up_w, gated=True)
@@ -269,6 +288,17 @@ def tune_chain(
                     del table[key]
                 else:
                     table[key] = old
+    if rows * chain.kv_heads < tuning.device_facts(chain.device).num_sms:
+        runs = [chain.of(rows, context) for context in (192, 384)]
+        found = []
+        for sizes in (None, *ATTENTION):
+            chain.attention = sizes
+            found.append(([round(chain.time(one), 2) for one in runs], sizes))
+        chain.attention = None
+        if says:
+            print(f"    attention of 192 and 384, as tuned {found[0][0]}", flush=True)
+            for times, sizes in sorted(found, key=lambda one: sum(one[0]))[:6]:
+                print(f"        {times} {sizes}", flush=True)
     return {"rows": rows, "before_us": round(before, 2), "us": round(now, 2),
             "ways": {way: round(us, 2) for way, us in ways.items()}}  # fmt: skip
 
