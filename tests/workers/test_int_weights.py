@@ -73,7 +73,7 @@ class Format:
         group = columns if self.group == -1 else self.group
         numbers = rng.integers(0, 1 << self.bits, (rows, columns))
         kept = np.float32 if self.config["quant_method"] == "compressed-tensors" else np.float16
-        scale = (rng.random((rows, columns // group)) * 0.02 + 0.002).astype(kept)
+        scale = (rng.random((rows, -(-columns // group))) * 0.02 + 0.002).astype(kept)
         middle = 1 << (self.bits - 1)
         zero = np.full(scale.shape, middle) if self.symmetric else rng.integers(1, 1 << self.bits, scale.shape)
         place = np.argsort(order) if self.ordered else np.arange(columns)
@@ -130,6 +130,11 @@ FORMATS = {
     "gptq 8 bits, one group": Format(8, -1, GPTQ | {"bits": 8, "group_size": -1}),
     "gptq v2, ordered": Format(
         4, 16, GPTQ | {"group_size": 16, "desc_act": True, "checkpoint_format": "gptq_v2"}, ordered=True
+    ),
+    "gptq, ordered, the last group of fewer": Format(4, 48, GPTQ | {"group_size": 48, "desc_act": True}, ordered=True),
+    "gptq, the last group of fewer": Format(4, 40, GPTQ | {"group_size": 40}),
+    "packed 4 bits, the last group of fewer": Format(
+        4, 40, compressed(4, 40, "pack-quantized", symmetric=True), symmetric=True
     ),
     "awq": Format(4, 64, {"quant_method": "awq", "bits": 4, "group_size": 64, "version": "gemm", "zero_point": True}),
     "packed 4 bits": Format(4, 32, compressed(4, 32, "pack-quantized", symmetric=True), symmetric=True),

@@ -53,16 +53,19 @@ class IntWeightMethod:
         self._is_filled = scheme.ordered and is_cut
         self._group = FILLED if self._is_filled else self._own_group()
 
+    def _checkpoint_group(self, columns: int) -> int:
+        """Inputs that share a scale in the checkpoint; the last ones may be fewer. Rounded here, all groups are whole."""
+        if self.scheme.group == -1:
+            return columns
+        return math.gcd(columns, self.scheme.group) if self.scheme.online else self.scheme.group
+
     def _own_group(self) -> int:
         """Inputs that share a scale here: those of the checkpoint, or a part of them where a cut goes through."""
         sizes = []
         for part in self.parts:
             columns = part.full_shape[1]
             inputs = range(columns)[part.source[1]]
-            whole = columns if self.scheme.group == -1 else self.scheme.group
-            if columns % whole and not self.scheme.online:
-                raise _unsupported(f"{columns} inputs are not a multiple of the group size {whole}")
-            sizes += [math.gcd(columns, whole), len(inputs), inputs.start]
+            sizes += [math.gcd(columns, self._checkpoint_group(columns)), len(inputs), inputs.start]
         group = packed_reference.kernel_group(math.gcd(*sizes))
         if group < SMALLEST_GROUP:
             raise _unsupported(f"{self.parts[0].full_shape[1]} inputs: a rank would have groups of no multiple of 8")
@@ -85,7 +88,7 @@ class IntWeightMethod:
     def _filled_width(self) -> int:
         """Inputs of this rank when each group lacks as many as it can."""
         columns = self.parts[0].full_shape[1]
-        groups = 1 if self.scheme.group == -1 else columns // self.scheme.group
+        groups = -(-columns // self._checkpoint_group(columns))
         return (self._num_in + groups * (FILLED - 1)) // FILLED * FILLED
 
     @property
@@ -99,7 +102,7 @@ class IntWeightMethod:
         rows, columns = weight.full_shape
         scheme = self.scheme
         per = 32 // scheme.bits
-        groups = 1 if scheme.group == -1 else -(-columns // scheme.group)
+        groups = -(-columns // self._checkpoint_group(columns))
 
         def cut(name: str, *shape: int, dtypes: tuple[str, ...], others: tuple[tuple[int, ...], ...] = ()) -> Cut:
             return Cut(
@@ -181,7 +184,7 @@ class IntWeightMethod:
         numbers, scales = tensors["numbers"], tensors["scales"].to(self._scale_dtype)
         order_I = None
         if scheme.layout == "int8":
-            groups = 1 if scheme.group == -1 else columns // scheme.group
+            groups = -(-columns // self._checkpoint_group(columns))
             scale_OG = scales.reshape(-1, scales.shape[-1] if scales.ndim == 2 else 1).expand(rows, groups)
             return numbers.to(torch.int32) + int(middle), scale_OG, torch.full_like(scale_OG, middle), None
         if scheme.layout == "packed":
@@ -214,7 +217,7 @@ class IntWeightMethod:
 
     def _put(self, part: Cut, numbers_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> None:
         """This rank's piece of a whole part; with the last of them the layer is packed."""
-        whole = part.full_shape[1] // scale_OG.shape[1]
+        whole = self._checkpoint_group(part.full_shape[1])
         if self._is_filled:
             order_I = self._orders[self.parts.index(part)]
             columns, groups, unfilled = self._filled(part, order_I, whole)
@@ -257,7 +260,7 @@ class IntWeightMethod:
         found_I = torch.arange(columns, device=device) if order_I is None else order_I
         own = range(columns)[part.source[1]]
         taken, groups, unfilled, inputs = [], [], [], []
-        for group, members in enumerate(found_I.view(-1, whole)):
+        for group, members in enumerate(found_I.split(whole)):
             places = torch.nonzero((members >= own.start) & (members < own.stop)).flatten()
             lacking = -len(places) % FILLED
             filling = places.new_zeros(lacking)
@@ -273,7 +276,7 @@ class IntWeightMethod:
     def _round(self, part: Cut, tensor: Tensor) -> None:
         """A plain tensor came in. Groups are those of the scheme, so that every layout has the same weights."""
         tensor = tensor.to(self._device)
-        group = math.gcd(part.full_shape[1], self.scheme.group)
+        group = self._checkpoint_group(part.full_shape[1])
         self._put(
             part,
             *packed_reference.round_to_nearest(
