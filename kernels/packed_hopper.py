@@ -166,6 +166,7 @@ def _multiply(
     T: gl.constexpr = x_smem.dtype
     FP16: gl.constexpr = x_smem.dtype == gl.float16
     OWN: gl.constexpr = 16 * TILES
+    AT_ONCE: gl.constexpr = 4 if TILES * TOKENS * WGS <= 512 else 2 if TILES * TOKENS * WGS <= 1024 else 1
     acc_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
     left_in: gl.constexpr = gl.DotOperandLayout(0, acc_in, 2)
     out_in: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
@@ -174,28 +175,38 @@ def _multiply(
     end = gl.minimum(begin + per, total)
     at = begin
     n = 0
+    all_steps = (end - begin) * UNITS
+    mbarrier.wait(full.index(0), 0)
+    v = _unpacked(words_smem, pairs_smem, 0, left_in, G, PLANES, TILES, FP16, HALF_SCALES)
     while at < end:
         tile = at // num_blocks
         count = gl.minimum((tile + 1) * num_blocks, end) - at
         acc = gl.zeros([OWN, TOKENS], gl.float32, acc_in)
-        for _ in range(count):
+        steps = count * UNITS
+        for _ in range(steps // 2):
             slot = n % STAGES
-            mbarrier.wait(full.index(slot), (n // STAGES) & 1)
-            v = _unpacked(words_smem, pairs_smem, slot, left_in, G, PLANES, TILES, FP16, HALF_SCALES)
             acc = warpgroup_mma(v, x_smem.index(slot).permute((1, 0)), acc, is_async=True)
+            second = (n + 1) % STAGES
+            mbarrier.wait(full.index(second), ((n + 1) // STAGES) & 1)
+            w = _unpacked(words_smem, pairs_smem, second, left_in, G, PLANES, TILES, FP16, HALF_SCALES)
+            acc, v = warpgroup_mma_wait(0, deps=[acc, v])
+            mbarrier.arrive(empty.index(slot))
+            acc = warpgroup_mma(w, x_smem.index(second).permute((1, 0)), acc, is_async=True)
+            n += 2
+            slot = n % STAGES  # behind the last step lie old words, and what becomes of them is not multiplied
+            mbarrier.wait(full.index(slot), (n // STAGES) & 1, pred=n < all_steps)
+            v = _unpacked(words_smem, pairs_smem, slot, left_in, G, PLANES, TILES, FP16, HALF_SCALES)
+            acc, w = warpgroup_mma_wait(0, deps=[acc, w])
+            mbarrier.arrive(empty.index(second))
+        if UNITS == 1 and steps % 2 == 1:
+            slot = n % STAGES
+            acc = warpgroup_mma(v, x_smem.index(slot).permute((1, 0)), acc, is_async=True)
+            acc, v = warpgroup_mma_wait(0, deps=[acc, v])
+            mbarrier.arrive(empty.index(slot))
             n += 1
-            if UNITS == 2:
-                second = n % STAGES
-                mbarrier.wait(full.index(second), (n // STAGES) & 1)
-                w = _unpacked(words_smem, pairs_smem, second, left_in, G, PLANES, TILES, FP16, HALF_SCALES)
-                acc = warpgroup_mma(w, x_smem.index(second).permute((1, 0)), acc, is_async=True)
-                n += 1
-                acc, v, w = warpgroup_mma_wait(0, deps=[acc, v, w])
-                mbarrier.arrive(empty.index(slot))
-                mbarrier.arrive(empty.index(second))
-            else:
-                acc, v = warpgroup_mma_wait(0, deps=[acc, v])
-                mbarrier.arrive(empty.index(slot))
+            slot = n % STAGES
+            mbarrier.wait(full.index(slot), (n // STAGES) & 1, pred=n < all_steps)
+            v = _unpacked(words_smem, pairs_smem, slot, left_in, G, PLANES, TILES, FP16, HALF_SCALES)
         whole = count == num_blocks
         if SHARED and count < num_blocks:
             here = gl.arange(0, OWN, gl.SliceLayout(1, acc_in))[:, None] * TOKENS
@@ -209,11 +220,14 @@ def _multiply(
             if gl.atomic_add(counter, 1, sem="acq_rel") == last - first:
                 gl.atomic_xchg(counter, 0, sem="relaxed")  # ready for the next launch
                 acc = gl.zeros([OWN, TOKENS], gl.float32, acc_in)
-                for other in range(first, last + 1):  # .cg: past the first-level cache
-                    place = other * 2 + (other * per < tile * num_blocks).to(gl.int32)
-                    acc += gl.load(
-                        part_ptr + (place.to(gl.int64) * WGS + G) * (OWN * TOKENS) + here, cache_modifier=".cg"
-                    )
+                for others in range(first, last + 1, AT_ONCE):  # .cg: past the first-level cache
+                    for one in gl.static_range(AT_ONCE):
+                        other = gl.minimum(others + one, last)
+                        place = other * 2 + (other * per < tile * num_blocks).to(gl.int32)
+                        left = gl.load(
+                            part_ptr + (place.to(gl.int64) * WGS + G) * (OWN * TOKENS) + here, cache_modifier=".cg"
+                        )
+                        acc += gl.where(others + one <= last, left, 0.0)
                 whole = count < num_blocks
         if whole:
             first_row = (tile // token_tiles * WGS + G) * OWN

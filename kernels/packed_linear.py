@@ -24,7 +24,6 @@ MOST_NORMED, NORMED = 8, (torch.bfloat16,)
 MANY_TOKENS = 256  # and no more are multiplied by `packed_many`, where nothing was tuned
 SLICE_BYTES = 24 << 20  # of plain weight at a time: it stays in the second-level cache
 SLICE_ROWS = 64  # and a multiple of so many
-HOPPER_UNTUNED = False  # not before it was seen to be right on a card
 FEW, MANY, SLICES, HOPPER = 0, 1, 2, 3  # as `kernel` in the tuned sizes counts them
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
@@ -73,7 +72,7 @@ def _sizes(weight: PackedWeight, x_TI: Tensor) -> tuning.Sizes:
     if found is not None and (found["kernel"] != HOPPER or by_hopper):
         return found
     num_sms = tuning.device_facts(device).num_sms
-    if by_hopper and HOPPER_UNTUNED and num_tokens <= MANY_TOKENS:
+    if by_hopper and num_tokens <= MANY_TOKENS:
         return {"kernel": HOPPER, **packed_hopper.default_sizes(weight, num_tokens, num_sms)}
     return default_sizes(weight, num_tokens, num_sms)
 

@@ -38,12 +38,12 @@ MANY_WAYS = {  # tiles, warps, sync, tokens at once
 }
 HOPPER_WAYS = {  # groups of warps, tiles of each, tokens at once
     16: [(4, 4, 16), (2, 4, 16)],
-    32: [(4, 4, 32), (2, 4, 32), (2, 8, 32)],
-    64: [(4, 4, 64), (2, 4, 64), (2, 8, 64)],
-    128: [(4, 4, 128), (2, 4, 128), (2, 8, 128)],
-    256: [(4, 4, 128), (2, 8, 128), (2, 4, 256)],
-    512: [(4, 4, 128), (2, 8, 128), (2, 4, 256)],
-    1024: [(2, 8, 128), (2, 4, 256)],
+    32: [(4, 4, 32), (2, 4, 32), (2, 8, 32), (2, 4, 16)],
+    64: [(4, 4, 64), (2, 4, 64), (2, 8, 64), (2, 4, 32), (2, 4, 16)],
+    128: [(2, 4, 128), (2, 8, 128), (4, 4, 128), (2, 4, 64), (4, 4, 64), (2, 4, 32)],
+    256: [(2, 4, 256), (2, 8, 128), (4, 4, 128), (2, 4, 128), (2, 4, 64), (4, 4, 64)],
+    512: [(2, 4, 256), (2, 8, 128), (4, 4, 128), (2, 4, 128)],
+    1024: [(2, 4, 256), (2, 8, 128), (2, 4, 128)],
 }
 NUM_SMS = 132  # of the card: so many programs share all work evenly
 PROCESSES = 15
@@ -63,8 +63,8 @@ def sizes_for(tokens: int, name: str, bits: int) -> Iterator[dict[str, int]]:
     for (wgs, tiles, at_once), programs in itertools.product(HOPPER_WAYS.get(tokens, ()), (0, NUM_SMS)):
         ring = {"kernel": HOPPER, "wgs": wgs, "tiles": tiles, "tokens": at_once, "programs": programs}
         most = min(8, packed_hopper.RING_BYTES // (bits // 4 * wgs * tiles * 576 + at_once * 128))
-        for stages in sorted({most, max(3, most - 2)}):
-            yield ring | {"stages": stages}
+        if programs == 0 or (wgs, tiles, at_once) != (4, 4, 128):  # which would spill registers
+            yield ring | {"stages": most}
     if tokens > 64:
         yield {"kernel": SLICES, "slice_mb": 24}
         yield {"kernel": SLICES, "slice_mb": 256}
