@@ -260,7 +260,7 @@ class IntWeightMethod:
         found_I = torch.arange(columns, device=device) if order_I is None else order_I
         own = range(columns)[part.source[1]]
         taken, groups, unfilled, inputs = [], [], [], []
-        for group, members in enumerate(found_I.split(whole)):
+        for group, members in enumerate(torch.split(found_I, whole)):
             places = torch.nonzero((members >= own.start) & (members < own.stop)).flatten()
             lacking = -len(places) % FILLED
             filling = places.new_zeros(lacking)
