@@ -1,7 +1,7 @@
 """End engines that a killed server left in a Ray cluster: `python -m argosy.deploy.end_engine [NAME ...]`.
 
-A server that is stopped ends its engine. One that is killed can't, and in a cluster that is not its own the engine goes
-on and holds its devices. Without a name, the engines that run are listed.
+A server that is stopped ends its engine. One that is killed can't: in a cluster that is not its own, engine and doors
+go on and hold devices and a port. Without a name, what runs is listed.
 """
 
 import argparse
@@ -12,7 +12,9 @@ from collections.abc import Sequence
 import ray
 
 from argosy.cluster.driver_actor import NAMESPACE, DriverHandle
-from argosy.cluster.protocol.errors import ServingError
+from argosy.cluster.protocol.errors import ChannelClosed, ServingError
+from argosy.deploy import doors
+from argosy.deploy.doors import ENGINE_PREFIX
 from argosy.deploy.ray_session import RaySession
 from argosy.placement import ray_cluster
 
@@ -42,14 +44,24 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def running() -> list[str]:
-    """The names of all engines in the cluster that this process is connected to."""
+    """The names of all engines in the cluster that this process is connected to, and of those that left doors only."""
     rows = ray.util.list_named_actors(all_namespaces=True)
-    return sorted(row["name"] for row in rows if row["namespace"] == NAMESPACE and row["name"].startswith("argosy-"))
+    names = {row["name"] for row in rows if row["namespace"] == NAMESPACE and row["name"].startswith(ENGINE_PREFIX)}
+    return sorted(names | set(doors.engines_with_doors()))
 
 
 def end(name: str) -> None:
-    """Stop driver and ranks of that engine and give back their room. Raises `ChannelClosed` when there is none."""
-    driver = DriverHandle.find(name)
+    """Close that engine's doors, stop its driver and ranks and give back their room.
+
+    Raises `ChannelClosed` when there is none of it.
+    """
+    had_doors = doors.end(name)
+    try:
+        driver = DriverHandle.find(name)
+    except ChannelClosed:
+        if had_doors:
+            return
+        raise
     driver.on_stopped = lambda: ray_cluster.release(f"{name}-ranks")
     driver.stop()
 

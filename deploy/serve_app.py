@@ -30,7 +30,6 @@ from argosy.deploy.model_folder import load_tokenizer, localize
 
 logger = logging.getLogger(__name__)
 
-APP_NAME: Final = "argosy"
 _CONNECT_SECONDS: Final = 30.0
 _HEALTH_PERIOD_SECONDS: Final = 5.0
 _CORES_A_DOOR: Final = 8

@@ -52,13 +52,14 @@ def run(config: ServingConfig, *, api_keys: tuple[str, ...] = ()) -> int:
 
         progress = StartProgress()
         print(f"Starting {config.model.served_model_name[0]}", file=sys.stderr, flush=True)
-        engine = launch_engine(config, backend="ray", on_progress=progress, on_note=progress.note)
-        stop.install()  # Ray puts its own handler for SIGTERM in place when it starts
-        try:
-            if not stop.is_set:
-                _serve(config, engine, progress, stop, _doors_folder(config, folder))
-        finally:
-            engine.close()
+        with _joined(config):
+            engine = launch_engine(config, backend="ray", on_progress=progress, on_note=progress.note)
+            stop.install()  # Ray puts its own handler for SIGTERM in place when it starts
+            try:
+                if not stop.is_set:
+                    _serve(config, engine, progress, stop, _doors_folder(config, folder))
+            finally:
+                engine.close()
     with contextlib.suppress(OSError):
         print("Stopped.", file=sys.stderr, flush=True)
     return 0
@@ -83,7 +84,11 @@ def check_port(config: ServingConfig) -> None:
     if not is_port_free(host, 0):
         raise ConfigError(f"host={host!r}: is no address of this machine; use 127.0.0.1, 0.0.0.0, or one of its own")
     if port and not is_port_free(host, port):
-        raise ConfigError(f"port {port} on {host} is taken; stop what listens there, or choose another with --port")
+        left = " ('python -m argosy.deploy.end_engine' names what a killed server left in a cluster)"
+        raise ConfigError(
+            f"port {port} on {host} is taken; stop what listens there{left if config.parallel.ray_address else ''}, or "
+            "choose another with --port"
+        )
 
 
 def check_doors(config: ServingConfig) -> None:
@@ -205,12 +210,30 @@ def _doors_folder(config: ServingConfig, own: Path) -> Path:
     return Path.home() / haproxy.NODE_FOLDER if config.parallel.ray_address else own
 
 
+@contextlib.contextmanager
+def _joined(config: ServingConfig) -> Iterator[None]:
+    """Connected to a cluster that is not ours; whose doors are taken is said before an engine starts."""
+    if not config.parallel.ray_address:
+        yield  # our own is started with the engine
+        return
+    from argosy.deploy import doors
+    from argosy.deploy.ray_session import RaySession
+
+    session = RaySession.open(config.parallel.ray_address, num_cpus=1)
+    try:
+        doors.check_free(config.server.port)
+        yield
+    finally:
+        session.close()
+
+
 def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, stop: _StopSignals, doors: Path) -> None:
     # As `launch_engine` above.
     from ray import serve
     from ray.exceptions import RayError
 
-    from argosy.deploy.serve_app import APP_NAME, application
+    from argosy.deploy.doors import serve_runs
+    from argosy.deploy.serve_app import application
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     progress("opening the doors", 0.0)
@@ -225,7 +248,7 @@ def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, sto
         except (RuntimeError, RayError) as error:  # the proxy did not start: its own words are many lines long
             raise ClusterError(f"the HTTP doors did not open: {_last_line(str(error))}") from error
         try:
-            serve.run(application(config, engine.address, engine.secret), name=APP_NAME, route_prefix="/")
+            serve.run(application(config, engine.address, engine.secret), name=engine.name, route_prefix="/")
         except (RuntimeError, TimeoutError) as error:  # Serve's words for "it did not start"; its status says why
             raise ClusterError(f"the HTTP doors did not open: {_reason(serve.status())}") from error
         progress("opening the doors", 1.0)
@@ -238,17 +261,9 @@ def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, sto
     finally:
         _hush_ray()
         if was_there:
-            serve.delete(APP_NAME)  # others of this cluster go on
+            serve.delete(engine.name)  # others of this cluster go on
         elif not engine.is_ending:
             serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
-
-
-def serve_runs() -> bool:
-    """Whether this Ray cluster has a Ray Serve already, which is not ours to end."""
-    import ray  # as in `_serve`
-
-    named = ray.util.list_named_actors(all_namespaces=True)
-    return any(row["namespace"] == "serve" for row in named)
 
 
 def _reason(status: Any) -> str:

@@ -33,6 +33,7 @@ RAY_FILES = {
     "deploy/ray_session.py",
     "deploy/ray_launch.py",
     "deploy/preflight.py",
+    "deploy/doors.py",
     "deploy/end_engine.py",
     "deploy/serve_app.py",
     "deploy/server.py",
