@@ -169,8 +169,9 @@ def init_parallel(rank: RankInfo, rendezvous: str, device: torch.device, timeout
             timeout=deadline,
             device_id=device if device.type == "cuda" else None,
         )
-        tp_group = None
-        if rank.tp_size > 1:
+        # One stage: all ranks are the group, and a second communicator would take some hundred MB of each card.
+        tp_group = dist.group.WORLD if rank.pp_size == 1 else None
+        if rank.tp_size > 1 and rank.pp_size > 1:
             for pp_rank in range(rank.pp_size):  # every rank takes part in making every group, in the same order
                 members = [pp_rank * rank.tp_size + tp_rank for tp_rank in range(rank.tp_size)]
                 group = dist.new_group(members, timeout=deadline, backend=backend)

@@ -2,7 +2,7 @@
 
     python benchmarks/planner/compare_steps.py --model 8b -tp 2 trace.jsonl
 
-The trace is of `benchmarks/gpu/bench_gpu.py --trace FILE` (the rank that answers), plain or gzipped. Its runs each begin
+The trace is of `benchmarks/gpu/bench_gpu.py --trace FILE` (the rank that answers), plain or gzipped. Each run begins
 with prompts alone; `--run` picks one, the last by default. A step's time is from the later of the driver's word and the
 answer before to its own answer; over stages, which work side by side, beside the slowest stage's seconds. One line for
 each sort of step: how many, their seconds together measured and foretold, and of one the mean measured, foretold, and
