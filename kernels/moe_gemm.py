@@ -305,7 +305,7 @@ def experts(
     weights = (gate_up_EID, down_EDI)
     sliced = average >= moe_int.SLICES_FROM and all(isinstance(w, Tensor) or moe_int.can_slice(w) for w in weights)
     if in_groups and not sliced:
-        ordered = any(isinstance(w, IntExpertWeight) and w.order_EI is not None for w in weights)
+        ordered = any(isinstance(w, IntExpertWeight) and w.order_EJ is not None for w in weights)
         rows = moe_int.block_rows(average, ordered=ordered)
     else:
         rows = block_rows(average) if gate_up_scale is None else moe_packed.block_rows(average)

@@ -213,7 +213,7 @@ def grouped_gemm(
     tile: Tile | None = None,
 ) -> Tensor:
     """See `moe_gemm.grouped_gemm`."""
-    packed, order_EI = weight
+    packed, order_EJ, _ = weight
     num_tiles, units = packed.words_MUW.shape[1:3]
     block = block_of(packed.group)
     num_steps = units * COLUMNS // block
@@ -223,19 +223,19 @@ def grouped_gemm(
     assert x.stride(1) == 1
     assert packed.words_MUW.is_contiguous()
     assert packed.pairs_MKR2.is_contiguous()
-    assert order_EI is None or order_EI.is_contiguous()
+    assert order_EJ is None or order_EJ.is_contiguous()
     tile = tile or default_tile(rows)
     is_few = tile.kernel == FEW
     grid = (num_blocks * triton.cdiv(num_tiles, tile.tiles),)
     even = packed.num_inputs % block == 0 and (not is_few or num_steps % (tile.warps * tile.wide) == 0)
     own = {"SPLIT": tile.warps, "WIDE": tile.wide} if is_few else {"WARPS": tile.warps, "SYNC": tile.kernel != MANY}
     (_few_kernel if is_few else _many_kernel)[grid](
-        x, packed.words_MUW, packed.pairs_MKR2.view(torch.int32), x if order_EI is None else order_EI,
+        x, packed.words_MUW, packed.pairs_MKR2.view(torch.int32), x if order_EJ is None else order_EJ,
         x if bias_EO is None else bias_EO, x if weights is None else weights, out, places, expert_of_block,
         num_choices, packed.num_inputs, packed.num_outputs, num_tiles, num_steps, x.stride(0), shared, num_blocks,
         UNITS=block // COLUMNS, HALVES=block // packed.group, PLANES=packed.planes,
         HALF_SCALES=packed.pairs_MKR2.dtype == torch.float16, ASM=ASSEMBLES, ROWS=rows, BAND=8, TILES=tile.tiles, **own,
-        STAGES=tile.stages, EVEN=even, ORDERED=order_EI is not None, HAS_BIAS=bias_EO is not None,
+        STAGES=tile.stages, EVEN=even, ORDERED=order_EJ is not None, HAS_BIAS=bias_EO is not None,
         WEIGHTED=weights is not None, num_warps=tile.warps,
     )  # fmt: skip
     return out
@@ -243,7 +243,7 @@ def grouped_gemm(
 
 def can_slice(weight: IntExpertWeight) -> bool:
     """Whether tiles of its rows have no others between them, and its inputs are in their order."""
-    return weight.order_EI is None and weight.packed.num_outputs % TILE_ROWS == 0
+    return weight.order_EJ is None and weight.packed.num_outputs % TILE_ROWS == 0
 
 
 def slices(

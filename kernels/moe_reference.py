@@ -18,7 +18,8 @@ class IntExpertWeight(NamedTuple):
     """One product of all experts, of 4 or 8 bits with a scale and a zero a group of inputs."""
 
     packed: PackedWeight  # with an axis of experts before its own
-    order_EI: Tensor | None = None  # int32: which input stands at each place, where that is not its own
+    order_EJ: Tensor | None = None  # int32: which input stands at each place, where that is not its own
+    num_inputs: int | None = None  # fewer than places, where places were filled up with numbers that count nothing
 
     @property
     def num_experts(self) -> int:
@@ -29,9 +30,10 @@ class IntExpertWeight(NamedTuple):
         """What one expert's weight means, [O, I] in the scales' numbers."""
         words, pairs = self.packed.words_MUW[expert], self.packed.pairs_MKR2[expert]
         plain_OI = packed_reference.dequantize(self.packed._replace(words_MUW=words, pairs_MKR2=pairs))
-        if self.order_EI is None:
+        if self.order_EJ is None:
             return plain_OI
-        return torch.empty_like(plain_OI).index_copy_(1, self.order_EI[expert].long(), plain_OI)
+        zeros = plain_OI.new_zeros((len(plain_OI), self.num_inputs or plain_OI.shape[1]))
+        return zeros.index_add_(1, self.order_EJ[expert].long(), plain_OI)
 
 
 def choose_experts(

@@ -341,7 +341,9 @@ def _matrix_bytes(shape: ModelShape, matrix: Matrix, serving: Serving, tp_size: 
     if packs and matrix.is_experts:
         in_groups = weight_format.name in INT_FORMATS and (weight_format.bits == 4 or shape.weight_format.bits != 16)
         if in_groups:
-            weight_format = _packed_experts(weight_format, num_in, num_in < matrix.num_in, serving.dtype_bytes)
+            if weight_format.order_bytes and num_in < matrix.num_in:  # groups are filled up
+                num_in = _filled(num_in, -(-matrix.num_in // weight_format.group))
+            weight_format = _packed_experts(weight_format, num_in, serving.dtype_bytes)
         elif shape.weight_format.bits == 16:
             rows = num_out // 2 if matrix.cut == "expert_column" else num_out
             weight_format = _rounded_experts(weight_format, rows, num_in)
@@ -349,12 +351,15 @@ def _matrix_bytes(shape: ModelShape, matrix: Matrix, serving: Serving, tp_size: 
     return count * (size + (bias_rows * serving.dtype_bytes if matrix.bias else 0))
 
 
-def _packed_experts(kept: WeightFormat, num_in: int, is_cut: bool, dtype_bytes: int) -> WeightFormat:
+def _filled(num_in: int, groups: int) -> int:
+    """Inputs of a rank when each of the groups that its own are spread over lacks as many as it can."""
+    return (num_in + groups * (SMALLEST_GROUP - 1)) // SMALLEST_GROUP * SMALLEST_GROUP
+
+
+def _packed_experts(kept: WeightFormat, num_in: int, dtype_bytes: int) -> WeightFormat:
     """How experts of 4 or 8 bits are kept: in groups that kernels take, as `workers/layers/int_experts.py` decides."""
     group = min(LARGEST_GROUP, math.gcd(kept.group, num_in & -num_in))
-    if dtype_bytes != 2 or group < SMALLEST_GROUP or (is_cut and kept.order_bytes):
-        return _PLAIN
-    return msgspec.structs.replace(kept, group=group)
+    return _PLAIN if dtype_bytes != 2 or group < SMALLEST_GROUP else msgspec.structs.replace(kept, group=group)
 
 
 def _rounded_experts(asked: WeightFormat, num_out: int, num_in: int) -> WeightFormat:

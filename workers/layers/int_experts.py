@@ -2,8 +2,9 @@
 to 4 bits while a plain one is read.
 
 On a GPU they stay packed, as linear layers do (`packed_reference`), and one grouped product reads them so. They are
-made plain, an expert at a time, on a CPU, in float32, where a cut leaves groups of fewer than 32 inputs, and where it
-goes through inputs that have an order of their own (`desc_act`): each expert's part would be of another width.
+made plain, an expert at a time, on a CPU, in float32, and where a cut leaves groups of fewer than 32 inputs. Where it
+goes through inputs that have an order of their own (`desc_act`), each expert's groups are filled as in a linear layer,
+and all experts to the largest width that this could come to.
 """
 
 from collections.abc import Iterator
@@ -44,14 +45,14 @@ class IntExperts(Experts):
         method = _PackedExpert(self, name, 0)
         if not method.suits:
             return
-        count, rows, columns = getattr(self, name).shape
-        words, pairs = packed_reference.shapes(rows, columns, bits=self.scheme.bits, group=method.group)
-        self._sizes[name] = (rows, columns, method.group)
+        count, rows, _ = getattr(self, name).shape
+        words, pairs = packed_reference.shapes(rows, method.width, bits=self.scheme.bits, group=method.group)
+        self._sizes[name] = (rows, method.width, method.group)
         del self._parameters[name]
         setattr(self, name, None)
         setattr(self, f"{name}_words", empty_parameter(count, *words, dtype=torch.int32))
         setattr(self, f"{name}_pairs", empty_parameter(count, *pairs, dtype=method.scale_dtype))
-        orders = empty_parameter(count, columns, dtype=torch.int32) if method.may_be_ordered else None
+        orders = empty_parameter(count, method.width, dtype=torch.int32) if method.may_be_ordered else None
         setattr(self, f"{name}_order", orders)
 
     def product_cuts(self, name: str) -> list[Cut]:
@@ -80,11 +81,13 @@ class IntExperts(Experts):
         self._loading.clear()
         for name, (rows, columns, group) in self._sizes.items():
             words, pairs, order = (getattr(self, f"{name}_{part}") for part in ("words", "pairs", "order"))
-            if order is not None and bool((order == torch.arange(columns, device=order.device)).all()):
+            num_inputs = self.width if name == "gate_up" else self.inner
+            own = torch.arange(columns, device=words.device, dtype=torch.int32)
+            if order is not None and columns == num_inputs and bool((order == own).all()):
                 order = None
                 setattr(self, f"{name}_order", None)
             packed = PackedWeight(words.data, pairs.data, self.scheme.bits, group, columns, rows)
-            setattr(self, name, IntExpertWeight(packed, None if order is None else order.data))
+            setattr(self, name, IntExpertWeight(packed, None if order is None else order.data, num_inputs))
 
 
 class _PackedExpert(IntWeightMethod):
@@ -94,19 +97,21 @@ class _PackedExpert(IntWeightMethod):
         super().__init__(experts.scheme, experts.product_cuts(name))
         self._experts, self._name, self._place = experts, name, place
         self._dtype = experts.dtype
-        self._num_out = experts.width if name == "down" else 2 * experts.inner
+        self._num_out, self._num_in = experts.width, experts.inner
+        if name == "gate_up":
+            self._num_out, self._num_in = 2 * experts.inner, experts.width
         self.group, self.scale_dtype = self._group, self._scale_dtype
+        self.width = self._filled_width() if self._is_filled else self._num_in
 
     @property
     def suits(self) -> bool:
-        """Whether all experts have one width, and groups that kernels take."""
-        fits = self.scale_dtype.itemsize == 2 or self._experts.packs_on_cpu
-        return fits and self.group >= SMALLEST_GROUP and not self._is_filled
+        """Whether groups are such as kernels take."""
+        return self.group >= SMALLEST_GROUP and (self.scale_dtype.itemsize == 2 or self._experts.packs_on_cpu)
 
     @property
     def may_be_ordered(self) -> bool:
         """Whether the checkpoint could say so; whether it does is known once it is read."""
-        return self.scheme.ordered and self.scheme.group != -1
+        return self._is_filled or (self.scheme.ordered and self.scheme.group != -1)
 
     @property
     def _device(self) -> torch.device:
@@ -117,12 +122,15 @@ class _PackedExpert(IntWeightMethod):
         return found
 
     def _store(self, packed: PackedWeight) -> None:
-        self._parameter("words").data[self._place] = packed.words_MUW
-        self._parameter("pairs").data[self._place] = packed.pairs_MKR2
-        order_I = self._common_order()
+        for part, values in (("words", packed.words_MUW), ("pairs", packed.pairs_MKR2)):
+            target = self._parameter(part).data[self._place]
+            target[:, : values.shape[1]] = values
+            target[:, values.shape[1] :] = 0  # what fills up: of scale 0
         if self.may_be_ordered:
-            own = torch.arange(packed.num_inputs, device=self._device) if order_I is None else order_I
-            self._parameter("order").data[self._place] = own.int()
+            order = self._order_J if self._is_filled else self._common_order()
+            own = torch.arange(packed.num_inputs, device=self._device) if order is None else order
+            target = self._parameter("order").data[self._place]
+            target[: len(own)], target[len(own) :] = own.int(), 0
 
 
 class _PlainPart(IntWeightMethod):
