@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from argosy.kernels import group_push
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.layers.group_sum import SCATTER_ROWS, GroupSum
 from argosy.workers.models.group_forward import GroupForward
@@ -59,7 +60,8 @@ class Meetings:
 class Ranks:
     """A group of ranks whose buffers all can read."""
 
-    def __init__(self, num_ranks: int, slow: int, *, is_last_stage: bool, max_tokens: int):
+    def __init__(self, num_ranks: int, slow: int, *, is_last_stage: bool, max_tokens: int, way: str | None = None):
+        self.way = way
         generator = torch.Generator().manual_seed(3)
 
         def numbers(*shape: int) -> Tensor:
@@ -116,6 +118,10 @@ class Ranks:
         )  # fmt: skip
         sums = GroupSum(parallel, max_tokens=self.max_tokens, width=WIDTH, max_rows=8, dtype=torch.float32)
         sums._kernels = SimpleNamespace(FLAG_BYTES=FLAG_BYTES, sum_add_norm=self._sum_add_norm)  # type: ignore[assignment]
+        sums._push = SimpleNamespace(push_add_norm=self._push_add_norm)  # type: ignore[assignment]
+        sums._send = SimpleNamespace(send_add_norm=self._send_add_norm)  # type: ignore[assignment]
+        if self.way is not None:
+            sums.way_of = lambda *args, **kwargs: self.way  # type: ignore[method-assign,return-value]
         layers: Any = []
         for number, (attention, mlp) in enumerate(self.products[rank]):
             layers.append(
@@ -163,6 +169,62 @@ class Ranks:
         self.meetings.meet(rank)
         return shared_TD
 
+    def _push_add_norm(
+        self, bases_W: Tensor, counters: Tensor, rank: int, part_TD: Tensor, residual_TD: Tensor,
+        weight_D: Tensor | None, eps: float, *, inbox_at: int, scatter: bool, add: bool,
+    ) -> Tensor:  # fmt: skip
+        """As `kernels/group_push.py`: to all, or to the one who sums a row and from there to all."""
+        num_rows, most = len(residual_TD), group_push.MAX_ROWS
+        result_at = inbox_at + self.num_ranks * most * WIDTH * 4
+        places = [inbox_at + sender * most * WIDTH * 4 for sender in range(self.num_ranks)]
+        result = [self._of(peer, result_at, num_rows) for peer in range(self.num_ranks)]
+        made_TD = self._by_messages(rank, part_TD, residual_TD, weight_D, eps, places, result, add, scatter)
+        return made_TD.clone()
+
+    def _send_add_norm(
+        self, bases_W: Tensor, counters: Tensor, rank: int, part_TD: Tensor, residual_TD: Tensor,
+        weight_D: Tensor | None, eps: float, *, stage_at: int, most_rows: int, shared_bytes: int, shared_TD: Tensor,
+        add: bool,
+    ) -> Tensor:  # fmt: skip
+        """As `kernels/group_send.py`; rows of a stage lie closer together there."""
+        num_rows, share = len(residual_TD), -(-most_rows // self.num_ranks)
+        places = [stage_at + sender * share * WIDTH * 4 for sender in range(self.num_ranks)]
+        result = [self._of(peer, shared_bytes, num_rows) for peer in range(self.num_ranks)]
+        self._by_messages(rank, part_TD, residual_TD, weight_D, eps, places, result, add, True, packed=True)
+        return shared_TD
+
+    def _by_messages(
+        self, rank: int, part_TD: Tensor, residual_TD: Tensor, weight_D: Tensor | None, eps: float, places: list[int],
+        result: list[Tensor], add: bool, scatter: bool, *, packed: bool = False,
+    ) -> Tensor:  # fmt: skip
+        """Each rank writes where its peers read, whenever it comes by; they read late."""
+        num_rows = len(part_TD)
+        rows_of = [
+            slice(peer, num_rows, self.num_ranks) if scatter else slice(0, num_rows) for peer in range(self.num_ranks)
+        ]
+        for peer, rows in enumerate(rows_of):
+            count = len(part_TD[rows])
+            where = self._of(peer, places[rank], count if packed else num_rows)
+            (where if packed else where[rows]).copy_(part_TD[rows])
+        self.meetings.meet(rank)
+        self.meetings.dawdle(rank)
+        own = rows_of[rank]
+        count = len(part_TD[own])
+        there = [self._of(rank, place, count if packed else num_rows) for place in places]
+        total_TD: Tensor = torch.stack([each if packed else each[own] for each in there]).sum(0)
+        if add:
+            total_TD = total_TD + residual_TD[own]
+        residual_TD[own] = total_TD
+        if weight_D is not None:
+            total_TD = _normed(total_TD, SimpleNamespace(weight=weight_D, eps=eps))
+        if not scatter:
+            return total_TD
+        for each in result:
+            each[own] = total_TD
+        self.meetings.meet(rank)
+        self.meetings.dawdle(rank)
+        return result[rank]
+
 
 class _Product:
     """In place of attention and MLP."""
@@ -195,6 +257,25 @@ def test_a_rank_that_is_ahead_overwrites_nothing_that_others_read(
     steps = [torch.randint(VOCABULARY, (num_tokens,), generator=generator) for _ in range(4)]
     for slow in range(num_ranks):
         group = Ranks(num_ranks, slow, is_last_stage=is_last_stage, max_tokens=64)
+        for made in group.run(steps):
+            for step, made_TD in zip(steps, made, strict=True):
+                torch.testing.assert_close(made_TD, group.expected(step), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("is_last_stage", [False, True], ids=["first stage", "whole model"])
+@pytest.mark.parametrize(("num_ranks", "num_tokens"), [(2, 3), (4, 9)])
+@pytest.mark.parametrize("way", ["push", "push scatter", "send scatter"])
+def test_nothing_that_was_sent_is_overwritten_before_it_was_read(
+    monkeypatch: pytest.MonkeyPatch, way: str, num_ranks: int, num_tokens: int, is_last_stage: bool
+) -> None:
+    """Inboxes and stages of three sums take turns, and nobody asks whether the one before was emptied."""
+    monkeypatch.setattr(torch.cuda, "Stream", lambda *args, **kwargs: None)
+    monkeypatch.setattr(torch.cuda, "Event", lambda *args, **kwargs: None)
+    monkeypatch.setattr(group_push, "suits", lambda *args: True)  # so that there are inboxes for 32 bits too
+    generator = torch.Generator().manual_seed(5)
+    steps = [torch.randint(VOCABULARY, (num_tokens,), generator=generator) for _ in range(3)]
+    for slow in range(num_ranks):
+        group = Ranks(num_ranks, slow, is_last_stage=is_last_stage, max_tokens=64, way=way)
         for made in group.run(steps):
             for step, made_TD in zip(steps, made, strict=True):
                 torch.testing.assert_close(made_TD, group.expected(step), atol=1e-4, rtol=1e-4)
