@@ -1,7 +1,7 @@
 """A rank that writes down each step: what it computed, what its host did, and when its tokens were on the host.
 
-Used by `bench_gpu.py --trace FILE`. The rank that answers writes FILE, the others FILE.RANK. Lines of JSON:
-{"step", "rows", "decodes", "context", "prefill", "pairs", "sampled"} as the cost model's `StepLoad` has them, "wait"
+Used by `bench_gpu.py --trace FILE`. The rank that answers writes FILE, the others FILE.RANK. Lines of JSON: {"step",
+"rows", "decodes", "context", "longest", "prefill", "pairs", "sampled"} as the cost model's `StepLoad` has them, "wait"
 and "host": microseconds until the driver's word came and until the card had been told everything, "at": seconds of the
 word; and of a rank that answers {"answer": step, "at": seconds}, on the same clock, beside them.
 """
@@ -52,17 +52,17 @@ class TracedWorker(worker.Worker):
             computed.pop(handle, None)
         for request in output.new_requests:
             computed[request.handle] = request.num_computed_tokens
-        decodes = context = prefill = pairs = 0
+        decodes = context = longest = prefill = pairs = 0
         for place, handle in enumerate(output.rows):
             count, before = (output.num_tokens[place] if output.num_tokens else 1), computed[handle]
             computed[handle] = before + count
             if count == 1:
-                decodes, context = decodes + 1, context + before + 1
+                decodes, context, longest = decodes + 1, context + before + 1, max(longest, before + 1)
             else:
                 prefill, pairs = prefill + count, pairs + count * before + count * (count + 1) // 2
         sampled = len(output.rows) - len(output.partial)
-        return {"rows": len(output.rows), "decodes": decodes, "context": context, "prefill": prefill, "pairs": pairs,
-                "sampled": sampled}  # fmt: skip
+        return {"rows": len(output.rows), "decodes": decodes, "context": context, "longest": longest,
+                "prefill": prefill, "pairs": pairs, "sampled": sampled}  # fmt: skip
 
     def _note(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")  # one call: two threads write
