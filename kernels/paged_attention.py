@@ -70,7 +70,7 @@ def _launch(
     min_piece = max(block_l, sizes.get("min_piece", 0) if facts.slug != "interpreter" else 0)
     splits = 1
     if groups <= tuning.MAX_COUNTERS:
-        splits = choose_splits(groups, bound, min_piece, facts.num_sms, sizes["per_sm"])
+        splits = sizes.get("splits", 0) or choose_splits(groups, bound, min_piece, facts.num_sms, sizes["per_sm"])
     limit = {"maxnreg": sizes["maxnreg"]} if "maxnreg" in sizes else {}
     part = stats = counters = out_RNH
     if splits > 1:

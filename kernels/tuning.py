@@ -50,6 +50,11 @@ def pick(kernel: str, key: str, device: torch.device) -> Sizes | None:
     return _tuned(device_facts(device).slug).get(kernel, {}).get(key)
 
 
+def knows(kernel: str, device: torch.device) -> bool:
+    """Whether anything was measured for this kernel on this device."""
+    return kernel in _tuned(device_facts(device).slug)
+
+
 def overlap(device: torch.device) -> dict[str, bool]:
     """Launch keywords for a kernel that calls `gdc_wait` first: `PDL` for its code, `launch_pdl` for the launch.
 

@@ -31,6 +31,7 @@ from argosy.kernels import (
     group_send,
     group_sum,
     hopper_attention,
+    hopper_gate,
     kv_cache,
     kv_scales,
     moe_gemm,
@@ -185,6 +186,14 @@ def group(report: Callable[..., None]) -> None:
                    sizes=sizes)  # fmt: skip
 
 
+def gate(report: Callable[..., None]) -> None:
+    """The gate inside a prompt's product, by Hopper's own kernel."""
+    gate_up, x = torch.zeros(28672, 4096, dtype=BF16), torch.zeros(8192, 4096, dtype=BF16)
+    for fetch_warps in (1, 4):
+        sizes = {"fetch_warps": fetch_warps}
+        report(f"gate of 8192 tokens, {fetch_warps} warps fetch", hopper_gate.gated_linear, x, gate_up, sizes=sizes)
+
+
 def fp8(report: Callable[..., None]) -> None:
     """Roundings and products with e4m3 weights."""
     for tokens in (1, 64, 512):
@@ -287,8 +296,8 @@ def packed(report: Callable[..., None]) -> None:
 
 HOPPER_SIZES = ((4, 4, 32), (4, 4, 64), (2, 8, 64), (4, 4, 128), (2, 8, 128), (2, 4, 256))
 PARTS = {
-    "attention": attention, "prompts": prompts, "linear": linear, "group": group, "fp8": fp8, "experts": experts,
-    "packed": packed,
+    "attention": attention, "prompts": prompts, "linear": linear, "gate": gate, "group": group, "fp8": fp8,
+    "experts": experts, "packed": packed,
 }  # fmt: skip
 
 

@@ -66,6 +66,24 @@ def test_linear_in_pieces_of_the_inputs(
         assert_near(got, want)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_inputs", "width"), [(96, 32), (1000, 256), (1024, 128)])
+@pytest.mark.parametrize("num_tokens", [2, 16])
+def test_norm_of_several_tokens_inside(
+    num_tokens: int, num_inputs: int, width: int, dtype: torch.dtype, device: torch.device, assert_near: Near
+) -> None:
+    """The product before its scale is far from 1: tokens of very different lengths, one of them zeros."""
+    x = torch.randn(num_tokens, num_inputs, device=device) * torch.logspace(-3, 3, num_tokens, device=device)[:, None]
+    x[0] = 0.0
+    x, norm = x.clamp(-60000.0, 60000.0).to(dtype), torch.randn(num_inputs, device=device).to(dtype)
+    weight = (torch.randn(48, num_inputs, device=device) / num_inputs**0.5).to(dtype)
+    want = reference.fused_linear(
+        x.double().cpu(), weight.double().cpu(), norm_weight_I=norm.double().cpu(), gated=True
+    )
+    sizes = {"kernel": 1, "rows": 16, "width": width, "stages": 3, "warps": 4, "prefetch": 0, "early": 0, "norms": 1}
+    assert_near(gemv.fused_linear(x, weight, norm_weight_I=norm, gated=True, sizes=sizes), want)
+
+
 def test_only_a_few_16_bit_tokens_suit() -> None:
     weight = torch.zeros(8, 64, dtype=torch.float16)
     assert gemv.suits(torch.zeros(16, 64, dtype=torch.float16), weight)

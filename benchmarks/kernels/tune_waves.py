@@ -1,0 +1,95 @@
+"""How full the waves of decode attention are: `python benchmarks/kernels/tune_waves.py [--seconds 60]`.
+
+For 8b (32 heads over 8, of 128) and rows whose contexts are equal or drawn: microseconds of a launch by tile and by how
+often a context is cut, beside what reading the keys and values takes at 4.44 TB/s. A JSON line for each number of rows
+and context, with the best few; `now` is what would be taken without asking.
+"""
+
+import argparse
+import json
+import sys
+import time
+
+import torch
+from timing import microseconds
+
+from argosy.kernels import paged_attention, tuning
+
+HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 16
+READ = 4.44e6  # bytes a microsecond
+TILES = {  # block_l, warps, stages
+    "32x1x2": (32, 1, 2), "32x1x3": (32, 1, 3), "64x2x2": (64, 2, 2), "64x2x3": (64, 2, 3), "64x1x2": (64, 1, 2),
+    "32x2x3": (32, 2, 3), "128x4x2": (128, 4, 2),
+}  # fmt: skip
+CUTS = ((1, 0), (2, 256), (3, 256), (4, 256), (2, 1024), (8, 512))  # pieces at most, tokens of one at least
+CASES = [
+    (144, 2112), (176, 2112), (208, 2112), (256, 256), (256, 384), (132, 256), (200, 256), (64, 256), (64, 1024),
+    (100, 2112), (132, 2112), (160, 640), (256, 1024), (512, 640), (512, 0), (1000, 0), (240, 0), (320, 300),
+    (384, 512),
+]  # fmt: skip  # a context of 0: drawn, log-normal
+
+
+def contexts_of(rows: int, context: int) -> list[int]:
+    """All equal, or as of a chat: log-normal around 500."""
+    if context:
+        return [context] * rows
+    torch.manual_seed(7)
+    drawn = torch.exp(torch.randn(rows) * 0.8 + 6.2).clamp(64, 3000)
+    return [int(value) for value in drawn]
+
+
+def measure(caches: list[torch.Tensor], lengths: list[int]) -> dict[str, object]:
+    """Every tile and cut over these contexts."""
+    device, rows, num_blocks = caches[0].device, len(lengths), caches[0].shape[0]
+    table = torch.randint(0, num_blocks, (rows, 4096 // BLOCK), device=device, dtype=torch.int32)
+    length = torch.tensor(lengths, device=device, dtype=torch.int32)
+    queries = torch.randn(rows, HEADS, SIZE, device=device, dtype=torch.bfloat16)
+
+    def time_of(sizes: tuning.Sizes | None) -> float:
+        def call() -> torch.Tensor:
+            return paged_attention.paged_attention(
+                queries, *caches, table, length, scale=SIZE**-0.5, max_context=4096, sizes=sizes
+            )
+
+        return round(microseconds([call], launches=12, replays=3)[0], 1)
+
+    found: list[tuple[float, str]] = []
+    for name, (block_l, warps, stages) in TILES.items():
+        for splits, piece in CUTS:
+            if splits == 1 or max(lengths) > piece:
+                sizes = {"block_l": block_l, "warps": warps, "stages": stages, "per_sm": 1, "splits": splits}
+                found.append(
+                    (time_of(sizes | ({"min_piece": piece} if piece else {})), f"{name} / {splits} of {piece}")
+                )
+    found.sort()
+    row: dict[str, object] = {"floor": round(sum(lengths) * 4 * KV_HEADS * SIZE / READ, 1), "now": time_of(None)}
+    row["best"] = [f"{us} {what}" for us, what in found[:6]]
+    row["whole"] = {what.split()[0]: us for us, what in found if "/ 1 of" in what}
+    row["halves"] = {what.split()[0]: us for us, what in found if "/ 2 of 256" in what}
+    return row
+
+
+def main() -> int:
+    """Print a line for each case."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seconds", type=float, default=60.0, help="cases after this are left out")
+    args = parser.parse_args()
+    began = time.monotonic()
+    shape = (1_200_000 // BLOCK, BLOCK, KV_HEADS, SIZE)
+    caches = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
+    for rows, context in CASES:
+        if time.monotonic() - began > args.seconds:
+            print(f"left out for time: {rows} x {context}")
+            continue
+        lengths = contexts_of(rows, context)
+        row = {"rows": rows, "context": context or "drawn", **measure(caches, lengths)}
+        print(json.dumps(row), flush=True)
+        if not context:
+            print(
+                json.dumps({**row, "order": "long first", **measure(caches, sorted(lengths, reverse=True))}), flush=True
+            )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
