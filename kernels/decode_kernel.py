@@ -38,7 +38,14 @@ from argosy.kernels.shared_prefix import begin_with_prefix
 # 16 would be a stall of half a second in the middle of serving.
 @triton.jit(
     do_not_specialize=["stride_table", "window", "num_splits", "min_piece", "shared_pieces"],
-    do_not_specialize_on_alignment=["context_ptr", "table_ptr", "positions_ptr", "slots_ptr", "shared_ptr"],
+    do_not_specialize_on_alignment=[
+        "context_ptr",
+        "table_ptr",
+        "positions_ptr",
+        "slots_ptr",
+        "shared_ptr",
+        "order_ptr",
+    ],
 )
 def paged_attention_kernel(
     q_ptr,  # queries, or when NEW the fused projection [q | k | v]
@@ -47,6 +54,7 @@ def paged_attention_kernel(
     part_ptr,  # [R, K, splits, G, H] unnormalised outputs, float32
     stats_ptr,  # [R, K, splits, 2, G]: largest logit (base 2), sum
     counter_ptr,  # [R · K] pieces done; zero between launches
+    order_ptr,  # when ORDERED: which row comes first; long ones, so that none begins when the others are done
     shared_ptr,  # when SHARED: tokens of each row's prefix, and what `shared_prefix` left of it
     shared_part_ptr, shared_stats_ptr, shared_pieces,
     stride_q, stride_table, scale, soft_cap, window, eps, k_inverse, v_inverse, v_scale, num_splits,
@@ -73,12 +81,16 @@ def paged_attention_kernel(
     PREFETCHED: tl.constexpr,  # tokens of a piece to ask for while that one runs
     HEADS: tl.constexpr,  # power of two >= G
     JOIN: tl.constexpr,  # pieces that are joined at once
+    ORDERED: tl.constexpr,
     SHARED: tl.constexpr,  # the multiple of a piece's tokens; 0: no prefix
     STAGES: tl.constexpr, PRECISION: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     LOG2E: tl.constexpr = 1.4426950408889634
     kv_head = tl.program_id(0)  # heads beside each other: their keys lie beside each other
-    row = tl.program_id(1).to(tl.int64)
+    row = tl.program_id(1)
+    if ORDERED:
+        row = tl.load(order_ptr + row)
+    row = row.to(tl.int64)
     split = tl.program_id(2)
     head = tl.arange(0, GROUP)
     dim = tl.arange(0, WIDTH)

@@ -233,12 +233,14 @@ def paged_attention(
     sinks_N: Tensor | None = None,
     kv_scales: tuple[float, float] = (1.0, 1.0),
     out_RNH: Tensor | None = None,
+    order_R: Tensor | None = None,
 ) -> Tensor:
     """Decode: one query token a row, the last of its context, against the paged cache. Returns [R, N, H].
 
     `context_len_R` (int32) counts this step's token; 0 marks a padding row, which gives zeros. `max_context` bounds the
     lengths on the host (default: what the block table can hold); it sizes the launch, never the result. `out_RNH`:
-    where to write, contiguous (part of the output of a mixed step).
+    where to write, contiguous (part of the output of a mixed step). `order_R` (int32): the rows, those with long
+    contexts first, so that none of them begins when the others are done; it changes no result.
     """
     if q_RNH.is_cuda:
         from argosy.kernels import paged_attention as kernel
@@ -246,7 +248,7 @@ def paged_attention(
         return kernel.paged_attention(
             q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, max_context=max_context,
             sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
-            kv_scales=kv_scales, out_RNH=out_RNH,
+            kv_scales=kv_scales, out_RNH=out_RNH, order_R=order_R,
         )  # fmt: skip
     attended = reference.paged_attention(
         q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, sliding_window=sliding_window,
@@ -279,6 +281,7 @@ def decode_attention(
     kv_scales: tuple[float, float] = (1.0, 1.0),
     shared_len_R: Tensor | None = None,
     inputs_early: bool = False,
+    order_R: Tensor | None = None,
 ) -> Tensor:
     """A decode step from the fused projection to the heads' outputs: `rope_and_store`, then `paged_attention`.
 
@@ -289,7 +292,7 @@ def decode_attention(
 
     `inputs_early` promises that on the device nothing but `qkv_RD` comes from the kernel launched just before:
     positions, slots, table, lengths and the cache's older tokens were written before that one, and may be read while it
-    still runs. True for any layer of a captured step.
+    still runs. True for any layer of a captured step. `order_R`: as in `paged_attention`.
     """
     if qkv_RD.is_cuda:
         from argosy.kernels import paged_attention as kernel
@@ -304,14 +307,14 @@ def decode_attention(
             return kernel.paged_attention(
                 q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, max_context=max_context,
                 sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
-                kv_scales=kv_scales, shared_len_R=shared_len_R,
+                kv_scales=kv_scales, shared_len_R=shared_len_R, order_R=order_R,
             )  # fmt: skip
         return kernel.decode_attention(
             qkv_RD, positions_R, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_R, block_table_RB, context_len_R,
             num_heads=num_heads, scale=scale, interleaved=interleaved, q_norm_weight_H=q_norm_weight_H,
             k_norm_weight_H=k_norm_weight_H, eps=eps, max_context=max_context, sliding_window=sliding_window,
             soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, kv_scales=kv_scales,
-            inputs_early=inputs_early,
+            inputs_early=inputs_early, order_R=order_R,
         )  # fmt: skip
     return reference.decode_attention(
         qkv_RD, positions_R, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_R, block_table_RB, context_len_R,

@@ -15,6 +15,15 @@ from argosy.kernels.shared_prefix import SharedPrefix, attend_prefix
 __all__ = ["choose_splits", "decode_attention", "fusing_pays", "paged_attention"]
 
 
+def _kinds(groups: int, num_sms: int) -> tuple[str, ...]:
+    """Names of the sizes for so many rows times key/value heads, the better measured first."""
+    if groups < num_sms:
+        return ("few",)
+    if groups < 8 * num_sms:
+        return ("many",)
+    return ("crowd",) if groups < 18 * num_sms else ("throng", "crowd")
+
+
 def _launch(
     q_RD: Tensor,
     num_heads: int,
@@ -33,6 +42,7 @@ def _launch(
     kv_scales: tuple[float, float] = (1.0, 1.0),
     out_RNH: Tensor | None = None,
     shared: SharedPrefix | None = None,
+    order_R: Tensor | None = None,
     new: dict[str, object] | None = None,
 ) -> Tensor:
     """`q_RD`: rows of queries, or with `new` (the kernel's arguments about the last token) of the fused projection."""
@@ -55,9 +65,9 @@ def _launch(
     groups = num_rows * num_kv_heads
     few = groups < facts.num_sms
     if sizes is None and q_RD.element_size() == 2:
-        kind = "few" if few else "many" if groups < 8 * facts.num_sms else "crowd"
         suffix = cache_suffix(k_cache_BSKH)
-        sizes = tuning.pick("paged_attention", f"h{head_size}_{kind}{suffix}", device)
+        for kind in _kinds(groups, facts.num_sms):
+            sizes = sizes or tuning.pick("paged_attention", f"h{head_size}_{kind}{suffix}", device)
         if sizes is None and suffix:
             sizes = {
                 "block_l": 64 if width <= 128 else 32, "warps": 4 if few else 2, "stages": 3,
@@ -99,6 +109,7 @@ def _launch(
         min_piece=min_piece, HEADS=tuning.next_power_of_two(group),
         JOIN=max(2, min(16, 4096 // (tuning.next_power_of_two(group) * width))), STAGES=sizes["stages"],
         PRECISION="ieee" if q_RD.dtype == torch.float32 else "tf32",
+        order_ptr=context_len_R if order_R is None else order_R, ORDERED=order_R is not None,
         shared_ptr=context_len_R if shared is None else shared.length_R,
         shared_part_ptr=out_RNH if shared is None else shared.part,
         shared_stats_ptr=out_RNH if shared is None else shared.stats,
@@ -124,6 +135,7 @@ def paged_attention(
     kv_scales: tuple[float, float] = (1.0, 1.0),
     out_RNH: Tensor | None = None,
     shared_len_R: Tensor | None = None,
+    order_R: Tensor | None = None,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
     """Shapes as in `ops.paged_attention`; tokens of q may be strided (a view of the fused projection).
@@ -142,7 +154,7 @@ def paged_attention(
     return _launch(
         q_RNH, q_RNH.shape[1], k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale,
         max_context=max_context, sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N,
-        sinks_N=sinks_N, sizes=sizes, kv_scales=kv_scales, out_RNH=out_RNH, shared=shared,
+        sinks_N=sinks_N, sizes=sizes, kv_scales=kv_scales, out_RNH=out_RNH, shared=shared, order_R=order_R,
     )  # fmt: skip
 
 
@@ -169,6 +181,7 @@ def decode_attention(
     sinks_N: Tensor | None = None,
     kv_scales: tuple[float, float] = (1.0, 1.0),
     inputs_early: bool = False,
+    order_R: Tensor | None = None,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
     """`rope_and_store` and `paged_attention` in one launch; see `ops.decode_attention`. qkv is only read."""
@@ -186,5 +199,5 @@ def decode_attention(
     return _launch(
         qkv_RD, num_heads, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale,
         max_context=max_context, sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N,
-        sinks_N=sinks_N, sizes=sizes, kv_scales=kv_scales, new=new,
+        sinks_N=sinks_N, sizes=sizes, kv_scales=kv_scales, order_R=order_R, new=new,
     )  # fmt: skip

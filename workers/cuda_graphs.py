@@ -28,7 +28,7 @@ from argosy.workers.input_batch import InputBatch, StepInputs
 LEAST_SHARED_TOKENS = 256  # of a prefix that is worth a launch of its own a layer
 LEAST_SHARED_READS = 1 << 16  # rows times tokens
 MOST_SHARED_BLOCKS = 512  # that the host compares
-HANDLES, TOKENS, SHARED, NEW_BLOCKS = range(4)  # rows of the control; the last for each group of layers
+HANDLES, TOKENS, SHARED, ORDER, NEW_BLOCKS = range(5)  # rows of the control; the last for each group of layers
 NUM_CONTROL_BUFFERS = 4  # steps whose control may be on its way to the device at once, at least
 Forward = Callable[[Tensor | None, Tensor | None, Tensor, AttentionMetadata], Tensor]
 
@@ -93,8 +93,8 @@ class DecodeTables:
         self.block_table_NGB = torch.zeros((num, num_groups, batch.max_blocks), dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
         # rows: handles | tokens that aren't the last ones sampled (none so far) | tokens of a prefix that it shares
-        # with others | new blocks of each group
-        count, num_controls = max(NUM_CONTROL_BUFFERS, batch.max_steps_in_flight + 1), 3 + num_groups
+        # with others | rows with long contexts first | new blocks of each group
+        count, num_controls = max(NUM_CONTROL_BUFFERS, batch.max_steps_in_flight + 1), NEW_BLOCKS + num_groups
         self._controls = [
             torch.full((num_controls, max_rows), -1, dtype=torch.int32, pin_memory=pinned) for _ in range(count)
         ]
@@ -110,6 +110,12 @@ class DecodeTables:
         self.sampled_R = torch.zeros(max_rows, dtype=torch.int64, device=device)
         self.query_start_R1 = torch.arange(max_rows + 1, dtype=torch.int32, device=device)
         self._row_of_N = np.zeros(num, dtype=np.int64)
+        self._places_R = np.arange(max_rows, dtype=np.int32)
+
+    def clear(self) -> None:
+        """All rows are padding."""
+        self.control_CR.fill_(-1)
+        self.control_CR[ORDER] = torch.arange(self.max_rows, dtype=torch.int32, device=self.control_CR.device)
 
     def new_blocks(self, output: SchedulerOutput, handles_R: np.ndarray) -> np.ndarray | None:
         """The blocks each row opens with this step's token, -1 for none: [G, R]; None if blocks came in another way."""
@@ -157,9 +163,14 @@ class DecodeTables:
         return shared_R
 
     def send(
-        self, handles_R: np.ndarray, blocks_GR: np.ndarray, num_padded: int, shared_R: np.ndarray | None = None
+        self,
+        handles_R: np.ndarray,
+        blocks_GR: np.ndarray,
+        num_padded: int,
+        order_R: np.ndarray,
+        shared_R: np.ndarray | None = None,
     ) -> None:
-        """One copy to the device, in stream order."""
+        """One copy to the device, in stream order. `order_R`: the rows, those with long contexts first."""
         turn = self._turn = (self._turn + 1) % len(self._controls)
         if self._sent:
             self._sent[turn].synchronize()
@@ -167,6 +178,8 @@ class DecodeTables:
         host = control.numpy()
         host[0, :count] = handles_R
         host[0, count:num_padded] = -1
+        host[ORDER, :count] = order_R
+        host[ORDER, count:num_padded] = self._places_R[count:num_padded]
         host[NEW_BLOCKS:, :count] = blocks_GR
         if shared_R is not None:
             host[SHARED, :count] = shared_R
@@ -199,6 +212,7 @@ class DecodeTables:
                 slot_mapping_T=self.slots_GR[group, :num_rows],
                 max_query_len=1,
                 max_context_len=max_context_len,
+                order_R=self.control_CR[ORDER, :num_rows],
                 shared_len_R=self.control_CR[SHARED, :num_rows] if shares else None,
             )
             for group in range(self.batch.num_groups)
@@ -247,6 +261,7 @@ class CUDAGraphRunner:
         self._recorded: dict[tuple[int, bool], RecordedStep] = {}  # by size, and whether the rows share a prefix
         self._size_of = [_sizes_of(sizes, max_rows) for sizes in (self.sizes, self.shared_sizes)]
         self._last_rows: object = ()
+        self._order_R = np.zeros(0, dtype=np.int64)  # of the rows in progress, see `DecodeTables.send`
         self._shared_R: np.ndarray | None = None  # of the step in progress, see `DecodeTables.shared_tokens`
 
     # ------------------------------------------------------------------------------------------------- recording
@@ -257,7 +272,7 @@ class CUDAGraphRunner:
 
         All rows are padding while recording: nothing is written to the cache.
         """
-        self.tables.control_CR.fill_(-1)
+        self.tables.clear()
         pool = torch.cuda.graph_pool_handle()
         make_stream: Any = torch.cuda.Stream  # torch gives it no types
         stream = make_stream(self.batch.device)
@@ -338,8 +353,9 @@ class CUDAGraphRunner:
         start_R = batch.num_computed_N[handles_R]
         if not same_rows:
             self._shared_R = self.tables.shared_tokens(handles_R, start_R) if self.shared_sizes else None
+            self._order_R = np.argsort(-start_R, kind="stable")  # all grow by one token until the rows change
         size = self._size(count)
-        self.tables.send(handles_R, blocks_GR, size, self._shared_R)
+        self.tables.send(handles_R, blocks_GR, size, self._order_R, self._shared_R)
         return StepInputs(
             handles_R=handles_R,
             num_tokens_R=None,

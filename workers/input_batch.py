@@ -169,7 +169,7 @@ class InputBatch:
         self._last_tokens = self.last_token_N.numpy() if not self.lives_on_device else np.zeros(0, dtype=np.int64)
         self._query_start_R1 = torch.arange(num + 1, dtype=torch.int32, device=device)
         capacity = 8 * ((3 + num_groups) * max_num_batched_tokens + (5 + num_groups) * num + 64)
-        capacity += 4 * num * (num_groups * self.max_blocks + 2)
+        capacity += 4 * num * (num_groups * self.max_blocks + 3)
         count = max(NUM_STAGING_BUFFERS, max_steps_in_flight) if self.lives_on_device else 1
         self._staging = [Staging(capacity, device) for _ in range(count)]
         self._step = 0
@@ -294,6 +294,8 @@ class InputBatch:
             staging.take(len(sampling_R), True)[:] = sampling_R
         is_longer = num_tokens_R > 1
         num_decode_rows = int(is_longer.argmax()) if is_longer.any() else num_rows
+        if self.lives_on_device:
+            staging.take(num_decode_rows, False)[:] = np.argsort(-start_R[:num_decode_rows], kind="stable")
         return self._inputs(
             staging, max_context, handles_R, num_tokens_R, start_R + num_tokens_R, int(num_tokens_R.max()),
             num_decode_rows, sample_rows_S, False,
@@ -359,6 +361,7 @@ class InputBatch:
                 slot_mapping_T=slots_GT[group],
                 max_query_len=max_query_len,
                 max_context_len=max_context,
+                order_R=tensors[9] if len(tensors) > 9 else None,
             )
             for group in range(self.num_groups)
         ]

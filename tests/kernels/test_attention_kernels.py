@@ -97,6 +97,32 @@ def test_decode_with_rotation_and_store_inside(
     assert not tuning.counters(device).any()
 
 
+@pytest.mark.parametrize("stored_inside", [False, True])
+def test_whichever_row_comes_first_the_result_is_the_same(stored_inside: bool, device: torch.device) -> None:
+    """Bit for bit, with padding and with contexts that are cut into pieces."""
+    contexts = [35, 0, 1, 50, 17] if device.type == "cpu" else [35, 0, 1, 2050, *range(17, 1700, 9), 4000]
+    k_cache, v_cache, table, context = paged(contexts, 16, 2, 64, torch.float16, device)
+    qkv = torch.randn(len(contexts), (8 + 2 * 2) * 64, device=device).half()
+    positions = (context.long() - 1).clamp(min=0)
+    slots = torch.where(context > 0, table.gather(1, positions[:, None] // 16)[:, 0] * 16 + positions % 16, -1)
+    found = []
+    for order_R in (None, torch.argsort(-context).int(), torch.randperm(len(contexts), device=device).int()):
+        if stored_inside:
+            caches = k_cache.clone(), v_cache.clone()
+            out = paged_attention.decode_attention(
+                qkv, positions, None, *caches, slots, table, context, num_heads=8, scale=0.1, order_R=order_R
+            )  # fmt: skip
+            found.append((out, *caches))
+        else:
+            q = qkv[:, : 8 * 64].view(-1, 8, 64)
+            found.append((
+                paged_attention.paged_attention(q, k_cache, v_cache, table, context, scale=0.1, order_R=order_R),
+            ))  # fmt: skip
+    for other in found[1:]:
+        for first, second in zip(found[0], other, strict=True):
+            assert torch.equal(first, second)
+
+
 @pytest.mark.parametrize("max_context", [32, 60, None])
 def test_the_host_bound_sizes_the_launch_and_not_the_result(
     max_context: int | None, device: torch.device, assert_near: Near

@@ -28,6 +28,7 @@ def test_each_operation_has_its_meaning_in_the_reference() -> None:
             "max_context",
             "inputs_early",
             "shared_len_R",
+            "order_R",
             "out_RNH",
             "out_TNH",
             "out_TO",

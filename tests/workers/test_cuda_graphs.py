@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from argosy.workers.cuda_graphs import DecodeTables, ladder, shared_ladder
+from argosy.workers.cuda_graphs import ORDER, DecodeTables, ladder, shared_ladder
 from argosy.workers.input_batch import InputBatch
 
 ROWS, BLOCK, BLOCKS = 64, 16, 100
@@ -84,3 +84,16 @@ def test_sizes_grow_to_the_most_rows() -> None:
             assert sizes == sorted(set(sizes))
             assert not sizes or sizes[-1] == most
     assert not shared_ladder(63)
+
+
+def test_rows_with_long_contexts_come_first_and_padding_behind(tables: DecodeTables) -> None:
+    """Padding up to the recorded size is in the order, too; what a longer step left there before is not."""
+    tables.clear()
+    assert tables.control_CR[ORDER].tolist() == list(range(ROWS))
+    for count, padded in ((ROWS, ROWS), (3, 8)):
+        order_R = np.argsort(-np.arange(count))
+        tables.send(np.arange(count), np.full((1, count), -1), padded, order_R)
+        assert tables.control_CR[ORDER, :padded].tolist() == [*range(count)][::-1] + list(range(count, padded))
+    order_R = tables.metadata(8, 100).order_R
+    assert order_R is not None
+    assert order_R.tolist() == [2, 1, 0, 3, 4, 5, 6, 7]

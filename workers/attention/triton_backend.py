@@ -50,6 +50,7 @@ class TritonBackend:
             kv_scales=shape.kv_scales,
             shared_len_R=metadata.shared_len_R,
             inputs_early=True,
+            order_R=metadata.order_R,
         ).flatten(1)
 
     def rotate_and_store(
@@ -115,6 +116,7 @@ class TritonBackend:
             sinks_N=shape.sinks_N,
             kv_scales=shape.kv_scales,
             out_RNH=out_RNH,
+            order_R=metadata.order_R,
         )
 
     def _prefill(
