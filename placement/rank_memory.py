@@ -161,19 +161,31 @@ class RankMemory(msgspec.Struct, frozen=True, kw_only=True):
 class StageBytes:
     """Weights of stages, each layer counted once and remembered: a planner asks thousands of times."""
 
-    def __init__(self, shape: ModelShape, serving: Serving):
-        self.shape, self.serving = shape, serving
+    def __init__(self, shape: ModelShape, serving: Serving, *, on_cpu: bool = False):
+        self.shape, self.serving, self._on_cpu = shape, serving, on_cpu
+        self._twin: StageBytes | None = None
         self._prefix: dict[int, list[int]] = {}  # tp -> bytes of the layers before each
         self._block_bytes: dict[tuple[int, int], int] = {}  # (tp, layers with a place in a block) -> bytes of one
         windowed = (shape.spec.window_of(layer) is not None for layer in range(shape.num_layers))
         self._windowed_before = [0, *accumulate(windowed)]
+
+    def on(self, gpu: Gpu) -> "StageBytes":
+        """The same on this device: a CPU makes what is packed plain."""
+        if gpu.model != "CPU" or self._on_cpu:
+            return self
+        if self._twin is None:
+            self._twin = StageBytes(self.shape, self.serving, on_cpu=True)
+        return self._twin
 
     def layer_bytes(self, tp_size: int, first_layer: int, last_layer: int) -> int:
         """Weights of the layers [first_layer, last_layer) on the first rank of a group."""
         prefix = self._prefix.get(tp_size)
         if prefix is None:
             of_kind = [
-                sum(_matrix_bytes(self.shape, matrix, self.serving, tp_size) for matrix in kind.matrices)
+                sum(
+                    _matrix_bytes(self.shape, matrix, self.serving, tp_size, on_cpu=self._on_cpu)
+                    for matrix in kind.matrices
+                )
                 + kind.norm_size * self.serving.dtype_bytes
                 for kind in self.shape.kinds
             ]
@@ -256,7 +268,7 @@ def rank_memory(
     cap_bytes: int | None = None,
 ) -> RankMemory:
     """The ledger of a rank on `gpu`, of which it may use `cap_bytes` in all (None: what there is)."""
-    serving = sizes.serving
+    sizes, serving = sizes.on(gpu), sizes.serving
     weights = sizes.stage_bytes(tp_size, first_layer, last_layer)
     block = sizes.block_bytes(tp_size, first_layer, last_layer)
     activations = sizes.activation_bytes(calibration, tp_size, first_layer, last_layer)
@@ -321,7 +333,9 @@ def num_offloaded(serving: Serving, layer_bytes: list[int], block_bytes: int, bu
     return count_to_gain(layer_bytes, wanted - budget)
 
 
-def _matrix_bytes(shape: ModelShape, matrix: Matrix, serving: Serving, tp_size: int) -> int:
+def _matrix_bytes(
+    shape: ModelShape, matrix: Matrix, serving: Serving, tp_size: int, *, on_cpu: bool = False
+) -> int:  # fmt: skip
     num_out, num_in, count = matrix.num_out, matrix.num_in, matrix.count
     bias_rows = num_out
     if matrix.cut == "column":
@@ -336,11 +350,15 @@ def _matrix_bytes(shape: ModelShape, matrix: Matrix, serving: Serving, tp_size: 
         num_out //= tp_size
     elif matrix.cut == "expert_row":
         num_in //= tp_size
-    packs = matrix.quantised and (matrix.is_experts or not serving.weight_format.experts_only)
+    experts_only = serving.weight_format.experts_only
+    # a CPU keeps nothing packed but experts in e4m3
+    packs = matrix.quantised and (not (on_cpu or experts_only) or (matrix.is_experts and not (on_cpu and experts_only)))
     weight_format = serving.weight_format if packs else _PLAIN
     if packs and matrix.is_experts:
         in_groups = weight_format.name in INT_FORMATS and (weight_format.bits == 4 or shape.weight_format.bits != 16)
-        if in_groups:
+        if in_groups and on_cpu:
+            weight_format = _PLAIN
+        elif in_groups:
             if weight_format.order_bytes and num_in < matrix.num_in:  # groups are filled up
                 num_in = _filled(num_in, -(-matrix.num_in // weight_format.group))
             weight_format = _packed_experts(weight_format, num_in, serving.dtype_bytes)

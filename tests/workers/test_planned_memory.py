@@ -22,6 +22,7 @@ from argosy.placement.topology import Gpu
 from argosy.placement.uneven import layers_for, stage_memory
 from argosy.workers import memory
 from argosy.workers.kv_cache import KVCache
+from argosy.workers.loading.stream import load_weights
 from argosy.workers.long_steps import LongSteps, slice_tokens_of
 from argosy.workers.memory import MemoryLedger, measure_num_blocks
 from argosy.workers.models.registry import build_model
@@ -214,6 +215,24 @@ def test_packed_weights_are_counted_to_the_byte(tmp_path: Path, quantization: st
     sizes = StageBytes(shape, Serving.from_config(config, shape))
     said, held = sizes.stage_bytes(1, 0, 6), sum(parameter.nbytes for parameter in model.parameters())
     assert held == said
+
+
+@pytest.mark.parametrize("quantization", ["fp8", "int8", "int4"])
+def test_a_cpu_is_foretold_the_plain_weights_that_it_makes_of_packed_ones(tmp_path: Path, quantization: str) -> None:
+    folder = folder_of(tmp_path, "llama_wide")
+    spec = read_model_spec(folder, quantization=quantization)
+    rank, device = make_plan(6, 1, 1).ranks[0], torch.device("cpu")
+    model = build_model(spec, rank, ParallelContext(rank, device, 5.0), torch.float32, device)
+    load_weights(model, folder, spec, rank, load_format="dummy")
+    held = sum(parameter.nbytes for parameter in model.parameters())
+    sizes = StageBytes(read_model_shape(folder), Serving.from_config(
+        ServingConfig.from_mapping({"model": str(folder), "dtype": "float32", "quantization": quantization}),
+        read_model_shape(folder),
+    ))  # fmt: skip
+    gpu = Gpu(index=0, model="CPU", memory_bytes=psutil.virtual_memory().available)
+    layout = {"tp_size": 1, "pp_size": 1, "first_layer": 0, "last_layer": 6}
+    said = planned.rank_memory(sizes, default_calibration("CPU"), gpu, **layout)
+    assert said.weight_bytes == held > sizes.stage_bytes(1, 0, 6)
 
 
 def test_a_rank_of_half_the_memory_does_not_cut_the_other(tmp_path: Path) -> None:
