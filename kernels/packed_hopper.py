@@ -41,7 +41,10 @@ from argosy.kernels.packed_reference import ROWS, PackedWeight
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 COLUMNS = gl.constexpr(64)  # of a place in the ring
 GROUPS = (64, 128)
-REGISTERS = {2: 232, 4: 112}  # of a thread that multiplies, by the number of groups of warps
+# Of a thread that multiplies, by the number of groups of warps and of programs that share a multiprocessor; and of all
+# threads while they start, where Triton would take what one program may have.
+REGISTERS = {(2, 1): 232, (4, 1): 112, (2, 2): 96}
+START_REGISTERS = {(2, 2): 80}
 FETCH_REGISTERS = 32
 RING_BYTES = 200_000  # of a multiprocessor's 232,448, less barriers and what results go out through
 
@@ -344,8 +347,9 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """x W^T + bias into `out_TO`. Ask `takes` first.
 
-    `sizes`: wgs (2 or 4 groups of warps), tiles (4 or 8 of 16 rows, of each), tokens (of a program), stages,
-    programs (0: each takes one tile of the result; else so many share all work evenly).
+    `sizes`: wgs (2 or 4 groups of warps), tiles (4 or 8 of 16 rows, of each), tokens (of a program), stages, programs
+    (0: each takes one tile of the result; else so many share all work evenly), sharing (2 programs a multiprocessor;
+    1 without).
     """
     num_tokens, words, pairs = x_TI.shape[0], weight.words_MUW, weight.pairs_MKR2
     units, planes = weight.group // 64, weight.planes
@@ -362,6 +366,8 @@ def linear(
     if shared:
         part = torch.empty(programs * 2 * wgs * tiles * ROWS * tokens, dtype=torch.float32, device=x_TI.device)
         counters = tuning.counters(x_TI.device)
+    share = (wgs, sizes.get("sharing", 1))
+    start = {"maxnreg": START_REGISTERS[share]} if share in START_REGISTERS else {}
     flat, words_2d = gl.NVMMASharedLayout(0, 32, 2), words.view(words.shape[0], -1)
     pairs_2d = pairs.view(torch.int32).view(pairs.shape[0], -1)
     hopper_kernel[(programs,)](
@@ -372,7 +378,7 @@ def linear(
         weight.num_outputs, out_TO.stride(0),
         UNITS=units, PLANES=planes, HALF_SCALES=pairs.dtype == torch.float16, WGS=wgs, TILES=tiles, TOKENS=tokens,
         STAGES=sizes["stages"], BIAS=bias_O is not None, SHARED=shared,
-        REGISTERS=sizes.get("registers", REGISTERS[wgs]), FETCH_REGISTERS=FETCH_REGISTERS, num_warps=4,
+        REGISTERS=REGISTERS[share], FETCH_REGISTERS=FETCH_REGISTERS, num_warps=4, **start,
         **tuning.overlap(x_TI.device),
     )  # fmt: skip
     return out_TO

@@ -30,6 +30,7 @@ AGAIN = {8: 1}  # sizes are the best of fewer tokens
 FEW_WAYS = [  # tiles, split, wide, ahead, stages
     (1, 4, 1, 1, 3), (1, 4, 2, 1, 3), (1, 8, 2, 1, 3), (1, 8, 4, 1, 3), (2, 4, 1, 0, 4), (2, 4, 2, 0, 3),
     (2, 4, 2, 1, 3), (2, 8, 1, 1, 3), (2, 8, 1, 0, 4), (2, 8, 2, 0, 3), (2, 8, 2, 1, 3),
+    (1, 8, 4, 1, 1), (1, 8, 2, 1, 1), (1, 4, 4, 1, 1), (1, 4, 2, 1, 1), (2, 4, 2, 1, 1), (2, 8, 2, 1, 1),
 ]  # fmt: skip
 MANY_WAYS = {  # tiles, warps, sync, tokens at once
     16: [(8, 8, 0, 16)],
@@ -62,9 +63,11 @@ def sizes_for(tokens: int, name: str, bits: int) -> Iterator[dict[str, int]]:
                "sync": sync}  # fmt: skip
     for (wgs, tiles, at_once), programs in itertools.product(HOPPER_WAYS.get(tokens, ()), (0, NUM_SMS)):
         ring = {"kernel": HOPPER, "wgs": wgs, "tiles": tiles, "tokens": at_once, "programs": programs}
-        most = min(8, packed_hopper.RING_BYTES // (bits // 4 * wgs * tiles * 576 + at_once * 128))
+        fitting = packed_hopper.RING_BYTES // (bits // 4 * wgs * tiles * 576 + at_once * 128)
         if programs == 0 or (wgs, tiles, at_once) != (4, 4, 128):  # which would spill registers
-            yield ring | {"stages": most}
+            yield ring | {"stages": min(8, fitting)}
+        if wgs == 2 and tiles == 4 and at_once <= 64 and bits == 4:
+            yield ring | {"stages": min(8, fitting // 2), "sharing": 2, "programs": 2 * programs}
     if tokens > 64:
         yield {"kernel": SLICES, "slice_mb": 24}
         yield {"kernel": SLICES, "slice_mb": 256}
