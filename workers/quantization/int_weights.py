@@ -54,7 +54,7 @@ class IntWeightMethod:
         self._group = FILLED if self._is_filled else self._own_group()
 
     def _checkpoint_group(self, columns: int) -> int:
-        """Inputs that share a scale in the checkpoint; the last ones may be fewer. Rounded here, all groups are whole."""
+        """Inputs that share a scale in the checkpoint; the last may be fewer. Rounded here, all groups are whole."""
         if self.scheme.group == -1:
             return columns
         return math.gcd(columns, self.scheme.group) if self.scheme.online else self.scheme.group
