@@ -45,6 +45,7 @@ from argosy.kernels import (
     prefill_attention,
     rotary,
     tuning,
+    warp_decode,
 )
 from argosy.kernels.fp8_reference import E4M3, Fp8Rows, Fp8Weight, Rounding
 
@@ -155,6 +156,19 @@ def prompts(report: Callable[..., None]) -> None:
                 f"prompts, {counts} {eight_bits.dtype}", hopper_attention.hopper_attention, q, eight_bits, eight_bits,
                 table, tiles, out, scale=0.1, sizes=hopper_attention.UNPACKED_SIZES,
             )  # fmt: skip
+
+
+def alone(report: Callable[..., None]) -> None:
+    """Decode over caches in 8 bits where every warp works alone."""
+    raw = torch.zeros(64, kv_scales.block_bytes(16, 8, 128), dtype=torch.uint8)
+    table, lengths = torch.zeros(64, 512, dtype=torch.int32), torch.ones(64, dtype=torch.int32)
+    q, out = torch.zeros(64, 48, 128, dtype=BF16)[:, :32], torch.zeros(64, 32, 128, dtype=BF16)
+    for cache in (
+        kv_scales.as_scaled_cache(raw, 16, 8, 128, torch.int8), kv_scales.as_scaled_cache(raw, 16, 8, 128, E4M3),
+        torch.zeros(64, 16, 8, 128, dtype=E4M3),
+    ):  # fmt: skip
+        name = f"decode, warps alone, {cache.dtype}{' with scales' * kv_scales.has_scales(cache)}"
+        report(name, warp_decode.warp_decode, q, cache, cache, table, lengths, out, scale=0.1, max_context=8192)
 
 
 def linear(report: Callable[..., None]) -> None:
@@ -296,8 +310,8 @@ def packed(report: Callable[..., None]) -> None:
 
 HOPPER_SIZES = ((4, 4, 32), (4, 4, 64), (2, 8, 64), (4, 4, 128), (2, 8, 128), (2, 4, 256))
 PARTS = {
-    "attention": attention, "prompts": prompts, "linear": linear, "gate": gate, "group": group, "fp8": fp8,
-    "experts": experts, "packed": packed,
+    "attention": attention, "alone": alone, "prompts": prompts, "linear": linear, "gate": gate, "group": group,
+    "fp8": fp8, "experts": experts, "packed": packed,
 }  # fmt: skip
 
 

@@ -2,7 +2,8 @@
 
 For 8b (32 heads over 8, of 128): the time of decode steps and of prompts with the best sizes for each kind of cache,
 beside what reading it alone takes. Sizes are compiled first in many processes, as in `tune_kernels.py`. `--write` keeps
-the best sizes of caches in 8 bits in a file of `kernels/tuned`.
+the best sizes of caches in 8 bits in a file of `kernels/tuned`. `--alone`: decode of the kernel whose warps work alone,
+checked against float32 first, beside what was tuned before.
 """
 
 import argparse
@@ -19,7 +20,7 @@ import torch
 from timing import copies_for, microseconds
 from torch import Tensor
 
-from argosy.kernels import kv_scales, paged_attention, prefill_attention
+from argosy.kernels import kv_scales, paged_attention, prefill_attention, reference
 
 HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 16
 DECODE = {"few": ((1, 1024), (8, 2048)), "many": ((64, 384), (64, 1024), (64, 4096)),
@@ -74,6 +75,93 @@ class Clock:
         return 1.0
 
 
+def alone_sizes() -> Iterator[Sizes]:
+    """Of `warp_decode`: registers for 12, 13 or 16 warps a multiprocessor; how many pieces."""
+    for maxnreg, per_sm, min_piece in (
+        (168, 12, 256), (168, 24, 256), (168, 48, 512), (168, 6, 512), (144, 13, 256), (144, 26, 512), (128, 16, 256),
+        (128, 32, 512),
+    ):  # fmt: skip
+        yield {"maxnreg": maxnreg, "per_sm": per_sm, "min_piece": min_piece}
+
+
+def check_alone(dtype: torch.dtype, scaled: bool) -> None:
+    """Ugly lengths, a row of padding, scales that are nan behind the ends; against float32."""
+    from argosy.kernels import warp_decode
+
+    for heads, block, splits in ((HEADS, 16, 24), (HEADS, 16, 1), (40, 32, 6), (KV_HEADS, 16, 6), (64, 16, 6)):
+        context = [0, 1, 15, 16, 17, 300, 1000, 1024, 2047, 4000, *range(33, 63)]
+        per_row = -(-4096 // block)
+        caches = []
+        for _ in range(2):
+            x = torch.randn(len(context) * per_row, block, KV_HEADS, SIZE, device="cuda")
+            if scaled:
+                raw = torch.zeros(
+                    len(x), kv_scales.block_bytes(block, KV_HEADS, SIZE), dtype=torch.uint8, device="cuda"
+                )
+                cache = kv_scales.as_scaled_cache(raw, block, KV_HEADS, SIZE, dtype)
+                x *= torch.rand(len(x), block, KV_HEADS, 1, device="cuda") ** 4
+                kv_scales.store(x.flatten(0, 1), cache, torch.arange(len(x) * block, device="cuda"))
+            else:
+                cache = x.to(dtype)
+            caches.append(cache)
+        table = torch.randperm(len(context) * per_row, device="cuda").int().view(len(context), per_row)
+        every = torch.arange(len(table) * per_row, device="cuda")
+        exact = [kv_scales.gather(x, every) if scaled else x.float() for x in caches]
+        for row, length in enumerate(context):
+            if scaled and length % block:
+                for cache in caches:
+                    kv_scales.scales_of(cache)[table[row, length // block], :, length % block :] = kv_scales.NAN_CODE
+        lengths = torch.tensor(context, device="cuda", dtype=torch.int32)
+        q = torch.randn(len(context), heads + 2 * KV_HEADS, SIZE, device="cuda", dtype=torch.bfloat16)[:, :heads]
+        want = reference.paged_attention(q.float(), *exact, table, lengths, scale=SIZE**-0.5)
+        worst = []
+        for _ in range(2):
+            out = torch.full((len(context), heads, SIZE), float("nan"), device="cuda", dtype=torch.bfloat16)
+            warp_decode.warp_decode(
+                q, *caches, table, lengths, out, scale=SIZE**-0.5, max_context=4096,
+                sizes={"maxnreg": 168, "per_sm": splits, "min_piece": 256},
+            )  # fmt: skip
+            off = (out.float() - want).abs().amax((1, 2))
+            worst.append(round(off.max().item(), 4))
+        good = max(worst) < 0.03
+        print("right" if good else f"WRONG {off.tolist()}", dtype, scaled, heads, block, splits, worst, flush=True)
+
+
+def alone(suffix: str) -> dict[str, Sizes]:
+    """Times of all sizes for all shapes of decode beside those tuned; the best of each kind where they are better."""
+    from argosy.kernels import warp_decode
+
+    dtype, scaled = KINDS[suffix]
+    check_alone(dtype, scaled)
+    found = {}
+    for kind, shapes in DECODE.items():
+        scores: dict[str, list[float]] = {}
+        for rows, context in shapes:
+            sets = decode_inputs(rows, context, dtype, scaled)
+            ways: dict[str, list[Callable[[], object]]] = {
+                "tuned": [
+                    lambda each=each: paged_attention.paged_attention(*each, scale=0.1, max_context=8192)
+                    for each in sets
+                ]
+            }
+            for sizes in alone_sizes():
+                ways[json.dumps(sizes)] = [
+                    lambda each=each, sizes=sizes: warp_decode.warp_decode(
+                        *each, torch.empty_like(each[0]), scale=0.1, max_context=8192, sizes=sizes
+                    )
+                    for each in sets
+                ]
+            for way, run in ways.items():
+                scores.setdefault(way, []).append(microseconds(run, launches=max(len(run), 20), replays=3)[0])
+        read = [round(r * n * KV_HEADS * 2 * (SIZE * dtype.itemsize + scaled) / PEAK, 1) for r, n in shapes]
+        print(f"decode {kind}{suffix} {shapes}, read alone {read} us", flush=True)
+        ranked = sorted(scores, key=lambda way: math.prod(scores[way]))
+        print(*(f"    {[round(us, 1) for us in scores[way]]} {way}" for way in ranked), sep="\n", flush=True)
+        if ranked[0] != "tuned":
+            found[f"h{SIZE}_{kind}{suffix}"] = json.loads(ranked[0])
+    return found
+
+
 def make_cache(num_blocks: int, dtype: torch.dtype, scaled: bool) -> Tensor:
     """Random numbers, and random scales around 1 where there are any."""
     if not scaled:
@@ -85,21 +173,25 @@ def make_cache(num_blocks: int, dtype: torch.dtype, scaled: bool) -> Tensor:
     return cache
 
 
-def decode_calls(rows: int, context: int, dtype: torch.dtype, scaled: bool) -> tuple[Callable[..., object], ...]:
-    """Input sets that no cache of the card holds."""
+def decode_inputs(rows: int, context: int, dtype: torch.dtype, scaled: bool) -> list[tuple[Tensor, ...]]:
+    """Queries, caches, table and lengths: as many sets as no cache of the card holds."""
     per_row = context // BLOCK
     lengths = torch.full((rows,), context, device="cuda", dtype=torch.int32)
     q = torch.randn(rows, HEADS, SIZE, device="cuda").bfloat16()
-    calls = []
+    sets = []
     for _ in range(copies_for(rows * context * KV_HEADS * 2 * SIZE * dtype.itemsize, 4)):
         caches = [make_cache(rows * per_row, dtype, scaled) for _ in range(2)]
         table = torch.randperm(rows * per_row, device="cuda").view(rows, per_row).int()
-        calls.append(
-            lambda sizes, a=(q, *caches, table, lengths): paged_attention.paged_attention(
-                *a, scale=0.1, max_context=8192, sizes=sizes
-            )
-        )
-    return tuple(calls)
+        sets.append((q, *caches, table, lengths))
+    return sets
+
+
+def decode_calls(rows: int, context: int, dtype: torch.dtype, scaled: bool) -> tuple[Callable[..., object], ...]:
+    """A call with sizes for each set of inputs."""
+    return tuple(
+        lambda sizes, each=each: paged_attention.paged_attention(*each, scale=0.1, max_context=8192, sizes=sizes)
+        for each in decode_inputs(rows, context, dtype, scaled)
+    )
 
 
 def prompt_calls(rows: int, length: int, dtype: torch.dtype, scaled: bool) -> tuple[Callable[..., object], ...]:
@@ -160,7 +252,14 @@ def main() -> int:
     parser.add_argument("--write", help="file of tuned sizes to add to")
     parser.add_argument("--output", default="", help="append the JSON lines to this file")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)
+    parser.add_argument("--alone", nargs="*", choices=[kind for kind in KINDS if kind], help="kinds of caches")
     arguments = parser.parse_args()
+    if arguments.alone is not None:
+        found: dict[str, Sizes] = {}
+        for suffix in arguments.alone or ("_int8", "_e4m3_scaled", "_e4m3"):
+            found |= alone(suffix)
+        print(json.dumps({"warp_decode": found}), flush=True)
+        return 0
     clock = Clock(arguments.compile_part)
     if not clock.of:
         workers = min(14, os.cpu_count() or 1)
