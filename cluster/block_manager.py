@@ -131,7 +131,7 @@ class BlockManager:
             return []
         if num_more > self.pool.num_free:
             return None
-        added = [self.pool.allocate() for _ in range(num_more)]
+        added = self.pool.allocate_many(num_more)
         request.block_ids += added
         return added
 
@@ -142,10 +142,10 @@ class BlockManager:
         """
         if not self.rules.has_windows:
             return
-        knows = self.prefix_cache.knows
-        for at in self.rules.dead(request.block_ids, request.num_computed_tokens):
-            block_id, request.block_ids[at] = request.block_ids[at], HOLE
-            self.pool.release(block_id, keep=knows(block_id))
+        block_ids, knows, release = request.block_ids, self.prefix_cache.knows, self.pool.release
+        for at in self.rules.dead(block_ids, request.num_computed_tokens):
+            block_id, block_ids[at] = block_ids[at], HOLE
+            release(block_id, keep=knows(block_id))
 
     def fork(self, parent: Request, child: Request) -> None:
         """Let `child` start from the blocks of `parent`'s prompt, all but its last token counted as computed."""
@@ -189,10 +189,9 @@ class BlockManager:
         if len(request.block_hashes) < num_full:
             self._extend(request, num_full)
         num_groups = self.rules.num_groups
-        for at in range(request.num_registered_blocks * num_groups, num_full * num_groups):
-            if (block_id := request.block_ids[at]) != HOLE:
-                place, group = divmod(at, num_groups)
-                self.prefix_cache.register(block_id, request.block_hashes[place], group)
+        for place in range(request.num_registered_blocks, num_full):
+            block_ids = request.block_ids[place * num_groups : (place + 1) * num_groups]
+            self.prefix_cache.register_place(block_ids, request.block_hashes[place])
         request.num_registered_blocks = num_full
 
     def free(self, request: Request, *, trusted: bool = True) -> None:

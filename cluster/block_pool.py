@@ -49,6 +49,16 @@ class BlockPool:
         self.ref_counts[block_id] = 1
         return block_id
 
+    def allocate_many(self, count: int) -> list[int]:
+        """As so many times `allocate`. So many must be free."""
+        if count > len(self._spare):
+            return [self.allocate() for _ in range(count)]
+        taken = self._spare[: -count - 1 : -1]
+        del self._spare[len(self._spare) - count :]
+        for block_id in taken:
+            self.ref_counts[block_id] = 1
+        return taken
+
     def next_to_go(self, count: int) -> list[int]:
         """The cached blocks that give way next, the first first."""
         return list(islice(self._cached, count))

@@ -39,12 +39,16 @@ class GroupRules:
 
     def dead(self, block_ids: Sequence[int], num_computed: int) -> list[int]:
         """Indexes of blocks that nobody will look back on from `num_computed` on, the latest first."""
-        found = []
-        for group, window in self.windowed:
-            place = self.first_place(window, num_computed) - 1
-            while place >= 0 and block_ids[at := place * self.num_groups + group] != HOLE:
+        found: list[int] = []
+        block_size, num_groups = self.block_size, self.num_groups
+        for group, window in self.windowed:  # a step of many rows does this some hundred times: nothing is called
+            past = num_computed - window + 1
+            if past < block_size:
+                continue
+            at = (past // block_size - 1) * num_groups + group  # before `first_place`
+            while at >= 0 and block_ids[at] != HOLE:
                 found.append(at)
-                place -= 1
+                at -= num_groups
         return found
 
     def find(self, cache: PrefixCache, hashes: Sequence[BlockHash]) -> list[int]:

@@ -13,6 +13,7 @@ BlockHash: TypeAlias = tuple[bytes, bytes]
 """Digest of a full block, and its token ids as bytes."""
 
 _DOMAIN: Final = b"argosy.prefix.1\0"
+_SUFFIXES: Final = (b"", *(group.to_bytes(1, "little") for group in range(1, 256)))  # by group of layers
 
 
 def root_digest(salt: str) -> bytes:
@@ -73,6 +74,16 @@ class PrefixCache:
             self._block_of[block_hash[0]] = block_id
             self._hash_of[block_id] = block_hash
 
+    def register_place(self, block_ids: Sequence[int], block_hash: BlockHash) -> None:
+        """The blocks of one place of a table, one a group of layers, now hold what the name says; below 0: no block."""
+        digest, packed = block_hash
+        block_of, hash_of = self._block_of, self._hash_of
+        for block_id, suffix in zip(block_ids, _SUFFIXES, strict=False):
+            name = digest + suffix
+            if block_id >= 0 and name not in block_of and block_id not in hash_of:
+                block_of[name] = block_id
+                hash_of[block_id] = (name, packed)
+
     def forget(self, block_id: int) -> BlockHash | None:
         """The block's content is gone, or not to be trusted. The name that it had."""
         if (block_hash := self._hash_of.pop(block_id, None)) is not None:
@@ -88,4 +99,4 @@ class PrefixCache:
 
 def _name(digest: bytes, group: int) -> bytes:
     """The name of a content in the blocks of one group of layers; each group has a copy for its own layers."""
-    return digest + group.to_bytes(1, "little") if group else digest
+    return digest + _SUFFIXES[group]

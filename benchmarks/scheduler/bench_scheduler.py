@@ -1,10 +1,11 @@
 """What a decode step costs on the driver side, without ranks: `schedule` and `update` for 1 to 5000 running requests.
 
-    python benchmarks/scheduler/bench_scheduler.py [--out benchmarks/results/scheduler.jsonl]
+    python benchmarks/scheduler/bench_scheduler.py [--out benchmarks/results/scheduler.jsonl] [--windows 0 1024 1024]
 
 A zero-cost executor answers each step with a fixed token. Steady decode: no arrivals, no ends; block boundaries,
 hashing of full blocks and the making of `TokenDelta`s are included. One line of JSON for each number of requests. Times
 are of the processor (`time.thread_time`), so that a busy machine doesn't count; `wall_median_us` is the clock's.
+`--windows` is a model of several groups of layers, 0 for one that sees everything: each has a table of its own.
 """
 
 import argparse
@@ -19,6 +20,7 @@ from pathlib import Path
 from argosy.cluster.clock import MonotonicClock
 from argosy.cluster.metrics import Metrics
 from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.kv_groups import KVGroups
 from argosy.cluster.protocol.messages import GenerateRequest, ModelRunnerOutput, SchedulerOutput, TokenDelta
 from argosy.cluster.protocol.sampling import TokenParams
 from argosy.cluster.request import make_requests
@@ -41,7 +43,7 @@ def answer(output: SchedulerOutput) -> ModelRunnerOutput:
     return ModelRunnerOutput(step_id=output.step_id, epoch=output.epoch, token_ids=[17] * len(output.rows))
 
 
-def measure(num_requests: int, num_steps: int) -> dict[str, float]:
+def measure(num_requests: int, num_steps: int, windows: tuple[int, ...] = (0,)) -> dict[str, float]:
     """Microseconds of a steady decode step with one step in flight ahead, as the driver runs it."""
     config = ServingConfig.from_mapping(
         {
@@ -54,7 +56,7 @@ def measure(num_requests: int, num_steps: int) -> dict[str, float]:
     clock, metrics = MonotonicClock(), Metrics()
     scheduler = Scheduler(config, clock, metrics)
     num_tokens = PROMPT_TOKENS + num_steps + 216
-    scheduler.begin_epoch(0, num_requests * (num_tokens // 16 + 2) * 2)
+    scheduler.begin_epoch(0, num_requests * (num_tokens // 16 + 2) * 2 * len(windows), KVGroups(windows))
     deltas: list[TokenDelta] = []
     for stream_id in range(num_requests):
         prompt = [stream_id + 1] * (PROMPT_TOKENS + stream_id % 16)  # block boundaries fall on all steps alike
@@ -110,10 +112,16 @@ def main() -> None:
     """Measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=480)
+    parser.add_argument("--requests", type=int, nargs="+", default=NUM_REQUESTS)
+    parser.add_argument("--windows", type=int, nargs="+", default=[0], help="of groups of layers; 0 sees everything")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     about = {"benchmark": "scheduler", "cpu": cpu_name(), "python": sys.version.split()[0]}
-    lines = [json.dumps({**about, **measure(number, arguments.steps)}) for number in NUM_REQUESTS]
+    windows = tuple(arguments.windows)
+    lines = [
+        json.dumps({**about, "windows": windows, **measure(number, arguments.steps, windows)})
+        for number in arguments.requests
+    ]
     print("\n".join(lines))
     if arguments.out:
         with arguments.out.open("a") as file:

@@ -73,3 +73,19 @@ def test_check_sees_a_one_sided_name() -> None:
     cache._hash_of.clear()
     with pytest.raises(AssertionError):
         cache.check()
+
+
+def test_a_place_of_several_groups_is_registered_as_its_blocks_one_by_one() -> None:
+    """Holes have no name; a block that has one, and a name that has a block, stay as they are."""
+    first, second = hashes_of([1, 2, 3, 4])
+    one_by_one, at_once = PrefixCache(), PrefixCache()
+    for block_ids, name in (((4, -1, 6), first), ((7, 8, 9), first), ((4, 10, -1), second)):
+        at_once.register_place(block_ids, name)
+        for group, block_id in enumerate(block_ids):
+            if block_id >= 0:
+                one_by_one.register(block_id, name, group)
+    found = [
+        [cache.get(name, group) for name in (first, second) for group in range(3)] for cache in (one_by_one, at_once)
+    ]
+    assert found[0] == found[1] == [4, 8, 6, None, 10, None]
+    at_once.check()
