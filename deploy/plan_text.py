@@ -56,8 +56,20 @@ def describe_topology(topology: ClusterTopology) -> str:
         size = f" ({' or '.join(f'{value:g}' for value in sorted(free))} GiB each)" if free else ""
         kinds.setdefault(f"{node.describe_gpus()}{size}{link}", []).append(node.node_id)
     parts = [f"{len(names)} x [{kind}]" if len(names) > 1 else f"{names[0]} [{kind}]" for kind, names in kinds.items()]
-    network = f"; between nodes {topology.network.describe()}" if len(topology.nodes) > 1 else ""
+    network = f"; between nodes {_network(topology)}" if len(topology.nodes) > 1 else ""
     return "cluster: " + ", ".join(parts) + network
+
+
+def _network(topology: ClusterTopology) -> str:
+    """The default where some pair has it, and the range of the links that are known."""
+    num_pairs = len(topology.nodes) * (len(topology.nodes) - 1) // 2
+    words = [topology.network.describe()] if len(topology.links) < num_pairs else []
+    if topology.links:
+        slow, fast = (pick(entry.link.gbytes_per_second for entry in topology.links) for pick in (min, max))
+        rate = f"{slow:.3g}" if f"{slow:.3g}" == f"{fast:.3g}" else f"{slow:.3g} to {fast:.3g}"
+        measured = " (measured)" if all(entry.link.measured for entry in topology.links) else ""
+        words.append(f"{len(topology.links)} link{'s' * (len(topology.links) > 1)} of {rate} GB/s{measured}")
+    return ", ".join(words)
 
 
 def plan_lines(report: PlanReport, *, all_losers: bool = False, given: str = "") -> Iterator[str]:

@@ -7,6 +7,8 @@ from xml.etree import ElementTree
 import pytest
 
 from argosy.deploy import cli
+from argosy.deploy.plan_text import describe_topology
+from argosy.placement.topology import ClusterTopology, Link, Node, NodeLink
 
 
 def run(capsys: pytest.CaptureFixture[str], *words: str) -> tuple[int, str, str]:
@@ -129,3 +131,19 @@ def test_bounds_of_stages_are_planned_with(capsys: pytest.CaptureFixture[str]) -
     assert (code, "stage_memory_gb=[0.0, 14.0] must be 1 number" in complaint) == (2, True)
     code, _, complaint = run(capsys, *words, "--stage-memory-gb", "14")
     assert (code, "--stage-memory-gb 14: must be a JSON list" in complaint) == (2, True)
+
+
+def test_links_that_are_known_are_told_and_not_the_default() -> None:
+    """A cluster whose links were all measured was shown with the 25 Gbit/s that are taken for granted."""
+
+    def told(num_links: int, rates: tuple[float, ...]) -> str:
+        names = ["a", "b", "c"]
+        pairs = [("a", "b"), ("a", "c"), ("b", "c")][:num_links]
+        way = [Link(kind="network", gbytes_per_second=rate, latency_us=9.0, measured=True) for rate in rates]
+        links = tuple(NodeLink(first=x, second=y, link=one) for (x, y), one in zip(pairs, way, strict=True))
+        nodes = tuple(Node(node_id=name, address=name) for name in names)
+        return describe_topology(ClusterTopology(nodes=nodes, links=links)).partition("between nodes ")[2]
+
+    assert told(0, ()) == "network 2.8 GB/s"
+    assert told(1, (0.19,)) == "network 2.8 GB/s, 1 link of 0.19 GB/s (measured)"
+    assert told(3, (3.1, 2.97, 3.0)) == "3 links of 2.97 to 3.1 GB/s (measured)"
