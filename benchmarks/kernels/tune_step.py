@@ -3,9 +3,8 @@
     python benchmarks/kernels/tune_step.py --model 8b --out FILE
 
 Each product of a layer alone first, with what stands around it (cuBLAS, the kernel for 16 tokens with the norm before
-it or inside, and `gemv_split`), then the best few of each in a step of six layers, where neighbours share the card;
-then attention of few rows in the same way, over two contexts. Compiled in many processes before. Prints every try and
-writes the table with what came out.
+it or inside, and `gemv_split`), then the best few of each in a step of six layers, where neighbours share the card.
+Compiled in many processes before. Prints every try and writes the table with what came out.
 """
 
 import argparse
@@ -22,7 +21,7 @@ import torch.nn.functional as F
 from bench_kernels import STEPS, Step, rand
 from timing import copies_for, microseconds
 from torch import Tensor
-from tune_group import ATTENTION, LIBRARY, short, split_sizes
+from tune_group import LIBRARY, short
 
 from argosy.kernels import gemv, ops, tuning
 
@@ -30,6 +29,10 @@ Sizes = dict[str, int]
 LAYERS = 6
 KEEP = 0.997  # of the time before, or a change is noise
 Shape = tuple[str, int, int]  # name, inputs, weight rows
+SPLITS = (  # rows, width, stages, pieces of the inputs: those that were among the best of `tune_group.py`
+    (128, 128, 4, 1), (128, 64, 6, 1), (128, 256, 3, 1), (64, 128, 6, 1), (64, 256, 4, 1), (64, 128, 4, 1),
+    (64, 128, 6, 2), (64, 256, 4, 2), (64, 128, 4, 2), (64, 128, 6, 4), (64, 256, 3, 2),
+)  # fmt: skip
 
 
 def candidates(rows: int, shape: Shape) -> Iterator[Sizes]:
@@ -40,12 +43,20 @@ def candidates(rows: int, shape: Shape) -> Iterator[Sizes]:
         if tuned:
             yield {**tuned, "library": 0}
         for width, height, stages, warps in (
-            (128, 64, 5, 4), (256, 64, 3, 4), (256, 32, 3, 4), (128, 32, 5, 4), (256, 16, 5, 2), (256, 32, 4, 2),
-            (128, 64, 4, 8), (512, 16, 3, 4),
+            (128, 64, 5, 4), (256, 64, 3, 4), (256, 32, 3, 4), (256, 16, 5, 2),
         ) if name in ("qkv", "gate_up") else ():  # fmt: skip
             yield {"kernel": 1, "rows": height, "width": width, "stages": stages, "warps": warps, "per_sm": 0,
                    "prefetch": 4096, "early": int(name == "qkv"), "library": 0, "norms": 1}  # fmt: skip
-    yield from split_sizes(rows, num_in, num_out)
+    for height, width, stages, splits in SPLITS:
+        programs = -(-num_out // height) * splits
+        if (
+            num_in % width == 0
+            and num_in // splits >= 2 * width
+            and programs >= 60
+            and (splits == 1 or programs < 1200)
+        ):
+            yield {"kernel": gemv.SPLIT, "rows": height, "width": width, "stages": stages, "warps": 4,
+                   "splits": splits, "prefetch": 512, "early": 0, "library": 0}  # fmt: skip
 
 
 def call_of(shape: Shape, x: Tensor, w: Tensor, sizes: Sizes) -> Callable[[], object]:
@@ -71,10 +82,10 @@ NORMS: dict[int, Tensor] = {}
 
 
 def shapes_of(model: str) -> list[Shape]:
-    hidden, _, heads, kv_heads, wide, _, _ = STEPS[model]
+    hidden, _, heads, kv_heads, wide, vocabulary, _ = STEPS[model]
     NORMS[hidden] = rand(hidden)
     return [("gate_up", hidden, 2 * wide), ("down", wide, hidden), ("qkv", hidden, (heads + 2 * kv_heads) * 128),
-            ("o", heads * 128, hidden)]  # fmt: skip
+            ("o", heads * 128, hidden), ("head", hidden, vocabulary)]  # fmt: skip
 
 
 def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
@@ -121,7 +132,7 @@ def tune(chain: Step, rows: int, table: dict[str, dict[str, Sizes]], ranked: dic
     """Replace entries where the step becomes faster."""
     run = chain.of(rows)
     now = before = microseconds([run], launches=1, replays=9)[0]
-    for name in ("gate_up", "down", "qkv", "o"):
+    for name in ("gate_up", "down", "qkv", "o", "head"):
         num_in, num_out = chain.shapes[name]
         key = f"{num_in}x{num_out}x{gemv.bucket(rows)}"
         for turn in range(2):
@@ -147,25 +158,11 @@ def tune(chain: Step, rows: int, table: dict[str, dict[str, Sizes]], ranked: dic
 CHANGES: tuple[Sizes, ...] = ({"prefetch": 0}, {"prefetch": 2048}, {"early": 1})
 
 
-def tune_attention(chain: Step, rows: int, table: dict[str, dict[str, Sizes]]) -> None:
-    """Of few rows, over two contexts, in a step; printed, not kept: other contexts matter as well."""
-    runs = [chain.of(rows, context) for context in (192, 384)]
-    key, times = "h128_few", {}
-    old = table["paged_attention"][key]
-    for sizes in (old, *ATTENTION):
-        table["paged_attention"][key] = sizes
-        times[json.dumps(sizes)] = [round(microseconds([run], launches=1)[0], 1) for run in runs]
-    table["paged_attention"][key] = old
-    print(f"attention of {rows} rows at 192 and 384: {times[json.dumps(old)]} now")
-    for sizes in sorted(times, key=lambda s: sum(times[s]))[:5]:
-        print(f"    {times[sizes]} {sizes}", flush=True)
-
-
 def main() -> int:
     """Compile, then time."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(STEPS), default="8b")
-    parser.add_argument("--rows", type=int, nargs="+", default=[8, 64, 32])
+    parser.add_argument("--rows", type=int, nargs="+", default=[8, 64])
     parser.add_argument("--best", type=int, default=5, help="sizes of each product that are tried in steps")
     parser.add_argument("--out", required=True, help="the table to read and write")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": be one of the compiling processes
@@ -189,8 +186,6 @@ def main() -> int:
     for rows in args.rows:
         tune(chain, rows, table, ranked)
         Path(args.out).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    for rows in (1, 8):
-        tune_attention(chain, rows, table)
     print(f"all: {time.perf_counter() - began:.1f} s", flush=True)
     return 0
 

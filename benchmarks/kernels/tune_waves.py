@@ -13,19 +13,18 @@ import time
 import torch
 from timing import microseconds
 
-from argosy.kernels import paged_attention, tuning
+from argosy.kernels import ops, paged_attention, tuning
 
 HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 16
 READ = 4.44e6  # bytes a microsecond
 TILES = {  # block_l, warps, stages
     "32x1x2": (32, 1, 2), "32x1x3": (32, 1, 3), "64x2x2": (64, 2, 2), "64x2x3": (64, 2, 3), "64x1x2": (64, 1, 2),
-    "32x2x3": (32, 2, 3), "128x4x2": (128, 4, 2),
+    "128x4x2": (128, 4, 2), "128x4x3": (128, 4, 3), "64x4x3": (64, 4, 3), "64x2x4": (64, 2, 4),
 }  # fmt: skip
-CUTS = ((1, 0), (2, 256), (3, 256), (4, 256), (2, 1024), (8, 512))  # pieces at most, tokens of one at least
+CUTS = ((1, 0), (2, 1024))  # pieces at most, tokens of one at least
 CASES = [
-    (144, 2112), (176, 2112), (208, 2112), (256, 256), (256, 384), (132, 256), (200, 256), (64, 256), (64, 1024),
-    (100, 2112), (132, 2112), (160, 640), (256, 1024), (512, 640), (512, 0), (1000, 0), (240, 0), (320, 300),
-    (384, 512),
+    (256, 256), (144, 256), (200, 256), (256, 384), (64, 256), (96, 256), (240, 0), (144, 2112), (208, 2112),
+    (512, 640), (512, 0), (1000, 0), (320, 300), (64, 1024), (128, 512), (100, 0),
 ]  # fmt: skip  # a context of 0: drawn, log-normal
 
 
@@ -36,6 +35,32 @@ def contexts_of(rows: int, context: int) -> list[int]:
     torch.manual_seed(7)
     drawn = torch.exp(torch.randn(rows) * 0.8 + 6.2).clamp(64, 3000)
     return [int(value) for value in drawn]
+
+
+def together(caches: list[torch.Tensor], table: torch.Tensor, length: torch.Tensor) -> dict[str, list[float]]:
+    """By tile: microseconds with rotation and store inside, and with a launch of their own."""
+    rows, device = len(length), length.device
+    qkv = torch.randn(rows, (HEADS + 2 * KV_HEADS) * SIZE, device=device, dtype=torch.bfloat16)
+    positions, rotations = length.long() - 1, torch.randn(4096, SIZE, device=device)
+    slots = table.gather(1, positions[:, None] // BLOCK)[:, 0].long() * BLOCK + positions % BLOCK
+    found = {}
+    for name, (block_l, warps, stages) in TILES.items():
+        sizes = {"block_l": block_l, "warps": warps, "stages": stages, "per_sm": 1, "splits": 1}
+
+        def inside(sizes: tuning.Sizes = sizes) -> torch.Tensor:
+            return paged_attention.decode_attention(
+                qkv, positions, rotations, *caches, slots, table, length, num_heads=HEADS, scale=SIZE**-0.5,
+                max_context=4096, inputs_early=True, sizes=sizes,
+            )  # fmt: skip
+
+        def apart(sizes: tuning.Sizes = sizes) -> torch.Tensor:
+            q = ops.rope_and_store(qkv, positions, rotations, *caches, slots, num_heads=HEADS)
+            return paged_attention.paged_attention(
+                q, *caches, table, length, scale=SIZE**-0.5, max_context=4096, sizes=sizes
+            )  # fmt: skip
+
+        found[name] = [round(microseconds([way], launches=12, replays=3)[0], 1) for way in (inside, apart)]
+    return found
 
 
 def measure(caches: list[torch.Tensor], lengths: list[int]) -> dict[str, object]:
@@ -65,7 +90,7 @@ def measure(caches: list[torch.Tensor], lengths: list[int]) -> dict[str, object]
     row: dict[str, object] = {"floor": round(sum(lengths) * 4 * KV_HEADS * SIZE / READ, 1), "now": time_of(None)}
     row["best"] = [f"{us} {what}" for us, what in found[:6]]
     row["whole"] = {what.split()[0]: us for us, what in found if "/ 1 of" in what}
-    row["halves"] = {what.split()[0]: us for us, what in found if "/ 2 of 256" in what}
+    row["with rotation"] = together(caches, table, length)
     return row
 
 
