@@ -1,9 +1,10 @@
 """A rank that writes down each step: what it computed, what its host did, and when its tokens were on the host.
 
-Used by `bench_gpu.py --trace FILE`. The rank that answers writes FILE, the others FILE.RANK. Lines of JSON: {"step",
-"rows", "decodes", "context", "longest", "prefill", "pairs", "sampled"} as the cost model's `StepLoad` has them, "wait"
-and "host": microseconds until the driver's word came and until the card had been told everything, "at": seconds of the
-word; and of a rank that answers {"answer": step, "at": seconds}, on the same clock, beside them.
+Used by `bench_gpu.py` and `swap/bench_swap.py` with --trace FILE. The rank that answers writes FILE, the others FILE.RANK.
+Lines of JSON: {"step", "rows", "decodes", "context", "longest", "prefill", "pairs", "sampled"} as the cost model's
+`StepLoad` has them, "wait" and "host": microseconds until the driver's word came and until the card had been told
+everything, "at": seconds of the word; where blocks are copied "out", "in", "await": how many, and the step whose order it
+waits for; and of a rank that answers {"answer": step, "at": seconds}, on the same clock, beside them.
 """
 
 import json
@@ -60,9 +61,10 @@ class TracedWorker(worker.Worker):
                 decodes, context, longest = decodes + 1, context + before + 1, max(longest, before + 1)
             else:
                 prefill, pairs = prefill + count, pairs + count * before + count * (count + 1) // 2
-        sampled = len(output.rows) - len(output.partial)
+        sampled, swaps = len(output.rows) - len(output.partial), output.swaps
+        moved = {"out": len(swaps.out), "in": len(swaps.into), "await": swaps.await_step_id} if swaps else {}
         return {"rows": len(output.rows), "decodes": decodes, "context": context, "longest": longest,
-                "prefill": prefill, "pairs": pairs, "sampled": sampled}  # fmt: skip
+                "prefill": prefill, "pairs": pairs, "sampled": sampled, **moved}  # fmt: skip
 
     def _note(self, line: dict[str, Any]) -> None:
         self._file.write(json.dumps(line) + "\n")  # one call: two threads write

@@ -13,6 +13,7 @@ but for the two that say how much memory there is. Greedy; the answers of the mo
 import argparse
 import asyncio
 import json
+import os
 import random
 import statistics
 import tempfile
@@ -23,7 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from argosy.cluster.protocol.sampling import SamplingParams
-from argosy.deploy import bench, bench_models
+from argosy.deploy import bench, bench_models, launch
 from argosy.deploy.gateway import Gateway
 from argosy.deploy.offline import LLM
 
@@ -148,6 +149,9 @@ def run(mode: str, args: argparse.Namespace, loads: dict[str, Any]) -> list[dict
     with tempfile.TemporaryDirectory(prefix="argosy-swap-") as parent:
         folder, options = bench_models.make_folder(args.model, Path(parent))
         tokens = int(args.device_tokens * (args.oversubscribed + 1 if mode.startswith("room") else 1))
+        if args.trace:
+            os.environ["ARGOSY_TRACE"] = f"{args.trace}.{mode}"
+            launch.launch_engine.__kwdefaults__["rank_module"] = "traced_rank"
         began = time.perf_counter()
         with LLM(
             str(folder), **options, distributed_executor_backend="local", block_size=BLOCK,
@@ -247,6 +251,9 @@ def main() -> int:
     parser.add_argument("--max-model-len", type=int, default=8192)
     parser.add_argument("-tp", "--tensor-parallel-size", type=int, default=1)
     parser.add_argument("--cpu-threads", type=int)
+    parser.add_argument(
+        "--trace", help="write each step to this file and the mode's name (needs benchmarks/gpu on the path)"
+    )
     parser.add_argument("--requests", help="append what each request of `sessions` saw to this file")
     parser.add_argument("--output", help="append the JSON lines to this file")
     args = parser.parse_args()
