@@ -1,4 +1,4 @@
-"""An edge's connections to several replicas as one: each request goes where its prefix is, else where least is to do.
+"""An edge's connections to several replicas as one: each request goes where its prefix is, or where less is to do.
 
 What a replica has cached is what this edge sent it, remembered by the names of its blocks and forgotten like those;
 what it has to do is what it last said, corrected by what this edge sent since. No request waits for a question.
@@ -252,7 +252,7 @@ class ReplicaClient:
         # the last token is always computed: a block that ends with it is of no use to this request
         extend_hashes(hashes, prompt_token_ids, block_size, cache_salt, (len(prompt_token_ids) - 1) // block_size)
         loads = [replica.load(index, hashes) for index, replica in enumerate(self._replicas)]
-        chosen = choose_replica(loads)
+        chosen = choose_replica(loads, num_prompt_tokens=len(prompt_token_ids))
         replica = open_ones[0] if chosen is None else self._replicas[chosen]
         replica.seen.add(hashes)
         return replica

@@ -150,7 +150,7 @@ class SimulatedCluster:
                     num_cached_tokens=replica.cached_tokens(request) if prefix >= 0 else 0,
                 )
             )
-        chosen = choose_replica(loads)
+        chosen = choose_replica(loads, num_prompt_tokens=request.num_prompt_tokens)
         assert chosen is not None
         return chosen
 

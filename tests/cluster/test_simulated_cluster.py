@@ -54,7 +54,7 @@ class AskingAll(SimulatedCluster):
             )
             for place, replica in enumerate(self.replicas)
         ]
-        chosen = choose_replica(loads)
+        chosen = choose_replica(loads, num_prompt_tokens=request.num_prompt_tokens)  # type: ignore[attr-defined]
         assert chosen is not None
         return chosen
 
