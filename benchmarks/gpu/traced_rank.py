@@ -1,10 +1,10 @@
 """A rank that writes down each step: what it computed, what its host did, and when its tokens were on the host.
 
-Used by `bench_gpu.py` and `swap/bench_swap.py` with --trace FILE. The rank that answers writes FILE, the others FILE.RANK.
+Used by `bench_gpu.py` and `swap/bench_swap.py` with --trace FILE. The rank that answers writes FILE, others FILE.RANK.
 Lines of JSON: {"step", "rows", "decodes", "context", "longest", "prefill", "pairs", "sampled"} as the cost model's
 `StepLoad` has them, "wait" and "host": microseconds until the driver's word came and until the card had been told
-everything, "at": seconds of the word; where blocks are copied "out", "in", "await": how many, and the step whose order it
-waits for; and of a rank that answers {"answer": step, "at": seconds}, on the same clock, beside them.
+everything, "at": seconds of the word; where blocks are copied "out", "in", "await": how many, and the step whose order
+it waits for; and of a rank that answers {"answer": step, "at": seconds}, on the same clock, beside them.
 """
 
 import json

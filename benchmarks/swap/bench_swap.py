@@ -151,7 +151,8 @@ def run(mode: str, args: argparse.Namespace, loads: dict[str, Any]) -> list[dict
         tokens = int(args.device_tokens * (args.oversubscribed + 1 if mode.startswith("room") else 1))
         if args.trace:
             os.environ["ARGOSY_TRACE"] = f"{args.trace}.{mode}"
-            launch.launch_engine.__kwdefaults__["rank_module"] = "traced_rank"
+            defaults: Any = launch.launch_engine.__kwdefaults__
+            defaults["rank_module"] = "traced_rank"
         began = time.perf_counter()
         with LLM(
             str(folder), **options, distributed_executor_backend="local", block_size=BLOCK,
