@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import fp8_quantize, moe_int, moe_packed, tuning
 from argosy.kernels.fp8_reference import Fp8Rows, Rounding
@@ -27,8 +28,11 @@ PLAIN, E4M3_BLOCKS, MXFP4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  #
 
 
 @triton.jit
-def _count_kernel(ids_ptr, counts_ptr, num_choices, CHUNK: tl.constexpr):
+def _count_kernel(ids_ptr, counts_ptr, num_choices, CHUNK: tl.constexpr, PDL: tl.constexpr):
     expert = tl.program_id(0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     total = tl.zeros((CHUNK,), tl.int32)
     for start in range(0, num_choices, CHUNK):
         place = start + tl.arange(0, CHUNK)
@@ -39,11 +43,20 @@ def _count_kernel(ids_ptr, counts_ptr, num_choices, CHUNK: tl.constexpr):
 @triton.jit
 def _group_kernel(
     ids_ptr, counts_ptr, places_ptr, expert_of_block_ptr, num_choices, num_experts, num_blocks,
-    ROWS: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr,
+    ROWS: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, COUNTED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     expert = tl.program_id(0)
     every = tl.arange(0, EXPERTS)
-    counts = tl.load(counts_ptr + every, every < num_experts, other=0)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    if COUNTED:
+        counts = tl.load(counts_ptr + every, every < num_experts, other=0)
+    else:  # there is one chunk, which each program counts for itself; the last bin is nobody's
+        place = tl.arange(0, CHUNK)
+        chosen = tl.load(ids_ptr + place, place < num_choices, other=-1)
+        counts = tl.histogram(tl.where(chosen >= 0, chosen, EXPERTS - 1), EXPERTS)
+        counts = tl.where(every < num_experts, counts, 0)
     blocks = (counts + ROWS - 1) // ROWS
     first = tl.sum(tl.where(every < expert, blocks, 0), axis=0)
     own = tl.sum(tl.where(every == expert, blocks, 0), axis=0)
@@ -73,14 +86,17 @@ def group_tokens(ids_TK: Tensor, num_experts: int, rows: int) -> tuple[Tensor, T
     """See `moe_reference.group_tokens`; places of blocks that are nobody's are undefined."""
     num_choices, device = ids_TK.numel(), ids_TK.device
     num_blocks = most_blocks(num_choices, num_experts, rows)
-    counts = torch.empty(num_experts, dtype=torch.int32, device=device)
     places = torch.empty(num_blocks * rows, dtype=torch.int32, device=device)
     expert_of_block = torch.empty(num_blocks, dtype=torch.int32, device=device)
-    chunk = min(CHUNK, tuning.next_power_of_two(num_choices))
-    _count_kernel[(num_experts,)](ids_TK, counts, num_choices, CHUNK=chunk, num_warps=4)
+    chunk, overlap = min(CHUNK, tuning.next_power_of_two(num_choices)), tuning.overlap(device)
+    counts = ids_TK
+    if num_choices > CHUNK:
+        counts = torch.empty(num_experts, dtype=torch.int32, device=device)
+        _count_kernel[(num_experts,)](ids_TK, counts, num_choices, CHUNK=chunk, num_warps=4, **overlap)
     _group_kernel[(num_experts + 1,)](
-        ids_TK, counts, places, expert_of_block, num_choices, num_experts, num_blocks,
-        ROWS=rows, EXPERTS=tuning.next_power_of_two(num_experts + 1), CHUNK=chunk, num_warps=4,
+        ids_TK, counts, places, expert_of_block, num_choices, num_experts, num_blocks, ROWS=rows,
+        EXPERTS=tuning.next_power_of_two(num_experts + 1), CHUNK=chunk, COUNTED=num_choices > CHUNK, num_warps=4,
+        **overlap,
     )  # fmt: skip
     return places, expert_of_block
 
@@ -91,8 +107,11 @@ def _gemm_kernel(
     num_choices, num_outputs, num_inputs, stride_x, stride_we, stride_wo, stride_se, stride_so, shared, num_blocks,
     first_expert, num_experts,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, BAND: tl.constexpr, HAS_BIAS: tl.constexpr,
-    WEIGHTED: tl.constexpr, FORMAT: tl.constexpr,
+    WEIGHTED: tl.constexpr, FORMAT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     block, tile = own_tile(num_blocks, tl.cdiv(num_outputs, OUTPUTS), BAND)
     expert = tl.load(expert_of_block_ptr + block) - first_expert
     if (expert >= 0) & (expert < num_experts):
@@ -181,6 +200,7 @@ def grouped_gemm(
         0 if scale_EOI is None else scale_EOI.stride(0), 0 if scale_EOI is None else scale_EOI.stride(1),
         shared, num_blocks, first_expert, num_experts, ROWS=rows, OUTPUTS=outputs, INPUTS=inputs, BAND=8,
         HAS_BIAS=bias_EO is not None, WEIGHTED=weights is not None, FORMAT=kind, num_warps=warps, num_stages=stages,
+        **tuning.overlap(x.device),
     )  # fmt: skip
     return out
 
@@ -228,11 +248,14 @@ def block_rows(average: int) -> int:
 @triton.jit
 def _gate_kernel(
     both_ptr, out_ptr, width, stride_out, limit, alpha, CLAMPED: tl.constexpr, TURNED: tl.constexpr,
-    BLOCK: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     gate = tl.load(both_ptr + row * 2 * width + column, inside, other=0.0).to(tl.float32)
     up = tl.load(both_ptr + row * 2 * width + width + column, inside, other=0.0).to(tl.float32)
     if CLAMPED:
@@ -256,17 +279,21 @@ def _gate(both: Tensor, limit: float, alpha: float, *, turned: bool) -> Tensor:
     gated = torch.empty((num_choices, width), dtype=both.dtype, device=both.device)
     block = min(1024, tuning.next_power_of_two(width))
     _gate_kernel[(num_choices, triton.cdiv(width, block))](
-        both, gated, inner, width, limit, alpha, CLAMPED=bool(limit), TURNED=turned, BLOCK=block, num_warps=4
-    )
+        both, gated, inner, width, limit, alpha, CLAMPED=bool(limit), TURNED=turned, BLOCK=block, num_warps=4,
+        **tuning.overlap(both.device),
+    )  # fmt: skip
     return gated
 
 
 @triton.jit
-def _sum_kernel(rows_ptr, ids_ptr, out_ptr, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr):
+def _sum_kernel(rows_ptr, ids_ptr, out_ptr, width, TOP_K: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr):
     token = tl.program_id(0).to(tl.int64)
     column = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     inside = column < width
     total = tl.zeros((BLOCK,), tl.float32)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     for place in tl.static_range(TOP_K):
         expert = tl.load(ids_ptr + token * TOP_K + place)
         row = tl.load(rows_ptr + (token * TOP_K + place) * width + column, inside, other=0.0).to(tl.float32)
@@ -340,6 +367,6 @@ def experts(
     made = product(gated, down_EDI, down_scale, shared=1, bias_EO=down_bias_ED, weights=weights_TK)
     block = min(1024, tuning.next_power_of_two(width))
     _sum_kernel[(num_tokens, triton.cdiv(width, block))](
-        made, ids_TK, out_TD, width, TOP_K=top_k, BLOCK=block, num_warps=4
+        made, ids_TK, out_TD, width, TOP_K=top_k, BLOCK=block, num_warps=4, **tuning.overlap(x_TD.device)
     )
     return out_TD

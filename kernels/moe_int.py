@@ -16,8 +16,9 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from argosy.kernels import packed_linear
+from argosy.kernels import packed_linear, tuning
 from argosy.kernels.moe_parts import own_rows, own_tile, store_turned
 from argosy.kernels.moe_reference import IntExpertWeight
 from argosy.kernels.packed_few import _fragments
@@ -57,6 +58,7 @@ def _few_kernel(
     UNITS: tl.constexpr, HALVES: tl.constexpr, PLANES: tl.constexpr, HALF_SCALES: tl.constexpr, ASM: tl.constexpr,
     ROWS: tl.constexpr, BAND: tl.constexpr, TILES: tl.constexpr, SPLIT: tl.constexpr, WIDE: tl.constexpr,
     STAGES: tl.constexpr, EVEN: tl.constexpr, ORDERED: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """`num_steps` blocks of columns and planes. A turn is WIDE of them of each of SPLIT warps."""
     T: tl.constexpr = x_ptr.dtype.element_ty
@@ -65,6 +67,9 @@ def _few_kernel(
     WIDTH: tl.constexpr = UNITS * 64
     GROUP: tl.constexpr = WIDTH // HALVES
     PARTS: tl.constexpr = HALVES * WIDE * SPLIT
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     block, first = own_tile(num_blocks, tl.cdiv(num_tiles, TILES), BAND)
     expert = tl.load(expert_of_block_ptr + block)
     if expert >= 0:
@@ -129,12 +134,16 @@ def _many_kernel(
     UNITS: tl.constexpr, HALVES: tl.constexpr, PLANES: tl.constexpr, HALF_SCALES: tl.constexpr, ASM: tl.constexpr,
     ROWS: tl.constexpr, BAND: tl.constexpr, TILES: tl.constexpr, WARPS: tl.constexpr, SYNC: tl.constexpr,
     STAGES: tl.constexpr, EVEN: tl.constexpr, ORDERED: tl.constexpr, HAS_BIAS: tl.constexpr, WEIGHTED: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A step is a group, of one plane. SYNC: products of warp groups, each added by the ordinary units, as there."""
     FP16: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
     WIDTH: tl.constexpr = UNITS * 64
     HIGH: tl.constexpr = TILES * 16
     TIMES: tl.constexpr = 4 // HALVES
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     block, first = own_tile(num_blocks, tl.cdiv(num_tiles, TILES), BAND)
     expert = tl.load(expert_of_block_ptr + block)
     if expert >= 0:
@@ -236,7 +245,7 @@ def grouped_gemm(
         UNITS=block // COLUMNS, HALVES=block // packed.group, PLANES=packed.planes,
         HALF_SCALES=packed.pairs_MKR2.dtype == torch.float16, ASM=ASSEMBLES, ROWS=rows, BAND=8, TILES=tile.tiles, **own,
         STAGES=tile.stages, EVEN=even, ORDERED=order_EJ is not None, HAS_BIAS=bias_EO is not None,
-        WEIGHTED=weights is not None, num_warps=tile.warps,
+        WEIGHTED=weights is not None, num_warps=tile.warps, **tuning.overlap(x.device),
     )  # fmt: skip
     return out
 

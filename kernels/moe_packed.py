@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
 from argosy.kernels.fp8_reference import Fp8Rows
@@ -66,8 +67,11 @@ def turned_column(column):
 
 
 @triton.jit
-def _turn_kernel(x_ptr, out_ptr, width, stride_x, stride_out, BLOCK: tl.constexpr):
+def _turn_kernel(x_ptr, out_ptr, width, stride_x, stride_out, BLOCK: tl.constexpr, PDL: tl.constexpr):
     row, column = tl.program_id(0).to(tl.int64), tl.arange(0, BLOCK)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     x = tl.load(x_ptr + row * stride_x + column, column < width, other=0.0)
     tl.store(out_ptr + row * stride_out + turned_column(column), x, column < stride_out)
 
@@ -77,7 +81,8 @@ def turn(x_TD: Tensor) -> Tensor:
     num_tokens, width = x_TD.shape
     out = torch.empty((num_tokens, span(width)), dtype=x_TD.dtype, device=x_TD.device)
     block = tuning.next_power_of_two(out.shape[1])
-    _turn_kernel[(num_tokens,)](x_TD, out, width, x_TD.stride(0), out.shape[1], BLOCK=block, num_warps=8)
+    overlap = tuning.overlap(x_TD.device)
+    _turn_kernel[(num_tokens,)](x_TD, out, width, x_TD.stride(0), out.shape[1], BLOCK=block, num_warps=8, **overlap)
     return out
 
 
@@ -92,8 +97,11 @@ def _packed_kernel(
     num_choices, num_outputs, num_inputs, stride_x, stride_xs, stride_xg, stride_we, stride_wo, stride_se, stride_so,
     shared, num_blocks,
     ROWS: tl.constexpr, OUTPUTS: tl.constexpr, INPUTS: tl.constexpr, BAND: tl.constexpr, HAS_BIAS: tl.constexpr,
-    WEIGHTED: tl.constexpr, MXFP4: tl.constexpr,
+    WEIGHTED: tl.constexpr, MXFP4: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
     block, tile = own_tile(num_blocks, tl.cdiv(num_outputs, OUTPUTS), BAND)
     expert = tl.load(expert_of_block_ptr + block)
     if expert >= 0:
@@ -180,7 +188,7 @@ def grouped_gemm(
         num_inputs, values.stride(0), stride_xs, stride_xg,
         w_EOI.stride(0), w_EOI.stride(1), scale_EOI.stride(0), scale_EOI.stride(1), shared, num_blocks,
         ROWS=rows, OUTPUTS=outputs, INPUTS=inputs, BAND=8, HAS_BIAS=bias_EO is not None, WEIGHTED=weights is not None,
-        MXFP4=is_mxfp4, num_warps=warps, num_stages=stages,
+        MXFP4=is_mxfp4, num_warps=warps, num_stages=stages, **tuning.overlap(values.device),
     )  # fmt: skip
     return out
 

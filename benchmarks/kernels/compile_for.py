@@ -260,6 +260,13 @@ def experts(report: Callable[..., None]) -> None:
         report(
             f"MXFP4 experts, {rows} rows a block", moe_packed.grouped_gemm, turned, packed, scale, *chosen, **options
         )
+    ids, chosen_weights = torch.zeros(64, 8, dtype=torch.int32), torch.zeros(64, 8)
+    gate_up, down = torch.zeros(128, 512, 1024, dtype=BF16), torch.zeros(128, 1024, 256, dtype=BF16)
+    for tokens in (1, 64, 1024):
+        x = torch.zeros(tokens, 1024, dtype=BF16)
+        choice = ids[:1].expand(tokens, 8), chosen_weights[:1].expand(tokens, 8)
+        report(f"a layer of experts, {tokens} tokens", moe_gemm.experts, x, gate_up, down, *choice)
+    x = torch.zeros(4, 4096, dtype=BF16)
     for bits, group, ordered in ((4, 128, False), (4, 32, False), (8, 128, False), (4, 128, True)):
         words, pairs = packed_reference.shapes(1024, 4096, bits=bits, group=group)
         weight = moe_reference.IntExpertWeight(
