@@ -22,8 +22,8 @@ from argosy.kernels import packed_linear, tuning
 from argosy.kernels.moe_parts import own_rows, own_tile, store_turned
 from argosy.kernels.moe_reference import IntExpertWeight
 from argosy.kernels.packed_few import _fragments
-from argosy.kernels.packed_many import _as_activations, _rows, _rows_of_warps, _to_words
-from argosy.kernels.packed_parts import ASSEMBLES, BASE_BF16, BASE_FP16, fields, made_fields, scale_of, zero_of
+from argosy.kernels.packed_many import add_step, in_rows
+from argosy.kernels.packed_parts import ASSEMBLES, BASE_BF16, BASE_FP16, fields, scale_of, zero_of
 from argosy.kernels.packed_reference import COLUMNS, block_of
 from argosy.kernels.packed_reference import ROWS as TILE_ROWS
 
@@ -137,7 +137,6 @@ def _many_kernel(
     PDL: tl.constexpr,
 ):  # fmt: skip
     """A step is a group, of one plane. SYNC: products of warp groups, each added by the ordinary units, as there."""
-    FP16: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
     WIDTH: tl.constexpr = UNITS * 64
     HIGH: tl.constexpr = TILES * 16
     TIMES: tl.constexpr = 4 // HALVES
@@ -175,25 +174,11 @@ def _many_kernel(
             from_column = _columns(order_ptr, expert, k, num_inputs, ORDERED)
             kept = is_row[:, None] if EVEN else is_row[:, None] & (k < num_inputs)[None, :]
             x = tl.load(x_row + from_column[None, :], kept, other=0.0)
-            upper = _to_words(_as_activations(upper, FP16, HALF_SCALES), TILES, UNITS, TIMES)
-            lower = _to_words(_as_activations(lower, FP16, HALF_SCALES), TILES, UNITS, TIMES)
-            a, b, c, d, e, f, g, h = made_fields(words, upper, lower, HALVES == 2 or not SYNC, FP16, ASM)
-            if SYNC:
-                made = tl.dot(_rows(a, b, c, d, e, f, g, h, TILES, UNITS), tl.trans(x))
-                if HALVES == 2:
-                    acc += made * one
-                else:
-                    acc += made * scale_of(tl.load(scales_here + at * 16), HALF_SCALES)[:, None]
-            else:
-                both = tl.broadcast_to(tl.trans(x)[None, :, :], (WARPS, WIDTH, ROWS))
-                if num_inputs > 0:
-                    v = _rows_of_warps(a, b, c, d, e, f, g, h, TILES, UNITS, WARPS)
-                else:
-                    v = _rows_of_warps(a, b, c, d, e, f, g, h, TILES, UNITS, WARPS)
-                acc = tl.dot(v, both, acc)
-        if not SYNC:
-            acc = tl.permute(tl.reshape(acc, (WARPS, TILES // WARPS, 16, ROWS)), (1, 0, 2, 3))
-            acc = tl.reshape(acc, (HIGH, ROWS))
+            acc = add_step(
+                acc, words, upper, lower, x, scales_here + at * 16, one, num_inputs,
+                TILES, UNITS, HALVES, HALF_SCALES, WARPS, ROWS, SYNC, ASM,
+            )  # fmt: skip
+        acc = in_rows(acc, TILES, WARPS, ROWS, SYNC)
         store_turned(
             acc,
             bias_ptr,

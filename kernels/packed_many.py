@@ -49,6 +49,49 @@ def _as_activations(pairs, FP16: tl.constexpr, HALF_SCALES: tl.constexpr):
         return (scale & 0xFFFF) | (zero << 16)
 
 
+@triton.jit
+def add_step(
+    acc, words, upper, lower, x, scales_ptr, one, num_inputs,
+    TILES: tl.constexpr, UNITS: tl.constexpr, HALVES: tl.constexpr, HALF_SCALES: tl.constexpr, WARPS: tl.constexpr,
+    TOKENS: tl.constexpr, SYNC: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """The sum with a step's product: of words [TILES, UNITS, 128] with `x` [TOKENS, 64 UNITS].
+
+    `upper` and `lower`: pairs of a word's two rows, `scales_ptr`: those of all rows; `one`: 1.0, not known when this is
+    compiled.
+    """
+    FP16: tl.constexpr = x.dtype == tl.float16
+    WIDTH: tl.constexpr = UNITS * 64
+    TIMES: tl.constexpr = 4 // HALVES  # words after each other of one group: those of a lane, or half of them
+    upper = _to_words(_as_activations(upper, FP16, HALF_SCALES), TILES, UNITS, TIMES)
+    lower = _to_words(_as_activations(lower, FP16, HALF_SCALES), TILES, UNITS, TIMES)
+    a, b, c, d, e, f, g, h = made_fields(words, upper, lower, HALVES == 2 or not SYNC, FP16, ASM)
+    if SYNC:
+        made = tl.dot(_rows(a, b, c, d, e, f, g, h, TILES, UNITS), tl.trans(x))
+        if HALVES == 2:
+            acc += made * one
+        else:
+            acc += made * scale_of(tl.load(scales_ptr), HALF_SCALES)[:, None]
+    else:
+        both = tl.broadcast_to(tl.trans(x)[None, :, :], (WARPS, WIDTH, TOKENS))
+        # as in `packed_few`: both sides are the same
+        if num_inputs > 0:
+            v = _rows_of_warps(a, b, c, d, e, f, g, h, TILES, UNITS, WARPS)
+        else:
+            v = _rows_of_warps(a, b, c, d, e, f, g, h, TILES, UNITS, WARPS)
+        acc = tl.dot(v, both, acc)
+    return acc
+
+
+@triton.jit
+def in_rows(acc, TILES: tl.constexpr, WARPS: tl.constexpr, TOKENS: tl.constexpr, SYNC: tl.constexpr):
+    """[16 TILES, TOKENS] of a sum as `add_step` keeps it."""
+    if not SYNC:
+        acc = tl.permute(tl.reshape(acc, (WARPS, TILES // WARPS, 16, TOKENS)), (1, 0, 2, 3))
+        acc = tl.reshape(acc, (16 * TILES, TOKENS))
+    return acc
+
+
 @triton.jit(do_not_specialize=["num_tokens"])
 def many_kernel(
     x_ptr, words_ptr, pairs_ptr, bias_ptr, out_ptr, part_ptr, counter_ptr,
@@ -66,10 +109,9 @@ def many_kernel(
     half a step. The other way is products of a warp each, of TILES / WARPS tiles, with scales on the left side.
     """
     T: tl.constexpr = x_ptr.dtype.element_ty
-    FP16: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
     WIDTH: tl.constexpr = UNITS * 64
     ROWS: tl.constexpr = TILES * 16
-    TIMES: tl.constexpr = 4 // HALVES  # words after each other of one group: those of a lane, or half of them
+    TIMES: tl.constexpr = 4 // HALVES  # as in `add_step`
     split = tl.program_id(2)
     piece = tl.cdiv(num_blocks, SPLITS)
     begin = split * piece
@@ -109,26 +151,11 @@ def many_kernel(
             x = tl.load(x_here + first)
         else:
             x = tl.load(x_here + first, (first + column < num_inputs)[None, :], other=0.0)
-        upper = _to_words(_as_activations(upper, FP16, HALF_SCALES), TILES, UNITS, TIMES)
-        lower = _to_words(_as_activations(lower, FP16, HALF_SCALES), TILES, UNITS, TIMES)
-        a, b, c, d, e, f, g, h = made_fields(words, upper, lower, HALVES == 2 or not SYNC, FP16, ASM)
-        if SYNC:
-            made = tl.dot(_rows(a, b, c, d, e, f, g, h, TILES, UNITS), tl.trans(x))
-            if HALVES == 2:
-                acc += made * one
-            else:
-                acc += made * scale_of(tl.load(scales_here + block * 16), HALF_SCALES)[:, None]
-        else:
-            both = tl.broadcast_to(tl.trans(x)[None, :, :], (WARPS, WIDTH, TOKENS))
-            # as in `packed_few`: both sides are the same
-            if num_inputs > 0:
-                v = _rows_of_warps(a, b, c, d, e, f, g, h, TILES, UNITS, WARPS)
-            else:
-                v = _rows_of_warps(a, b, c, d, e, f, g, h, TILES, UNITS, WARPS)
-            acc = tl.dot(v, both, acc)
-    if not SYNC:
-        acc = tl.permute(tl.reshape(acc, (WARPS, TILES // WARPS, 16, TOKENS)), (1, 0, 2, 3))
-        acc = tl.reshape(acc, (ROWS, TOKENS))
+        acc = add_step(
+            acc, words, upper, lower, x, scales_here + block * 16, one, num_inputs,
+            TILES, UNITS, HALVES, HALF_SCALES, WARPS, TOKENS, SYNC, ASM,
+        )  # fmt: skip
+    acc = in_rows(acc, TILES, WARPS, TOKENS, SYNC)
     if PDL and not EARLY:
         gdc_launch_dependents()
     if SPLITS > 1:
