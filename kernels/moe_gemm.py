@@ -27,7 +27,7 @@ CHUNK = 1024  # ids that a program of the grouping reads at once
 PLAIN, E4M3_BLOCKS, MXFP4 = tl.constexpr(0), tl.constexpr(1), tl.constexpr(2)  # how weights are stored
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices"])
 def _count_kernel(ids_ptr, counts_ptr, num_choices, CHUNK: tl.constexpr, PDL: tl.constexpr):
     expert = tl.program_id(0)
     if PDL:
@@ -40,7 +40,7 @@ def _count_kernel(ids_ptr, counts_ptr, num_choices, CHUNK: tl.constexpr, PDL: tl
     tl.store(counts_ptr + expert, tl.sum(total, axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices", "num_blocks"])
 def _group_kernel(
     ids_ptr, counts_ptr, places_ptr, expert_of_block_ptr, num_choices, num_experts, num_blocks,
     ROWS: tl.constexpr, EXPERTS: tl.constexpr, CHUNK: tl.constexpr, COUNTED: tl.constexpr, PDL: tl.constexpr,
@@ -101,7 +101,7 @@ def group_tokens(ids_TK: Tensor, num_experts: int, rows: int) -> tuple[Tensor, T
     return places, expert_of_block
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices", "shared", "num_blocks", "first_expert", "num_experts"])
 def _gemm_kernel(
     x_ptr, w_ptr, scale_ptr, bias_ptr, weight_ptr, out_ptr, places_ptr, expert_of_block_ptr,
     num_choices, num_outputs, num_inputs, stride_x, stride_we, stride_wo, stride_se, stride_so, shared, num_blocks,
@@ -332,8 +332,7 @@ def experts(
     weights = (gate_up_EID, down_EDI)
     sliced = average >= moe_int.SLICES_FROM and all(isinstance(w, Tensor) or moe_int.can_slice(w) for w in weights)
     if in_groups and not sliced:
-        ordered = any(isinstance(w, IntExpertWeight) and w.order_EJ is not None for w in weights)
-        rows = moe_int.block_rows(average, ordered=ordered)
+        rows = moe_int.block_rows(average)
     else:
         rows = block_rows(average) if gate_up_scale is None else moe_packed.block_rows(average)
     ids_TK, weights_TK = ids_TK.contiguous(), weights_TK.contiguous()

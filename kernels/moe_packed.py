@@ -91,7 +91,7 @@ def span(width: int) -> int:
     return -(-width // 128) * 128
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_choices", "shared", "num_blocks"])
 def _packed_kernel(
     x_ptr, x_scale_ptr, w_ptr, scale_ptr, bias_ptr, weight_ptr, out_ptr, places_ptr, expert_of_block_ptr,
     num_choices, num_outputs, num_inputs, stride_x, stride_xs, stride_xg, stride_we, stride_wo, stride_se, stride_so,

@@ -276,7 +276,7 @@ def experts(report: Callable[..., None]) -> None:
             ),
             torch.zeros(2, 4096, dtype=torch.int32) if ordered else None,
         )  # fmt: skip
-        for rows, tiles in INT_TILES.items():
+        for rows, tiles in ({8: [None]} | INT_TILES).items():
             places, of_block = torch.zeros(8 * rows, dtype=torch.int32), torch.zeros(8, dtype=torch.int32)
             for tile in tiles if (bits, group, ordered) == (4, 128, False) else (None,):
                 name = f"{bits} bits, groups of {group}{', ordered' * ordered}, {rows} rows a block, {tile}"

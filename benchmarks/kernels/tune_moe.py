@@ -8,9 +8,12 @@ come to. Packed weights are measured turned (`moe_packed`) and, of two tiles, th
 """
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -45,13 +48,14 @@ TILES = {
     128: [(128, 64, 8, 3), (128, 64, 8, 4), (256, 64, 8, 3), (128, 128, 8, 3)],
 }  # fmt: skip
 INT_TILES = {
-    16: [Tile(FEW, 2, 4, 4), Tile(FEW, 2, 8, 3), Tile(FEW, 4, 4, 4), Tile(FEW, 1, 4, 4), Tile(FEW, 1, 8, 4),
-         Tile(FEW, 2, 4, 3, wide=2), Tile(FEW, 2, 2, 4), Tile(MANY, 4, 4, 4)],
-    32: [Tile(MANY, 4, 4, 3), Tile(MANY, 4, 2, 3), Tile(MANY, 8, 4, 3), Tile(MANY, 8, 8, 3), Tile(FEW, 2, 4, 3),
-         Tile(WARP_GROUPS, 8, 8, 3), Tile(WARP_GROUPS, 4, 4, 3)],
-    64: [Tile(MANY, 4, 4, 3), Tile(MANY, 8, 4, 2), Tile(MANY, 8, 8, 3), Tile(WARP_GROUPS, 8, 8, 3),
-         Tile(WARP_GROUPS, 4, 4, 3), Tile(WARP_GROUPS, 8, 4, 3)],
-    128: [Tile(WARP_GROUPS, 8, 8, 3), Tile(WARP_GROUPS, 4, 4, 3), Tile(MANY, 8, 8, 2)],
+    8: [Tile(FEW, 2, 2, 4), Tile(FEW, 4, 2, 3), Tile(FEW, 2, 4, 3), Tile(FEW, 1, 4, 4), Tile(FEW, 2, 1, 4)],
+    16: [Tile(FEW, 2, 2, 4), Tile(FEW, 2, 2, 3), Tile(FEW, 4, 2, 3), Tile(FEW, 4, 1, 3), Tile(FEW, 4, 4, 3),
+         Tile(FEW, 8, 2, 3), Tile(FEW, 2, 1, 4), Tile(FEW, 2, 4, 3), Tile(MANY, 8, 4, 3), Tile(MANY, 8, 8, 3)],
+    32: [Tile(FEW, 2, 2, 3), Tile(FEW, 4, 2, 3), Tile(MANY, 8, 4, 3), Tile(WARP_GROUPS, 8, 8, 3),
+         Tile(WARP_GROUPS, 8, 4, 3)],
+    64: [Tile(WARP_GROUPS, 8, 8, 3), Tile(WARP_GROUPS, 8, 4, 3), Tile(WARP_GROUPS, 8, 4, 2),
+         Tile(WARP_GROUPS, 4, 4, 3)],
+    128: [Tile(WARP_GROUPS, 8, 8, 3), Tile(WARP_GROUPS, 8, 8, 2), Tile(WARP_GROUPS, 16, 8, 2)],
 }  # fmt: skip
 TURNED = {
     "mxfp4": [(64, 128, 4, 4), (64, 256, 4, 4), (128, 128, 8, 4), (64, 256, 4, 6), (128, 256, 8, 4), (64, 512, 4, 3)],
@@ -69,6 +73,9 @@ def main() -> int:
     args = parser.parse_args()
     started = time.perf_counter()
     machine = torch.cuda.get_device_name(0)
+    if any(SHAPES[name][-1] == "int4" for name in args.shapes):
+        compile_at_once()
+        print(f"# compiled in {time.perf_counter() - started:.0f} s", flush=True)
     for name in args.shapes:
         experts, outputs, inputs, top_k, kind = SHAPES[name]
         scale = None
@@ -90,8 +97,8 @@ def main() -> int:
             ids, _ = moe_reference.choose_experts(torch.randn(tokens, experts, device="cuda"), top_k)
             average = tokens * top_k / experts
             found = []
-            for rows, tiles in TILES.items():
-                if not average / 4 <= rows <= max(32, 4 * average):
+            for rows, tiles in ({8: []} | TILES).items():
+                if not min(average / 4, 128) <= rows <= max(32, 4 * average) or not (tiles or kind == "int4"):
                     continue
                 places, of_block = moe_gemm.group_tokens(ids, experts, rows)
                 ways: list[tuple[str, Any]] = [("turned", tile) for tile in TURNED.get(kind, ())]
@@ -121,7 +128,7 @@ def main() -> int:
                 "best": [[round(f[0] * 1e6, 1), *f[1:]] for f in found[:3]],
                 "by_rows": {
                     rows: [round(best[0] * 1e6, 1), *best[2:]]
-                    for rows in TILES
+                    for rows in (8, *TILES)
                     if (best := next((f for f in found if f[1] == rows), None)) is not None
                 },
                 "worst_us": round(found[-1][0] * 1e6, 1),
@@ -132,6 +139,21 @@ def main() -> int:
                     file.write(json.dumps(line) + "\n")
         del weight
     return 0
+
+
+def compile_at_once() -> None:
+    """All tiles of `INT_TILES` in as many processes, whose kernels then lie in Triton's cache."""
+    jobs = [(rows, tile) for rows, tiles in INT_TILES.items() for tile in tiles]
+    with ProcessPoolExecutor(12, mp_context=multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_compile, jobs))
+
+
+def _compile(job: tuple[int, Tile]) -> None:
+    rows, tile = job
+    x, ids = torch.zeros(16, 512, device="cuda", dtype=torch.bfloat16), torch.zeros(16, 2, device="cuda").int()
+    chosen = (*moe_gemm.group_tokens(ids, 2, rows), 32)
+    with contextlib.suppress(Exception):  # it will be said where it is measured
+        moe_int.grouped_gemm(x, random_int_experts(2, 512, 512), *chosen, shared=2, tile=tile)
 
 
 def random_int_experts(experts: int, outputs: int, inputs: int) -> IntExpertWeight:

@@ -187,7 +187,7 @@ def in_groups(
 
 FEW_ROWS, MANY_ROWS = Tile(moe_int.FEW, 2, 4, 3), Tile(moe_int.MANY, 4, 4, 2)
 INT_TILES = [
-    (16, FEW_ROWS), (16, Tile(moe_int.FEW, 1, 2, 2, wide=2)), (16, MANY_ROWS), (32, MANY_ROWS),
+    (8, FEW_ROWS), (16, FEW_ROWS), (16, Tile(moe_int.FEW, 1, 2, 2, wide=2)), (16, MANY_ROWS), (32, MANY_ROWS),
     (32, Tile(moe_int.MANY, 4, 2, 2)), (64, Tile(moe_int.WARP_GROUPS, 4, 4, 2)),
 ]  # fmt: skip
 
@@ -242,14 +242,16 @@ def test_experts_of_whole_numbers(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("num_tokens", [1, 9, 60, 200, 700])
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("num_tokens", [1, 9, 60, 110, 200, 900])
+@pytest.mark.parametrize(
+    ("bits", "group", "ordered"), [(4, 128, False), (4, 32, False), (4, 64, True), (8, 128, False)]
+)
 def test_experts_of_whole_numbers_in_bfloat16(
-    num_tokens: int, bits: int, device: torch.device, assert_near: Near
+    num_tokens: int, bits: int, group: int, ordered: bool, device: torch.device, assert_near: Near
 ) -> None:
     """The sizes that a server launches, of published widths, scales in float16 as their files have them."""
-    gate_up = in_groups(4, 1536, 2048, device, bits=bits, group=128)
-    down = in_groups(4, 2048, 768, device, bits=bits, group=128)
+    gate_up = in_groups(4, 1536, 2048, device, bits=bits, group=group, ordered=ordered)
+    down = in_groups(4, 2048, 768, device, bits=bits, group=group)
     x = torch.randn(num_tokens, 2048, device=device).bfloat16() / 30
     ids, weights = choices(num_tokens, 2, 4, device)
     got = moe_gemm.experts(x, gate_up, down, ids, weights)
