@@ -97,12 +97,19 @@ def measure(caches: list[torch.Tensor], lengths: list[int]) -> dict[str, object]
 def main() -> int:
     """Print a line for each case."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiles", nargs="+", choices=TILES, default=list(TILES), help="keys by warps by stages")
+    parser.add_argument(
+        "--cases", nargs="+", default=[], help="rows x context, such as 256x256; a context of 0 is drawn"
+    )
     parser.add_argument("--seconds", type=float, default=60.0, help="cases after this are left out")
     args = parser.parse_args()
+    for name in set(TILES) - set(args.tiles):
+        del TILES[name]
+    cases = [tuple(map(int, case.split("x"))) for case in args.cases] or CASES
     began = time.monotonic()
     shape = (1_200_000 // BLOCK, BLOCK, KV_HEADS, SIZE)
     caches = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(2)]
-    for rows, context in CASES:
+    for rows, context in cases:
         if time.monotonic() - began > args.seconds:
             print(f"left out for time: {rows} x {context}")
             continue
