@@ -69,6 +69,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=120.0)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 256, 2048])
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--compile", action="store_true", help="only this, by many processes: beside another job")
     parser.add_argument("--output")
     args = parser.parse_args()
     started = time.perf_counter()
@@ -76,6 +77,8 @@ def main() -> int:
     if any(SHAPES[name][-1] == "int4" for name in args.shapes):
         compile_at_once()
         print(f"# compiled in {time.perf_counter() - started:.0f} s", flush=True)
+    if args.compile:
+        return 0
     for name in args.shapes:
         experts, outputs, inputs, top_k, kind = SHAPES[name]
         scale = None
