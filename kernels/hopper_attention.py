@@ -38,13 +38,13 @@ from argosy.kernels.hopper_parts import (
     hand_out_end,
     hand_out_queries,
 )
-from argosy.kernels.hopper_unpack import fetch_unpacked
+from argosy.kernels.hopper_unpack import fetch_keys, fetch_values
 from argosy.kernels.kv_scales import has_scales
 
 LINES = 128  # of a tile: 64 for each of the two groups that multiply
 HEAD_SIZES = (64, 128)
 LOG2E = 1.4426950408889634
-UNPACKED_SIZES = {"block_l": 64, "stages": 4, "registers": 208, "fetch_registers": 88}  # caches in 8 bits
+UNPACKED_SIZES = {"block_l": 64, "stages": 4, "registers": 176, "fetch_registers": 80}  # caches in 8 bits
 DEFAULT_SIZES = {"block_l": 128, "stages": 2, "registers": 200, "fetch_registers": 104}
 
 
@@ -98,27 +98,6 @@ def _fetch(
                 work = ask_for_work(counter_ptr, total)
                 facts = gl.load(tiles_ptr + gl.minimum(work // K, num_tiles) * 8 + place)
     hand_out_end(turn, facts_smem, q_full, q_empty, few)
-
-
-@gluon.jit
-def _fetch_any(
-    q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, tiles_ptr, counter_ptr, stride_q, stride_table, num_tiles,
-    q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
-    K: gl.constexpr, G: gl.constexpr, H: gl.constexpr, S: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_L: gl.constexpr,
-    STAGES: gl.constexpr, WIDE: gl.constexpr, UNPACKED: gl.constexpr, E4M3: gl.constexpr, SCALES: gl.constexpr,
-):  # fmt: skip
-    if UNPACKED:
-        fetch_unpacked(
-            q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, tiles_ptr, counter_ptr, stride_q, stride_table, num_tiles,
-            q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, K, G, H, S, BLOCK_M,
-            BLOCK_L, STAGES, WIDE, E4M3, SCALES,
-        )  # fmt: skip
-    else:
-        _fetch(
-            q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, tiles_ptr, counter_ptr, stride_q, stride_table, num_tiles,
-            q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, K, G, H, S, BLOCK_M,
-            BLOCK_L, STAGES, WIDE,
-        )  # fmt: skip
 
 
 @gluon.jit
@@ -269,32 +248,57 @@ def _hopper_attention_kernel(
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], flag)
     for i in gl.static_range(2):
         mbarrier.init(q_full.index(i), count=129)  # each thread's copies, and the facts
-        mbarrier.init(q_empty.index(i), count=2)
+        mbarrier.init(q_empty.index(i), count=3 if UNPACKED else 2)
     arrivals: gl.constexpr = 1 if UNPACKED else 128  # of the group once it has stored, of each thread's copies
     for i in gl.static_range(STAGES):
         mbarrier.init(k_full.index(i), count=arrivals)
         mbarrier.init(k_empty.index(i), count=2)
         mbarrier.init(v_full.index(i), count=arrivals)
         mbarrier.init(v_empty.index(i), count=2)
-    gl.warp_specialize(
-        [
-            (_attend, (
-                out_ptr, factor, v_scale, q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, 0, K, G, H, BLOCK_Q, BLOCK_L, STAGES,
-            )),
-            (_attend, (
-                out_ptr, factor, v_scale, q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full,
-                v_empty, 1, K, G, H, BLOCK_Q, BLOCK_L, STAGES,
-            )),
-            (_fetch_any, (
-                q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, tiles_ptr, counter_ptr, stride_q, stride_table, num_tiles,
-                q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, K, G, H, S,
-                BLOCK_M, BLOCK_L, STAGES, WIDE, UNPACKED, E4M3, SCALES,
-            )),
-        ],
-        [4, 4],
-        [REGISTERS, FETCH_REGISTERS],
-    )  # fmt: skip
+    if UNPACKED:
+        gl.warp_specialize(
+            [
+                (_attend, (
+                    out_ptr, factor, v_scale, q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty,
+                    v_full, v_empty, 0, K, G, H, BLOCK_Q, BLOCK_L, STAGES,
+                )),
+                (_attend, (
+                    out_ptr, factor, v_scale, q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty,
+                    v_full, v_empty, 1, K, G, H, BLOCK_Q, BLOCK_L, STAGES,
+                )),
+                (fetch_keys, (
+                    q_ptr, k_cache_ptr, table_ptr, tiles_ptr, counter_ptr, stride_q, stride_table, num_tiles, q_smem,
+                    k_smem, facts_smem, q_full, q_empty, k_full, k_empty, K, G, H, S, BLOCK_M, BLOCK_L, STAGES, WIDE,
+                    E4M3, SCALES,
+                )),
+                (fetch_values, (
+                    v_cache_ptr, table_ptr, stride_table, v_smem, facts_smem, q_full, q_empty, v_full, v_empty, K, H, S,
+                    BLOCK_L, STAGES, WIDE, E4M3, SCALES,
+                )),
+            ],
+            [4, 4, 4],
+            [REGISTERS, FETCH_REGISTERS, FETCH_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_attend, (
+                    out_ptr, factor, v_scale, q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty,
+                    v_full, v_empty, 0, K, G, H, BLOCK_Q, BLOCK_L, STAGES,
+                )),
+                (_attend, (
+                    out_ptr, factor, v_scale, q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty,
+                    v_full, v_empty, 1, K, G, H, BLOCK_Q, BLOCK_L, STAGES,
+                )),
+                (_fetch, (
+                    q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, tiles_ptr, counter_ptr, stride_q, stride_table,
+                    num_tiles, q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty, K,
+                    G, H, S, BLOCK_M, BLOCK_L, STAGES, WIDE,
+                )),
+            ],
+            [4, 4],
+            [REGISTERS, FETCH_REGISTERS],
+        )  # fmt: skip
 
 
 def hopper_attention(

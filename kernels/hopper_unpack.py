@@ -1,8 +1,8 @@
 """What fetches for `hopper_attention` from a cache in 8 bits: unpacks keys and values on their way on chip.
 
 The groups that multiply find keys and values in the queries' type, times their scales, as from a cache in 16 bits, and
-know nothing of 8. A tile is asked for while the one before is unpacked: keys of the next while these values are. With
-bfloat16 two numbers take five instructions (int8) or six (e4m3), the scale with them.
+know nothing of 8. One group of warps has the keys and one the values: each asks for a tile while it unpacks the one
+before. Two numbers take five instructions (int8) or six (e4m3), the scale with them.
 """
 
 from triton.experimental import gluon
@@ -135,28 +135,63 @@ def _load(
 
 
 @gluon.jit
-def fetch_unpacked(
-    q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, tiles_ptr, counter_ptr, stride_q, stride_table, num_tiles,
-    q_smem, k_smem, v_smem, facts_smem, q_full, q_empty, k_full, k_empty, v_full, v_empty,
+def _unpack_row(
+    cache_ptr, table_row, num_keys, kv_head, step, smem, full, empty, tile: gl.constexpr, spread: gl.constexpr,
+    K: gl.constexpr, H: gl.constexpr, S: gl.constexpr, R: gl.constexpr, BLOCK_L: gl.constexpr, STAGES: gl.constexpr,
+    WIDE: gl.constexpr, E4M3: gl.constexpr, SCALES: gl.constexpr, MASKED: gl.constexpr,
+):  # fmt: skip
+    """Keys, or values, of all tokens of a tile's row, from the last to the first, into a ring's slots after `step`."""
+    BLOCK_BYTES: gl.constexpr = S * K * (H + 1) if SCALES else S * K * H
+    by_token: gl.constexpr = gl.SliceLayout(2, tile)
+    within = gl.arange(0, BLOCK_L // R, gl.SliceLayout(1, by_token)) * R
+    beside = gl.arange(0, R, gl.SliceLayout(0, by_token))
+    there = gl.full([BLOCK_L // R, R], 1, gl.int1, by_token)
+    num_steps = (num_keys + BLOCK_L - 1) // BLOCK_L
+    start = (num_steps - 1) * BLOCK_L
+    block = _block_of(table_row, start + within, num_keys, S, BLOCK_BYTES, WIDE)
+    coming, coming_codes = _load(cache_ptr, block, start + within, kv_head, True, tile, spread, K, H, S, R, SCALES)
+    before = gl.maximum(start - BLOCK_L, 0)
+    block = _block_of(table_row, before + within, num_keys, S, BLOCK_BYTES, WIDE)
+    for i in range(num_steps):
+        x = coming
+        codes = coming_codes
+        if MASKED:
+            there = start + within[:, None] + beside[None, :] < num_keys
+        start = gl.maximum(start - BLOCK_L, 0)
+        coming, coming_codes = _load(
+            cache_ptr, block, start + within, kv_head, i + 1 < num_steps, tile, spread, K, H, S, R, SCALES
+        )
+        before = gl.maximum(start - BLOCK_L, 0)
+        block = _block_of(table_row, before + within, num_keys, S, BLOCK_BYTES, WIDE)
+        slot = (step + i) % STAGES
+        mbarrier.wait(empty.index(slot), (((step + i) // STAGES) & 1) ^ 1)
+        _store(smem.index(slot), x, codes, there, tile, spread, E4M3, SCALES)
+        fence_async_shared()  # for the tensor cores
+        mbarrier.arrive(full.index(slot))
+    return step + num_steps
+
+
+# A thread has R tokens beside each other, so that it reads one entry of the table and one word of codes for them, and
+# eight numbers of each, so that storing them as 16 bytes meets no other thread's bank.
+
+
+@gluon.jit
+def fetch_keys(
+    q_ptr, cache_ptr, table_ptr, tiles_ptr, counter_ptr, stride_q, stride_table, num_tiles, q_smem, k_smem, facts_smem,
+    q_full, q_empty, k_full, k_empty,
     K: gl.constexpr, G: gl.constexpr, H: gl.constexpr, S: gl.constexpr, BLOCK_M: gl.constexpr, BLOCK_L: gl.constexpr,
     STAGES: gl.constexpr, WIDE: gl.constexpr, E4M3: gl.constexpr, SCALES: gl.constexpr,
 ):  # fmt: skip
+    """Take tiles of the step's plan; queries, facts and keys of each to those who want them."""
     PER_ROW: gl.constexpr = H // 8
-    copying: gl.constexpr = gl.BlockedLayout([1, 8], [32 // PER_ROW, PER_ROW], [4, 1], [1, 0])
-    # A thread has tokens beside each other, so that it reads one entry of the table and one word of codes for them,
-    # and eight numbers of each, so that storing them as 16 bytes meets no other thread's bank.
     R: gl.constexpr = 8 if S % 8 == 0 else 4 if S % 4 == 0 else 1
+    copying: gl.constexpr = gl.BlockedLayout([1, 8], [32 // PER_ROW, PER_ROW], [4, 1], [1, 0])
     tile: gl.constexpr = gl.BlockedLayout([1, R, 2], [32 // PER_ROW, 1, PER_ROW], [4, 1, 1], [2, 1, 0])
     spread: gl.constexpr = gl.BlockedLayout(
         [1, R // 4, 4, 2], [32 // PER_ROW, 1, 1, PER_ROW], [4, 1, 1, 1], [3, 2, 1, 0]
     )
     few: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
-    BLOCK_BYTES: gl.constexpr = S * K * (H + 1) if SCALES else S * K * H
-    k_cache_ptr = k_cache_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
-    v_cache_ptr = v_cache_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
-    within = gl.arange(0, BLOCK_L // R, gl.SliceLayout(1, gl.SliceLayout(2, tile))) * R
-    beside = gl.arange(0, R, gl.SliceLayout(0, gl.SliceLayout(2, tile)))
-    all_there = gl.full([BLOCK_L // R, R], 1, gl.int1, gl.SliceLayout(2, tile))
+    cache_ptr = cache_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     place = gl.arange(0, 8, few)
     total = gl.load(tiles_ptr + num_tiles * 8) * K  # the line behind the last tile says how many there are
     turn = 0
@@ -166,42 +201,49 @@ def fetch_unpacked(
     while work < total:
         kv_head = work % K
         num_keys = fact(facts, 0, few)
-        row = fact(facts, 4, few)
-        num_steps = (num_keys + BLOCK_L - 1) // BLOCK_L
-        table_row = table_ptr + row.to(gl.int64) * stride_table
-        start = (num_steps - 1) * BLOCK_L
-        block = _block_of(table_row, start + within, num_keys, S, BLOCK_BYTES, WIDE)
-        k, k_code = _load(k_cache_ptr, block, start + within, kv_head, True, tile, spread, K, H, S, R, SCALES)
-        before = gl.maximum(start - BLOCK_L, 0)
-        next_block = _block_of(table_row, before + within, num_keys, S, BLOCK_BYTES, WIDE)
+        table_row = table_ptr + fact(facts, 4, few).to(gl.int64) * stride_table
         hand_out_queries(
             q_ptr, stride_q, facts, place, kv_head, turn, q_smem, facts_smem, q_full, q_empty, copying, few, G, H,
             BLOCK_M,
         )  # fmt: skip
         turn += 1
-        for i in range(num_steps):
-            slot = step % STAGES
-            phase = (step // STAGES) & 1
-            step += 1
-            v, v_code = _load(v_cache_ptr, block, start + within, kv_head, True, tile, spread, K, H, S, R, SCALES)
-            there = (
-                start + within[:, None] + beside[None, :] < num_keys
-            )  # others' keys are masked, but not their values
-            mbarrier.wait(k_empty.index(slot), phase ^ 1)
-            _store(k_smem.index(slot), k, k_code, all_there, tile, spread, E4M3, SCALES)
-            fence_async_shared()  # for the tensor cores
-            mbarrier.arrive(k_full.index(slot))
-            start = gl.maximum(start - BLOCK_L, 0)
-            block = next_block
-            more = i + 1 < num_steps
-            k, k_code = _load(k_cache_ptr, block, start + within, kv_head, more, tile, spread, K, H, S, R, SCALES)
-            before = gl.maximum(start - BLOCK_L, 0)
-            next_block = _block_of(table_row, before + within, num_keys, S, BLOCK_BYTES, WIDE)
-            mbarrier.wait(v_empty.index(slot), phase ^ 1)
-            _store(v_smem.index(slot), v, v_code, there, tile, spread, E4M3, SCALES)
-            fence_async_shared()
-            mbarrier.arrive(v_full.index(slot))
-            if i == 0:
-                work = ask_for_work(counter_ptr, total)
-                facts = gl.load(tiles_ptr + gl.minimum(work // K, num_tiles) * 8 + place)
+        work = ask_for_work(counter_ptr, total)
+        facts = gl.load(tiles_ptr + gl.minimum(work // K, num_tiles) * 8 + place)
+        step = _unpack_row(
+            cache_ptr, table_row, num_keys, kv_head, step, k_smem, k_full, k_empty, tile, spread, K, H, S, R, BLOCK_L,
+            STAGES, WIDE, E4M3, SCALES, False,
+        )  # fmt: skip
     hand_out_end(turn, facts_smem, q_full, q_empty, few)
+
+
+@gluon.jit
+def fetch_values(
+    cache_ptr, table_ptr, stride_table, v_smem, facts_smem, q_full, q_empty, v_full, v_empty,
+    K: gl.constexpr, H: gl.constexpr, S: gl.constexpr, BLOCK_L: gl.constexpr, STAGES: gl.constexpr, WIDE: gl.constexpr,
+    E4M3: gl.constexpr, SCALES: gl.constexpr,
+):  # fmt: skip
+    """Values of the tiles that `fetch_keys` took. Keys past the end are masked, but values are multiplied: zeros."""
+    PER_ROW: gl.constexpr = H // 8
+    R: gl.constexpr = 8 if S % 8 == 0 else 4 if S % 4 == 0 else 1
+    tile: gl.constexpr = gl.BlockedLayout([1, R, 2], [32 // PER_ROW, 1, PER_ROW], [4, 1, 1], [2, 1, 0])
+    spread: gl.constexpr = gl.BlockedLayout(
+        [1, R // 4, 4, 2], [32 // PER_ROW, 1, 1, PER_ROW], [4, 1, 1, 1], [3, 2, 1, 0]
+    )
+    few: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
+    cache_ptr = cache_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
+    turn = 0
+    step = 0
+    mbarrier.wait(q_full.index(0), 0)
+    facts = facts_smem.index(0).load(few)
+    num_keys = fact(facts, 0, few)
+    while num_keys > 0:
+        mbarrier.arrive(q_empty.index(turn & 1))
+        table_row = table_ptr + fact(facts, 4, few).to(gl.int64) * stride_table
+        step = _unpack_row(
+            cache_ptr, table_row, num_keys, fact(facts, 5, few), step, v_smem, v_full, v_empty, tile, spread, K, H, S,
+            R, BLOCK_L, STAGES, WIDE, E4M3, SCALES, True,
+        )  # fmt: skip
+        turn += 1
+        mbarrier.wait(q_full.index(turn & 1), (turn >> 1) & 1)
+        facts = facts_smem.index(turn & 1).load(few)
+        num_keys = fact(facts, 0, few)

@@ -4,6 +4,7 @@ Meaning: `reference.paged_attention`. `decode_attention` also does what `rope_an
 """
 
 import torch
+import triton
 from torch import Tensor
 
 from argosy.kernels import tuning
@@ -12,7 +13,7 @@ from argosy.kernels.decode_kernel import paged_attention_kernel
 from argosy.kernels.kv_scales import has_scales
 from argosy.kernels.shared_prefix import SharedPrefix, attend_prefix
 
-__all__ = ["choose_splits", "decode_attention", "fusing_pays", "paged_attention"]
+__all__ = ["alone_sizes", "choose_splits", "decode_attention", "fusing_pays", "paged_attention"]
 
 
 def _kinds(groups: int, num_sms: int) -> tuple[str, ...]:
@@ -22,6 +23,21 @@ def _kinds(groups: int, num_sms: int) -> tuple[str, ...]:
     if groups < 8 * num_sms:
         return ("many",)
     return ("crowd",) if groups < 18 * num_sms else ("throng", "crowd")
+
+
+def alone_sizes(num_rows: int, num_heads: int, k_cache_BSKH: Tensor, dtype: torch.dtype) -> tuning.Sizes | None:
+    """Sizes of `warp_decode` where it was measured to be faster for so many rows of queries, and takes these."""
+    suffix, device = cache_suffix(k_cache_BSKH), k_cache_BSKH.device
+    if not suffix or not triton.__version__.startswith(tuning.GLUON_VERSIONS):
+        return None
+    kinds = _kinds(num_rows * k_cache_BSKH.shape[2], tuning.device_facts(device).num_sms)
+    key = f"h{k_cache_BSKH.shape[3]}_{kinds[-1]}{suffix}"
+    sizes = tuning.pick("warp_decode", key, device)
+    if sizes is None:
+        return None
+    from argosy.kernels import warp_decode
+
+    return sizes if warp_decode.takes(num_heads, k_cache_BSKH, dtype) else None
 
 
 def _launch(
@@ -144,6 +160,19 @@ def paged_attention(
     streams at the same time. `sizes` overrides what was tuned, for the tuner itself.
     """
     assert q_RNH.stride()[1:] == (q_RNH.shape[2], 1)
+    plain = sliding_window is None and soft_cap is None and alibi_slopes_N is None and sinks_N is None
+    if sizes is None and shared_len_R is None and plain and q_RNH.shape[0]:
+        alone = alone_sizes(q_RNH.shape[0], q_RNH.shape[1], k_cache_BSKH, q_RNH.dtype)
+        if alone is not None:
+            from argosy.kernels import warp_decode
+
+            bound = block_table_RB.shape[1] * k_cache_BSKH.shape[1]
+            return warp_decode.warp_decode(
+                q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R,
+                torch.empty(q_RNH.shape, dtype=q_RNH.dtype, device=q_RNH.device) if out_RNH is None else out_RNH,
+                scale=scale, max_context=bound if max_context is None else min(bound, max_context),
+                kv_scales=kv_scales, order_R=order_R, sizes=alone,
+            )  # fmt: skip
     shared = None
     if shared_len_R is not None and sliding_window is None and alibi_slopes_N is None and q_RNH.shape[0]:
         bound = block_table_RB.shape[1] * k_cache_BSKH.shape[1]

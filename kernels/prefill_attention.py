@@ -32,9 +32,6 @@ from argosy.kernels.kv_scale_parts import (
 )
 from argosy.kernels.kv_scales import has_scales
 
-# Triton's lower language changes from version to version: `hopper_attention` was compiled with each of these.
-GLUON_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
-
 
 @triton.jit
 def _walk(
@@ -256,7 +253,7 @@ def _hopper_sizes(q_TNH: Tensor, k_cache_BSKH: Tensor, kind: str) -> tuning.Size
     """Sizes for `hopper_attention` where it was measured to be faster for rows of this kind, and takes these."""
     key = f"h{q_TNH.shape[2]}_{kind}{cache_suffix(k_cache_BSKH)}"
     sizes = tuning.pick("hopper_attention", key, q_TNH.device)
-    if sizes is None or not triton.__version__.startswith(GLUON_VERSIONS):
+    if sizes is None or not triton.__version__.startswith(tuning.GLUON_VERSIONS):
         return None
     from argosy.kernels import hopper_attention
 

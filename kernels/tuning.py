@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 MAX_COUNTERS = 1 << 14
+# Triton's lower language changes from version to version: what is written in it was compiled with each of these.
+GLUON_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
 TUNED = Path(__file__).parent / "tuned"
 Sizes = Mapping[str, int]
 

@@ -141,13 +141,13 @@ def _join(part, stats, out_ptr, pieces, G: gl.constexpr, H: gl.constexpr):
 
 @gluon.jit(
     do_not_specialize=["stride_table", "num_splits", "min_piece"],
-    do_not_specialize_on_alignment=["table_ptr", "context_ptr"],
+    do_not_specialize_on_alignment=["table_ptr", "context_ptr", "order_ptr"],
 )
 def _warp_decode_kernel(
-    q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, context_ptr, out_ptr, part_ptr, stats_ptr, counter_ptr,
-    stride_q, stride_table, factor, v_scale, num_splits, min_piece,
+    q_ptr, k_cache_ptr, v_cache_ptr, table_ptr, context_ptr, order_ptr, out_ptr, part_ptr, stats_ptr,
+    counter_ptr, stride_q, stride_table, factor, v_scale, num_splits, min_piece,
     K: gl.constexpr, G: gl.constexpr, H: gl.constexpr, S: gl.constexpr, E4M3: gl.constexpr, SCALES: gl.constexpr,
-    SPLIT: gl.constexpr, PDL: gl.constexpr,
+    SPLIT: gl.constexpr, ORDERED: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     one: gl.constexpr = gl.BlockedLayout([1], [32], [1], [0])
     sums: gl.constexpr = gl.BlockedLayout([1, 8, 4], [32, 1, 1], [1, 1, 1], [2, 1, 0])
@@ -161,6 +161,8 @@ def _warp_decode_kernel(
     v_cache_ptr = v_cache_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
     if PDL:
         kv_head = _wait_for_inputs(kv_head)
+    if ORDERED:
+        row = gl.load(order_ptr + row).to(gl.int64)
     context = gl.load(context_ptr + row)
     tiles = (context + TILE - 1) // TILE
     piece = gl.maximum((tiles + num_splits - 1) // num_splits, min_piece // TILE)  # tiles
@@ -265,6 +267,7 @@ def warp_decode(
     scale: float,
     max_context: int,
     kv_scales: tuple[float, float] = (1.0, 1.0),
+    order_R: Tensor | None = None,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
     """`paged_attention` of what `takes` takes. `max_context` bounds the lengths on the host."""
@@ -283,11 +286,12 @@ def warp_decode(
         stats = torch.empty(groups * splits * group * 2, dtype=torch.float32, device=device)
         counters = tuning.counters(device)
     _warp_decode_kernel[(num_kv_heads, num_rows, splits)](
-        q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, out_RNH, part, stats, counters,
-        q_RNH.stride(0), block_table_RB.stride(0), scale * kv_scales[0] * LOG2E, kv_scales[1], splits,
-        sizes["min_piece"], K=num_kv_heads, G=group, H=head_size, S=block_size,
-        E4M3=k_cache_BSKH.dtype == torch.float8_e4m3fn, SCALES=has_scales(k_cache_BSKH), SPLIT=splits > 1,
-        num_warps=1, maxnreg=sizes["maxnreg"], **tuning.overlap(device),
+        q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R,
+        context_len_R if order_R is None else order_R, out_RNH, part, stats, counters, q_RNH.stride(0),
+        block_table_RB.stride(0), scale * kv_scales[0] * LOG2E, kv_scales[1], splits, sizes["min_piece"],
+        K=num_kv_heads, G=group, H=head_size, S=block_size, E4M3=k_cache_BSKH.dtype == torch.float8_e4m3fn,
+        SCALES=has_scales(k_cache_BSKH), SPLIT=splits > 1, ORDERED=order_R is not None, num_warps=1,
+        maxnreg=sizes["maxnreg"], **tuning.overlap(device),
     )  # fmt: skip
     return out_RNH
 
@@ -297,13 +301,13 @@ def _has_its_instructions(device: torch.device) -> bool:
     return torch.version.cuda is not None and torch.cuda.get_device_capability(device) >= (8, 9)
 
 
-def takes(q_RNH: Tensor, k_cache_BSKH: Tensor) -> bool:
+def takes(num_heads: int, k_cache_BSKH: Tensor, dtype: torch.dtype) -> bool:
     """Whether these can be attended here: a cache in 8 bits, whole tiles in a block, heads of 128, up to 8 a group."""
     return (
         k_cache_BSKH.element_size() == 1
-        and q_RNH.element_size() == 2
-        and q_RNH.shape[2] == 128
+        and dtype.itemsize == 2
+        and k_cache_BSKH.shape[3] == 128
         and k_cache_BSKH.shape[1] % TILE.value == 0
-        and q_RNH.shape[1] // k_cache_BSKH.shape[2] <= HEADS.value
-        and _has_its_instructions(q_RNH.device)
+        and num_heads // k_cache_BSKH.shape[2] <= HEADS.value
+        and _has_its_instructions(k_cache_BSKH.device)
     )

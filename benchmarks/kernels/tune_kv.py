@@ -78,8 +78,7 @@ class Clock:
 def alone_sizes() -> Iterator[Sizes]:
     """Of `warp_decode`: registers for 12, 13 or 16 warps a multiprocessor; how many pieces."""
     for maxnreg, per_sm, min_piece in (
-        (168, 12, 256), (168, 24, 256), (168, 48, 512), (168, 6, 512), (144, 13, 256), (144, 26, 512), (128, 16, 256),
-        (128, 32, 512),
+        (168, 12, 256), (168, 24, 256), (168, 48, 256), (144, 26, 256), (128, 16, 256), (128, 32, 256),
     ):  # fmt: skip
         yield {"maxnreg": maxnreg, "per_sm": per_sm, "min_piece": min_piece}
 
@@ -88,7 +87,7 @@ def check_alone(dtype: torch.dtype, scaled: bool) -> None:
     """Ugly lengths, a row of padding, scales that are nan behind the ends; against float32."""
     from argosy.kernels import warp_decode
 
-    for heads, block, splits in ((HEADS, 16, 24), (HEADS, 16, 1), (40, 32, 6), (KV_HEADS, 16, 6), (64, 16, 6)):
+    for heads, block, splits in ((HEADS, 16, 24), (HEADS, 16, 1), (40, 32, 6)):
         context = [0, 1, 15, 16, 17, 300, 1000, 1024, 2047, 4000, *range(33, 63)]
         per_row = -(-4096 // block)
         caches = []

@@ -127,7 +127,7 @@ def all_sizes(cache: str) -> list[dict[str, int]]:
     names = ("block_l", "stages", "registers", "fetch_registers")
     tried = ((128, 2, 216, 72), (128, 2, 200, 104), (64, 4, 216, 72), (64, 4, 208, 88))
     if cache:
-        tried = ((64, 4, 208, 88), (64, 4, 200, 104), (128, 2, 200, 104), (128, 2, 192, 120))
+        tried = ((64, 4, 176, 80), (64, 4, 184, 72), (64, 4, 168, 88))
     return [dict(zip(names, each, strict=True)) for each in tried]
 
 
@@ -186,6 +186,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--heads", nargs="*", default=["32/8x128", "16/8x128", "14/2x64"], help="32/8x128: 8 of 128")
     parser.add_argument("--cache", nargs="*", default=[""], help="int8, e4m3, e4m3_scaled; 16 bits without")
+    parser.add_argument("--shapes", nargs="*", help="names of some, as '16x512'; all without")
     parser.add_argument("--quick", action="store_true", help="the first size alone")
     arguments = parser.parse_args()
     drawn = random.Random(3)
@@ -201,6 +202,7 @@ def main() -> int:
         "4x512 of 4096": [(512, 4096)] * 4,
         "128x64 of 2112": [(64, 2112)] * 128,
     }
+    shapes = {name: rows for name, rows in shapes.items() if not arguments.shapes or name in arguments.shapes}
     table: dict[str, dict[str, int]] = {}
     for heads, cache in itertools.product(arguments.heads, arguments.cache):
         counts, size = heads.split("x")

@@ -54,7 +54,7 @@ def test_rows_of_any_length_are_those_of_the_reference(
                 kv_scales.scales_of(cache)[last, :, length % block_size :] = kv_scales.NAN_CODE
     lengths = torch.tensor(context, device="cuda", dtype=torch.int32)
     q = torch.randn(len(context), heads + 16, 128, device="cuda", dtype=torch.bfloat16)[:, :heads]
-    assert takes(q, caches[0])
+    assert takes(heads, caches[0], q.dtype)
     want = reference.paged_attention(q.float(), k, v, table, lengths, scale=128**-0.5)
     for _ in range(2):  # the counters of pieces were left at zero
         out = torch.full((len(context), heads, 128), float("nan"), device="cuda", dtype=torch.bfloat16)
