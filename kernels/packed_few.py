@@ -32,18 +32,17 @@ def _fragments(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def few_kernel(
-    x_ptr, words_ptr, pairs_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr,
-    num_tokens, num_inputs, num_outputs, num_tiles, num_blocks, stride_x, stride_out, eps,
+    x_ptr, words_ptr, pairs_ptr, bias_ptr, residual_ptr, out_ptr,
+    num_tokens, num_inputs, num_outputs, num_tiles, num_blocks, stride_x, stride_out,
     UNITS: tl.constexpr, HALVES: tl.constexpr, PLANES: tl.constexpr, HALF_SCALES: tl.constexpr,
     SPLIT: tl.constexpr, TILES: tl.constexpr, WIDE: tl.constexpr, TOKENS: tl.constexpr, AHEAD: tl.constexpr,
     STAGES: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-    NORM: tl.constexpr, PREFETCH: tl.constexpr, EARLY: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH: tl.constexpr, EARLY: tl.constexpr, ASM: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A step is WIDE blocks, of UNITS units, of each of SPLIT warps.
 
     Products of a group wait for each other; those of WIDE groups stand side by side. Numbers of 8 bits are made of both
-    planes first, less 128. NORM: the weight of the norm goes to the inputs and its root to the sums; a product of ones
-    with squares, in 16 bits, is off by less than 1e-4 of their sum.
+    planes first, less 128. (The norm of the inputs in here, too, took longer than a launch of its own.)
     """
     T: tl.constexpr = x_ptr.dtype.element_ty
     FP16: tl.constexpr = x_ptr.dtype.element_ty == tl.float16
@@ -83,7 +82,6 @@ def few_kernel(
     column = (group_half * GROUP)[:, None] + tl.arange(0, GROUP)[None, :]
     ones = tl.full((PARTS, 16, GROUP), 1.0, T)
     acc = tl.zeros((PARTS, 16 * TILES, TOKENS), tl.float32)
-    squares = tl.zeros((PARTS, 16, TOKENS), tl.float32)
     if PREFETCH > 0:
         line = tl.minimum(
             (block * (WORDS // 32))[:, None] + tl.arange(0, PREFETCH)[None, :], num_blocks * (WORDS // 32) - 1
@@ -94,8 +92,6 @@ def few_kernel(
             own = tl.minimum(first + every // 2, num_tiles // 2 - 1) + every % 2 * (num_tiles // 2)
         row_of_tiles = own.to(tl.int64) * (num_blocks * WORDS)
         prefetch(words_ptr + (row_of_tiles[:, None, None] + (line * 32)[None, :, :]))
-    if NORM and PREFETCH > 0:
-        prefetch(norm_ptr + tl.minimum(tl.arange(0, 128) * 64, num_inputs - 1))
     if AHEAD:
         words = tl.load(here) if EVEN else tl.load(here, own_block < num_blocks, other=0)
         high = words
@@ -143,10 +139,6 @@ def few_kernel(
         if PLANES == 2:
             pair = tl.load(here_pairs + HALVES * 16) if EVEN else tl.load(here_pairs + HALVES * 16, inside, other=0)
             zero += 16 * zero_of(pair, HALF_SCALES)
-        if NORM:
-            squares = tl.dot(ones, x * x, squares)  # in each of 16 rows
-            norm = tl.load(norm_ptr + k) if EVEN else tl.load(norm_ptr + k, inside & (k < num_inputs), other=0.0)
-            x *= norm[:, :, None]
         part = tl.dot(v, x)
         total = tl.dot(ones, x)
         total = tl.broadcast_to(total[:, None, :, :], (PARTS, TILES, 16, TOKENS))
@@ -157,8 +149,6 @@ def few_kernel(
     if PDL and not EARLY:
         gdc_launch_dependents()
     y = tl.sum(acc, 0)
-    if NORM:
-        y *= 1.0 / tl.sqrt(tl.sum(tl.sum(squares, 0), 0) / (16 * num_inputs) + eps)[None, :]
     if BIAS:
         at_row = tl.minimum(tile_of_row * 16 + row % 16, num_outputs * (2 if GATED else 1) - 1)
         y += tl.load(bias_ptr + at_row).to(tl.float32)[:, None]

@@ -56,44 +56,65 @@ def _fetch(
     BYTES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     begin = gl.program_id(0) * per
-    steps = (gl.minimum(begin + per, total) - begin) * UNITS
-    for n in range(gl.minimum(steps, STAGES)):
-        at = begin + n // UNITS
+    end = gl.minimum(begin + per, total)
+    tile = begin // num_blocks
+    block = begin - tile * num_blocks
+    ready = gl.minimum(gl.minimum(num_blocks - block, end - begin) * UNITS, STAGES)
+    row = tile // token_tiles * TILES
+    for n in range(ready):
         mbarrier.expect(full.index(n), BYTES)
         _fetch_words(
-            words_desc, pairs_desc, words_smem, pairs_smem, full, n, at, n % UNITS, num_blocks, token_tiles, UNITS,
-            PLANES, TILES,
+            words_desc, pairs_desc, words_smem, pairs_smem, full.index(n), n, row, block + n // UNITS, n % UNITS, UNITS,
+            PLANES,
         )  # fmt: skip
     if PDL:
         gdc_wait()
         gdc_launch_dependents()
-    for n in range(steps):
-        slot = n % STAGES
-        at = begin + n // UNITS
-        if n >= STAGES:
-            mbarrier.wait(empty.index(slot), (n // STAGES - 1) & 1)
-            mbarrier.expect(full.index(slot), BYTES)
-            _fetch_words(
-                words_desc, pairs_desc, words_smem, pairs_smem, full, slot, at, n % UNITS, num_blocks, token_tiles,
-                UNITS, PLANES, TILES,
-            )  # fmt: skip
-        token = at // num_blocks % token_tiles * TOKENS
-        column = (at % num_blocks * UNITS + n % UNITS) * COLUMNS
-        copy_in(x_desc, [token, column], full.index(slot), x_smem.index(slot))
+    at = begin
+    n = 0
+    slot = 0
+    phase = 1
+    while at < end:  # divisions are for tiles, not for steps: one warp does all of this
+        tile = at // num_blocks
+        block = at - tile * num_blocks
+        row = tile // token_tiles * TILES
+        token = tile % token_tiles * TOKENS
+        count = gl.minimum(num_blocks - block, end - at)
+        column = block * (UNITS * COLUMNS)
+        for i in range(count * UNITS):
+            here = full.index(slot)
+            if n >= ready:
+                mbarrier.wait(empty.index(slot), phase)
+                mbarrier.expect(here, BYTES)
+                _fetch_words(
+                    words_desc, pairs_desc, words_smem, pairs_smem, here, slot, row, block + i // UNITS, i % UNITS,
+                    UNITS, PLANES,
+                )  # fmt: skip
+            copy_in(x_desc, [token, column], here, x_smem.index(slot))
+            column += COLUMNS
+            n += 1
+            slot, phase = _next(slot, phase, STAGES)
+        at += count
+
+
+@gluon.jit
+def _next(slot, phase, STAGES: gl.constexpr):
+    """The next place of the ring, and its phase."""
+    slot += 1
+    wraps = slot == STAGES
+    return gl.where(wraps, 0, slot), gl.where(wraps, phase ^ 1, phase)
 
 
 @gluon.jit
 def _fetch_words(
-    words_desc, pairs_desc, words_smem, pairs_smem, full, slot, at, unit, num_blocks, token_tiles,
-    UNITS: gl.constexpr, PLANES: gl.constexpr, TILES: gl.constexpr,
+    words_desc, pairs_desc, words_smem, pairs_smem, full, slot, row, block, unit, UNITS: gl.constexpr,
+    PLANES: gl.constexpr,
 ):  # fmt: skip
-    tile = at // num_blocks // token_tiles * TILES
-    block = at % num_blocks * PLANES
     for plane in gl.static_range(PLANES):
         here = slot * PLANES + plane
-        column = ((block + plane) * UNITS + unit) * 128
-        copy_in(words_desc, [tile, column], full.index(slot), words_smem.index(here))
-        copy_in(pairs_desc, [tile, (block + plane) * 16], full.index(slot), pairs_smem.index(here))
+        column = ((block * PLANES + plane) * UNITS + unit) * 128
+        copy_in(words_desc, [row, column], full, words_smem.index(here))
+        copy_in(pairs_desc, [row, (block * PLANES + plane) * 16], full, pairs_smem.index(here))
 
 
 @gluon.jit
@@ -160,6 +181,19 @@ def _unpacked(
 
 
 @gluon.jit
+def _begin(
+    acc, x_smem, words_smem, pairs_smem, full, slot, phase, left_in: gl.constexpr, G: gl.constexpr,
+    PLANES: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, FP16: gl.constexpr, HALF_SCALES: gl.constexpr,
+):  # fmt: skip
+    """Unpack a place of the ring and begin to multiply it. (sum, left side, the place, the next one, its phase)."""
+    mbarrier.wait(full.index(slot), phase)
+    v = _unpacked(words_smem, pairs_smem, slot, left_in, G, PLANES, TILES, FP16, HALF_SCALES)
+    acc = warpgroup_mma(v, x_smem.index(slot).permute((1, 0)), acc, is_async=True)
+    follows, phase = _next(slot, phase, STAGES)
+    return acc, v, slot, follows, phase
+
+
+@gluon.jit
 def _multiply(
     out_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, words_smem, pairs_smem, full, empty, per, total, num_blocks,
     token_tiles, num_tokens, num_outputs, stride_out,
@@ -177,39 +211,44 @@ def _multiply(
     begin = program * per
     end = gl.minimum(begin + per, total)
     at = begin
-    n = 0
-    all_steps = (end - begin) * UNITS
-    mbarrier.wait(full.index(0), 0)
-    v = _unpacked(words_smem, pairs_smem, 0, left_in, G, PLANES, TILES, FP16, HALF_SCALES)
+    slot = 0
+    phase = 0
     while at < end:
         tile = at // num_blocks
         count = gl.minimum((tile + 1) * num_blocks, end) - at
         acc = gl.zeros([OWN, TOKENS], gl.float32, acc_in)
         steps = count * UNITS
-        for _ in range(steps // 2):
-            slot = n % STAGES
-            acc = warpgroup_mma(v, x_smem.index(slot).permute((1, 0)), acc, is_async=True)
-            second = (n + 1) % STAGES
-            mbarrier.wait(full.index(second), ((n + 1) // STAGES) & 1)
-            w = _unpacked(words_smem, pairs_smem, second, left_in, G, PLANES, TILES, FP16, HALF_SCALES)
+        for _ in range(steps // 4):  # the next columns are unpacked while those before are multiplied
+            acc, v, one, slot, phase = _begin(
+                acc, x_smem, words_smem, pairs_smem, full, slot, phase, left_in, G, PLANES, TILES, STAGES, FP16,
+                HALF_SCALES,
+            )  # fmt: skip
+            acc, w, two, slot, phase = _begin(
+                acc, x_smem, words_smem, pairs_smem, full, slot, phase, left_in, G, PLANES, TILES, STAGES, FP16,
+                HALF_SCALES,
+            )  # fmt: skip
+            acc, v = warpgroup_mma_wait(1, deps=[acc, v])
+            mbarrier.arrive(empty.index(one))
+            acc, v, one, slot, phase = _begin(
+                acc, x_smem, words_smem, pairs_smem, full, slot, phase, left_in, G, PLANES, TILES, STAGES, FP16,
+                HALF_SCALES,
+            )  # fmt: skip
+            acc, w = warpgroup_mma_wait(1, deps=[acc, w])
+            mbarrier.arrive(empty.index(two))
+            acc, w, two, slot, phase = _begin(
+                acc, x_smem, words_smem, pairs_smem, full, slot, phase, left_in, G, PLANES, TILES, STAGES, FP16,
+                HALF_SCALES,
+            )  # fmt: skip
+            acc, v, w = warpgroup_mma_wait(0, deps=[acc, v, w])
+            mbarrier.arrive(empty.index(one))
+            mbarrier.arrive(empty.index(two))
+        for _ in range(steps % 4):
+            acc, v, one, slot, phase = _begin(
+                acc, x_smem, words_smem, pairs_smem, full, slot, phase, left_in, G, PLANES, TILES, STAGES, FP16,
+                HALF_SCALES,
+            )  # fmt: skip
             acc, v = warpgroup_mma_wait(0, deps=[acc, v])
-            mbarrier.arrive(empty.index(slot))
-            acc = warpgroup_mma(w, x_smem.index(second).permute((1, 0)), acc, is_async=True)
-            n += 2
-            slot = n % STAGES  # behind the last step lie old words, and what becomes of them is not multiplied
-            mbarrier.wait(full.index(slot), (n // STAGES) & 1, pred=n < all_steps)
-            v = _unpacked(words_smem, pairs_smem, slot, left_in, G, PLANES, TILES, FP16, HALF_SCALES)
-            acc, w = warpgroup_mma_wait(0, deps=[acc, w])
-            mbarrier.arrive(empty.index(second))
-        if UNITS == 1 and steps % 2 == 1:
-            slot = n % STAGES
-            acc = warpgroup_mma(v, x_smem.index(slot).permute((1, 0)), acc, is_async=True)
-            acc, v = warpgroup_mma_wait(0, deps=[acc, v])
-            mbarrier.arrive(empty.index(slot))
-            n += 1
-            slot = n % STAGES
-            mbarrier.wait(full.index(slot), (n // STAGES) & 1, pred=n < all_steps)
-            v = _unpacked(words_smem, pairs_smem, slot, left_in, G, PLANES, TILES, FP16, HALF_SCALES)
+            mbarrier.arrive(empty.index(one))
         whole = count == num_blocks
         if SHARED and count < num_blocks:
             here = gl.arange(0, OWN, gl.SliceLayout(1, acc_in))[:, None] * TOKENS
@@ -227,10 +266,10 @@ def _multiply(
                     for one in gl.static_range(AT_ONCE):
                         other = gl.minimum(others + one, last)
                         place = other * 2 + (other * per < tile * num_blocks).to(gl.int32)
-                        left = gl.load(
+                        share = gl.load(
                             part_ptr + (place.to(gl.int64) * WGS + G) * (OWN * TOKENS) + here, cache_modifier=".cg"
                         )
-                        acc += gl.where(others + one <= last, left, 0.0)
+                        acc += gl.where(others + one <= last, share, 0.0)
                 whole = count < num_blocks
         if whole:
             first_row = (tile // token_tiles * WGS + G) * OWN

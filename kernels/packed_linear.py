@@ -11,7 +11,7 @@ import torch
 import triton
 from torch import Tensor
 
-from argosy.kernels import activation, packed_hopper, rms_norm, tuning
+from argosy.kernels import activation, packed_hopper, tuning
 from argosy.kernels.packed_few import few_kernel
 from argosy.kernels.packed_inputs import pick_inputs as pick_inputs
 from argosy.kernels.packed_many import many_kernel, unpack_kernel
@@ -20,7 +20,6 @@ from argosy.kernels.packed_reference import ROWS, PackedWeight, block_of
 
 SMALLEST_GROUP = 32
 MOST_FUSED = 16  # tokens, of `packed_few`
-MOST_NORMED, NORMED = 8, (torch.bfloat16,)
 MANY_TOKENS = 256  # and no more are multiplied by `packed_many`, where nothing was tuned
 SLICE_BYTES = 24 << 20  # of plain weight at a time: it stays in the second-level cache
 SLICE_ROWS = 64  # and a multiple of so many
@@ -82,8 +81,6 @@ def linear(
     weight: PackedWeight,
     bias_O: Tensor | None = None,
     *,
-    norm_weight_I: Tensor | None = None,
-    eps: float = 1e-6,
     residual_TO: Tensor | None = None,
     gated: bool = False,
     out_TO: Tensor | None = None,
@@ -91,8 +88,7 @@ def linear(
 ) -> Tensor:
     """[T, O], silu(gate) * up of it if `gated`, added to the residual (in place) or written to `out_TO` if given.
 
-    One launch for up to `MOST_FUSED` tokens; with the norm before it for up to `MOST_NORMED`, in bfloat16 (squares of
-    float16 can be beyond float16).
+    One launch for up to `MOST_FUSED` tokens.
     """
     num_tokens, num_in = x_TI.shape
     assert num_in == weight.num_inputs
@@ -106,11 +102,8 @@ def linear(
     assert made_TO.stride(1) == 1
     if num_tokens == 0:
         return made_TO
-    fuses = sizes["kernel"] == FEW and (not gated or can_gate(weight))
-    if norm_weight_I is not None and not (fuses and num_tokens <= MOST_NORMED and x_TI.dtype in NORMED):
-        x_TI, norm_weight_I = rms_norm.rms_norm(x_TI, norm_weight_I, eps), None
-    if fuses:
-        return _few(x_TI, weight, bias_O, norm_weight_I, eps, residual_TO, gated, made_TO, sizes)
+    if sizes["kernel"] == FEW and (not gated or can_gate(weight)):
+        return _few(x_TI, weight, bias_O, residual_TO, gated, made_TO, sizes)
     if gated or residual_TO is not None:
         y_TO = linear(x_TI, weight, bias_O, sizes=sizes)
         y_TO = activation.silu_and_mul(y_TO) if gated else y_TO
@@ -136,8 +129,8 @@ def _blocks(weight: PackedWeight) -> int:
 
 
 def _few(
-    x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None, norm_weight_I: Tensor | None, eps: float,
-    residual_TO: Tensor | None, gated: bool, out_TO: Tensor, sizes: tuning.Sizes,
+    x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None, residual_TO: Tensor | None, gated: bool,
+    out_TO: Tensor, sizes: tuning.Sizes,
 ) -> Tensor:  # fmt: skip
     num_tokens, num_in = x_TI.shape
     words, blocks = weight.words_MUW, _blocks(weight) // weight.planes
@@ -148,11 +141,10 @@ def _few(
     even = blocks % (sizes["split"] * wide) == 0 and num_in % block_of(weight.group) == 0
     few_kernel[(triton.cdiv(words.shape[0], tiles),)](
         x_TI, words, weight.pairs_MKR2.view(torch.int32), out_TO if bias_O is None else bias_O,
-        out_TO if norm_weight_I is None else norm_weight_I, out_TO, out_TO,
-        num_tokens, num_in, out_TO.shape[1], words.shape[0], blocks, x_TI.stride(0), out_TO.stride(0), eps,
+        out_TO, out_TO, num_tokens, num_in, out_TO.shape[1], words.shape[0], blocks, x_TI.stride(0), out_TO.stride(0),
         **_layout(weight), SPLIT=sizes["split"], TILES=tiles, WIDE=wide, TOKENS=8 if num_tokens <= 8 else 16,
         AHEAD=bool(sizes["ahead"]), STAGES=sizes.get("stages", 3), EARLY=bool(sizes.get("early", 0)), EVEN=even,
-        BIAS=bias_O is not None, NORM=norm_weight_I is not None, GATED=gated, RESIDUAL=residual_TO is not None,
+        BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual_TO is not None,
         PREFETCH=sizes.get("prefetch", 0) if ASSEMBLES else 0, num_warps=sizes["split"], **tuning.overlap(x_TI.device),
     )  # fmt: skip
     return out_TO

@@ -161,25 +161,6 @@ def test_a_few_tokens_are_fused_with_gate_and_residual(
         assert_near(got, want)
 
 
-@pytest.mark.parametrize(("bits", "group", "num_in"), [(4, 64, 192), (4, 128, 1024), (8, 32, 160)])
-@pytest.mark.parametrize(
-    "sizes", [FEW, FEW | {"wide": 2, "split": 2, "ahead": 0}, FEW | {"tiles": 1, "prefetch": 32}, MANY]
-)
-def test_the_norm_before_it_is_fused(
-    bits: int, group: int, num_in: int, sizes: dict[str, int], device: torch.device, assert_near: Near,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:  # fmt: skip
-    monkeypatch.setattr(packed_linear, "NORMED", (torch.float16,))
-    weight = make(bits, group, num_in, 96, device)
-    x, norm, bias = (torch.randn(*shape, device=device).half() for shape in ((5, num_in), (num_in,), (96,)))
-    norm /= 1 << bits  # products of a gate stay in float16
-    plain = packed_reference.dequantize(weight).half()
-    want = reference.fused_linear(x, plain, bias, norm_weight_I=norm, eps=1e-5)
-    assert_near(packed_linear.linear(x, weight, bias, norm_weight_I=norm, eps=1e-5, sizes=sizes), want)
-    want = reference.fused_linear(x * 30, plain, norm_weight_I=norm, gated=True, eps=1e-5)
-    assert_near(packed_linear.linear(x * 30, weight, norm_weight_I=norm, gated=True, eps=1e-5, sizes=sizes), want)
-
-
 def test_many_tokens_go_by_slices_of_plain_weight(
     device: torch.device, assert_near: Near, monkeypatch: pytest.MonkeyPatch
 ) -> None:
