@@ -38,13 +38,13 @@ MANY_WAYS = {  # tiles, warps, sync, tokens at once
     64: [(8, 8, 0, 64)],
 }
 HOPPER_WAYS = {  # groups of warps, tiles of each, tokens at once
-    1: [(4, 4, 16), (2, 4, 16), (2, 8, 16)],
-    16: [(4, 4, 16), (2, 4, 16), (2, 8, 16)],
-    32: [(4, 4, 32), (2, 4, 32), (2, 8, 32), (2, 4, 16)],
-    64: [(4, 4, 64), (2, 4, 64), (2, 8, 64), (2, 4, 32), (2, 4, 16)],
-    128: [(2, 4, 128), (2, 8, 128), (4, 4, 128), (2, 4, 64), (4, 4, 64), (2, 4, 32)],
-    256: [(2, 4, 256), (2, 8, 128), (4, 4, 128), (2, 4, 128), (2, 4, 64), (4, 4, 64)],
-    512: [(2, 4, 256), (2, 8, 128), (4, 4, 128), (2, 4, 128)],
+    1: [(4, 4, 16), (2, 4, 16)],
+    16: [(4, 4, 16), (2, 4, 16)],
+    32: [(4, 4, 32), (2, 4, 32), (2, 8, 32)],
+    64: [(4, 4, 64), (2, 4, 64), (2, 8, 64)],
+    128: [(2, 4, 128), (2, 8, 128), (2, 4, 64), (4, 4, 64)],
+    256: [(2, 4, 256), (2, 8, 128), (2, 4, 128), (2, 4, 64), (4, 4, 64)],
+    512: [(2, 4, 256), (2, 8, 128), (2, 4, 128)],
     1024: [(2, 4, 256), (2, 8, 128), (2, 4, 128)],
 }
 NUM_SMS = 132  # of the card: so many programs share all work evenly
@@ -53,11 +53,12 @@ UNFUSED_US = 2.0  # that a gate or an addition takes in a launch of its own
 LARGEST_ERROR = 4e-3  # of bf16 against float64
 
 
-def sizes_for(tokens: int, name: str, bits: int) -> Iterator[dict[str, int]]:
+def _all_sizes(tokens: int, name: str, bits: int) -> Iterator[dict[str, int]]:
     """What is tried. A product that is gated needs two tiles of rows."""
     if tokens <= 16:
         for (tiles, split, wide, ahead, stages), (early, prefetch) in itertools.product(FEW_WAYS, ((0, 0), (1, 32))):
-            if not (tiles == 1 and name == "gate_up") and not (tokens == 16 and early):
+            spills = bits == 8 and tiles * wide > 2
+            if not (tiles == 1 and name == "gate_up") and not (tokens == 16 and early) and not spills:
                 yield {"kernel": FEW, "tiles": tiles, "split": split, "wide": wide, "ahead": ahead, "stages": stages,
                        "early": early, "prefetch": prefetch}  # fmt: skip
     for (tiles, warps, sync, at_once), splits in itertools.product(MANY_WAYS.get(tokens, ()), (1, 2, 4)):
@@ -66,13 +67,17 @@ def sizes_for(tokens: int, name: str, bits: int) -> Iterator[dict[str, int]]:
     for (wgs, tiles, at_once), programs in itertools.product(HOPPER_WAYS.get(tokens, ()), (0, NUM_SMS)):
         ring = {"kernel": HOPPER, "wgs": wgs, "tiles": tiles, "tokens": at_once, "programs": programs}
         fitting = packed_hopper.RING_BYTES // (bits // 4 * wgs * tiles * 576 + at_once * 128)
-        if programs == 0 or (wgs, tiles, at_once) != (4, 4, 128):  # which would spill registers
-            yield ring | {"stages": min(8, fitting)}
+        yield ring | {"stages": min(8, fitting)}
         if wgs == 2 and tiles == 4 and at_once <= 64 and bits == 4:
             yield ring | {"stages": min(8, fitting // 2), "sharing": 2, "programs": 2 * programs}
     if tokens > 64:
         yield {"kernel": SLICES, "slice_mb": 24}
         yield {"kernel": SLICES, "slice_mb": 256}
+
+
+def sizes_for(tokens: int, name: str, args: argparse.Namespace) -> list[dict[str, int]]:
+    """Those of the kernels that were asked for."""
+    return [sizes for sizes in _all_sizes(tokens, name, args.bits) if not args.only or sizes["kernel"] in args.only]
 
 
 def weights_of(
@@ -89,12 +94,11 @@ def weights_of(
 
 
 def compile_all(
-    weight: packed_reference.PackedWeight, name: str, part: tuple[int, int], counts: Iterable[int]
+    weight: packed_reference.PackedWeight, name: str, part: tuple[int, int], args: argparse.Namespace
 ) -> None:  # fmt: skip
     """Every n-th size, into the cache that the measuring process reads."""
-    for turn, (tokens, sizes) in enumerate(
-        (t, s) for t in counts if t not in AGAIN for s in sizes_for(t, name, weight.bits)
-    ):
+    ways = ((t, s) for t in args.tokens if t not in AGAIN for s in sizes_for(t, name, args))
+    for turn, (tokens, sizes) in enumerate(ways):
         if turn % part[1] == part[0]:
             try:
                 packed_linear.linear(
@@ -144,12 +148,13 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--tokens", type=int, nargs="+", choices=TOKENS, default=list(TOKENS))
+    parser.add_argument("--only", type=int, nargs="+", choices=(FEW, MANY, SLICES, HOPPER), help="kernels; all without")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # "i/n": compile every n-th size only
     args = parser.parse_args()
     form = {"bits": args.bits, "group": args.group}
     if args.part:
         i, n = map(int, args.part.split("/"))
-        compile_all(weights_of(*SHAPES["qkv"], 1, **form)[0], "qkv", (i, n), args.tokens)
+        compile_all(weights_of(*SHAPES["qkv"], 1, **form)[0], "qkv", (i, n), args)
         return
     others = [
         subprocess.Popen([sys.executable, *sys.argv, "--part", f"{i}/{PROCESSES}"], stdout=subprocess.DEVNULL)
@@ -166,7 +171,7 @@ def main() -> None:
             plain = [plain_OI] + [plain_OI.clone() for _ in range(copies_for(plain_OI.nbytes, 16) - 1)]
             tops: dict[int, list[dict[str, int]]] = {}
             for tokens in args.tokens:
-                candidates = tops[AGAIN[tokens]] if AGAIN.get(tokens) in tops else sizes_for(tokens, name, args.bits)
+                candidates = tops[AGAIN[tokens]] if AGAIN.get(tokens) in tops else sizes_for(tokens, name, args)
                 found = measured(weights, plain_OI, tokens, name, candidates)
                 tops[tokens] = [sizes for _, sizes, _ in found[:3]]
                 us, sizes, error = found[0]
