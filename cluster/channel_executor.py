@@ -15,7 +15,6 @@ import contextlib
 import logging
 import os
 import secrets
-from collections import deque
 from typing import Any, Final
 
 from argosy.cluster.clock import Clock
@@ -62,7 +61,7 @@ from argosy.cluster.start_rules import (
     slowest_phase,
     swap_costs,
 )
-from argosy.cluster.step_deadline import StepDeadline
+from argosy.cluster.step_deadline import StepsInFlight
 
 _log = logging.getLogger(__name__)
 _STOP_SECONDS: Final = 3.0  # for ranks to leave by themselves before they are killed
@@ -83,7 +82,7 @@ class ChannelExecutor:
         tcp_host: str = "",
     ):
         self.config, self.clock, self.poller = config, clock, poller
-        self._patience = StepDeadline(config.parallel.step_deadline_seconds)
+        self._steps = StepsInFlight(config.parallel.step_deadline_seconds)
         self.num_ranks = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
         self.status = "stopped"
         self.epoch = -1
@@ -103,8 +102,6 @@ class ChannelExecutor:
         self._fan_out: list[Connection] = []  # each connection once
         self._rendezvous = ""
         self._events: list[ExecutorEvent] = []
-        self._steps: deque[tuple[int, float, int]] = deque()  # steps in flight: when each was sent, its tokens
-        self._answered_at = 0.0
         self._start_deadline = 0.0
 
     # ------------------------------------------------------------------------------------------------- Executor
@@ -114,7 +111,7 @@ class ChannelExecutor:
         assert self.status == "stopped", self.status
         self.status, self.epoch = "starting", epoch
         self.reports, self.ready, self.progress, self._rendezvous = {}, {}, {}, ""
-        self._patience = StepDeadline(self.config.parallel.step_deadline_seconds)  # fresh ranks are slow at first
+        self._steps = StepsInFlight(self.config.parallel.step_deadline_seconds)  # fresh ranks are slow at first
         self._start_deadline = self.clock.now() + self.config.parallel.start_deadline_seconds
         self._secret = secrets.token_hex(32)  # of this epoch only: a late rank of an older one stays outside
         self._listen()
@@ -144,9 +141,7 @@ class ChannelExecutor:
         if self.status != "ready" or output.epoch != self.epoch:
             return  # the group was lost a moment ago: its RanksLost is on the way, and the step with it
         frame = encode_frame(output)
-        if not self._steps:
-            self._answered_at = self.clock.now()
-        self._steps.append((output.step_id, self.clock.now(), output.num_scheduled_tokens))
+        self._steps.sent(output.step_id, output.num_scheduled_tokens, self.clock.now())
         for connection in self._fan_out:
             self._send(connection, frame)
 
@@ -182,7 +177,7 @@ class ChannelExecutor:
         if self.status in ("starting", "loading", "allocating"):
             return max(self._start_deadline - self.clock.now(), 0.0)
         if self.status == "ready" and self._steps:
-            return max(self._step_deadline() - self.clock.now(), 0.0)
+            return max(self._steps.next_deadline() - self.clock.now(), 0.0)
         return 3600.0
 
     def check_deadlines(self) -> None:
@@ -192,7 +187,7 @@ class ChannelExecutor:
             missing = [rank for rank in range(self.num_ranks) if rank not in self._here()]
             waited_for = f"rank {', '.join(map(str, missing))} ({self.status})"
             self._lose(self.epoch, StartupTimeout(waited_for, self.config.parallel.start_deadline_seconds))
-        elif self.status == "ready" and self._steps and now >= self._step_deadline():
+        elif self.status == "ready" and self._steps and now >= self._steps.next_deadline():
             self._lose(self.epoch, WorkerLost(self._answering_rank, self._node_of(self._answering_rank), self.epoch))
 
     def start_progress(self) -> tuple[str, float]:
@@ -287,11 +282,7 @@ class ChannelExecutor:
 
     def _on_message(self, connection: Connection, message: Any) -> None:
         if isinstance(message, ModelRunnerOutput):
-            if message.epoch == self.epoch and self._steps and self._steps[0][0] == message.step_id:
-                _, sent_at, num_tokens = self._steps.popleft()
-                now = self.clock.now()
-                self._patience.observe(now - max(sent_at, self._answered_at), num_tokens)
-                self._answered_at = now
+            if message.epoch == self.epoch and self._steps.answered(message.step_id, self.clock.now()):
                 self._events.append(message)
         elif isinstance(message, Hello):
             if self._on_hello(connection, message):
@@ -390,10 +381,6 @@ class ChannelExecutor:
     @property
     def _answering_rank(self) -> int:
         return (self.config.parallel.pipeline_parallel_size - 1) * self.config.parallel.tensor_parallel_size
-
-    def _step_deadline(self) -> float:
-        _, sent_at, num_tokens = self._steps[0]
-        return max(sent_at, self._answered_at) + self._patience.allowed_seconds(num_tokens)
 
     def _node_of(self, global_rank: int) -> str:
         report = self.reports.get(global_rank)

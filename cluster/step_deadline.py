@@ -42,3 +42,39 @@ class StepDeadline:
         a_step, a_token = self._slowest
         wanted = MANY_TIMES * max(a_step, a_token * num_tokens)
         return min(self.limit_seconds, max(LEAST_SECONDS, wanted))
+
+
+class StepsInFlight:
+    """Steps that were sent and not answered, and until when the next answer is waited for. Seconds of one clock."""
+
+    def __init__(self, limit_seconds: float):
+        self._deadline = StepDeadline(limit_seconds)
+        self._steps: deque[tuple[int, float, int]] = deque()  # step id, when it was sent, its tokens
+        self._answered_at = 0.0
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def sent(self, step_id: int, num_tokens: int, now: float) -> None:
+        """A step of so many tokens goes out."""
+        if not self._steps:
+            self._answered_at = now
+        self._steps.append((step_id, now, num_tokens))
+
+    def answered(self, step_id: int, now: float) -> bool:
+        """An answer has come; False when it is not that of the step that is waited for."""
+        if not self._steps or self._steps[0][0] != step_id:
+            return False
+        _, sent_at, num_tokens = self._steps.popleft()
+        self._deadline.observe(now - max(sent_at, self._answered_at), num_tokens)
+        self._answered_at = now
+        return True
+
+    def next_deadline(self) -> float:
+        """When silence about the oldest of them means that its ranks hang. There must be one."""
+        _, sent_at, num_tokens = self._steps[0]
+        return max(sent_at, self._answered_at) + self._deadline.allowed_seconds(num_tokens)
+
+    def clear(self) -> None:
+        """Nobody will answer them."""
+        self._steps.clear()

@@ -5,7 +5,6 @@ with the nearest that we do. Nothing here needs torch or Ray.
 """
 
 import argparse
-import json
 import os
 import re
 import sys
@@ -21,6 +20,7 @@ import yaml
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError
 from argosy.deploy import device_defaults
+from argosy.deploy.setting_values import clean_value
 
 
 class Flag(NamedTuple):
@@ -191,11 +191,7 @@ IGNORED: Final[frozenset[str]] = frozenset(_IGNORED_SWITCHES.split() + _IGNORED_
 # any of these makes a tokenizer; all but the first are converted by transformers
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
-_DTYPES = {"half": "float16", "float": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-# what others call caches with a scale for each token and head
-_KV_DTYPES = {"fp8": "fp8_e4m3", "int8_per_token_head": "int8", "fp8_per_token_head": "fp8_scaled"}
 _SIZES = {"tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "data_parallel_size", "layout"}
-_UNITS = {"k": 1 << 10, "m": 1 << 20, "g": 1 << 30, "t": 1 << 40}
 
 
 def default_model() -> str:
@@ -354,53 +350,5 @@ def read_config_file(path: str) -> dict[str, object]:
 
 
 def clean_setting(name: str, value: object) -> object:
-    """The value in the type of its setting, where people write it in more than one way."""
-    kind = next((flag.kind for flag in SETTING_FLAGS if flag.field == name), "")
-    if name in ("dtype", "kv_cache_dtype"):
-        text = str(value).removeprefix("torch.")  # torch.bfloat16, as users of vLLM pass it
-        return _DTYPES.get(text, _KV_DTYPES.get(text, text) if name == "kv_cache_dtype" else text)
-    if name == "job_dir" and value == "none":
-        return None
-    if isinstance(value, list):
-        return tuple(value)
-    if not isinstance(value, str):
-        return value
-    try:
-        if kind == "int":
-            return _integer(value)
-        if kind == "float":
-            return float(value)
-        if kind == "gib":
-            return _gib(value)
-        if kind == "json":
-            parsed = json.loads(value)
-            return tuple(parsed) if isinstance(parsed, list) else parsed
-    except ValueError as error:
-        raise ConfigError(f"{name}={value!r}: must be {_KIND_WORDS[kind]}") from error
-    return value
-
-
-_KIND_WORDS = {
-    "int": "a whole number, such as 4096, 32k or 2GiB",
-    "float": "a number",
-    "gib": "a number of GiB, or auto",
-    "json": "valid JSON",
-}
-
-
-def _integer(text: str) -> int:
-    plain = text.strip().lower().removesuffix("ib").removesuffix("b").strip()
-    if plain and plain[-1] in _UNITS:
-        return int(float(plain[:-1]) * _UNITS[plain[-1]])
-    return int(plain)
-
-
-def _gib(text: str) -> float | str:
-    """A number of GiB: 4, 4.5, 4GiB or 512MiB; "auto" stays."""
-    plain = text.strip().lower()
-    if plain == "auto":
-        return plain
-    number = plain.removesuffix("ib").removesuffix("b")
-    if number and number[-1] in _UNITS:
-        return float(number[:-1]) * _UNITS[number[-1]] / _UNITS["g"]
-    return float(plain)
+    """The value in the type of its setting, where people write it in more than one way. Raises `ConfigError`."""
+    return clean_value(name, next((flag.kind for flag in SETTING_FLAGS if flag.field == name), ""), value)

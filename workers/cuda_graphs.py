@@ -23,7 +23,8 @@ from argosy.cluster.protocol.kv_groups import window_blocks
 from argosy.cluster.protocol.messages import SchedulerOutput
 from argosy.kernels import ops
 from argosy.workers.attention.base import AttentionMetadata
-from argosy.workers.input_batch import InputBatch, StepInputs
+from argosy.workers.input_batch import InputBatch
+from argosy.workers.step_inputs import StepInputs
 
 LEAST_SHARED_TOKENS = 256  # of a prefix that is worth a launch of its own a layer
 LEAST_SHARED_READS = 1 << 16  # rows times tokens

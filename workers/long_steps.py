@@ -29,8 +29,8 @@ from argosy.placement.stage_transport import StageTransport
 from argosy.workers.attention.base import AttentionBackend, AttentionMetadata
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.host_memory import check_host_room, pinned_bytes
-from argosy.workers.input_batch import IntArray, StepInputs
 from argosy.workers.kv_cache import KVCache
+from argosy.workers.step_inputs import IntArray, StepInputs
 
 NUM_BUFFERS = SLICE_BUFFERS  # one that is computed, one on its way in, one on its way out
 

@@ -26,18 +26,19 @@ from argosy.workers.cuda_graphs import CUDAGraphRunner
 from argosy.workers.device import ThreadChoice
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.host_pool import HostPool
-from argosy.workers.input_batch import InputBatch, StepInputs
+from argosy.workers.input_batch import InputBatch
 from argosy.workers.kv_cache import KVCache
 from argosy.workers.loading.stream import LoadReport, load_weights
 from argosy.workers.long_steps import LongHidden, LongSteps, slice_tokens_of
 from argosy.workers.models.registry import build_model
+from argosy.workers.prompt_logprobs import PromptLogprobs
 from argosy.workers.quantization.base import count_products
-from argosy.workers.sampler import LogprobTensors, Sampled, Sampler, gather_logprobs, mark_failures
+from argosy.workers.sampler import LogprobTensors, Sampled, Sampler, mark_failures
+from argosy.workers.step_inputs import StepInputs
 from argosy.workers.step_outcome import StepOutcome
 from argosy.workers.token_return import TokenReturn
 from argosy.workers.weight_offload import WeightOffload
 
-PROMPT_LOGPROB_ROWS = 256  # prompt positions whose logits exist at once
 WARM_UP_EPOCH = -1
 
 
@@ -101,7 +102,7 @@ class ModelRunner:
         self.graphs: CUDAGraphRunner | None = None
         self._threads: ThreadChoice | None = None  # on a CPU
         self.last_step_id = -1
-        self._prompt_logprobs: dict[int, int] = {}  # handle -> how many, for requests that asked
+        self._prompt_logprobs = PromptLogprobs(self.batch, self.device, answers=self.rank.answers)
         self._side_stream: torch.cuda.Stream | None = None
         if device.type == "cuda" and self.rank.answers:
             self._side_stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call, unused-ignore]  # torch's own
@@ -272,13 +273,11 @@ class ModelRunner:
         self.batch.apply(output)
         for handle in output.finished:
             self.sampler.forget(handle)
-            self._prompt_logprobs.pop(handle, None)
+            self._prompt_logprobs.forget(handle)
         if self.rank.is_last_stage:
             for request in output.new_requests:
                 self.sampler.add(request)
-                self._prompt_logprobs.pop(request.handle, None)
-                if request.params.prompt_logprobs is not None:
-                    self._prompt_logprobs[request.handle] = request.params.prompt_logprobs
+                self._prompt_logprobs.add(request)
 
     def _asked_rows(self, inputs: StepInputs) -> Tensor | None:
         """Tokens that sample, on the last stage of a step with others: its last layer may leave the others out."""
@@ -325,7 +324,9 @@ class ModelRunner:
         self, output: SchedulerOutput, inputs: StepInputs, hidden_TD: Tensor | LongHidden, started: float
     ) -> StepOutcome | None:
         """Every TP rank of the last stage draws, from the same logits, the same tokens."""
-        prompt_logprobs = self._make_prompt_logprobs(inputs, hidden_TD) if self._prompt_logprobs else []
+        prompt_logprobs = []
+        if self._prompt_logprobs:
+            prompt_logprobs = self._prompt_logprobs.make(self.model.compute_logits, inputs, hidden_TD)
         sampled = None
         if inputs.num_sampled:
             # fewer rows than tokens: the model gave those that were asked for
@@ -378,33 +379,6 @@ class ModelRunner:
         """What this step sampled stands in the table of last tokens: the first stage will ask for it."""
         if self._token_return is not None:
             self._token_return.send()
-
-    def _make_prompt_logprobs(
-        self, inputs: StepInputs, hidden_TD: Tensor | LongHidden
-    ) -> list[tuple[int, int, LogprobTensors]]:
-        """For rows that asked: (handle, first position, figures) of the prompt tokens that follow this chunk's."""
-        counts_R = np.ones(inputs.num_rows, dtype=np.int64) if inputs.num_tokens_R is None else inputs.num_tokens_R
-        figures = []
-        for handle, end, count, query_end in zip(
-            inputs.handles_R.tolist(),
-            inputs.end_R.tolist(),
-            counts_R.tolist(),
-            np.cumsum(counts_R).tolist(),
-            strict=True,
-        ):
-            first, last = end - count + 1, min(end + 1, int(self.batch.num_prompt_N[handle]))
-            if handle not in self._prompt_logprobs:
-                continue
-            for start in range(first, last, PROMPT_LOGPROB_ROWS):
-                stop = min(start + PROMPT_LOGPROB_ROWS, last)
-                at = query_end - count + start - first
-                logits = self.model.compute_logits(hidden_TD[at : at + stop - start])  # on all TP ranks: it gathers
-                if self.rank.answers:
-                    ids = torch.from_numpy(self.batch.token_ids_NL[handle, start:stop].astype(np.int64)).to(self.device)
-                    num = stop - start
-                    num_top = [self._prompt_logprobs[handle]] * num
-                    figures.append((handle, start, gather_logprobs(logits, ids, list(range(num)), num_top, [()] * num)))
-        return figures
 
     def _history(self, handle: int, start: int, end: int) -> Sequence[int]:
         ids: list[int] = self.batch.token_ids_NL[handle, start:end].tolist()

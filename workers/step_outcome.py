@@ -7,8 +7,8 @@ from torch import Tensor
 
 from argosy.cluster.protocol.messages import ModelRunnerOutput, SchedulerOutput
 from argosy.workers.host_pool import HostPool
-from argosy.workers.input_batch import StepInputs
 from argosy.workers.sampler import FAILURES, LogprobTensors, Sampled
+from argosy.workers.step_inputs import StepInputs
 
 
 class StepOutcome:

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 
 from argosy.placement.stage_transport import StageTransport
-from argosy.workers.input_batch import InputBatch, IntArray, StepInputs
+from argosy.workers.input_batch import InputBatch
+from argosy.workers.step_inputs import IntArray, StepInputs
 
 
 @dataclass(slots=True)

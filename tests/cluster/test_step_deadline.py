@@ -1,6 +1,6 @@
 """How long silence is believed."""
 
-from argosy.cluster.step_deadline import LEAST_SECONDS, NUM_NEEDED, NUM_RECENT, StepDeadline
+from argosy.cluster.step_deadline import LEAST_SECONDS, NUM_NEEDED, NUM_RECENT, StepDeadline, StepsInFlight
 
 
 def test_only_the_limit_holds_before_enough_steps_are_known() -> None:
@@ -40,3 +40,20 @@ def test_a_short_limit_stays_the_limit() -> None:
     for _ in range(NUM_NEEDED):
         deadline.observe(0.5, 1)
     assert deadline.allowed_seconds(1) == 1.0
+
+
+def test_silence_counts_from_the_answer_before() -> None:
+    """A step waits behind the one that was sent before it; an answer to another step is none."""
+    steps = StepsInFlight(60.0)
+    steps.sent(1, 10, now=100.0)
+    steps.sent(2, 10, now=101.0)
+    assert (len(steps), steps.next_deadline()) == (2, 160.0)
+    assert not steps.answered(2, now=102.0)
+    assert steps.answered(1, now=150.0)
+    assert (len(steps), steps.next_deadline()) == (1, 210.0)
+    assert steps.answered(2, now=151.0)
+    assert not steps.answered(2, now=152.0)
+    steps.sent(3, 10, now=900.0)
+    assert steps.next_deadline() == 960.0
+    steps.clear()
+    assert len(steps) == 0
