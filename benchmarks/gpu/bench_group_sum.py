@@ -19,7 +19,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from argosy.kernels import group_push, group_send, ops
+from argosy.kernels import group_push, ops
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
 from argosy.workers.layers.group_sum import GroupSum, open_group_sum
@@ -37,8 +37,6 @@ def by_nccl(parallel: ParallelContext, part_TD: Tensor, residual_TD: Tensor, nor
 def ways_for(sums: GroupSum, num_rows: int) -> list[str]:
     """All ways that take so many rows."""
     ways = ["pull", "pull scatter"] if sums.num_ranks > 2 else ["pull"]
-    if num_rows <= group_send.MAX_ROWS:
-        ways.append("send scatter")
     return ["push", "push scatter", *ways] if num_rows <= group_push.MAX_ROWS else ways
 
 

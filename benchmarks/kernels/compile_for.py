@@ -28,7 +28,6 @@ from argosy.kernels import (
     fp8_split,
     gemv,
     group_push,
-    group_send,
     group_sum,
     hopper_attention,
     hopper_gate,
@@ -188,8 +187,6 @@ def group(report: Callable[..., None]) -> None:
         for scatter in (False, True):
             report(f"sum of {width} over {world}{', shared out' * scatter}", group_push.push_add_norm, bases, counters,
                    0, x, x, x[0], 1e-5, inbox_at=1024, scatter=scatter)  # fmt: skip
-        report(f"rows of {width} sent over {world}", group_send.send_add_norm, bases, counters, 0, x, x, x[0], 1e-5,
-               stage_at=1024, most_rows=256, shared_bytes=4096, shared_TD=x)  # fmt: skip
     weight = torch.zeros(14336, 4096, dtype=BF16)
     for tokens in (8, 32, 64):
         x = torch.zeros(tokens, 4096, dtype=BF16)

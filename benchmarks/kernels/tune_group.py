@@ -1,6 +1,6 @@
 """Sizes of the products of one rank of a tensor-parallel group, chosen by the time of the group's own decode steps.
 
-    python benchmarks/kernels/tune_group.py --model 8b --cards 2 --out FILE
+    python benchmarks/kernels/tune_group.py --model 8b --cards 2 --out FILE     (1 card: norms and residuals inside)
 
 Each product alone first (cuBLAS, and `gemv_split` in many sizes; the cards share the shapes out), then the best few,
 what was tuned before, and how far ahead weights are asked for, in steps of eight layers over the cards: a kernel that
@@ -38,7 +38,10 @@ from argosy.workers.layers.group_sum import open_group_sum
 from argosy.workers.layers.norm import RMSNorm
 
 Sizes = dict[str, int]
-MODELS = {"8b": (4096, 14336, 32, 8, 128256), "70b": (8192, 28672, 64, 8, 128256)}  # hidden, wide, heads, kv heads
+MODELS = {  # hidden, wide, heads, kv heads, vocabulary
+    "06b": (1024, 3072, 16, 8, 151936), "8b": (4096, 14336, 32, 8, 128256), "70b": (8192, 28672, 64, 8, 128256),
+}  # fmt: skip
+LAYOUTS = (("06b", 1), ("8b", 1), ("8b", 2), ("8b", 4), ("70b", 2), ("70b", 4))
 HEAD_SIZE, CONTEXT, LAYERS = 128, 256, 8
 ATTENTION = [
     {"block_l": block_l, "warps": warps, "stages": stages, "per_sm": 1, "min_piece": min_piece}
@@ -48,7 +51,7 @@ ATTENTION = [
 LIBRARY = {"kernel": 1, "rows": 32, "width": 128, "stages": 3, "warps": 4, "per_sm": 0, "prefetch": 4096, "early": 0,
            "library": 1}  # fmt: skip
 KEEP = 0.997  # of the time before, or a change is noise
-WAYS = ("push", "push scatter", "send scatter", "pull", "pull scatter")
+WAYS = ("push", "push scatter", "pull", "pull scatter")
 
 
 def shapes_of(model: str, cards: int) -> dict[str, tuple[int, int, bool]]:
@@ -78,6 +81,20 @@ def split_sizes(tokens: int, num_in: int, num_rows: int) -> Iterator[Sizes]:
                                "splits": splits, "prefetch": 512, "early": 0, "library": 0}  # fmt: skip
 
 
+def one_token_sizes(num_in: int) -> Iterator[Sizes]:
+    """Of the product of one token that has its first tiles on the way before its input is there."""
+    width = tuning.next_power_of_two(num_in)
+    for rows in (1, 2, 4):
+        for warps in (4, 8):
+            for per_sm in (2, 3, 4, 6):
+                for stages in (2, 3, 4):
+                    each = rows * width // (32 * warps)
+                    registers = (50 + each) * 32 * warps * per_sm
+                    if 16 <= each <= 64 and registers <= 65536 and stages * rows * width * 2 * per_sm <= 220 << 10:
+                        yield {"kernel": gemv.AHEAD, "rows": rows, "width": width, "stages": stages, "warps": warps,
+                               "per_sm": per_sm, "prefetch": 0, "early": 0, "library": 0}  # fmt: skip
+
+
 def compile_part(index: int, of: int, rows_asked: list[int]) -> None:
     """Every kernel that will be timed, for all models, run once; this process does each `of`-th."""
     seen: set[str] = set()
@@ -101,7 +118,10 @@ def compile_part(index: int, of: int, rows_asked: list[int]) -> None:
         except Exception as error:  # too large a program
             print("skipped", sizes, str(error)[:80], flush=True)
 
-    for num_in, num_out, gated in {s for m in MODELS for c in (2, 4) for s in shapes_of(m, c).values()}:
+    for num_in, num_out, gated in dict.fromkeys(s for layout in LAYOUTS for s in shapes_of(*layout).values()):
+        if 1 in rows_asked:
+            for sizes in one_token_sizes(num_in):
+                try_once(1, num_in, num_out, sizes, gated)
         for rows in rows_asked:
             tuned = tuning.pick("gemv", f"{num_in}x{num_out}x{gemv.bucket(rows)}", torch.device("cuda", 0))
             for sizes in [dict(tuned) | {"library": 0}] if tuned else []:
@@ -110,7 +130,7 @@ def compile_part(index: int, of: int, rows_asked: list[int]) -> None:
             for sizes in split_sizes(rows, num_in, num_out) if rows > 1 else ():
                 for one in (sizes, *ahead_of(sizes, num_in)):
                     try_once(rows, num_in, num_out, one, gated)
-    for number, (sizes, layout) in enumerate(itertools.product(ATTENTION, [(m, c) for m in MODELS for c in (2, 4)])):
+    for number, (sizes, layout) in enumerate(itertools.product(ATTENTION, LAYOUTS[1:])):
         if number % of == index:
             attend = attention_of(*layout, 1, CONTEXT)
             attend(rand(1, shapes_of(*layout)["qkv"][1]), 0, sizes)
@@ -152,7 +172,7 @@ def alone(shape: tuple[int, int, bool], rows: int, name: str) -> tuple[float, li
     by_library = microseconds([lambda w=w: library(w) for w in weights], launches=launches, replays=3)[0]
     times: list[tuple[float, Sizes]] = []
     tuned = tuning.pick("gemv", f"{num_in}x{num_out}x{gemv.bucket(rows)}", x.device)
-    tries = [*split_sizes(rows, num_in, num_out)] if rows > 1 else []
+    tries = [*split_sizes(rows, num_in, num_out)] if rows > 1 else [*one_token_sizes(num_in)]
     for sizes in [*([dict(tuned) | {"library": 0}] if tuned and tuned["kernel"] != gemv.SPLIT else []), *tries]:
         calls = [lambda w=w: gemv.fused_linear(x, w, sizes=sizes, gated=gated) for w in weights]
         try:
@@ -184,11 +204,11 @@ class Chain:
             [rand(self.shapes[n][1], self.shapes[n][0]) / math.sqrt(self.shapes[n][0]) for n in names]
             for _ in range(LAYERS)
         ]
-        sums = open_group_sum(
+        self.way = ""
+        self.sums = open_group_sum(
             parallel, max_tokens=max(64, most_rows), width=hidden, max_rows=max(64, most_rows), dtype=torch.bfloat16
         )  # fmt: skip
-        assert sums is not None, "these cards can't address each other"
-        self.sums, self.way = sums, ""
+        assert cards == 1 or self.sums is not None, "these cards can't address each other"
         self.norm = RMSNorm(hidden, 1e-5, dtype=torch.bfloat16)
         self.norm.weight = torch.nn.Parameter(torch.ones(hidden, device=self.device).bfloat16(), requires_grad=False)
         self.attention: Sizes | None = None
@@ -198,15 +218,28 @@ class Chain:
         attend = attention_of(self.model, self.cards, rows, context)
         residual, start = rand(rows, self.hidden), rand(rows, self.hidden)
 
+        def run_alone() -> Tensor:
+            norm = {"norm_weight_I": self.norm.weight, "eps": self.norm.eps}
+            for layer, (qkv_w, o_w, gate_up_w, down_w) in enumerate(self.weights):
+                seen = attend(ops.fused_linear(residual, qkv_w, **norm), layer, self.attention)
+                ops.fused_linear(seen.view(rows, -1), o_w, residual_TO=residual)
+                inner = ops.fused_linear(residual, gate_up_w, gated=True, **norm)
+                ops.fused_linear(inner, down_w, residual_TO=residual)
+            return residual
+
+        if self.sums is None:
+            return run_alone
+        sums = self.sums
+
         def run() -> Tensor:
             x = start
             for layer, (qkv_w, o_w, gate_up_w, down_w) in enumerate(self.weights):
                 seen = attend(ops.fused_linear(x, qkv_w), layer, self.attention)
-                ops.fused_linear(seen.view(rows, -1), o_w, out_TO=self.sums.part(0, rows))
-                x = self.sums.add_norm(0, residual, self.norm, way=self.way or None)
+                ops.fused_linear(seen.view(rows, -1), o_w, out_TO=sums.part(0, rows))
+                x = sums.add_norm(0, residual, self.norm, way=self.way or None)
                 inner = ops.fused_linear(x, gate_up_w, gated=True)
-                ops.fused_linear(inner, down_w, out_TO=self.sums.part(1, rows))
-                x = self.sums.add_norm(1, residual, self.norm, way=self.way or None)
+                ops.fused_linear(inner, down_w, out_TO=sums.part(1, rows))
+                x = sums.add_norm(1, residual, self.norm, way=self.way or None)
             return x
 
         return run
@@ -223,7 +256,8 @@ class Chain:
             times = []
             for _ in range(replays + 1):
                 stream.synchronize()
-                dist.barrier(self.parallel.tp_group)
+                if self.sums is not None:
+                    dist.barrier(self.parallel.tp_group)
                 start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
                 graph.replay()  # ranks begin together
                 start.record(stream)
@@ -234,7 +268,8 @@ class Chain:
                 times.append(1e3 * start.elapsed_time(end) / (3 * LAYERS))
             graph.reset()
         found = torch.tensor([statistics.median(times[1:])], device=self.device)
-        dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.parallel.tp_group)
+        if self.sums is not None:
+            dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.parallel.tp_group)
         return float(found[0])
 
 
@@ -243,10 +278,10 @@ def ahead_of(sizes: Sizes, num_in: int) -> list[Sizes]:
     if sizes.get("library"):
         return []
     if sizes["kernel"] == gemv.SPLIT:
-        return [sizes | {"prefetch": prefetch} for prefetch in (0, 2048, 8192)]
+        return [sizes | {"prefetch": prefetch} for prefetch in (0, 2048)]
     whole = {"prefetch": 1 << (2 * num_in).bit_length()}
     found = [sizes | {"prefetch": 0}, sizes | whole]
-    if sizes["kernel"] == 0:
+    if sizes["kernel"] in gemv.WALKS:
         found += [sizes | whole | {"ahead": ahead} for ahead in (2, 4, 8)]
     return found
 
@@ -258,12 +293,12 @@ def tune_chain(
     run = chain.of(rows)
     before = now = chain.time(run)
     ways = {}
-    for way in WAYS:
+    for way in WAYS if chain.sums is not None else ():
         if way == "pull scatter" and chain.parallel.tp_size == 2:
             continue
         chain.way = way
         ways[way] = chain.time(run)
-    chain.way = min(ways, key=ways.__getitem__)
+    chain.way = min(ways, key=ways.__getitem__, default="")
     if says:
         print(
             f"{rows} rows: {before:.2f} us a layer as it was; { ({w: round(t, 2) for w, t in ways.items()}) }",
@@ -324,7 +359,8 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int, folder: str)
     Path(folder, f"{tp_rank}.json").write_text(json.dumps(own))
     # not before: NCCL's own thread breaks captures in the mode that `alone` uses
     parallel = init_parallel(make_plan(1, args.cards, 1).ranks[tp_rank], f"127.0.0.1:{port}", device, 120.0)
-    dist.barrier(parallel.tp_group)
+    if args.cards > 1:
+        dist.barrier(parallel.tp_group)
     ranked: dict[str, list[Sizes]] = {}
     for rank in range(args.cards):
         ranked |= json.loads(Path(folder, f"{rank}.json").read_text())
@@ -343,7 +379,8 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int, folder: str)
             Path(args.out).write_text(json.dumps({"gemv": {k: table[k] for k in sorted(keys) if k in table}}, indent=1))
     if tp_rank == 0:
         print(f"all: {time.perf_counter() - began:.1f} s", flush=True)
-    dist.barrier()
+    if args.cards > 1:
+        dist.barrier()
     destroy_parallel(parallel)
 
 

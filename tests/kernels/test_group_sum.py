@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from argosy.kernels import group_push, group_send, group_sum, ops, reference
+from argosy.kernels import group_push, group_sum, ops, reference
 
 Near = Callable[[Tensor, Tensor], None]
 
@@ -242,38 +242,3 @@ def test_words_carry_16_bits_and_an_even_width() -> None:
     assert not group_push.suits(65, 4096, torch.bfloat16)
     assert not group_push.suits(1, 4096, torch.float32)
     assert not group_push.suits(1, 129, torch.float16)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize(
-    ("world", "rows", "width", "normed", "add"),
-    [(2, 9, 64, True, True), (4, 10, 72, True, False), (3, 2, 33, False, True)],
-)
-def test_parts_that_are_sent_are_summed_by_the_rank_whose_row_it_is(
-    world: int, rows: int, width: int, normed: bool, add: bool, dtype: torch.dtype, device: torch.device,
-    assert_near: Near,
-) -> None:  # fmt: skip
-    """Without waiting, a rank sees what the others sent in the round before; so the second round counts."""
-    most_rows, at = 12, group_sum.FLAG_BYTES
-    shared_at = at + -(-group_send.stage_bytes(world, most_rows, width, dtype.itemsize) // 256) * 256
-    result_bytes = rows * width * dtype.itemsize
-    boxes = [torch.zeros(shared_at + result_bytes, dtype=torch.uint8, device=device) for _ in range(world)]
-    bases_W = torch.tensor([box.data_ptr() for box in boxes], dtype=torch.int64, device=device)
-    results = [box[shared_at:].view(dtype).view(rows, width) for box in boxes]
-    counters = [torch.zeros(group_sum.MAX_PROGRAMS, dtype=torch.int32, device=device) for _ in range(world)]
-    parts = [torch.randn(rows, width, dtype=dtype, device=device) for _ in range(world)]
-    before, weight = torch.randn(rows, width, dtype=dtype, device=device), torch.randn(width, device=device).to(dtype)
-    for _ in range(2):
-        residuals = [before.clone() for _ in range(world)]
-        for rank in range(world):
-            group_send.send_add_norm(
-                bases_W, counters[rank], rank, parts[rank], residuals[rank], weight if normed else None, 1e-5,
-                stage_at=at, most_rows=most_rows, shared_bytes=shared_at, shared_TD=results[rank], add=add, wait=False,
-            )  # fmt: skip
-    total = torch.stack([part.float() for part in parts]).sum(0)
-    want = (total + before.float() if add else total).to(dtype)
-    for rank in range(world):
-        assert_near(residuals[rank][rank::world], want[rank::world])
-        assert torch.equal(residuals[rank][(rank + 1) % world :: world], before[(rank + 1) % world :: world])
-        assert_near(results[rank], reference.rms_norm(want, weight, 1e-5) if normed else want)
-        assert torch.equal(results[rank], results[0]), "ranks must agree to the last bit"

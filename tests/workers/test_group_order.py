@@ -118,8 +118,7 @@ class Ranks:
         )  # fmt: skip
         sums = GroupSum(parallel, max_tokens=self.max_tokens, width=WIDTH, max_rows=8, dtype=torch.float32)
         sums._kernels = SimpleNamespace(FLAG_BYTES=FLAG_BYTES, sum_add_norm=self._sum_add_norm)  # type: ignore[assignment]
-        sums._push = SimpleNamespace(push_add_norm=self._push_add_norm)  # type: ignore[assignment]
-        sums._send = SimpleNamespace(send_add_norm=self._send_add_norm)  # type: ignore[assignment]
+        sums._push = SimpleNamespace(push_add_norm=self._push_add_norm, MAX_ROWS=0)  # type: ignore[assignment]
         if self.way is not None:
             sums.way_of = lambda *args, **kwargs: self.way  # type: ignore[method-assign,return-value]
         layers: Any = []
@@ -181,21 +180,9 @@ class Ranks:
         made_TD = self._by_messages(rank, part_TD, residual_TD, weight_D, eps, places, result, add, scatter)
         return made_TD.clone()
 
-    def _send_add_norm(
-        self, bases_W: Tensor, counters: Tensor, rank: int, part_TD: Tensor, residual_TD: Tensor,
-        weight_D: Tensor | None, eps: float, *, stage_at: int, most_rows: int, shared_bytes: int, shared_TD: Tensor,
-        add: bool,
-    ) -> Tensor:  # fmt: skip
-        """As `kernels/group_send.py`; rows of a stage lie closer together there."""
-        num_rows, share = len(residual_TD), -(-most_rows // self.num_ranks)
-        places = [stage_at + sender * share * WIDTH * 4 for sender in range(self.num_ranks)]
-        result = [self._of(peer, shared_bytes, num_rows) for peer in range(self.num_ranks)]
-        self._by_messages(rank, part_TD, residual_TD, weight_D, eps, places, result, add, True, packed=True)
-        return shared_TD
-
     def _by_messages(
         self, rank: int, part_TD: Tensor, residual_TD: Tensor, weight_D: Tensor | None, eps: float, places: list[int],
-        result: list[Tensor], add: bool, scatter: bool, *, packed: bool = False,
+        result: list[Tensor], add: bool, scatter: bool,
     ) -> Tensor:  # fmt: skip
         """Each rank writes where its peers read, whenever it comes by; they read late."""
         num_rows = len(part_TD)
@@ -203,15 +190,11 @@ class Ranks:
             slice(peer, num_rows, self.num_ranks) if scatter else slice(0, num_rows) for peer in range(self.num_ranks)
         ]
         for peer, rows in enumerate(rows_of):
-            count = len(part_TD[rows])
-            where = self._of(peer, places[rank], count if packed else num_rows)
-            (where if packed else where[rows]).copy_(part_TD[rows])
+            self._of(peer, places[rank], num_rows)[rows] = part_TD[rows]
         self.meetings.meet(rank)
         self.meetings.dawdle(rank)
         own = rows_of[rank]
-        count = len(part_TD[own])
-        there = [self._of(rank, place, count if packed else num_rows) for place in places]
-        total_TD: Tensor = torch.stack([each if packed else each[own] for each in there]).sum(0)
+        total_TD: Tensor = torch.stack([self._of(rank, place, num_rows)[own] for place in places]).sum(0)
         if add:
             total_TD = total_TD + residual_TD[own]
         residual_TD[own] = total_TD
@@ -264,7 +247,7 @@ def test_a_rank_that_is_ahead_overwrites_nothing_that_others_read(
 
 @pytest.mark.parametrize("is_last_stage", [False, True], ids=["first stage", "whole model"])
 @pytest.mark.parametrize(("num_ranks", "num_tokens"), [(2, 3), (4, 9)])
-@pytest.mark.parametrize("way", ["push", "push scatter", "send scatter"])
+@pytest.mark.parametrize("way", ["push", "push scatter"])
 def test_nothing_that_was_sent_is_overwritten_before_it_was_read(
     monkeypatch: pytest.MonkeyPatch, way: str, num_ranks: int, num_tokens: int, is_last_stage: bool
 ) -> None:

@@ -106,6 +106,8 @@ class ParallelLMHead(LinearLayer):
         """[S, W]: the logits of this rank's tokens, the first of which is `share.first`."""
         if hidden_SD.shape[0] > 1 and self.method.fuses(self, hidden_SD):  # one row is read at the card's rate anyway
             return self.method.apply_fused(self, hidden_SD, Fusion())
+        if self.weight is not None and hidden_SD.is_cuda:
+            return ops.measured_linear(hidden_SD, self.weight)
         return self.method.apply(self, hidden_SD)
 
     def gather(self, logits_SW: Tensor) -> Tensor:

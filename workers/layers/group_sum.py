@@ -20,11 +20,11 @@ from argosy.workers.layers.norm import RMSNorm
 NUM_PARTS = 3
 EMBEDDED = 2
 SCATTER_ROWS = 32  # from more rows on, with more than two ranks, bytes count more than a second trip over the link
-# Up to so many rows numbers travel with their flags, to all; up to so many, to the one who sums a row. By ranks.
-PUSH_ROWS: dict[int, tuple[int, int]] = {}
-PUSH_ROWS_MORE = (0, 0)  # any other number of ranks: not measured on cards yet
-SEND_ROWS: dict[int, tuple[int, int]] = {}  # from and up to so many rows, parts are sent to the one who sums a row
-SEND_ROWS_MORE = (1, 0)
+# Numbers that bring their turn (`kernels/group_push`) are faster where one multiprocessor can send and read a row:
+# not 8192 numbers over four cards. To all, as long as those are few bytes; else to the one who sums a row. On H200:
+# 1, 32 rows of 4096 over two 3.8, 4.6 us (fetched 4.7, 5.8), over four 1, 16, 64 rows 4.7, 6.3, 9.6 (5.7, 7.2, 11.0).
+PUSH_ROW_NUMBERS = 16384  # of a row, times ranks
+PUSH_NUMBERS = 262144  # of all rows, times ranks
 
 
 class GroupSum:
@@ -35,9 +35,9 @@ class GroupSum:
 
     def __init__(self, parallel: ParallelContext, *, max_tokens: int, width: int, max_rows: int, dtype: torch.dtype):
         """Collective. Raises nothing where GPUs can't address each other: ask `open_group_sum`."""
-        from argosy.kernels import group_push, group_send, group_sum  # Triton, which a CPU host has no need of
+        from argosy.kernels import group_push, group_sum  # Triton, which a CPU host has no need of
 
-        self._kernels, self._push, self._send = group_sum, group_push, group_send
+        self._kernels, self._push = group_sum, group_push
         self._rank, self._world = parallel.rank.tp_rank, parallel.tp_size
         self._max_rows, self._dtype, self._width = max_rows, dtype, width
         self.max_tokens = max_tokens
@@ -48,11 +48,8 @@ class GroupSum:
         self._inbox_bytes = -(-(self._flag_bytes + 2 * self._world * 4) // 256) * 256
         each = group_push.inbox_bytes(self._world, width) if group_push.suits(1, width, dtype) else 0
         self._each_inbox = each
-        self._stage_bytes = self._inbox_bytes + NUM_PARTS * each
-        self._most_sent = min(max_tokens, group_send.MAX_ROWS)
-        self._each_stage = group_send.stage_bytes(self._world, self._most_sent, width, dtype.itemsize)
         # kept, since it holds the peers' memory open
-        self._buffer = parallel.shared_buffer(self._stage_bytes + NUM_PARTS * self._each_stage)
+        self._buffer = parallel.shared_buffer(self._inbox_bytes + NUM_PARTS * each)
         self._counters = torch.zeros(group_sum.MAX_PROGRAMS, dtype=torch.int32, device=parallel.device)
 
     @property
@@ -85,20 +82,12 @@ class GroupSum:
         num_tokens = residual_TD.shape[0]
         way = way or self.way_of(num_tokens, whole=whole, asked=asked is not None)
         scatters = way.endswith("scatter")
-        if not way.startswith("pull"):
-            arguments = (
+        if way.startswith("push"):
+            made_TD = self._push.push_add_norm(
                 self._buffer.addresses_W, self._counters, self._rank, self.part(which, num_tokens), residual_TD,
                 None if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
+                inbox_at=self._inbox_bytes + which * self._each_inbox, scatter=scatters, add=add,
             )  # fmt: skip
-            if way == "send scatter":
-                made_TD = self._send.send_add_norm(
-                    *arguments, stage_at=self._stage_bytes + which * self._each_stage, most_rows=self._most_sent,
-                    shared_bytes=self._shared_bytes, shared_TD=self.shared(num_tokens), add=add,
-                )  # fmt: skip
-            else:
-                made_TD = self._push.push_add_norm(
-                    *arguments, inbox_at=self._inbox_bytes + which * self._each_inbox, scatter=scatters, add=add
-                )
             if norm is None:
                 return residual_TD.copy_(made_TD) if scatters else residual_TD
             return made_TD
@@ -118,17 +107,15 @@ class GroupSum:
         return residual_TD.copy_(made_TD) if norm is None and scatters else made_TD
 
     def way_of(self, num_tokens: int, *, whole: bool = False, asked: bool = False) -> str:
-        """How so many rows are summed: `push` or `push scatter` (`kernels/group_push`), `send scatter`
-        (`kernels/group_send`), `pull` or `pull scatter` (`kernels/group_sum`)."""
-        to_all, to_owner = PUSH_ROWS.get(self._world, PUSH_ROWS_MORE)
-        if self._each_inbox and not asked:  # parts of ranks that were not asked hold anything
-            if num_tokens <= to_all:
+        """How so many rows are summed: `push` or `push scatter` (`kernels/group_push`), `pull` or `pull scatter`
+        (`kernels/group_sum`)."""
+        numbers = self._world * self._width
+        # not where ranks have whole experts: the parts of those that were not asked hold anything
+        if self._each_inbox and numbers <= PUSH_ROW_NUMBERS and not asked and num_tokens <= self._push.MAX_ROWS:
+            if num_tokens * numbers <= PUSH_NUMBERS:
                 return "push"
-            if num_tokens <= to_owner and not whole:
+            if self._world > 2 and not whole:
                 return "push scatter"
-        from_rows, to_rows = SEND_ROWS.get(self._world, SEND_ROWS_MORE)
-        if from_rows <= num_tokens <= min(to_rows, self._most_sent) and not asked and not whole:
-            return "send scatter"
         return "pull scatter" if self._world > 2 and num_tokens > SCATTER_ROWS and not whole else "pull"
 
     def shared(self, num_tokens: int) -> Tensor:
