@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
@@ -26,12 +27,18 @@ from argosy.workers.forward_context import ForwardContext
 from argosy.workers.host_pool import make_host_pool
 from argosy.workers.kv_cache import KVCache
 from argosy.workers.loading.stream import load_weights
+from argosy.workers.models import general
 from argosy.workers.models.registry import build_model
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS = 4, 96
 LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP4": (4, 1), "TP2xPP2": (2, 2), "EP2": (2, 1)}
 LAYOUTS |= {"A2A2": (2, 1), "A2A4": (4, 1), "A2A2xPP2": (2, 2)}  # whole experts, and tokens exchanged
+LAYOUTS |= {
+    "SUM2": (2, 1),
+    "SUMEP2": (2, 1),
+    "SUM2xPP2": (2, 2),
+}  # as GPUs do that address each other: sum, addition, norm
 WAYS = ("whole", "chunked", "preempted", "swapped", "n = 3")
 PARTED_WAYS = WAYS[2:]  # over several ranks; two of them begin in chunks, where all shows that whole prompts could show
 
@@ -213,6 +220,40 @@ def load_expected(folder: Path) -> Expected:
     return Expected(facts["prompts"], facts["tokens"], facts["logits"])
 
 
+class PlainSums:
+    """`GroupSum` by a collective."""
+
+    def __init__(self, parallel: ParallelContext, width: int):
+        self.parallel, self.num_ranks, self.width = parallel, parallel.tp_size, width
+        self._parts: dict[int, Tensor] = {}
+
+    def part(self, which: int, num_tokens: int) -> Tensor:
+        """A place with the numbers of another step."""
+        self._parts[which] = torch.full((num_tokens, self.width), 7.0)
+        return self._parts[which]
+
+    def add_norm(
+        self, which: int, residual_TD: Tensor, norm: Any, *, add: bool = True, whole: bool = False, asked: Any = None
+    ) -> Tensor:
+        """As `GroupSum.add_norm`."""
+        total_TD = self.parallel.all_reduce(self._parts[which].clone())
+        residual_TD.copy_(residual_TD + total_TD if add else total_TD)
+        made: Tensor = residual_TD if norm is None else norm(residual_TD)
+        return made
+
+
+def sum_in_one(harness: Harness) -> None:
+    """Let a model run as where GPUs address each other: `GroupForward` has a stream of its own there."""
+    sums = PlainSums(harness.parallel, harness.spec.hidden_size)
+    with (
+        patch.object(general, "open_group_sum", lambda *args, **options: sums),
+        patch.object(torch.cuda, "Stream", lambda *args, **options: None),
+        patch.object(torch.cuda, "Event", lambda *args, **options: None),
+    ):
+        harness.model.open_group_sum(64, 8)
+    assert harness.model._group is not None
+
+
 def run_rank(job: dict[str, Any], index: int) -> None:
     """The life of one of the four processes: for each layout, all of its models."""
     torch.set_num_threads(1)
@@ -228,8 +269,10 @@ def run_rank(job: dict[str, Any], index: int) -> None:
             if num_layers not in ranks:
                 ranks[num_layers] = make_plan(num_layers, tp_size, pp_size).ranks[index]
             parallel.rank = ranks[num_layers]
-            all2all = "sum" if layout == "EP2" else "all_to_all" if layout.startswith("A2A") else ""
+            all2all = "sum" if layout in ("EP2", "SUMEP2") else "all_to_all" if layout.startswith("A2A") else ""
             harness = Harness(folder, parallel.rank, parallel, max_model_len=max_model_len, all2all=all2all)
+            if layout.startswith("SUM"):
+                sum_in_one(harness)
             expected = load_expected(Path(folder))
             for way in PARTED_WAYS:
                 answers[f"{name}|{layout}|{way}"] = harness.largest_difference(expected, way)
