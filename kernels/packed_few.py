@@ -101,6 +101,11 @@ def few_kernel(
         if EARLY:
             gdc_launch_dependents()
         gdc_wait()
+    out = first * 16 + (tl.arange(0, 8 * TILES) if GATED else row)
+    stored = (out < num_outputs)[:, None] & (token < num_tokens)[None, :]
+    to = out[:, None] + token[None, :].to(tl.int64) * stride_out
+    if RESIDUAL:  # it comes while the products are made
+        before = tl.load(residual_ptr + to, stored, other=0.0)
     for i in tl.range(0, steps, num_stages=STAGES):
         if AHEAD:
             left = own_block + (i + 1) * WIDE < last_block[:, None, None]
@@ -156,13 +161,8 @@ def few_kernel(
         both = tl.permute(tl.reshape(y, (TILES // 2, 2, 16, TOKENS)), (0, 2, 3, 1))
         gate, up = tl.split(both)
         y = tl.reshape(gate * tl.sigmoid(gate) * up, (8 * TILES, TOKENS))
-        out = first * 16 + tl.arange(0, 8 * TILES)
-    else:
-        out = first * 16 + row
-    kept = (out < num_outputs)[:, None] & (token < num_tokens)[None, :]
-    to = out[:, None] + token[None, :].to(tl.int64) * stride_out
     if RESIDUAL:
-        y += tl.load(residual_ptr + to, kept, other=0.0).to(tl.float32)
-        tl.store(residual_ptr + to, y.to(T), kept)
+        y += before.to(tl.float32)
+        tl.store(residual_ptr + to, y.to(T), stored)
     else:
-        tl.store(out_ptr + to, y.to(T), kept)
+        tl.store(out_ptr + to, y.to(T), stored)

@@ -373,12 +373,13 @@ def place_bytes(weight: PackedWeight, sizes: tuning.Sizes) -> int:
 
 
 def default_sizes(weight: PackedWeight, num_tokens: int, num_sms: int) -> dict[str, int]:
-    """Tiles as large as registers allow, and work shared out where there are fewer of them than multiprocessors."""
+    """Large tiles where they fill the card; else smaller ones, and work shared out where there are too few of them."""
     tokens = min(256, max(16, tuning.next_power_of_two(num_tokens)))
-    sizes = {"wgs": 2 if tokens == 256 else 4, "tiles": 4, "tokens": tokens}
-    tiles = -(-weight.words_MUW.shape[0] // (sizes["wgs"] * 4)) * -(-num_tokens // tokens)
-    return {**sizes, "stages": min(8, RING_BYTES // place_bytes(weight, sizes)),
-            "programs": num_sms if tiles < num_sms else 0}  # fmt: skip
+    rows, columns = weight.words_MUW.shape[0], -(-num_tokens // tokens)
+    is_large = tokens < 256 and -(-rows // 16) * columns >= 0.75 * num_sms
+    sizes = {"wgs": 2, "tiles": 8 if is_large else 4, "tokens": tokens}
+    programs = num_sms if -(-rows // (2 * sizes["tiles"])) * columns < 0.75 * num_sms else 0
+    return {**sizes, "stages": min(8, RING_BYTES // place_bytes(weight, sizes)), "programs": programs}
 
 
 def linear(
