@@ -30,6 +30,7 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.deploy import bench_engine, bench_http, bench_models, bench_peers, bench_table, device_defaults, workload
 from argosy.deploy.bench_engine import Row
 from argosy.deploy.bench_load import Timing
+from argosy.deploy.client import Client
 from argosy.deploy.device_defaults import read_gpus
 from argosy.deploy.offline import LLM
 from argosy.deploy.workload import Workload
@@ -56,6 +57,9 @@ def main(args: argparse.Namespace) -> int:
         return bench_suite.main(args)
     if args.calibration and not args.workload:
         args.workload = list(_CALIBRATION_STEPS)
+    for name in workloads_of(args):
+        if name not in (*workload.WORKLOADS, "start"):
+            workload.make(name, vocab=2 * workload.LOW_ID)  # says which there are, before an engine starts
     about = describe_machine()
     rows = []
     for row in _measure(args):
@@ -158,7 +162,8 @@ def table(rows: list[Row]) -> str:
         )
     text = bench_table.text_table(lines)
     if rows:
-        text += f"\n\n{rows[0]['machine']}, {rows[0]['cores']} cores; medians; ratio to transformers' best mode"
+        ratio = "; ratio to transformers' best mode" if any(line[-1] for line in lines[1:]) else ""
+        text += f"\n\n{rows[0]['machine']}, {rows[0]['cores']} cores; medians{ratio}"
     return "\n" + text
 
 
@@ -259,6 +264,8 @@ def _over_http(args: argparse.Namespace) -> Iterator[Row]:
     vocab = bench_models.vocab_size(folder) if args.model in ("default", "tiny") else 32000
 
     concurrency = args.concurrency[0] if args.concurrency else 64
+    with Client(args.url, api_key=args.api_key) as client:
+        served = client.models()[0]
 
     def run(requests: Workload) -> tuple[float, list[Timing]]:
         return asyncio.run(bench_http.run_load(args.url, requests, concurrency=concurrency, api_key=args.api_key))
@@ -273,8 +280,8 @@ def _over_http(args: argparse.Namespace) -> Iterator[Row]:
             rate = sum(t.num_tokens for t in timings) / seconds
             runs.append((rate, seconds, [t.first_seconds for t in timings], gaps))
         yield {
-            "model": args.model,
-            "dtype": bench_engine.dtype_of(args),
+            "model": served if args.model == "default" else args.model,
+            "dtype": args.dtype or "as served",
             "engine": f"argosy HTTP x{concurrency}",
             "url": args.url,
             "workload": name,

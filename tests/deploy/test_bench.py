@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from argosy.cluster.protocol.errors import WeightError
-from argosy.deploy import bench, bench_models
+from argosy.cluster.protocol.errors import ConfigError, WeightError
+from argosy.deploy import bench, bench_models, cli
 
 
 def row(engine: str, rate: float) -> dict[str, object]:
@@ -23,7 +23,16 @@ def test_the_ratio_is_to_the_peers_best_mode() -> None:
     )
     ours = next(line for line in text.splitlines() if " argosy " in line)
     assert ours.rstrip().endswith("3.00")
-    assert "a machine, 2 cores" in text
+    assert "a machine, 2 cores; medians; ratio to" in text
+    assert bench.table([row("argosy", 300.0)]).endswith("2 cores; medians")  # no peer, no ratio
+
+
+def test_a_workload_that_is_none_is_said_before_an_engine_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was said after the start, which takes minutes for large models."""
+    monkeypatch.setattr(bench, "_measure", lambda args: pytest.fail("it began to measure"))
+    args = cli.build_parser().parse_args(["bench", "--workload", "cpu8", "decode9"])
+    with pytest.raises(ConfigError, match="unknown workload 'decode9'; there are"):
+        bench.main(args)
 
 
 def test_a_row_names_machine_versions_and_commit() -> None:
