@@ -38,16 +38,28 @@ def _meet(bases_ptr, counter_ptr, program, rank, WORLD: tl.constexpr, PEERS: tl.
     peer = tl.arange(0, PEERS)
     peer = tl.where(peer < WORLD, peer, rank)
     theirs = tl.load(bases_ptr + peer) + (program * WORLD + rank) * 4
+    # the first warp has all PEERS of them; the others would fence and ask once more each
     tl.inline_asm_elementwise(
-        "st.release.sys.global.s32 [$1], $2; mov.u32 $0, 0;", "=r,l,r", [theirs, turn], dtype=tl.int32, is_pure=False,
-        pack=1,
+        """{
+        .reg .u32 id;
+        .reg .pred first;
+        mov.u32 id, %tid.x;
+        setp.lt.u32 first, id, 32;
+        @first st.release.sys.global.s32 [$1], $2;
+        mov.u32 $0, 0;
+        }""",
+        "=r,l,r", [theirs, turn], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
     ours = tl.load(bases_ptr + rank) + (program * WORLD + peer) * 4
     tl.inline_asm_elementwise(
         """{
+        .reg .u32 id;
         .reg .s32 seen;
         .reg .u64 began, now;
-        .reg .pred there, late;
+        .reg .pred other, there, late;
+        mov.u32 id, %tid.x;
+        setp.ge.u32 other, id, 32;
+        @other bra done;
         mov.u64 began, %globaltimer;
         again:
         ld.acquire.sys.global.s32 seen, [$1];
