@@ -5,7 +5,7 @@ which comes from memory as it is stored and becomes numbers in the registers tha
 `moe_reference`, grouping: `moe_gemm`. By what an expert gets on average:
 
     8 and 16 rows a block   as `packed_few`: warps share out the inputs, no word is unpacked twice
-    64 and 128 rows         as `packed_many`: rows come through shared memory, where all warps find them
+    128 rows                as `packed_many`, by warp groups: rows come through shared memory, where all warps find them
     more                    some experts at a time become 16 bits in memory, and `moe_gemm` multiplies
 """
 
@@ -29,7 +29,7 @@ from argosy.kernels.packed_reference import ROWS as TILE_ROWS
 
 FEW, MANY, WARP_GROUPS = 0, 1, 2
 SLICE_BYTES = 64 << 20  # of plain weights at a time
-SLICES_FROM = 384  # choices of an expert on average: from so many on experts become plain, a slice at a time
+SLICES_FROM = 512  # choices of an expert on average: from so many on experts become plain, a slice at a time
 
 
 class Tile(NamedTuple):
@@ -40,6 +40,9 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     wide: int = 1
+
+
+EIGHT = Tile(FEW, 4, 2, 3)  # of many programs of 8 rows
 
 
 @triton.jit
@@ -218,7 +221,8 @@ def grouped_gemm(
     assert packed.words_MUW.is_contiguous()
     assert packed.pairs_MKR2.is_contiguous()
     assert order_EJ is None or order_EJ.is_contiguous()
-    tile = tile or default_tile(rows)
+    if tile is None:
+        tile = default_tile(rows, num_blocks * triton.cdiv(num_tiles, 4), tuning.device_facts(x.device).num_sms)
     is_few = tile.kernel == FEW
     grid = (num_blocks * triton.cdiv(num_tiles, tile.tiles),)
     even = packed.num_inputs % block == 0 and (not is_few or num_steps % (tile.warps * tile.wide) == 0)
@@ -256,15 +260,17 @@ def slices(
         yield first, some_NOI
 
 
-def default_tile(rows: int) -> Tile:
-    """By the rows of a block, as measured on an H200 for Mixtral's and Qwen3-30B's experts."""
-    if rows <= 16:
-        return Tile(FEW, 2, 2, 4)
-    if rows == 32:
-        return Tile(MANY, 4, 4, 3)
-    return Tile(WARP_GROUPS, 8, 8 if rows == 128 else 4, 3)
+def default_tile(rows: int, programs: int, num_sms: int) -> Tile:
+    """By the rows of a block and how many programs of four tiles there are, as measured on an H200 for Mixtral's and
+    Qwen3-30B's experts: few programs share the inputs among more warps.
+    """
+    if rows == 8:
+        return Tile(FEW, 2, 4, 3) if programs < 2 * num_sms else Tile(FEW, 2, 2, 4) if programs < 8 * num_sms else EIGHT
+    if rows == 16:
+        return Tile(FEW, 4, 4 if programs < 16 * num_sms else 1, 3)
+    return Tile(WARP_GROUPS, 8, 8, 3)
 
 
 def block_rows(average: int) -> int:
     """Rows of a block by what an expert gets on average."""
-    return 8 if average <= 2 else 16 if average <= 32 else 64 if average <= 64 else 128
+    return 8 if average <= 8 else 16 if average <= 64 else 128
