@@ -44,7 +44,7 @@ from argosy.kernels.kv_scales import has_scales
 LINES = 128  # of a tile: 64 for each of the two groups that multiply
 HEAD_SIZES = (64, 128)
 LOG2E = 1.4426950408889634
-UNPACKED_SIZES = {"block_l": 64, "stages": 4, "registers": 176, "fetch_registers": 80}  # caches in 8 bits
+UNPACKED_SIZES = {"block_l": 64, "stages": 4, "registers": 184, "fetch_registers": 72}  # caches in 8 bits
 DEFAULT_SIZES = {"block_l": 128, "stages": 2, "registers": 200, "fetch_registers": 104}
 
 

@@ -188,7 +188,7 @@ def fetch_keys(
     copying: gl.constexpr = gl.BlockedLayout([1, 8], [32 // PER_ROW, PER_ROW], [4, 1], [1, 0])
     tile: gl.constexpr = gl.BlockedLayout([1, R, 2], [32 // PER_ROW, 1, PER_ROW], [4, 1, 1], [2, 1, 0])
     spread: gl.constexpr = gl.BlockedLayout(
-        [1, R // 4, 4, 2], [32 // PER_ROW, 1, 1, PER_ROW], [4, 1, 1, 1], [3, 2, 1, 0]
+        [1, R // 4 if R > 1 else 1, 4, 2], [32 // PER_ROW, 1, 1, PER_ROW], [4, 1, 1, 1], [3, 2, 1, 0]
     )
     few: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     cache_ptr = cache_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
@@ -227,7 +227,7 @@ def fetch_values(
     R: gl.constexpr = 8 if S % 8 == 0 else 4 if S % 4 == 0 else 1
     tile: gl.constexpr = gl.BlockedLayout([1, R, 2], [32 // PER_ROW, 1, PER_ROW], [4, 1, 1], [2, 1, 0])
     spread: gl.constexpr = gl.BlockedLayout(
-        [1, R // 4, 4, 2], [32 // PER_ROW, 1, 1, PER_ROW], [4, 1, 1, 1], [3, 2, 1, 0]
+        [1, R // 4 if R > 1 else 1, 4, 2], [32 // PER_ROW, 1, 1, PER_ROW], [4, 1, 1, 1], [3, 2, 1, 0]
     )
     few: gl.constexpr = gl.BlockedLayout([1], [32], [4], [0])
     cache_ptr = cache_ptr.to(gl.pointer_type(gl.int32), bitcast=True)
