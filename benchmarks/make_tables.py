@@ -87,11 +87,30 @@ def layouts_table() -> str:
     return topologies_table(path, default_calibration("H200"), "H200") if path.exists() else ""
 
 
+def forecasts_table() -> str:
+    """What `argosy simulate` foretells of every throughput that was measured."""
+    sys.path.insert(0, str(HERE / "planner"))
+    from compare_layouts import forecasts  # a script beside this one
+
+    return forecasts([HERE / "results" / "engine_h200.jsonl"], default_calibration("H200"))
+
+
+def memory_table() -> str:
+    """Blocks of whole starts beside those of `argosy plan`."""
+    sys.path.insert(0, str(HERE / "planner"))
+    from compare_memory import blocks_table, read_cases  # a script beside this one
+
+    path = HERE / "results" / "memory_h200.jsonl"
+    return blocks_table(read_cases(path), default_calibration("H200")) if path.exists() else ""
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "h200": lambda: suite_table("h200"),
     "doors": doors_table,
     "idle": idle_table,
     "layouts": layouts_table,
+    "forecasts": forecasts_table,
+    "memory": memory_table,
 }
 
 

@@ -32,6 +32,7 @@ class StepSize(NamedTuple):
     prefill_tokens: int
     prefill_pairs: int  # (token, token it looks back on) of the prompts
     num_sampled: int
+    longest_context: int = 0  # of a decode
 
 
 StageSeconds: TypeAlias = Callable[[StepSize], Sequence[float]]
@@ -129,7 +130,7 @@ class SimulatedReplica:
         self._free_at = [0.0] * num_stages
         self._sampled_at: dict[int, float] = {}  # by handle, with several stages
         self._last_decodes: Sequence[Request] = ()
-        self._last_context = 0
+        self._last_context = self._last_longest = 0
         self.busy_seconds = [0.0] * num_stages
         self.active_seconds = 0.0  # with a step under way
         self._active_until = 0.0
@@ -182,14 +183,16 @@ class SimulatedReplica:
         if most < 2 or any(request.watched is WATCH_ALL for request in rows):
             return
         finishes, count, context, size = self._finishes, 0, self._last_context, len(rows)
+        longest = self._last_longest
         while count < most and count < MOST_LEAPT and finishes[0] < until:
             finishes.popleft()
-            context += size
-            self._run_on_stages(StepSize(size, context, 0, 0, size), finishes[-1] if finishes else self._free_at[0])
+            context, longest = context + size, longest + 1
+            load = StepSize(size, context, 0, 0, size, longest)
+            self._run_on_stages(load, finishes[-1] if finishes else self._free_at[0])
             count += 1
         if not count:
             return
-        self._last_context = context
+        self._last_context, self._last_longest = context, longest
         tokens = [TOKEN] * count
         for request in rows:
             request.countdown -= count
@@ -220,12 +223,14 @@ class SimulatedReplica:
     def _size_of(self, output: SchedulerOutput, step: Step) -> StepSize:
         num_decodes, rows = step.num_decodes, step.rows
         if rows is self._last_decodes and num_decodes == len(rows):
-            context = self._last_context + num_decodes
+            context, longest = self._last_context + num_decodes, self._last_longest + 1
         else:
-            context = sum([request.boundary - request.countdown for request in rows[:num_decodes]])
+            contexts = [request.boundary - request.countdown for request in rows[:num_decodes]]
+            context, longest = sum(contexts), max(contexts, default=0)
             if self._shared_reads and num_decodes == len(rows):  # steps with prompts read each row's own
                 context -= int(self._shared_reads * _most_shared(rows) * self._block_size)
         self._last_decodes, self._last_context = (rows, context) if num_decodes == len(rows) else ((), 0)
+        self._last_longest = longest
         tokens = pairs = 0
         if num_decodes < len(rows):
             counts = output.num_tokens
@@ -233,7 +238,7 @@ class SimulatedReplica:
                 count = counts[place] if counts else 1
                 tokens += count
                 pairs += count * (rows[place].num_computed_tokens - count) + count * (count + 1) // 2
-        return StepSize(num_decodes, context, tokens, pairs, len(step.sampling))
+        return StepSize(num_decodes, context, tokens, pairs, len(step.sampling), longest)
 
     def _run_on_stages(self, size: StepSize, ready: float) -> float:
         """Let a step pass through the stages; it can't start before `ready`. When its tokens are there."""

@@ -32,6 +32,9 @@ LIMITS: Final = {
     "reduce_efficiency": (0.1, 0.9), "reduce_latency": (1.5, 4.0), "reduce_rank_latency": (0.0, 1.0),
     "request_us": (500.0, 20_000.0),
 }  # fmt: skip
+STEP_LIMITS: Final = {  # what decode steps of equal contexts say nothing of
+    "context_ns": (0.0, 40.0), "join_us": (0.0, 10.0), "eager_layer_us": (20.0, 800.0), "kv_efficiency": (0.6, 0.95),
+}  # fmt: skip
 FLOPS_POINTS: Final = (64.0, 256.0, 512.0, 8192.0)
 _CONTEXT: Final = 256  # tokens in view of a row on average: 128 of its prompt, and half of 256 more
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -150,7 +153,7 @@ def _neighbours(at: Calibration, step: float, names: Collection[str], points: Co
     found = []
     for sign in (1 + step, 1 / (1 + step)):
         for name in names:
-            low, high = LIMITS[name]
+            low, high = {**LIMITS, **STEP_LIMITS}[name]
             value = max(low, min(high, max(getattr(at, name), 0.01) * sign))
             found.append(msgspec.structs.replace(at, **{name: value}))
         for place, (tokens, share) in enumerate(at.flops_efficiency):

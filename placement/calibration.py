@@ -24,6 +24,11 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     # arithmetic and memory
     weight_efficiency: float = 0.9  # of the memory's bandwidth, when weights are read
     kv_efficiency: float = 0.75  # the same for keys and values
+    context_ns: float = 0.0  # how long a decode's attention takes for a token of a context, one after the other
+    piece_tokens: int = 512  # longer contexts are cut into pieces, at least so long, that run side by side
+    attention_programs: int = 132  # that run at once: pieces of all rows and key/value heads, if these alone are fewer,
+    many_pieces: int = 8  # else so many times as many
+    join_us: float = 0.0  # to put pieces together
     shared_reads: float = 0.0  # of the reads of a prefix that decodes have in common, the part that is saved
     flops_efficiency: tuple[tuple[float, float], ...] = ((16.0, 0.5), (256.0, 0.65), (8192.0, 0.7))  # by tokens
     attention_efficiency: float = 0.35  # of the arithmetic, for prompts
@@ -33,7 +38,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     stage_us: float = 40.0  # of each stage before it
     layer_us: float = 12.0
     group_layer_us: float = 12.0  # a layer's further overhead when several ranks share it
-    row_us: float = 0.3  # of each row of a step
+    row_us: float = 0.3  # of each row of a step, on the last stage
     fp8_layer_us: float = 0.0  # a layer's further overhead with FP8 weights: its inputs are rounded, too
     fp8_flops_ratio: float = 1.0  # of the share of peak that 16-bit products reach
     eager_layer_us: float = 60.0  # the host's time for a layer of a step that is no recorded graph
@@ -47,10 +52,14 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     # memory
     hidden_copies: float = 4.0  # hidden states that live at once in the largest step
     inner_copies: float = 3.0  # the same for the MLP's inner width
+    fp8_inner_copies: float = 3.0  # the same with FP8 weights
     logit_bytes: float = 16.0  # a row and vocabulary entry, while sampling
-    num_graphs: int = 0  # recorded for the sizes of decode steps; 0: none are
-    workspace_bytes: int = 700 * 2**20
-    group_bytes: int = 400 * 2**20  # what communication adds
+    gathered_logit_bytes: float = 16.0  # the same where the ranks of a group gather them
+    records_graphs: bool = False  # whether decode steps are recorded
+    workspace_bytes: int = 700 * 2**20  # context, libraries, loaded kernels
+    context_bytes: int = 550 * 2**20  # of these the context, which is there first
+    group_bytes: int = 400 * 2**20  # of a communicator
+    second_group_bytes: int = 200 * 2**20  # of one more
 
     def flops_share(self, num_tokens: float) -> float:
         """The share of peak arithmetic that a product of so many tokens reaches; linear between the measured ones."""

@@ -1,7 +1,8 @@
 """Seconds of a step: a roofline for each stage, times what was measured of it, plus what no roofline tells.
 
 stage      read weights (of experts, those that are chosen) | multiply     overlapping, then
-           read keys and values, attend prompts, sum over the group or exchange its tokens, overheads
+           read keys and values | go through the longest context, a piece     overlapping, then
+           attend prompts, sum over the group or exchange its tokens, overheads
 step       its stages one after the other, and a hop between them
 """
 
@@ -27,6 +28,7 @@ class StepLoad(msgspec.Struct, frozen=True, gc=False):
     prefill_tokens: int = 0
     prefill_pairs: int = 0  # (token, token before it) of the prompts: what attention multiplies
     num_sampled: int = 0  # rows that get a token
+    longest_context: int = 0  # of a decode; 0: all are alike
 
     @property
     def num_tokens(self) -> int:
@@ -60,11 +62,13 @@ class StageCost:
             peak /= 8  # float32 runs beside the matrix units
         self._peak = peak
         experts, expert_share = 0.0, 1.0
-        flops = 0.0
+        flops = skipped = 0.0
         for index in range(first_layer, last_layer):
             for matrix in shape.layer(index).matrices:
                 used = matrix.num_weights * matrix.active / matrix.count
                 flops += 2 * used / (tp_size if matrix.cut != "none" else 1)
+                if index == shape.num_layers - 1 and not matrix.name.startswith(("q", "kv")):
+                    skipped += 2 * used / (tp_size if matrix.cut != "none" else 1)
                 if matrix.is_experts:
                     experts += matrix.num_weights
                     expert_share = matrix.active / matrix.count
@@ -75,9 +79,13 @@ class StageCost:
         self._expert_share = expert_share
         self._read_rate = bandwidth * calibration.weight_efficiency
         self._flops_per_token = flops
+        self._skipped_flops = skipped  # of tokens that draw nothing, behind the last layer's keys and values
         self._kv_seconds = sizes.kv_bytes_per_token(tp_size, last_layer - first_layer) / (
             bandwidth * calibration.kv_efficiency
         )
+        self._join_seconds = self.num_layers * calibration.join_us * _US
+        self._context_seconds = self.num_layers * calibration.context_ns * 1e-9
+        self._kv_heads = max(1, spec.num_kv_heads // tp_size)
         layers = range(first_layer, last_layer)
         self._window = spec.sliding_window or 0
         self._windowed_share = sum(spec.window_of(layer) is not None for layer in layers) / max(1, self.num_layers)
@@ -111,7 +119,9 @@ class StageCost:
             return 0.0
         touched = 1.0 - (1.0 - self._expert_share) ** tokens if self._expert_bytes else 0.0
         read = (self._dense_bytes + self._expert_bytes * touched) / self._read_rate
-        multiply = self._flops_per_token * tokens / (self._peak * calibration.flops_share(tokens))
+        silent = load.prefill_tokens - max(0, load.num_sampled - load.num_decodes)  # prompt tokens that draw nothing
+        flops = self._flops_per_token * tokens - self._skipped_flops * silent
+        multiply = flops / (self._peak * calibration.flops_share(tokens))
         layers = total = self._overlapped(read, multiply)
         if self.is_last and load.num_sampled:
             head_multiply = self._head_flops * load.num_sampled
@@ -121,13 +131,19 @@ class StageCost:
             )
             total += load.num_sampled * self._sample_seconds
         if load.num_decodes:
-            total += self._seen(load.context_tokens, load.num_decodes) * self._kv_seconds
+            longest = max(load.longest_context, load.context_tokens // load.num_decodes)
+            # in a step with prompts there is work enough beside the longest
+            chain = 0.0 if load.prefill_tokens else self._chain_seconds(longest, load.num_decodes)
+            reading = self._seen(load.context_tokens, load.num_decodes) * self._kv_seconds
+            total += self._overlapped(reading, chain)
         if load.prefill_pairs:
             total += load.prefill_pairs * self._pair_seconds
         if self.tp_size > 1:
             total += self.is_first * self.reduce_seconds(tokens * self._hidden_bytes)
             total += self.num_layers * self.group_seconds(tokens)
-        total += self._fixed_seconds + (load.num_decodes + load.num_sampled) * calibration.row_us * _US
+        total += self._fixed_seconds
+        if self.is_last:  # which draws for each row and answers
+            total += (load.num_decodes + load.num_sampled) * calibration.row_us * _US
         if load.prefill_tokens:
             total = max(total, self._eager_seconds)
         if not self._offload_seconds:
@@ -135,6 +151,21 @@ class StageCost:
         # the last layer's weights come last: it, the head and the launch are behind all copies
         behind = total - layers + layers / self.num_layers
         return max(total, self._offload_seconds + behind)
+
+    def _chain_seconds(self, longest: int, num_rows: int) -> float:
+        """The longest context, in windowed layers what they see of it."""
+        whole = self._pieces_seconds(longest, num_rows)
+        if not self._windowed_share or longest <= self._window:
+            return whole
+        return whole + self._windowed_share * (self._pieces_seconds(self._window, num_rows) - whole)
+
+    def _pieces_seconds(self, longest: int, num_rows: int) -> float:
+        """One token after the other, or in pieces side by side where rows leave room for that."""
+        calibration, groups = self.calibration, num_rows * self._kv_heads
+        programs = calibration.attention_programs
+        room = programs // groups if groups < programs else programs * calibration.many_pieces // groups
+        pieces = max(1, min(room, -(-longest // calibration.piece_tokens)))
+        return longest / pieces * self._context_seconds + (pieces > 1) * self._join_seconds
 
     def reduce_seconds(self, num_bytes: float) -> float:
         """One sum over the group."""

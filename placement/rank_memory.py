@@ -17,6 +17,7 @@ from argosy.cluster.protocol.model_spec import DTYPE_BYTES, KV_SCALE_BYTES, Mode
 from argosy.cluster.protocol.quant_spec import OTHER_NAMES
 from argosy.placement.calibration import Calibration
 from argosy.placement.model_shape import Matrix, ModelShape
+from argosy.placement.step_memory import decode_bytes, graph_bytes, group_bytes, ladder, wire_bytes
 from argosy.placement.swap_space import staging_bytes, swap_setting
 from argosy.placement.topology import Gpu
 from argosy.placement.weight_format import FORMATS, WeightFormat
@@ -26,7 +27,6 @@ CPU_CACHE_BYTES: Final = 4 * 2**30  # as in workers/memory.py, and held to it by
 CPU_CACHE_FRACTION: Final = 0.3
 MIN_BLOCKS: Final = 1
 MIN_SLACK: Final = 2**28  # as in workers/memory.py
-GRAPH_BYTES_A_KERNEL: Final = 2048  # likewise
 SLICE_BUFFERS: Final = 3  # of hidden states of long steps
 # What a GPU's allocator may take beyond the tensors. It comes out of the share that `gpu_memory_utilization` leaves;
 # who names the cache's bytes has no such share.
@@ -53,6 +53,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     offload_bytes: int | None = 0  # of a rank's weights, in whole layers; None: as few as are needed to fit
     swap_bytes: int | None = 0  # of the host's memory for blocks of a rank; None: what suits
     groups: KVGroups = ONE_TABLE  # of layers that share a block table
+    graph_rows: int | None = None  # of the largest recorded decode step; None: `max_num_seqs`, 0: none are
     stage_bytes: tuple[int, ...] = ()  # that each rank of a stage may use, 0: what there is; empty: no bounds
 
     @classmethod
@@ -80,6 +81,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
             max_model_len=max_model_len,
             groups=kv_groups(shape.spec, max_model_len),
             stage_bytes=config.stage_memory_bytes,
+            graph_rows=graph_setting(config),
             gpu_memory_utilization=config.cache.gpu_memory_utilization,
             kv_cache_memory_bytes=config.cache.kv_cache_memory_bytes,
             num_gpu_blocks_override=config.cache.num_gpu_blocks_override,
@@ -115,6 +117,12 @@ def offload_setting(config: ServingConfig) -> int | None:
     """The bytes that `cpu_offload_gb` asks for; None for "auto"."""
     asked = config.offload.cpu_offload_gb
     return None if isinstance(asked, str) else int(asked * 2**30)
+
+
+def graph_setting(config: ServingConfig) -> int:
+    """Rows of the largest decode step that is recorded on a GPU; 0: none is."""
+    parallel = config.parallel
+    return 0 if parallel.enforce_eager else min(config.scheduler.max_num_seqs, parallel.max_cuda_graph_batch)
 
 
 def slice_setting(config: ServingConfig) -> int | None:
@@ -237,7 +245,7 @@ class StageBytes:
 
     def activation_bytes(self, calibration: Calibration, tp_size: int, first_layer: int, last_layer: int) -> int:
         """What steps hold beside weights and blocks: the larger of a step full of prompts and one of all rows that
-        sample, and the recorded graphs, which keep as much as the second once more.
+        sample, and the recorded graphs beside it.
         """
         shape, spec, serving = self.shape, self.shape.spec, self.serving
         tokens = min(serving.max_num_batched_tokens, serving.max_model_len * serving.max_num_seqs)
@@ -245,15 +253,35 @@ class StageBytes:
         if serving.slice_tokens is not None:
             tokens = min(tokens, max(serving.slice_tokens, serving.max_num_seqs))
             buffers = SLICE_BUFFERS * serving.slice_tokens * spec.hidden_size * serving.dtype_bytes
-        heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size / tp_size
-        width = calibration.hidden_copies * spec.hidden_size + calibration.inner_copies * shape.inner_size / tp_size
-        prompts = tokens * (width + heads) * serving.dtype_bytes
+        copies = calibration.fp8_inner_copies if serving.weight_format.computes_in_fp8 else calibration.inner_copies
+        heads = (spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size
+        inner = (copies * shape.inner_size + heads) / tp_size
+        each = (calibration.hidden_copies * spec.hidden_size + inner) * serving.dtype_bytes
+        prompts = tokens * each
         is_last = last_layer == shape.num_layers
-        rows = serving.max_num_seqs * spec.vocab_size * calibration.logit_bytes if is_last else 0.0
-        kernels = 8 * (last_layer - first_layer) + 8
-        graphs = calibration.num_graphs * kernels * GRAPH_BYTES_A_KERNEL
-        graphs += serving.groups.more_table_bytes(serving.max_num_seqs, serving.max_model_len, serving.block_size)
-        return int(max(prompts, rows) + buffers + (rows + graphs if calibration.num_graphs else 0))
+        logit = calibration.logit_bytes if tp_size == 1 else calibration.gathered_logit_bytes
+        rows = serving.max_num_seqs * spec.vocab_size * logit if is_last else 0.0
+        graphs, graph_rows = 0, serving.max_num_seqs if serving.graph_rows is None else serving.graph_rows
+        if calibration.records_graphs and graph_rows:
+            pool = decode_bytes(
+                spec, graph_rows, tp_size=tp_size, is_last=is_last, dtype_bytes=serving.dtype_bytes
+            )  # fmt: skip
+            pool = min(pool, int(max(rows, serving.max_num_seqs * each)))  # as ranks take the less of both
+            graphs = graph_bytes(len(ladder(graph_rows)), last_layer - first_layer, pool)
+            graphs += serving.groups.more_table_bytes(serving.max_num_seqs, serving.max_model_len, serving.block_size)
+        return int(max(prompts, rows) + buffers + graphs)
+
+    def communication_bytes(self, calibration: Calibration, tp_size: int, pp_size: int) -> int:
+        """What a rank of several takes of its card for the others: communicators, and memory that they can address."""
+        serving, width = self.serving, self.shape.spec.hidden_size
+        if tp_size * pp_size == 1:
+            return 0
+        tokens, rows, size = serving.most_tokens, serving.max_num_seqs, serving.dtype_bytes
+        found = calibration.group_bytes
+        if tp_size > 1 and pp_size > 1:  # a communicator of all ranks, and one of a stage's
+            found += calibration.second_group_bytes
+        found += group_bytes(tokens, width, rows, tp_size=tp_size, dtype_bytes=size)
+        return found + wire_bytes(tokens, width, rows, pp_size=pp_size, dtype_bytes=size)
 
 
 def rank_memory(
@@ -287,7 +315,7 @@ def rank_memory(
                 activations += serving.max_num_seqs * spec.vocab_size * 4
             budget = max(0, limit - weights - activations)
     else:
-        workspace = calibration.workspace_bytes + (calibration.group_bytes if tp_size * pp_size > 1 else 0)
+        workspace = calibration.workspace_bytes + sizes.communication_bytes(calibration, tp_size, pp_size)
         workspace += staging_bytes(block) if serving.swap_bytes != 0 else 0
         limit = min(int(gpu.memory_bytes * serving.gpu_memory_utilization), gpu.memory_bytes - MIN_SLACK)
         limit = limit if cap_bytes is None else min(limit, cap_bytes)

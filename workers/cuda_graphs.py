@@ -22,6 +22,7 @@ from torch import Tensor
 from argosy.cluster.protocol.kv_groups import window_blocks
 from argosy.cluster.protocol.messages import SchedulerOutput
 from argosy.kernels import ops
+from argosy.placement.step_memory import ladder
 from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.input_batch import InputBatch
 from argosy.workers.step_inputs import StepInputs
@@ -32,13 +33,6 @@ MOST_SHARED_BLOCKS = 512  # that the host compares
 HANDLES, TOKENS, SHARED, ORDER, NEW_BLOCKS = range(5)  # rows of the control; the last for each group of layers
 NUM_CONTROL_BUFFERS = 4  # steps whose control may be on its way to the device at once, at least
 Forward = Callable[[Tensor | None, Tensor | None, Tensor, AttentionMetadata], Tensor]
-
-
-def ladder(max_rows: int) -> list[int]:
-    """Batch sizes to record: fine steps where a padded row costs a noticeable share, coarse ones above."""
-    sizes = [1, 2, 4, *range(8, 129, 8), *range(144, 257, 16), *range(288, 1025, 32)]
-    below = [size for size in sizes if size < max_rows]
-    return [*below, max_rows]
 
 
 class _CudaMemory:

@@ -18,10 +18,11 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, PlacementImpossible
 from argosy.cluster.protocol.kv_groups import ONE_TABLE, KVGroups
 from argosy.cluster.protocol.ledger import HOST, gib
-from argosy.placement.calibration import default_calibration
+from argosy.placement.calibration import Calibration, default_calibration
 from argosy.placement.data_sheets import find_data_sheet
 from argosy.placement.model_families import shape_from_spec
 from argosy.placement.rank_memory import (
+    RankMemory,
     Serving,
     StageBytes,
     cap_of,
@@ -30,10 +31,10 @@ from argosy.placement.rank_memory import (
     offload_setting,
     rank_memory,
 )
+from argosy.placement.step_memory import decode_bytes, graph_bytes, ladder
 from argosy.placement.swap_space import staging_bytes
 from argosy.placement.topology import Gpu
 from argosy.placement.weight_offload import buffer_bytes, count_for, offloaded_bytes
-from argosy.workers.cuda_graphs import ladder
 from argosy.workers.device import MemoryReading, describe_device
 from argosy.workers.host_memory import check_host_room
 from argosy.workers.long_steps import NUM_BUFFERS
@@ -44,8 +45,6 @@ CPU_CACHE_FRACTION = 0.3  # and never more than this part of what is available
 CPU_PROMPT_TOKENS = 32  # a CPU has no compilation to warm up, only thread pools and allocators
 CPU_ROWS = 8
 WARM_UP_CONTEXT = 2048
-GRAPH_BYTES_A_KERNEL = 2048  # what the driver keeps of each kernel of a recorded graph
-GRAPH_SCRATCH_BYTES = 2**26  # partial sums of attention and products
 MIN_SLACK = 2**28  # beside the cache: what a later step's fragments and lazily loaded kernels may take
 
 
@@ -193,21 +192,48 @@ def choose_num_offloaded(runner: ModelRunner, ledger: MemoryLedger) -> int:
 
 def _fewest_offloaded(runner: ModelRunner, layers: list[int], now: MemoryReading) -> int:
     """As `argosy plan` has it for a card with so much free, with this model's own bytes."""
-    rank, name = runner.rank, describe_device(runner.device)
-    shape = shape_from_spec(runner.spec)
-    serving = Serving.from_config(runner.config, shape)
-    sizes = StageBytes(shape, msgspec.structs.replace(serving, offload_bytes=0))
-    sheet = find_data_sheet(name)
-    calibration = default_calibration(name if sheet is None else sheet.name)
-    own = calibration.workspace_bytes + (calibration.group_bytes if rank.tp_size * rank.pp_size > 1 else 0)
+    serving = Serving.from_config(runner.config, shape_from_spec(runner.spec))
+    own = _calibration_of(runner).workspace_bytes + _communication_bytes(runner)
     others = max(0, now.used - own)  # our context is in use by now, and the plan counts it
-    gpu = Gpu(index=0, model=name, memory_bytes=now.total, free_bytes=now.total - others)
-    planned = rank_memory(
-        sizes, calibration, gpu, tp_size=rank.tp_size, pp_size=rank.pp_size, first_layer=rank.first_layer,
-        last_layer=rank.last_layer, cap_bytes=cap_bytes(runner),
-    )  # fmt: skip
+    planned = _planned(runner, msgspec.structs.replace(serving, offload_bytes=0), now.total, others)
     budget = planned.kv_budget_bytes + planned.weight_bytes - _bytes_of(runner.model)
     return num_offloaded(serving, layers, runner.block_bytes, budget)
+
+
+def planned_room(runner: ModelRunner, ledger: MemoryLedger) -> int | None:
+    """Bytes for the cache as `argosy plan` foretells them for this card; None where nobody measured such a card.
+
+    What others have taken is what was in use, beside our context, before we took anything.
+    """
+    calibration, sheet = _calibration_of(runner), find_data_sheet(describe_device(runner.device))
+    if ledger.meter is None or sheet is None or sheet.name != calibration.device or sheet.name == "CPU":
+        return None
+    serving = Serving.from_config(runner.config, shape_from_spec(runner.spec))
+    free = msgspec.structs.replace(serving, kv_cache_memory_bytes=None, num_gpu_blocks_override=None)
+    others = max(0, ledger.purposes.get("context", 0) - calibration.context_bytes)
+    planned = _planned(runner, free, ledger.meter.read().total, others)
+    weights = _bytes_of(runner.model) - (0 if runner.offload is None else runner.offload.host_bytes)
+    return max(0, planned.kv_budget_bytes + planned.weight_bytes - weights)
+
+
+def _calibration_of(runner: ModelRunner) -> Calibration:
+    sheet = find_data_sheet(describe_device(runner.device))
+    return default_calibration(describe_device(runner.device) if sheet is None else sheet.name)
+
+
+def _communication_bytes(runner: ModelRunner) -> int:
+    shape = shape_from_spec(runner.spec)
+    sizes = StageBytes(shape, Serving.from_config(runner.config, shape))
+    return sizes.communication_bytes(_calibration_of(runner), runner.rank.tp_size, runner.rank.pp_size)
+
+
+def _planned(runner: ModelRunner, serving: Serving, total: int, others: int) -> RankMemory:
+    rank = runner.rank
+    gpu = Gpu(index=0, model=describe_device(runner.device), memory_bytes=total, free_bytes=total - others)
+    return rank_memory(
+        StageBytes(shape_from_spec(runner.spec), serving), _calibration_of(runner), gpu, tp_size=rank.tp_size,
+        pp_size=rank.pp_size, first_layer=rank.first_layer, last_layer=rank.last_layer, cap_bytes=cap_bytes(runner),
+    )  # fmt: skip
 
 
 def _bytes_of(part: torch.nn.Module) -> int:
@@ -233,6 +259,9 @@ def measure_num_blocks(runner: ModelRunner, ledger: MemoryLedger) -> int:
         _measure_cpu(runner, ledger)
     if runner.config.offload.swap_space and ledger.meter is not None:
         ledger.room_bytes = max(0, ledger.room_bytes - staging_bytes(runner.block_bytes))
+    promised = planned_room(runner, ledger)
+    if promised is not None:  # as many blocks as were planned, unless the card has room for fewer
+        ledger.room_bytes = min(ledger.room_bytes, promised)
     cache = runner.config.cache
     if cache.num_gpu_blocks_override is not None:
         return cache.num_gpu_blocks_override
@@ -259,21 +288,6 @@ def cache_room(
     limit = min(int(reading.total * utilization), cap_bytes or reading.total)
     taken = reading.outside + reading.allocated + activation_bytes + graph_bytes
     return max(0, min(limit, reading.total - MIN_SLACK) - taken)
-
-
-def reckon_graphs(num_graphs: int, kernels_a_graph: int, pool_bytes: int) -> int:
-    """Bytes of so many recorded graphs that share one pool as large as the largest step's activations."""
-    return pool_bytes + num_graphs * kernels_a_graph * GRAPH_BYTES_A_KERNEL
-
-
-def decode_bytes(runner: ModelRunner, num_rows: int) -> int:
-    """What a recorded step of so many rows holds at most: all states of a layer at once, and logits without a draw."""
-    spec, tp_size = runner.spec, runner.rank.tp_size
-    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size // tp_size
-    numbers = 6 * spec.hidden_size + heads + 3 * spec.intermediate_size // tp_size
-    if runner.rank.is_last_stage:
-        numbers += spec.vocab_size
-    return num_rows * numbers * runner.dtype.itemsize + GRAPH_SCRATCH_BYTES
 
 
 def _measure_cpu(runner: ModelRunner, ledger: MemoryLedger) -> None:
@@ -309,9 +323,11 @@ def _measure_device(runner: ModelRunner, ledger: MemoryLedger) -> None:
     ledger.mark("workspace")
     ledger.activation_bytes = max(peaks)
     if sizes := graph_sizes(runner):
-        layers = runner.rank.last_layer - runner.rank.first_layer
-        pool_bytes = min(peaks[-1], decode_bytes(runner, sizes[-1]))
-        ledger.graph_bytes = reckon_graphs(2 * len(sizes), 8 * layers + 8, pool_bytes)
+        rank = runner.rank
+        most = decode_bytes(
+            runner.spec, sizes[-1], tp_size=rank.tp_size, is_last=rank.is_last_stage, dtype_bytes=runner.dtype.itemsize
+        )
+        ledger.graph_bytes = graph_bytes(len(sizes), rank.last_layer - rank.first_layer, min(peaks[-1], most))
         ledger.graph_bytes += runner.kv_groups.more_table_bytes(
             runner.config.scheduler.max_num_seqs, runner.max_model_len, runner.config.cache.block_size
         )

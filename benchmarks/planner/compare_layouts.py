@@ -46,7 +46,7 @@ class Case(msgspec.Struct, frozen=True):
     max_num_seqs: int = 1024  # what the card decides
 
 
-def read_cases(paths: Sequence[str]) -> Iterator[Case]:
+def read_cases(paths: Sequence[str | Path]) -> Iterator[Case]:
     """The newest row of each kind, without those that carry a note (experiments)."""
     newest: dict[tuple[str, ...], Case] = {}
     for path in paths:
@@ -56,6 +56,7 @@ def read_cases(paths: Sequence[str]) -> Iterator[Case]:
                 raw.get("model") not in MODELS
                 or raw.get("workload") not in (*WORKLOADS, "decode256")
                 or raw.get("note")
+                or str(raw.get("group", "")).startswith("super-linear")  # in a part of the card's memory
             ):
                 continue
             tp, _, pp = str(raw["layout"]).partition("x")
@@ -118,6 +119,25 @@ def topologies_table(path: str | Path, calibration: Calibration, gpu: str) -> st
     return "\n".join(lines)
 
 
+def forecasts(paths: Sequence[str | Path], calibration: Calibration, gpu: str = "H200", *, steps: bool = False) -> str:
+    """Every measured row beside its forecast; `steps`: decode steps, too, not throughputs alone."""
+    lines = ["| model | layout | workload | measured | foretold | off by | TTFT p50 measured | foretold | off by |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|")
+    for case in read_cases(paths):
+        is_step = case.workload.startswith("decode")
+        if is_step and not steps:
+            continue
+        figure, ttft = predict(case, calibration, gpu)
+        shown = [f"{1e3 * one:.3f} ms" if is_step else f"{one:,.0f} tok/s" for one in (case.figure, figure)]
+        stored = "" if case.quantization == "none" else f" {case.quantization}"
+        lines.append(
+            f"| {case.model}{stored} | TP{case.tp_size}xPP{case.pp_size} | {case.workload} | {shown[0]} | {shown[1]} | "
+            f"{figure / case.figure - 1:+.1%} | {1e3 * case.ttft:,.0f} ms | {1e3 * ttft:,.0f} ms | "
+            f"{ttft / case.ttft - 1:+.1%} |"
+        )
+    return "\n".join(lines)
+
+
 def _decode(name: str):  # type: ignore[no-untyped-def]  # arrivals
     from argosy.cluster.simulated_cluster import Arrival
 
@@ -145,19 +165,7 @@ def main() -> int:
             shown = f"{1e3 * figure:.3f} ms/step" if workload.startswith("decode") else f"{figure:,.0f} tokens/s"
             print(f"{text:28} {shown:>18}   first token p50 {1e3 * ttft:,.0f} ms", flush=True)
         return 0
-    print("| model | layout | workload | measured | foretold | off by | TTFT p50 measured | foretold | off by |")
-    print("|---|---|---|---|---|---|---|---|---|")
-    for case in read_cases(args.results):
-        figure, ttft = predict(case, calibration, args.gpu)
-        steps = case.workload.startswith("decode")
-        shown = [f"{1e3 * one:.3f} ms" if steps else f"{one:,.0f} tok/s" for one in (case.figure, figure)]
-        stored = "" if case.quantization == "none" else f" {case.quantization}"
-        print(
-            f"| {case.model}{stored} | TP{case.tp_size}xPP{case.pp_size} | {case.workload} | {shown[0]} | {shown[1]} | "
-            f"{figure / case.figure - 1:+.1%} | {1e3 * case.ttft:,.0f} ms | {1e3 * ttft:,.0f} ms | "
-            f"{ttft / case.ttft - 1:+.1%} |",
-            flush=True,
-        )
+    print(forecasts(args.results, calibration, args.gpu, steps=True))
     return 0
 
 

@@ -60,7 +60,8 @@ def read_trace(path: str | Path, run: int = -1) -> list[TracedStep]:
         if line["step"] not in answers:
             continue
         ended = answers[line["step"]]
-        load = StepLoad(line["decodes"], line["context"], line["prefill"], line["pairs"], line["sampled"])
+        load = StepLoad(line["decodes"], line["context"], line["prefill"], line["pairs"], line["sampled"],
+                        line.get("longest", 0))  # fmt: skip
         seconds = ended - max(before, line["at"])
         found.append(TracedStep(load, seconds, line["host"] * 1e-6, line["at"], ended))
         before = ended
@@ -98,15 +99,13 @@ def compare(steps: Sequence[TracedStep], cost: ReplicaCost) -> list[dict[str, An
     rows = []
     for (_, name), group in [*sorted(sorts.items()), ((2, "all"), list(steps))]:
         seconds, foretold = sum(step.seconds for step in group), sum(reckon(step.load) for step in group)
-        mean = len(group)
+        loads = [msgspec.structs.astuple(step.load) for step in group]
         rows.append(
             {
-                "sort": name.strip(), "steps": mean, "rows": sum(s.load.num_decodes for s in group) // mean,
-                "context": sum(s.load.context_tokens for s in group) // max(1, sum(s.load.num_decodes for s in group)),
-                "prompt_tokens": sum(s.load.prefill_tokens for s in group) // mean,
-                "seconds": seconds, "foretold": foretold, "off": foretold / seconds - 1,
-                "ms": 1e3 * seconds / mean, "ms_foretold": 1e3 * foretold / mean,
-                "host_ms": 1e3 * sum(step.host_seconds for step in group) / mean,
+                "sort": name.strip(), "steps": len(group), "seconds": round(seconds, 4), "foretold": round(foretold, 4),
+                "ms": round(1e3 * seconds / len(group), 4), "ms_foretold": round(1e3 * foretold / len(group), 4),
+                "host_ms": round(1e3 * sum(step.host_seconds for step in group) / len(group), 3),
+                "load": [round(sum(numbers) / len(group)) for numbers in zip(*loads, strict=True)],
             }
         )  # fmt: skip
     return rows
@@ -122,6 +121,9 @@ def main() -> int:
     parser.add_argument("-pp", type=int, default=1)
     parser.add_argument("--layers", type=int, nargs="*", default=())
     parser.add_argument("--quantization", default="none")
+    parser.add_argument("--workload", default="chat1000", help="what was run, for the rows")
+    parser.add_argument("--gpu", default="NVIDIA H200", help="where, for the rows")
+    parser.add_argument("--output", help="append a JSON line for each sort of step: 'fit_calibration.py --steps'")
     parser.add_argument("--calibration", help="instead of the one that ships")
     args = parser.parse_args()
     calibration = read_calibration(args.calibration) if args.calibration else default_calibration("H200")
@@ -129,14 +131,21 @@ def main() -> int:
     cost = cost_of(args.model, args.tp, args.pp, layers=args.layers, quantization=args.quantization,
                    calibration=calibration)  # fmt: skip
     wall = steps[-1].ended - steps[0].began
+    rows = compare(steps, cost)
+    about = {"model": args.model, "layout": f"TP{args.tp}xPP{args.pp}", "layers": list(args.layers),
+             "quantization": args.quantization, "workload": args.workload, "gpu": args.gpu}  # fmt: skip
+    if args.output:
+        with open(args.output, "a", encoding="utf-8") as file:
+            file.writelines(json.dumps({**about, **row}) + "\n" for row in rows)
     print(f"{len(steps)} steps in {wall:.3f} s, of which {sum(step.seconds for step in steps):.3f} s in steps")
-    print("| step | number | rows | context | prompt | seconds | foretold | off by | ms each | foretold | host |")
-    print("|---|---|---|---|---|---|---|---|---|---|---|")
-    for row in compare(steps, cost):
+    print("| step | number | rows | context | longest | prompt | seconds | foretold | off by | ms | foretold | host |")
+    print("|---|---|---|---|---|---|---|---|---|---|---|---|")
+    for row in rows:
+        decodes, context, prompt, _, _, longest = row["load"]
         print(
-            f"| {row['sort']} | {row['steps']} | {row['rows']} | {row['context']} | {row['prompt_tokens']} | "
-            f"{row['seconds']:.3f} | {row['foretold']:.3f} | {row['off']:+.1%} | {row['ms']:.2f} | "
-            f"{row['ms_foretold']:.2f} | {row['host_ms']:.2f} |"
+            f"| {row['sort']} | {row['steps']} | {decodes} | {context // max(1, decodes)} | {longest} | {prompt} | "
+            f"{row['seconds']:.3f} | {row['foretold']:.3f} | {row['foretold'] / row['seconds'] - 1:+.1%} | "
+            f"{row['ms']:.2f} | {row['ms_foretold']:.2f} | {row['host_ms']:.2f} |"
         )
     return 0
 

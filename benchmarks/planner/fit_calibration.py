@@ -16,14 +16,16 @@ from pathlib import Path
 
 import msgspec
 from compare_layouts import Case, predict, read_cases
+from compare_steps import cost_of
 
 from argosy.deploy import calibrate
-from argosy.deploy.calibrate import FLOPS_POINTS, LIMITS, PUBLISHED, DecodeStep, Loss
+from argosy.deploy.calibrate import FLOPS_POINTS, LIMITS, PUBLISHED, STEP_LIMITS, DecodeStep, Loss
 from argosy.placement.calibration import Calibration, read_calibration
+from argosy.placement.cost_model import StepLoad
 from argosy.placement.data_sheets import DATA_SHEETS
 
-WORKLOADS = ("fixed512x256", "decode1")  # simulated when --workloads is given, for the next two:
-WORKLOAD_NAMES = ("request_us", "reduce_efficiency")
+WORKLOADS = ("fixed512x256", "chat1000", "decode1")  # simulated when --workloads is given, for the next two:
+WORKLOAD_NAMES = ("request_us", "reduce_efficiency", "fp8_flops_ratio")
 WORKLOAD_POINTS = (512.0, 8192.0)
 
 
@@ -38,12 +40,46 @@ def read_rows(paths: Sequence[str]) -> list[DecodeStep]:
     return list(newest.values())
 
 
-def whole_loss(rows: Sequence[DecodeStep], cases: Sequence[Case], gpu: str) -> Loss:
+class Sort(msgspec.Struct, frozen=True):
+    """One sort of step of a traced run, as `compare_steps.py --output` writes it: its mean load and time."""
+
+    model: str
+    layout: str
+    sort: str
+    load: tuple[float, ...]
+    ms: float
+    seconds: float
+    quantization: str = "none"
+
+
+def read_sorts(path: str) -> list[Sort]:
+    """Those of one stage, the newest of each kind, that take more than a hundredth of their run."""
+    newest: dict[tuple[str, ...], Sort] = {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        one = msgspec.json.decode(line, type=Sort)
+        newest[one.model, one.layout, one.quantization, one.sort] = one
+    wholes = {key[:3]: one.seconds for key, one in newest.items() if key[3] == "all"}
+    return [
+        one
+        for key, one in newest.items()
+        if key[3] != "all" and one.layout.endswith("PP1") and one.seconds > 0.01 * wholes[key[:3]]
+    ]
+
+
+def reckon_sort(one: Sort, calibration: Calibration, gpu: str) -> float:
+    """Milliseconds of such a step by the model."""
+    tp_size = int(one.layout.removeprefix("TP").partition("x")[0])
+    cost = cost_of(one.model, tp_size, 1, quantization=one.quantization, calibration=calibration, gpu=gpu)
+    return 1e3 * cost.step_seconds(StepLoad(*map(int, one.load)))
+
+
+def whole_loss(rows: Sequence[DecodeStep], cases: Sequence[Case], gpu: str, sorts: Sequence[Sort] = ()) -> Loss:
     """Mean squared log ratio of steps, throughputs and, at half the weight, first tokens."""
     fitted = [row for row in rows if row.pp_size == 1]
 
     def loss(calibration: Calibration) -> float:
-        terms = [math.log(calibrate.reckon_ms(row, calibration, gpu) / row.milliseconds) ** 2 for row in fitted]
+        terms = [math.log(reckon_sort(one, calibration, gpu) / one.ms) ** 2 for one in sorts]
+        terms += [math.log(calibrate.reckon_ms(row, calibration, gpu) / row.milliseconds) ** 2 for row in fitted]
         for case in cases:
             figure, ttft = predict(case, calibration, gpu)
             terms.append(math.log(figure / case.figure) ** 2 if not case.workload.startswith("decode") else 0.0)
@@ -60,6 +96,7 @@ def main() -> int:
     parser.add_argument("--start", default="placement/calibrations/nvidia_h200.json", help="what isn't fitted stays")
     parser.add_argument("--gpu", choices=tuple(DATA_SHEETS), default="H200", help="that the rows were measured on")
     parser.add_argument("--workloads", action="store_true", help="fit simulated throughput and first tokens, too")
+    parser.add_argument("--steps", help="fit the sorts of step of traced runs, too: rows of compare_steps.py --output")
     parser.add_argument("--write", help="store the calibration here")
     args = parser.parse_args()
     rows = read_rows(args.results)
@@ -73,9 +110,15 @@ def main() -> int:
         flops_efficiency=tuple((point, start.flops_share(point)) for point in FLOPS_POINTS),
         source=f"fitted to {len(rows)} decode steps and {len(cases)} workloads of {names}",
     )
-    best = calibrate.fit(whole_loss(rows, [], args.gpu), start, LIMITS, FLOPS_POINTS, 0.003)
+    sorts = read_sorts(args.steps) if args.steps else []
+    names_now = [*LIMITS, *STEP_LIMITS] if sorts else list(LIMITS)
+    best = calibrate.fit(whole_loss(rows, [], args.gpu, sorts), start, names_now, FLOPS_POINTS, 0.003)
     if cases:
         best = calibrate.fit(whole_loss(rows, cases, args.gpu), best, WORKLOAD_NAMES, WORKLOAD_POINTS, 0.03)
+    for one in sorts:
+        found = reckon_sort(one, best, args.gpu)
+        kind = f"{one.model:4} {one.quantization:5} {one.layout} {one.sort:20}"
+        print(f"{kind} measured {one.ms:8.3f} ms, model {found:8.3f} {found / one.ms - 1:+7.1%}")
     for row in rows:
         found = calibrate.reckon_ms(row, best, args.gpu)
         kind = f"{row.model:4} {row.quantization:5} TP{row.tp_size}xPP{row.pp_size} batch {row.batch:4}"

@@ -121,7 +121,7 @@ def test_two_cards_hold_13_9_times_the_blocks_of_one_when_weights_fill_it() -> N
     shape = read_model_shape("llama-2-7b")
     serving = Serving(
         dtype_bytes=2, kv_dtype_bytes=2, weight_format=shape.weight_format, max_num_batched_tokens=1,
-        gpu_memory_utilization=0.5, max_num_seqs=4096, max_model_len=4096,
+        gpu_memory_utilization=0.5, max_num_seqs=16, max_model_len=4096,
     )  # fmt: skip
     sizes = StageBytes(shape, serving)
     usable = int(sizes.stage_bytes(1, 0, 32) / 0.9225)

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from argosy.workers.cuda_graphs import ORDER, DecodeTables, ladder, shared_ladder
+from argosy.placement.step_memory import ladder
+from argosy.workers.cuda_graphs import ORDER, DecodeTables, shared_ladder
 from argosy.workers.input_batch import InputBatch
 
 ROWS, BLOCK, BLOCKS = 64, 16, 100

@@ -14,6 +14,11 @@ from rig import SHAPE, InProcessRank, make_config, oracle_config
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import PlacementImpossible
 from argosy.cluster.protocol.ledger import describe_ledger
+from argosy.placement.calibration import default_calibration
+from argosy.placement.data_sheets import DATA_SHEETS
+from argosy.placement.model_families import shape_from_spec
+from argosy.placement.rank_memory import Serving, StageBytes, rank_memory
+from argosy.placement.topology import Gpu
 from argosy.workers import memory
 from argosy.workers.device import MemoryReading
 from argosy.workers.memory import MemoryLedger, measure_num_blocks, warm_up_shapes
@@ -188,3 +193,31 @@ def test_a_card_meets_rows_behind_a_long_context_before_the_first_request(tmp_pa
         assert tokens + context <= 900
     rank.runner.warm_up([(2, 8, 3, 40)])
     assert not rank.runner.batch.active
+
+
+def test_a_card_gets_the_blocks_that_were_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plan is a promise where its device was measured; a card with less room than that gets what there is."""
+    monkeypatch.setattr(memory, "describe_device", lambda device: "NVIDIA H200")
+    total = DATA_SHEETS["H200"].memory_bytes
+    llama = {"architectures": ["LlamaForCausalLM"], "model_type": "llama", "torch_dtype": "float32", **SHAPE}
+    (tmp_path / "config.json").write_text(json.dumps({**llama, "hidden_act": "silu", "rms_norm_eps": 1e-6}))
+    given = {"max_num_seqs": 1 << 14, "max_num_batched_tokens": 1 << 14, "gpu_memory_utilization": 0.02}
+    config = make_config(tmp_path, load_format="dummy", num_gpu_blocks_override=None, **given)
+    rank = InProcessRank(config, 4)
+    shape = shape_from_spec(rank.runner.spec)
+    sizes = StageBytes(shape, Serving.from_config(config, shape))
+    gpu = Gpu(index=0, model="H200", memory_bytes=total)
+    calibration = default_calibration("H200")
+    planned = rank_memory(sizes, calibration, gpu, tp_size=1, pp_size=1, first_layer=0, last_layer=shape.num_layers)
+    monkeypatch.setattr(memory, "largest_shapes", lambda runner: [(1, 4)])
+    for others, is_promised in ((0, True), (2 * GIB, False)):
+        card = FakeCard(total=total, used=calibration.context_bytes)
+        ledger = MemoryLedger(meter=card)
+        ledger.mark("context", outside="context")
+        card.move(used=others)
+        measured = measure_num_blocks(rank.runner, ledger)
+        assert (measured == planned.num_blocks) == is_promised
+        assert (ledger.room_bytes == planned.kv_budget_bytes) == is_promised
+        assert measured <= planned.num_blocks
+    monkeypatch.setattr(memory, "describe_device", lambda device: "NVIDIA L4")  # takes the ratios of another card
+    assert memory.planned_room(rank.runner, ledger) is None

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -18,13 +19,16 @@ from argosy.placement.plan import RankInfo, make_plan
 from argosy.placement.process_groups import ParallelContext
 from argosy.placement.rank_memory import Serving, StageBytes
 from argosy.placement.stage_transport import StageTransport
+from argosy.placement.step_memory import SHARED_UNIT, SMALL_SUM_BYTES, group_bytes
 from argosy.placement.topology import Gpu
 from argosy.placement.uneven import layers_for, stage_memory
 from argosy.workers import memory
 from argosy.workers.kv_cache import KVCache
+from argosy.workers.layers.group_sum import GroupSum
 from argosy.workers.loading.stream import load_weights
 from argosy.workers.long_steps import LongSteps, slice_tokens_of
 from argosy.workers.memory import MemoryLedger, measure_num_blocks
+from argosy.workers.models.group_forward import HALF_MULTIPLE
 from argosy.workers.models.registry import build_model
 
 BASE = {"hidden_size": 64, "num_hidden_layers": 6, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -181,7 +185,6 @@ def test_a_cpu_gives_the_cache_the_same_share_in_both(tmp_path: Path, monkeypatc
     assert memory.CPU_CACHE_BYTES == planned.CPU_CACHE_BYTES
     assert memory.CPU_CACHE_FRACTION == planned.CPU_CACHE_FRACTION
     assert memory.MIN_SLACK == planned.MIN_SLACK
-    assert memory.GRAPH_BYTES_A_KERNEL == planned.GRAPH_BYTES_A_KERNEL
     folder = folder_of(tmp_path, "llama")
     shape = read_model_shape(folder)
     config = ServingConfig.from_mapping({"model": str(folder), "max_num_seqs": 256})
@@ -264,3 +267,23 @@ def test_a_rank_of_half_the_memory_does_not_cut_the_other(tmp_path: Path) -> Non
     assert layers[0] > 30 > layers[1]
     assert min(found[layers][1]) >= 0.97, found
     assert found[layers][0] >= 1.4 * found[30, 30][0], found
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "tokens", "rows"), [(2, 8192, 1024), (2, 2048, 256), (4, 8192, 1024), (8, 512, 64)]
+)
+def test_what_a_group_opens_for_its_cards_is_planned(tp_size: int, tokens: int, rows: int) -> None:
+    """The buffer of a real `GroupSum`, whose cards are asked for nothing but its size; rounded up as drivers do."""
+    asked: list[int] = []
+
+    def shared_buffer(num_bytes: int) -> Any:
+        asked.append(num_bytes)
+        return SimpleNamespace(local=torch.zeros(1, dtype=torch.uint8))
+
+    parallel: Any = SimpleNamespace(
+        rank=SimpleNamespace(tp_rank=0), tp_size=tp_size, device=torch.device("cpu"), shared_buffer=shared_buffer
+    )
+    GroupSum(parallel, max_tokens=tokens, width=4096, max_rows=rows, dtype=torch.bfloat16)
+    staged = (tp_size - 1) * -(-(tokens // 2 + HALF_MULTIPLE) // tp_size) * 4096 * 2
+    opened = group_bytes(tokens, 4096, rows, tp_size=tp_size, dtype_bytes=2) - SMALL_SUM_BYTES - staged
+    assert 0 <= opened - asked[0] < 2 * SHARED_UNIT

@@ -1,0 +1,67 @@
+"""Bytes that steps need beside weights and blocks, by rules that ranks and planner share.
+
+What a rank makes itself is reckoned by one function on both sides: recorded graphs, the memory that all of
+them share, and what a group's cards open for each other. What libraries take is measured (`placement/calibration.py`).
+"""
+
+from typing import Final
+
+from argosy.cluster.protocol.model_spec import ModelSpec
+
+GRAPH_BYTES_A_KERNEL: Final = 2048  # what the driver keeps of each kernel of a recorded graph
+GRAPH_SCRATCH_BYTES: Final = 2**26  # partial sums of attention and products
+GRAPHS_A_SIZE: Final = 2  # a step and its draw
+KERNELS_A_LAYER: Final = 8
+SHARED_UNIT: Final = 2 * 2**20  # in which the driver hands out memory that other cards can address
+SUM_FLAGS: Final = 32 * 2**10  # at the start of a group's buffer
+SUM_PARTS: Final = 4  # of a largest step's hidden states: three products and a result
+SMALL_SUM_BYTES: Final = 4 * 2**20  # the buffer for sums of few bytes
+PUSHED_ROWS: Final = 64
+WIRE_SLOTS: Final = 2  # for hidden states, on a stage's wire
+
+
+def ladder(max_rows: int) -> list[int]:
+    """Batch sizes to record: fine steps where a padded row costs a noticeable share, coarse ones above."""
+    sizes = [1, 2, 4, *range(8, 129, 8), *range(144, 257, 16), *range(288, 1025, 32)]
+    below = [size for size in sizes if size < max_rows]
+    return [*below, max_rows]
+
+
+def graph_bytes(num_sizes: int, num_layers: int, pool_bytes: int) -> int:
+    """Recorded graphs of so many batch sizes, which share one pool as large as the largest step's activations."""
+    return pool_bytes + GRAPHS_A_SIZE * num_sizes * KERNELS_A_LAYER * (num_layers + 1) * GRAPH_BYTES_A_KERNEL
+
+
+def decode_bytes(spec: ModelSpec, num_rows: int, *, tp_size: int, is_last: bool, dtype_bytes: int) -> int:
+    """What a recorded step of so many rows holds at most: all states of a layer at once, and logits without a draw."""
+    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size // tp_size
+    numbers = 6 * spec.hidden_size + heads + 3 * spec.intermediate_size // tp_size
+    if is_last:
+        numbers += spec.vocab_size
+    return num_rows * numbers * dtype_bytes + GRAPH_SCRATCH_BYTES
+
+
+def group_bytes(num_tokens: int, width: int, num_rows: int, *, tp_size: int, dtype_bytes: int) -> int:
+    """What a rank opens for the cards of its group, and what sums by copies need: `workers/layers/group_sum.py`.
+
+    For steps of so many tokens of `width` numbers, of which so many rows draw a token.
+    """
+    if tp_size == 1:
+        return 0
+    row = width * dtype_bytes
+    parts = SUM_PARTS * -(-num_tokens * row // 256) * 256
+    choices = tp_size * num_rows * 8
+    pushed = 3 * (tp_size + 1) * PUSHED_ROWS * width * 4
+    staged = (tp_size - 1) * -(-(num_tokens // 2 + 128) // tp_size) * row
+    return _rounded(SUM_FLAGS + parts + choices + pushed) + SMALL_SUM_BYTES + staged
+
+
+def wire_bytes(num_tokens: int, width: int, num_rows: int, *, pp_size: int, dtype_bytes: int) -> int:
+    """What a rank opens for the stages beside it: `placement/card_wires.py`."""
+    if pp_size == 1:
+        return 0
+    return _rounded(WIRE_SLOTS * num_tokens * width * dtype_bytes + (pp_size + 1) * num_rows * 8)
+
+
+def _rounded(num_bytes: int) -> int:
+    return -(-num_bytes // SHARED_UNIT) * SHARED_UNIT
