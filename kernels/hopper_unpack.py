@@ -23,51 +23,37 @@ def scale_bits(code):
     )  # fmt: skip
 
 
-@gluon.jit
-def unpack_int8(x, scale):
-    """Words of four int8 times `scale_bits`, as two words of two bfloat16 each."""
-    # 128 + the lower seven bits, less 128 or 256 as the eighth says: bfloat16 has no room for 256 + all eight
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 low, high, minus, plus;
-        prmt.b32 low, $2, 0x43434343, 0x4140;
-        prmt.b32 high, $2, 0x43434343, 0x4342;
-        and.b32 plus, low, 0xff7fff7f;
-        and.b32 minus, low, 0xff80ff80;
-        sub.rn.bf16x2 plus, plus, minus;
-        mul.rn.bf16x2 $0, plus, $3;
-        and.b32 plus, high, 0xff7fff7f;
-        and.b32 minus, high, 0xff80ff80;
-        sub.rn.bf16x2 plus, plus, minus;
-        mul.rn.bf16x2 $1, plus, $3;
-        }""",
-        "=&r,=&r,r,r", [x, scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
-    )  # fmt: skip
-
-
-@gluon.jit
-def unpack_e4m3(x, scale):
-    """Words of four e4m3 times `scale_bits`, as two words of two bfloat16 each. It has no nan."""
-    # its exponent and mantissa at the end of those of a bfloat16 are the number over 2^120, subnormal ones, too
-    return gl.inline_asm_elementwise(
-        """{
-        .reg .b32 low, high, upper, unit;
-        mov.b32 unit, 0x7b807b80;
-        prmt.b32 low, $2, 0, 0x1404;
-        prmt.b32 high, $2, 0, 0x3424;
-        shr.b32 upper, low, 4;
-        and.b32 upper, upper, 0x07f007f0;
-        lop3.b32 low, low, 0x80008000, upper, 0xea;
-        mul.rn.bf16x2 low, low, unit;
-        mul.rn.bf16x2 $0, low, $3;
-        shr.b32 upper, high, 4;
-        and.b32 upper, upper, 0x07f007f0;
-        lop3.b32 high, high, 0x80008000, upper, 0xea;
-        mul.rn.bf16x2 high, high, unit;
-        mul.rn.bf16x2 $1, high, $3;
-        }""",
-        "=&r,=&r,r,r", [x, scale], dtype=(gl.int32, gl.int32), is_pure=True, pack=1,
-    )  # fmt: skip
+# 128 + the lower seven bits, less 128 or 256 as the eighth says: bfloat16 has no room for 256 + all eight
+INT8 = gl.constexpr("""{
+    .reg .b32 low, high, minus, plus;
+    prmt.b32 low, $2, 0x43434343, 0x4140;
+    prmt.b32 high, $2, 0x43434343, 0x4342;
+    and.b32 plus, low, 0xff7fff7f;
+    and.b32 minus, low, 0xff80ff80;
+    sub.rn.bf16x2 plus, plus, minus;
+    mul.rn.bf16x2 $0, plus, $3;
+    and.b32 plus, high, 0xff7fff7f;
+    and.b32 minus, high, 0xff80ff80;
+    sub.rn.bf16x2 plus, plus, minus;
+    mul.rn.bf16x2 $1, plus, $3;
+    }""")
+# exponent and mantissa at the end of those of a bfloat16 are the number over 2^120, subnormal ones, too; none is nan
+E4M3_BITS = gl.constexpr("""{
+    .reg .b32 low, high, upper, unit;
+    mov.b32 unit, 0x7b807b80;
+    prmt.b32 low, $2, 0, 0x1404;
+    prmt.b32 high, $2, 0, 0x3424;
+    shr.b32 upper, low, 4;
+    and.b32 upper, upper, 0x07f007f0;
+    lop3.b32 low, low, 0x80008000, upper, 0xea;
+    mul.rn.bf16x2 low, low, unit;
+    mul.rn.bf16x2 $0, low, $3;
+    shr.b32 upper, high, 4;
+    and.b32 upper, upper, 0x07f007f0;
+    lop3.b32 high, high, 0x80008000, upper, 0xea;
+    mul.rn.bf16x2 high, high, unit;
+    mul.rn.bf16x2 $1, high, $3;
+    }""")
 
 
 @gluon.jit
@@ -88,10 +74,9 @@ def _store(smem, x, words, there, tile: gl.constexpr, spread: gl.constexpr, E4M3
     else:
         bits = gl.full_like(there, 0x3F803F80, dtype=gl.int32)
     bits = gl.where(there, bits, 0)[:, :, None]
-    if E4M3:
-        first, second = unpack_e4m3(x, bits)
-    else:
-        first, second = unpack_int8(x, bits)
+    first, second = gl.inline_asm_elementwise(  # words of four numbers: two words of two bfloat16 each
+        E4M3_BITS if E4M3 else INT8, "=&r,=&r,r,r", [x, bits], dtype=(gl.int32, gl.int32), is_pure=True, pack=1
+    )  # fmt: skip
     pairs = gl.join(first, second).reshape([L, x.shape[2] * 2])
     by_words: gl.constexpr = gl.NVMMASharedLayout(128, 32, 2)
     if OLD_NAME:

@@ -25,6 +25,11 @@ def halves(x: Lanes) -> NDArray[np.float16]:
     return np.ascontiguousarray(x).view(np.float16).reshape(32, 2)
 
 
+def brain_halves(x: Lanes) -> torch.Tensor:
+    """The two bfloat16 of each register [32, 2], the lower first."""
+    return torch.from_numpy(np.ascontiguousarray(x).view(np.int16).copy()).view(torch.bfloat16).view(32, 2)
+
+
 def run(text: str, inputs: list[Lanes], num_outputs: int) -> list[Lanes]:
     """Carry out a text of inline assembly: outputs are $0 and on, then come the inputs."""
     registers = {f"${num_outputs + i}": np.asarray(x, dtype=np.uint32) for i, x in enumerate(inputs)}
@@ -58,8 +63,16 @@ def _carry_out(line: str, registers: dict[str, Lanes]) -> None:
         registers[low], registers[high] = value(sources[0]) & 0xFFFF, value(sources[0]) >> 16
     elif kind == "mov":
         registers[into] = value(sources[0])
-    elif kind == "xor":
-        registers[into] = value(sources[0]) ^ value(sources[1])
+    elif kind in ("xor", "and", "shr"):
+        operation = {"xor": np.bitwise_xor, "and": np.bitwise_and, "shr": np.right_shift}[kind]
+        registers[into] = operation(value(sources[0]), value(sources[1]))
+    elif kind == "lop3":
+        assert sources[3] == "0xea", "the first two, or the third"
+        registers[into] = (value(sources[0]) & value(sources[1])) | value(sources[2])
+    elif name.endswith(".bf16x2"):
+        first, second = (brain_halves(value(x)) for x in sources)
+        made = first - second if kind == "sub" else first * second
+        registers[into] = made.contiguous().view(torch.int16).numpy().view(np.uint32).reshape(32)
     elif kind == "prmt":
         every = np.stack([(value(x) >> (8 * i)) & 255 for x in sources[:2] for i in range(4)])
         picks = [(int(sources[2], 16) >> (4 * i)) & 7 for i in range(4)]

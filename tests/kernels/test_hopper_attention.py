@@ -7,10 +7,14 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import triton
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ptx_lanes import brain_halves, run
 
 from argosy.kernels import kv_scales, prefill_attention, reference, tuning
 from argosy.kernels.prompt_tiles import plan_tiles
@@ -108,6 +112,26 @@ def test_caches_in_8_bits_are_unpacked_on_the_way(
     out = torch.full((len(q), heads, size), float("nan"), device="cuda", dtype=torch.bfloat16)
     assert_near(hopper_attention(q, *caches, table, tiles, out, scale=size**-0.5), want)
     assert int(tuning.counters(q.device)[0]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("scale", [1.0, 1.25 * 2.0**-9, 1.75 * 2.0**19, 1.5 * 2.0**-44])
+def test_every_number_of_8_bits_is_unpacked_exactly(dtype: torch.dtype, scale: float) -> None:
+    """All 256 bytes, four a word, over the scales at both ends; e4m3's two nan become 480, which no cache holds."""
+    from argosy.kernels import hopper_unpack
+
+    every = torch.arange(256, dtype=torch.int32).to(torch.uint8)
+    words = every.numpy().view(np.uint32)
+    bits = int(torch.tensor(scale).bfloat16().view(torch.int16)) & 0xFFFF
+    text = hopper_unpack.INT8 if dtype == torch.int8 else hopper_unpack.E4M3_BITS
+    made = []
+    for half in range(2):
+        scales = np.full(32, bits * 0x10001, dtype=np.uint32)
+        pairs = [brain_halves(x) for x in run(text.value, [words[32 * half : 32 * half + 32], scales], 2)]
+        made.append(torch.cat(pairs, 1).flatten())
+    want = every.view(dtype).float() * scale
+    want = torch.where(want.isnan(), torch.where(every < 128, 480.0, -480.0) * scale, want)
+    assert torch.equal(torch.cat(made), want.bfloat16())
 
 
 def test_it_is_not_chosen_where_nobody_measured_it(device: torch.device) -> None:
