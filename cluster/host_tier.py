@@ -24,10 +24,10 @@ from argosy.cluster.protocol.messages import BlockSwaps
 from argosy.cluster.protocol.swap import SwapCosts
 from argosy.cluster.request import Request
 
-ORDER_SECONDS: Final = 0.004
+ORDER_SECONDS: Final = 0.016
 """Of copies in that one step orders; the next request's are left to the next step. What a step orders in is said to be
-in all at once: requests that come in together would go on together and end together, with an idle link in between."""
-
+in all at once: requests that come in together go on together and end together, with an idle link in between. But each
+step that begins requests costs as much as two others, so those of some milliseconds come in a few at a time."""
 AHEAD: Final = 32
 """Blocks that an order of content that gives way carries beyond what has to go now: the next ones in line. Rows that
 grow take a few blocks a step, and an order of one block holds up a step for as long as one of many."""

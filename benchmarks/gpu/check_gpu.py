@@ -120,6 +120,7 @@ def main() -> int:
     parser.add_argument("--swap", action="store_true", help="only this: more than there is room for, with swap_space")
     parser.add_argument("--backend", default="local", choices=("local", "ray"))
     args = parser.parse_args()
+    torch.set_num_threads(4)  # tiny models: more wait for each other, and for whatever else runs on the host
     rng, failures = random.Random(7), 0
     lengths = (1001, 1300, 1700, 7) if args.long else (1, 5, 16, 17, 33, 64, 100, 130)
     for family in args.family:

@@ -243,7 +243,7 @@ def test_nothing_is_computed_twice_at_four_times_the_room(world: Callable[..., A
 def test_requests_whose_copies_take_long_come_in_one_after_the_other(world: Callable[..., Any]) -> None:
     """Six wait on the host when room for all of them comes free at once. Copies of one step are in all together, so
     with one order for all of them the first would wait for the last, and all would go on, and end, together."""
-    slow = SwapCosts(num_host_blocks=64, out_seconds=1e-6, in_seconds=0.005, token_seconds=1.0)
+    slow = SwapCosts(num_host_blocks=64, out_seconds=1e-6, in_seconds=0.01, token_seconds=1.0)
     here = world(swap=slow, num_blocks=24, max_num_seqs=16, max_num_batched_tokens=64)
     for turn in range(2):
         for number in range(12):
