@@ -4,8 +4,9 @@
 
 Per published shape and number of tokens, in microseconds, each recorded as a graph where it can be: ours (grouping, two
 grouped products, gate, weighted sum), a loop over experts in plain torch, torch's own grouped product
-(`torch._grouped_mm`), and the block of the installed transformers. `limit` is the larger of the bytes of the weights of
-the experts asked at 4.8 TB/s and the multiplications at 989 TFLOP/s (1979 where weights are e4m3).
+(`torch._grouped_mm`), and the block of the installed transformers. `error` is that of ours against the definition in
+float32 with the same weights; `limit` is the larger of the bytes of the weights of the experts asked at 4.8 TB/s and
+the multiplications at 989 TFLOP/s (1979 where weights are e4m3).
 """
 
 import argparse
@@ -29,10 +30,15 @@ SHAPES = {
     "qwen3-30b-a3b": (128, 8, 2048, 768, "plain"),
     "mixtral-8x7b in 4 bits": (8, 2, 4096, 14336, "int4"),
     "qwen3-30b-a3b in 4 bits": (128, 8, 2048, 768, "int4"),
+    "qwen3-30b-a3b in 8 bits": (128, 8, 2048, 768, "int8"),
+    "qwen3-30b-a3b in 4 bits, groups of 32, ordered": (128, 8, 2048, 768, "int4 ordered"),
     "gpt-oss-120b": (128, 4, 2880, 2880, "mxfp4"),
     "deepseek-r1, 32 experts of a rank": (32, 1, 7168, 2048, "e4m3"),
     "granite-3-3b-a800m": (40, 8, 1536, 512, "plain"),
 }
+INT_KINDS: dict[str, dict[str, Any]] = {
+    "int4": {}, "int8": {"bits": 8}, "int4 ordered": {"group": 32, "ordered": True},
+}  # fmt: skip
 
 
 def main() -> int:
@@ -41,6 +47,7 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=100.0)
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 256, 2048, 8192])
     parser.add_argument("--shapes", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--alone", action="store_true", help="only ours")
     parser.add_argument("--output")
     args = parser.parse_args()
     started, machine = time.perf_counter(), torch.cuda.get_device_name(0)
@@ -49,7 +56,13 @@ def main() -> int:
         for tokens in args.tokens:
             if time.perf_counter() - started > args.seconds:
                 return 0
-            line = {"bench": "experts", "shape": name, "tokens": tokens, "machine": machine, **layer.measure(tokens)}
+            line = {
+                "bench": "experts",
+                "shape": name,
+                "tokens": tokens,
+                "machine": machine,
+                **layer.measure(tokens, alone=args.alone),
+            }
             print(json.dumps(line), flush=True)
             if args.output:
                 with open(args.output, "a", encoding="utf-8") as file:
@@ -66,8 +79,8 @@ class Layer:
         self.weights = [torch.empty(shape, device="cuda", dtype=torch.bfloat16).normal_(0, 0.02) for shape in shapes]
         self.options: dict[str, Any] = {}
         self.stored: list[Any] = self.weights
-        if kind == "int4":
-            self.stored = [random_int_experts(*shape) for shape in shapes]
+        if kind in INT_KINDS:
+            self.stored = [random_int_experts(*shape, **INT_KINDS[kind]) for shape in shapes]
         if kind == "mxfp4":
             self.stored = [
                 torch.randint(0, 256, (e, o, i // 2), device="cuda", dtype=torch.uint8) for e, o, i in shapes
@@ -79,23 +92,29 @@ class Layer:
             scales = [torch.ones(e, o // 128, i // 128, device="cuda") for e, o, i in shapes]
             self.options = {"gate_up_scale": scales[0], "down_scale": scales[1]}
 
-    def measure(self, tokens: int) -> dict[str, Any]:
+    def measure(self, tokens: int, *, alone: bool = False) -> dict[str, Any]:
         """Microseconds of each way."""
         x = torch.randn(tokens, self.width, device="cuda", dtype=torch.bfloat16)
         ids, weights = moe_reference.choose_experts(torch.randn(tokens, self.experts, device="cuda"), self.top_k)
         asked = len(ids.unique())
-        sizes = [w.packed.num_bytes / self.experts if self.kind == "int4" else w[0].nbytes for w in self.stored]
+        sizes = [w.packed.num_bytes / self.experts if self.kind in INT_KINDS else w[0].nbytes for w in self.stored]
         read = asked * sum(sizes)
         flops = 6 * tokens * self.top_k * self.width * self.inner
         limit = max(read / CARD_BYTES_A_SECOND, flops / (CARD_FLOPS * (2 if self.kind == "e4m3" else 1))) * 1e6
-        found: dict[str, Any] = {"experts_asked": asked, "limit": limit}
+        exact = [weight.float() for weight in self.stored] if self.kind == "plain" else self.stored
+        want = moe_reference.experts(x.float(), *exact, ids, weights, **self.options)
+        del exact
+        error = (moe_ops.experts(x, *self.stored, ids, weights, **self.options) - want).norm() / want.norm()
+        found: dict[str, Any] = {"experts_asked": asked, "limit": limit, "error": round(float(error), 5)}
         ways: dict[str, tuple[Callable[[], object], bool]] = {
             "ours": (lambda: moe_ops.experts(x, *self.stored, ids, weights, **self.options), True),
             "torch loop": (lambda: moe_reference.experts(x, *self.weights, ids, weights), False),
             "torch grouped": (lambda: grouped(x, *self.weights, ids, weights), True),
         }
         block = self._transformers(tokens)
-        if block is not None:
+        if alone:
+            ways = {"ours": ways["ours"]}
+        elif block is not None:
             ways["transformers"] = (lambda: block(x[None]), False)
         for name, (run, records) in ways.items():
             try:

@@ -159,15 +159,22 @@ def _compile(job: tuple[int, Tile]) -> None:
         moe_int.grouped_gemm(x, random_int_experts(2, 512, 512), *chosen, shared=2, tile=tile)
 
 
-def random_int_experts(experts: int, outputs: int, inputs: int) -> IntExpertWeight:
-    """Any words and zeros, one scale."""
-    words, pairs = packed_reference.shapes(outputs, inputs, bits=4, group=128)
+def random_int_experts(
+    experts: int, outputs: int, inputs: int, *, bits: int = 4, group: int = 128, ordered: bool = False
+) -> IntExpertWeight:
+    """Any words and zeros, one scale; perhaps each expert's inputs in another order."""
+    words, pairs = packed_reference.shapes(outputs, inputs, bits=bits, group=group)
     packed = packed_reference.PackedWeight(
         torch.randint(-(1 << 31), (1 << 31) - 1, (experts, *words), dtype=torch.int32, device="cuda"),
-        torch.randint(0, 16, (experts, *pairs), device="cuda").half(), 4, 128, inputs, outputs,
+        torch.randint(0, 16, (experts, *pairs), device="cuda").half(), bits, group, inputs, outputs,
     )  # fmt: skip
-    packed.pairs_MKR2[..., 0] = 0.003
-    return IntExpertWeight(packed)
+    for plane in range(bits // 4):  # blocks of columns have their planes one after the other
+        block = packed.pairs_MKR2.view(experts, pairs[0], -1, bits // 4, max(group, 64) // group, 16, 2)
+        block[:, :, :, plane, :, :, 0] = 0.05 / (1 << bits) * 16**plane
+    if not ordered:
+        return IntExpertWeight(packed)
+    order = torch.stack([torch.randperm(inputs, device="cuda") for _ in range(experts)]).int()
+    return IntExpertWeight(packed, order)
 
 
 def timed(x, weight, places, of_block, choices, shared, scale, tile, way) -> float:  # type: ignore[no-untyped-def]

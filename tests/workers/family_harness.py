@@ -33,7 +33,7 @@ from argosy.workers.models.registry import build_model
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS = 4, 96
 LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP4": (4, 1), "TP2xPP2": (2, 2), "EP2": (2, 1)}
-LAYOUTS |= {"A2A2": (2, 1), "A2A4": (4, 1), "A2A2xPP2": (2, 2)}  # whole experts, and tokens exchanged
+LAYOUTS |= {"EP4": (4, 1), "A2A2": (2, 1), "A2A4": (4, 1), "A2A2xPP2": (2, 2)}  # whole experts; tokens exchanged
 LAYOUTS |= {
     "SUM2": (2, 1),
     "SUMEP2": (2, 1),
@@ -269,7 +269,7 @@ def run_rank(job: dict[str, Any], index: int) -> None:
             if num_layers not in ranks:
                 ranks[num_layers] = make_plan(num_layers, tp_size, pp_size).ranks[index]
             parallel.rank = ranks[num_layers]
-            all2all = "sum" if layout in ("EP2", "SUMEP2") else "all_to_all" if layout.startswith("A2A") else ""
+            all2all = "sum" if layout in ("EP2", "EP4", "SUMEP2") else "all_to_all" if layout.startswith("A2A") else ""
             harness = Harness(folder, parallel.rank, parallel, max_model_len=max_model_len, all2all=all2all)
             if layout.startswith("SUM"):
                 sum_in_one(harness)
