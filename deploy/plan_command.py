@@ -9,12 +9,12 @@ from typing import Any, Final
 import msgspec
 
 from argosy.cluster.protocol.config import ServingConfig
-from argosy.cluster.protocol.errors import ConfigError
+from argosy.cluster.protocol.errors import ConfigError, WeightError
 from argosy.cluster.protocol.quant_spec import ONLINE
 from argosy.deploy import device_defaults
 from argosy.deploy.plan_svg import plan_svg
 from argosy.deploy.plan_text import describe_model, plan_json, plan_lines
-from argosy.deploy.settings import clean_setting
+from argosy.deploy.settings import clean_setting, is_hub_name
 from argosy.placement.calibration import Calibration, read_calibration
 from argosy.placement.data_sheets import DATA_SHEETS
 from argosy.placement.layout import Layout, Traffic
@@ -27,6 +27,7 @@ from argosy.placement.rank_memory import Serving
 from argosy.placement.topology import ClusterTopology
 from argosy.placement.topology_sources import parse_topology, read_topology
 from argosy.placement.weight_format import FORMATS, format_by_name
+from argosy.workers.loading.resolve import fetch
 
 EXAMPLES: Final = f"""\
 examples:
@@ -43,7 +44,7 @@ A cluster file (examples/clusters/*.yaml, docs/planning.md):
     - {{name: old, gpus: [{{model: A100-40GB, count: 4, free_gib: 30}}], gpu_link: pcie}}
 
 GPU models: {", ".join(DATA_SHEETS)}.
-Models known by name ({len(known_models())}; a folder or a config.json does as well):
+Models known without a network ({len(known_models())}; a hub name, a folder or a config.json does as well):
 {textwrap.fill(", ".join(known_models()), 110)}
 """
 SERVING_FLAGS: Final = (
@@ -56,7 +57,7 @@ NODE_SIZES: Final = (1, 2, 4, 8)  # GPUs of a node that can be bought, for the t
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `argosy plan`."""
-    parser.add_argument("model", help="a known model's name, a model folder, or a config.json")
+    parser.add_argument("model", help="a known model's name, a hub name, a folder, or a config.json")
     add_cluster_arguments(parser)
     parser.add_argument("--objective", choices=("throughput", "latency"), default="throughput",
                         help="tokens a second, or a lone request's time (default: %(default)s)")  # fmt: skip
@@ -108,9 +109,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Plan and print; 0 when there is a plan."""
-    shape = read_model_shape(
-        args.model, expert_parallel=bool(args.enable_expert_parallel), all2all=args.all2all_backend or "auto"
-    )
+    shape = shape_from(args)
     if not names_cluster(args):
         return _print_needs(shape, serving_from(args, shape), as_json=args.json)
     topology = topology_from(args)
@@ -125,6 +124,22 @@ def main(args: argparse.Namespace) -> int:
     else:
         print("\n".join(plan_lines(report, all_losers=args.all, given=serve_flags(args))))
     return 0
+
+
+def shape_from(args: argparse.Namespace) -> ModelShape:
+    """The model that is meant: a folder, a name that ships, or one on the hub, of which the config is fetched."""
+    options: dict[str, Any] = {"expert_parallel": bool(args.enable_expert_parallel)}
+    options["all2all"] = args.all2all_backend or "auto"
+    try:
+        return read_model_shape(args.model, **options)
+    except WeightError as error:
+        if not is_hub_name(args.model) or Path(args.model).exists():
+            raise
+        try:
+            folder = fetch(args.model, files=("config.json",))
+        except ImportError:  # the hub's library is no part of what plans need
+            raise error from None
+    return msgspec.structs.replace(read_model_shape(folder, **options), name=args.model)
 
 
 def names_cluster(args: argparse.Namespace) -> bool:

@@ -18,7 +18,6 @@ from argosy.deploy.workload import WORKLOADS
 from argosy.placement.cost_model import ReplicaCost, StepLoad
 from argosy.placement.device_groups import hop_links
 from argosy.placement.layout import LayoutJudge, Traffic
-from argosy.placement.model_sources import read_model_shape
 from argosy.placement.plan_report import PlanOptions, PlanReport
 from argosy.placement.planner import plan_cluster
 from argosy.placement.rank_memory import StageBytes
@@ -42,7 +41,7 @@ LOAD: Final = 0.7  # of the predicted throughput, when no rate is given
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of `argosy simulate`."""
-    parser.add_argument("model", help="a known model's name, a model folder, or a config.json")
+    parser.add_argument("model", help="a known model's name, a hub name, a folder, or a config.json")
     plan_command.add_cluster_arguments(parser)
     parser.add_argument("--workload", metavar="NAME", help="a workload of 'argosy bench', all requests at once")
     parser.add_argument("--trace", metavar="FILE", help="requests from a file, JSON lines or CSV")
@@ -74,9 +73,7 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("give --workload or --trace, not both")
     if not plan_command.names_cluster(args):
         raise ConfigError("say on what: --gpus '4 x H200', --cluster FILE, or --ray-address auto")
-    shape = read_model_shape(
-        args.model, expert_parallel=bool(args.enable_expert_parallel), all2all=args.all2all_backend or "auto"
-    )
+    shape = plan_command.shape_from(args)
     topology = plan_command.topology_from(args)
     config = plan_command.config_from(args, shape, topology)
     options = PlanOptions(

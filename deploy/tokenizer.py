@@ -87,11 +87,6 @@ class Tokenizer:
         template = load_chat_template(folder, settings, special_tokens, chat_template)
         return cls(backend, special_tokens=special_tokens, chat_template=template)
 
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether chat requests can be served."""
-        return self.chat_template is not None
-
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of `text`; `add_special_tokens` puts the beginning (and end) token where the model wants it."""
         check_text("prompt", text)

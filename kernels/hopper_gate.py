@@ -2,11 +2,11 @@
 
 Meaning: `reference.fused_linear` with `gated`. A tile has the gate rows and the up rows of the same outputs, so that
 one thread holds both sums of a number: what is written is half as wide, and nobody reads it again to multiply it. Each
-multiprocessor keeps one program that walks over tiles of 128 or 192 tokens and 128 outputs, by groups of four warps:
+multiprocessor keeps one program of three groups of warps that walks over tiles of 128 tokens and 128 outputs:
 
-    fetch      asks the copy engine for tiles of x and of W as far ahead as the ring has room, also of the next tile
-    multiply   two or three of them, 64 tokens by 256 weight rows each; one product is always under way while the next
-               one's operands are waited for. Three read W less often, and leave no registers for a group that fetches
+    fetch         asks the copy engine for tiles of x and of W as far ahead as the ring has room, also of the next tile
+    multiply x2   64 tokens by 256 weight rows each; one product is always under way while the next one's operands are
+                  waited for
 
 T = tokens, I = inputs, O = weight rows. Written in Triton's lower language (Gluon): Triton waits for each product.
 """
@@ -26,12 +26,10 @@ from argosy.kernels import tuning
 
 # Triton 3.9 calls it otherwise than 3.6
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
-TOKENS = 64  # of a group of warps
+TOKENS = 128  # of a tile
 OUTPUTS = 128  # of a tile, each of two weight rows
 DEPTH = 64  # inputs of a step: a line of 128 bytes
-DEFAULT_SIZES = {"groups": 2, "grouped": 32, "fetch_warps": 1}
-STAGES = {2: 4, 3: 3}  # of the ring, by groups that multiply
-REGISTERS = {2: (232, 40), 3: (168, 0)}  # of their threads, and of those that fetch
+DEFAULT_SIZES = {"stages": 4, "grouped": 32, "fetch_warps": 1}
 
 
 @gluon.jit
@@ -46,93 +44,57 @@ def _place(item, token_tiles, output_tiles, GROUPED: gl.constexpr):
 
 
 @gluon.jit
-def _ask(
-    x_desc, w_desc, x_smem, w_smem, full, n, item, i, token_tiles, output_tiles, num_outputs,
-    GROUPS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    GROUPED: gl.constexpr,
-):  # fmt: skip
-    """The operands of this program's n-th step, which is the i-th of an item: to their place in the ring."""
-    token_tile, output_tile = _place(item, token_tiles, output_tiles, GROUPED)
-    slot = n % STAGES
-    mbarrier.expect(full.index(slot), (GROUPS * BM + 2 * BN) * BK * 2)
-    for group in gl.static_range(GROUPS):
-        token = (token_tile * GROUPS + group) * BM
-        copy_in(x_desc, [token, i * BK], full.index(slot), x_smem.index(slot * GROUPS + group))
-    gate, up = w_smem.index(slot).slice(0, BN, 0), w_smem.index(slot).slice(BN, BN, 0)
-    copy_in(w_desc, [output_tile * BN, i * BK], full.index(slot), gate)
-    copy_in(w_desc, [output_tile * BN + num_outputs, i * BK], full.index(slot), up)
-
-
-@gluon.jit
 def _fetch(
     x_desc, w_desc, x_smem, w_smem, full, empty, steps, token_tiles, output_tiles, num_outputs,
-    GROUPS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    GROUPED: gl.constexpr, PDL: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUPED: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     if PDL:
         gdc_wait()
     n = 0
     for item in range(gl.program_id(0), token_tiles * output_tiles, gl.num_programs(0)):
+        token_tile, output_tile = _place(item, token_tiles, output_tiles, GROUPED)
         for i in range(steps):
-            mbarrier.wait(empty.index(n % STAGES), ((n // STAGES) & 1) ^ 1)
-            _ask(
-                x_desc, w_desc, x_smem, w_smem, full, n, item, i, token_tiles, output_tiles, num_outputs, GROUPS, BM,
-                BN, BK, STAGES, GROUPED,
-            )  # fmt: skip
+            slot = n % STAGES
+            mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
+            mbarrier.expect(full.index(slot), (BM + 2 * BN) * BK * 2)
+            copy_in(x_desc, [token_tile * BM, i * BK], full.index(slot), x_smem.index(slot))
+            gate, up = w_smem.index(slot).slice(0, BN, 0), w_smem.index(slot).slice(BN, BN, 0)
+            copy_in(w_desc, [output_tile * BN, i * BK], full.index(slot), gate)
+            copy_in(w_desc, [output_tile * BN + num_outputs, i * BK], full.index(slot), up)
             n += 1
 
 
 @gluon.jit
 def _multiply(
-    x_desc, w_desc, out_ptr, x_smem, w_smem, out_smem, full, empty, steps, token_tiles, output_tiles, num_tokens,
-    num_outputs, stride_out,
-    GROUP: gl.constexpr, GROUPS: gl.constexpr, ASKS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
-    BK: gl.constexpr, STAGES: gl.constexpr, GROUPED: gl.constexpr, PDL: gl.constexpr,
+    out_ptr, x_smem, w_smem, out_smem, full, empty, steps, token_tiles, output_tiles, num_tokens, stride_out,
+    HALF: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, STAGES: gl.constexpr, GROUPED: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     T: gl.constexpr = out_ptr.dtype.element_ty
     acc_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 2 * BN, 16])
     leaving: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BN, BN // 8], [4, 1], [1, 0])
-    line = gl.arange(0, BM, gl.SliceLayout(1, leaving))
+    line = HALF * 64 + gl.arange(0, 64, gl.SliceLayout(1, leaving))
     column = gl.arange(0, BN, gl.SliceLayout(0, leaving))
     n = 0
-    items = token_tiles * output_tiles
-    if ASKS:  # three groups take all registers: the first one fetches, too
-        if PDL:
-            gdc_wait()
-        for i in range(STAGES - 1):
-            _ask(
-                x_desc, w_desc, x_smem, w_smem, full, i, gl.program_id(0), i, token_tiles, output_tiles, num_outputs,
-                GROUPS, BM, BN, BK, STAGES, GROUPED,
-            )  # fmt: skip
-    for item in range(gl.program_id(0), items, gl.num_programs(0)):
+    for item in range(gl.program_id(0), token_tiles * output_tiles, gl.num_programs(0)):
         token_tile, output_tile = _place(item, token_tiles, output_tiles, GROUPED)
-        acc = gl.zeros([BM, 2 * BN], gl.float32, acc_in)
+        acc = gl.zeros([64, 2 * BN], gl.float32, acc_in)
         for i in range(steps):
             slot = n % STAGES
             mbarrier.wait(full.index(slot), (n // STAGES) & 1)
-            x = x_smem.index(slot * GROUPS + GROUP)
+            x = x_smem.index(slot).slice(HALF * 64, 64, 0)
             acc = warpgroup_mma(x, w_smem.index(slot).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
             mbarrier.arrive(empty.index((n + STAGES - 1) % STAGES), pred=i > 0)
-            if ASKS:
-                coming = n + STAGES - 1  # its place was that of the step before this one
-                later = i + STAGES - 1 >= steps
-                its_item = item + gl.num_programs(0) if later else item
-                if its_item < items:
-                    mbarrier.wait(empty.index(coming % STAGES), ((coming // STAGES) & 1) ^ 1)
-                    _ask(
-                        x_desc, w_desc, x_smem, w_smem, full, coming, its_item,
-                        i + STAGES - 1 - steps if later else i + STAGES - 1, token_tiles, output_tiles, num_outputs,
-                        GROUPS, BM, BN, BK, STAGES, GROUPED,
-                    )  # fmt: skip
             n += 1
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(empty.index((n + STAGES - 1) % STAGES))
-        gate, up = gl.split(gl.permute(gl.reshape(acc, [BM, 2, BN]), [0, 2, 1]))
+        gate, up = gl.split(gl.permute(gl.reshape(acc, [64, 2, BN]), [0, 2, 1]))
         y = gate / (1.0 + gl.exp2(gate * -1.4426950408889634)) * up
-        own = out_smem.index(GROUP)  # on its way out, so that whole lines are written
+        own = out_smem.index(HALF)  # on its way out, so that whole lines are written
         own.store(y.to(T))
-        token = (token_tile * GROUPS + GROUP) * BM + line
+        token = token_tile * BM + line
         to = out_ptr + token.to(gl.int64)[:, None] * stride_out + (output_tile * BN + column)[None, :]
         gl.store(to, own.load(leaving), (token < num_tokens)[:, None])
     if PDL:
@@ -142,50 +104,37 @@ def _multiply(
 @gluon.jit(do_not_specialize=["num_tokens", "token_tiles"])
 def _hopper_gate_kernel(
     x_desc, w_desc, out_ptr, steps, token_tiles, output_tiles, num_tokens, num_outputs, stride_out,
-    GROUPS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    GROUPED: gl.constexpr, REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, FETCH_WARPS: gl.constexpr,
-    PDL: gl.constexpr,
+    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUPED: gl.constexpr,
+    REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, FETCH_WARPS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     T: gl.constexpr = out_ptr.dtype.element_ty
     swizzled: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-    x_smem = gl.allocate_shared_memory(T, [STAGES * GROUPS, BM, BK], swizzled)
+    x_smem = gl.allocate_shared_memory(T, [STAGES, BM, BK], swizzled)
     w_smem = gl.allocate_shared_memory(T, [STAGES, 2 * BN, BK], swizzled)
-    out_smem = gl.allocate_shared_memory(T, [GROUPS, BM, BN], swizzled)
+    out_smem = gl.allocate_shared_memory(T, [2, 64, BN], swizzled)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=GROUPS)
-    if GROUPS == 2:  # in full: a tuple that is given a name has no constants any more
-        gl.warp_specialize([
+        mbarrier.init(empty.index(i), count=2)
+    gl.warp_specialize(
+        [
             (_multiply, (
-                x_desc, w_desc, out_ptr, x_smem, w_smem, out_smem, full, empty, steps, token_tiles, output_tiles,
-                num_tokens, num_outputs, stride_out, 0, GROUPS, False, BM, BN, BK, STAGES, GROUPED, PDL,
+                out_ptr, x_smem, w_smem, out_smem, full, empty, steps, token_tiles, output_tiles, num_tokens,
+                stride_out, 0, BM, BN, STAGES, GROUPED, PDL,
             )),
             (_multiply, (
-                x_desc, w_desc, out_ptr, x_smem, w_smem, out_smem, full, empty, steps, token_tiles, output_tiles,
-                num_tokens, num_outputs, stride_out, 1, GROUPS, False, BM, BN, BK, STAGES, GROUPED, PDL,
+                out_ptr, x_smem, w_smem, out_smem, full, empty, steps, token_tiles, output_tiles, num_tokens,
+                stride_out, 1, BM, BN, STAGES, GROUPED, PDL,
             )),
             (_fetch, (
-                x_desc, w_desc, x_smem, w_smem, full, empty, steps, token_tiles, output_tiles, num_outputs, GROUPS, BM,
-                BN, BK, STAGES, GROUPED, PDL,
+                x_desc, w_desc, x_smem, w_smem, full, empty, steps, token_tiles, output_tiles, num_outputs, BM, BN, BK,
+                STAGES, GROUPED, PDL,
             )),
-        ], [4, FETCH_WARPS], [REGISTERS, FETCH_REGISTERS])  # fmt: skip
-    else:
-        gl.warp_specialize([
-            (_multiply, (
-                x_desc, w_desc, out_ptr, x_smem, w_smem, out_smem, full, empty, steps, token_tiles, output_tiles,
-                num_tokens, num_outputs, stride_out, 0, GROUPS, True, BM, BN, BK, STAGES, GROUPED, PDL,
-            )),
-            (_multiply, (
-                x_desc, w_desc, out_ptr, x_smem, w_smem, out_smem, full, empty, steps, token_tiles, output_tiles,
-                num_tokens, num_outputs, stride_out, 1, GROUPS, False, BM, BN, BK, STAGES, GROUPED, PDL,
-            )),
-            (_multiply, (
-                x_desc, w_desc, out_ptr, x_smem, w_smem, out_smem, full, empty, steps, token_tiles, output_tiles,
-                num_tokens, num_outputs, stride_out, 2, GROUPS, False, BM, BN, BK, STAGES, GROUPED, PDL,
-            )),
-        ], [4, 4], [REGISTERS, REGISTERS])  # fmt: skip
+        ],
+        [4, FETCH_WARPS],
+        [REGISTERS, FETCH_REGISTERS],
+    )  # fmt: skip
 
 
 @cache
@@ -224,7 +173,7 @@ def gated_linear(
 ) -> Tensor:
     """silu(gate) · up of x W^T, [T, O / 2]. Ask `takes` first.
 
-    `sizes`: groups that multiply (2 or 3), tiles of tokens `grouped` side by side, warps that fetch.
+    `sizes`: stages of the ring, tiles of tokens `grouped` side by side, warps that fetch.
     """
     num_tokens, num_inputs = x_TI.shape
     num_outputs = weight_OI.shape[0] // 2
@@ -233,16 +182,14 @@ def gated_linear(
     assert out_TX.shape == (num_tokens, num_outputs)
     assert out_TX.stride(1) == 1
     sizes = {**DEFAULT_SIZES, **(sizes or _tuned(weight_OI) or {})}
-    groups = sizes["groups"] if num_inputs >= DEPTH * STAGES[3] else 2
-    token_tiles, output_tiles = triton.cdiv(num_tokens, groups * TOKENS), num_outputs // OUTPUTS
+    token_tiles, output_tiles = triton.cdiv(num_tokens, TOKENS), num_outputs // OUTPUTS
     programs = min(tuning.device_facts(x_TI.device).num_sms, token_tiles * output_tiles)
     layout = gl.NVMMASharedLayout(128, 16, 2)
     _hopper_gate_kernel[(programs,)](
         TensorDescriptor.from_tensor(x_TI, [TOKENS, DEPTH], layout),
         TensorDescriptor.from_tensor(weight_OI, [OUTPUTS, DEPTH], layout),
         out_TX, num_inputs // DEPTH, token_tiles, output_tiles, num_tokens, num_outputs, out_TX.stride(0),
-        GROUPS=groups, BM=TOKENS, BN=OUTPUTS, BK=DEPTH, STAGES=STAGES[groups], GROUPED=sizes["grouped"],
-        REGISTERS=REGISTERS[groups][0], FETCH_REGISTERS=REGISTERS[groups][1], FETCH_WARPS=sizes["fetch_warps"],
-        num_warps=4, **tuning.overlap(x_TI.device),
+        BM=TOKENS, BN=OUTPUTS, BK=DEPTH, STAGES=sizes["stages"], GROUPED=sizes["grouped"], REGISTERS=232,
+        FETCH_REGISTERS=40, FETCH_WARPS=sizes["fetch_warps"], num_warps=4, **tuning.overlap(x_TI.device),
     )  # fmt: skip
     return out_TX

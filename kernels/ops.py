@@ -307,9 +307,9 @@ def decode_attention(
     if qkv_RD.is_cuda:
         from argosy.kernels import paged_attention as kernel
 
-        num_groups, normed = qkv_RD.shape[0] * k_cache_BSKH.shape[2], q_norm_weight_H is not None
+        num_groups = qkv_RD.shape[0] * k_cache_BSKH.shape[2]
         plain = sliding_window is None and soft_cap is None and alibi_slopes_N is None and sinks_N is None
-        apart = shared_len_R is not None or not kernel.fusing_pays(num_groups, normed, qkv_RD.device)
+        apart = shared_len_R is not None or not kernel.fusing_pays(num_groups, qkv_RD.device)
         if apart or (plain and kernel.alone_sizes(len(qkv_RD), num_heads, k_cache_BSKH, qkv_RD.dtype) is not None):
             q_RNH = rope_and_store(
                 qkv_RD, positions_R, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_R, num_heads=num_heads,

@@ -467,6 +467,11 @@ def remember_tokens(
     last_token_N[rows_R[kept].long()] = token_ids_R[kept].clamp(min=0)
 
 
+def measured_linear(x_TI: Tensor, weight_OI: Tensor) -> Tensor:
+    """x W^T."""
+    return F.linear(x_TI, weight_OI)
+
+
 def embed_share(token_ids_T: Tensor, weight_WD: Tensor, first_id: int, out_TD: Tensor) -> Tensor:
     """See `ops.embed_share`."""
     local_T = token_ids_T - first_id

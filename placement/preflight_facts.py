@@ -80,7 +80,6 @@ class NodeFacts(msgspec.Struct, frozen=True, kw_only=True):
     name_seconds: float = 0.0  # until the node knew its own name's address
     memory_bytes: int = 0
     free_memory_bytes: int = 0
-    shm_bytes: int = 0
     free_shm_bytes: int = 0
     temp_folder: str = ""
     free_temp_bytes: int = 0
@@ -100,7 +99,7 @@ def gather_facts(address: str) -> NodeFacts:
     gpus = visible_gpus(gpus, os.environ.get("CUDA_VISIBLE_DEVICES", ""))
     matrix = _topology_matrix() if len(gpus) > 1 else ""
     interface = interface_of(address)
-    memory, shm = psutil.virtual_memory(), _usage("/dev/shm")
+    memory = psutil.virtual_memory()
     folder = os.environ.get("TMPDIR") or "/tmp"  # and not what `tempfile` would fall back to
     return NodeFacts(
         address=address,
@@ -119,10 +118,9 @@ def gather_facts(address: str) -> NodeFacts:
         name_seconds=_seconds_for_own_name(),
         memory_bytes=memory.total,
         free_memory_bytes=memory.available,
-        shm_bytes=shm[0],
-        free_shm_bytes=shm[1],
+        free_shm_bytes=_free_bytes("/dev/shm"),
         temp_folder=folder,
-        free_temp_bytes=_usage(folder)[1],
+        free_temp_bytes=_free_bytes(folder),
         is_temp_writable=_is_writable(folder),
         num_cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[0],
@@ -226,11 +224,10 @@ def _seconds_for_own_name() -> float:
     return round(time.monotonic() - began, 3)
 
 
-def _usage(folder: str) -> tuple[int, int]:
+def _free_bytes(folder: str) -> int:
     with contextlib.suppress(OSError):
-        usage = shutil.disk_usage(folder)
-        return usage.total, usage.free
-    return 0, 0
+        return shutil.disk_usage(folder).free
+    return 0
 
 
 def _is_writable(folder: str) -> bool:

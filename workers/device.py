@@ -2,7 +2,6 @@
 
 from dataclasses import dataclass
 
-import psutil
 import torch
 
 from argosy.cluster.protocol.errors import ConfigError
@@ -57,20 +56,6 @@ class ThreadChoice:
         """Set torch's threads for a step of so many tokens (0.2 us)."""
         seconds = max(self._seconds_to_read, num_tokens * self._seconds_a_token)
         torch.set_num_threads(self._most if seconds >= _WORTH_SHARING_SECONDS else 1)
-
-
-def measure_free_bytes(device: torch.device) -> int:
-    """Bytes that could be allocated now."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[0])
-    return int(psutil.virtual_memory().available)
-
-
-def measure_total_bytes(device: torch.device) -> int:
-    """Bytes that the device has."""
-    if device.type == "cuda":
-        return int(torch.cuda.mem_get_info(device)[1])
-    return int(psutil.virtual_memory().total)
 
 
 @dataclass(frozen=True, slots=True)

@@ -112,7 +112,6 @@ class Sampler:
         self._needs_logits: dict[int, None] = {}
         self._random: dict[int, None] = {}
         self._gathered: dict[int, _Gathered] = {}  # by the identity of the array of handles
-        self._any_random = self._any_filter = False
 
     def add(self, request: NewRequest) -> None:
         """Remember how the request wants its tokens."""

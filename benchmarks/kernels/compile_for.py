@@ -200,9 +200,9 @@ def group(report: Callable[..., None]) -> None:
 def gate(report: Callable[..., None]) -> None:
     """The gate inside a prompt's product, by Hopper's own kernel."""
     gate_up, x = torch.zeros(28672, 4096, dtype=BF16), torch.zeros(8192, 4096, dtype=BF16)
-    for groups in (2, 3):
-        sizes = {"groups": groups}
-        report(f"gate of 8192 tokens, {groups} groups", hopper_gate.gated_linear, x, gate_up, sizes=sizes)
+    for fetch_warps in (1, 4):
+        sizes = {"fetch_warps": fetch_warps}
+        report(f"gate of 8192 tokens, {fetch_warps} warps fetch", hopper_gate.gated_linear, x, gate_up, sizes=sizes)
 
 
 def fp8(report: Callable[..., None]) -> None:

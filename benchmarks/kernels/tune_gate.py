@@ -19,8 +19,8 @@ SHAPES = {
     "8b": (4096, 28672), "8b TP2": (4096, 14336), "06b": (1024, 6144), "8b TP4": (4096, 7168), "70b TP4": (8192, 14336),
 }  # fmt: skip
 SIZES = {
-    f"{groups} groups, by {grouped}": {"grouped": grouped, "groups": groups}
-    for groups, grouped in ((2, 32), (2, 16), (2, 64), (3, 22), (3, 11), (3, 43))
+    f"{grouped}{'' if warps == 1 else ', 4 warps'}": {"grouped": grouped, "fetch_warps": warps}
+    for grouped, warps in ((32, 1), (16, 1), (64, 1), (8, 1), (32, 4))
 }
 
 
@@ -38,7 +38,6 @@ def measure(num_in: int, num_out: int, tokens: int, seconds: float) -> dict[str,
     for name, sizes in SIZES.items():
         calls = [partial(hopper_gate.gated_linear, x, w, sizes=sizes) for w in weights]
         row[name] = [round(us, 1) for us in kept_busy(calls, seconds, flops)]
-        print(f"    {name}: {row[name]}", flush=True)
     row["before again"] = [round(us, 1) for us in kept_busy(before, seconds, flops)]
     return {**row, "card": card()}
 

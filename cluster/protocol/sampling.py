@@ -16,7 +16,6 @@ import msgspec
 from argosy.cluster.protocol.errors import InvalidRequest
 
 MAX_N = 128  # more multiplies one request's work beyond what one caller may ask for
-MAX_LOGPROBS = 20
 MAX_STOP_STRINGS = 16
 MAX_STOP_STRING_CHARS = 1024
 MAX_LOGIT_BIAS = 1024

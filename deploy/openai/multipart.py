@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import BinaryIO, Final
 
@@ -13,8 +13,6 @@ MAX_PART_HEADER_BYTES: Final = 8 * 1024
 MAX_PARTS: Final = 32
 _BOUNDARY = re.compile(r';\s*boundary=(?:"([^"]{1,70})"|([^\s;"]{1,70}))', re.IGNORECASE)
 _PARAMETER = re.compile(r';\s*([a-z]+)="((?:[^"\\]|\\.)*)"', re.IGNORECASE)
-
-OnBytes = Callable[[bytes], Awaitable[None]]
 
 
 class Upload:

@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 from xml.etree import ElementTree
 
+import huggingface_hub
 import pytest
 
 from argosy.deploy import cli
 from argosy.deploy.plan_text import describe_topology
+from argosy.placement.model_sources import CONFIG_FOLDER
 from argosy.placement.topology import ClusterTopology, Link, Node, NodeLink
 
 
@@ -147,3 +149,26 @@ def test_links_that_are_known_are_told_and_not_the_default() -> None:
     assert told(0, ()) == "network 2.8 GB/s"
     assert told(1, (0.19,)) == "network 2.8 GB/s, 1 link of 0.19 GB/s (measured)"
     assert told(3, (3.1, 2.97, 3.0)) == "3 links of 2.97 to 3.1 GB/s (measured)"
+
+
+def test_a_model_on_the_hub_is_planned_by_its_config_alone(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A name that does not ship: a few kB are fetched, or taken from the cache, and no weights."""
+    asked: list[tuple[str, object]] = []
+
+    def snapshot_download(name: str, **options: object) -> str:
+        asked.append((name, options["allow_patterns"]))
+        return str(tmp_path)
+
+    config = json.loads((CONFIG_FOLDER / "llama-3.2-1b" / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": 3}))
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot_download)
+    code, shown, _ = run(capsys, "some-one/New-Model", "--gpus", "1 x L4")
+    assert code == 0
+    assert "some-one/New-Model: " in shown
+    assert "layers 0-2 " in shown
+    assert shown.splitlines()[-1].startswith("the same by hand: argosy serve some-one/New-Model")
+    assert asked == [("some-one/New-Model", ["config.json"])]
+    code, _, told = run(capsys, "no-model", "--gpus", "1 x L4")
+    assert (code, "none of the models known by name" in told) == (2, True)

@@ -23,13 +23,13 @@ hopper_only = pytest.mark.skipif(not IS_HOPPER, reason="needs capability 9.0")
 @pytest.mark.gpu
 @hopper_only
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("groups", [2, 3])
+@pytest.mark.parametrize("fetch_warps", [1, 4])
 @pytest.mark.parametrize(
     ("num_tokens", "num_inputs", "num_outputs", "grouped"),
-    [(1, 64, 128, 8), (130, 192, 256, 8), (1000, 256, 1024, 2), (2049, 1024, 3072, 8), (600, 4096, 14336, 32)],
+    [(1, 64, 128, 8), (130, 128, 256, 8), (1000, 256, 1024, 2), (2049, 1024, 3072, 8), (600, 4096, 14336, 32)],
 )
 def test_it_is_the_reference(
-    num_tokens: int, num_inputs: int, num_outputs: int, grouped: int, groups: int, dtype: torch.dtype,
+    num_tokens: int, num_inputs: int, num_outputs: int, grouped: int, fetch_warps: int, dtype: torch.dtype,
     assert_near: Near,
 ) -> None:  # fmt: skip
     """Inputs are a view with rows further apart; what lies beside the outputs is left alone."""
@@ -40,7 +40,7 @@ def test_it_is_the_reference(
     assert takes(x, weight)
     want = reference.fused_linear(x.double(), weight.double(), gated=True)
     room = torch.full((num_tokens + 3, num_outputs + 8), 7.0, device="cuda", dtype=dtype)
-    sizes = {"groups": groups, "grouped": grouped}
+    sizes = {"fetch_warps": fetch_warps, "grouped": grouped}
     gated_linear(x, weight, out_TX=room[:num_tokens, :num_outputs], sizes=sizes)
     assert_near(room[:num_tokens, :num_outputs], want)
     assert bool((room[num_tokens:] == 7.0).all())

@@ -12,7 +12,6 @@ from argosy.kernels import ops
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.quantization.base import (
     Cut,
-    Fusion,
     LinearLayer,
     LinearMethod,
     UnquantizedMethod,
@@ -104,9 +103,7 @@ class ParallelLMHead(LinearLayer):
 
     def part(self, hidden_SD: Tensor) -> Tensor:
         """[S, W]: the logits of this rank's tokens, the first of which is `share.first`."""
-        if hidden_SD.shape[0] > 1 and self.method.fuses(self, hidden_SD):  # one row is read at the card's rate anyway
-            return self.method.apply_fused(self, hidden_SD, Fusion())
-        if self.weight is not None and hidden_SD.is_cuda:
+        if self.weight is not None and self.bias is None and hidden_SD.is_cuda:
             return ops.measured_linear(hidden_SD, self.weight)
         return self.method.apply(self, hidden_SD)
 

@@ -7,6 +7,7 @@ HF_TOKEN, or the token of `hf auth login`, and neither is ever part of our setti
 
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
@@ -47,8 +48,14 @@ def commit_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" and _COMMIT.fullmatch(folder.name) else None
 
 
-def fetch(name: str, revision: str | None = None, download_dir: str | None = None) -> Path:
-    """The folder of a hub name in the cache, downloaded where it is not there yet."""
+def fetch(
+    name: str,
+    revision: str | None = None,
+    download_dir: str | None = None,
+    *,
+    files: Sequence[str] = WANTED_FILES,
+) -> Path:
+    """The folder of a hub name in the cache, with those of its `files` that are not there yet downloaded."""
     # lazy: most models are folders, and the hub client takes a second to import
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import (
@@ -64,7 +71,7 @@ def fetch(name: str, revision: str | None = None, download_dir: str | None = Non
             name,
             revision=revision,
             cache_dir=Path(download_dir).expanduser() if download_dir else None,
-            allow_patterns=list(WANTED_FILES),
+            allow_patterns=list(files),
             local_files_only=local_only,
         )
         return Path(found)
