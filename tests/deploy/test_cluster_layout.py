@@ -27,7 +27,7 @@ NEEDED = ("torch", "ray", "transformers", "tokenizers", "safetensors", "msgspec"
 SOUND = NodeFacts(
     address="", hostname="h", python="3.11.7", system="Linux x86_64", packages=dict.fromkeys(NEEDED, "1"), code="c",
     interface="eth0", interfaces=("eth0",), mtu=1500, memory_bytes=8 << 30, free_memory_bytes=8 << 30,
-    shm_bytes=4 << 30, free_shm_bytes=4 << 30, free_temp_bytes=9 << 30, num_cpus=4, open_files=65536,
+    free_shm_bytes=4 << 30, free_temp_bytes=9 << 30, num_cpus=4, open_files=65536,
 )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ CARD = GpuFacts(
 SOUND = NodeFacts(
     address="10.0.0.1", hostname="one", python="3.11.7", system="Linux x86_64", packages=PACKAGES, code="abc",
     gpus=(CARD,), interface="eth0", interfaces=("eth0", "lo"), mtu=1500, memory_bytes=64 << 30,
-    free_memory_bytes=60 << 30, shm_bytes=32 << 30, free_shm_bytes=32 << 30, temp_folder="/tmp",
+    free_memory_bytes=60 << 30, free_shm_bytes=32 << 30, temp_folder="/tmp",
     free_temp_bytes=90 << 30, num_cpus=16, open_files=65536, locked_memory=-1,
     model=ModelFacts(folder="m", marks={"config.json": "c0ffee"}),
 )  # fmt: skip
