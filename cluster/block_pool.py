@@ -51,10 +51,14 @@ class BlockPool:
 
     def allocate_many(self, count: int) -> list[int]:
         """As so many times `allocate`. So many must be free."""
-        if count > len(self._spare):
-            return [self.allocate() for _ in range(count)]
-        taken = self._spare[: -count - 1 : -1]
-        del self._spare[len(self._spare) - count :]
+        spare, cached, on_evict = self._spare, self._cached, self._on_evict
+        taken = spare[: -count - 1 : -1]
+        del spare[len(spare) - len(taken) :]
+        for _ in range(count - len(taken)):
+            block_id = cached.popitem(last=False)[0]
+            if on_evict is not None:
+                on_evict(block_id)
+            taken.append(block_id)
         for block_id in taken:
             self.ref_counts[block_id] = 1
         return taken

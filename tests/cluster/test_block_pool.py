@@ -82,7 +82,8 @@ def test_check_sees_a_lost_and_a_doubled_block() -> None:
 def test_many_blocks_come_in_the_order_in_which_they_would_come_one_by_one() -> None:
     """Spare ones first, then cached ones, the oldest first."""
     for spare in (0, 2, 3, 5):
-        pools = [BlockPool(6), BlockPool(6)]
+        evicted: list[list[int]] = [[], []]
+        pools = [BlockPool(6, on_evict=told.append) for told in evicted]
         for pool in pools:
             held = [pool.allocate() for _ in range(6)]
             for block_id in held[spare:]:
@@ -91,5 +92,7 @@ def test_many_blocks_come_in_the_order_in_which_they_would_come_one_by_one() -> 
                 pool.release(block_id, keep=False)
         assert pools[0].allocate_many(3) == [pools[1].allocate() for _ in range(3)]
         assert pools[0].allocate_many(0) == []
+        assert evicted[0] == evicted[1]
+        assert len(evicted[0]) == max(3 - spare, 0)
         assert pools[0].ref_counts == pools[1].ref_counts
         assert pools[0].num_free == pools[1].num_free == 3
