@@ -375,10 +375,13 @@ def place_bytes(weight: PackedWeight, sizes: tuning.Sizes) -> int:
 def default_sizes(weight: PackedWeight, num_tokens: int, num_sms: int) -> dict[str, int]:
     """Large tiles where they fill the card; else smaller ones, and work shared out where there are too few of them."""
     tokens = min(256, max(16, tuning.next_power_of_two(num_tokens)))
-    rows, columns = weight.words_MUW.shape[0], -(-num_tokens // tokens)
-    is_large = tokens < 256 and -(-rows // 16) * columns >= 0.75 * num_sms
+    rows, enough = weight.words_MUW.shape[0], 0.7 * num_sms
+    if tokens == 256 and -(-rows // 8) * -(-num_tokens // 256) < enough:
+        tokens = 128
+    columns = -(-num_tokens // tokens)
+    is_large = tokens < 256 and -(-rows // 16) * columns >= enough
     sizes = {"wgs": 2, "tiles": 8 if is_large else 4, "tokens": tokens}
-    programs = num_sms if -(-rows // (2 * sizes["tiles"])) * columns < 0.75 * num_sms else 0
+    programs = num_sms if -(-rows // (2 * sizes["tiles"])) * columns < enough else 0
     return {**sizes, "stages": min(8, RING_BYTES // place_bytes(weight, sizes)), "programs": programs}
 
 

@@ -21,6 +21,7 @@ from argosy.kernels.packed_reference import ROWS, PackedWeight, block_of
 SMALLEST_GROUP = 32
 MOST_FUSED = 16  # tokens, of `packed_few`
 MANY_TOKENS = 256  # and no more are multiplied by `packed_many`, where nothing was tuned
+HOPPER_TOKENS = 1024  # by `packed_hopper`
 SLICE_BYTES = 24 << 20  # of plain weight at a time: it stays in the second-level cache
 SLICE_ROWS = 64  # and a multiple of so many
 FEW, MANY, SLICES, HOPPER = 0, 1, 2, 3  # as `kernel` in the tuned sizes counts them
@@ -71,7 +72,7 @@ def _sizes(weight: PackedWeight, x_TI: Tensor) -> tuning.Sizes:
     if found is not None and (found["kernel"] != HOPPER or by_hopper):
         return found
     num_sms = tuning.device_facts(device).num_sms
-    if by_hopper and num_tokens <= MANY_TOKENS:
+    if by_hopper and num_tokens <= HOPPER_TOKENS:
         return {"kernel": HOPPER, **packed_hopper.default_sizes(weight, num_tokens, num_sms)}
     return default_sizes(weight, num_tokens, num_sms)
 
