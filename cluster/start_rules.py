@@ -66,8 +66,8 @@ def agree_on_num_host_blocks(reports: Sequence[WorkerReport], config: ServingCon
         return min(smallest.num_host_blocks, MOST_HOST_BLOCKS * num_blocks)
     if smallest.num_host_blocks < 1:
         raise ConfigError(
-            f"swap_space={swap_space:g}: a KV block of rank {smallest.global_rank} has {gib(smallest.block_bytes)}; "
-            f"use --swap-space {max(1, -(-smallest.block_bytes // 2**30))}GiB or more, or auto"
+            f"swap_space={swap_space:g} GiB: a KV block of rank {smallest.global_rank} has "
+            f"{gib(smallest.block_bytes)}; use --swap-space {max(1, -(-smallest.block_bytes // 2**20))}MiB or more, or auto"
         )
     return smallest.num_host_blocks
 

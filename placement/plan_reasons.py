@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Final
 
-from argosy.cluster.protocol.ledger import gib
+from argosy.cluster.protocol.ledger import gb, gib
 from argosy.placement.model_shape import ModelShape
 from argosy.placement.plan_report import Candidate, Loser, PlanOptions
 from argosy.placement.rank_memory import Serving, StageBytes
@@ -108,15 +108,15 @@ def name_oddities(chosen: Candidate, serving: Serving, shape: ModelShape, topolo
     if offloaded := most.memory.offloaded_bytes:
         rate = most.group.sheet.pcie_gbytes_per_second
         yield (
-            f"{offloaded / 1e9:.1f} GB of each device's weights live in the host's memory and are copied in every "
-            f"step: {offloaded / rate / 1e6:.0f} ms at {rate:g} GB/s, whatever the batch"
+            f"{gb(offloaded)} of each device's weights live in the host's memory and are copied in every "
+            f"step: {offloaded / rate / 1e6:.{0 if offloaded > 1e9 else 3}f} ms at {rate:g} GB/s, whatever the batch"
         )
     parked = 0
     if serving.slice_tokens is not None:
         parked = serving.max_num_batched_tokens * shape.spec.hidden_size * serving.dtype_bytes
         yield (
             f"steps of more than {serving.slice_tokens} tokens are computed in slices of so many; hidden states of the "
-            f"longest take {parked / 1e9:.2f} GB of the host's memory a rank"
+            f"longest take {gb(parked, 2)} of the host's memory a rank"
         )
     yield from _hosts_too_small(chosen, parked, topology)
     if chosen.tp_size > 1:
