@@ -37,7 +37,7 @@ def by_nccl(parallel: ParallelContext, part_TD: Tensor, residual_TD: Tensor, nor
 def ways_for(sums: GroupSum, num_rows: int) -> list[str]:
     """All ways that take so many rows."""
     ways = ["pull", "pull scatter"] if sums.num_ranks > 2 else ["pull"]
-    return ["push", "push scatter", *ways] if num_rows <= group_push.MAX_ROWS else ways
+    return ["push", "push scatter", *ways] if sums.pushes and num_rows <= group_push.MAX_ROWS else ways
 
 
 def check(parallel: ParallelContext, sums: GroupSum, norm: RMSNorm, width: int, max_tokens: int) -> float:

@@ -296,6 +296,8 @@ def tune_chain(
     for way in WAYS if chain.sums is not None else ():
         if way == "pull scatter" and chain.parallel.tp_size == 2:
             continue
+        if way.startswith("push") and not chain.sums.pushes:
+            continue
         chain.way = way
         ways[way] = chain.time(run)
     chain.way = min(ways, key=ways.__getitem__, default="")

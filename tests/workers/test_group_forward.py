@@ -1,7 +1,12 @@
 """When a step over a group is computed in halves: only where the cards have work for as long as the host takes."""
 
-import pytest
+from types import SimpleNamespace
+from typing import Any
 
+import pytest
+import torch
+
+from argosy.workers.layers.group_sum import NUM_PARTS, GroupSum
 from argosy.workers.models.group_forward import LEAST_OVERLAP_TOKENS, least_overlapped
 
 LLAMA_8B = 436_207_616  # bytes of a layer's weights, over all ranks
@@ -22,3 +27,28 @@ def test_the_bound_can_be_set_to_measure_it(monkeypatch: pytest.MonkeyPatch) -> 
     """By the environment, which ranks inherit."""
     monkeypatch.setenv("ARGOSY_OVERLAP_TOKENS", "1500")
     assert least_overlapped(1, 1, 2) == 1500
+
+
+@pytest.mark.parametrize(
+    ("ranks", "width", "dtype", "ways"),
+    [
+        (2, 4096, torch.bfloat16, {0: "pull", 1: "push", 32: "push", 33: "pull", 4096: "pull"}),
+        (4, 4096, torch.bfloat16, {1: "push", 16: "push", 17: "push scatter", 64: "push scatter", 65: "pull scatter"}),
+        (4, 8192, torch.bfloat16, {1: "pull", 32: "pull", 33: "pull scatter"}),
+        (2, 4096, torch.float32, {1: "pull"}),
+    ],
+)
+def test_the_way_of_a_sum_follows_from_its_bytes(
+    ranks: int, width: int, dtype: torch.dtype, ways: dict[int, str]
+) -> None:
+    """As measured on H200; where no row is sent with its flags, no memory is kept for that."""
+    asked_bytes: list[int] = []
+    parallel: Any = SimpleNamespace(
+        rank=SimpleNamespace(tp_rank=0), tp_size=ranks, device=torch.device("cpu"), shared_buffer=asked_bytes.append
+    )
+    sums = GroupSum(parallel, max_tokens=4096, width=width, max_rows=64, dtype=dtype)
+    assert {rows: sums.way_of(rows) for rows in ways} == ways
+    assert sums.way_of(1, asked=True) == "pull"
+    assert "scatter" not in sums.way_of(64, whole=True)
+    parts = (NUM_PARTS + 1) * 4096 * width * dtype.itemsize
+    assert (asked_bytes[0] - parts > 4 << 20) == sums.pushes == ("push" in ways.values())

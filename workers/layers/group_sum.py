@@ -46,8 +46,8 @@ class GroupSum:
         self._choice_bytes = self._shared_bytes + self._part_bytes
         self._flag_bytes = self._choice_bytes + self._world * max_rows * 8
         self._inbox_bytes = -(-(self._flag_bytes + 2 * self._world * 4) // 256) * 256
-        each = group_push.inbox_bytes(self._world, width) if group_push.suits(1, width, dtype) else 0
-        self._each_inbox = each
+        pushes = self._world * width <= PUSH_ROW_NUMBERS and group_push.suits(1, width, dtype)
+        self._each_inbox = each = group_push.inbox_bytes(self._world, width) if pushes else 0
         # kept, since it holds the peers' memory open
         self._buffer = parallel.shared_buffer(self._inbox_bytes + NUM_PARTS * each)
         self._counters = torch.zeros(group_sum.MAX_PROGRAMS, dtype=torch.int32, device=parallel.device)
@@ -56,6 +56,11 @@ class GroupSum:
     def num_ranks(self) -> int:
         """Of the group."""
         return self._world
+
+    @property
+    def pushes(self) -> bool:
+        """Whether there is room for `push` at all."""
+        return self._each_inbox > 0
 
     def part(self, which: int, num_tokens: int) -> Tensor:
         """Where this rank's product goes, [T, D]. In a step: `EMBEDDED`, then turn about 0, 1, 0, 1."""
@@ -109,10 +114,9 @@ class GroupSum:
     def way_of(self, num_tokens: int, *, whole: bool = False, asked: bool = False) -> str:
         """How so many rows are summed: `push` or `push scatter` (`kernels/group_push`), `pull` or `pull scatter`
         (`kernels/group_sum`)."""
-        numbers = self._world * self._width
         # not where ranks have whole experts: the parts of those that were not asked hold anything
-        if self._each_inbox and numbers <= PUSH_ROW_NUMBERS and not asked and num_tokens <= self._push.MAX_ROWS:
-            if num_tokens * numbers <= PUSH_NUMBERS:
+        if self._each_inbox and not asked and 0 < num_tokens <= self._push.MAX_ROWS:
+            if num_tokens * self._world * self._width <= PUSH_NUMBERS:
                 return "push"
             if self._world > 2 and not whole:
                 return "push scatter"
