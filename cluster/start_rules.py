@@ -65,9 +65,10 @@ def agree_on_num_host_blocks(reports: Sequence[WorkerReport], config: ServingCon
     if isinstance(swap_space, str):
         return min(smallest.num_host_blocks, MOST_HOST_BLOCKS * num_blocks)
     if smallest.num_host_blocks < 1:
+        block_bytes = smallest.block_bytes
         raise ConfigError(
-            f"swap_space={swap_space:g} GiB: a KV block of rank {smallest.global_rank} has "
-            f"{gib(smallest.block_bytes)}; use --swap-space {max(1, -(-smallest.block_bytes // 2**20))}MiB or more, or auto"
+            f"swap_space={swap_space:g} GiB: a KV block of rank {smallest.global_rank} has {gib(block_bytes)}; "
+            f"use --swap-space {max(1, -(-block_bytes // 2**20))}MiB or more, or auto"
         )
     return smallest.num_host_blocks
 
