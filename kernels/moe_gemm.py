@@ -319,7 +319,6 @@ def experts(
 ) -> Tensor:
     """See `moe_reference.experts`; `average` and `out_TD` in `moe_ops`."""
     num_tokens, top_k = ids_TK.shape
-    in_groups = isinstance(gate_up_EID, IntExpertWeight)
     num_experts = gate_up_EID.num_experts if isinstance(gate_up_EID, IntExpertWeight) else gate_up_EID.shape[0]
     width = x_TD.shape[1]
     assert x_TD.stride(1) == 1
@@ -331,7 +330,7 @@ def experts(
     average = num_tokens * top_k // num_experts if average is None else average
     weights = (gate_up_EID, down_EDI)
     sliced = average >= moe_int.SLICES_FROM and all(isinstance(w, Tensor) or moe_int.can_slice(w) for w in weights)
-    if in_groups and not sliced:
+    if all(isinstance(w, IntExpertWeight) for w in weights) and not sliced:
         rows = moe_int.block_rows(average)
     else:
         rows = block_rows(average) if gate_up_scale is None else moe_packed.block_rows(average)

@@ -5,8 +5,8 @@ which comes from memory as it is stored and becomes numbers in the registers tha
 `moe_reference`, grouping: `moe_gemm`. By what an expert gets on average:
 
     8 and 16 rows a block   as `packed_few`: warps share out the inputs, no word is unpacked twice
-    128 rows                as `packed_many`, by warp groups: rows come through shared memory, where all warps find them
-    more                    some experts at a time become 16 bits in memory, and `moe_gemm` multiplies
+    more                    as `packed_many`, by warp groups: rows come through shared memory, where all warps find them
+    from 512 choices on     some experts at a time become 16 bits in memory, and `moe_gemm` multiplies
 """
 
 from collections.abc import Iterator
@@ -40,9 +40,6 @@ class Tile(NamedTuple):
     warps: int
     stages: int
     wide: int = 1
-
-
-EIGHT = Tile(FEW, 4, 2, 3)  # of many programs of 8 rows
 
 
 @triton.jit
@@ -182,19 +179,8 @@ def _many_kernel(
                 TILES, UNITS, HALVES, HALF_SCALES, WARPS, ROWS, SYNC, ASM,
             )  # fmt: skip
         acc = in_rows(acc, TILES, WARPS, ROWS, SYNC)
-        store_turned(
-            acc,
-            bias_ptr,
-            weight_ptr,
-            out_ptr,
-            expert,
-            first * HIGH + row,
-            place,
-            is_row,
-            num_outputs,
-            HAS_BIAS,
-            WEIGHTED,
-        )
+        output = first * HIGH + row
+        store_turned(acc, bias_ptr, weight_ptr, out_ptr, expert, output, place, is_row, num_outputs, HAS_BIAS, WEIGHTED)
 
 
 def grouped_gemm(
@@ -265,7 +251,9 @@ def default_tile(rows: int, programs: int, num_sms: int) -> Tile:
     Qwen3-30B's experts: few programs share the inputs among more warps.
     """
     if rows == 8:
-        return Tile(FEW, 2, 4, 3) if programs < 2 * num_sms else Tile(FEW, 2, 2, 4) if programs < 8 * num_sms else EIGHT
+        if programs >= 8 * num_sms:
+            return Tile(FEW, 4, 2, 3)
+        return Tile(FEW, 2, 4, 3) if programs < 2 * num_sms else Tile(FEW, 2, 2, 4)
     if rows == 16:
         return Tile(FEW, 4, 4 if programs < 16 * num_sms else 1, 3)
     return Tile(WARP_GROUPS, 8, 8, 3)
