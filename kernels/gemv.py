@@ -70,7 +70,7 @@ def _ahead_vector_kernel(
     PREFETCH: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """As `_vector_kernel`, with its first tile on the way to registers while the kernel before still runs; it is
-    multiplied last, so that the pipeline of the others begins at once."""
+    multiplied last, so that the pipeline of the others begins at once. Only the tuner tries it: no card has yet."""
     column = tl.arange(0, WIDTH)
     inside = column < num_inputs
     num_tiles = tl.cdiv(num_outputs * (2 if GATED else 1), ROWS)

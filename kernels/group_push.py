@@ -8,8 +8,8 @@ few rows. Two ways:
 - every rank sends its part to all and sums for itself (`SCATTER` false);
 - row r is summed by rank r % WORLD, which sends the result to all: a second trip, but WORLD / 2 times fewer bytes.
 
-An inbox is written again only after another sum of the same rows: see `workers/layers/group_sum.py`. All memory
-begins as zeros, and turns count from 1. Numbers have 16 bits, rows an even number of them.
+An inbox is written again only after another sum of the group: see `workers/layers/group_sum.py`. All memory begins as
+zeros, and turns count from 1. Numbers have 16 bits, rows an even number of them.
 
 Bytes of an inbox: parts [WORLD, rows, width / 2] int64; results [rows, width / 2] int64.
 """
@@ -100,15 +100,16 @@ def _push_kernel(
     inside = column < PAIRS
     everywhere = (peer < WORLD)[:, None] & inside[None, :]
     here = (residual_ptr + row.to(tl.int64) * stride_residual).to(tl.pointer_type(tl.int32)) + column
-    # before the wait: addresses, weights, and the residual, whose last writer was done before our predecessor began
+    # before the wait: addresses, weights, and the residual, whose last writer was done before our predecessor began; what
+    # kernels write comes past the first-level cache (.cg), which may hold what an earlier kernel saw
     base = tl.load(bases_ptr + peer, peer < WORLD, other=0).to(tl.pointer_type(tl.int64))
     all_boxes = tl.multiple_of(base, 16)[:, None] + inbox
     owner = row % WORLD
     owners_box = tl.multiple_of(tl.load(bases_ptr + owner).to(tl.pointer_type(tl.int64)), 16) + inbox
     box = tl.multiple_of(tl.load(bases_ptr + rank).to(tl.pointer_type(tl.int64)), 16) + inbox
     weight = tl.load(weight_ptr.to(tl.pointer_type(tl.int32)) + column, inside, other=0)
-    turn = tl.load(counter_ptr + row) + 1
-    before = tl.load(here, inside, other=0) if ADD else weight
+    turn = tl.load(counter_ptr + row, cache_modifier=".cg") + 1
+    before = tl.load(here, inside, other=0, cache_modifier=".cg") if ADD else weight
     if PDL:
         gdc_wait()
         gdc_launch_dependents()  # the next product asks for its weights while we wait for the link
