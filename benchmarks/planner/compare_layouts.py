@@ -44,6 +44,7 @@ class Case(msgspec.Struct, frozen=True):
     ttft: float = 0.0
     quantization: str = "none"
     max_num_seqs: int = 1024  # what the card decides
+    max_num_batched_tokens: int = 8192
 
 
 def read_cases(paths: Sequence[str | Path]) -> Iterator[Case]:
@@ -64,7 +65,7 @@ def read_cases(paths: Sequence[str | Path]) -> Iterator[Case]:
             case = Case(
                 raw["model"], int(tp.removeprefix("TP")), int(pp.removeprefix("PP") or 1), raw["workload"],
                 raw["figure"] * scale, raw["ttft_ms_p50"] / 1e3, str(raw.get("quantization") or "none"),
-                int(raw.get("max_num_seqs") or 1024),
+                int(raw.get("max_num_seqs") or 1024), int(raw.get("max_num_batched_tokens") or 8192),
             )  # fmt: skip
             newest[case.model, raw["layout"], case.workload, case.quantization] = case
     yield from newest.values()
@@ -73,7 +74,8 @@ def read_cases(paths: Sequence[str | Path]) -> Iterator[Case]:
 def predict(case: Case, calibration: Calibration, gpu: str = "H200") -> tuple[float, float]:
     """(tokens a second or seconds a step, median seconds to the first token) of one replica."""
     shape = read_model_shape(MODELS[case.model])
-    config = ServingConfig.from_mapping({"model": shape.name, "max_num_seqs": case.max_num_seqs, **SETTINGS})
+    steps = {"max_num_seqs": case.max_num_seqs, "max_num_batched_tokens": case.max_num_batched_tokens}
+    config = ServingConfig.from_mapping({**SETTINGS, "model": shape.name, **steps})
     serving = Serving.from_config(config, shape, format_by_name(case.quantization))
     topology = parse_topology({"nodes": [{"name": "node", "gpus": f"{case.tp_size * case.pp_size} x {gpu}"}]})
     options = PlanOptions(
