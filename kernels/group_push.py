@@ -100,8 +100,8 @@ def _push_kernel(
     inside = column < PAIRS
     everywhere = (peer < WORLD)[:, None] & inside[None, :]
     here = (residual_ptr + row.to(tl.int64) * stride_residual).to(tl.pointer_type(tl.int32)) + column
-    # before the wait: addresses, weights, and the residual, whose last writer was done before our predecessor began; what
-    # kernels write comes past the first-level cache (.cg), which may hold what an earlier kernel saw
+    # before the wait: addresses, weights, and the residual, whose last writer was done before our predecessor began;
+    # past the first-level cache (.cg), which may hold what an earlier kernel saw
     base = tl.load(bases_ptr + peer, peer < WORLD, other=0).to(tl.pointer_type(tl.int64))
     all_boxes = tl.multiple_of(base, 16)[:, None] + inbox
     owner = row % WORLD
