@@ -37,8 +37,9 @@ from argosy.kernels.packed_parts import (
 )
 from argosy.kernels.packed_reference import ROWS, PackedWeight
 
-# Triton 3.9 calls it otherwise than 3.6
+# Triton 3.9 calls them otherwise than 3.6
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
+wait_for_all = getattr(gl, "thread_barrier", None) or gl.barrier
 COLUMNS = gl.constexpr(64)  # of a place in the ring
 GROUPS = (64, 128)
 # Of a thread that multiplies, by the number of groups of warps and of programs that share a multiprocessor; and of all
@@ -255,7 +256,7 @@ def _multiply(
             here += gl.arange(0, TOKENS, gl.SliceLayout(0, acc_in))[None, :]
             own = program * 2 + (at > begin).to(gl.int32)
             gl.store(part_ptr + (own.to(gl.int64) * WGS + G) * (OWN * TOKENS) + here, acc)
-            gl.thread_barrier()  # every thread's stores come before the one thread's release below
+            wait_for_all()  # every thread's stores come before the one thread's release below
             first = tile * num_blocks // per
             last = ((tile + 1) * num_blocks - 1) // per
             counter = counter_ptr + tile * WGS + G

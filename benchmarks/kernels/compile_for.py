@@ -97,9 +97,10 @@ def describe(kernel: Any) -> str:
                 ran = subprocess.run(command, capture_output=True, text=True)
                 told = ran.stdout + ran.stderr
     registers, spilled = re.search(r"Used (\d+) registers", told), re.search(r"(\d+) bytes spill stores", told)
+    waits = " SERIALIZED" if "are serialized" in told else ""  # products that wait for each other
     return (
         f"{registers.group(1) if registers else '?':>4} registers {spilled.group(1) if spilled else '?':>5} spilled "
-        f"{kernel.metadata.shared:>7} shared  {kernel.name}"
+        f"{kernel.metadata.shared:>7} shared  {kernel.name}{waits}"
     )
 
 
@@ -298,24 +299,27 @@ def packed(report: Callable[..., None]) -> None:
             if tokens in (32, 64):
                 sizes = {**many, "tiles": 8, "tokens": tokens, "sync": 0}
                 report(f"4 bits {num_in}x{num_out}, {tokens} a warp", packed_linear.linear, x, weight, sizes=sizes)
+
+
+def packed_many(report: Callable[..., None]) -> None:
+    """Products of dozens and hundreds of tokens with weights of 4 and 8 bits, by groups of warps."""
     for bits, group, dtype, half in ((4, 128, BF16, False), (4, 64, torch.float16, True), (8, 128, BF16, True)):
         words, pairs = packed_reference.shapes(6144, 4096, bits=bits, group=group)
         scales = torch.zeros(pairs, dtype=torch.float16 if half else BF16)
         weight = packed_reference.PackedWeight(torch.zeros(words, dtype=torch.int32), scales, bits, group, 4096, 6144)
-        for wgs, tiles, at_once in HOPPER_SIZES:
-            x = torch.zeros(at_once, 4096, dtype=dtype)
-            ring = {"wgs": wgs, "tiles": tiles, "tokens": at_once}
+        bias = torch.zeros(6144, dtype=dtype)
+        for wgs, tiles, tokens, programs in HOPPER_SIZES if (bits, group) == (4, 128) else HOPPER_SIZES[:1]:
+            ring = {"wgs": wgs, "tiles": tiles, "tokens": tokens, "programs": programs}
             stages = min(8, packed_hopper.RING_BYTES // packed_hopper.place_bytes(weight, ring))
-            for programs in (0, 132):
-                sizes = {"kernel": packed_linear.HOPPER, **ring, "stages": stages, "programs": programs}
-                name = f"{bits} bits of {group}, {sizes}"
-                report(name, packed_linear.linear, x, weight, scales.flatten()[:6144].to(dtype), sizes=sizes)
+            sizes = {"kernel": packed_linear.HOPPER, **ring, "stages": stages}
+            x = torch.zeros(tokens, 4096, dtype=dtype)
+            report(f"{bits} bits of {group}, {sizes}", packed_linear.linear, x, weight, bias, sizes=sizes)
 
 
-HOPPER_SIZES = ((4, 4, 32), (4, 4, 64), (2, 8, 64), (4, 4, 128), (2, 8, 128), (2, 4, 256))
+HOPPER_SIZES = ((2, 4, 64, 132), (2, 4, 256, 0))
 PARTS = {
     "attention": attention, "alone": alone, "prompts": prompts, "linear": linear, "gate": gate, "group": group,
-    "fp8": fp8, "experts": experts, "packed": packed,
+    "fp8": fp8, "experts": experts, "packed": packed, "packed_many": packed_many,
 }  # fmt: skip
 
 
