@@ -163,11 +163,9 @@ def _matrix_kernel(
     NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
     PREFETCH: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Up to 16 tokens as the rows of one tensor core tile, a program a tile of weight rows.
-
-    NORM: the input is multiplied by the norm's weight on its way, and the sums by each token's scale at the end, when
-    its squares are known. To norm all tokens first took longer (28 us) than to read the weight (11).
-    """
+    """Up to 16 tokens as the rows of one tensor core tile, a program a tile of weight rows. The input comes normed:
+    to norm 16 tokens in every program took longer (28 us) than to read the weight (11), and to scale the sums instead
+    was no faster than a launch for the norm."""
     tile = tl.program_id(0)
     token = tl.arange(0, 16)
     column = tl.arange(0, WIDTH)
@@ -181,7 +179,6 @@ def _matrix_kernel(
         if EARLY:
             gdc_launch_dependents()
     acc = tl.zeros((16, ROWS), tl.float32)
-    squares = tl.zeros((16, WIDTH // 8), tl.float32)  # of eight neighbours, which one thread has
     for start in tl.range(0, num_inputs, WIDTH, num_stages=STAGES):
         if EVEN:
             x = tl.load(x_row[:, None] + (start + column)[None, :], present, other=0.0)
@@ -192,16 +189,9 @@ def _matrix_kernel(
             w = tl.load(
                 weight_ptr + row[:, None] * stride_weight + (start + column)[None, :], inside[None, :], other=0.0
             )  # fmt: skip
-        if NORM:
-            exact = x.to(tl.float32)
-            squares += tl.sum(tl.reshape(exact * exact, (16, WIDTH // 8, 8)), 2)
-            norm = tl.load(norm_ptr + start + column, start + column < num_inputs, other=0.0).to(tl.float32)
-            x = (exact * norm[None, :]).to(x.dtype)
         acc = tl.dot(x, tl.trans(w), acc)
     if PDL and not EARLY:
         gdc_launch_dependents()
-    if NORM:
-        acc *= (1.0 / tl.sqrt(tl.sum(squares, 1) / num_inputs + eps))[:, None]
     finish(
         acc, row, tile, token, num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_out,
         16, ROWS, BIAS, GATED, RESIDUAL,
@@ -268,9 +258,9 @@ def fused_linear(
     out_TO: Tensor | None = None,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
-    """One launch, or one more for the norm of several tokens where that was measured to be faster (`norms` 0).
+    """One launch for one token, else one more for the norm; see `ops.fused_linear`.
 
-    Meaning: `ops.fused_linear`. `sizes` overrides what was tuned, for the tuner itself.
+    `sizes` overrides what was tuned, for the tuner itself.
     """
     num_tokens, num_inputs = x_TI.shape
     num_rows = weight_OI.shape[0]
@@ -283,13 +273,7 @@ def fused_linear(
     in_pieces = sizes["kernel"] == SPLIT
     kernel, width = KERNELS[0 if in_pieces else sizes["kernel"]], sizes["width"]
     rows = max(sizes["rows"], 2) if gated else sizes["rows"]  # a gate needs the row beside it, also where one was best
-    # float16 might overflow before the scale, which comes last; the interpreter knows no bfloat16
-    inside = (
-        sizes.get("norms", 0)
-        and kernel is _matrix_kernel
-        and (x_TI.dtype == torch.bfloat16 or facts.slug == "interpreter")
-    )
-    if num_tokens > 1 and norm_weight_I is not None and not inside:
+    if num_tokens > 1 and norm_weight_I is not None:
         x_TI, norm_weight_I = rms_norm.rms_norm(x_TI, norm_weight_I, eps), None
     assert residual_TO is None or out_TO is None
     out_TO = residual_TO if out_TO is None else out_TO

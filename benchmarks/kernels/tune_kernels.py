@@ -115,31 +115,6 @@ def tune_linear(part: Part) -> Mapping[str, Sizes]:
     return best
 
 
-def tune_norms(part: Part) -> Mapping[str, Sizes]:
-    """Products of several tokens with the norm inside: the best alone, for `tune_step` to try in a step."""
-    for name, (num_in, num_out, gated) in LINEARS.items():
-        if not name.endswith(("qkv", "gate_up")) or num_in not in (1024, 4096):
-            continue
-        weights = [rand(num_out, num_in) / 64 for _ in range(copies_for(num_in * num_out * 2, 30))]
-        x, norm, times = rand(8, num_in), rand(num_in), {}
-        for sizes in linear_sizes(8, num_in, gated):
-            sizes = {
-                "per_sm": 0,
-                "prefetch": 4096,
-                "early": int(name.endswith("qkv")),
-                "library": 0,
-                "norms": 1,
-            } | sizes
-            calls = [lambda w=w, s=sizes: gemv.fused_linear(x, w, norm_weight_I=norm, sizes=s, gated=gated)
-                     for w in weights]  # fmt: skip
-            times[json.dumps(sizes)] = part.time(calls)
-        ranked = sorted(times, key=times.__getitem__)
-        RANKED[f"{num_in}x{num_out}x{gemv.MAX_TOKENS}"] = [json.loads(r) for r in ranked[:7]]
-        now = part.time([lambda w=w: gemv.fused_linear(x, w, norm_weight_I=norm, gated=gated) for w in weights])
-        print(name, f"with a launch for the norm {now:.2f}", *(f"{times[r]:.2f} {r}" for r in ranked[:3]), sep="\n    ")
-    return {}
-
-
 def attention_sizes(kind: str, size: int) -> Iterator[Sizes]:
     few = kind == "few"
     for block_l in (32, 64, 128):
@@ -277,7 +252,6 @@ def tune_step(table: Table) -> None:
 
 TUNERS = {
     "gemv": tune_linear,
-    "norms": tune_norms,
     "paged_attention": tune_decode,
     "prefill_attention": tune_prefill,
     **FP8_TUNERS,
@@ -295,7 +269,7 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": be one of the compiling processes
     arguments = parser.parse_args()
-    names = arguments.only or [name for name in TUNERS if name != "norms"]
+    names = arguments.only or list(TUNERS)
     KINDS[:] = [arguments.kind] if arguments.kind else KINDS
     for shape in arguments.shape:
         num_in, num_out = map(int, shape.removesuffix("g").split("x"))
@@ -319,11 +293,11 @@ def main() -> None:
         with open(arguments.out) as file:
             table = json.load(file)
     for name in names:
-        table.setdefault("gemv" if name == "norms" else name, {}).update(TUNERS[name](Part(0, 0)))
+        table.setdefault(name, {}).update(TUNERS[name](Part(0, 0)))
         with open(arguments.out, "w") as file:
             json.dump(table, file, indent=1, sort_keys=True)
         torch.cuda.empty_cache()
-    if "gemv" in names or "norms" in names:
+    if "gemv" in names:
         tune_step(table)
     if "fp8_gemm" in names:
         tune_fp8_step(table)

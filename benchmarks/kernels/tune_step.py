@@ -2,8 +2,8 @@
 
     python benchmarks/kernels/tune_step.py --model 8b --out FILE
 
-Each product of a layer alone first, with what stands around it (cuBLAS, the kernel for 16 tokens with the norm before
-it or inside, and `gemv_split`), then the best few of each in a step of six layers, where neighbours share the card.
+Each product of a layer alone first, with what stands around it (cuBLAS, the kernel for 16 tokens,
+and `gemv_split`), then the best few of each in a step of six layers, where neighbours share the card.
 Compiled in many processes before. Prints every try and writes the table with what came out.
 """
 
@@ -37,16 +37,11 @@ SPLITS = (  # rows, width, stages, pieces of the inputs: those that were among t
 
 def candidates(rows: int, shape: Shape) -> Iterator[Sizes]:
     """What may be the fastest for so many tokens."""
-    name, num_in, num_out = shape
+    _, num_in, num_out = shape
     if rows <= gemv.MAX_TOKENS:
         tuned = tuning.pick("gemv", f"{num_in}x{num_out}x{gemv.MAX_TOKENS}", torch.device("cuda", 0))
         if tuned:
             yield {**tuned, "library": 0}
-        for width, height, stages, warps in (
-            (128, 64, 5, 4), (256, 64, 3, 4), (256, 32, 3, 4), (256, 16, 5, 2),
-        ) if name in ("qkv", "gate_up") else ():  # fmt: skip
-            yield {"kernel": 1, "rows": height, "width": width, "stages": stages, "warps": warps, "per_sm": 0,
-                   "prefetch": 4096, "early": int(name == "qkv"), "library": 0, "norms": 1}  # fmt: skip
     for height, width, stages, splits in SPLITS:
         programs = -(-num_out // height) * splits
         if (

@@ -66,52 +66,6 @@ def test_linear_in_pieces_of_the_inputs(
         assert_near(got, want)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("num_inputs", "width"), [(96, 32), (1000, 256), (1024, 128)])
-@pytest.mark.parametrize("num_tokens", [2, 16])
-def test_norm_of_several_tokens_inside(
-    num_tokens: int, num_inputs: int, width: int, dtype: torch.dtype, device: torch.device, assert_near: Near
-) -> None:
-    """The product before its scale is far from 1: tokens of very different lengths, one of them zeros."""
-    x = torch.randn(num_tokens, num_inputs, device=device) * torch.logspace(-3, 3, num_tokens, device=device)[:, None]
-    x[0] = 0.0
-    x, norm = x.clamp(-60000.0, 60000.0).to(dtype), torch.randn(num_inputs, device=device).to(dtype)
-    weight = (torch.randn(48, num_inputs, device=device) / num_inputs**0.5).to(dtype)
-    want = reference.fused_linear(
-        x.double().cpu(), weight.double().cpu(), norm_weight_I=norm.double().cpu(), gated=True
-    )
-    sizes = {"kernel": 1, "rows": 16, "width": width, "stages": 3, "warps": 4, "prefetch": 0, "early": 0, "norms": 1}
-    assert_near(gemv.fused_linear(x, weight, norm_weight_I=norm, gated=True, sizes=sizes), want)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("fused", ["nothing", "norm", "gate", "residual", "all"])
-@pytest.mark.parametrize(("rows", "num_outputs"), [(2, 40), (4, 24), (2, 4)])
-def test_one_token_whose_first_tile_comes_ahead(
-    rows: int, num_outputs: int, fused: str, dtype: torch.dtype, device: torch.device, assert_near: Near
-) -> None:
-    """Programs that have several tiles, and one alone."""
-    num_inputs, gated = 200, fused in ("gate", "all")
-    x = torch.randn(1, num_inputs, device=device).to(dtype)
-    weight = (torch.randn(num_outputs, num_inputs, device=device) / num_inputs**0.5).to(dtype)
-    norm = torch.randn(num_inputs, device=device).to(dtype) if fused in ("norm", "all") else None
-    residual = None
-    if fused in ("residual", "all"):
-        residual = torch.randn(1, num_outputs // (2 if gated else 1), device=device).to(dtype)
-    exact = [None if y is None else y.double().cpu() for y in (x, weight, norm, residual)]
-    want = reference.fused_linear(*exact[:2], norm_weight_I=exact[2], residual_TO=exact[3], gated=gated)
-    sizes = {"kernel": gemv.AHEAD, "rows": rows, "width": 256, "stages": 2, "warps": 4, "per_sm": 1}
-    sizes |= {"prefetch": 0, "early": 0}
-    got = gemv.fused_linear(x, weight, norm_weight_I=norm, residual_TO=residual, gated=gated, sizes=sizes)
-    assert_near(got, want)
-
-
-def test_what_was_not_measured_goes_to_the_library(device: torch.device) -> None:
-    x, weight = torch.randn(3, 64, device=device).half(), torch.randn(8, 64, device=device).half()
-    assert not gemv.is_measured(x, weight)
-    assert torch.equal(ops.measured_linear(x, weight), torch.nn.functional.linear(x, weight))
-
-
 def test_only_a_few_16_bit_tokens_suit() -> None:
     weight = torch.zeros(8, 64, dtype=torch.float16)
     assert gemv.suits(torch.zeros(16, 64, dtype=torch.float16), weight)

@@ -156,6 +156,24 @@ def test_the_rows_of_a_steady_batch_are_known_as_such() -> None:
     assert same == [False, False, True, False, True]
 
 
+def test_on_a_device_rows_that_decode_beside_a_prompt_are_ordered_by_length() -> None:
+    """Those with long contexts first; the prompt is not among them, and nothing else of the step moves."""
+    batch = make_batch()
+    batch.lives_on_device = True  # as on a GPU, where kernels take rows in this order
+    lengths = (9, 50, 30, 12)
+    requests = [
+        NewRequest(row, [1] * n, n, n - 1 if row < 3 else 0, list(range(row * 15, row * 15 + 15)), PARAMS)
+        for row, n in enumerate(lengths)
+    ]
+    output = SchedulerOutput(step_id=0, epoch=0, rows=[0, 1, 2, 3], num_tokens=[1, 1, 1, 12], new_requests=requests)
+    batch.apply(output)
+    metadata = batch.build(output).metadata
+    assert metadata.num_decode_rows == 3
+    assert metadata.order_R is not None
+    assert metadata.order_R.tolist() == [1, 2, 0]
+    assert metadata.context_len_R.tolist() == list(lengths)
+
+
 def test_an_id_outside_of_the_vocabulary_costs_only_its_own_request() -> None:
     """The doors refuse it; should one come through, the embedding must not be asked for it."""
     batch = make_batch()
