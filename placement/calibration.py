@@ -38,7 +38,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     stage_us: float = 40.0  # of each stage before it
     layer_us: float = 12.0
     group_layer_us: float = 12.0  # a layer's further overhead when several ranks share it
-    row_us: float = 0.3  # of each row of a step, on the last stage
+    row_us: float = 0.3  # of each row of a step, shared out over all layers
     fp8_layer_us: float = 0.0  # a layer's further overhead with FP8 weights: its inputs are rounded, too
     fp8_flops_ratio: float = 1.0  # of the share of peak that 16-bit products reach
     eager_layer_us: float = 60.0  # the host's time for a layer of a step that is no recorded graph

@@ -108,6 +108,7 @@ class StageCost:
         extra = calibration.group_layer_us * (tp_size > 1) + calibration.fp8_layer_us * is_fp8
         self.overhead_seconds = (calibration.step_us if self.is_last else calibration.stage_us) * _US
         self._fixed_seconds = self.num_layers * (calibration.layer_us + extra) * _US + self.overhead_seconds
+        self._row_seconds = calibration.row_us * _US * self.num_layers / shape.num_layers
         self._eager_seconds = self.num_layers * calibration.eager_layer_us * _US + self.overhead_seconds
         host_rate = sheet.pcie_gbytes_per_second * 1e9 * calibration.host_link_efficiency / host_link_sharers
         self._offload_seconds = offloaded_bytes / host_rate
@@ -141,9 +142,7 @@ class StageCost:
         if self.tp_size > 1:
             total += self.is_first * self.reduce_seconds(tokens * self._hidden_bytes)
             total += self.num_layers * self.group_seconds(tokens)
-        total += self._fixed_seconds
-        if self.is_last:  # which draws for each row and answers
-            total += (load.num_decodes + load.num_sampled) * calibration.row_us * _US
+        total += self._fixed_seconds + (load.num_decodes + load.num_sampled) * self._row_seconds
         if load.prefill_tokens:
             total = max(total, self._eager_seconds)
         if not self._offload_seconds:
