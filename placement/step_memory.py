@@ -16,7 +16,8 @@ SHARED_UNIT: Final = 2 * 2**20  # in which the driver hands out memory that othe
 SUM_FLAGS: Final = 32 * 2**10  # at the start of a group's buffer
 SUM_PARTS: Final = 4  # of a largest step's hidden states: three products and a result
 SMALL_SUM_BYTES: Final = 4 * 2**20  # the buffer for sums of few bytes
-PUSHED_ROWS: Final = 64
+PUSHED_ROWS: Final = 64  # that an inbox for numbers with their turn holds,
+PUSH_ROW_NUMBERS: Final = 16384  # where a row has at most so many, times ranks
 WIRE_SLOTS: Final = 2  # for hidden states, on a stage's wire
 
 
@@ -51,7 +52,8 @@ def group_bytes(num_tokens: int, width: int, num_rows: int, *, tp_size: int, dty
     row = width * dtype_bytes
     parts = SUM_PARTS * -(-num_tokens * row // 256) * 256
     choices = tp_size * num_rows * 8
-    pushed = 3 * (tp_size + 1) * PUSHED_ROWS * width * 4
+    pushes = tp_size * width <= PUSH_ROW_NUMBERS and dtype_bytes == 2
+    pushed = 3 * (tp_size + 1) * PUSHED_ROWS * width * 4 if pushes else 0
     staged = (tp_size - 1) * -(-(num_tokens // 2 + 128) // tp_size) * row
     return _rounded(SUM_FLAGS + parts + choices + pushed) + SMALL_SUM_BYTES + staged
 
