@@ -21,9 +21,10 @@ from argosy.workers.layers.norm import RMSNorm
 NUM_PARTS = 3
 EMBEDDED = 2
 SCATTER_ROWS = 32  # from more rows on, with more than two ranks, bytes count more than a second trip over the link
-# Numbers that bring their turn (`kernels/group_push`) are faster where one multiprocessor can send and read a row:
-# not 8192 numbers over four cards (`PUSH_ROW_NUMBERS`). To all, as long as those are few bytes; else to the one who sums a row. On H200:
-# 1, 32 rows of 4096 over two 3.8, 4.6 us (fetched 4.7, 5.8), over four 1, 16, 64 rows 4.7, 6.3, 9.6 (5.7, 7.2, 11.0).
+# Numbers that bring their turn (`kernels/group_push`) are faster where one multiprocessor can send and read a row: not
+# 8192 numbers over four cards (`PUSH_ROW_NUMBERS`). To all, as long as those are few bytes; else to the one who sums a
+# row. On H200: 1, 32 rows of 4096 over two 3.8, 4.6 us (fetched 4.7, 5.8), over four 1, 16, 64 rows 4.7, 6.3, 9.6 (5.7,
+# 7.2, 11.0).
 PUSH_NUMBERS = 262144  # of all rows, times ranks
 
 
