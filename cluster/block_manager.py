@@ -15,6 +15,7 @@ from typing import Final
 from argosy.cluster.block_pool import BlockPool
 from argosy.cluster.kv_groups import HOLE, GroupRules
 from argosy.cluster.prefix_cache import BlockHash, PrefixCache, extend_hashes
+from argosy.cluster.prefix_news import PrefixNews
 from argosy.cluster.protocol.kv_groups import ONE_TABLE, KVGroups
 from argosy.cluster.request import Request
 
@@ -206,6 +207,12 @@ class BlockManager:
         request.block_ids = []
         request.num_registered_blocks = 0
         request.boundary = request.countdown = 0
+
+    def news(self, number: int) -> tuple[bytes, int]:
+        """Names of what came into the cache, from that number on (`PrefixNews.since`). Kept from the first call on."""
+        if self.prefix_cache.news is None:
+            self.prefix_cache.news = PrefixNews()
+        return self.prefix_cache.news.since(number)
 
     def reset_prefix_cache(self) -> None:
         """Forget all names. Blocks in use stay with who has them."""

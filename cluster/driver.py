@@ -158,7 +158,7 @@ class Driver:
         elif isinstance(message, AbortRequest):
             self._abort(edge, message)
         elif isinstance(message, StatsRequest):
-            self._outbox.append((edge_id, self.stats()))
+            self._outbox.append((edge_id, self.stats(message.known_names)))
         elif isinstance(message, ResetPrefixCache):
             self.scheduler.reset_prefix_cache()
             self._outbox.append((edge_id, PrefixCacheReset(done=True)))
@@ -321,8 +321,9 @@ class Driver:
 
     # ------------------------------------------------------------------------------------------------ figures
 
-    def stats(self) -> StatsReply:
-        """The live figures."""
+    def stats(self, known_names: int = -1) -> StatsReply:
+        """The live figures, and the names of cached blocks from that number on (-1: none)."""
+        names = self.scheduler.blocks.news(known_names) if known_names >= 0 else (b"", -1)
         gauges = self.scheduler.gauges()
         is_idle = not self.scheduler.num_steps_in_flight
         waited = 0.0 if is_idle and self.replica.is_ready else self._clock.now() - self._progress_seconds
@@ -334,6 +335,8 @@ class Driver:
             status=self.status,
             step_id=self._step_id,
             seconds_since_progress=waited,
+            new_names=names[0],
+            known_names=names[1],
         )
 
     def open_requests(self) -> Iterator[Request]:

@@ -186,9 +186,12 @@ class DriverClient:
             stream.lose(reason)
         return len(leaving)
 
-    async def stats(self, timeout_seconds: float = _ANSWER_SECONDS) -> StatsReply:
-        """The live figures. Raises `StartupTimeout` when the driver's loop does not answer in time."""
-        reply: StatsReply = await self._ask(StatsRequest(), self._stats_waiters, timeout_seconds)
+    async def stats(self, timeout_seconds: float = _ANSWER_SECONDS, *, known_names: int = -1) -> StatsReply:
+        """The live figures, and names of cached blocks from that number on (-1: none).
+
+        Raises `StartupTimeout` when the driver's loop does not answer in time.
+        """
+        reply: StatsReply = await self._ask(StatsRequest(known_names=known_names), self._stats_waiters, timeout_seconds)
         return reply
 
     async def reset_prefix_cache(self, timeout_seconds: float = _ANSWER_SECONDS) -> bool:

@@ -8,6 +8,7 @@ import msgspec
 
 from argosy.cluster.driver_client import DriverClient
 from argosy.cluster.prefix_cache import BlockHash
+from argosy.cluster.prefix_news import NAME_BYTES
 from argosy.cluster.protocol.messages import StatsReply
 from argosy.cluster.routing import ReplicaLoad
 
@@ -25,16 +26,26 @@ class SeenPrefixes:
 
     def match(self, hashes: Sequence[BlockHash]) -> int:
         """How many leading blocks it holds."""
-        for count, (name, _) in enumerate(hashes):
-            if name not in self._names:
+        for count, (digest, _) in enumerate(hashes):
+            if digest[:NAME_BYTES] not in self._names:
                 return count
         return len(hashes)
 
+    def learn(self, names: bytes) -> None:
+        """It has these by now, whoever sent them: names end to end, in the order in which they came in."""
+        for at in range(0, len(names), NAME_BYTES):
+            self._names.setdefault(names[at : at + NAME_BYTES])
+        self._forget()
+
     def add(self, hashes: Sequence[BlockHash]) -> None:
         """It computes these now. The first counts as used last: a chain is worth nothing without its beginning."""
-        for name, _ in reversed(hashes):
+        for digest, _ in reversed(hashes):
+            name = digest[:NAME_BYTES]
             self._names[name] = None
             self._names.move_to_end(name)
+        self._forget()
+
+    def _forget(self) -> None:
         while len(self._names) > self._most:
             self._names.popitem(last=False)
 
@@ -52,6 +63,7 @@ class KnownReplica:
         self.is_healthy = True
         self.gave_up = False  # it told its requests so, and is about to go
         self.is_rebuilding = False  # its ranks were lost and are being started again; its driver is well
+        self.known_names = 0  # the number of the next name to ask for
         self._said, self._said_waiting, self._own_then = 0.0, 0.0, 0
 
     @property
@@ -64,6 +76,11 @@ class KnownReplica:
         self._said, self._said_waiting = stats.values.get(_RUNNING, 0.0), stats.values.get(_WAITING, 0.0)
         self._own_then = self.client.num_streams
         self.is_healthy, self.is_rebuilding = stats.healthy, stats.status == REBUILDING
+        if stats.known_names >= 0:
+            if stats.known_names < self.known_names:
+                self.seen.clear()  # its ranks were started again, with an empty cache
+            self.seen.learn(stats.new_names)
+            self.known_names = stats.known_names
 
     def room(self) -> int:
         """How many more requests it may be given that have to move: it runs so many at once, and as many may wait."""

@@ -9,6 +9,8 @@ from array import array
 from collections.abc import Sequence
 from typing import Final, TypeAlias
 
+from argosy.cluster.prefix_news import PrefixNews
+
 BlockHash: TypeAlias = tuple[bytes, bytes]
 """Digest of a full block, and its token ids as bytes."""
 
@@ -40,6 +42,7 @@ class PrefixCache:
     def __init__(self) -> None:
         self._block_of: dict[bytes, int] = {}
         self._hash_of: dict[int, BlockHash] = {}
+        self.news: PrefixNews | None = None  # once somebody wants to hear what comes in
 
     def __len__(self) -> int:
         return len(self._block_of)
@@ -78,6 +81,8 @@ class PrefixCache:
         """The blocks of one place of a table, one a group of layers, now hold what the name says; below 0: no block."""
         digest, packed = block_hash
         block_of, hash_of = self._block_of, self._hash_of
+        if self.news is not None and digest not in block_of:
+            self.news.add(digest)
         for block_id, suffix in zip(block_ids, _SUFFIXES, strict=False):
             name = digest + suffix
             if block_id >= 0 and name not in block_of and block_id not in hash_of:

@@ -1,7 +1,8 @@
 """An edge's connections to several replicas as one: each request goes where its prefix is, or where less is to do.
 
-What a replica has cached is what this edge sent it, remembered by the names of its blocks and forgotten like those;
-what it has to do is what it last said, corrected by what this edge sent since. No request waits for a question.
+What a replica has cached is what this edge sent it and, twice a second, what it says that came in from others, too,
+remembered by the names of its blocks and forgotten like those; what it has to do is what it last said, corrected by
+what this edge sent since. No request waits for a question.
 A request whose replica went on without it moves to another one, or waits for the next life of its own. One whose
 replica lost its ranks moves as well, where another has room: starting ranks takes longer than computing it again.
 """
@@ -219,7 +220,8 @@ class ReplicaClient:
             await self._reopen(replica)
             return
         try:
-            replica.hear(await replica.client.stats(_ANSWER_SECONDS))
+            known_names = replica.known_names if len(self._replicas) > 1 else -1
+            replica.hear(await replica.client.stats(_ANSWER_SECONDS, known_names=known_names))
             replica.gave_up = replica.gave_up and not replica.is_healthy
         except ServingError:
             replica.is_healthy = False
@@ -232,6 +234,7 @@ class ReplicaClient:
                 return
             replica.client, replica.is_healthy, replica.gave_up = client, True, False
             replica.seen.clear()  # a new driver knows nothing of what the old one had
+            replica.known_names = 0
             _log.info("connected again to the replica at %s", replica.address)
             self._came_back.set()
             self._came_back = asyncio.Event()

@@ -14,7 +14,7 @@ import msgspec
 from argosy.cluster.protocol.messages import GenerateRequest
 from argosy.cluster.protocol.sampling import TokenParams
 from argosy.cluster.request import Request, make_requests
-from argosy.cluster.routing import ReplicaLoad, choose_replica
+from argosy.cluster.routing import ReplicaLoad, choose_replica, has_queue
 from argosy.cluster.simulated_replica import SimulatedReplica
 
 _OWN_ID: Final = 1 << 20  # token ids from here on are one request's own
@@ -162,8 +162,9 @@ class SimulatedCluster:
             if seconds < math.inf:
                 heapq.heappush(self._heap, (seconds, place))
         waiting = replica.num_waiting
-        # the order of `choose_replica` without prefixes: who waits, then how many, then blocks (always below 1)
-        self._load[place] = (waiting > 0) * 1e9 + waiting + replica.num_running + 0.999 * replica.kv_usage
+        # the order of `choose_replica` without prefixes: is there a queue, how many are there, blocks (always below 1)
+        running = replica.num_running
+        self._load[place] = has_queue(waiting, running) * 1e9 + waiting + running + 0.999 * replica.kv_usage
 
     def _make(self, arrival: Arrival) -> Request:
         number, self._num_added = self._num_added, self._num_added + 1

@@ -97,7 +97,9 @@ class AbortRequest(_Message, frozen=True):
 
 
 class StatsRequest(_Message, frozen=True):
-    """Edge -> driver: send the live figures."""
+    """Edge -> driver: send the live figures. `known_names`: and the names of cached blocks from that number on."""
+
+    known_names: int = -1  # none
 
 
 class ResetPrefixCache(_Message, frozen=True):
@@ -159,6 +161,8 @@ class StatsReply(_Message, frozen=True):
     status: str = "ready"
     step_id: int = 0
     seconds_since_progress: float = 0.0
+    new_names: bytes = b""  # of blocks that came into the cache, 8 bytes each (`cluster.prefix_news`)
+    known_names: int = -1  # the number to ask with next; -1: not asked
 
 
 class PrefixCacheReset(_Message, frozen=True):

@@ -6,6 +6,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from argosy.cluster.prefix_news import NAME_BYTES
 from argosy.cluster.protocol.errors import WeightError, WorkerFailed, WorkerLost
 from argosy.cluster.protocol.messages import (
     AbortRequest,
@@ -282,6 +283,23 @@ def test_figures_and_the_cache_can_be_asked_for(world: MakeWorld) -> None:
     assert sum(stats.histograms["argosy_inter_token_seconds"][1]) == 14
     assert reset == PrefixCacheReset(done=True)
     assert here.driver.scheduler.blocks.pool.num_cached == 0
+
+
+def test_doors_hear_what_came_into_the_cache(world: MakeWorld) -> None:
+    """Prompts and answers by their names, from the first question on; others are told nothing."""
+    here = world()
+    told = []
+    for number, prompt in ((0, []), (0, list(range(40))), (0, []), (-1, [])):
+        if prompt:
+            here.ask(prompt, max_tokens=8)
+            here.run()
+        here.driver.take_outbox()
+        here.send(StatsRequest(known_names=number))
+        ((_, stats),) = here.driver.take_outbox()
+        assert isinstance(stats, StatsReply)
+        told.append((len(stats.new_names) // NAME_BYTES, stats.known_names))
+    num_full = 47 // here.driver.config.cache.block_size  # the last token that was drawn is not computed
+    assert told == [(0, 0), (num_full, num_full), (num_full, num_full), (0, -1)]
 
 
 def test_a_draining_driver_is_not_healthy(world: MakeWorld) -> None:

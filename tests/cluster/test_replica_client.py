@@ -6,6 +6,8 @@ from types import SimpleNamespace
 from typing import Any
 
 from argosy.cluster.known_replica import SeenPrefixes, merge_stats
+from argosy.cluster.prefix_cache import BlockHash, extend_hashes
+from argosy.cluster.prefix_news import PrefixNews
 from argosy.cluster.protocol.errors import ChannelClosed
 from argosy.cluster.protocol.messages import EngineInfo, StatsReply
 from argosy.cluster.protocol.sampling import TokenParams
@@ -26,6 +28,7 @@ class FakeDriver:
         self.prompts: list[Sequence[int]] = []
         self.said: dict[str, float] = {}
         self.status = "ready"
+        self.news = PrefixNews()
 
     def submit(self, prompt_token_ids: Sequence[int], params: TokenParams, **_: Any) -> SimpleNamespace:
         self.num_streams += 1
@@ -37,10 +40,13 @@ class FakeDriver:
         self.num_streams -= left
         return left
 
-    async def stats(self, timeout_seconds: float = 1.0) -> StatsReply:
+    async def stats(self, timeout_seconds: float = 1.0, *, known_names: int = -1) -> StatsReply:
         if self.closed:
             raise ChannelClosed("gone")
-        return StatsReply(values=self.said, status=self.status, healthy=self.status == "ready")
+        names, number = self.news.since(known_names) if known_names >= 0 else (b"", -1)
+        return StatsReply(
+            values=self.said, status=self.status, healthy=self.status == "ready", new_names=names, known_names=number
+        )
 
     async def close(self) -> None:
         self.closed = True
@@ -64,6 +70,22 @@ def run(work: Coroutine[Any, Any, Any]) -> Any:
 
 
 CHAT, OTHER = list(range(13)), list(range(50, 63))
+
+
+def test_a_door_hears_what_another_one_sent() -> None:
+    """The second turn of a chat comes in at any door; what its replica lost with its ranks is not believed any more."""
+    client, (first, second) = replicas(2)
+    hashes: list[BlockHash] = []
+    extend_hashes(hashes, CHAT, INFO.block_size, "", len(CHAT) // INFO.block_size)
+    for digest, _ in hashes:
+        second.news.add(digest)
+    run(client.look())
+    ask(client, [*CHAT, 1, 2, 3, 4])
+    assert (len(first.prompts), len(second.prompts)) == (0, 1)
+    second.num_streams, second.news = 0, PrefixNews()  # an empty cache
+    run(client.look())
+    ask(client, [*CHAT, 5, 6, 7, 8])
+    assert (len(first.prompts), len(second.prompts)) == (1, 1)
 
 
 def test_new_conversations_are_dealt_out_and_come_back_to_their_replica() -> None:
