@@ -1,0 +1,61 @@
+#!/usr/bin/env python3
+"""Print anew what `docs/planning.md` shows of `argosy plan` and `argosy simulate`: after each change of prices.
+
+    python benchmarks/planner/refresh_docs.py [--check]
+
+Each block of the page that begins with `$ argosy ...` is that command and what it prints. `--check` changes nothing and
+ends with 1 where a block is not what the command prints; seconds that a simulation took don't count.
+"""
+
+import argparse
+import contextlib
+import io
+import re
+import shlex
+import sys
+from pathlib import Path
+
+from argosy.deploy import cli
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
+BLOCK = re.compile(r"```text\n\$ (argosy [^\n]+)\n(.*?)```", re.DOTALL)
+
+
+def printed(command: str) -> str:
+    """What the command says, complaints included."""
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
+        cli.main(shlex.split(command)[1:])
+    return re.sub(r"[ \t]+\n", "\n", out.getvalue().rstrip() + "\n")
+
+
+def timeless(text: str) -> str:
+    """Without what the machine's speed decides."""
+    return re.sub(r"simulated in [\d.]+ s", "simulated", text)
+
+
+def main() -> int:
+    """See above."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true")
+    args = parser.parse_args()
+    page, stale = PAGE.read_text(encoding="utf-8"), []
+
+    def renew(match: re.Match[str]) -> str:
+        command, shown = match[1], match[2]
+        now = printed(command)
+        if timeless(now) == timeless(shown):
+            return match[0]
+        stale.append(command)
+        return f"```text\n$ {command}\n{now}```"
+
+    renewed = BLOCK.sub(renew, page)
+    for command in stale:
+        print(f"{'stale' if args.check else 'renewed'}: {command}")
+    if not args.check:
+        PAGE.write_text(renewed, encoding="utf-8")
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
