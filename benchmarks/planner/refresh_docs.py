@@ -3,13 +3,15 @@
 
     python benchmarks/planner/refresh_docs.py [--check]
 
-Each block of the page that begins with `$ argosy ...` is that command and what it prints. `--check` changes nothing and
-ends with 1 where a block is not what the command prints; seconds that a simulation took don't count.
+Each block of the page that begins with `$ argosy ...` is that command and what it prints; each row of the table of
+clusters has the layout that its command gets. `--check` changes nothing and ends with 1 where the page says otherwise;
+seconds that a simulation took don't count.
 """
 
 import argparse
 import contextlib
 import io
+import json
 import re
 import shlex
 import sys
@@ -18,6 +20,8 @@ from pathlib import Path
 from argosy.deploy import cli
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
+CLUSTERS = Path(__file__).resolve().parents[2] / "examples" / "clusters"
+ROW = re.compile(r"^\| `(\w+)` \| `(plan [^`]+)` \| ([^|]+) \|$", re.MULTILINE)
 BLOCK = re.compile(r"```text\n\$ (argosy [^\n]+)\n(.*?)```", re.DOTALL)
 
 
@@ -27,6 +31,16 @@ def printed(command: str) -> str:
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(out):
         cli.main(shlex.split(command)[1:])
     return re.sub(r"[ \t]+\n", "\n", out.getvalue().rstrip() + "\n")
+
+
+def layout(cluster: str, command: str) -> str:
+    """The layout of a row: '1 x TP4 x PP2, layers 33 / 31'."""
+    answer = json.loads(printed(f"argosy {command} --json --cluster {CLUSTERS / cluster}.yaml"))
+    replicas = answer["replicas"]
+    counts = [stage["last_layer"] - stage["first_layer"] for stage in replicas[0]["stages"]]
+    sizes = answer["settings"]
+    text = f"{len(replicas)} x TP{sizes['tensor_parallel_size']} x PP{len(counts)}"
+    return text + (f", layers {' / '.join(map(str, counts))}" if len(counts) > 1 else "")
 
 
 def timeless(text: str) -> str:
@@ -49,7 +63,13 @@ def main() -> int:
         stale.append(command)
         return f"```text\n$ {command}\n{now}```"
 
-    renewed = BLOCK.sub(renew, page)
+    def renew_row(match: re.Match[str]) -> str:
+        now = layout(match[1], match[2])
+        if now != match[3]:
+            stale.append(f"{match[2]} on {match[1]}")
+        return f"| `{match[1]}` | `{match[2]}` | {now} |"
+
+    renewed = ROW.sub(renew_row, BLOCK.sub(renew, page))
     for command in stale:
         print(f"{'stale' if args.check else 'renewed'}: {command}")
     if not args.check:
