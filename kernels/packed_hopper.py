@@ -1,7 +1,7 @@
 """Products of some dozens to some hundreds of tokens with weights of 4 or 8 bits, for Hopper's tensor cores.
 
 Meaning: `packed_reference.linear`, the weight in the type of the activations. A program has WGS groups of four warps
-that multiply, each 64 ROWS_OF rows of the weight with the same TOKENS tokens, and one warp that fetches for them:
+that multiply, each 16 TILES rows of the weight with the same TOKENS tokens, and one warp that fetches for them:
 
     fetch      by the copy engine, as far ahead as the ring has places: the words of 64 columns of all rows, their
                scales, and the tokens' 64 inputs. Words come before the kernel before this one is done
