@@ -39,7 +39,7 @@ _LEAST_WARM_UP: Final = 64  # requests
 
 
 def engine_config(args: argparse.Namespace, folder: Path, options: Mapping[str, object]) -> ServingConfig:
-    """From the flags of `argosy bench`; what a flag does not say is what `LLM` would take, over HTTP `argosy serve`."""
+    """From the flags of `argosy bench`; what a flag does not say is what `argosy serve` would take."""
     is_gpu_shape = args.model in bench_models.GPU_SHAPES
     num_seqs = args.max_num_seqs or (None if is_gpu_shape else 32)
     tokens = args.max_num_batched_tokens or (None if is_gpu_shape else max(2048, num_seqs or 0))
@@ -60,8 +60,7 @@ def engine_config(args: argparse.Namespace, folder: Path, options: Mapping[str, 
     }
     if args.usable_memory:
         wanted["gpu_memory_utilization"] = share_of_card(args.usable_memory)
-    given = {name: value for name, value in wanted.items() if value is not None}
-    config, _ = settings.make_config(given, offline=args.over != "http")
+    config, _ = settings.make_config({name: value for name, value in wanted.items() if value is not None})
     return config
 
 

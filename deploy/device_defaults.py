@@ -16,7 +16,6 @@ from typing import Final, NamedTuple
 
 from argosy.cluster.protocol.config import SchedulerConfig
 
-_SEVERAL_CARDS: Final = ("tensor_parallel_size", "pipeline_parallel_size")
 _CARDS: Final = Path("/proc/driver/nvidia/gpus")
 
 
@@ -30,24 +29,17 @@ class StepSize(NamedTuple):
 PLAIN: Final = StepSize(SchedulerConfig().max_num_seqs, SchedulerConfig().max_num_batched_tokens)
 LARGE: Final = StepSize(1024, 8192)
 MIDDLE: Final = StepSize(512, 4096)
-OFFLINE: Final = StepSize(1024, 16384)  # of a large card where nobody waits for a token: see `fill`
 _LARGE: Final = re.compile(r"\b(A100|A800|GH200|H20|H100|H200|H800|B100|B200|B300|GB200|GB300)\b")
 _MIDDLE: Final = re.compile(r"\b(A40|A6000|L40|L40S|RTX 6000|RTX PRO 6000)\b")
 
 
-def fill(known: Mapping[str, object], card: str | None = None, *, offline: bool = False) -> dict[str, object]:
-    """Those settings with the step's size added where it was not given; `card` is the name of the GPU, if known.
-
-    `offline`: the requests lie there, as those of `LLM` and `argosy batch` do. A large card alone then computes twice
-    as many prompt tokens a step: weights are read half as often, and a third of a second without a token is no matter.
-    """
+def fill(known: Mapping[str, object], card: str | None = None) -> dict[str, object]:
+    """Those settings with the step's size added where it was not given; `card` is the name of the GPU, if known."""
     names = ("max_num_seqs", "max_num_batched_tokens")
     if all(name in known for name in names):
         return dict(known)
     on_cpu = known.get("device") == "cpu"
     size = PLAIN if on_cpu else step_size(first_card() if card is None else card)
-    if offline and size == LARGE and not any(known.get(name, 1) != 1 for name in _SEVERAL_CARDS):
-        size = OFFLINE
     seqs, tokens = known.get(names[0], size.max_num_seqs), known.get(names[1], size.max_num_batched_tokens)
     if isinstance(seqs, int) and isinstance(tokens, int) and seqs > tokens:  # the one that was given decides
         seqs, tokens = (seqs, seqs) if names[0] in known else (tokens, tokens)

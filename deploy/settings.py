@@ -285,11 +285,8 @@ def _check_bits(name: str, value: object, given: Mapping[str, object]) -> None:
             raise ConfigError(f"{name}=True and {other}={asked!r} ask for different roundings; leave one out")
 
 
-def make_config(given: Mapping[str, object], *, offline: bool = False) -> tuple[ServingConfig, list[str]]:
-    """The settings from flat names, and which of the names have no effect. Raises `ConfigError`.
-
-    `offline`: nobody waits for single tokens, see `device_defaults.fill`.
-    """
+def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
+    """The settings from flat names, and which of the names have no effect. Raises `ConfigError`."""
     known: dict[str, object] = {}
     ignored: list[str] = []
     settings = set(ServingConfig.known_settings())
@@ -311,7 +308,7 @@ def make_config(given: Mapping[str, object], *, offline: bool = False) -> tuple[
             _refuse_not_yet(key, name)
             near = get_close_matches(name, [*settings, "scheduling_policy", *sorted(IGNORED)], n=1)
             raise ConfigError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
-    return ServingConfig.from_mapping(device_defaults.fill(known, offline=offline)), ignored
+    return ServingConfig.from_mapping(device_defaults.fill(known)), ignored
 
 
 def plan_what_is_open(given: Mapping[str, object], layout: str = "auto") -> dict[str, object]:
@@ -327,8 +324,8 @@ def describe_ignored(ignored: Iterable[str]) -> str:
 
 
 def config_from_kwargs(model: str, kwargs: Mapping[str, object]) -> ServingConfig:
-    """As `make_config`, for Python callers, offline: what has no effect is one warning."""
-    config, ignored = make_config({"model": model, **{k: v for k, v in kwargs.items() if v is not None}}, offline=True)
+    """As `make_config`, for Python callers: what has no effect is one warning."""
+    config, ignored = make_config({"model": model, **{k: v for k, v in kwargs.items() if v is not None}})
     if text := describe_ignored(ignored):
         warnings.warn(text, stacklevel=3)
     return config

@@ -37,24 +37,6 @@ def test_what_was_given_stays_and_the_other_follows() -> None:
     assert fill({"device": "cpu"}, "NVIDIA H200")["max_num_seqs"] == PLAIN.max_num_seqs
 
 
-def test_a_large_card_alone_takes_longer_steps_where_nobody_waits() -> None:
-    """Several cards, smaller ones and those who said a number do not."""
-    assert fill({}, "NVIDIA H200", offline=True)["max_num_batched_tokens"] == 16384
-    assert fill({"tensor_parallel_size": 1}, "NVIDIA H200", offline=True)["max_num_batched_tokens"] == 16384
-    for several in ("tensor_parallel_size", "pipeline_parallel_size"):
-        assert fill({several: 2}, "NVIDIA H200", offline=True)["max_num_batched_tokens"] == 8192
-    assert fill({"max_num_batched_tokens": 4096}, "NVIDIA H200", offline=True)["max_num_batched_tokens"] == 4096
-    assert fill({}, "NVIDIA L40S", offline=True)["max_num_batched_tokens"] == MIDDLE.max_num_batched_tokens
-    assert fill({"device": "cpu"}, "NVIDIA H200", offline=True)["max_num_batched_tokens"] == 2048
-
-
-def test_llm_and_batch_are_offline(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A server is not."""
-    monkeypatch.setattr(device_defaults, "first_card", lambda: "NVIDIA H200")
-    assert settings.config_from_kwargs("m", {}).scheduler.max_num_batched_tokens == 16384
-    assert settings.make_config({"model": "m"})[0].scheduler.max_num_batched_tokens == 8192
-
-
 def test_both_given_and_at_odds_is_still_refused() -> None:
     """A mistake is told, not repaired."""
     with pytest.raises(ConfigError, match="max_num_batched_tokens=8"):
