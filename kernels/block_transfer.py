@@ -4,7 +4,7 @@
                                     block 3 of cache 0 | block 3 of cache 1 | ...     =  row 1
 
 A block of one cache is some 32 KiB, which a host link carries at a fraction of its speed; a row is megabytes. Meaning:
-`reference.gather_blocks`, `reference.scatter_blocks`.
+`tables_reference.gather_blocks`, `tables_reference.scatter_blocks`.
 """
 
 from collections.abc import Sequence
@@ -15,7 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from argosy.kernels import reference
+from argosy.kernels import tables_reference
 
 COPY_BYTES = 16384  # that one program copies: 128 threads with eight 16-byte loads in flight each
 ALIGNED = 16
@@ -70,9 +70,9 @@ def _move(caches: Sequence[Tensor], block_ids: Sequence[int] | Tensor, staged_MB
     sizes = tuple([cache.stride(0) * cache.element_size() for cache in caches])
     if any(size % ALIGNED for size in sizes):
         if is_out:
-            reference.gather_blocks(caches, block_ids, staged_MB)
+            tables_reference.gather_blocks(caches, block_ids, staged_MB)
         else:
-            reference.scatter_blocks(staged_MB, caches, block_ids)
+            tables_reference.scatter_blocks(staged_MB, caches, block_ids)
         return
     assert staged_MB.is_contiguous()
     assert staged_MB.shape[0] >= len(block_ids)

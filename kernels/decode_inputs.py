@@ -1,6 +1,6 @@
 """The inputs of a decode step, made on the device from what it remembers of each request.
 
-Meaning: `reference.prepare_decode`. A program takes one row. With this first in a CUDA graph, a decode step
+Meaning: `tables_reference.prepare_decode`. A program takes one row. With this first in a CUDA graph, a decode step
 needs one small copy from the host (which requests, which new blocks) whatever the context lengths.
 """
 
@@ -76,7 +76,7 @@ def prepare_decode(
     reach_blocks: int = 0,
     advances: bool = True,
 ) -> None:
-    """One launch; shapes as in `ops.prepare_decode`."""
+    """One launch; shapes as in `step_ops.prepare_decode`."""
     _prepare_kernel[(rows_R.shape[0],)](
         rows_R, new_block_R, token_R, last_token_N, num_computed_N, block_table_NB, token_ids_R, positions_R, slots_R,
         context_len_R, block_table_RB, block_table_NB.stride(0), block_table_RB.stride(0),
@@ -101,7 +101,7 @@ def _remember_kernel(
 def remember_tokens(
     rows_R: Tensor, token_ids_R: Tensor, logits_RV: Tensor, last_token_N: Tensor, out_R: Tensor
 ) -> None:
-    """One launch; shapes as in `ops.remember_tokens`."""
+    """One launch; shapes as in `step_ops.remember_tokens`."""
     _remember_kernel[(rows_R.shape[0],)](
         rows_R, token_ids_R, logits_RV, last_token_N, out_R, logits_RV.stride(0), CHOSEN=logits_RV.ndim == 1,
         num_warps=1,

@@ -1,6 +1,6 @@
 """Write keys and values to their slots; copy blocks of many cache tensors at once, also between device and host.
 
-Meaning: `reference.store_kv`, `reference.copy_blocks`.
+Meaning: `reference.store_kv`, `tables_reference.copy_blocks`.
 """
 
 from collections.abc import Sequence

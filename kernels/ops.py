@@ -1,8 +1,9 @@
 """The door of the room: each operation once. Triton on CUDA tensors, plain torch elsewhere, chosen by the tensor.
 
-Shapes and meanings stand at the functions of the same names in `reference` and `sampling_reference`. Letters in names
-give the axes: T tokens of a step, R rows (requests), N query heads, K key/value heads, H head size, B blocks, S tokens
-in a block, V vocabulary. A layer's cache is two contiguous tensors [B, S, K, H]; slot = block id · S + offset.
+What ends a step and begins the next has its own door, `step_ops`. Shapes and meanings stand at the functions of the
+same names in `reference` and `tables_reference`. Letters in names give the axes: T tokens of a step, R rows (requests),
+N query heads, K key/value heads, H head size, B blocks, S tokens in a block, V vocabulary. A layer's cache is two
+contiguous tensors [B, S, K, H]; slot = block id · S + offset.
 
 Every operation may be captured in a CUDA graph: launch shapes follow from tensor shapes and host arguments alone, and
 no value of a device tensor is read on the host (`swap_blocks` and `copy_blocks` take host lists and are not captured).
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argosy.kernels import reference, sampling_reference
+from argosy.kernels import reference, tables_reference
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -201,7 +202,7 @@ def swap_blocks(sources: Sequence[Tensor], destinations: Sequence[Tensor], pairs
 
         kv_cache.copy_blocks(sources, destinations, pairs)
         return
-    reference.copy_blocks(sources, destinations, pairs)
+    tables_reference.copy_blocks(sources, destinations, pairs)
 
 
 def gather_blocks(caches: Sequence[Tensor], block_ids: Sequence[int] | Tensor, staged_MB: Tensor) -> None:
@@ -215,7 +216,7 @@ def gather_blocks(caches: Sequence[Tensor], block_ids: Sequence[int] | Tensor, s
 
         block_transfer.gather_blocks(caches, block_ids, staged_MB)
         return
-    reference.gather_blocks(caches, block_ids, staged_MB)
+    tables_reference.gather_blocks(caches, block_ids, staged_MB)
 
 
 def scatter_blocks(staged_MB: Tensor, caches: Sequence[Tensor], block_ids: Sequence[int] | Tensor) -> None:
@@ -225,7 +226,7 @@ def scatter_blocks(staged_MB: Tensor, caches: Sequence[Tensor], block_ids: Seque
 
         block_transfer.scatter_blocks(staged_MB, caches, block_ids)
         return
-    reference.scatter_blocks(staged_MB, caches, block_ids)
+    tables_reference.scatter_blocks(staged_MB, caches, block_ids)
 
 
 def paged_attention(
@@ -374,99 +375,3 @@ def prefill_attention(
         kv_scales=kv_scales,
     )  # fmt: skip
     return attended if out_TNH is None else out_TNH.copy_(attended)
-
-
-def sample_rows(
-    logits_RV: Tensor,
-    temperature_R: Tensor,
-    top_k_R: Tensor,
-    top_p_R: Tensor,
-    min_p_R: Tensor,
-    seed_R: Tensor,
-    position_R: Tensor,
-    *,
-    any_random: bool = True,
-    any_filter: bool = True,
-) -> Tensor:
-    """One token id (int64) a row: argmax at temperature 0, else a draw that is a function of the row alone.
-
-    Filters in the order temperature, min_p (0: off), top_k (0: off), top_p (1: off). `seed_R` is int64, `position_R`
-    counts the tokens of the row. False for `any_random` or `any_filter` promises that no row needs that work.
-    """
-    if logits_RV.is_cuda:
-        from argosy.kernels import sampling
-
-        run = sampling.sample_rows
-    else:
-        run = sampling_reference.sample_rows
-    return run(
-        logits_RV, temperature_R, top_k_R, top_p_R, min_p_R, seed_R, position_R, any_random=any_random,
-        any_filter=any_filter,
-    )  # fmt: skip
-
-
-def prepare_decode(
-    rows_R: Tensor,
-    new_block_R: Tensor,
-    token_R: Tensor,
-    last_token_N: Tensor,
-    num_computed_N: Tensor,
-    block_table_NB: Tensor,
-    token_ids_R: Tensor,
-    positions_R: Tensor,
-    slots_R: Tensor,
-    context_len_R: Tensor,
-    block_table_RB: Tensor,
-    *,
-    block_size: int,
-    reach_blocks: int = 0,
-    advances: bool = True,
-) -> None:
-    """The inputs of a decode step from tables by handle (N, remembered on the device) for rows (R).
-
-    In: `rows_R` int32 handles (-1: padding), `new_block_R` int32 block that the row's token opens (-1: none),
-    `token_R` int32 the row's token where the host knows it (-1: take the one last sampled). Out: token ids, positions,
-    slots (int64), context lengths and block table (int32). The tables take over the new block, and each row's computed
-    count grows by one.
-
-    Layers with a sliding window have tables of their own: `reach_blocks` of them, up to the last, are then enough (0:
-    all). Called for each of several tables, the last call `advances` the counts.
-    """
-    if rows_R.is_cuda:
-        from argosy.kernels import decode_inputs
-
-        implementation = decode_inputs.prepare_decode
-    else:
-        implementation = reference.prepare_decode
-    implementation(
-        rows_R, new_block_R, token_R, last_token_N, num_computed_N, block_table_NB, token_ids_R, positions_R, slots_R,
-        context_len_R, block_table_RB, block_size=block_size, reach_blocks=reach_blocks, advances=advances,
-    )  # fmt: skip
-
-
-def remember_tokens(
-    rows_R: Tensor, token_ids_R: Tensor, logits_RV: Tensor, last_token_N: Tensor, out_R: Tensor
-) -> None:
-    """Keep each row's sampled token for its next step, and judge it by its logit.
-
-    `out_R` gets the token id, -1 where the logit is not a finite number, -2 where it is -inf (nothing was allowed).
-    Rows of handle -1 are padding and are not kept. `logits_RV` may be [R]: only the logits of the tokens.
-    """
-    if rows_R.is_cuda:
-        from argosy.kernels import decode_inputs
-
-        decode_inputs.remember_tokens(rows_R, token_ids_R, logits_RV, last_token_N, out_R)
-        return
-    reference.remember_tokens(rows_R, token_ids_R, logits_RV, last_token_N, out_R)
-
-
-def argmax_rows(logits_RV: Tensor) -> Tensor:
-    """The most likely token of each row (int64), the first of equals. Rows may be strided."""
-    if logits_RV.is_cuda:
-        from argosy.kernels import sampling
-
-        unused = logits_RV
-        return sampling.sample_rows(
-            logits_RV, unused, unused, unused, unused, unused, unused, any_random=False, any_filter=False
-        )
-    return sampling_reference.argmax_rows(logits_RV)

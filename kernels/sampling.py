@@ -305,8 +305,8 @@ def sample_rows(
 ) -> Tensor:
     """One launch, and with filters four more. Rows may be strided.
 
-    Tokens less probable than e^-40 of the best are not drawn under a filter, whatever it says; see `ops.sample_rows`
-    for the rest.
+    Tokens less probable than e^-40 of the best are not drawn under a filter, whatever it says; for the rest see
+    `step_ops.sample_rows`.
     """
     num_rows, vocabulary = logits_RV.shape
     device = logits_RV.device

@@ -166,5 +166,5 @@ def _mix(x: Tensor) -> Tensor:
 
 
 def argmax_rows(logits_RV: Tensor) -> Tensor:
-    """See `ops.argmax_rows`."""
+    """See `step_ops.argmax_rows`."""
     return logits_RV.argmax(dim=-1)

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from argosy.cluster.protocol.kv_groups import window_blocks
 from argosy.cluster.protocol.messages import SchedulerOutput
-from argosy.kernels import ops
+from argosy.kernels import step_ops
 from argosy.placement.step_memory import ladder
 from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.input_batch import InputBatch
@@ -187,7 +187,7 @@ class DecodeTables:
         """Inputs of a step of so many (padded) rows, from the control and the tables."""
         rows, last = slice(0, num_rows), len(self._reach_blocks) - 1
         for group, reach_blocks in enumerate(self._reach_blocks):
-            ops.prepare_decode(
+            step_ops.prepare_decode(
                 self.control_CR[HANDLES, rows], self.control_CR[NEW_BLOCKS + group, rows],
                 self.control_CR[TOKENS, rows], self.batch.last_token_N, self.num_computed_N,
                 self.block_table_NGB[:, group], self.token_ids_R[rows], self.positions_R[rows],
@@ -314,7 +314,7 @@ class CUDAGraphRunner:
 
     def _sample_greedy(self, size: int, logits_RV: Tensor) -> None:
         if self.choose is None:
-            self.remember(logits_RV, ops.argmax_rows(logits_RV), size)
+            self.remember(logits_RV, step_ops.argmax_rows(logits_RV), size)
         else:
             ids_R, values_R = self.choose(logits_RV)
             self.remember(values_R, ids_R, size)
@@ -322,7 +322,7 @@ class CUDAGraphRunner:
     def remember(self, logits_RV: Tensor, token_ids_R: Tensor, num_rows: int) -> Tensor:
         """Keep what was sampled for the next step. Returns the ids, those of failed rows below 0."""
         out_R = self.tables.sampled_R[:num_rows]
-        ops.remember_tokens(
+        step_ops.remember_tokens(
             self.tables.control_CR[HANDLES, :num_rows], token_ids_R, logits_RV, self.batch.last_token_N, out_R
         )
         return out_R

@@ -1,7 +1,7 @@
 """What requests do to their logits before the draw: allowed lists, bad words, bans, bias, penalties; in this order.
 
 S rows that sample, V vocabulary, P places of the penalty tables. Temperature and the filters belong to the draw itself
-(`kernels.ops.sample_rows`). Only rows that ask for something pay for it.
+(`kernels.step_ops.sample_rows`). Only rows that ask for something pay for it.
 """
 
 from collections.abc import Callable, Sequence

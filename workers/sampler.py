@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from argosy.cluster.protocol.messages import NewRequest, TokenLogprobs
-from argosy.kernels import ops
+from argosy.kernels import step_ops
 from argosy.workers.logits import IntArray, LogitProcessor
 
 NOT_FINITE, NOTHING_ALLOWED = -1, -2  # in place of a token id
@@ -188,7 +188,7 @@ class Sampler:
         if not gathered.any_random:
             return _greedy(logits_SV)
         position_S = to_device(np.ascontiguousarray(positions_S), self.device)
-        token_ids_S = ops.sample_rows(
+        token_ids_S = step_ops.sample_rows(
             logits_SV, *gathered.columns, position_S, any_random=True, any_filter=gathered.any_filter
         )
         return _judge(logits_SV, token_ids_S)
@@ -232,7 +232,7 @@ def to_device(array: npt.NDArray[Any], device: torch.device) -> Tensor:
 def _greedy(logits_SV: Tensor) -> Tensor:
     """The most likely token of each row, the first of equals; `FAILURES` where there is none."""
     if logits_SV.device.type != "cpu":
-        return _judge(logits_SV, ops.argmax_rows(logits_SV))
+        return _judge(logits_SV, step_ops.argmax_rows(logits_SV))
     # numpy finds 32 maxima of 8192 in 19 us where torch's max and argmax take 220 to 260 on one core (torch 2.13)
     logits: npt.NDArray[np.float32] = logits_SV.numpy()
     ids = logits.argmax(axis=1)

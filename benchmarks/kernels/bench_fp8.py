@@ -15,7 +15,7 @@ from bench_kernels import LINEARS, STEPS, rand
 from timing import Report, copies_for, microseconds
 from torch import Tensor
 
-from argosy.kernels import activation, fp8_gemm, fp8_gemv, fp8_ops, fp8_quantize, fp8_reference, ops, rms_norm
+from argosy.kernels import activation, fp8_gemm, fp8_gemv, fp8_ops, fp8_quantize, fp8_reference, ops, rms_norm, step_ops
 from argosy.kernels.fp8_reference import Fp8Rows, Fp8Weight, Rounding
 
 BF16 = torch.bfloat16
@@ -192,7 +192,7 @@ class Fp8Step:
                 fp8_ops.fused_linear(seen, o_w, rounding=rounding, residual_TO=h)
                 act = fp8_ops.fused_linear(h, gate_up_w, rounding=rounding, norm_weight_I=self.norm, gated=True)
                 fp8_ops.fused_linear(act, down_w, rounding=rounding, residual_TO=h)
-            return ops.argmax_rows(ops.fused_linear(h, self.head, norm_weight_I=self.norm))
+            return step_ops.argmax_rows(ops.fused_linear(h, self.head, norm_weight_I=self.norm))
 
         def several() -> Tensor:
             h, delta = F.embedding(tokens, self.embedding), None
@@ -207,7 +207,7 @@ class Fp8Step:
                 act = fp8_ops.gate_and_quantize(fp8_ops.linear(x, gate_up_w, None, BF16), rounding)
                 delta = fp8_ops.linear(act, down_w, None, BF16)
             x = ops.add_rms_norm(delta, h, self.norm, 1e-6)[0]
-            return ops.argmax_rows(F.linear(x, self.head))
+            return step_ops.argmax_rows(F.linear(x, self.head))
 
         return one if rows == 1 else several
 

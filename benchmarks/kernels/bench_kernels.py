@@ -15,7 +15,7 @@ from timing import Report, copies_for, microseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from argosy.kernels import gemv, ops
+from argosy.kernels import gemv, ops, step_ops
 
 BF16 = torch.bfloat16
 LINEARS = {
@@ -185,7 +185,10 @@ def sampling(report: Report) -> None:
             }
             for name, (parameters, flags) in columns.items():
                 us, spread = microseconds(
-                    [lambda a=a, p=parameters, f=flags: ops.sample_rows(a, *p, seeds, positions, **f) for a in logits]
+                    [
+                        lambda a=a, p=parameters, f=flags: step_ops.sample_rows(a, *p, seeds, positions, **f)
+                        for a in logits
+                    ]
                 )
                 report.add("sample_rows", f"{name} rows {rows} vocabulary {vocabulary}", us, spread)
             us, spread = microseconds([lambda a=a: a.argmax(-1) for a in logits])
@@ -264,7 +267,7 @@ class Step:
                 ops.fused_linear(a.view(rows, -1), o_w, residual_TO=h)
                 act = ops.fused_linear(h, gate_up_w, norm_weight_I=self.norm, gated=True)
                 ops.fused_linear(act, down_w, residual_TO=h)
-            return ops.argmax_rows(ops.fused_linear(h, self.head, norm_weight_I=self.norm))
+            return step_ops.argmax_rows(ops.fused_linear(h, self.head, norm_weight_I=self.norm))
 
         return run
 

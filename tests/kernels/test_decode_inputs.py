@@ -11,7 +11,7 @@ pytest.importorskip("triton")
 
 SCRIPT = """
 import sys, torch
-from argosy.kernels import decode_inputs, reference
+from argosy.kernels import decode_inputs, tables_reference
 device = sys.argv[1]
 generator = torch.Generator().manual_seed(int(sys.argv[2]))
 for num_handles, max_blocks, block_size, num_rows in [(5, 3, 16, 4), (9, 300, 4, 7), (3, 1, 32, 1)]:
@@ -27,7 +27,7 @@ for num_handles, max_blocks, block_size, num_rows in [(5, 3, 16, 4), (9, 300, 4,
     want = [t.clone() for t in (rows, new_block, token, last, computed, table, *outs)]
     got = [t.clone().to(device) for t in (rows, new_block, token, last, computed, table, *outs)]
     for options in ({"reach_blocks": 2, "advances": False}, {}):  # a window's table first, as for a second group
-        reference.prepare_decode(*want, block_size=block_size, **options)
+        tables_reference.prepare_decode(*want, block_size=block_size, **options)
         decode_inputs.prepare_decode(*got, block_size=block_size, **options)
         for a, b in zip(want, got, strict=True):
             torch.testing.assert_close(a, b.cpu(), rtol=0, atol=0)
@@ -36,7 +36,7 @@ for num_handles, max_blocks, block_size, num_rows in [(5, 3, 16, 4), (9, 300, 4,
     logits[-1] = float("-inf")
     ids = rand(77, num_rows)
     want, got = [[t.clone().to(d) for t in (rows, ids, logits, last, ids)] for d in ("cpu", device)]
-    reference.remember_tokens(*want)
+    tables_reference.remember_tokens(*want)
     decode_inputs.remember_tokens(*got)
     for a, b in zip(want, got, strict=True):
         torch.testing.assert_close(a, b.cpu(), rtol=0, atol=0, equal_nan=True)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from argosy.kernels import ops, sampling_reference
+from argosy.kernels import sampling_reference, step_ops
 
 
 def keep_by_hand(logits: Tensor, top_k: int, top_p: float, min_p: float) -> set[int]:
@@ -48,7 +48,7 @@ def test_equal_logits_are_kept_together() -> None:
 def draw(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 1) -> Tensor:
     """The same row at positions 0, 1, 2, ..."""
     rows = logits.shape[0]
-    return ops.sample_rows(
+    return step_ops.sample_rows(
         logits, torch.full((rows,), temperature), torch.full((rows,), top_k, dtype=torch.int32),
         torch.full((rows,), top_p), torch.zeros(rows), torch.full((rows,), seed), torch.arange(rows),
     )  # fmt: skip
@@ -98,7 +98,7 @@ def test_a_row_draws_the_same_whatever_the_batch() -> None:
     logits = torch.randn(6, 500)
     together = draw(logits, top_p=0.9, seed=11)
     for row in (0, 5):
-        alone = ops.sample_rows(
+        alone = step_ops.sample_rows(
             logits[row : row + 1], torch.ones(1), torch.zeros(1, dtype=torch.int32), torch.tensor([0.9]),
             torch.zeros(1), torch.tensor([11]), torch.tensor([row]),
         )  # fmt: skip
@@ -108,7 +108,7 @@ def test_a_row_draws_the_same_whatever_the_batch() -> None:
 def test_temperature_zero_is_argmax_with_the_lowest_id_among_equals() -> None:
     logits = torch.zeros(3, 50)
     logits[:, [20, 9]] = 4.0
-    ids = ops.sample_rows(
+    ids = step_ops.sample_rows(
         logits, torch.tensor([0.0, 1.0, 0.0]), torch.tensor([0, 1, 3]), torch.tensor([1.0, 1.0, 0.1]), torch.zeros(3),
         torch.arange(3), torch.arange(3),
     )  # fmt: skip

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from argosy.kernels import activation, block_transfer, kv_cache, reference, rms_norm, rotary
+from argosy.kernels import activation, block_transfer, kv_cache, reference, rms_norm, rotary, tables_reference
 
 Near = Callable[[Tensor, Tensor], None]
 SHAPES = [(1, 64), (7, 96), (33, 1000), (3, 5, 130), pytest.param((257, 8192), marks=pytest.mark.gpu)]
@@ -94,7 +94,7 @@ def test_copy_blocks(pairs: list[tuple[int, int]], device: torch.device) -> None
     """Blocks of 20 480 bytes, more than one program copies; also a chain, which goes another way."""
     caches = [torch.randn(8, 16, 4, 80, device=device) for _ in range(4)]
     wants = [cache.clone() for cache in caches]
-    reference.copy_blocks(wants, wants, pairs)
+    tables_reference.copy_blocks(wants, wants, pairs)
     kv_cache.copy_blocks(caches, caches, pairs)
     assert all(torch.equal(got, want) for got, want in zip(caches, wants, strict=True))
 
@@ -109,7 +109,7 @@ def test_blocks_of_many_sizes_are_laid_side_by_side_and_put_back(device: torch.d
     row_bytes = sum(cache[0].nbytes for cache in caches)
     staged, want = (torch.zeros(5, row_bytes, dtype=torch.uint8, device=device) for _ in range(2))
     block_transfer.gather_blocks(caches, [6, 0, 3], staged)
-    reference.gather_blocks(caches, [6, 0, 3], want)
+    tables_reference.gather_blocks(caches, [6, 0, 3], want)
     assert torch.equal(staged, want)
     assert staged[3:].count_nonzero() == 0
     before = [cache.clone() for cache in caches]

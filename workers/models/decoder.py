@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from argosy.cluster.protocol.model_spec import ModelSpec
-from argosy.kernels import fp8_ops, ops
+from argosy.kernels import fp8_ops, step_ops
 from argosy.kernels.fp8_reference import Fp8Rows
 from argosy.placement.plan import RankInfo
 from argosy.placement.process_groups import ParallelContext
@@ -284,7 +284,7 @@ class Decoder(nn.Module):
         """The most likely tokens of the whole vocabulary (int64) and their logits (float32), on every rank."""
         assert self._group is not None
         assert self.lm_head is not None
-        ids_S = ops.argmax_rows(own_logits_SW[:, : self.lm_head.num_own])
+        ids_S = step_ops.argmax_rows(own_logits_SW[:, : self.lm_head.num_own])
         return self._group.sums.choose(own_logits_SW, ids_S, self.lm_head.share.first)
 
     def compute_logits(self, hidden_SD: Tensor) -> Tensor:
