@@ -273,7 +273,7 @@ def test_a_host_without_room_refuses_before_anything_is_read(
         available = host_memory.KEPT_FREE + 1000
 
     monkeypatch.setattr(host_memory.psutil, "virtual_memory", Little)
-    with pytest.raises(PlacementImpossible, match=r"cpu_offload_gb=.* MiB are free: set a smaller one"):
+    with pytest.raises(PlacementImpossible, match=r"cpu_offload_gb=.* KiB are free: set a smaller one"):
         InProcessRank(make_config(llama[0], cpu_offload_gb=layers_gib(1)), 8)
 
 
