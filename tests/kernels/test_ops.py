@@ -4,7 +4,7 @@ import inspect
 import subprocess
 import sys
 
-from argosy.kernels import ops, reference, sampling_reference, tuning
+from argosy.kernels import ops, reference, sampling_reference, step_ops, tables_reference, tuning
 
 
 def test_a_cpu_host_loads_no_triton() -> None:
@@ -19,10 +19,16 @@ assert "triton" not in sys.modules and not any("argosy.kernels.rms_norm" in m fo
 
 
 def test_each_operation_has_its_meaning_in_the_reference() -> None:
-    for name, operation in inspect.getmembers(ops, inspect.isfunction):
-        if name == "swap_blocks" or operation.__module__ != ops.__name__:
+    own = {ops.__name__, step_ops.__name__}
+    operations = {**dict(inspect.getmembers(ops, inspect.isfunction)), **vars(step_ops)}
+    operations = {name: one for name, one in operations.items() if getattr(one, "__module__", "") in own}
+    assert {"rms_norm", "sample_rows", "copy_blocks", "prepare_decode"} <= set(operations)
+    for name, operation in operations.items():
+        if name == "swap_blocks":
             continue
-        meaning = getattr(reference, name, None) or getattr(sampling_reference, name)
+        meaning = next(
+            getattr(room, name) for room in (reference, tables_reference, sampling_reference) if hasattr(room, name)
+        )
         extra = set(inspect.signature(operation).parameters) ^ set(inspect.signature(meaning).parameters)
         launch = {
             "max_context",
