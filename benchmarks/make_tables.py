@@ -3,7 +3,8 @@
     python benchmarks/make_tables.py            rewrites what stands between the marks `table: NAME` and `end`
     python benchmarks/make_tables.py --check    changes nothing; exit code 1 when the page is out of date
 
-The newest line of each row counts. Figures of a GPU are taken from lines that name that GPU.
+The newest line of each row counts; the suite leaves out lines with a note: they tried what is not the default.
+Figures of a GPU are taken from lines that name that GPU.
 """
 
 import argparse
@@ -30,7 +31,7 @@ def rows_of(device: str) -> list[Row]:
 def suite_table(name: str) -> str:
     """The suite's rows with ours, then the pair of layouts whose memory decides."""
     suite = bench_table.read_suite(name)
-    rows = rows_of(suite.device)
+    rows = [row for row in rows_of(suite.device) if not row.get("note")]
     text = bench_table.markdown(rows, suite)
     pairs = [row for row in rows if row["workload"] == bench_suite.SUPER_LINEAR]
     if pairs and suite.super_linear is not None:
