@@ -17,7 +17,7 @@ from argosy.placement.rank_memory import RankMemory, StageBytes, cap_of, rank_me
 from argosy.placement.topology import Link
 
 _NEVER: Final = float("-inf")
-MIXED_ROWS: Final = 32  # of a decode step of one stage, when layers are split: a chat server that is not full
+MIXED_ROWS: Final = 8  # of a decode step of one stage, when layers are split: a server that is not full
 
 
 class Traffic(msgspec.Struct, frozen=True, kw_only=True):

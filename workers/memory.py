@@ -211,9 +211,7 @@ def planned_room(runner: ModelRunner, ledger: MemoryLedger) -> int | None:
     serving = Serving.from_config(runner.config, shape_from_spec(runner.spec))
     free = msgspec.structs.replace(serving, kv_cache_memory_bytes=None, num_gpu_blocks_override=None)
     others = max(0, ledger.purposes.get("context", 0) - calibration.context_bytes)
-    planned = _planned(runner, free, ledger.meter.read().total, others)
-    weights = _bytes_of(runner.model) - (0 if runner.offload is None else runner.offload.host_bytes)
-    return max(0, planned.kv_budget_bytes + planned.weight_bytes - weights)
+    return max(0, _planned(runner, free, ledger.meter.read().total, others).kv_budget_bytes)
 
 
 def _calibration_of(runner: ModelRunner) -> Calibration:
