@@ -2,7 +2,8 @@
 
     python benchmarks/planner/compare_memory.py benchmarks/results/memory_h200.jsonl [--parts]
 
-Rows are those of `measure_memory.py`; of each case the newest counts. `--parts` shows for each rank, in MB, what was
+Rows are those of `measure_memory.py`, and of engines that took what was planned where they could ("promised": from rows
+of `argosy bench`, blocks alone); of each case the newest counts. `--parts` shows for each rank, in MB, what was
 measured and foretold of its context, libraries and communication ("outside"), of the largest step, and of graphs.
 """
 
@@ -30,8 +31,9 @@ def read_cases(path: str | Path) -> list[list[Row]]:
     for line in Path(path).read_text(encoding="utf-8").splitlines():
         row = json.loads(line)
         if row["model"] in MODELS:
-            names = ("model", "tp_size", "pp_size", "tokens", "max_rows", "share", "quantization", "max_model_len")
-            newest.setdefault(tuple(row[name] for name in names), {})[row["rank"]] = row
+            names = ("model", "tp_size", "pp_size", "tokens", "max_rows", "share", "quantization", "max_model_len",
+                     "promised")  # fmt: skip
+            newest.setdefault(tuple(row.get(name) for name in names), {})[row["rank"]] = row
     return [[ranks[rank] for rank in sorted(ranks)] for ranks in newest.values()]
 
 
@@ -57,15 +59,18 @@ def foretell(row: Row, calibration: Calibration) -> RankMemory:
 
 def blocks_table(cases: Sequence[Sequence[Row]], calibration: Calibration) -> str:
     """Foretold and allocated, a line a case."""
-    lines = ["| model | layout | tokens, rows a step | share of the card | blocks foretold | allocated | off by |"]
-    lines.append("|---|---|---|---|---|---|---|")
+    lines = [
+        "| model | layout | tokens, rows a step | share of the card | blocks foretold | allocated | off by | rank |"
+    ]
+    lines.append("|---|---|---|---|---|---|---|---|")
     for ranks in cases:
         row = ranks[0]
         foretold = min(foretell(rank, calibration).num_blocks for rank in ranks)
         stored = f" {row['quantization']}" if row["quantization"] else ""
         lines.append(
             f"| {row['model']}{stored} | TP{row['tp_size']}xPP{row['pp_size']} | {row['tokens']}, {row['max_rows']} | "
-            f"{row['share']:.4g} | {foretold:,} | {row['blocks']:,} | {foretold / row['blocks'] - 1:+.2%} |"
+            f"{row['share']:.4g} | {foretold:,} | {row['blocks']:,} | {foretold / row['blocks'] - 1:+.3%} | "
+            f"{'takes the plan' if row.get('promised') else 'measures'} |"
         )
     return "\n".join(lines)
 
@@ -75,7 +80,7 @@ def parts_table(cases: Sequence[Sequence[Row]], calibration: Calibration) -> str
     lines = ["| case | rank | outside | buffers | weights | steps | of which | graphs | room |"]
     lines.append("|---|---|---|---|---|---|---|---|---|")
     for ranks in cases:
-        for row in ranks:
+        for row in (row for row in ranks if "measured" in row):
             planned = foretell(row, calibration)
             ledger = row["measured"]
             outside = sum(ledger.get(name, 0) for name in ("context", "groups", "workspace"))
