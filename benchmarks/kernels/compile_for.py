@@ -18,7 +18,6 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver, jit
-from tune_moe import INT_TILES
 
 from argosy.kernels import (
     fp8_gemm,
@@ -264,6 +263,9 @@ def experts(report: Callable[..., None]) -> None:
         x = torch.zeros(tokens, 1024, dtype=BF16)
         choice = ids[:1].expand(tokens, 8), chosen_weights[:1].expand(tokens, 8)
         report(f"a layer of experts, {tokens} tokens", moe_gemm.experts, x, gate_up, down, *choice)
+    sys.path.insert(0, str(Path(__file__).parent))  # not searched under PYTHONSAFEPATH
+    from tune_moe import INT_TILES
+
     x = torch.zeros(4, 4096, dtype=BF16)
     for bits, group, ordered in ((4, 128, False), (4, 32, False), (8, 128, False), (4, 128, True)):
         words, pairs = packed_reference.shapes(1024, 4096, bits=bits, group=group)
