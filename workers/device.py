@@ -1,5 +1,7 @@
 """CPU or GPU, which dtype, how many free bytes: the only place that asks."""
 
+import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +12,8 @@ from argosy.placement.plan import RankInfo
 _READ_BYTES_PER_SECOND = 2e10
 _FLOPS_PER_SECOND = 1e11
 _WORTH_SHARING_SECONDS = 300e-6
+# Steps until the other number of threads is tried, at first and at most, and how many steps a trial has.
+FIRST_TRIAL, LONGEST_PAUSE, TRIAL_STEPS = 16, 512, 4
 TORCH_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -42,20 +46,75 @@ def set_up_device(device: torch.device, num_threads: int | None = None) -> None:
 
 
 class ThreadChoice:
-    """How many of this CPU rank's threads a step is worth: waking the others and waiting for them costs 10 to 50 us a
-    product, more where other programs want the cores. Small steps run on one thread and leave the rest to the driver.
+    """How many of this CPU rank's threads a step is worth: one or all.
+
+    Waking the others and waiting for them costs 2 to 50 us a product, more where other programs want the cores, so what
+    is better depends on the machine and on what else it does. The first guess is by arithmetic: small steps run on one
+    thread and leave the rest to the driver. A rank that waits for no other then compares seconds a token of either way,
+    for steps of a similar number of tokens, and goes on trying the other one now and then.
     """
 
-    def __init__(self, most: int, num_products: int, num_weights: int, itemsize: int):
+    def __init__(
+        self,
+        most: int,
+        num_products: int,
+        num_weights: int,
+        itemsize: int,
+        *,
+        learns: bool = False,
+        clock: Callable[[], float] = time.perf_counter,
+    ):
         """`num_weights` is over all products of a step; figures of one core of a Zen 4 beside busy neighbours."""
         self._most = most
         self._seconds_to_read = num_weights * itemsize / _READ_BYTES_PER_SECOND / num_products
         self._seconds_a_token = 2 * num_weights / _FLOPS_PER_SECOND / num_products
+        self._trials: dict[int, _Trial] | None = {} if learns and most > 1 else None
+        self._clock = clock
+        self._running: tuple[_Trial, bool, int, float] | None = None
 
     def choose(self, num_tokens: int) -> None:
-        """Set torch's threads for a step of so many tokens (0.2 us)."""
+        """Set torch's threads for a step of so many tokens (1 us)."""
         seconds = max(self._seconds_to_read, num_tokens * self._seconds_a_token)
-        torch.set_num_threads(self._most if seconds >= _WORTH_SHARING_SECONDS else 1)
+        shares = seconds >= _WORTH_SHARING_SECONDS
+        if self._trials is not None:
+            trial = self._trials.setdefault(num_tokens.bit_length(), _Trial(shares))
+            shares = trial.next_way()
+            self._running = trial, shares, num_tokens, self._clock()
+        torch.set_num_threads(self._most if shares else 1)
+
+    def finished(self) -> None:
+        """That step is over."""
+        if self._running is not None:
+            trial, shared, num_tokens, began = self._running
+            trial.add(shared, (self._clock() - began) / num_tokens)
+            self._running = None
+
+
+class _Trial:
+    """Seconds a token of steps on one thread and on all, and which way the next step goes."""
+
+    def __init__(self, shares: bool):
+        self._shares = shares
+        self._seconds: list[float | None] = [None, None]  # on one thread, on all
+        self._left = FIRST_TRIAL
+        self._pause = FIRST_TRIAL
+
+    def next_way(self) -> bool:
+        """Whether the next step is shared: the better way but for `TRIAL_STEPS` of the other after each pause."""
+        self._left -= 1
+        return self._shares if self._left >= TRIAL_STEPS else not self._shares
+
+    def add(self, shared: bool, seconds: float) -> None:
+        """What a step took. The first of a trial only wakes the threads, and is not counted."""
+        if self._left != TRIAL_STEPS - 1:
+            known = self._seconds[shared]
+            self._seconds[shared] = seconds if known is None else known + 0.25 * (seconds - known)
+        if self._left > 0:
+            return
+        one, together = self._seconds
+        better = self._shares if one is None or together is None else together < one
+        self._pause = FIRST_TRIAL if better != self._shares else min(2 * self._pause, LONGEST_PAUSE)
+        self._shares, self._left = better, self._pause
 
 
 @dataclass(frozen=True, slots=True)

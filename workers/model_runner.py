@@ -126,7 +126,10 @@ class ModelRunner:
             self.model.open_group_sum(self.most_tokens, self.config.scheduler.max_num_seqs)
         num_products, num_weights = count_products(self.model)
         if self.device.type == "cpu" and num_products:
-            self._threads = ThreadChoice(torch.get_num_threads(), num_products, num_weights, self.dtype.itemsize)
+            alone = self.rank.tp_size == self.rank.pp_size == 1  # others' time would be taken for ours
+            self._threads = ThreadChoice(
+                torch.get_num_threads(), num_products, num_weights, self.dtype.itemsize, learns=alone
+            )
         return report
 
     def allocate(self, num_blocks: int) -> None:
@@ -251,6 +254,8 @@ class ModelRunner:
             hidden_TD = self._forward(inputs, self.kv_cache)
             if hidden_TD is not None:
                 outcome = self._sample(output, inputs, hidden_TD, started)
+            if self._threads is not None:
+                self._threads.finished()
             if self.graphs is not None:
                 self.graphs.take_over(inputs)
         self.batch.advance(inputs)

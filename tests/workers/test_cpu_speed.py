@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from argosy.workers.attention import torch_backend
-from argosy.workers.device import ThreadChoice
+from argosy.workers.device import FIRST_TRIAL, TRIAL_STEPS, ThreadChoice
 from argosy.workers.quantization.base import LinearLayer, UnquantizedMethod, count_products, empty_parameter
 
 
@@ -80,3 +80,57 @@ def test_small_steps_leave_the_other_cores_alone() -> None:
     choice.choose(1)
     large.choose(1)
     assert torch.get_num_threads() == 2
+
+
+class _Machine:
+    """Steps of so many seconds on one thread and on two."""
+
+    def __init__(self, one: float, two: float):
+        self.seconds = {1: one, 2: two}
+        self.now = 0.0
+        self.choice = ThreadChoice(2, num_products=17, num_weights=4_200_000, itemsize=4, learns=True, clock=self.clock)
+
+    def clock(self) -> float:
+        return self.now
+
+    def run(self, num_steps: int, num_tokens: int = 32) -> list[int]:
+        """How many threads each step had."""
+        threads = []
+        for _ in range(num_steps):
+            self.choice.choose(num_tokens)
+            threads.append(torch.get_num_threads())
+            self.now += self.seconds[threads[-1]]
+            self.choice.finished()
+        return threads
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_machine_that_is_idle_gives_small_steps_its_second_core() -> None:
+    """32 rows begin on one thread; after one trial they share, and the other way is tried ever more rarely."""
+    machine = _Machine(one=11e-3, two=7e-3)
+    assert machine.run(TRIAL_STEPS) == [1] * TRIAL_STEPS
+    machine.run(FIRST_TRIAL)
+    later = machine.run(2000)
+    assert later.count(1) < 40
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_machine_that_gets_busy_is_noticed_and_each_kind_of_step_for_itself() -> None:
+    """Two threads wait for each other there; a prompt that is faster with both keeps them."""
+    machine = _Machine(one=11e-3, two=7e-3)
+    machine.run(1000)
+    machine.seconds = {1: 12e-3, 2: 20e-3}
+    machine.run(600)
+    assert machine.run(400).count(2) < 40
+    machine.seconds = {1: 60e-3, 2: 40e-3}
+    assert machine.run(200, num_tokens=512).count(1) < 40
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_a_rank_that_waits_for_others_goes_by_arithmetic() -> None:
+    """Its seconds are theirs, too."""
+    choice = ThreadChoice(2, num_products=17, num_weights=4_200_000, itemsize=4)
+    for _ in range(100):
+        choice.choose(32)
+        assert torch.get_num_threads() == 1
+        choice.finished()
