@@ -62,55 +62,6 @@ def _vector_kernel(
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
-def _ahead_vector_kernel(
-    x_ptr, weight_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr,
-    num_tokens, num_inputs, num_outputs, stride_x, stride_weight, stride_out, eps,
-    WIDTH: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr, EVEN: tl.constexpr,
-    NORM: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
-    PREFETCH: tl.constexpr, AHEAD: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """As `_vector_kernel`, with its first tile on the way to registers while the kernel before still runs; it is
-    multiplied last, so that the pipeline of the others begins at once. Only the tuner tries it: no card has yet."""
-    column = tl.arange(0, WIDTH)
-    inside = column < num_inputs
-    num_tiles = tl.cdiv(num_outputs * (2 if GATED else 1), ROWS)
-    first, step = tl.program_id(0), tl.num_programs(0)
-    first_row = weight_rows(first, num_outputs, ROWS, GATED)
-    early = tl.load(weight_ptr + first_row[:, None] * stride_weight + column[None, :], inside[None, :], other=0.0)
-    if PDL:
-        if PREFETCH > 0:
-            for tile in range(first + step, num_tiles, step):
-                if tile < step * (AHEAD + 1):
-                    row = weight_rows(tile, num_outputs, ROWS, GATED)
-                    prefetch_rows(weight_ptr + row * stride_weight, PREFETCH)
-        gdc_wait()
-        if EARLY:
-            gdc_launch_dependents()
-    x = tl.load(x_ptr + column, inside, other=0.0).to(tl.float32)
-    if NORM:
-        scale = 1.0 / tl.sqrt(tl.sum(x * x, 0) / num_inputs + eps)
-        x *= scale * tl.load(norm_ptr + column, inside, other=0.0).to(tl.float32)
-    for tile in tl.range(first + step, num_tiles, step, num_stages=STAGES):
-        row = weight_rows(tile, num_outputs, ROWS, GATED)
-        if EVEN:
-            w = tl.load(weight_ptr + row[:, None] * stride_weight + column[None, :])
-        else:
-            w = tl.load(weight_ptr + row[:, None] * stride_weight + column[None, :], inside[None, :], other=0.0)
-        y = tl.sum(w.to(tl.float32) * x[None, :], 1)[None, :]
-        finish(
-            y, row, tile, tl.arange(0, 1), num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_out,
-            1, ROWS, BIAS, GATED, RESIDUAL,
-        )  # fmt: skip
-    if PDL and not EARLY:
-        gdc_launch_dependents()
-    y = tl.sum(early.to(tl.float32) * x[None, :], 1)[None, :]
-    finish(
-        y, first_row, first, tl.arange(0, 1), num_tokens, num_outputs, bias_ptr, residual_ptr, out_ptr, stride_out,
-        1, ROWS, BIAS, GATED, RESIDUAL,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
 def _tiled_vector_kernel(
     x_ptr, weight_ptr, bias_ptr, norm_ptr, residual_ptr, out_ptr,
     num_tokens, num_inputs, num_outputs, stride_x, stride_weight, stride_out, eps,
@@ -199,9 +150,8 @@ def _matrix_kernel(
 
 
 # as `kernel` in the tuned sizes counts them
-SPLIT, AHEAD = 3, 4  # the first is in `gemv_split`
-KERNELS = {0: _vector_kernel, 1: _matrix_kernel, 2: _tiled_vector_kernel, AHEAD: _ahead_vector_kernel}
-WALKS = (0, AHEAD)  # programs that stay and walk over tiles
+KERNELS = (_vector_kernel, _matrix_kernel, _tiled_vector_kernel)
+SPLIT = 3  # in `gemv_split`
 
 
 def suits(x_TI: Tensor, weight_OI: Tensor) -> bool:
@@ -271,9 +221,8 @@ def fused_linear(
     sizes = sizes or tuning.pick("gemv", _key(num_tokens, weight_OI), x_TI.device)
     sizes = sizes or _default_sizes(num_tokens, num_inputs, num_rows, facts.num_sms)
     in_pieces = sizes["kernel"] == SPLIT
-    kernel, width = KERNELS[0 if in_pieces else sizes["kernel"]], sizes["width"]
     rows = max(sizes["rows"], 2) if gated else sizes["rows"]  # a gate needs the row beside it, also where one was best
-    if num_tokens > 1 and norm_weight_I is not None:
+    if norm_weight_I is not None and (num_tokens > 1 or in_pieces):
         x_TI, norm_weight_I = rms_norm.rms_norm(x_TI, norm_weight_I, eps), None
     assert residual_TO is None or out_TO is None
     out_TO = residual_TO if out_TO is None else out_TO
@@ -281,13 +230,11 @@ def fused_linear(
         out_TO = torch.empty((num_tokens, num_outputs), dtype=x_TI.dtype, device=x_TI.device)
     assert out_TO.stride(1) == 1
     if in_pieces:
-        if norm_weight_I is not None:
-            x_TI = rms_norm.rms_norm(x_TI, norm_weight_I, eps)
         return gemv_split.linear(
             x_TI, weight_OI, bias_O, out_TO, sizes, gated=gated, residual=residual_TO is not None
         )  # fmt: skip
-    programs = triton.cdiv(num_rows, rows)
-    if sizes["kernel"] in WALKS:
+    kernel, width, programs = KERNELS[sizes["kernel"]], sizes["width"], triton.cdiv(num_rows, rows)
+    if sizes["kernel"] == 0:
         programs = min(programs, facts.num_sms * sizes["per_sm"])
     prefetch = min(sizes["prefetch"], tuning.next_power_of_two(num_inputs + 1) // 2 * weight_OI.element_size())
     kernel[(programs,)](

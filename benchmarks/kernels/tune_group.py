@@ -81,20 +81,6 @@ def split_sizes(tokens: int, num_in: int, num_rows: int) -> Iterator[Sizes]:
                                "splits": splits, "prefetch": 512, "early": 0, "library": 0}  # fmt: skip
 
 
-def one_token_sizes(num_in: int) -> Iterator[Sizes]:
-    """Of the product of one token that has its first tiles on the way before its input is there."""
-    width = tuning.next_power_of_two(num_in)
-    for rows in (1, 2, 4):
-        for warps in (4, 8):
-            for per_sm in (2, 3, 4, 6):
-                for stages in (2, 3, 4):
-                    each = rows * width // (32 * warps)
-                    registers = (50 + each) * 32 * warps * per_sm
-                    if 16 <= each <= 64 and registers <= 65536 and stages * rows * width * 2 * per_sm <= 220 << 10:
-                        yield {"kernel": gemv.AHEAD, "rows": rows, "width": width, "stages": stages, "warps": warps,
-                               "per_sm": per_sm, "prefetch": 0, "early": 0, "library": 0}  # fmt: skip
-
-
 def compile_part(index: int, of: int, rows_asked: list[int]) -> None:
     """Every kernel that will be timed, for all models, run once; this process does each `of`-th."""
     seen: set[str] = set()
@@ -119,9 +105,6 @@ def compile_part(index: int, of: int, rows_asked: list[int]) -> None:
             print("skipped", sizes, str(error)[:80], flush=True)
 
     for num_in, num_out, gated in dict.fromkeys(s for layout in LAYOUTS for s in shapes_of(*layout).values()):
-        if 1 in rows_asked:
-            for sizes in one_token_sizes(num_in):
-                try_once(1, num_in, num_out, sizes, gated)
         for rows in rows_asked:
             tuned = tuning.pick("gemv", f"{num_in}x{num_out}x{gemv.bucket(rows)}", torch.device("cuda", 0))
             for sizes in [dict(tuned) | {"library": 0}] if tuned else []:
@@ -172,7 +155,7 @@ def alone(shape: tuple[int, int, bool], rows: int, name: str) -> tuple[float, li
     by_library = microseconds([lambda w=w: library(w) for w in weights], launches=launches, replays=3)[0]
     times: list[tuple[float, Sizes]] = []
     tuned = tuning.pick("gemv", f"{num_in}x{num_out}x{gemv.bucket(rows)}", x.device)
-    tries = [*split_sizes(rows, num_in, num_out)] if rows > 1 else [*one_token_sizes(num_in)]
+    tries = [*split_sizes(rows, num_in, num_out)] if rows > 1 else []  # of one token what was tuned alone stays
     for sizes in [*([dict(tuned) | {"library": 0}] if tuned and tuned["kernel"] != gemv.SPLIT else []), *tries]:
         calls = [lambda w=w: gemv.fused_linear(x, w, sizes=sizes, gated=gated) for w in weights]
         try:

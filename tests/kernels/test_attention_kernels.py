@@ -1,7 +1,9 @@
 """Both attention kernels against the reference: every option, ugly heads, padding rows, splits, strided queries."""
 
+import json
 import random
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -241,3 +243,19 @@ def test_a_window_reads_no_block_before_it(block_size: int, device: torch.device
     assert_near(prefill_attention.prefill_attention(q, k_cache, v_cache, starts, context, stale, **options), want)
     got = paged_attention.paged_attention(q[: len(contexts)], k_cache, v_cache, ones, context, **options)
     assert_near(got, want_one)
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "kinds"),
+    [(16, ("few",)), (131, ("many",)), (132, ("crowd",)), (181, ("crowd",)), (182, ("throng", "crowd")),
+     (296, ("throng", "crowd")), (297, ("flood", "crowd")), (1024, ("flood", "crowd"))],
+)  # fmt: skip
+def test_tiles_go_by_how_many_waves_the_rows_are(num_rows: int, kinds: tuple[str, ...]) -> None:
+    """Rows of 8 key/value heads on the 132 multiprocessors of an H200: each kind as `benchmarks/notes.md` has it."""
+    assert paged_attention._kinds(8 * num_rows, 132) == kinds
+
+
+def test_every_kind_of_rows_has_tiles_on_the_card_that_was_measured() -> None:
+    """A kind that the file of the H200 does not know would go by those for fewer rows without a word."""
+    known = json.loads((Path(tuning.__file__).parent / "tuned" / "nvidia_h200.json").read_text())["paged_attention"]
+    assert {"h128_few", "h128_many", "h128_crowd", "h128_throng", "h128_flood"} <= known.keys()
