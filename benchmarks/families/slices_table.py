@@ -18,7 +18,10 @@ NAMES = {
     "qwen3-30b-gptq": "Qwen3-30B-A3B, GPTQ with `desc_act`", "deepseek-r1": "DeepSeek-R1 in 16 bits",
     "deepseek-r1-fp8": "DeepSeek-R1, FP8 as published", "gpt-oss": "gpt-oss-120b in 16 bits",
     "gpt-oss-mxfp4": "gpt-oss-120b, MXFP4 as published", "gemma3-27b": "Gemma 3 27B", "command-r": "Command-R",
-    "falcon-40b": "Falcon 40B", "bloom-7b": "BLOOM 7B",
+    "falcon-40b": "Falcon 40B", "bloom-7b": "BLOOM 7B", "gemma2-27b": "Gemma 2 27B", "phi-4": "Phi-4",
+    "gpt-neox-20b": "GPT-NeoX-20B", "gpt-j-6b": "GPT-J 6B", "opt-30b": "OPT 30B", "gpt2-xl": "GPT-2 XL",
+    "starcoder2-15b": "StarCoder2 15B", "olmo2-32b": "OLMo 2 32B", "granite-8b": "Granite 3.1 8B",
+    "qwen2-57b-a14b": "Qwen2-57B-A14B",
 }  # fmt: skip
 
 

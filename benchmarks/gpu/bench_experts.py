@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from check_families import BLOCK, COMMON, SHAPES, Slice, narrowed
+from check_families import BLOCK, Slice
+from family_shapes import COMMON, SHAPES, narrowed
 
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.placement.expert_traffic import exchange_numbers, sum_numbers

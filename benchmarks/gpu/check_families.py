@@ -12,34 +12,20 @@ from float32 than those by more than a fifth. Then decode steps of the layers al
 """
 
 import argparse
-import inspect
 import json
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import torch
+from family_shapes import COMMON, SHAPES, narrowed
+from plain_definitions import of_groups, plain_torch, remembered, unpacked
 from torch import Tensor
 
 from argosy.cluster.protocol.model_spec import ModelSpec, read_model_spec
-from argosy.kernels import (
-    fp8_ops,
-    fp8_reference,
-    mla_ops,
-    mla_reference,
-    moe_ops,
-    moe_reference,
-    mxfp4,
-    ops,
-    packed_linear,
-    packed_reference,
-    reference,
-)
 from argosy.kernels.moe_reference import IntExpertWeight
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext, init_parallel
@@ -53,72 +39,6 @@ from argosy.workers.models.registry import build_model
 BLOCK = 16
 CARD_BYTES_A_SECOND = 4.8e12  # an H200's data sheet
 WORSE, LEAST_BOUND = 1.2, 0.005  # than plain torch in the same numbers; below that nothing is worth a word
-COMMON = {"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "dtype": "bfloat16", "max_position_embeddings": 8192}
-YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1}
-FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic", "fmt": "e4m3"}
-SHAPES: dict[str, dict[str, Any]] = {
-    "mixtral": {
-        "architectures": ["MixtralForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 2,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "intermediate_size": 14336, "num_local_experts": 8,
-        "num_experts_per_tok": 2, "vocab_size": 32000, "rope_theta": 1e6,
-    },
-    "gpt-oss": {
-        "architectures": ["GptOssForCausalLM"], "hidden_size": 2880, "num_hidden_layers": 2, "head_dim": 64,
-        "num_attention_heads": 64, "num_key_value_heads": 8, "intermediate_size": 2880, "num_local_experts": 128,
-        "num_experts_per_tok": 4, "vocab_size": 201088, "rope_theta": 150000, "sliding_window": 128,
-        "rope_scaling": {"rope_type": "yarn", "factor": 32.0, "original_max_position_embeddings": 4096,
-                         "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False},
-    },
-    "deepseek-r1": {
-        "architectures": ["DeepseekV3ForCausalLM"], "hidden_size": 7168, "num_hidden_layers": 2,
-        "num_attention_heads": 128, "num_key_value_heads": 128, "intermediate_size": 18432, "kv_lora_rank": 512,
-        "q_lora_rank": 1536, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128,
-        "n_routed_experts": 256, "num_experts_per_tok": 8, "first_k_dense_replace": 1, "moe_intermediate_size": 2048,
-        "n_shared_experts": 1, "n_group": 8, "topk_group": 4, "routed_scaling_factor": 2.5, "norm_topk_prob": True,
-        "vocab_size": 129280, "rope_theta": 10000, "scoring_func": "sigmoid", "topk_method": "noaux_tc",
-        "rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
-    },
-    "qwen3-30b": {
-        "architectures": ["Qwen3MoeForCausalLM"], "hidden_size": 2048, "num_hidden_layers": 4, "head_dim": 128,
-        "num_attention_heads": 32, "num_key_value_heads": 4, "intermediate_size": 6144, "num_experts": 128,
-        "num_experts_per_tok": 8, "moe_intermediate_size": 768, "norm_topk_prob": True, "vocab_size": 151936,
-        "rope_theta": 1e6,
-    },
-    "llama-405b": {
-        "architectures": ["LlamaForCausalLM"], "hidden_size": 16384, "num_hidden_layers": 2,
-        "num_attention_heads": 128, "num_key_value_heads": 8, "intermediate_size": 53248, "vocab_size": 128256,
-        "rope_theta": 500000.0,
-    },
-    "gemma3-27b": {
-        "architectures": ["Gemma3ForCausalLM"], "hidden_size": 5376, "num_hidden_layers": 6, "head_dim": 128,
-        "num_attention_heads": 32, "num_key_value_heads": 16, "intermediate_size": 21504, "vocab_size": 262208,
-        "query_pre_attn_scalar": 168, "sliding_window": 1024, "tie_word_embeddings": True,
-        "hidden_activation": "gelu_pytorch_tanh",
-    },
-    "command-r": {
-        "architectures": ["CohereForCausalLM"], "hidden_size": 8192, "num_hidden_layers": 2,
-        "num_attention_heads": 64, "num_key_value_heads": 64, "intermediate_size": 22528, "vocab_size": 256000,
-        "rope_theta": 8e6, "logit_scale": 0.0625, "layer_norm_eps": 1e-5, "tie_word_embeddings": True,
-    },
-    "bloom-7b": {
-        "architectures": ["BloomForCausalLM"], "hidden_size": 4096, "n_layer": 2, "n_head": 32,
-        "vocab_size": 250880, "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-    },
-    "falcon-40b": {
-        "architectures": ["FalconForCausalLM"], "hidden_size": 8192, "num_hidden_layers": 2,
-        "num_attention_heads": 128, "num_kv_heads": 8, "new_decoder_architecture": True, "vocab_size": 65024,
-        "layer_norm_epsilon": 1e-5, "tie_word_embeddings": True,
-    },
-}  # fmt: skip
-
-
-SHAPES["deepseek-r1-fp8"] = SHAPES["deepseek-r1"] | {"quantization_config": FP8}  # as it is published
-AWQ = {"quant_method": "awq", "bits": 4, "group_size": 128, "version": "gemm", "zero_point": True}
-GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True, "desc_act": True}
-SHAPES["mixtral-awq"] = SHAPES["mixtral"] | {"quantization_config": AWQ}
-SHAPES["qwen3-30b-awq"] = SHAPES["qwen3-30b"] | {"quantization_config": AWQ}
-SHAPES["qwen3-30b-gptq"] = SHAPES["qwen3-30b"] | {"quantization_config": GPTQ}
-SHAPES["gpt-oss-mxfp4"] = SHAPES["gpt-oss"] | {"quantization_config": {"quant_method": "mxfp4"}}
 
 
 class Slice:
@@ -161,7 +81,7 @@ class Slice:
             theirs = packed[name]
             for key, mine in module.named_parameters(recurse=False):
                 if key == "weight" and getattr(theirs, "words", None) is not None:
-                    mine.data.copy_(_of_groups(theirs.method))
+                    mine.data.copy_(of_groups(theirs.method))
                     continue
                 if isinstance(getattr(theirs, key), IntExpertWeight):
                     for expert in range(len(mine)):
@@ -169,10 +89,10 @@ class Slice:
                     continue
                 values, scale = getattr(theirs, key), getattr(theirs, f"{key}_scale", None)
                 if scale is None or values.ndim < 3:
-                    mine.data.copy_(values if scale is None else _unpacked(values, scale))
+                    mine.data.copy_(values if scale is None else unpacked(values, scale))
                     continue
                 for expert in range(len(values)):  # all at once would not fit
-                    mine.data[expert] = _unpacked(values[expert], scale[expert])
+                    mine.data[expert] = unpacked(values[expert], scale[expert])
 
     def metadata(self, counts: list[int], lengths: list[int], blocks: Tensor) -> tuple[AttentionMetadata, Tensor]:
         """Rows of `counts` new tokens, the last of `lengths`; and positions."""
@@ -202,133 +122,6 @@ class Slice:
         hidden = self.model(ids, None, positions, ForwardContext(self.backend, self.cache, metadata))
         last = torch.tensor(counts, device=self.device).cumsum(0) - 1
         return self.model.compute_logits(hidden[last])
-
-
-def _of_groups(method: Any) -> Tensor:
-    """What a linear layer of whole numbers means, inputs in their own order."""
-    made = packed_reference.dequantize(method._weight).float()
-    order = method._order_J
-    return made if order is None else torch.empty_like(made).index_copy_(1, order.long(), made)
-
-
-def _unpacked(values: Tensor, scale: Tensor) -> Tensor:
-    """What numbers of 4 or 8 bits mean; a scale for 32 of a row, for 128 x 128, or for a row."""
-    if values.dtype == torch.uint8:
-        return mxfp4.unpack(values.unflatten(-1, (-1, mxfp4.BLOCK // 2)), scale, torch.float32)
-    for axis in (-2, -1) if scale.ndim == values.ndim else ():
-        scale = scale.repeat_interleave(128, axis).narrow(axis, 0, values.shape[axis])
-    return values.float() * (scale if scale.ndim == values.ndim else scale[..., None])
-
-
-def plain_experts(x: Tensor, gate_up: Any, down: Any, ids: Tensor, weights: Tensor, **options: Any) -> Tensor:
-    """By definition; more than one row of experts in e4m3 are rounded before both products, as DeepSeek's are."""
-    is_e4m3 = isinstance(gate_up, Tensor) and gate_up.dtype == fp8_reference.E4M3
-    if not is_e4m3 or len(x) == 1 or x.itemsize != 2:
-        return moe_reference.experts(x, gate_up, down, ids, weights, **options)
-
-    def rounded(rows: Tensor) -> Tensor:
-        return fp8_reference.dequantize_rows(fp8_reference.quantize_rows(rows, fp8_reference.Rounding(128)), rows.dtype)
-
-    x, out = rounded(x), torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    for expert in set(ids.flatten().tolist()) - {-1}:
-        tokens, places = torch.where(ids == expert)
-        both, last = (
-            _unpacked(weight[expert], options[f"{name}_scale"][expert])
-            for name, weight in (("gate_up", gate_up), ("down", down))
-        )
-        made = moe_reference.swiglu((x[tokens].float() @ both.t()).to(x.dtype))
-        out.index_add_(0, tokens, (rounded(made).float() @ last.t()) * weights[tokens, places, None])
-    return out.to(x.dtype)
-
-
-def plain_fp8(
-    x: Tensor, weight: Any, bias: Tensor | None = None, *, rounding: Any = None, norm_weight_I: Tensor | None = None,
-    eps: float = 1e-6, residual_TO: Tensor | None = None, gated: bool = False, out_TO: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """`fp8_ops.fused_linear` by definition; more than one row is rounded."""
-    if rounding is None or len(x) <= fp8_ops.FEW_TOKENS:
-        made = fp8_reference.fused_linear(x, weight, bias, norm_weight_I=norm_weight_I, eps=eps, gated=gated)
-    else:
-        x = x if norm_weight_I is None else reference.rms_norm(x, norm_weight_I, eps)
-        made = fp8_reference.linear(fp8_reference.quantize_rows(x, rounding), weight, bias, x.dtype)
-        made = reference.silu_and_mul(made) if gated else made
-    if out_TO is not None:
-        return out_TO.copy_(made)
-    return made if residual_TO is None else residual_TO.add_(made)
-
-
-def plain_int(
-    x: Tensor, weight: Any, bias: Tensor | None = None, *, residual_TO: Tensor | None = None, gated: bool = False,
-    out_TO: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """`packed_linear.linear` by definition."""
-    made = packed_reference.linear(x, weight, bias)
-    made = reference.silu_and_mul(made) if gated else made
-    if out_TO is not None:
-        return out_TO.copy_(made)
-    return made if residual_TO is None else residual_TO.add_(made)
-
-
-@contextmanager
-def plain_torch(choices: Iterator[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Every operation by its definition, experts as they were chosen before."""
-
-    def by_definition(definition: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        known = inspect.signature(definition).parameters  # bounds and hints for launches are no part of a meaning
-
-        def run(*args: Any, **options: Any) -> Tensor:
-            out = options.pop("out_RNH", options.pop("out_TNH", options.pop("out_TD", None)))
-            made = definition(*args, **{key: value for key, value in options.items() if key in known})
-            return made if out is None else out.copy_(made)
-
-        return run
-
-    def drop_hints(definition: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def run(*args: Any, average: int | None = None, out_TD: Tensor | None = None, **options: Any) -> Tensor:
-            made = definition(*args, **options)
-            return made if out_TD is None else out_TD.copy_(made)
-
-        return run
-
-    replaced: list[tuple[Any, str, Any]] = [
-        (ops, name, by_definition(getattr(reference, name)))
-        for name in (
-            "rms_norm", "add_rms_norm", "silu_and_mul", "gelu_and_mul", "apply_rotary", "rope_and_store",
-            "paged_attention", "decode_attention", "prefill_attention", "fused_linear",
-        )
-    ]  # fmt: skip
-    replaced += [(mla_ops, name, by_definition(getattr(mla_reference, name))) for name in ("store_latent", "decode")]
-    replaced += [(moe_ops, "experts", drop_hints(plain_experts))]
-    replaced += [(fp8_ops, "fused_linear", plain_fp8), (packed_linear, "linear", plain_int)]
-    replaced += [
-        (fp8_ops, name, getattr(fp8_reference, name))
-        for name in ("quantize_rows", "norm_and_quantize", "gate_and_quantize", "linear")
-    ]
-    replaced += [(moe_ops, "choose_experts", lambda *args, **options: next(choices))]
-    kept = [(module, name, getattr(module, name)) for module, name, _ in replaced]
-    for module, name, definition in replaced:
-        setattr(module, name, definition)
-    try:
-        yield
-    finally:
-        for module, name, before in kept:
-            setattr(module, name, before)
-
-
-@contextmanager
-def remembered(choices: list[tuple[Tensor, Tensor]]) -> Iterator[None]:
-    """Keep which experts were chosen."""
-    choose = moe_ops.choose_experts
-
-    def run(*args: Any, **options: Any) -> tuple[Tensor, Tensor]:
-        choices.append(choose(*args, **options))
-        return choices[-1]
-
-    moe_ops.choose_experts = run
-    try:
-        yield
-    finally:
-        moe_ops.choose_experts = choose
 
 
 def check(name: str, device: torch.device, *, narrow: int) -> tuple[Slice, dict[str, Any]]:
@@ -485,13 +278,6 @@ def main() -> int:
             torch.cuda.empty_cache()
     print(f"# failed: {', '.join(failed) or 'none'}", flush=True)
     return bool(failed)
-
-
-def narrowed(shape: dict[str, Any], by: int) -> dict[str, Any]:
-    """The same, with all widths and the vocabulary divided."""
-    keys = ("hidden_size", "intermediate_size", "vocab_size", "moe_intermediate_size", "kv_lora_rank", "q_lora_rank")
-    keys += ("num_attention_heads", "num_key_value_heads", "num_kv_heads", "n_head")
-    return {key: max(1, value // by) if key in keys else value for key, value in shape.items()}
 
 
 if __name__ == "__main__":
