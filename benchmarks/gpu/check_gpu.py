@@ -8,6 +8,7 @@ import itertools
 import random
 import sys
 import tempfile
+import time
 from pathlib import Path
 
 import torch
@@ -58,13 +59,17 @@ WAYS = {"e": "sum", "a": "all_to_all"}  # of tokens to whole experts on other ra
 
 
 def reference(folder: str, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
-    """Greedy continuations by transformers, one prompt at a time, in float32 on the CPU."""
+    """Greedy continuations by transformers in float32 on the CPU: prompts of one length at once, others one by one."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    equal = len({len(prompt) for prompt in prompts}) == 1
     answers = []
-    for prompt in prompts:
-        ids = torch.tensor([prompt])
-        out = model.generate(ids, max_new_tokens=num_tokens, min_new_tokens=num_tokens, do_sample=False)
-        answers.append(out[0, len(prompt) :].tolist())
+    for rows in [prompts] if equal else [[prompt] for prompt in prompts]:
+        ids = torch.tensor(rows)
+        out = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, min_new_tokens=num_tokens,
+            do_sample=False,
+        )  # fmt: skip
+        answers += out[:, ids.shape[1] :].tolist()
     return answers
 
 
@@ -78,7 +83,7 @@ def swapped(folder: str, layout: str, backend: str, want: list[list[int]]) -> bo
     """Sixteen long answers in room for three, in two rounds: they swap, nothing is computed twice, and each answer is
     that of transformers (`want`) or, where two tokens are as likely but for rounding, of the same engine with room."""
     tp_size, pp_size = map(int, layout.split("x"))
-    prompts, said, plain = swap_prompts(), list[list[list[int]]](), want
+    prompts, said, plain, began = swap_prompts(), list[list[list[int]]](), want, time.perf_counter()
     for memory in ({"num_gpu_blocks_override": 24, "swap_space": 1}, {}):
         if not memory and all(ids == want for ids in said):
             break
@@ -87,6 +92,7 @@ def swapped(folder: str, layout: str, backend: str, want: list[list[int]]) -> bo
             skip_tokenizer_init=True, distributed_executor_backend=backend, max_num_seqs=16,
             max_num_batched_tokens=256, max_model_len=256, gpu_memory_utilization=0.2, **memory,
         ) as llm:  # fmt: skip
+            print(f"         {layout} ready after {time.perf_counter() - began:.1f} s", flush=True)
             params = SamplingParams(temperature=0.0, max_tokens=72, ignore_eos=True, detokenize=False)
             found = [
                 [list(o.outputs[0].token_ids) for o in llm.generate(prompts, params, use_tqdm=False)]
