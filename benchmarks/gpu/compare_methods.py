@@ -28,7 +28,7 @@ FORMATS: dict[str, tuple[str | None, dict[str, object]]] = {  # (--quantization,
 def measure(name: str, model: str, batches: list[int], context: int, top: int) -> None:
     """One format, in this process."""
     import torch
-    from profile_step import decode, make_runner, show, start_rows, timed
+    from profile_step import decode, make_runner, show, start_rows, timed, timeline
 
     quantization, config = FORMATS[name]
     runner = make_runner(model, max(batches), context, quantization=quantization, checkpoint=config)
@@ -49,6 +49,7 @@ def measure(name: str, model: str, batches: list[int], context: int, top: int) -
         print(json.dumps(row), flush=True)
         if top:
             show(lambda batch=batch: graphs.run(batch), top)  # type: ignore[misc]
+            timeline(lambda batch=batch: graphs.run(batch))  # type: ignore[misc]
 
 
 def main() -> int:
@@ -58,7 +59,9 @@ def main() -> int:
     parser.add_argument("--format", nargs="+", choices=sorted(FORMATS), default=list(FORMATS))
     parser.add_argument("--batch", type=int, nargs="+", default=[1, 8, 64, 256])
     parser.add_argument("--context", type=int, default=256)
-    parser.add_argument("--top", type=int, default=0, help="also print so many kernels of each step")
+    parser.add_argument(
+        "--top", type=int, default=0, help="also print so many kernels of each step, and a layer's in turn"
+    )
     parser.add_argument("--seconds", type=float, default=120.0, help="limit for one format")
     parser.add_argument("--output", help="append the JSON lines to this file")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)

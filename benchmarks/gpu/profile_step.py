@@ -7,6 +7,7 @@ Prints, for each batch, the graph's time a replay and the kernels of the eager s
 
 import argparse
 import json
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -185,6 +186,43 @@ def show(run: object, top: int) -> None:
         each = e.self_device_time_total / e.count
         print(f"   {share:6.1%} {e.self_device_time_total:9.0f} us {e.count:5} x {each:8.2f}  {e.key[:90]}")
     print(f"   kernels together {total:.0f} us", flush=True)
+
+
+def timeline(run: object) -> None:
+    """Where the time of one call goes, kernel after kernel: begin to begin of a layer's, medians over the layers.
+
+    Kernels overlap, so their lengths add up to more than the call; what one begins later than the one before it do not.
+    """
+    run()
+    torch.cuda.synchronize()
+    with profile(activities=[ProfilerActivity.CUDA]) as found:
+        run()
+        torch.cuda.synchronize()
+    kernels = sorted((e for e in found.events() if e.device_type == torch.autograd.DeviceType.CUDA),
+                     key=lambda e: e.time_range.start)  # fmt: skip
+    names = [e.name for e in kernels]
+    begins = [e.time_range.start for e in kernels]
+    lengths = [e.time_range.end - e.time_range.start for e in kernels]
+    middle = range(len(names) // 4, len(names) * 3 // 4)
+    period = next(
+        n for n in range(1, len(names)) if all(names[i] == names[i + n] for i in middle if i + n < len(names))
+    )
+    first = next(i for i in range(len(names) - period) if names[i : i + period] == names[i + period : i + 2 * period])
+    layers = next(n for n in range(1, len(names)) if names[first + n * period :][:period] != names[first:][:period])
+    each = (begins[first + (layers - 1) * period] - begins[first]) / (layers - 1)
+    whole, before = max(e.time_range.end for e in kernels) - begins[0], begins[first] - begins[0]
+    print(f"   first to last {whole:.1f} us, before the layers {before:.1f}, {layers} layers of {each:.2f}")
+    for place in range(period):
+        own = range(first + place, first + layers * period - 1, period)
+        steps = statistics.median(begins[i + 1] - begins[i] for i in own)
+        rest = statistics.median(begins[i + 1] - begins[i] - lengths[i] for i in own)
+        length = statistics.median(lengths[i] for i in own)
+        print(
+            f"   {steps:8.2f} us to the next, runs {length:7.2f}, idle after it {rest:7.2f}  {names[first + place][:60]}"
+        )
+    for i in range(first + layers * period, len(names)):
+        print(f"   {begins[i] - begins[i - 1]:8.2f} us after the one before, runs {lengths[i]:7.2f}  {names[i][:70]}")
+    print(flush=True)
 
 
 if __name__ == "__main__":
