@@ -151,7 +151,7 @@ def _matrix_kernel(
 
 # as `kernel` in the tuned sizes counts them
 KERNELS = (_vector_kernel, _matrix_kernel, _tiled_vector_kernel)
-SPLIT = 3  # in `gemv_split`
+SPLIT, AHEAD = 3, 4  # in `gemv_split`, in `gemv_ahead`
 
 
 def suits(x_TI: Tensor, weight_OI: Tensor) -> bool:
@@ -232,6 +232,13 @@ def fused_linear(
     if in_pieces:
         return gemv_split.linear(
             x_TI, weight_OI, bias_O, out_TO, sizes, gated=gated, residual=residual_TO is not None
+        )  # fmt: skip
+    if sizes["kernel"] == AHEAD:
+        from argosy.kernels import gemv_ahead  # in a language that not every version of Triton has
+
+        return gemv_ahead.linear(
+            x_TI, weight_OI, bias_O, out_TO, sizes, norm_weight_I=norm_weight_I, eps=eps, gated=gated,
+            residual=residual_TO is not None,
         )  # fmt: skip
     kernel, width, programs = KERNELS[sizes["kernel"]], sizes["width"], triton.cdiv(num_rows, rows)
     if sizes["kernel"] == 0:

@@ -9,7 +9,7 @@ inputs x outputs x tokens, "b" for blocks) is tuned alone; `kernel` says by whic
 import argparse
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -153,6 +153,10 @@ ONE: tuple[Sizes, ...] = (
     {"kernel": 2, "rows": 16, "width": 1024, "stages": 1, "warps": 8, "per_sm": 0},
     {"prefetch": 0}, {"prefetch": 1024}, {"prefetch": 8192}, {"early": 1},
 )  # fmt: skip
+AHEAD = (  # rows, warps, places of the ring, programs a multiprocessor; the second for rows of more than 8192
+    ((2, 4, 4, 4), (2, 4, 6, 2), (4, 4, 4, 2), (4, 8, 4, 2), (4, 8, 6, 1), (8, 8, 4, 1)),
+    ((1, 4, 4, 2), (1, 8, 4, 2), (1, 8, 6, 2), (1, 8, 6, 1), (2, 8, 4, 1)),
+)
 PIECES: Sizes = {"kernel": fp8_gemm.SPLIT, "rows": 64, "width": 256, "stages": 4, "warps": 4, "splits": 1}
 SEVERAL: tuple[Sizes, ...] = (
     PIECES, PIECES | {"splits": 2}, PIECES | {"splits": 4}, PIECES | {"width": 128, "stages": 6},
@@ -160,19 +164,28 @@ SEVERAL: tuple[Sizes, ...] = (
 )  # fmt: skip
 
 
-def tune_step(table: dict[str, dict[str, Sizes]]) -> None:
+def ones(num_in: int) -> Iterator[Sizes]:
+    """What is tried for one token of a layer."""
+    yield from ONE
+    for rows, warps, stages, per_sm in AHEAD[num_in > 8192]:
+        yield {"kernel": fp8_gemv.AHEAD, "rows": rows, "width": tuning.next_power_of_two(num_in), "stages": stages,
+               "warps": warps, "per_sm": per_sm, "early": 0, "prefetch": 0}  # fmt: skip
+    yield {"early": 2}
+
+
+def tune_step(table: dict[str, dict[str, Sizes]], rows_asked: Sequence[int] = (1, 8, 64)) -> None:
     """Choose by the time of six layers of the 8b shape, where neighbours share the card."""
     tuning.pick = lambda kernel, key, device: table.get(kernel, {}).get(key)  # type: ignore[assignment]
     hidden, _, *shape = STEPS["8b"]
     chain = Fp8Step(hidden, 6, *shape)
-    for rows in (1, 8, 64):
+    for rows in rows_asked:
         run = chain.of(rows)
         now = microseconds([run], launches=1)[0]
         print(f"step 8b rows {rows}: {now:.1f} us of 6 layers with the best alone", flush=True)
-        kernel, changes = ("fp8_gemv", ONE) if rows == 1 else ("fp8_gemm", SEVERAL)
+        kernel = "fp8_gemv" if rows == 1 else "fp8_gemm"
         for layer, (num_in, num_out) in chain.shapes.items():
             key = f"{num_in}x{num_out}x{1 if rows == 1 else fp8_gemm.bucket(rows)}"
-            for change in changes:
+            for change in ones(num_in) if rows == 1 else SEVERAL:
                 before = table[kernel][key]
                 if (change.get("kernel") == 0 and num_in > 4096) or before | change == before:
                     continue
@@ -194,9 +207,11 @@ def main() -> None:
     """The step alone, from sizes that were tuned before."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", required=True, help="the file of sizes to read and to write")
-    path = Path(parser.parse_args().out)
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64])
+    args = parser.parse_args()
+    path = Path(args.out)
     table = json.loads(path.read_text())
-    tune_step(table)
+    tune_step(table, args.rows)
     path.write_text(json.dumps(table, indent=1, sort_keys=True))
 
 

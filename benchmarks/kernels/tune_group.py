@@ -81,6 +81,18 @@ def split_sizes(tokens: int, num_in: int, num_rows: int) -> Iterator[Sizes]:
                                "splits": splits, "prefetch": 512, "early": 0, "library": 0}  # fmt: skip
 
 
+def ahead_sizes(num_in: int, item: int = 2) -> Iterator[Sizes]:
+    """Of `gemv_ahead` for weights of `item` bytes: as much of the chip's memory as two kernels can have at a time."""
+    width = tuning.next_power_of_two(num_in)
+    for rows, warps in itertools.product((1, 2, 4, 8, 16), (4, 8)):
+        if rows * width // (32 * warps) not in (32, 64, 128):
+            continue
+        for stages, per_sm in itertools.product((3, 4, 6), (1, 2, 4)):
+            if 64 << 10 <= per_sm * stages * rows * width * item <= 200 << 10:
+                yield {"kernel": gemv.AHEAD, "rows": rows, "width": width, "stages": stages, "warps": warps,
+                       "per_sm": per_sm, "prefetch": 0, "early": 0, "library": 0}  # fmt: skip
+
+
 def compile_part(index: int, of: int, rows_asked: list[int]) -> None:
     """Every kernel that will be timed, for all models, run once; this process does each `of`-th."""
     seen: set[str] = set()
@@ -89,7 +101,7 @@ def compile_part(index: int, of: int, rows_asked: list[int]) -> None:
     def try_once(rows: int, num_in: int, num_out: int, sizes: Sizes, gated: bool) -> None:
         # what the same kernel is compiled for: all numbers here are divisible by 16
         prefetch = min(sizes["prefetch"], 1 << (num_in // sizes.get("splits", 1) * 2).bit_length() - 1)
-        facts = sizes | {"splits": sizes.get("splits", 1) > 1, "prefetch": prefetch}
+        facts = sizes | {"splits": sizes.get("splits", 1) > 1, "prefetch": prefetch, "per_sm": 0}
         key = json.dumps([gemv.bucket(rows), gated, num_in % sizes["width"], facts])
         if key in seen:
             return
@@ -110,7 +122,7 @@ def compile_part(index: int, of: int, rows_asked: list[int]) -> None:
             for sizes in [dict(tuned) | {"library": 0}] if tuned else []:
                 for one in (sizes, *ahead_of(sizes, num_in)):
                     try_once(rows, num_in, num_out, one, gated)
-            for sizes in split_sizes(rows, num_in, num_out) if rows > 1 else ():
+            for sizes in split_sizes(rows, num_in, num_out) if rows > 1 else ahead_sizes(num_in):
                 for one in (sizes, *ahead_of(sizes, num_in)):
                     try_once(rows, num_in, num_out, one, gated)
     for number, (sizes, layout) in enumerate(itertools.product(ATTENTION, LAYOUTS[1:])):
@@ -155,7 +167,7 @@ def alone(shape: tuple[int, int, bool], rows: int, name: str) -> tuple[float, li
     by_library = microseconds([lambda w=w: library(w) for w in weights], launches=launches, replays=3)[0]
     times: list[tuple[float, Sizes]] = []
     tuned = tuning.pick("gemv", f"{num_in}x{num_out}x{gemv.bucket(rows)}", x.device)
-    tries = [*split_sizes(rows, num_in, num_out)] if rows > 1 else []  # of one token what was tuned alone stays
+    tries = split_sizes(rows, num_in, num_out) if rows > 1 else ahead_sizes(num_in)
     for sizes in [*([dict(tuned) | {"library": 0}] if tuned and tuned["kernel"] != gemv.SPLIT else []), *tries]:
         calls = [lambda w=w: gemv.fused_linear(x, w, sizes=sizes, gated=gated) for w in weights]
         try:
@@ -262,11 +274,9 @@ def ahead_of(sizes: Sizes, num_in: int) -> list[Sizes]:
         return []
     if sizes["kernel"] == gemv.SPLIT:
         return [sizes | {"prefetch": prefetch} for prefetch in (0, 2048)]
-    whole = {"prefetch": 1 << (2 * num_in).bit_length()}
-    found = [sizes | {"prefetch": 0}, sizes | whole]
-    if sizes["kernel"] in gemv.WALKS:
-        found += [sizes | whole | {"ahead": ahead} for ahead in (2, 4, 8)]
-    return found
+    if sizes["kernel"] == gemv.AHEAD:
+        return [sizes | {"early": early} for early in (1, 2)]
+    return [sizes | {"prefetch": 0}, sizes | {"prefetch": 1 << (2 * num_in).bit_length()}]
 
 
 def tune_chain(

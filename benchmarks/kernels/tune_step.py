@@ -1,4 +1,4 @@
-"""Sizes of products of 2 to 64 tokens on one card, chosen by the time of a step.
+"""Sizes of products of 1 to 64 tokens on one card, chosen by the time of a step.
 
     python benchmarks/kernels/tune_step.py --model 8b --out FILE
 
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from bench_kernels import STEPS, Step, rand
 from timing import copies_for, microseconds
 from torch import Tensor
-from tune_group import LIBRARY, short
+from tune_group import LIBRARY, ahead_sizes, short
 
 from argosy.kernels import gemv, ops, tuning
 
@@ -38,6 +38,9 @@ SPLITS = (  # rows, width, stages, pieces of the inputs: those that were among t
 def candidates(rows: int, shape: Shape) -> Iterator[Sizes]:
     """What may be the fastest for so many tokens."""
     _, num_in, num_out = shape
+    if rows == 1:
+        yield from ahead_sizes(num_in)
+        return
     if rows <= gemv.MAX_TOKENS:
         tuned = tuning.pick("gemv", f"{num_in}x{num_out}x{gemv.MAX_TOKENS}", torch.device("cuda", 0))
         if tuned:
@@ -90,7 +93,7 @@ def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
         weight: Tensor | None = None
         for rows in args.rows:
             for sizes in candidates(rows, shape):
-                facts = sizes | {"splits": int(sizes.get("splits", 1) > 1), "tokens": gemv.bucket(rows)}
+                facts = sizes | {"splits": int(sizes.get("splits", 1) > 1), "tokens": gemv.bucket(rows), "per_sm": 0}
                 kind = [shape[0] == "gate_up", shape[0] in ("o", "down"), shape[1] % sizes["width"] == 0]
                 key = json.dumps([facts, kind])
                 if key in seen:
@@ -134,7 +137,7 @@ def tune(chain: Step, rows: int, table: dict[str, dict[str, Sizes]], ranked: dic
             old = table["gemv"].get(key)
             tries = ranked[f"{name} {rows}"]
             if turn:
-                tries = [] if old is None or old.get("library") else [{**old, **c} for c in CHANGES]
+                tries = [] if old is None or old.get("library") else [{**old, **c} for c in changes_of(old)]
             for sizes in tries:
                 old = table["gemv"].get(key)
                 table["gemv"][key] = sizes
@@ -150,7 +153,11 @@ def tune(chain: Step, rows: int, table: dict[str, dict[str, Sizes]], ranked: dic
     print(f"{rows} rows: {before:.1f} -> {now:.1f} us of {LAYERS} layers and a head", flush=True)
 
 
-CHANGES: tuple[Sizes, ...] = ({"prefetch": 0}, {"prefetch": 2048}, {"early": 1})
+def changes_of(sizes: Sizes) -> tuple[Sizes, ...]:
+    """What is tried with sizes that were the best: when weights are asked for, and when a successor may start."""
+    if sizes["kernel"] == gemv.AHEAD:
+        return ({"early": 1}, {"early": 2})
+    return ({"prefetch": 0}, {"prefetch": 2048}, {"early": 1})
 
 
 def main() -> int:

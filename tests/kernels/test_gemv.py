@@ -66,6 +66,43 @@ def test_linear_in_pieces_of_the_inputs(
         assert_near(got, want)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("fused", ["norm", "gate", "residual", "all"])
+@pytest.mark.parametrize(
+    ("num_inputs", "num_outputs", "rows", "width", "stages", "warps", "early"),
+    [
+        (448, 200, 2, 512, 3, 4, 1), (4096, 6144, 4, 4096, 3, 8, 2), (7168, 4096, 1, 8192, 6, 4, 0),
+        (1024, 600, 16, 1024, 4, 4, 0),
+    ],
+)  # fmt: skip
+def test_one_token_by_weights_that_were_asked_for_ahead(
+    num_inputs: int, num_outputs: int, rows: int, width: int, stages: int, warps: int, early: int, fused: str,
+    device: torch.device, assert_near: Near,
+) -> None:  # fmt: skip
+    """Rows that do not fill the ring's width, fewer tiles than places, more than one round of programs; three launches
+    behind each other, each reading what the one before wrote: only weights may be asked for before it ended."""
+    sizes = {"kernel": gemv.AHEAD, "rows": rows, "width": width, "stages": stages, "warps": warps, "per_sm": 1}
+    sizes |= {"early": early, "prefetch": 0}
+    gated = fused in ("gate", "all")
+    weight = (torch.randn(num_outputs, num_inputs, device=device) / num_inputs**0.5).bfloat16()
+    back = (torch.randn(num_inputs, num_outputs // (2 if gated else 1), device=device) / 32).bfloat16()
+    bias = torch.randn(num_outputs, device=device).bfloat16() if fused in ("bias", "all") else None
+    norm = torch.randn(num_inputs, device=device).bfloat16() if fused in ("norm", "all") else None
+    x = torch.randn(1, num_inputs, device=device).bfloat16()
+    for _ in range(3):
+        residual = None
+        if fused in ("residual", "all"):
+            residual = torch.randn(1, back.shape[1], device=device).bfloat16()
+        exact = [None if y is None else y.double().cpu() for y in (x, weight, bias, norm, residual)]
+        want = reference.fused_linear(*exact[:3], norm_weight_I=exact[3], residual_TO=exact[4], gated=gated)
+        got = gemv.fused_linear(
+            x, weight, bias, norm_weight_I=norm, residual_TO=residual, gated=gated, sizes=sizes
+        )  # fmt: skip
+        assert residual is None or got is residual
+        assert_near(got, want)
+        x = torch.nn.functional.linear(got, back).clamp_(-4, 4)
+
+
 def test_only_a_few_16_bit_tokens_suit() -> None:
     weight = torch.zeros(8, 64, dtype=torch.float16)
     assert gemv.suits(torch.zeros(16, 64, dtype=torch.float16), weight)
