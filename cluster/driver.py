@@ -13,6 +13,7 @@ import msgspec
 from argosy.cluster.admission import check_request
 from argosy.cluster.clock import Clock
 from argosy.cluster.executor import Executor, ExecutorEvent
+from argosy.cluster.gathering import Gathering
 from argosy.cluster.metrics import Metrics
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import (
@@ -27,6 +28,7 @@ from argosy.cluster.protocol.errors import (
 )
 from argosy.cluster.protocol.messages import (
     AbortRequest,
+    Burst,
     Drain,
     EngineInfo,
     FromEdge,
@@ -108,6 +110,7 @@ class Driver:
         self._deadlines: list[tuple[float, int, _Stream]] = []
         self._progress_seconds = clock.now()
         self._step_id = 0
+        self._gathering = Gathering(config, self.scheduler.most_waiting_tokens)
 
     # ------------------------------------------------------------------------------------------------- state
 
@@ -128,9 +131,10 @@ class Driver:
 
     def next_deadline_seconds(self) -> float:
         """How long the loop may sleep at most."""
-        if not self._deadlines:
-            return _NEVER
-        return min(max(self._deadlines[0][0] - self._clock.now(), 0.0), _NEVER)
+        seconds = max(self._deadlines[0][0] - self._clock.now(), 0.0) if self._deadlines else _NEVER
+        if self._gathering.is_open and self.replica.is_ready:
+            seconds = min(seconds, self._gathering.seconds_left(self._clock.now()))
+        return min(seconds, _NEVER)
 
     def take_outbox(self) -> list[tuple[int, ToEdge]]:
         """The messages to edges since the last call, in order."""
@@ -150,13 +154,13 @@ class Driver:
 
     def on_edge_message(self, edge_id: int, message: FromEdge) -> None:
         """An edge wants something. Who it is was checked by the loop."""
-        edge = self._edges.get(edge_id)
-        if edge is None:
-            edge = self._edges[edge_id] = _Edge(edge_id)
+        edge = self._edges.get(edge_id) or self._edges.setdefault(edge_id, _Edge(edge_id))
         if isinstance(message, GenerateRequest):
             self._generate(edge, message)
         elif isinstance(message, AbortRequest):
             self._abort(edge, message)
+        elif isinstance(message, Burst):
+            self._gathering.note(edge_id, message, self._clock.now())
         elif isinstance(message, StatsRequest):
             self._outbox.append((edge_id, self.stats(message.known_names)))
         elif isinstance(message, ResetPrefixCache):
@@ -174,6 +178,7 @@ class Driver:
             return
         for stream in list(edge.streams.values()):
             self._end_stream(stream, FinishReason.ABORT, RequestAborted())
+        self._gathering.end(edge_id)
         del self._edges[edge_id]
         self._outbox = [(to, message) for to, message in self._outbox if to != edge_id]
 
@@ -190,17 +195,20 @@ class Driver:
             self._flush()
 
     def advance(self) -> None:
-        """Let deadlines pass, then send as many steps as may be in flight."""
+        """Let deadlines pass, then send as many steps as may be in flight. Idle, wait for the rest of a burst."""
         if self._deadlines and self._deadlines[0][0] <= self._clock.now():
             self._pass_deadlines()
         if not self.replica.is_ready:
             return
         scheduler = self.scheduler
+        if self._gathering.is_open and scheduler.is_idle and self._gathering.seconds_left(self._clock.now()) > 0.0:
+            return
+        self._gathering.close()
         while scheduler.num_steps_in_flight < scheduler.max_steps_in_flight:
             if (output := scheduler.schedule()) is None:
                 break
-            if scheduler.num_steps_in_flight == 1:
-                self._progress_seconds = self._clock.now()  # it was idle until now
+            if scheduler.num_steps_in_flight == 1:  # it was idle until now
+                self._progress_seconds = self._clock.now()
             self._executor.submit(output)
         self._settle()
 
@@ -226,6 +234,7 @@ class Driver:
             owner=stream,
         )
         stream.num_open = message.n
+        self._gathering.add(message)
         edge.streams[message.stream_id] = stream
         self._remember_deadline(now + stream.seconds, stream)
         self.scheduler.add(list(stream.requests))

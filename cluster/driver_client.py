@@ -1,7 +1,9 @@
 """An edge's connection to the driver: requests out, tokens in, for asyncio.
 
-One connection carries all of an edge's requests. The driver sends one message a step with the tokens of all of them; it
-is decoded once, its parts go to the streams they belong to, and each stream that waits is woken once.
+One connection carries all of an edge's requests. Those made in one pass of the event loop go out together, and say so,
+since a driver with nothing to do had better begin with all of them. The driver sends one message a step with the tokens
+of all its requests; it is decoded once, its parts go to the streams they belong to, and each stream that waits is woken
+once.
 """
 
 import asyncio
@@ -9,12 +11,13 @@ import os
 import secrets
 from collections import deque
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from argosy.cluster.protocol.channel import FrameReader, encode_frame, open_socket, tune_socket
 from argosy.cluster.protocol.errors import ChannelClosed, StartupTimeout
 from argosy.cluster.protocol.messages import (
     AbortRequest,
+    Burst,
     Drain,
     EngineInfo,
     GenerateRequest,
@@ -30,7 +33,8 @@ from argosy.cluster.protocol.messages import (
 )
 from argosy.cluster.protocol.sampling import FinishReason, TokenParams
 
-_ANSWER_SECONDS = 10.0  # to a question that the driver's loop answers between two steps
+_ANSWER_SECONDS: Final = 10.0  # to a question that the driver's loop answers between two steps
+_HELD_BYTES: Final = 32 * 1024  # of requests that wait for others of their burst: the driver can begin with so many
 
 
 class TokenStream:
@@ -115,6 +119,8 @@ class DriverClient:
         self._welcome: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stats_waiters: deque[asyncio.Future[StatsReply]] = deque()
         self._reset_waiters: deque[asyncio.Future[bool]] = deque()
+        self._held = bytearray()  # requests of this pass of the event loop, as frames
+        self._is_flush_due = self._in_burst = False
         self.closed = False
         self.closed_reason = ""
         self.on_closed: asyncio.Event = asyncio.Event()
@@ -173,7 +179,7 @@ class DriverClient:
             deadline_seconds=deadline_seconds,
             generated_token_ids=generated_token_ids,
         )
-        self.send(request)
+        self._hold(encode_frame(request))
         self._streams[stream.stream_id] = stream
         return stream
 
@@ -215,10 +221,41 @@ class DriverClient:
         return len(self._streams)
 
     def send(self, message: object) -> None:
-        """Queue a message to the driver; never waits."""
+        """Queue a message to the driver, behind the requests so far; never waits."""
         if self.closed or self._transport is None:
             raise ChannelClosed(self.closed_reason or "the connection is not open")
+        self._end_burst()
         self._transport.write(encode_frame(message))
+
+    def _hold(self, frame: bytearray) -> None:
+        """Keep a request until this pass of the event loop is over, or enough of them are there."""
+        assert self._transport is not None
+        if not self._is_flush_due:
+            self._is_flush_due = True
+            asyncio.get_running_loop().call_soon(self._flush)
+        if self._held and not self._in_burst:
+            self._in_burst = True
+            self._transport.write(encode_frame(Burst(begins=True)) + self._held)
+            self._held.clear()
+        self._held += frame
+        if self._in_burst and len(self._held) >= _HELD_BYTES:
+            self._transport.write(bytes(self._held))
+            self._held.clear()
+
+    def _flush(self) -> None:
+        self._is_flush_due = False
+        if not self.closed:
+            self._end_burst()
+
+    def _end_burst(self) -> None:
+        """Send what is held; nothing more belongs to it."""
+        if self._in_burst:
+            self._held += encode_frame(Burst(begins=False))
+            self._in_burst = False
+        if self._held:
+            assert self._transport is not None
+            self._transport.write(bytes(self._held))
+            self._held.clear()
 
     async def _ask(self, question: object, waiters: "deque[asyncio.Future[Any]]", timeout_seconds: float) -> Any:
         waiter: asyncio.Future[Any] = asyncio.get_running_loop().create_future()

@@ -58,6 +58,11 @@ class Residents:
         return len(self._running)
 
     @property
+    def is_idle(self) -> bool:
+        """Whether nothing is on the ranks, under way to them, or in flight."""
+        return not (self._running or self._in_flight or self.host.loading)
+
+    @property
     def num_waiting(self) -> int:
         """Requests in the queue."""
         return len(self.queue)

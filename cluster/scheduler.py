@@ -40,6 +40,11 @@ class Scheduler(Residents):
         if self._num_stages > 1:
             self._shares = MicroBatches(self._num_stages, self._max_tokens, is_async=scheduler.async_scheduling)
 
+    @property
+    def most_waiting_tokens(self) -> int:
+        """Waiting tokens of prompts beyond so many make no difference to the next step."""
+        return self._max_tokens if self._shares is None else self._shares.most_tokens
+
     def schedule(self) -> SchedulerOutput | None:
         """The next step, or None when there is nothing to compute now."""
         if self._running.is_stale:

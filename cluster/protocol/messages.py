@@ -1,6 +1,6 @@
 """What processes say to each other: frozen values, no tensors, msgpack on the wire with a fixed schema.
 
-    edge    -> driver   Hello, GenerateRequest, AbortRequest, StatsRequest, ResetPrefixCache, Drain
+    edge    -> driver   Hello, GenerateRequest, Burst, AbortRequest, StatsRequest, ResetPrefixCache, Drain
     driver  -> edge     Welcome, TokenDeltas, StatsReply, PrefixCacheReset
     rank    -> driver   Hello, WorkerProgress, WorkerReport, WorkerReady, ModelRunnerOutput, WorkerError, Pong
     driver  -> rank     StartWorker, AllocateCache, SchedulerOutput, Ping, StopWorker
@@ -87,6 +87,15 @@ class GenerateRequest(_Message, frozen=True):
     cache_salt: str = ""
     deadline_seconds: float | None = None  # from arrival at the driver
     generated_token_ids: Sequence[Sequence[int]] = ()
+
+
+class Burst(_Message, frozen=True):
+    """Edge -> driver: requests that were made together follow, or all of them have been sent.
+
+    A driver with nothing to do waits a moment for the rest of them (`cluster.gathering`).
+    """
+
+    begins: bool
 
 
 class AbortRequest(_Message, frozen=True):
@@ -335,7 +344,7 @@ class ModelRunnerOutput(_Message, frozen=True):
     swap_seconds: tuple[float, float] = (0.0, 0.0)  # of copies out and in that ended since the last answer
 
 
-FromEdge: TypeAlias = Hello | GenerateRequest | AbortRequest | StatsRequest | ResetPrefixCache | Drain
+FromEdge: TypeAlias = Hello | GenerateRequest | Burst | AbortRequest | StatsRequest | ResetPrefixCache | Drain
 ToEdge: TypeAlias = Welcome | TokenDeltas | StatsReply | PrefixCacheReset
 FromRank: TypeAlias = Hello | WorkerProgress | WorkerReport | WorkerReady | ModelRunnerOutput | WorkerError | Pong
 ToRank: TypeAlias = StartWorker | AllocateCache | SchedulerOutput | Ping | StopWorker

@@ -15,7 +15,16 @@ from argosy.cluster.driver_loop import MAX_EDGE_PENDING_BYTES, DriverLoop
 from argosy.cluster.protocol.channel import Channel, encode_frame, open_socket
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ChannelClosed, ConfigError, StartupTimeout
-from argosy.cluster.protocol.messages import EngineInfo, GenerateRequest, Hello, StatsRequest, ToEdge, ToRank, Welcome
+from argosy.cluster.protocol.messages import (
+    EngineInfo,
+    GenerateRequest,
+    Hello,
+    SchedulerOutput,
+    StatsRequest,
+    ToEdge,
+    ToRank,
+    Welcome,
+)
 from argosy.cluster.protocol.sampling import FinishReason, TokenParams
 from argosy.cluster.rank_processes import RankDoor
 from argosy.placement.plan import make_plan
@@ -31,6 +40,7 @@ class ThreadRanks:
         self.rendezvous = "127.0.0.1:1"
         self.channels: list[Channel] = []
         self.threads: list[threading.Thread] = []
+        self.rows: list[int] = []  # of each step
         self.may_start = threading.Event()
         self.may_start.set()
         self.refuse: Exception | None = None
@@ -41,7 +51,15 @@ class ThreadRanks:
             raise self.refuse
         channel = Channel.connect(door.unix, ToRank)
         channel.send(Hello(role="rank", secret=door.secret, global_rank=0))
-        thread = threading.Thread(target=ZeroCostRank(make_plan(1, 1, 1).ranks[0], channel).serve)
+        rank = ZeroCostRank(make_plan(1, 1, 1).ranks[0], channel)
+        step = rank.step
+
+        def noted(output: SchedulerOutput) -> list[int]:
+            self.rows.append(len(output.rows))
+            return step(output)
+
+        rank.step = noted  # type: ignore[method-assign]
+        thread = threading.Thread(target=rank.serve)
         thread.start()
         self.channels.append(channel)
         self.threads.append(thread)
@@ -140,6 +158,20 @@ def test_many_streams_share_one_connection_and_each_gets_its_own(running: Runnin
             assert (token_ids, reason) == (expected(first, 3, 30), FinishReason.LENGTH)
         assert client.num_streams == 0
         assert (await client.stats()).healthy
+
+    edge(body, running)
+
+
+def test_requests_that_are_made_together_begin_together(running: Running) -> None:
+    """More than the socket gives in one read; the driver is idle, and its first step holds all of them."""
+    running.start()
+
+    async def body(client: DriverClient) -> None:
+        prompts = [[first, *range(500, 530)] for first in range(64)]
+        streams = [client.submit(prompt, TokenParams(max_tokens=3)) for prompt in prompts]
+        for prompt, (token_ids, _) in zip(prompts, await asyncio.gather(*map(tokens_of, streams)), strict=True):
+            assert token_ids == expected(prompt[0], len(prompt), 3)
+        assert running.ranks.rows == [64, 64, 64]
 
     edge(body, running)
 
