@@ -10,6 +10,7 @@ the edge that need a mask.
             |<--- tiles without a mask -------->|<- masked ->|
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from argosy.kernels import tuning
+from argosy.kernels import kv_unpack, tuning
 from argosy.kernels.attention_parts import cache_suffix, check_caches, for_cache
 from argosy.kernels.kv_scale_parts import (
     code_place,
@@ -276,6 +277,7 @@ def prefill_attention(
     kv_scales: tuple[float, float] = (1.0, 1.0),
     out_TNH: Tensor | None = None,
     scratch: dict[Any, Any] | None = None,
+    num_context_tokens: int = 0,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
     """Shapes as in `ops.prefill_attention`; tokens of q may be strided. Tokens past the last row are not written.
@@ -301,20 +303,28 @@ def prefill_attention(
     many = "prefixed" if prefixed else "many"
     kind = "long" if mean_queries >= 1024 else many if mean_queries * group >= 128 else "few"
     plain = sliding_window is None and soft_cap is None and alibi_slopes_N is None and sinks_N is None
-    if plain and sizes is None:
-        hopper = _hopper_sizes(q_TNH, k_cache_BSKH, kind)
-        if hopper is not None:
-            from argosy.kernels import hopper_attention as special
-            from argosy.kernels import prompt_tiles
+    hopper = _hopper_sizes(q_TNH, k_cache_BSKH, kind) if plain and sizes is None else None
+    if sizes is None and kv_unpack.pays(
+        q_TNH, k_cache_BSKH, num_rows, num_context_tokens, window=sliding_window, special=hopper is not None
+    ):
+        return kv_unpack.attend(
+            partial(prefill_attention, scale=scale, soft_cap=soft_cap, kv_scales=kv_scales), q_TNH, k_cache_BSKH,
+            v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, num_context_tokens=num_context_tokens,
+            out_TNH=out_TNH, scratch={} if scratch is None else scratch, sliding_window=sliding_window,
+            alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+        )  # fmt: skip
+    if hopper is not None:
+        from argosy.kernels import hopper_attention as special
+        from argosy.kernels import prompt_tiles
 
-            block_q = special.block_q_of(q_TNH, k_cache_BSKH)
-            scratch = {} if scratch is None else scratch
-            if ("tiles", block_q) not in scratch:
-                scratch["tiles", block_q] = prompt_tiles.plan_tiles(query_start_R1, context_len_R, num_tokens, block_q)
-            return special.hopper_attention(
-                q_TNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, scratch["tiles", block_q], out_TNH, scale=scale,
-                kv_scales=kv_scales, sizes=hopper,
-            )  # fmt: skip
+        block_q = special.block_q_of(q_TNH, k_cache_BSKH)
+        scratch = {} if scratch is None else scratch
+        if ("tiles", block_q) not in scratch:
+            scratch["tiles", block_q] = prompt_tiles.plan_tiles(query_start_R1, context_len_R, num_tokens, block_q)
+        return special.hopper_attention(
+            q_TNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, scratch["tiles", block_q], out_TNH, scale=scale,
+            kv_scales=kv_scales, sizes=hopper,
+        )  # fmt: skip
     if sizes is None and q_TNH.element_size() == 2:
         key = f"h{head_size}_{kind}{cache_suffix(k_cache_BSKH)}"
         sizes = tuning.pick("prefill_attention", key, q_TNH.device)

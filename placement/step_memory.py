@@ -19,6 +19,7 @@ SMALL_SUM_BYTES: Final = 4 * 2**20  # the buffer for sums of few bytes
 PUSHED_ROWS: Final = 64  # that an inbox for numbers with their turn holds,
 PUSH_ROW_NUMBERS: Final = 16384  # where a row has at most so many, times ranks
 WIRE_SLOTS: Final = 2  # for hidden states, on a stage's wire
+UNPACKED_BYTES: Final = 2**26  # keys and values of a cache in 8 bits, made plain for prompts: `kernels/kv_unpack.py`
 
 
 def ladder(max_rows: int) -> list[int]:

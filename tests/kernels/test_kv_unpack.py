@@ -1,0 +1,147 @@
+"""Prompts over keys and values that were unpacked first: the same numbers, whatever the rows, windows and heads."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from argosy.kernels import kv_scales, kv_unpack, prefill_attention, reference, tuning
+from argosy.placement import step_memory
+
+Near = Callable[[Tensor, Tensor], None]
+QUERIES, CONTEXTS = [3, 9, 1, 20], [5, 9, 50, 60]
+OPTIONS: list[dict[str, Any]] = [{}, {"sliding_window": 21}, {"soft_cap": 3.0, "alibi": True}, {"sinks": True}]
+
+
+def make_caches(kind: torch.dtype, block_size: int, heads: int, size: int, device: torch.device) -> list[Tensor]:
+    """Two caches of heads of very different sizes, and a table of shuffled blocks; unused slots hold nan."""
+    per_row = -(-max(CONTEXTS) // block_size)
+    num_blocks = per_row * len(CONTEXTS)
+    table = torch.randperm(num_blocks, device=device).view(len(CONTEXTS), per_row).int()
+    caches = []
+    for _ in range(2):
+        raw = torch.zeros(num_blocks, kv_scales.block_bytes(block_size, heads, size), dtype=torch.uint8, device=device)
+        cache = kv_scales.as_scaled_cache(raw, block_size, heads, size, kind)
+        x = torch.randn(num_blocks * block_size, heads, size, device=device)
+        x *= torch.exp(2 * torch.randn(len(x), heads, 1, device=device))
+        kv_scales.store(x, cache, torch.arange(len(x), device=device))
+        for row, length in enumerate(CONTEXTS):
+            if length % block_size:
+                codes = kv_scales.scales_of(cache)[int(table[row, length // block_size])]
+                codes[:, length % block_size :] = kv_scales.NAN_CODE
+        caches.append(cache)
+    return [*caches, table]
+
+
+def without_nan(cache: Tensor) -> Tensor:
+    """In float32, for a reference that multiplies what it then masks."""
+    return kv_scales.gather(cache, torch.arange(len(cache), device=cache.device)).nan_to_num_()
+
+
+@pytest.mark.parametrize("block_size", [16, 12])
+@pytest.mark.parametrize("kind", [torch.int8, torch.float8_e4m3fn])
+def test_unpacked_numbers_are_those_of_the_cache(kind: torch.dtype, block_size: int, device: torch.device) -> None:
+    """Bit for bit what is kept times its scale, rounded once; some heads; a row's blocks beside each other."""
+    k_cache, v_cache, table = make_caches(kind, block_size, 3, 80, device)
+    lengths = torch.tensor(CONTEXTS, dtype=torch.int32, device=device)
+    room = kv_unpack.make_room(lengths, table, block_size, sum(CONTEXTS))
+    heads, dtype = slice(1, 3), torch.bfloat16 if device.type == "cuda" else torch.float16
+    lowest = torch.tensor([0, 0, 35, 0], dtype=torch.int32, device=device)
+    caches = kv_unpack.unpack(k_cache, v_cache, table, lengths, lowest, room, heads, dtype)
+    assert all(made.shape == (room.num_blocks, block_size, 2, 80) for made in caches)
+    for made, cache in zip(caches, (k_cache, v_cache), strict=True):
+        for row, length in enumerate(CONTEXTS):
+            blocks = -(-length // block_size)
+            want = kv_scales.gather(cache, table[row, :blocks].long())[:, :, heads].to(dtype).flatten(0, 1)
+            got = made[room.table_RB[row, :blocks].long()].flatten(0, 1)
+            assert torch.equal(got[int(lowest[row]) : length], want[int(lowest[row]) : length])
+    used = [set(room.table_RB[row, : -(-n // block_size)].tolist()) for row, n in enumerate(CONTEXTS)]
+    assert len(set.union(*used)) == sum(map(len, used))
+    assert max(set.union(*used)) < room.num_blocks
+
+
+@pytest.mark.parametrize("num_at_once", [1, 4])
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: "-".join(options) or "plain")
+def test_attention_over_them_is_that_of_the_cache(
+    options: dict[str, Any], num_at_once: int, device: torch.device, assert_near: Near, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With room for some heads at a time, too; what a window has left behind may hold anything."""
+    heads, kv_heads, size, block_size = 8, 4, 64, 16
+    if device.type == "cpu" and num_at_once == 4 and options:
+        pytest.skip("enough of the interpreter")
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    k_cache, v_cache, table = make_caches(torch.int8, block_size, kv_heads, size, device)
+    lengths = torch.tensor(CONTEXTS, dtype=torch.int32, device=device)
+    starts = torch.tensor([0, *QUERIES], device=device).cumsum(0).int()
+    q = torch.randn(sum(QUERIES), heads, size, device=device).to(dtype)
+    given: dict[str, Any] = {name: options[name] for name in ("sliding_window", "soft_cap") if name in options}
+    if "alibi" in options:
+        given["alibi_slopes_N"] = 2.0 ** -torch.arange(1, heads + 1, device=device)
+    if "sinks" in options:
+        given["sinks_N"] = torch.randn(heads, device=device)
+    clean = (without_nan(k_cache), without_nan(v_cache))
+    want = reference.prefill_attention(q.float(), *clean, starts, lengths, table, scale=0.15, **given).to(dtype)
+    if "sliding_window" in options:
+        gone = table[3, : (60 - 20 - 20) // block_size].long()
+        kv_scales.scales_of(k_cache)[gone] = kv_scales.scales_of(v_cache)[gone] = kv_scales.NAN_CODE
+    blocks = sum(CONTEXTS) // block_size + len(CONTEXTS)
+    monkeypatch.setattr(
+        kv_unpack, "UNPACKED_BYTES", blocks * block_size * size * dtype.itemsize * 2 * num_at_once + 1024
+    )
+    sizes = {"block_m": 16, "block_l": 16, "warps": 4, "stages": 1} if device.type == "cpu" else None
+    launches: list[int] = []
+
+    def attention(q_TNH: Tensor, *args: Tensor, **kw: Any) -> Tensor:
+        launches.append(q_TNH.shape[1])
+        return prefill_attention.prefill_attention(q_TNH, *args, scale=0.15, sizes=sizes, **kw)
+
+    attend = partial(
+        kv_unpack.attend, attention, q, k_cache, v_cache, starts, lengths, table, num_context_tokens=sum(CONTEXTS),
+        **{"sliding_window": None, "alibi_slopes_N": None, "sinks_N": None, **given_by_head(given)},
+    )  # fmt: skip
+    if "soft_cap" in given:
+        attention = partial(attention, soft_cap=given["soft_cap"])
+        attend = partial(attend.func, attention, *attend.args[1:], **attend.keywords)
+    scratch: dict[Any, Any] = {}
+    for _ in range(2):  # the second layer finds what the first worked out
+        launches.clear()
+        out = torch.full_like(q, float("nan"))
+        assert_near(attend(out_TNH=out, scratch=scratch), want)
+        assert out.isfinite().all()
+        assert launches == [heads // kv_heads * num_at_once] * (kv_heads // num_at_once)
+
+
+def given_by_head(given: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in given.items() if name != "soft_cap"}
+
+
+def test_it_is_done_where_keys_are_read_often_enough(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what was measured: a key of a whole prompt of n is read by n / 2 queries, one of a long prefix by all."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(tuning, "pick", lambda kernel, key, device: {"queries": 384} if key == "hopper_int8" else None)
+    raw = torch.zeros(4, kv_scales.block_bytes(16, 8, 128), dtype=torch.uint8)
+    int8, e4m3 = (kv_scales.as_scaled_cache(raw, 16, 8, 128, kind) for kind in (torch.int8, torch.float8_e4m3fn))
+
+    def pays(tokens: int, rows: int, context: int, cache: Tensor = int8, window: int | None = None) -> bool:
+        q = torch.zeros(1, 1, 1, dtype=torch.bfloat16).expand(tokens, 32, 128)
+        return kv_unpack.pays(q, cache, rows, context, window=window, special=True)
+
+    assert not pays(8192, 16, 8192)  # prompts of 512
+    assert pays(8192, 8, 8192)
+    assert pays(2048, 4, 16384)  # chunks of 512 behind long prefixes
+    assert not pays(512, 4, 16384)
+    assert not pays(2048, 4, 16384, window=128)
+    assert not pays(8192, 8, 8192, e4m3)  # was not measured
+    assert not pays(8192, 8, 0)  # a recorded step
+    assert not pays(8192, 8, 8192, torch.zeros(4, 16, 8, 128, dtype=torch.bfloat16))
+    assert pays(8192, 1, 100_000)
+    assert not pays(8192, 1, 140_000)  # no room for one head
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not pays(8192, 8, 8192)
+
+
+def test_ranks_and_planner_reckon_with_what_is_taken() -> None:
+    assert step_memory.UNPACKED_BYTES == kv_unpack.UNPACKED_BYTES
