@@ -249,7 +249,10 @@ def fused_linear(
     facts = tuning.device_facts(x_TI.device)
     sizes = sizes or _tuned(num_tokens, weight)
     sizes = sizes or _default_sizes(num_tokens, num_inputs, num_rows, facts.num_sms, group)
-    in_ring = sizes["kernel"] == AHEAD and num_tokens == 1 and not group
+    if sizes["kernel"] == AHEAD and not triton.__version__.startswith(tuning.GLUON_VERSIONS):
+        sizes = _default_sizes(num_tokens, num_inputs, num_rows, facts.num_sms, group)
+    in_ring = sizes["kernel"] == AHEAD
+    assert not in_ring or (num_tokens == 1 and not group)
     kernel, rows, width = KERNELS[0 if in_ring else sizes["kernel"]], sizes["rows"], sizes["width"]
     assert not group or kernel is not _vector_kernel
     assert not group or width % group == 0
@@ -262,7 +265,7 @@ def fused_linear(
         out_TO = torch.empty((num_tokens, num_outputs), dtype=x_TI.dtype, device=x_TI.device)
     assert out_TO.stride(1) == 1
     if in_ring:
-        from argosy.kernels import gemv_ahead  # in a language that not every version of Triton has
+        from argosy.kernels import gemv_ahead
 
         return gemv_ahead.linear(
             x_TI, weight_OI, bias_O, out_TO, sizes, scale_O=scale, norm_weight_I=norm_weight_I, eps=eps, gated=gated,

@@ -151,7 +151,7 @@ def _matrix_kernel(
 
 # as `kernel` in the tuned sizes counts them
 KERNELS = (_vector_kernel, _matrix_kernel, _tiled_vector_kernel)
-SPLIT, AHEAD = 3, 4  # in `gemv_split`, in `gemv_ahead`
+SPLIT, AHEAD, HOPPER = 3, 4, 5  # in `gemv_split`, `gemv_ahead`, `gemv_hopper`
 
 
 def suits(x_TI: Tensor, weight_OI: Tensor) -> bool:
@@ -196,6 +196,21 @@ def _default_sizes(num_tokens: int, num_inputs: int, num_rows: int, num_sms: int
     return {"kernel": 1, "rows": rows, "width": 256, "stages": 5, "warps": 4, "per_sm": 0, "prefetch": 2048, "early": 0}
 
 
+# Of several tokens where what was tuned can't be had.
+IN_PIECES = {"kernel": SPLIT, "rows": 64, "width": 128, "stages": 4, "warps": 4, "splits": 1, "prefetch": 512}
+
+
+def _has_lower(kernel: int, x_TI: Tensor, weight_OI: Tensor) -> bool:
+    """Whether this Triton has the language of `gemv_ahead` and `gemv_hopper`, and the second one takes these."""
+    if not triton.__version__.startswith(tuning.GLUON_VERSIONS):
+        return False
+    if kernel == AHEAD:
+        return True
+    from argosy.kernels import gemv_hopper
+
+    return gemv_hopper.takes(x_TI, weight_OI)
+
+
 def fused_linear(
     x_TI: Tensor,
     weight_OI: Tensor,
@@ -220,7 +235,10 @@ def fused_linear(
     facts = tuning.device_facts(x_TI.device)
     sizes = sizes or tuning.pick("gemv", _key(num_tokens, weight_OI), x_TI.device)
     sizes = sizes or _default_sizes(num_tokens, num_inputs, num_rows, facts.num_sms)
-    in_pieces = sizes["kernel"] == SPLIT
+    if sizes["kernel"] in (AHEAD, HOPPER) and not _has_lower(sizes["kernel"], x_TI, weight_OI):
+        few = num_tokens <= MAX_TOKENS
+        sizes = _default_sizes(num_tokens, num_inputs, num_rows, facts.num_sms) if few else IN_PIECES
+    in_pieces = sizes["kernel"] in (SPLIT, HOPPER)
     rows = max(sizes["rows"], 2) if gated else sizes["rows"]  # a gate needs the row beside it, also where one was best
     if norm_weight_I is not None and (num_tokens > 1 or in_pieces):
         x_TI, norm_weight_I = rms_norm.rms_norm(x_TI, norm_weight_I, eps), None
@@ -229,12 +247,18 @@ def fused_linear(
     if out_TO is None:
         out_TO = torch.empty((num_tokens, num_outputs), dtype=x_TI.dtype, device=x_TI.device)
     assert out_TO.stride(1) == 1
+    if sizes["kernel"] == HOPPER:
+        from argosy.kernels import gemv_hopper
+
+        return gemv_hopper.linear(
+            x_TI, weight_OI, bias_O, out_TO, sizes, gated=gated, residual=residual_TO is not None
+        )  # fmt: skip
     if in_pieces:
         return gemv_split.linear(
             x_TI, weight_OI, bias_O, out_TO, sizes, gated=gated, residual=residual_TO is not None
         )  # fmt: skip
     if sizes["kernel"] == AHEAD:
-        from argosy.kernels import gemv_ahead  # in a language that not every version of Triton has
+        from argosy.kernels import gemv_ahead
 
         return gemv_ahead.linear(
             x_TI, weight_OI, bias_O, out_TO, sizes, norm_weight_I=norm_weight_I, eps=eps, gated=gated,

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -51,6 +51,7 @@ ATTENTION = [
 LIBRARY = {"kernel": 1, "rows": 32, "width": 128, "stages": 3, "warps": 4, "per_sm": 0, "prefetch": 4096, "early": 0,
            "library": 1}  # fmt: skip
 KEEP = 0.997  # of the time before, or a change is noise
+NUMBERS = {gemv.SPLIT: "gemv_split", gemv.AHEAD: "gemv_ahead, one token", gemv.HOPPER: "gemv_hopper"}
 WAYS = ("push", "push scatter", "pull", "pull scatter")
 
 
@@ -93,15 +94,43 @@ def ahead_sizes(num_in: int, item: int = 2) -> Iterator[Sizes]:
                        "per_sm": per_sm, "prefetch": 0, "early": 0, "library": 0}  # fmt: skip
 
 
-def compile_part(index: int, of: int, rows_asked: list[int]) -> None:
-    """Every kernel that will be timed, for all models, run once; this process does each `of`-th."""
+def hopper_sizes(tokens: int, num_in: int, num_rows: int, gated: bool) -> Iterator[Sizes]:
+    """Of `gemv_hopper`: rings that leave room for the next kernel's, and work in as many parts as there is use for."""
+    for rows in (128,) if gated else (64, 128):
+        place = (rows + max(16, tokens)) * 128
+        tiles = -(-num_rows // rows)
+        for held in (72 << 10, 110 << 10, 208 << 10):
+            if num_in % 64 or (held > 200 << 10 and tiles < 300):
+                continue
+            for programs in (0, 132, 264, 2 * tiles, 4 * tiles):
+                used = programs or tiles
+                if 90 <= used <= 600 or (not programs and tiles > 600):
+                    yield {"kernel": gemv.HOPPER, "rows": rows, "width": 64, "stages": min(12, held // place),
+                           "warps": 4, "programs": programs, "prefetch": 0, "early": 0, "library": 0}  # fmt: skip
+
+
+def sizes_of(tokens: int, num_in: int, num_rows: int, gated: bool, kernels: Sequence[int]) -> Iterator[Sizes]:
+    """All that is tried by these kernels."""
+    if tokens == 1:
+        yield from ahead_sizes(num_in) if gemv.AHEAD in kernels else ()
+        return
+    yield from split_sizes(tokens, num_in, num_rows) if gemv.SPLIT in kernels else ()
+    yield from hopper_sizes(tokens, num_in, num_rows, gated) if gemv.HOPPER in kernels else ()
+
+
+def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
+    """Every kernel that will be timed, for these layouts, run once; this process does each `of`-th."""
+    layouts = [(model, int(cards)) for model, _, cards in (one.partition(":") for one in args.layouts)]
     seen: set[str] = set()
     weights: dict[tuple[int, int], Tensor] = {}
 
     def try_once(rows: int, num_in: int, num_out: int, sizes: Sizes, gated: bool) -> None:
         # what the same kernel is compiled for: all numbers here are divisible by 16
         prefetch = min(sizes["prefetch"], 1 << (num_in // sizes.get("splits", 1) * 2).bit_length() - 1)
-        facts = sizes | {"splits": sizes.get("splits", 1) > 1, "prefetch": prefetch, "per_sm": 0}
+        facts = sizes | {"splits": sizes.get("splits", 1) > 1, "prefetch": prefetch, "per_sm": 0, "programs": 0}
+        if sizes.get("programs"):  # work that is shared out is another kernel
+            tiles = -(-num_out // sizes["rows"])
+            facts["programs"] = int(-(-tiles * num_in // 64 // sizes["programs"]) % (num_in // 64) != 0)
         key = json.dumps([gemv.bucket(rows), gated, num_in % sizes["width"], facts])
         if key in seen:
             return
@@ -116,16 +145,17 @@ def compile_part(index: int, of: int, rows_asked: list[int]) -> None:
         except Exception as error:  # too large a program
             print("skipped", sizes, str(error)[:80], flush=True)
 
-    for num_in, num_out, gated in dict.fromkeys(s for layout in LAYOUTS for s in shapes_of(*layout).values()):
-        for rows in rows_asked:
+    for num_in, num_out, gated in dict.fromkeys(s for layout in layouts for s in shapes_of(*layout).values()):
+        for rows in args.rows:
             tuned = tuning.pick("gemv", f"{num_in}x{num_out}x{gemv.bucket(rows)}", torch.device("cuda", 0))
             for sizes in [dict(tuned) | {"library": 0}] if tuned else []:
                 for one in (sizes, *ahead_of(sizes, num_in)):
                     try_once(rows, num_in, num_out, one, gated)
-            for sizes in split_sizes(rows, num_in, num_out) if rows > 1 else ahead_sizes(num_in):
+            for sizes in sizes_of(rows, num_in, num_out, gated, args.kernels):
                 for one in (sizes, *ahead_of(sizes, num_in)):
                     try_once(rows, num_in, num_out, one, gated)
-    for number, (sizes, layout) in enumerate(itertools.product(ATTENTION, LAYOUTS[1:])):
+    of_attention = itertools.product(ATTENTION, layouts if args.attention else ())
+    for number, (sizes, layout) in enumerate(of_attention):
         if number % of == index:
             attend = attention_of(*layout, 1, CONTEXT)
             attend(rand(1, shapes_of(*layout)["qkv"][1]), 0, sizes)
@@ -153,7 +183,9 @@ def attention_of(model: str, cards: int, rows: int, context: int) -> Callable[..
     return attend
 
 
-def alone(shape: tuple[int, int, bool], rows: int, name: str) -> tuple[float, list[tuple[float, Sizes]]]:
+def alone(
+    shape: tuple[int, int, bool], rows: int, name: str, kernels: Sequence[int]
+) -> tuple[float, list[tuple[float, Sizes]]]:
     """(microseconds of the library, [(microseconds, sizes)] of the best first) of one product."""
     num_in, num_out, gated = shape
     weights = [rand(num_out, num_in) / 64 for _ in range(copies_for(num_in * num_out * 2, 24))]
@@ -167,8 +199,9 @@ def alone(shape: tuple[int, int, bool], rows: int, name: str) -> tuple[float, li
     by_library = microseconds([lambda w=w: library(w) for w in weights], launches=launches, replays=3)[0]
     times: list[tuple[float, Sizes]] = []
     tuned = tuning.pick("gemv", f"{num_in}x{num_out}x{gemv.bucket(rows)}", x.device)
-    tries = split_sizes(rows, num_in, num_out) if rows > 1 else ahead_sizes(num_in)
-    for sizes in [*([dict(tuned) | {"library": 0}] if tuned and tuned["kernel"] != gemv.SPLIT else []), *tries]:
+    tries = sizes_of(rows, num_in, num_out, gated, kernels)
+    known = [dict(tuned) | {"library": 0}] if tuned and tuned["kernel"] not in kernels else []
+    for sizes in (*known, *tries):
         calls = [lambda w=w: gemv.fused_linear(x, w, sizes=sizes, gated=gated) for w in weights]
         try:
             times.append((microseconds(calls, launches=launches, replays=3)[0], sizes))
@@ -276,12 +309,15 @@ def ahead_of(sizes: Sizes, num_in: int) -> list[Sizes]:
         return [sizes | {"prefetch": prefetch} for prefetch in (0, 2048)]
     if sizes["kernel"] == gemv.AHEAD:
         return [sizes | {"early": early} for early in (1, 2)]
+    if sizes["kernel"] == gemv.HOPPER:
+        return [sizes | {"early": 1}]
     return [sizes | {"prefetch": 0}, sizes | {"prefetch": 1 << (2 * num_in).bit_length()}]
 
 
 def tune_chain(
-    chain: Chain, rows: int, table: dict[str, Sizes], ranked: dict[str, list[Sizes]], *, says: bool
-) -> dict[str, object]:
+    chain: Chain, rows: int, table: dict[str, Sizes], ranked: dict[str, list[Sizes]], *, says: bool,
+    attention: bool = True,
+) -> dict[str, object]:  # fmt: skip
     """Entries of `table` replaced where that makes the chain faster. Returns what came out."""
     run = chain.of(rows)
     before = now = chain.time(run)
@@ -318,7 +354,7 @@ def tune_chain(
                     del table[key]
                 else:
                     table[key] = old
-    if rows * chain.kv_heads < tuning.device_facts(chain.device).num_sms:
+    if attention and rows * chain.kv_heads < tuning.device_facts(chain.device).num_sms:
         runs = [chain.of(rows, context) for context in (192, 384)]
         found = []
         for sizes in (None, *ATTENTION):
@@ -346,7 +382,7 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int, folder: str)
     jobs = [(rows, name) for rows in args.rows for name in shapes if name != "head" or rows > 1]
     jobs.sort(key=lambda job: -shapes[job[1]][0] * shapes[job[1]][1])
     for rows, name in jobs[tp_rank :: args.cards]:
-        by_library, times = alone(shapes[name], rows, name)
+        by_library, times = alone(shapes[name], rows, name, args.kernels)
         own[f"{name} {rows}"] = [LIBRARY, *(sizes for _, sizes in times[: args.best])]
         if name == "head" and times and times[0][0] < by_library * KEEP:
             print(f"head: {short(times[0][1])} {by_library - times[0][0]:.1f} us less than the library", flush=True)
@@ -366,7 +402,7 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int, folder: str)
     chain = Chain(parallel, args.model, args.cards, max(args.rows))
     for rows in args.rows:
         chain.way = ""
-        row = tune_chain(chain, rows, table, ranked, says=tp_rank == 0)
+        row = tune_chain(chain, rows, table, ranked, says=tp_rank == 0, attention=args.attention)
         if tp_rank == 0:
             about = {"kernel": "group_step", "model": args.model, "cards": args.cards}
             print(json.dumps(about | row | {"device": torch.cuda.get_device_name(device)}), flush=True)
@@ -388,7 +424,7 @@ def compile_all(args: argparse.Namespace) -> None:
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     others = [
         subprocess.Popen(
-            [sys.executable, __file__, "--rows", *map(str, args.rows), "--compile-part", f"{i}/{workers}"],
+            [sys.executable, __file__, *sys.argv[1:], "--compile-part", f"{i}/{workers}"],
             env={**os.environ, "CUDA_VISIBLE_DEVICES": visible[i % len(visible)]},
         )
         for i in range(workers)
@@ -405,13 +441,19 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 32, 64])
     parser.add_argument("--best", type=int, default=4, help="sizes of each product that are tried in steps")
     parser.add_argument("--out", default="tuned_group.json")
+    parser.add_argument("--layouts", nargs="+", default=[f"{m}:{c}" for m, c in LAYOUTS], help="what to compile for")
+    parser.add_argument(
+        "--kernels", type=int, nargs="+", default=[gemv.SPLIT, gemv.AHEAD, gemv.HOPPER], choices=NUMBERS,
+        help=f"whose sizes are tried beside what was tuned, as the tables number them: {NUMBERS}",
+    )  # fmt: skip
+    parser.add_argument("--no-attention", dest="attention", action="store_false", help="leave its sizes")
     parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache and stop")
     parser.add_argument("--compiled", action="store_true", help="Triton's cache is full already")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": be one of the compiling processes
     args = parser.parse_args()
     if args.compile_part:
         index, of = map(int, args.compile_part.split("/"))
-        compile_part(index, of, args.rows)
+        compile_part(index, of, args)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not args.compiled:
