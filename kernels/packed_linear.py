@@ -1,6 +1,7 @@
 """Products with weights of 4 or 8 bits, by the number of tokens. Meaning: `packed_reference.linear`.
 
-    1 to 16        `packed_few`: bound by reading the weight; with gate, bias and residual in one launch
+    1              `packed_vector` on Hopper: bound by reading the weight; with gate, bias and residual in one launch
+    1 to 16        `packed_few`: the same
     to some 100    `packed_hopper`, elsewhere `packed_many`: 16 bits are made on the way to the tensor cores
     more           the weight becomes 16 bits in memory, a slice at a time, and cuBLAS multiplies
 
@@ -11,7 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
-from argosy.kernels import activation, packed_hopper, tuning
+from argosy.kernels import activation, packed_hopper, packed_vector, tuning
 from argosy.kernels.packed_few import few_kernel
 from argosy.kernels.packed_inputs import pick_inputs as pick_inputs
 from argosy.kernels.packed_many import many_kernel, unpack_kernel
@@ -24,7 +25,7 @@ MANY_TOKENS = 256  # and no more are multiplied by `packed_many`, where nothing 
 HOPPER_TOKENS = 1024  # by `packed_hopper`
 SLICE_BYTES = 24 << 20  # of plain weight at a time: it stays in the second-level cache
 SLICE_ROWS = 64  # and a multiple of so many
-FEW, MANY, SLICES, HOPPER = 0, 1, 2, 3  # as `kernel` in the tuned sizes counts them
+FEW, MANY, SLICES, HOPPER, VECTOR = 0, 1, 2, 3, 4  # as `kernel` in the tuned sizes counts them
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -69,7 +70,8 @@ def _sizes(weight: PackedWeight, x_TI: Tensor) -> tuning.Sizes:
     num_tokens, device = max(1, x_TI.shape[0]), x_TI.device
     found = tuning.pick("packed", key_of(weight, num_tokens), device) if num_tokens <= BUCKETS[-1] else None
     by_hopper = num_tokens > MOST_FUSED and packed_hopper.takes(x_TI, weight)
-    if found is not None and (found["kernel"] != HOPPER or by_hopper):
+    by_vector = num_tokens == 1 and packed_vector.takes(x_TI, weight)
+    if found is not None and (found["kernel"] != HOPPER or by_hopper) and (found["kernel"] != VECTOR or by_vector):
         return found
     num_sms = tuning.device_facts(device).num_sms
     if by_hopper and num_tokens <= HOPPER_TOKENS:
@@ -105,6 +107,8 @@ def linear(
         return made_TO
     if sizes["kernel"] == FEW and (not gated or can_gate(weight)):
         return _few(x_TI, weight, bias_O, residual_TO, gated, made_TO, sizes)
+    if sizes["kernel"] == VECTOR and (not gated or can_gate(weight)):
+        return packed_vector.linear(x_TI, weight, bias_O, residual_TO, gated, made_TO, sizes)
     if gated or residual_TO is not None:
         y_TO = linear(x_TI, weight, bias_O, sizes=sizes)
         y_TO = activation.silu_and_mul(y_TO) if gated else y_TO

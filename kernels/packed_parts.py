@@ -107,6 +107,33 @@ ASM_BOTH_BF16 = tl.constexpr(_both(*_MASKS_BF16[:2], "bf16", _SHIFTS_BF16, "0x41
 ASM_BOTH_FP16 = tl.constexpr(_both(*_MASKS_FP16[:2], "f16", _SHIFTS_FP16, "0x4c004c00", "0xe4c0e4c0"))
 ASM_PLANES_BF16 = tl.constexpr(_planes(*_MASKS_BF16, "bf16", _SHIFTS_BF16, "0x41804180"))
 ASM_PLANES_FP16 = tl.constexpr(_planes(*_MASKS_FP16, "f16", _SHIFTS_FP16, "0x4c004c00"))
+
+
+def _unit(mask: str, magic: str, kind: str, shifts: tuple[str, ...], ones: str) -> str:
+    """A unit of 16 x 64 by one token: $0-$3 sums of BASE + q by the tensor cores, $4-$7 sums of the inputs, by ones.
+
+    $8-$11: a lane's words; $12-$19: its pairs of inputs, 8 columns apart.
+    """
+    lines = [f"mov.b32 one, {ones};", *(f"mov.f32 ${sum_}, 0f00000000;" for sum_ in range(8))]
+    product = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
+    for half in range(2):
+        lines += [f"prmt.b32 lo, ${8 + 2 * half}, ${9 + 2 * half}, 0x5410;"]
+        lines += [f"prmt.b32 hi, ${8 + 2 * half}, ${9 + 2 * half}, 0x7632;"]
+        for quarter, source in enumerate(("lo", "hi")):
+            for field, shift in enumerate(shifts):
+                if shift:
+                    lines.append(shift.replace("@", source))
+                lines.append(f"lop3.b32 f{field}, {'t' if shift else source}, {mask}, {magic}, 0xea;")
+            inputs = 12 + 4 * half + 2 * quarter
+            for left, first in (("f0, f2, f1, f3", 0), ("one, one, one, one", 4)):
+                to = ", ".join(f"${first + i}" for i in range(4))
+                lines.append(f"{product} {{{to}}}, {{{left}}}, {{${inputs}, ${inputs + 1}}}, {{{to}}};")
+    return "\n".join(["{", ".reg .b32 lo, hi, t, one, f0, f1, f2, f3;", *lines, "}"])
+
+
+UNIT_BF16 = tl.constexpr(_unit(*_MASKS_BF16[:2], "bf16", _SHIFTS_BF16, "0x3f803f80"))
+UNIT_FP16 = tl.constexpr(_unit(*_MASKS_FP16[:2], "f16", _SHIFTS_FP16, "0x3c003c00"))
+UNIT_OPERANDS = tl.constexpr(",".join(["=&f"] * 8 + ["r"] * 12))
 _OUTPUTS = ",".join(["=&r"] * 8)
 TWO_WORDS = tl.constexpr(_OUTPUTS + ",r" * 4)
 PLANES_AND_PAIRS = tl.constexpr(_OUTPUTS + ",r" * 12)

@@ -217,9 +217,8 @@ def timeline(run: object) -> None:
         steps = statistics.median(begins[i + 1] - begins[i] for i in own)
         rest = statistics.median(begins[i + 1] - begins[i] - lengths[i] for i in own)
         length = statistics.median(lengths[i] for i in own)
-        print(
-            f"   {steps:8.2f} us to the next, runs {length:7.2f}, idle after it {rest:7.2f}  {names[first + place][:60]}"
-        )
+        name = names[first + place][:60]
+        print(f"   {steps:8.2f} us to the next, runs {length:7.2f}, idle after it {rest:7.2f}  {name}")
     for i in range(first + layers * period, len(names)):
         print(f"   {begins[i] - begins[i - 1]:8.2f} us after the one before, runs {lengths[i]:7.2f}  {names[i][:70]}")
     print(flush=True)

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from timing import copies_for, microseconds
 
 from argosy.kernels import packed_hopper, packed_linear, packed_reference, tuning
-from argosy.kernels.packed_linear import FEW, HOPPER, MANY, SLICES
+from argosy.kernels.packed_linear import FEW, HOPPER, MANY, SLICES, VECTOR
 
 SHAPES = {"qkv": (4096, 6144), "o": (4096, 4096), "gate_up": (4096, 28672), "down": (14336, 4096)}
 TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024)
@@ -31,6 +31,10 @@ FEW_WAYS = [  # tiles, split, wide, ahead, stages
     (1, 4, 1, 1, 3), (1, 4, 2, 1, 3), (1, 8, 2, 1, 3), (1, 8, 4, 1, 3), (2, 4, 1, 0, 4), (2, 4, 2, 0, 3),
     (2, 4, 2, 1, 3), (2, 8, 1, 1, 3), (2, 8, 1, 0, 4), (2, 8, 2, 0, 3), (2, 8, 2, 1, 3),
     (1, 8, 4, 1, 1), (1, 8, 2, 1, 1), (1, 4, 4, 1, 1), (1, 4, 2, 1, 1), (2, 4, 2, 1, 1), (2, 8, 2, 1, 1),
+]  # fmt: skip
+VECTOR_WAYS = [  # warps, blocks of each, places, programs a multiprocessor
+    (8, 2, 4, 1), (8, 2, 6, 1), (8, 2, 11, 1), (8, 2, 3, 2), (8, 2, 5, 2), (8, 1, 8, 1), (8, 1, 6, 2), (8, 1, 12, 1),
+    (16, 1, 5, 1), (16, 1, 10, 1), (16, 1, 4, 2), (4, 2, 6, 2), (4, 2, 5, 4), (4, 1, 9, 4), (4, 2, 12, 2),
 ]  # fmt: skip
 MANY_WAYS = {  # tiles, warps, sync, tokens at once
     16: [(8, 8, 0, 16)],
@@ -61,6 +65,10 @@ def _all_sizes(tokens: int, name: str, bits: int) -> Iterator[dict[str, int]]:
             if not (tiles == 1 and name == "gate_up") and not (tokens == 16 and early) and not spills:
                 yield {"kernel": FEW, "tiles": tiles, "split": split, "wide": wide, "ahead": ahead, "stages": stages,
                        "early": early, "prefetch": prefetch}  # fmt: skip
+    if tokens == 1 and bits == 4:
+        for (warps, blocks, places, per_sm), early in itertools.product(VECTOR_WAYS, (0, 1)):
+            yield {"kernel": VECTOR, "warps": warps, "blocks": blocks, "places": places, "per_sm": per_sm,
+                   "early": early}  # fmt: skip
     for (tiles, warps, sync, at_once), splits in itertools.product(MANY_WAYS.get(tokens, ()), (1, 2, 4)):
         yield {"kernel": MANY, "tiles": tiles, "tokens": at_once, "splits": splits, "stages": 3, "warps": warps,
                "sync": sync}  # fmt: skip
@@ -132,7 +140,8 @@ def measured(
             print("WRONG", name, tokens, sizes, errors, flush=True)
             continue
         calls = [lambda w=w, s=sizes: packed_linear.linear(x, w, sizes=s) for w in weights]  # type: ignore[misc]
-        unfused = UNFUSED_US if tokens <= packed_linear.MOST_FUSED and sizes["kernel"] != FEW and name != "qkv" else 0.0
+        is_fused = sizes["kernel"] in (FEW, VECTOR) or name == "qkv"
+        unfused = UNFUSED_US if tokens <= packed_linear.MOST_FUSED and not is_fused else 0.0
         found.append((unfused + microseconds(calls, launches=max(len(weights), 24), replays=3)[0], sizes, max(errors)))
     found.sort(key=lambda row: row[0])
     for us, sizes, _ in found[1:4]:
@@ -148,7 +157,8 @@ def main() -> None:
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=128)
     parser.add_argument("--tokens", type=int, nargs="+", choices=TOKENS, default=list(TOKENS))
-    parser.add_argument("--only", type=int, nargs="+", choices=(FEW, MANY, SLICES, HOPPER), help="kernels; all without")
+    kernels = (FEW, MANY, SLICES, HOPPER, VECTOR)
+    parser.add_argument("--only", type=int, nargs="+", choices=kernels, help="kernels; all without")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # "i/n": compile every n-th size only
     args = parser.parse_args()
     form = {"bits": args.bits, "group": args.group}
@@ -171,7 +181,8 @@ def main() -> None:
             plain = [plain_OI] + [plain_OI.clone() for _ in range(copies_for(plain_OI.nbytes, 16) - 1)]
             tops: dict[int, list[dict[str, int]]] = {}
             for tokens in args.tokens:
-                candidates = tops[AGAIN[tokens]] if AGAIN.get(tokens) in tops else sizes_for(tokens, name, args)
+                again = [sizes for sizes in tops.get(AGAIN.get(tokens, 0), ()) if sizes["kernel"] != VECTOR]
+                candidates = again or sizes_for(tokens, name, args)
                 found = measured(weights, plain_OI, tokens, name, candidates)
                 tops[tokens] = [sizes for _, sizes, _ in found[:3]]
                 us, sizes, error = found[0]
