@@ -54,6 +54,8 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
             "round plain weights: fp8, fp8_per_tensor, fp8_block, int8, int4 (default: what the folder says)",
             short="-q",
         ),
+        Flag("load-in-8bit", "switch", "the same as --quantization int8, by transformers' name"),
+        Flag("load-in-4bit", "switch", "the same as --quantization int4"),
         Flag("chat-template", "text", "a Jinja file or text instead of the model's own"),
         Flag("generation-config", "text", "auto (sampling defaults of the folder) or vllm (none)"),
         Flag("hf-overrides", "json", "JSON of values that replace those in config.json"),
@@ -300,6 +302,8 @@ def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
             _check_bits(name, value, given)
             if value:
                 known["quantization"] = _BITS[name]
+        elif (name, value) == ("load_format", "bitsandbytes"):  # as vLLM asks for rounding
+            known.setdefault("quantization", "bitsandbytes")
         elif name in IGNORED:
             ignored.append(name)
         elif name in settings:

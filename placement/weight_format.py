@@ -111,5 +111,7 @@ def _compressed(given: Mapping[str, Any]) -> WeightFormat:
         if bits == 8:
             return FORMATS["fp8" if kind == "float" else "int8"]
         if bits == 4:
-            return msgspec.structs.replace(FORMATS["awq"], name="int4", group=int(weights.get("group_size") or 128))
+            group = int(weights.get("group_size") or 128)
+            ordered = weights.get("actorder") in (True, "group", "dynamic")
+            return msgspec.structs.replace(FORMATS["awq"], name="int4", group=group, order_bytes=4 * ordered)
     raise UnsupportedModel("config.json", "quantization_config", "compressed-tensors without a known weight scheme")

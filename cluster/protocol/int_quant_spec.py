@@ -1,10 +1,13 @@
-"""Weights of 4 or 8 bits in a checkpoint, by its `quantization_config`: GPTQ, AWQ, compressed-tensors.
+"""Weights of 4 or 8 bits in a checkpoint, by its `quantization_config`: GPTQ, AWQ, compressed-tensors,
+bitsandbytes.
 
     gptq        qweight [I / n, O], qzeros [G, O / n], scales [G, O], g_idx [I]; zeros are stored less one, in "gptq_v2"
                 as they are; inputs may be ordered by how much they matter (`desc_act`)
     awq         qweight [I, O / 8], qzeros [G, O / 8], scales [G, O]; a word holds its eight as 0 2 4 6 1 3 5 7
-    packed      compressed-tensors: weight_packed [O, I / n], weight_scale [O, G], perhaps weight_zero_point [O / n, G]
+    packed      compressed-tensors: weight_packed [O, I / n], weight_scale [O, G], perhaps weight_zero_point [O / n, G];
+                weight_g_idx [I] where inputs are grouped in an order of their own (`actorder` group)
     int8        compressed-tensors: weight [O, I] of int8, weight_scale [O, 1]
+    bitsandbytes  weight [O, I] of int8, SCB [O]: the largest magnitude of a row, which is 127
 
 n = 32 / bits numbers in a word, G = groups of inputs. A checkpoint of plain weights is rounded as it is loaded.
 """
@@ -17,7 +20,7 @@ import msgspec
 from argosy.cluster.protocol.errors import UnsupportedModel
 
 CONFIG_FILE: Final = "config.json"
-Layout = Literal["gptq", "awq", "packed", "int8", "plain"]
+Layout = Literal["gptq", "awq", "packed", "int8", "bitsandbytes", "plain"]
 
 
 class IntScheme(msgspec.Struct, frozen=True, kw_only=True):
@@ -27,7 +30,7 @@ class IntScheme(msgspec.Struct, frozen=True, kw_only=True):
     bits: int
     group: int  # inputs that share a scale; -1: all of a row
     symmetric: bool = True  # the zero is in the middle and is not stored (gptq stores it all the same)
-    ordered: bool = False  # gptq: inputs are grouped in an order of their own
+    ordered: bool = False  # inputs are grouped in an order of their own
     zero_offset: int = 0  # what a stored zero lacks
 
     @property
@@ -77,14 +80,31 @@ def read_awq(values: Mapping[str, Any], key: str) -> tuple[IntScheme, tuple[str,
     return scheme, ("lm_head", *map(str, kept))
 
 
+def read_bitsandbytes(values: Mapping[str, Any], key: str) -> tuple[IntScheme, tuple[str, ...]]:
+    """The same of a checkpoint that bitsandbytes wrote in 8 bits. Its 4 bits are places in a table (nf4, fp4)."""
+    if not (values.get("load_in_8bit") or values.get("_load_in_8bit")):
+        raise _unsupported(
+            f"{key}.load_in_8bit", values.get("load_in_8bit"),
+            "only 8 bits of bitsandbytes are read; for 4 bits name the original model, with load_in_4bit=True",
+        )  # fmt: skip
+    kept = values.get("llm_int8_skip_modules") or ()
+    return IntScheme(layout="bitsandbytes", bits=8, group=-1), ("lm_head", *map(str, kept))
+
+
+# of compressed-tensors' `actorder`: inputs of a group lie anywhere, or beside each other in the file
+_OWN_ORDERS: Final = ("group", "dynamic")
+_FILE_ORDERS: Final = ("weight", "static")
+
+
 def read_compressed_group(weights: Mapping[str, Any], form: object, where: str) -> IntScheme:
     """The scheme of one group of modules of a compressed-tensors checkpoint whose weights are whole numbers."""
     bits = _one_of(weights, where, "num_bits", (4, 8))
     strategy = weights.get("strategy")
     if strategy not in ("group", "channel", "tensor"):
         raise _unsupported(f"{where}.strategy", strategy, "supported: group, channel, tensor")
-    if weights.get("actorder") not in (None, "weight", "static"):  # which leave the file's order as it is
-        raise _unsupported(f"{where}.actorder", weights["actorder"], "supported: weight, static")
+    order = weights.get("actorder")
+    if order not in (None, True, False, *_OWN_ORDERS, *_FILE_ORDERS):
+        raise _unsupported(f"{where}.actorder", order, f"supported: {', '.join((*_OWN_ORDERS, *_FILE_ORDERS))}")
     if form not in ("pack-quantized", "int-quantized"):
         raise _unsupported("quantization_config.format", form, "supported: pack-quantized, int-quantized")
     group = _group(weights.get("group_size") or -1, f"{where}.group_size") if strategy == "group" else -1
@@ -93,6 +113,7 @@ def read_compressed_group(weights: Mapping[str, Any], form: object, where: str) 
         bits=bits,
         group=group,
         symmetric=bool(weights.get("symmetric", True)),
+        ordered=form == "pack-quantized" and strategy == "group" and (order is True or order in _OWN_ORDERS),
     )
 
 

@@ -71,24 +71,32 @@ OTHER_NAMES: Final[Mapping[str, str]] = {
 ONLINE_IGNORED: Final = ("lm_head", "embed_out", r"re:.*\.(gate|router|shared_expert_gate)$")
 
 
+_INT_READERS: Final = {
+    "gptq": int_quant_spec.read_gptq, "awq": int_quant_spec.read_awq, "bitsandbytes": int_quant_spec.read_bitsandbytes,
+}  # fmt: skip
+
+
 def choose_quantization(config: Mapping[str, Any], wanted: str | None) -> QuantSpec | None:
     """From a `config.json` and the setting `quantization` to what will be done. None: weights stay as they are."""
-    wanted = OTHER_NAMES.get(wanted, wanted) if wanted is not None else None
+    asked, wanted = wanted, OTHER_NAMES.get(wanted, wanted) if wanted is not None else None
     key = next((key for key in KEYS if config.get(key) is not None), None)
     if key is None:
         if wanted is None:
             return None
         if wanted not in ONLINE:
             raise ConfigError(
-                f"quantization={wanted!r}: the model's {CONFIG_FILE} has no quantization_config, so its weights are "
+                f"quantization={asked!r}: the model's {CONFIG_FILE} has no quantization_config, so its weights are "
                 f"rounded as they are loaded; supported for that: {', '.join(ONLINE)}"
             )
         return QuantSpec(
             method=wanted, groups=(WeightGroup(targets=("Linear",), scheme=ONLINE[wanted]),), ignored=ONLINE_IGNORED
         )
     stored = read_quantization(config[key], key)
-    if wanted is not None and wanted not in (stored.method, stored.method.replace("-", "_"), "fp8"):
-        raise ConfigError(f"quantization={wanted!r}: the model's weights are stored as {stored.method!r}; leave it out")
+    names = {stored.method, stored.method.replace("-", "_"), OTHER_NAMES.get(stored.method, stored.method)}
+    if any(isinstance(group.scheme, WeightScheme) for group in stored.groups):
+        names.add("fp8")  # whoever wrote them
+    if wanted is not None and wanted not in names:
+        raise ConfigError(f"quantization={asked!r}: the model's weights are stored as {stored.method!r}; leave it out")
     return stored
 
 
@@ -103,11 +111,12 @@ def read_quantization(values: object, key: str = KEYS[0]) -> QuantSpec:
         return _read_compressed(values, key)
     if method == "mxfp4":  # experts alone, which know their format by this name
         return QuantSpec(method="mxfp4", groups=())
-    if method in ("gptq", "awq"):
-        read = int_quant_spec.read_gptq if method == "gptq" else int_quant_spec.read_awq
-        scheme, ignored = read(values, key)
+    if method in _INT_READERS:
+        scheme, ignored = _INT_READERS[method](values, key)
         return QuantSpec(method=method, groups=(WeightGroup(targets=("Linear",), scheme=scheme),), ignored=ignored)
-    raise _unsupported(f"{key}.quant_method", method, "supported: fp8, compressed-tensors, gptq, awq")
+    raise _unsupported(
+        f"{key}.quant_method", method, f"supported: fp8, compressed-tensors, mxfp4, {', '.join(_INT_READERS)}"
+    )
 
 
 def _read_fp8(values: Mapping[str, Any], key: str) -> QuantSpec:

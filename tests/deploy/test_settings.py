@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from argosy.cluster.protocol.config import ServingConfig
-from argosy.cluster.protocol.errors import ConfigError
+from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel
 from argosy.cluster.protocol.quant_spec import choose_quantization
 from argosy.deploy import cli, settings
 
@@ -121,6 +121,9 @@ def test_small_weights_by_the_names_that_users_bring() -> None:
     for second in ({"load_in_4bit": True}, {"quantization": "fp8"}):
         with pytest.raises(ConfigError, match=r"load_in_.bit=True and .*leave one out"):
             settings.config_from_kwargs("some/model", {"load_in_8bit": True, **second})
+    for more in ({}, {"quantization": "bitsandbytes"}):  # in flight, as vLLM's users ask for it
+        given = settings.config_from_kwargs("some/model", {"load_format": "bitsandbytes", **more}).model
+        assert (given.quantization, given.load_format) == ("bitsandbytes", "auto")
     with pytest.raises(ConfigError, match="load_in_8bit='no': must be True or False"):
         settings.config_from_kwargs("some/model", {"load_in_8bit": "no"})
     plain = {"architectures": ["LlamaForCausalLM"]}
@@ -128,6 +131,39 @@ def test_small_weights_by_the_names_that_users_bring() -> None:
         found = choose_quantization(plain, name)
         assert found is not None
         assert found.method == method
+
+
+GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "desc_act": False}
+BITSANDBYTES = {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False}
+FP8 = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+
+
+@pytest.mark.parametrize(
+    ("stored", "right", "wrong"),
+    [
+        (GPTQ, ("gptq", "gptq_marlin"), ("fp8", "awq", "bitsandbytes")),
+        (BITSANDBYTES, ("bitsandbytes", "int8"), ("fp8", "int4")),
+        (FP8, ("fp8", "fbgemm_fp8"), ("int8", "gptq")),
+    ],
+)
+def test_a_packed_checkpoint_takes_its_own_names_alone(
+    stored: dict[str, object], right: tuple[str, ...], wrong: tuple[str, ...]
+) -> None:
+    """Somebody asks for fp8 and names a checkpoint of 4 bits: that it would be served in 4 bits must be said."""
+    for name in right:
+        found = choose_quantization({"quantization_config": stored}, name)
+        assert found is not None
+        assert found.method == stored["quant_method"]
+    for name in wrong:
+        with pytest.raises(ConfigError, match=f"quantization='{name}': the model's weights are stored as"):
+            choose_quantization({"quantization_config": stored}, name)
+
+
+def test_four_bits_of_bitsandbytes_say_what_to_do_instead() -> None:
+    """Their numbers are places in a table: no product of ours has one."""
+    nf4 = {"quant_method": "bitsandbytes", "load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}
+    with pytest.raises(UnsupportedModel, match=r"load_in_8bit: .*name the original model, with load_in_4bit=True"):
+        choose_quantization({"quantization_config": nf4}, None)
 
 
 def test_the_hubs_key_goes_to_the_hubs_library_and_into_no_setting(

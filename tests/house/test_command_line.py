@@ -12,8 +12,9 @@ EXPECTED = {
         --data-parallel-size --device --disable-log-stats --download-dir --drain-seconds --dtype
         --enable-chunked-prefill --enable-expert-parallel --enable-prefix-caching --enforce-eager --generation-config
         --gpu-memory-utilization --hf-overrides --hf-token --host --job-dir --kv-cache-dtype --kv-cache-memory-bytes
-        --layout --load-format --max-body-bytes --max-logprobs --max-model-len --max-num-batched-tokens --max-num-seqs
-        --max-num-waiting --max-upload-bytes --model --num-gpu-blocks-override --pipeline-layers
+        --layout --load-format --load-in-4bit --load-in-8bit --max-body-bytes --max-logprobs --max-model-len
+        --max-num-batched-tokens --max-num-seqs --max-num-waiting --max-upload-bytes --model
+        --num-gpu-blocks-override --pipeline-layers
         --pipeline-parallel-size --port --quantization --ray-address --request-deadline-seconds --response-role
         --revision --scheduling-policy --seed --served-model-name --skip-tokenizer-init --stage-memory-gb
         --start-deadline-seconds --step-deadline-seconds --swap-space --tensor-parallel-size --tokenizer
@@ -29,8 +30,9 @@ EXPECTED = {
         --chat-template --cpu-offload-gb --cpu-threads --data-parallel-size --device --download-dir --dtype
         --enable-chunked-prefill --enable-expert-parallel --enable-prefix-caching --endpoint --enforce-eager
         --generation-config --gpu-memory-utilization --hf-overrides --hf-token --kv-cache-dtype --kv-cache-memory-bytes
-        --layout --load-format --max-logprobs --max-model-len --max-num-batched-tokens --max-num-seqs --max-num-waiting
-        --model --num-gpu-blocks-override --output --pipeline-layers --pipeline-parallel-size --quantization
+        --layout --load-format --load-in-4bit --load-in-8bit --max-logprobs --max-model-len --max-num-batched-tokens
+        --max-num-seqs --max-num-waiting --model --num-gpu-blocks-override --output --pipeline-layers
+        --pipeline-parallel-size --quantization
         --ray-address --request-deadline-seconds --revision --scheduling-policy --seed --served-model-name
         --skip-tokenizer-init --stage-memory-gb --start-deadline-seconds --step-deadline-seconds --swap-space
         --tensor-parallel-size --tokenizer --tokenizer-revision -dp -o -pp -q -tp

@@ -72,8 +72,10 @@ class Format:
     def draw(self, rng: np.random.Generator, rows: int, columns: int, order: np.ndarray) -> Layer:
         group = columns if self.group == -1 else self.group
         numbers = rng.integers(0, 1 << self.bits, (rows, columns))
-        kept = np.float32 if self.config["quant_method"] == "compressed-tensors" else np.float16
+        kept = np.float16 if self.config["quant_method"] in ("gptq", "awq") else np.float32
         scale = (rng.random((rows, -(-columns // group))) * 0.02 + 0.002).astype(kept)
+        if self.config["quant_method"] == "bitsandbytes":  # the file has 127 steps
+            scale = (scale * np.float32(127)) / np.float32(127)
         middle = 1 << (self.bits - 1)
         zero = np.full(scale.shape, middle) if self.symmetric else rng.integers(1, 1 << self.bits, scale.shape)
         place = np.argsort(order) if self.ordered else np.arange(columns)
@@ -98,6 +100,14 @@ class Format:
                 f"{name}.qzeros": pack_words(zero.T[:, where], 4, 1),
                 f"{name}.scales": scale.t().contiguous(),
             }
+        if method == "bitsandbytes":
+            largest = scale[:, 0] * np.float32(127)
+            assert torch.equal(largest / 127, scale[:, 0])
+            return {
+                f"{name}.weight": torch.from_numpy((numbers - 128).astype(np.int8)),
+                f"{name}.SCB": largest,
+                f"{name}.weight_format": torch.tensor(0, dtype=torch.uint8),
+            }
         if self.config["format"] == "int-quantized":
             return {
                 f"{name}.weight": torch.from_numpy((numbers - 128).astype(np.int8)),
@@ -110,13 +120,15 @@ class Format:
         }
         if not self.symmetric:
             found[f"{name}.weight_zero_point"] = pack_words(zero, self.bits, 0)
+        if self.ordered:
+            found[f"{name}.weight_g_idx"] = torch.from_numpy(layer.group_I.astype(np.int32))
         return found
 
 
-def compressed(bits: int, group: int, form: str, *, symmetric: bool) -> dict[str, Any]:
+def compressed(bits: int, group: int, form: str, *, symmetric: bool, order: str | None = None) -> dict[str, Any]:
     weights = {
         "num_bits": bits, "type": "int", "symmetric": symmetric, "strategy": "channel" if group == -1 else "group",
-        "group_size": None if group == -1 else group,
+        "group_size": None if group == -1 else group, "actorder": order,
     }  # fmt: skip
     return {
         "quant_method": "compressed-tensors", "format": form, "ignore": ["lm_head"],
@@ -140,8 +152,16 @@ FORMATS = {
     "packed 4 bits": Format(4, 32, compressed(4, 32, "pack-quantized", symmetric=True), symmetric=True),
     "packed 4 bits, zeros": Format(4, 16, compressed(4, 16, "pack-quantized", symmetric=False)),
     "packed 8 bits, channel": Format(8, -1, compressed(8, -1, "pack-quantized", symmetric=True), symmetric=True),
+    "packed 4 bits, ordered": Format(
+        4, 16, compressed(4, 16, "pack-quantized", symmetric=True, order="group"), symmetric=True, ordered=True
+    ),
+    "packed 8 bits, zeros, ordered": Format(
+        8, 32, compressed(8, 32, "pack-quantized", symmetric=False, order="group"), ordered=True
+    ),
     "int8, channel": Format(8, -1, compressed(8, -1, "int-quantized", symmetric=True), symmetric=True),
-}
+    "bitsandbytes": Format(8, -1, {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False,
+        "_load_in_8bit": True, "llm_int8_skip_modules": None, "llm_int8_threshold": 6.0}, symmetric=True),
+}  # fmt: skip
 
 
 def write(folder: Path, form: Format) -> dict[str, Tensor]:

@@ -31,7 +31,7 @@ PACKED_SPREAD = 448 / (8 * DUMMY_STD)  # random e4m3 numbers reach to eight time
 # last words of what packed checkpoints hold beside weights; which of them are needed is checked by name
 PACKED_NAMES = {
     "weight_scale", "input_scale", "k_scale", "v_scale", "q_scale", "output_scale", "kv_scale",
-    "g_idx", "weight_g_idx", "weight_shape", "weight_zero_point",
+    "g_idx", "weight_g_idx", "weight_shape", "weight_zero_point", "SCB", "weight_format",
 }  # fmt: skip
 
 

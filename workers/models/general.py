@@ -41,6 +41,7 @@ from argosy.workers.quantization.base import (
 # what a checkpoint may hold for a kind of layer that this stage has none of
 OF_OTHER_LAYERS = {"weight", "bias", "e_score_correction_bias", "weight_scale_inv", "weight_scale", "input_scale"}
 OF_OTHER_LAYERS |= {"qweight", "qzeros", "scales", "g_idx", "weight_packed", "weight_zero_point", "weight_shape"}
+OF_OTHER_LAYERS |= {"weight_g_idx", "SCB", "weight_format"}
 
 
 class GeneralDecoder(Decoder):

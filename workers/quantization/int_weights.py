@@ -25,11 +25,10 @@ from argosy.cluster.protocol.int_quant_spec import IntScheme
 from argosy.kernels import ops, packed_reference
 from argosy.kernels.fp8_reference import Fp8Rows, Rounding
 from argosy.kernels.packed_reference import PackedWeight
+from argosy.workers.quantization import int_layouts
 from argosy.workers.quantization.base import Cut, Fusion, LinearLayer, UnquantizedMethod, empty_parameter
 
 ALL = slice(None)
-SCALE_DTYPES = ("F16", "BF16", "F32")
-AWQ_ORDER = (0, 2, 4, 6, 1, 3, 5, 7)  # which output the positions of a word hold, from the lowest bits on
 SMALLEST_GROUP = 8
 RANDOM_SPREAD = 0.05  # of random weights, from the least to the largest: a standard deviation of 0.02
 FILLED = 32  # the smallest group that kernels take
@@ -101,7 +100,6 @@ class IntWeightMethod:
         place = self._place_of(weight)
         rows, columns = weight.full_shape
         scheme = self.scheme
-        per = 32 // scheme.bits
         groups = -(-columns // self._checkpoint_group(columns))
 
         def cut(name: str, *shape: int, dtypes: tuple[str, ...], others: tuple[tuple[int, ...], ...] = ()) -> Cut:
@@ -112,39 +110,13 @@ class IntWeightMethod:
 
         if scheme.layout == "plain":
             return {"weight": weight._replace(source=(ALL, ALL), arrange=None, store=partial(self._round, weight))}
-        if scheme.layout == "int8":
-            return {
-                "weight": cut("numbers", rows, columns, dtypes=("I8",)),
-                "weight_scale": cut("scales", rows, groups, dtypes=SCALE_DTYPES, others=((rows,), (1,), (1, 1), ())),
-            }
-        if scheme.layout == "packed":
-            found = {
-                "weight_packed": cut("numbers", rows, -(-columns // per), dtypes=("I32",)),
-                "weight_scale": cut("scales", rows, groups, dtypes=SCALE_DTYPES, others=((1,), (1, 1), ())),
-            }
-            if not scheme.symmetric:
-                found["weight_zero_point"] = cut("zeros", -(-rows // per), groups, dtypes=("I32",))
-            return found
-        if scheme.layout == "awq":
-            found = {"qweight": cut("numbers", columns, rows // per, dtypes=("I32",))}
-        else:
-            found = {"qweight": cut("numbers", columns // per, rows, dtypes=("I32",))}
-            if scheme.ordered:
-                found["g_idx"] = cut("order", columns, dtypes=("I32",))
-        found["qzeros"] = cut("zeros", groups, rows // per, dtypes=("I32",))
-        found["scales"] = cut("scales", groups, rows, dtypes=SCALE_DTYPES)
-        return found
+        return {
+            suffix: cut(tensor.role, *tensor.shape, dtypes=tensor.dtypes, others=tensor.other_shapes)
+            for suffix, tensor in int_layouts.tensors_of(scheme, rows, columns, groups).items()
+        }
 
     def _place_of(self, weight: Cut) -> int:
         return next(i for i, part in enumerate(self.parts) if part.target_rows == weight.target_rows)
-
-    def _names(self) -> set[str]:
-        names = {"numbers", "scales"}
-        if self.scheme.layout in ("gptq", "awq") or (self.scheme.layout == "packed" and not self.scheme.symmetric):
-            names.add("zeros")
-        if self.scheme.ordered:
-            names.add("order")
-        return names
 
     def _keep(self, place: int, name: str, tensor: Tensor) -> None:
         """One tensor of a part came in. With the last one the part is put in its place."""
@@ -152,11 +124,15 @@ class IntWeightMethod:
         is_drawn = tensor.is_floating_point() and name != "scales"
         self._is_random |= is_drawn
         waiting[name] = (self._drawn(name, tensor) if is_drawn else tensor).to(self._device)
-        if waiting.keys() != self._names():
+        if len(waiting) < int_layouts.num_tensors(self.scheme):
             return
         if self._is_random:
-            waiting["scales"] = torch.full_like(waiting["scales"], RANDOM_SPREAD / (1 << self.scheme.bits))
-        numbers_OI, scale_OG, zero_OG, order_I = self._read(self.parts[place], waiting)
+            step = RANDOM_SPREAD / (1 << self.scheme.bits)
+            waiting["scales"] = torch.full_like(waiting["scales"], step * int_layouts.steps_of_scale(self.scheme))
+        rows, columns = self.parts[place].full_shape
+        numbers_OI, scale_OG, zero_OG, order_I = int_layouts.read(
+            self.scheme, rows, columns, waiting, self._scale_dtype
+        )
         waiting.clear()
         self._orders[place] = order_I
         self._put(self.parts[place], numbers_OI, scale_OG, zero_OG)
@@ -166,7 +142,7 @@ class IntWeightMethod:
         if name == "order":  # one for all parts, as it must be
             generator = torch.Generator().manual_seed(tensor.numel())
             return torch.randperm(tensor.numel(), generator=generator).to(torch.int32) // self.scheme.group
-        if self.scheme.layout == "int8":
+        if self.scheme.layout in ("int8", "bitsandbytes"):
             return torch.randint(-128, 128, tensor.shape, dtype=torch.int8, device=tensor.device)
         return torch.randint(-(1 << 31), (1 << 31) - 1, tensor.shape, dtype=torch.int32, device=tensor.device)
 
@@ -174,46 +150,6 @@ class IntWeightMethod:
     def _device(self) -> torch.device:
         assert self._layer.words is not None
         return self._layer.words.device
-
-    def _read(self, part: Cut, tensors: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-        """From the tensors of the format to numbers [O, I], scales and zeros [O, G] of the whole part; inputs in the
-        order of their groups, which is the last value where it is not that of the checkpoint."""
-        scheme = self.scheme
-        rows, columns = part.full_shape
-        middle = float(1 << (scheme.bits - 1))
-        numbers, scales = tensors["numbers"], tensors["scales"].to(self._scale_dtype)
-        order_I = None
-        if scheme.layout == "int8":
-            groups = -(-columns // self._checkpoint_group(columns))
-            scale_OG = scales.reshape(-1, scales.shape[-1] if scales.ndim == 2 else 1).expand(rows, groups)
-            return numbers.to(torch.int32) + int(middle), scale_OG, torch.full_like(scale_OG, middle), None
-        if scheme.layout == "packed":
-            numbers_OI = _unpack_last(numbers.to(torch.int32), scheme.bits)[:, :columns]
-            scale_OG = scales.reshape(-1, scales.shape[-1] if scales.ndim == 2 else 1)
-            scale_OG = scale_OG.expand(rows, scale_OG.shape[1])
-            if scheme.symmetric:
-                return numbers_OI, scale_OG, torch.full_like(scale_OG, middle), None
-            zeros = _unpack_last(tensors["zeros"].to(torch.int32).t(), scheme.bits).t()[:rows]
-            return numbers_OI, scale_OG, zeros.to(scale_OG.dtype), None
-        zeros_GO = _unpack_last(tensors["zeros"].to(torch.int32), scheme.bits)
-        if scheme.layout == "awq":
-            numbers_IO = _unpack_last(numbers.to(torch.int32), scheme.bits)
-            numbers_OI, zeros_GO = _from_awq_order(numbers_IO).t(), _from_awq_order(zeros_GO)
-        else:
-            numbers_OI = _unpack_last(numbers.to(torch.int32).t(), scheme.bits)
-            zeros_GO = (zeros_GO + scheme.zero_offset) & ((1 << scheme.bits) - 1)
-            if scheme.ordered:
-                group_I = tensors["order"].long()
-                found_I = torch.argsort(group_I, stable=True)
-                if not torch.equal(group_I, group_I[found_I]):
-                    self._check_order(group_I[found_I], columns)
-                    order_I, numbers_OI = found_I, numbers_OI[:, found_I]
-        return numbers_OI, scales.t(), zeros_GO.t().to(scales.dtype), order_I
-
-    def _check_order(self, sorted_I: Tensor, columns: int) -> None:
-        expected = torch.arange(columns, device=sorted_I.device) // self.scheme.group
-        if self.scheme.group == -1 or not torch.equal(sorted_I, expected):
-            raise _unsupported("g_idx does not name groups of one size")
 
     def _put(self, part: Cut, numbers_OI: Tensor, scale_OG: Tensor, zero_OG: Tensor) -> None:
         """This rank's piece of a whole part; with the last of them the layer is packed."""
@@ -366,18 +302,3 @@ def _same(one: Tensor | None, other: Tensor | None) -> bool:
 
 def _unsupported(problem: str) -> UnsupportedModel:
     return UnsupportedModel("config.json", "quantization_config", problem)
-
-
-def _unpack_last(words: Tensor, bits: int) -> Tensor:
-    """Numbers of int32 words along the last axis, lowest bits first."""
-    per = 32 // bits
-    shifts = torch.arange(per, dtype=torch.int32, device=words.device) * bits
-    return ((words[..., None] >> shifts) & ((1 << bits) - 1)).flatten(-2)
-
-
-def _from_awq_order(numbers: Tensor) -> Tensor:
-    """Outputs along the last axis from the order of AWQ's words to their own."""
-    eights = numbers.reshape(*numbers.shape[:-1], -1, 8)
-    back = torch.empty_like(eights)
-    back[..., list(AWQ_ORDER)] = eights
-    return back.flatten(-2)
