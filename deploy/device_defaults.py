@@ -42,7 +42,7 @@ def fill(known: Mapping[str, object], card: str | None = None) -> dict[str, obje
     size = PLAIN if on_cpu else step_size(first_card() if card is None else card)
     seqs, tokens = known.get(names[0], size.max_num_seqs), known.get(names[1], size.max_num_batched_tokens)
     if isinstance(seqs, int) and isinstance(tokens, int) and seqs > tokens:  # the one that was given decides
-        seqs, tokens = (seqs, seqs) if names[0] in known else (tokens, tokens)
+        seqs, tokens = (seqs, seqs) if names[0] in known else (max(1, tokens), tokens)  # 0 is refused by its own name
     return {**known, names[0]: seqs, names[1]: tokens}
 
 

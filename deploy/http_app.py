@@ -58,9 +58,18 @@ class Route(NamedTuple):
 class HttpApp:
     """The ASGI application behind the limits."""
 
-    def __init__(self, gateway: Gateway, server: ServerConfig, *, public_metrics: bool = False, door: str = ""):
+    def __init__(
+        self,
+        gateway: Gateway,
+        server: ServerConfig,
+        *,
+        public_metrics: bool = False,
+        door: str = "",
+        sends_ids: bool = True,
+    ):
         self.gateway = gateway
         self.metrics = EdgeMetrics(door)
+        self._sends_ids = sends_ids
         self.num_working = 0  # requests that the engine works for
         self._keys = ApiKeys.read(server.api_keys_file)
         self._engine = _EngineFigures(gateway)
@@ -88,7 +97,7 @@ class HttpApp:
             await send({"type": "websocket.close", "code": 1000})
             return
         request = HttpRequest(scope, receive)
-        responder = Responder(send, request.request_id)
+        responder = Responder(send, request.request_id if self._sends_ids else "")
         route = self._find(request.path)
         self.metrics.in_flight += 1
         try:
@@ -266,10 +275,15 @@ class _EngineFigures:
         return self._last
 
 
-def build_http_app(gateway: Gateway, server: ServerConfig, *, public_metrics: bool = False, door: str = "") -> App:
-    """The application with the limits in front of it, ready for uvicorn or Ray Serve. `door`: of several, its name."""
+def build_http_app(
+    gateway: Gateway, server: ServerConfig, *, public_metrics: bool = False, door: str = "", sends_ids: bool = True
+) -> App:
+    """The application with the limits in front of it, ready for uvicorn or Ray Serve. `door`: of several, its name.
+
+    Without `sends_ids` answers carry no x-request-id: Ray Serve adds it, and clients read two as "id, id".
+    """
     return LimitsMiddleware(
-        HttpApp(gateway, server, public_metrics=public_metrics, door=door),
+        HttpApp(gateway, server, public_metrics=public_metrics, door=door, sends_ids=sends_ids),
         max_body_bytes=server.max_body_bytes,
         max_upload_bytes=server.max_upload_bytes,
         upload_path=FILES,

@@ -77,11 +77,12 @@ class HttpRequest:
 
 
 class Responder:
-    """The answer to one request. `sending_since` tells the watch whether the client still reads."""
+    """The answer to one request, with its id where nobody in front adds it. `sending_since` tells the watch whether the
+    client still reads."""
 
-    def __init__(self, send: Send, request_id: str):
+    def __init__(self, send: Send, request_id: str = ""):
         self._send = send
-        self._headers = [(b"x-request-id", request_id.encode("latin-1", "replace"))]
+        self._headers = [(b"x-request-id", request_id.encode("latin-1", "replace"))] if request_id else []
         self.status = 0
         self.ended = False
         self.sending_since: float | None = None

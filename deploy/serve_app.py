@@ -93,7 +93,8 @@ class Door:
             max_moves=config.scheduler.max_recoveries,
         )
         name = serve.get_replica_context().replica_id.unique_id if num_doors(config.server) > 1 and address else ""
-        _set_app(build_http_app(Gateway(self._client, load_tokenizer(config), config), config.server, door=name))
+        gateway = Gateway(self._client, load_tokenizer(config), config)
+        _set_app(build_http_app(gateway, config.server, door=name, sends_ids=False))
 
     async def __del__(self) -> None:
         """Serve calls it when the replica is to go: the engine that it started goes with it."""

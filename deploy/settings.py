@@ -64,11 +64,24 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("seed", "int", "seed of the random choices the engine makes itself"),
     ),
     "machines": (
-        Flag("tensor-parallel-size", "int", "ranks that share each layer, within one node where possible", short="-tp"),
         Flag(
-            "pipeline-parallel-size", "int", "stages of consecutive layers, one node each where possible", short="-pp"
+            "tensor-parallel-size",
+            "int",
+            "ranks that share each layer, within one node where possible (default: as --layout says)",
+            short="-tp",
         ),
-        Flag("data-parallel-size", "int", "replicas of the whole model, behind one address", short="-dp"),
+        Flag(
+            "pipeline-parallel-size",
+            "int",
+            "stages of consecutive layers, one node each where possible (default: the same)",
+            short="-pp",
+        ),
+        Flag(
+            "data-parallel-size",
+            "int",
+            "replicas of the whole model, behind one address (default: the same)",
+            short="-dp",
+        ),
         Flag(
             "pipeline-layers",
             "json",
@@ -146,7 +159,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("host", "text", "address to listen on (default: 127.0.0.1, this machine only)"),
         Flag("port", "int", "port to listen on (default: 8000)"),
         Flag("api-keys-file", "text", "file with one accepted API key a line"),
-        Flag("max-body-bytes", "int", "largest request that is read"),
+        Flag("max-body-bytes", "int", "largest request that is read (default: 4MiB)"),
         Flag("job-dir", "text", "folder of jobs and their files, or none (default: ~/.local/state/argosy/jobs)"),
         Flag("max-upload-bytes", "int", "largest file that /v1/files takes (default: 200MiB)"),
         Flag(
@@ -193,6 +206,7 @@ IGNORED: Final[frozenset[str]] = frozenset(_IGNORED_SWITCHES.split() + _IGNORED_
 # any of these makes a tokenizer; all but the first are converted by transformers
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
+_DEFAULTS: Final[Mapping[str, object]] = ServingConfig.defaults()
 _SIZES = {"tensor_parallel_size", "pipeline_parallel_size", "pipeline_layers", "data_parallel_size", "layout"}
 
 
@@ -217,7 +231,7 @@ def add_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -
         group = parser.add_argument_group(title)
         for flag in flags:
             names = [*([flag.short] if flag.short else []), f"--{flag.name}"]
-            options: dict[str, Any] = {"dest": flag.field, "default": argparse.SUPPRESS, "help": flag.help}
+            options: dict[str, Any] = {"dest": flag.field, "default": argparse.SUPPRESS, "help": _help_of(flag)}
             match flag.kind:
                 case "switch":
                     group.add_argument(*names, action=argparse.BooleanOptionalAction, **options)
@@ -227,6 +241,14 @@ def add_flags(parser: argparse.ArgumentParser, *, without: Sequence[str] = ()) -
                     group.add_argument(*names, metavar=kind.upper(), **options)
     token = "the hub's key (default: $HF_TOKEN, or what 'hf auth login' keeps)"
     parser.add_argument("--hf-token", default="", metavar="TOKEN", help=token)
+
+
+def _help_of(flag: Flag) -> str:
+    """With the default, where the words say nothing of it and there is one that can be said."""
+    default = _DEFAULTS.get(flag.field)
+    if "(default" in flag.help or isinstance(default, bool) or not isinstance(default, str | int | float):
+        return flag.help
+    return f"{flag.help} (default: {default if isinstance(default, str) else format(default, 'g')})"
 
 
 def take_hub_token(token: object, *, on_command_line: bool = False) -> None:
@@ -246,10 +268,11 @@ def take_hub_token(token: object, *, on_command_line: bool = False) -> None:
 def take_ignored(words: Sequence[str]) -> tuple[list[str], list[str]]:
     """The command line without vLLM's flags that have no effect here, and their names."""
     kept, ignored, is_value = [], [], False
-    for word in words:
+    for place, word in enumerate(words):
         name = word.lstrip("-").split("=")[0].replace("-", "_").removeprefix("no_")
         if word.startswith("--") and name in IGNORED:
             ignored.append(name)
+            _check_harmless(name, word.partition("=")[2] or "".join(words[place + 1 : place + 2]))
             is_value = name not in _IGNORED_SWITCHES.split() and "=" not in word
         elif not (is_value and not word.startswith("-")):
             kept.append(word)
@@ -259,6 +282,12 @@ def take_ignored(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return kept, ignored
 
 
+# of those, what would change what is served if it had its effect
+_HARMLESS: Final[Mapping[str, tuple[object, ...]]] = {
+    "runner": ("auto", "generate"),
+    "convert": ("auto", "none"),
+    "logprobs_mode": ("raw_logprobs",),
+}
 _BITS: Final[Mapping[str, str]] = {"load_in_8bit": "int8", "load_in_4bit": "int4"}  # as transformers calls it
 
 
@@ -277,6 +306,12 @@ def refuse_unknown(rest: Sequence[str], known_flags: Iterable[str] = ()) -> None
 def _refuse_not_yet(written: str, name: str) -> None:
     if name in NOT_YET:
         raise ConfigError(f"{written} is not supported yet; leave it out")
+
+
+def _check_harmless(name: str, value: object) -> None:
+    if name in _HARMLESS and value not in _HARMLESS[name]:
+        fitting = " or ".join(str(one) for one in _HARMLESS[name])
+        raise ConfigError(f"{name}={value!r}: only {fitting} is supported yet; leave it out")
 
 
 def _check_bits(name: str, value: object, given: Mapping[str, object]) -> None:
@@ -305,6 +340,7 @@ def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
         elif (name, value) == ("load_format", "bitsandbytes"):  # as vLLM asks for rounding
             known.setdefault("quantization", "bitsandbytes")
         elif name in IGNORED:
+            _check_harmless(name, value)
             ignored.append(name)
         elif name in settings:
             known[name] = clean_setting(name, value)

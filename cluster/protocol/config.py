@@ -5,6 +5,7 @@ What is "auto" or None here is worked out later into a new value (`replace`), ne
 """
 
 import math
+import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from typing import Any, Literal, get_args, get_origin, get_type_hints
@@ -212,6 +213,13 @@ class ServingConfig(_Settings, frozen=True):
         return cls(**built)
 
     @classmethod
+    def defaults(cls) -> dict[str, object]:
+        """The flat names with what they are when nobody says so; the model has no default."""
+        names = {name: kind() for name, kind in _SECTIONS.items() if kind is not ModelConfig}
+        names["model"] = ModelConfig(model="")
+        return {key: getattr(names[section], key) for key, section in _SECTION_OF.items() if key != "model"}
+
+    @classmethod
     def known_settings(cls) -> tuple[str, ...]:
         """The flat names that `from_mapping` accepts."""
         return tuple(sorted(_SECTION_OF))
@@ -236,18 +244,29 @@ _CHOICES = {
 
 
 _GIB = ("cpu_offload_gb", "activation_offload_gb", "swap_space")
+_WRITTEN = {"policy": "scheduling_policy"}  # as users know it
+_TYPES = {"str": "a text", "int": "a whole number", "float": "a number", "bool": "true or false", "array": "a list",
+          "object": "names and values"}  # fmt: skip
 
 
 def _explain(error: msgspec.ValidationError, values: Mapping[str, object]) -> str:
     text = str(error)
-    for key, value in values.items():
-        if f"$.{key}" in text:
-            choices = _CHOICES.get(key)
-            if key in _GIB:
-                return f"{key}={value!r}: must be a number of GiB from 0 on, or auto"
-            problem = f"must be one of {', '.join(choices)}" if choices else text.split(" - at")[0]
-            return f"{key}={value!r}: {problem}"
-    return text
+    found = re.search(r"\$\.(\w+)", text)
+    if found is None or found[1] not in values:
+        return text
+    key = found[1]
+    value, choices = values[key], _CHOICES.get(key)
+    written = f"{_WRITTEN.get(key, key)}={value!r}"
+    if key in _GIB:
+        return f"{written}: must be a number of GiB from 0 on, or auto"
+    if choices:
+        return f"{written}: must be one of {', '.join(choices)}"
+    kinds = re.match(r"Expected `([\w |]+)`", text)
+    if kinds is None:
+        return f"{written}: {text.split(' - at')[0]}"
+    words = [_TYPES.get(kind, kind) for kind in kinds[1].split(" | ") if kind != "null"]
+    each = "each " if f"$.{key}[" in text else ""
+    return f"{written}: {each}must be {' or '.join(words)}"
 
 
 class _Checks:

@@ -59,13 +59,16 @@ def test_flags_without_effect_are_named_once_and_their_values_are_not_taken_for_
         (("m", "--block-size", "sixteen"), "must be a whole number"),
         (("m", "--max-num-batched-tokens", "1", "--max-num-seqs", "2"), "below max_num_seqs"),
         (("m", "--dtype", "float8"), "dtype='float8': must be one of auto, float32, bfloat16, float16"),
-        (("m", "--scheduling-policy", "fair"), "must be one of fcfs, priority"),
         (("m", "--drain-seconds", "nan"), "drain_seconds=nan: must be a finite number"),
         (("m", "--step-deadline-seconds", "0"), "step_deadline_seconds=0.0: must be"),
         (("m", "--request-deadline-seconds", "inf"), "request_deadline_seconds=inf: must be"),
         (("m", "--cpu-threads", "0"), "cpu_threads=0: must be at least 1"),
         (("m", "--max-logprobs", "-2"), "max_logprobs=-2: must be at least -1"),
         (("m", "--port", "70000"), "port"),
+        (("m", "--max-num-batched-tokens", "0"), "max_num_batched_tokens=0: must be at least 1"),
+        (("m", "--scheduling-policy", "fair"), "scheduling_policy='fair': must be one of fcfs, priority"),
+        (("m", "--runner", "pooling"), "runner='pooling': only auto or generate is supported"),
+        (("m", "--convert=embed"), "convert='embed': only auto or none is supported"),
         (("m", "--hf-overrides", "{"), "valid JSON"),
         (("m", "--config", "missing.yaml"), "missing.yaml: can't be read"),
     ],
@@ -180,3 +183,39 @@ def test_the_hubs_key_goes_to_the_hubs_library_and_into_no_setting(
     shown = capsys.readouterr().err
     assert "list processes" in shown
     assert "hf_other" not in shown
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"quantization": 4}, "quantization=4: must be a text"),
+        ({"pipeline_parallel_size": [4, 4]}, r"pipeline_parallel_size=\(4, 4\): must be a whole number"),
+        ({"pipeline_layers": ["a"]}, r"pipeline_layers=\('a',\): each must be a whole number"),
+        ({"enable_chunked_prefill": "yes"}, "enable_chunked_prefill='yes': must be true or false"),
+        ({"hf_overrides": print}, "hf_overrides=.*: must be names and values"),
+        ({"tokenizer": "x", "tokenizer_revision": 4}, "tokenizer_revision=4: must be a text"),
+        ({"runner": "pooling"}, "runner='pooling': only auto or generate"),
+        ({"logprobs_mode": "processed_logits"}, "logprobs_mode='processed_logits': only raw_logprobs"),
+    ],
+)
+def test_a_value_of_a_wrong_kind_is_named_with_its_setting_and_the_kind(given: dict[str, object], message: str) -> None:
+    """In our words, not those of a library; the name is the setting's own, not one that begins like it."""
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        settings.make_config({"model": "m", **given})
+
+
+def test_what_has_no_effect_may_be_said_as_long_as_it_asks_for_what_there_is() -> None:
+    """A generating model is what is served."""
+    _, ignored = settings.make_config({"model": "m", "runner": "generate", "convert": "none"})
+    assert ignored == ["runner", "convert"]
+    assert settings.take_ignored(["--runner", "generate", "m"]) == (["m"], ["runner"])
+
+
+def test_the_help_tells_the_default_of_every_setting_that_has_one() -> None:
+    """Numbers and words; what is found out by the model, the card or the planner is said in words."""
+    texts = {flag.field: settings._help_of(flag) for flag in settings.SETTING_FLAGS if flag.kind != "switch"}
+    untold = {field for field, text in texts.items() if "(default: " not in text}
+    assert untold <= {"quantization", "chat_template", "hf_overrides", "kv_cache_memory_bytes",
+                      "num_gpu_blocks_override", "api_keys_file"}  # fmt: skip  # none, and then nothing happens
+    assert "(default: 0.92)" in texts["gpu_memory_utilization"]
+    assert "(default: 60)" in texts["step_deadline_seconds"]

@@ -97,7 +97,9 @@ def test_a_server_from_its_first_line_to_its_last(short_tmp: str) -> None:
             assert f"{address}/v1".encode() in shown
             assert KEY.encode() not in shown
 
-            assert ask(f"{address}/health")[0] == 200
+            with urllib.request.urlopen(f"{address}/health", timeout=60) as answer:
+                assert answer.status == 200
+                assert len(answer.headers.get_all("x-request-id")) == 1  # Serve's, and not ours beside it
             assert ask(f"{address}/v1/models", key="wrong")[0] == 401
             status, text = ask(f"{address}/v1/completions", {"prompt": f"Say {CANARY}", "max_tokens": 4})
             assert (status, json.loads(text)["usage"]["completion_tokens"] <= 4) == (200, True)
