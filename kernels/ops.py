@@ -353,13 +353,15 @@ def prefill_attention(
     kv_scales: tuple[float, float] = (1.0, 1.0),
     out_TNH: Tensor | None = None,
     scratch: dict[Any, Any] | None = None,
+    num_context_tokens: int = 0,
 ) -> Tensor:
     """Causal attention of ragged rows (any mix of prompts, chunks and single tokens) over the paged cache. [T, N, H].
 
     Row r has the tokens query_start_R1[r] .. query_start_R1[r+1] - 1, the last of its context_len_R[r] (both int32).
     Tokens past the last row are undefined. Many single tokens with long contexts are faster in `paged_attention`, which
     splits a context over the card; `out_TNH` (contiguous) lets both write into one output. `scratch` keeps what is the
-    same for all layers of a step that have the same rows.
+    same for all layers of a step that have the same rows. `num_context_tokens`, the sum of `context_len_R` where the
+    host knows it, lets rows of a cache in 8 bits be unpacked once for all who read them (`kv_unpack`).
     """
     if q_TNH.is_cuda:
         from argosy.kernels import prefill_attention as kernel
@@ -367,7 +369,7 @@ def prefill_attention(
         return kernel.prefill_attention(
             q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, scale=scale,
             sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
-            kv_scales=kv_scales, out_TNH=out_TNH, scratch=scratch,
+            kv_scales=kv_scales, out_TNH=out_TNH, scratch=scratch, num_context_tokens=num_context_tokens,
         )  # fmt: skip
     attended = reference.prefill_attention(
         q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, scale=scale,

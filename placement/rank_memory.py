@@ -17,7 +17,7 @@ from argosy.cluster.protocol.model_spec import DTYPE_BYTES, KV_SCALE_BYTES, Mode
 from argosy.cluster.protocol.quant_spec import OTHER_NAMES
 from argosy.placement.calibration import Calibration
 from argosy.placement.model_shape import Matrix, ModelShape
-from argosy.placement.step_memory import decode_bytes, graph_bytes, group_bytes, ladder, wire_bytes
+from argosy.placement.step_memory import decode_bytes, graph_bytes, group_bytes, ladder, unpacking_bytes, wire_bytes
 from argosy.placement.swap_space import staging_bytes, swap_setting
 from argosy.placement.topology import Gpu
 from argosy.placement.weight_format import FORMATS, WeightFormat
@@ -258,6 +258,8 @@ class StageBytes:
         inner = (copies * shape.inner_size + heads) / tp_size
         each = (calibration.hidden_copies * spec.hidden_size + inner) * serving.dtype_bytes
         prompts = tokens * each
+        if serving.kv_dtype_bytes == 1 and serving.dtype_bytes == 2:
+            prompts = max(prompts, unpacking_bytes(spec, tokens, tp_size=tp_size))
         is_last = last_layer == shape.num_layers
         logit = calibration.logit_bytes if tp_size == 1 else calibration.gathered_logit_bytes
         rows = serving.max_num_seqs * spec.vocab_size * logit if is_last else 0.0

@@ -43,6 +43,12 @@ def decode_bytes(spec: ModelSpec, num_rows: int, *, tp_size: int, is_last: bool,
     return num_rows * numbers * dtype_bytes + GRAPH_SCRATCH_BYTES
 
 
+def unpacking_bytes(spec: ModelSpec, num_tokens: int, *, tp_size: int) -> int:
+    """What a step of so many tokens holds while prompts attend to a cache in 8 bits that is made plain for them."""
+    heads = (3 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size // tp_size
+    return num_tokens * (2 * spec.hidden_size + heads) * 2 + UNPACKED_BYTES
+
+
 def group_bytes(num_tokens: int, width: int, num_rows: int, *, tp_size: int, dtype_bytes: int) -> int:
     """What a rank opens for the cards of its group, and what sums by copies need: `workers/layers/group_sum.py`.
 

@@ -255,6 +255,7 @@ class InputBatch:
                 slot_mapping_T=slots_GT[group],
                 max_query_len=max_query_len,
                 max_context_len=max_context,
+                num_context_tokens=0 if num_tokens_R is None else int(end_R[num_decode_rows:].sum()),
                 order_R=tensors[9] if len(tensors) > 9 else None,
             )
             for group in range(self.num_groups)

@@ -268,6 +268,7 @@ def cut(inputs: StepInputs, slice_tokens: int) -> Iterator[Slice]:
             slot_mapping_T=whole.slot_mapping_T[first:last],
             max_query_len=int(own_R.max()),
             max_context_len=int(context_R.max()),
+            num_context_tokens=int(context_R[is_longer.argmax() :].sum()) if is_longer.any() else 0,
         )
         metadata.others = tuple(
             replace(

@@ -14,6 +14,7 @@ from argosy.placement.data_sheets import DATA_SHEETS
 from argosy.placement.model_sources import read_model_shape
 from argosy.placement.planner import make_serving
 from argosy.placement.rank_memory import StageBytes
+from argosy.placement.step_memory import UNPACKED_BYTES
 from argosy.placement.topology import Link
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,6 +153,19 @@ def test_a_calibration_file_is_checked(tmp_path: Path) -> None:
         read_calibration(path)
     with pytest.raises(ConfigError, match="No such file"):
         read_calibration(tmp_path / "none.json")
+
+
+def test_prompts_over_8_bits_need_room_to_be_unpacked_in() -> None:
+    """Where a step is so small that attention takes the most; a large one needs more for its products anyway."""
+    shape, calibration = read_model_shape("llama-3.1-8b"), default_calibration("H200")
+
+    def needed(tokens: int, kv_dtype_bytes: int) -> int:
+        serving = msgspec.structs.replace(make_serving(shape), max_num_batched_tokens=tokens, max_num_seqs=4,
+                                          kv_dtype_bytes=kv_dtype_bytes, graph_rows=0)  # fmt: skip
+        return StageBytes(shape, serving).activation_bytes(calibration, 1, 0, shape.num_layers)
+
+    assert needed(8192, 1) == needed(8192, 2)
+    assert needed(64, 2) < UNPACKED_BYTES < needed(64, 1) < 1.1 * UNPACKED_BYTES
 
 
 def test_efficiency_is_linear_between_measured_points() -> None:

@@ -111,6 +111,7 @@ def test_random_schedules_give_the_tensors_that_a_slow_reader_would_make() -> No
         assert metadata.context_len_R.tolist() == expected["lengths"]
         assert metadata.max_context_len == max(expected["lengths"])
         counts = np.diff(expected["starts"])
+        assert metadata.num_context_tokens == sum(expected["lengths"][metadata.num_decode_rows :])
         assert metadata.max_query_len == counts.max()
         assert all(counts[: metadata.num_decode_rows] == 1)
         assert metadata.num_decode_rows == int((counts == 1).sum())

@@ -26,6 +26,7 @@ class AttentionMetadata:
     slot_mapping_T: Tensor  # int64 [T]: block_id * S + offset; -1 is padding
     max_query_len: int
     max_context_len: int
+    num_context_tokens: int = 0  # of the rows after those of decode, in the cache; 0: not known, as in recorded steps
     order_R: Tensor | None = None  # int32 [decode rows]: those with long contexts first, see `ops.paged_attention`
     shared_len_R: Tensor | None = None  # int32, in steps of decode rows alone: see `ops.decode_attention`
     scratch: dict[Any, Any] = field(default_factory=dict)

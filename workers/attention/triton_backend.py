@@ -149,4 +149,5 @@ class TritonBackend:
             kv_scales=shape.kv_scales,
             out_TNH=out_TNH,
             scratch=metadata.scratch,
+            num_context_tokens=metadata.num_context_tokens,
         )
