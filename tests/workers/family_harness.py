@@ -76,14 +76,15 @@ class Harness:
         backend: AttentionBackend | None = None,
         device: torch.device = CPU,
         block_size: int = BLOCK_SIZE,
+        dtype: torch.dtype = torch.float32,
     ):
-        self.device, self.block_size = device, block_size
+        self.device, self.block_size, self.dtype = device, block_size, dtype
         self.spec = read_model_spec(folder).as_served(max_model_len, expert_parallel=bool(all2all), all2all=all2all)
         self.rank, self.parallel = rank, parallel
-        self.model = build_model(self.spec, rank, parallel, torch.float32, device)
+        self.model = build_model(self.spec, rank, parallel, dtype, device)
         load_weights(self.model, folder, self.spec, rank)
         self.backend = backend or TorchBackend()
-        self.cache = KVCache.allocate(self.spec, rank, NUM_BLOCKS, block_size, torch.float32, device)
+        self.cache = KVCache.allocate(self.spec, rank, NUM_BLOCKS, block_size, dtype, device)
         order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(seed))
         self.free: list[int] = order.tolist()
 
@@ -130,11 +131,11 @@ class Harness:
     def _forward(self, ids: Tensor, positions: Tensor, metadata: AttentionMetadata, last: Tensor) -> Tensor:
         hidden = None
         if self.parallel.previous_rank is not None:
-            hidden = torch.empty(len(positions), self.spec.hidden_size, device=self.device)
+            hidden = torch.empty(len(positions), self.spec.hidden_size, dtype=self.dtype, device=self.device)
             dist.recv(hidden, src=self.parallel.previous_rank)
         ctx = ForwardContext(self.backend, self.cache, metadata)
         out = self.model(ids if self.rank.is_first_stage else None, hidden, positions, ctx)
-        logits = torch.empty(len(last), self.spec.vocab_size, device=self.device)
+        logits = torch.empty(len(last), self.spec.vocab_size, dtype=self.dtype, device=self.device)
         if self.parallel.next_rank is not None:
             dist.send(out, dst=self.parallel.next_rank)
         else:
@@ -142,6 +143,20 @@ class Harness:
         if self.rank.pp_size > 1:
             dist.broadcast(logits, src=self.rank.tp_size * (self.rank.pp_size - 1))
         return logits.cpu()
+
+    @torch.inference_mode()
+    def errors(self, expected: Expected) -> Tensor:
+        """Of the logits before each expected token, the others fed: ||got - want|| / ||want||, [prompts, tokens]."""
+        num_new, free = len(expected.tokens[0]), list(self.free)
+        rows = [self.sequence(prompt, len(prompt) + num_new) for prompt in expected.prompts]
+        made = [self.prefill(rows)]
+        for step in range(1, num_new):
+            for row, tokens in zip(rows, expected.tokens, strict=True):
+                row.ids.append(tokens[step - 1])
+            made.append(self.step([(row, 1) for row in rows]))
+        self.free = free
+        got_PNV, want_PNV = torch.stack(made, 1).float(), expected.logits_PNV
+        return (got_PNV - want_PNV).norm(dim=-1) / want_PNV.norm(dim=-1)
 
     def prefill(self, rows: list[Sequence], chunk: int = 1000) -> Tensor:
         """All tokens that the rows have, so many at a time; logits after each row's last."""

@@ -73,7 +73,8 @@ class Format:
         group = columns if self.group == -1 else self.group
         numbers = rng.integers(0, 1 << self.bits, (rows, columns))
         kept = np.float16 if self.config["quant_method"] in ("gptq", "awq") else np.float32
-        scale = (rng.random((rows, -(-columns // group))) * 0.02 + 0.002).astype(kept)
+        largest = 0.32 / (1 << self.bits)  # weights of one size, whatever their bits
+        scale = (rng.random((rows, -(-columns // group))) * largest + largest / 10).astype(kept)
         if self.config["quant_method"] == "bitsandbytes":  # the file has 127 steps
             scale = (scale * np.float32(127)) / np.float32(127)
         middle = 1 << (self.bits - 1)
