@@ -268,6 +268,15 @@ def paged_attention(
     return attended if out_RNH is None else out_RNH.copy_(attended)
 
 
+def even_pays(num_rows: int, k_cache_BSKH: Tensor) -> bool:
+    """Whether `decode_attention` of so many rows is faster where it may count on contexts of about one length."""
+    if not k_cache_BSKH.is_cuda:
+        return False
+    from argosy.kernels import paged_attention as kernel
+
+    return kernel.even_sizes(num_rows, k_cache_BSKH) is not None
+
+
 def decode_attention(
     qkv_RD: Tensor,
     positions_R: Tensor,
@@ -293,6 +302,7 @@ def decode_attention(
     shared_len_R: Tensor | None = None,
     inputs_early: bool = False,
     order_R: Tensor | None = None,
+    even: bool = False,
 ) -> Tensor:
     """A decode step from the fused projection to the heads' outputs: `rope_and_store`, then `paged_attention`.
 
@@ -303,14 +313,16 @@ def decode_attention(
 
     `inputs_early` promises that on the device nothing but `qkv_RD` comes from the kernel launched just before:
     positions, slots, table, lengths and the cache's older tokens were written before that one, and may be read while it
-    still runs. True for any layer of a captured step. `order_R`: as in `paged_attention`.
+    still runs. True for any layer of a captured step. `order_R`: as in `paged_attention`. `even`: contexts are about
+    equally long, which another division of the work may suit (`even_pays`); it changes no result.
     """
     if qkv_RD.is_cuda:
         from argosy.kernels import paged_attention as kernel
 
         num_groups = qkv_RD.shape[0] * k_cache_BSKH.shape[2]
+        sizes = kernel.even_sizes(len(qkv_RD), k_cache_BSKH) if even and shared_len_R is None else None
         plain = sliding_window is None and soft_cap is None and alibi_slopes_N is None and sinks_N is None
-        apart = shared_len_R is not None or not kernel.fusing_pays(num_groups, qkv_RD.device)
+        apart = sizes is None and (shared_len_R is not None or not kernel.fusing_pays(num_groups, qkv_RD.device))
         if apart or (plain and kernel.alone_sizes(len(qkv_RD), num_heads, k_cache_BSKH, qkv_RD.dtype) is not None):
             q_RNH = rope_and_store(
                 qkv_RD, positions_R, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_R, num_heads=num_heads,
@@ -327,7 +339,7 @@ def decode_attention(
             num_heads=num_heads, scale=scale, interleaved=interleaved, q_norm_weight_H=q_norm_weight_H,
             k_norm_weight_H=k_norm_weight_H, eps=eps, max_context=max_context, sliding_window=sliding_window,
             soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N, kv_scales=kv_scales,
-            inputs_early=inputs_early, order_R=order_R,
+            inputs_early=inputs_early, order_R=order_R, sizes=sizes,
         )  # fmt: skip
     return reference.decode_attention(
         qkv_RD, positions_R, cos_sin_PD, k_cache_BSKH, v_cache_BSKH, slots_R, block_table_RB, context_len_R,

@@ -13,7 +13,8 @@ from argosy.kernels.decode_kernel import paged_attention_kernel
 from argosy.kernels.kv_scales import has_scales
 from argosy.kernels.shared_prefix import SharedPrefix, attend_prefix
 
-__all__ = ["alone_sizes", "choose_splits", "decode_attention", "fusing_pays", "paged_attention"]
+__all__ = ["alone_sizes", "choose_splits", "decode_attention", "even_sizes", "fusing_pays", "paged_attention"]
+EVEN_PROGRAMS = (13, 16)  # a multiprocessor, of one warp each: from there to there `even_sizes` are faster
 
 
 def _kinds(groups: int, num_sms: int) -> tuple[str, ...]:
@@ -29,6 +30,20 @@ def _kinds(groups: int, num_sms: int) -> tuple[str, ...]:
     if groups < 11 * num_sms:
         return ("crowd",)
     return ("throng", "crowd") if groups < 18 * num_sms else ("flood", "crowd")
+
+
+def even_sizes(num_rows: int, k_cache_BSKH: Tensor) -> tuning.Sizes | None:
+    """Sizes for so many rows with contexts of about one length, rotation and all in one launch; None where those for
+    rows of any lengths are as fast.
+
+    Programs of one warp need nothing from each other, but the last of a second wave of them is waited for alone: that
+    wave has to be nearly full, and no program may be much longer than the others.
+    """
+    device = k_cache_BSKH.device
+    each = num_rows * k_cache_BSKH.shape[2] / tuning.device_facts(device).num_sms
+    if k_cache_BSKH.element_size() != 2 or not EVEN_PROGRAMS[0] <= each <= EVEN_PROGRAMS[1]:
+        return None
+    return tuning.pick("paged_attention", f"h{k_cache_BSKH.shape[3]}_even", device)
 
 
 def alone_sizes(num_rows: int, num_heads: int, k_cache_BSKH: Tensor, dtype: torch.dtype) -> tuning.Sizes | None:

@@ -17,7 +17,15 @@ from argosy.cluster.protocol.model_spec import DTYPE_BYTES, KV_SCALE_BYTES, Mode
 from argosy.cluster.protocol.quant_spec import OTHER_NAMES
 from argosy.placement.calibration import Calibration
 from argosy.placement.model_shape import Matrix, ModelShape
-from argosy.placement.step_memory import decode_bytes, graph_bytes, group_bytes, ladder, unpacking_bytes, wire_bytes
+from argosy.placement.step_memory import (
+    decode_bytes,
+    even_ladder,
+    graph_bytes,
+    group_bytes,
+    ladder,
+    unpacking_bytes,
+    wire_bytes,
+)
 from argosy.placement.swap_space import staging_bytes, swap_setting
 from argosy.placement.topology import Gpu
 from argosy.placement.weight_format import FORMATS, WeightFormat
@@ -269,7 +277,8 @@ class StageBytes:
                 spec, graph_rows, tp_size=tp_size, is_last=is_last, dtype_bytes=serving.dtype_bytes
             )  # fmt: skip
             pool = min(pool, int(max(rows, serving.max_num_seqs * each)))  # as ranks take the less of both
-            graphs = graph_bytes(len(ladder(graph_rows)), last_layer - first_layer, pool)
+            num_sizes = len(ladder(graph_rows)) + len(even_ladder(graph_rows, spec, tp_size))
+            graphs = graph_bytes(num_sizes, last_layer - first_layer, pool)
             graphs += serving.groups.more_table_bytes(serving.max_num_seqs, serving.max_model_len, serving.block_size)
         return int(max(prompts, rows) + buffers + graphs)
 

@@ -6,7 +6,7 @@ them share, and what a group's cards open for each other. What libraries take is
 
 from typing import Final
 
-from argosy.cluster.protocol.model_spec import ModelSpec
+from argosy.cluster.protocol.model_spec import ModelSpec, kv_heads_per_rank
 
 GRAPH_BYTES_A_KERNEL: Final = 2048  # what the driver keeps of each kernel of a recorded graph
 GRAPH_SCRATCH_BYTES: Final = 2**26  # partial sums of attention and products
@@ -18,6 +18,8 @@ SUM_PARTS: Final = 4  # of a largest step's hidden states: three products and a 
 SMALL_SUM_BYTES: Final = 4 * 2**20  # the buffer for sums of few bytes
 PUSHED_ROWS: Final = 64  # that an inbox for numbers with their turn holds,
 PUSH_ROW_NUMBERS: Final = 16384  # where a row has at most so many, times ranks
+EVEN_PROGRAMS: Final = (13, 16)  # as in `kernels/paged_attention.py`
+EVEN_CARD: Final = 132
 WIRE_SLOTS: Final = 2  # for hidden states, on a stage's wire
 UNPACKED_BYTES: Final = 2**26  # keys and values of a cache in 8 bits, made plain for prompts: `kernels/kv_unpack.py`
 
@@ -27,6 +29,15 @@ def ladder(max_rows: int) -> list[int]:
     sizes = [1, 2, 4, *range(8, 129, 8), *range(144, 257, 16), *range(288, 1025, 32)]
     below = [size for size in sizes if size < max_rows]
     return [*below, max_rows]
+
+
+def even_ladder(max_rows: int, spec: ModelSpec, tp_size: int) -> list[int]:
+    """Sizes of the ladder that may be recorded once more, for rows with contexts of about one length.
+
+    Of a card with `EVEN_CARD` multiprocessors, where that was measured to pay (`ops.even_pays`); others need no more.
+    """
+    least, most = (programs * EVEN_CARD for programs in EVEN_PROGRAMS)
+    return [size for size in ladder(max_rows) if least <= size * kv_heads_per_rank(spec, tp_size) <= most]
 
 
 def graph_bytes(num_sizes: int, num_layers: int, pool_bytes: int) -> int:

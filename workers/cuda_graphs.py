@@ -30,6 +30,8 @@ from argosy.workers.step_inputs import StepInputs
 LEAST_SHARED_TOKENS = 256  # of a prefix that is worth a launch of its own a layer
 LEAST_SHARED_READS = 1 << 16  # rows times tokens
 MOST_SHARED_BLOCKS = 512  # that the host compares
+MOST_UNEVEN = 1.25  # times the mean context: the longest of rows that are even
+PLAIN, SHARES, EVEN = range(3)  # what a recorded step may count on: nothing, a prefix in common, contexts of one length
 HANDLES, TOKENS, SHARED, ORDER, NEW_BLOCKS = range(5)  # rows of the control; the last for each group of layers
 NUM_CONTROL_BUFFERS = 4  # steps whose control may be on its way to the device at once, at least
 Forward = Callable[[Tensor | None, Tensor | None, Tensor, AttentionMetadata], Tensor]
@@ -195,8 +197,8 @@ class DecodeTables:
                 block_size=self.batch.block_size, reach_blocks=reach_blocks, advances=group == last,
             )  # fmt: skip
 
-    def metadata(self, num_rows: int, max_context_len: int, *, shares: bool = False) -> AttentionMetadata:
-        """Of a decode step of so many rows, in the fixed tensors; `shares`: that may have a prefix in common."""
+    def metadata(self, num_rows: int, max_context_len: int, kind: int = PLAIN) -> AttentionMetadata:
+        """Of a decode step of so many rows, in the fixed tensors."""
         metadata, *others = [
             AttentionMetadata(
                 num_rows=num_rows,
@@ -208,7 +210,8 @@ class DecodeTables:
                 max_query_len=1,
                 max_context_len=max_context_len,
                 order_R=self.control_CR[ORDER, :num_rows],
-                shared_len_R=self.control_CR[SHARED, :num_rows] if shares else None,
+                shared_len_R=self.control_CR[SHARED, :num_rows] if kind == SHARES else None,
+                even=kind == EVEN,
             )
             for group in range(self.batch.num_groups)
         ]
@@ -241,10 +244,12 @@ class CUDAGraphRunner:
         is_first_stage: bool,
         choose: Callable[[Tensor], tuple[Tensor, Tensor]] | None = None,
         windows: Sequence[int] = (0,),
+        even_pays: Callable[[int], bool] = lambda num_rows: False,
     ):
         """`forward`: (tokens, hidden, positions, metadata) -> hidden. No `compute_logits` before the last stage.
 
         `choose`: from a rank's share of the logits to (ids, their logits), where nobody gathers all of them.
+        `even_pays`: whether so many rows with contexts of about one length are worth a recorded step of their own.
         """
         self.batch, self.forward, self.compute_logits = batch, forward, compute_logits
         self.max_rows, self.max_model_len, self.choose = max_rows, max_model_len, choose
@@ -253,11 +258,13 @@ class CUDAGraphRunner:
         self.hidden_RD = torch.zeros((max_rows, hidden_size), dtype=dtype, device=batch.device)
         self.sizes = ladder(max_rows)
         self.shared_sizes = shared_ladder(max_rows) if batch.device.type == "cuda" else []
-        self._recorded: dict[tuple[int, bool], RecordedStep] = {}  # by size, and whether the rows share a prefix
+        self.even_sizes = [size for size in self.sizes if even_pays(size)]
+        self._recorded: dict[tuple[int, int], RecordedStep] = {}  # by size and kind
         self._size_of = [_sizes_of(sizes, max_rows) for sizes in (self.sizes, self.shared_sizes)]
         self._last_rows: object = ()
         self._order_R = np.zeros(0, dtype=np.int64)  # of the rows in progress, see `DecodeTables.send`
         self._shared_R: np.ndarray | None = None  # of the step in progress, see `DecodeTables.shared_tokens`
+        self._is_even = False
 
     # ------------------------------------------------------------------------------------------------- recording
 
@@ -276,17 +283,18 @@ class CUDAGraphRunner:
         gc.disable()  # a collection in mid-record would free device memory, which is not allowed then
         try:
             with torch.cuda.stream(stream):
-                steps = [(size, True) for size in self.shared_sizes] + [(size, False) for size in self.sizes]
-                for done, (size, shares) in enumerate(sorted(steps, reverse=True)):
-                    self._record_size(size, shares, pool, stream)
+                kinds = ((PLAIN, self.sizes), (SHARES, self.shared_sizes), (EVEN, self.even_sizes))
+                steps = [(size, kind) for kind, sizes in kinds for size in sizes]
+                for done, (size, kind) in enumerate(sorted(steps, reverse=True)):
+                    self._record_size(size, kind, pool, stream)
                     if on_progress is not None:
                         on_progress((done + 1) / len(steps))
         finally:
             gc.enable()
         torch.cuda.synchronize(self.batch.device)
 
-    def _record_size(self, size: int, shares: bool, pool: Any, stream: "torch.cuda.Stream") -> None:
-        metadata = self.tables.metadata(size, self.max_model_len, shares=shares)
+    def _record_size(self, size: int, kind: int, pool: Any, stream: "torch.cuda.Stream") -> None:
+        metadata = self.tables.metadata(size, self.max_model_len, kind)
         result = self._compute(size, metadata)  # compiles what this size needs
         if self.compute_logits is not None:
             self._sample_greedy(size, result)
@@ -302,7 +310,7 @@ class CUDAGraphRunner:
             greedy = torch.cuda.CUDAGraph()
             with torch.cuda.graph(greedy, pool=pool, stream=stream, capture_error_mode="thread_local"):
                 self._sample_greedy(size, result)
-        self._recorded[size, shares] = RecordedStep(graph, greedy, metadata, borrow(result))
+        self._recorded[size, kind] = RecordedStep(graph, greedy, metadata, borrow(result))
 
     def _compute(self, size: int, metadata: AttentionMetadata) -> Tensor:
         tables = self.tables
@@ -349,6 +357,7 @@ class CUDAGraphRunner:
         if not same_rows:
             self._shared_R = self.tables.shared_tokens(handles_R, start_R) if self.shared_sizes else None
             self._order_R = np.argsort(-start_R, kind="stable")  # all grow by one token until the rows change
+            self._is_even = is_even(start_R)
         size = self._size(count)
         self.tables.send(handles_R, blocks_GR, size, self._order_R, self._shared_R)
         return StepInputs(
@@ -358,7 +367,7 @@ class CUDAGraphRunner:
             num_tokens=count,
             token_ids_T=self.tables.token_ids_R[:count],
             positions_T=self.tables.positions_R[:count],
-            metadata=self._recorded[size, self._shares].metadata,
+            metadata=self._recorded[size, self._kind(size)].metadata,
             sample_rows_S=None,
             hidden_rows_S=None,
             handles_device_R=None,
@@ -371,12 +380,17 @@ class CUDAGraphRunner:
         self._last_rows = ()
         self.tables.take_over(inputs)
 
-    @property
-    def _shares(self) -> bool:
-        return self._shared_R is not None
-
     def _size(self, num_rows: int) -> int:
-        return int(self._size_of[self._shares][num_rows])
+        return int(self._size_of[self._shared_R is not None][num_rows])
+
+    def _kind(self, size: int) -> int:
+        if self._shared_R is not None:
+            return SHARES
+        return EVEN if self._is_even and (size, EVEN) in self._recorded else PLAIN
+
+    def _step(self, num_rows: int) -> RecordedStep:
+        size = self._size(num_rows)
+        return self._recorded[size, self._kind(size)]
 
     @property
     def handles_R(self) -> Tensor:
@@ -385,17 +399,22 @@ class CUDAGraphRunner:
 
     def run(self, num_rows: int) -> Tensor:
         """Replay the forward pass. Logits or hidden states of the rows; they last until the next step."""
-        recorded = self._recorded[self._size(num_rows), self._shares]
+        recorded = self._step(num_rows)
         assert recorded.graph is not None
         recorded.graph.replay()
         return recorded.result[:num_rows]
 
     def run_greedy(self, num_rows: int) -> Tensor:
         """After `run`: replay the choice of the most likely tokens. Ids, below 0 where a row failed."""
-        recorded = self._recorded[self._size(num_rows), self._shares]
+        recorded = self._step(num_rows)
         assert recorded.greedy_graph is not None
         recorded.greedy_graph.replay()
         return self.tables.sampled_R[:num_rows]
+
+
+def is_even(lengths_R: np.ndarray) -> bool:
+    """Whether no context is much longer than the others: a program for each would be waited for alone."""
+    return int(lengths_R.max()) * len(lengths_R) <= MOST_UNEVEN * int(lengths_R.sum())
 
 
 def _sizes_of(sizes: list[int], max_rows: int) -> np.ndarray:

@@ -31,7 +31,7 @@ from argosy.placement.rank_memory import (
     offload_setting,
     rank_memory,
 )
-from argosy.placement.step_memory import decode_bytes, graph_bytes, ladder
+from argosy.placement.step_memory import decode_bytes, even_ladder, graph_bytes, ladder
 from argosy.placement.swap_space import staging_bytes
 from argosy.placement.topology import Gpu
 from argosy.placement.weight_offload import buffer_bytes, count_for, offloaded_bytes
@@ -325,7 +325,8 @@ def _measure_device(runner: ModelRunner, ledger: MemoryLedger) -> None:
         most = decode_bytes(
             runner.spec, sizes[-1], tp_size=rank.tp_size, is_last=rank.is_last_stage, dtype_bytes=runner.dtype.itemsize
         )
-        ledger.graph_bytes = graph_bytes(len(sizes), rank.last_layer - rank.first_layer, min(peaks[-1], most))
+        num_sizes = len(sizes) + len(even_ladder(sizes[-1], runner.spec, rank.tp_size))
+        ledger.graph_bytes = graph_bytes(num_sizes, rank.last_layer - rank.first_layer, min(peaks[-1], most))
         ledger.graph_bytes += runner.kv_groups.more_table_bytes(
             runner.config.scheduler.max_num_seqs, runner.max_model_len, runner.config.cache.block_size
         )

@@ -16,6 +16,7 @@ from argosy.cluster.protocol.kv_groups import kv_groups
 from argosy.cluster.protocol.messages import NewRequest, SchedulerOutput
 from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.cluster.protocol.sampling import TokenParams
+from argosy.kernels import ops
 from argosy.placement.process_groups import ParallelContext
 from argosy.placement.stage_transport import StageTransport
 from argosy.placement.weight_offload import offloaded_places
@@ -222,6 +223,7 @@ class ModelRunner:
             dtype=self.dtype,
             is_first_stage=self.rank.is_first_stage,
             windows=self.kv_groups.windows,
+            even_pays=lambda num_rows: ops.even_pays(num_rows, cache.layers[0][0]),
         )
         self.graphs.record(on_progress)
 

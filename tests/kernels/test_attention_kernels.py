@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from argosy.kernels import paged_attention, prefill_attention, reference, shared_prefix, tuning
+from argosy.kernels import ops, paged_attention, prefill_attention, reference, shared_prefix, tuning
 
 Near = Callable[[Tensor, Tensor], None]
 OPTIONS = ["none", "window", "soft_cap", "alibi", "sinks"]
@@ -245,6 +245,29 @@ def test_a_window_reads_no_block_before_it(block_size: int, device: torch.device
     assert_near(got, want_one)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("option", ["none", "norms"])
+def test_what_is_said_of_even_rows_changes_no_result(option: str, device: torch.device, assert_near: Near) -> None:
+    """240 rows over 8 heads, though their contexts are anything but even."""
+    contexts = [0, 1, *(17 + 7 * row for row in range(238))]
+    k_cache, v_cache, table, context = paged(contexts, 16, 8, 128, torch.bfloat16, device)
+    qkv = torch.randn(len(contexts), (32 + 2 * 8) * 128, device=device).bfloat16()
+    positions = (context.long() - 1).clamp(min=0)
+    slots = torch.where(context > 0, table.gather(1, positions[:, None] // 16)[:, 0] * 16 + positions % 16, -1)
+    angles = torch.randn(max(contexts), 64, device=device)
+    rotations = torch.cat((angles.cos(), angles.sin()), -1)
+    weights = torch.randn(2, 128, device=device).bfloat16()
+    norms = {"q_norm_weight_H": weights[0], "k_norm_weight_H": weights[1]} if option == "norms" else {}
+    args = (positions, rotations, k_cache, v_cache, slots, table, context)
+    want = reference.decode_attention(qkv.clone(), *args, num_heads=32, scale=0.1, **norms)
+    for even in (True, False):
+        got = ops.decode_attention(
+            qkv.clone(), *args, num_heads=32, scale=0.1, even=even, inputs_early=True,
+            order_R=torch.argsort(-context).int(), **norms,
+        )  # fmt: skip
+        assert_near(got, want)
+
+
 @pytest.mark.parametrize(
     ("num_rows", "kinds"),
     [(16, ("few",)), (131, ("many",)), (132, ("crowd",)), (181, ("crowd",)), (182, ("throng", "crowd")),
@@ -258,4 +281,4 @@ def test_tiles_go_by_how_many_waves_the_rows_are(num_rows: int, kinds: tuple[str
 def test_every_kind_of_rows_has_tiles_on_the_card_that_was_measured() -> None:
     """A kind that the file of the H200 does not know would go by those for fewer rows without a word."""
     known = json.loads((Path(tuning.__file__).parent / "tuned" / "nvidia_h200.json").read_text())["paged_attention"]
-    assert {"h128_few", "h128_many", "h128_crowd", "h128_throng", "h128_flood"} <= known.keys()
+    assert {"h128_few", "h128_many", "h128_crowd", "h128_throng", "h128_flood", "h128_even"} <= known.keys()

@@ -1,14 +1,34 @@
 """What of recorded decode steps can be checked without a GPU: sizes, and which tokens all rows share."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
-from argosy.placement.step_memory import ladder
-from argosy.workers.cuda_graphs import ORDER, DecodeTables, shared_ladder
+from argosy.cluster.protocol.messages import SchedulerOutput
+from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.kernels import paged_attention, tuning
+from argosy.placement import step_memory
+from argosy.placement.step_memory import even_ladder, ladder
+from argosy.workers.cuda_graphs import (
+    EVEN,
+    ORDER,
+    PLAIN,
+    SHARES,
+    CUDAGraphRunner,
+    DecodeTables,
+    RecordedStep,
+    is_even,
+    shared_ladder,
+)
 from argosy.workers.input_batch import InputBatch
 
 ROWS, BLOCK, BLOCKS = 64, 16, 100
+LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
+         "num_key_value_heads": 8, "intermediate_size": 14336, "vocab_size": 128256, "torch_dtype": "bfloat16",
+         "max_position_embeddings": 8192}  # fmt: skip
 
 
 @pytest.fixture
@@ -98,3 +118,62 @@ def test_rows_with_long_contexts_come_first_and_padding_behind(tables: DecodeTab
     order_R = tables.metadata(8, 100).order_R
     assert order_R is not None
     assert order_R.tolist() == [2, 1, 0, 3, 4, 5, 6, 7]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "even"),
+    [([7], True), ([256] * 64, True), ([200, 240, 250], True), ([100, 100, 100, 160], False), ([1, 1000], False)],
+)
+def test_rows_are_even_where_none_is_much_longer_than_the_mean(lengths: list[int], even: bool) -> None:
+    """A quarter is not much."""
+    assert is_even(np.array(lengths)) == even
+
+
+def test_even_rows_take_the_step_that_was_recorded_for_them(tables: DecodeTables) -> None:
+    """Only where that size has one, and a prefix in common comes before it; who leaves or joins is looked at anew."""
+    runner = CUDAGraphRunner(
+        tables.batch, lambda *_: torch.zeros(1), None, max_rows=ROWS, max_model_len=BLOCK * BLOCKS, hidden_size=4,
+        dtype=torch.float32, is_first_stage=True, even_pays=lambda num_rows: num_rows in (48, 64),
+    )  # fmt: skip
+    assert runner.even_sizes == [48, 64]
+    runner.shared_sizes = [ROWS]
+    runner._size_of[1] = np.full(ROWS + 1, ROWS)
+    kinds = [(size, PLAIN) for size in runner.sizes] + [(size, EVEN) for size in runner.even_sizes] + [(ROWS, SHARES)]
+    for size, kind in kinds:
+        metadata = tables.metadata(size, 100, kind)
+        runner._recorded[size, kind] = RecordedStep(None, None, metadata, torch.zeros(0))
+
+    def taken(rows: list[int]) -> tuple[int, bool, bool]:
+        inputs = runner.begin(SchedulerOutput(step_id=0, epoch=0, rows=rows))
+        assert inputs is not None
+        tables.batch.num_computed_N[rows] += 1
+        metadata = inputs.metadata
+        assert metadata is runner._step(len(rows)).metadata
+        return metadata.num_rows, metadata.even, metadata.shared_len_R is not None
+
+    every = list(range(ROWS))
+    tables.batch.num_computed_N[5] = 1000
+    assert taken(every) == taken(every) == (64, True, False)
+    assert taken(every[:40]) == (40, False, False)
+    assert taken(every[:41]) == (48, True, False)
+    tables.batch.num_computed_N[5] = 1400 * 2
+    assert taken(every) == (64, False, False)
+    tables.batch.num_computed_N[5] = 1500
+    tables.batch.block_table_NGB[:, 0, :70] = 7
+    assert taken(every[1:]) == (64, False, True)
+
+
+def test_the_plan_counts_the_steps_for_even_rows_that_ranks_record(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The two rooms say the same of an H200: Llama 8B on one card, and as two ranks, whose rows are half as much."""
+    assert step_memory.EVEN_PROGRAMS == paged_attention.EVEN_PROGRAMS
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA))
+    spec = read_model_spec(tmp_path)
+    h200 = tuning.DeviceFacts("nvidia_h200", 132, True)
+    monkeypatch.setattr(paged_attention.tuning, "device_facts", lambda _: h200)
+    for tp_size, sizes in ((1, [224, 240, 256]), (2, [448, 480, 512])):
+        cache = torch.zeros((1, 16, 8 // tp_size, 128), dtype=torch.bfloat16)
+        pays = [size for size in ladder(1024) if paged_attention.even_sizes(size, cache) is not None]
+        assert pays == even_ladder(1024, spec, tp_size) == sizes
+    assert paged_attention.even_sizes(256, torch.zeros((1, 16, 8, 128), dtype=torch.int8)) is None

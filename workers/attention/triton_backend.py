@@ -51,6 +51,7 @@ class TritonBackend:
             shared_len_R=metadata.shared_len_R,
             inputs_early=True,
             order_R=metadata.order_R,
+            even=metadata.even,
         ).flatten(1)
 
     def rotate_and_store(
