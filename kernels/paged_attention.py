@@ -14,7 +14,7 @@ from argosy.kernels.kv_scales import has_scales
 from argosy.kernels.shared_prefix import SharedPrefix, attend_prefix
 
 __all__ = ["alone_sizes", "choose_splits", "decode_attention", "even_sizes", "fusing_pays", "paged_attention"]
-EVEN_PROGRAMS = (13, 16)  # a multiprocessor, of one warp each: from there to there `even_sizes` are faster
+EVEN_PROGRAMS = (12, 16)  # a multiprocessor, of one warp each: from there to there `even_sizes` are faster
 
 
 def _kinds(groups: int, num_sms: int) -> tuple[str, ...]:

@@ -30,7 +30,7 @@ from argosy.workers.step_inputs import StepInputs
 LEAST_SHARED_TOKENS = 256  # of a prefix that is worth a launch of its own a layer
 LEAST_SHARED_READS = 1 << 16  # rows times tokens
 MOST_SHARED_BLOCKS = 512  # that the host compares
-MOST_UNEVEN = 1.25  # times the mean context: the longest of rows that are even
+MOST_UNEVEN = 1.5  # times the mean context: the longest of rows that are even
 PLAIN, SHARES, EVEN = range(3)  # what a recorded step may count on: nothing, a prefix in common, contexts of one length
 HANDLES, TOKENS, SHARED, ORDER, NEW_BLOCKS = range(5)  # rows of the control; the last for each group of layers
 NUM_CONTROL_BUFFERS = 4  # steps whose control may be on its way to the device at once, at least
