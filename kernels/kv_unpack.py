@@ -2,12 +2,13 @@
 
 A prompt's attention reads a key for every tile of some thirty positions behind it, and unpacks it each time. Where that
 is often, the rows' blocks are first written as bfloat16, one row's after the other's, into memory that the step gives
-back after the layer: 6 bytes of traffic a number pair, which 230 queries a key pay for. Numbers are those that
+back after the layer: three bytes of traffic a number, where each tile would spend instructions. Numbers are those that
 `hopper_unpack` makes: kept times scale, rounded once. So an answer depends on what the cache keeps and on nothing else.
 
-Memory is bounded: `UNPACKED_BYTES`, in which as many key/value heads are unpacked at a time as have room.
+Memory is bounded: where rows take more than `UNPACKED_BYTES` they are unpacked on the way, as short ones are.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from argosy.kernels.attention_parts import cache_suffix
 from argosy.kernels.kv_scale_parts import code_place, codes_at, number_place, scale_of
 from argosy.kernels.kv_scales import has_scales
 
-UNPACKED_BYTES = 2**26  # as `placement.step_memory` reckons with, held to it by a test
+UNPACKED_BYTES = 2**28  # 65,536 tokens of Llama 8B; as the calibration says of a GPU where it is used
 BLOCK_T = 32  # tokens of a program
 
 
@@ -33,12 +34,10 @@ class Room(NamedTuple):
     num_blocks: int
 
 
-@triton.jit(
-    do_not_specialize=["stride_table", "first_head"], do_not_specialize_on_alignment=["table_ptr", "context_ptr"]
-)
+@triton.jit(do_not_specialize=["stride_table"], do_not_specialize_on_alignment=["table_ptr", "context_ptr"])
 def _unpack_kernel(
-    k_ptr, v_ptr, table_ptr, context_ptr, lowest_ptr, first_ptr, out_ptr, stride_table, first_head, half,
-    K: tl.constexpr, HEADS: tl.constexpr, H: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr,
+    k_ptr, v_ptr, table_ptr, context_ptr, lowest_ptr, first_ptr, out_ptr, stride_table, half,
+    K: tl.constexpr, H: tl.constexpr, S: tl.constexpr, WIDTH: tl.constexpr,
     BLOCK_T: tl.constexpr, SCALES: tl.constexpr, WIDE: tl.constexpr,
 ):  # fmt: skip
     chunk, row, part = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -54,18 +53,18 @@ def _unpack_kernel(
     slot = tl.load(first_ptr + row).to(tl.int64) * S + token
     dim = tl.arange(0, WIDTH)
     inside = there[:, None] & (dim < H)[None, :]
-    which, head = part // HEADS, part % HEADS
+    which, head = part // K, part % K
     cache_ptr = v_ptr if which == 1 else k_ptr
     if SCALES:
         place = number_place(block, offset, K, H, S)
-        code = tl.load(codes_at(cache_ptr) + code_place(block, offset, first_head + head, K, H, S), there, other=0)
+        code = tl.load(codes_at(cache_ptr) + code_place(block, offset, head, K, H, S), there, other=0)
         scale = scale_of(code)
     else:
         place = (block * S + offset) * (K * H)
         scale = tl.full((BLOCK_T,), 1.0, tl.float32)
-    x = tl.load(cache_ptr + (place + (first_head + head) * H)[:, None] + dim[None, :], inside, other=0.0)
+    x = tl.load(cache_ptr + (place + head * H)[:, None] + dim[None, :], inside, other=0.0)
     x = x.to(tl.float32) * scale[:, None]
-    out = out_ptr + which * half + ((slot * HEADS + head) * H)[:, None] + dim[None, :]
+    out = out_ptr + which * half + ((slot * K + head) * H)[:, None] + dim[None, :]
     tl.store(out, x.to(out_ptr.dtype.element_ty), inside)
 
 
@@ -78,12 +77,6 @@ def make_room(context_len_R: Tensor, block_table_RB: Tensor, block_size: int, nu
     return Room(first_R, first_R[:, None] + beside_B, num_tokens // block_size + context_len_R.shape[0])
 
 
-def heads_at_once(num_tokens: int, num_kv_heads: int, head_bytes: int) -> int:
-    """Key/value heads of `head_bytes` for which there is room together, in equal shares; 0: not for one."""
-    fits = min(num_kv_heads, UNPACKED_BYTES // (2 * num_tokens * head_bytes))
-    return -(-num_kv_heads // -(-num_kv_heads // fits)) if fits else 0
-
-
 def unpack(
     k_cache_BSKH: Tensor,
     v_cache_BSKH: Tensor,
@@ -91,36 +84,34 @@ def unpack(
     context_len_R: Tensor,
     lowest_R: Tensor,
     room: Room,
-    heads: slice,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor]:
-    """Keys and values of some heads, in `dtype`: [room's blocks, S, heads, H] each.
+    """Keys and values in `dtype`: [room's blocks, S, K, H] each.
 
     Nothing is written for tokens before `lowest_R` and from `context_len_R` on (both int32).
     """
     _, block_size, num_kv_heads, head_size = k_cache_BSKH.shape
-    num_heads = heads.stop - heads.start
-    shape = (room.num_blocks, block_size, num_heads, head_size)
+    shape = (room.num_blocks, block_size, num_kv_heads, head_size)
     # always as many bytes, so that the step from which a rank learns its memory has asked for them
     num_numbers = UNPACKED_BYTES // dtype.itemsize
     half = num_numbers // 2
     space = torch.empty(num_numbers, dtype=dtype, device=k_cache_BSKH.device)
     num_chunks = triton.cdiv(block_table_RB.shape[1] * block_size, BLOCK_T)
-    _unpack_kernel[(num_chunks, context_len_R.shape[0], 2 * num_heads)](
+    _unpack_kernel[(num_chunks, context_len_R.shape[0], 2 * num_kv_heads)](
         k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, lowest_R, room.first_R, space,
-        block_table_RB.stride(0), heads.start, half,
-        K=num_kv_heads, HEADS=num_heads, H=head_size, S=block_size, WIDTH=tuning.next_power_of_two(head_size),
+        block_table_RB.stride(0), half,
+        K=num_kv_heads, H=head_size, S=block_size, WIDTH=tuning.next_power_of_two(head_size),
         BLOCK_T=BLOCK_T, SCALES=has_scales(k_cache_BSKH),
         WIDE=k_cache_BSKH.shape[0] * k_cache_BSKH.stride(0) >= 1 << 31, num_warps=4,
     )  # fmt: skip
-    taken = room.num_blocks * block_size * num_heads * head_size
+    taken = math.prod(shape)
     return space[:taken].view(shape), space[half : half + taken].view(shape)
 
 
 def pays(
     q_TNH: Tensor, k_cache_BSKH: Tensor, num_rows: int, num_context_tokens: int, *, window: int | None, special: bool
 ) -> bool:
-    """Whether keys are read often enough, by what was measured on this GPU, and one head has room.
+    """Whether keys are read often enough, by what was measured on this GPU, and there is room.
 
     `num_context_tokens`: of all rows, 0 where the host does not know; `special`: Hopper's kernel would attend.
     """
@@ -134,11 +125,8 @@ def pays(
     if window is not None:
         keys = min(keys, queries + window)
     _, block_size, num_kv_heads, head_size = k_cache_BSKH.shape
-    most = num_context_tokens + num_rows * block_size
-    return (
-        queries * (1 - queries / (2 * max(keys, queries))) >= found["queries"]
-        and heads_at_once(most, num_kv_heads, head_size * 2) > 0
-    )
+    most = (num_context_tokens + num_rows * block_size) * 2 * num_kv_heads * head_size * q_TNH.element_size()
+    return most <= UNPACKED_BYTES and queries * (1 - queries / (2 * max(keys, queries))) >= found["queries"]
 
 
 def attend(
@@ -151,36 +139,20 @@ def attend(
     block_table_RB: Tensor,
     *,
     num_context_tokens: int,
-    out_TNH: Tensor,
     scratch: dict[Any, Any],
-    sliding_window: int | None,
-    **by_head: Tensor | None,
+    sliding_window: int | None = None,
+    **options: Any,
 ) -> Tensor:
-    """`attention` over unpacked keys and values, for as many heads at a time as there is room for.
-
-    `by_head`: what else it takes that has a number for each query head.
-    """
-    num_heads = q_TNH.shape[1]
-    _, block_size, num_kv_heads, head_size = k_cache_BSKH.shape
+    """`attention` over unpacked keys and values; `options` are handed on to it."""
     if "room" not in scratch:
-        scratch["room"] = make_room(context_len_R, block_table_RB, block_size, num_context_tokens)
+        scratch["room"] = make_room(context_len_R, block_table_RB, k_cache_BSKH.shape[1], num_context_tokens)
     room: Room = scratch["room"]
     if ("lowest", sliding_window) not in scratch:
         far = context_len_R if sliding_window is None else query_start_R1.diff() + (sliding_window - 1)
         scratch["lowest", sliding_window] = (context_len_R - far).clamp_(min=0).int()
-    group = num_heads // num_kv_heads
-    at_once = heads_at_once(room.num_blocks * block_size, num_kv_heads, head_size * q_TNH.element_size())
-    for first in range(0, num_kv_heads, at_once):
-        heads = slice(first, min(first + at_once, num_kv_heads))
-        own = slice(heads.start * group, heads.stop * group)
-        caches = unpack(
-            k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scratch["lowest", sliding_window], room, heads,
-            q_TNH.dtype,
-        )  # fmt: skip
-        arguments = (q_TNH[:, own], *caches, query_start_R1, context_len_R, room.table_RB)
-        options = {name: None if x is None else x[own] for name, x in by_head.items()}
-        if at_once == num_kv_heads:
-            return attention(*arguments, sliding_window=sliding_window, scratch=scratch, out_TNH=out_TNH, **options)
-        made = attention(*arguments, sliding_window=sliding_window, scratch=scratch, **options)
-        out_TNH[:, own] = made
-    return out_TNH
+    lowest_R = scratch["lowest", sliding_window]
+    caches = unpack(k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, lowest_R, room, q_TNH.dtype)
+    return attention(
+        q_TNH, *caches, query_start_R1, context_len_R, room.table_RB, sliding_window=sliding_window, scratch=scratch,
+        **options,
+    )  # fmt: skip

@@ -310,8 +310,8 @@ def prefill_attention(
         return kv_unpack.attend(
             partial(prefill_attention, scale=scale, soft_cap=soft_cap, kv_scales=kv_scales), q_TNH, k_cache_BSKH,
             v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, num_context_tokens=num_context_tokens,
-            out_TNH=out_TNH, scratch={} if scratch is None else scratch, sliding_window=sliding_window,
-            alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
+            scratch={} if scratch is None else scratch, sliding_window=sliding_window, alibi_slopes_N=alibi_slopes_N,
+            sinks_N=sinks_N, out_TNH=out_TNH,
         )  # fmt: skip
     if hopper is not None:
         from argosy.kernels import hopper_attention as special

@@ -53,6 +53,7 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     hidden_copies: float = 4.0  # hidden states that live at once in the largest step
     inner_copies: float = 3.0  # the same for the MLP's inner width
     fp8_inner_copies: float = 3.0  # the same with FP8 weights
+    unpacked_bytes: int = 0  # for keys and values of a cache in 8 bits, made plain for prompts (`kernels/kv_unpack.py`)
     logit_bytes: float = 16.0  # a row and vocabulary entry, while sampling
     gathered_logit_bytes: float = 16.0  # the same where the ranks of a group gather them
     records_graphs: bool = False  # whether decode steps are recorded

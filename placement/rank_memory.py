@@ -18,12 +18,12 @@ from argosy.cluster.protocol.quant_spec import OTHER_NAMES
 from argosy.placement.calibration import Calibration
 from argosy.placement.model_shape import Matrix, ModelShape
 from argosy.placement.step_memory import (
+    attention_bytes,
     decode_bytes,
     even_ladder,
     graph_bytes,
     group_bytes,
     ladder,
-    unpacking_bytes,
     wire_bytes,
 )
 from argosy.placement.swap_space import staging_bytes, swap_setting
@@ -267,7 +267,8 @@ class StageBytes:
         each = (calibration.hidden_copies * spec.hidden_size + inner) * serving.dtype_bytes
         prompts = tokens * each
         if serving.kv_dtype_bytes == 1 and serving.dtype_bytes == 2:
-            prompts = max(prompts, unpacking_bytes(spec, tokens, tp_size=tp_size))
+            attending = attention_bytes(spec, tokens, tp_size=tp_size, dtype_bytes=2)
+            prompts = max(prompts, attending + calibration.unpacked_bytes)
         is_last = last_layer == shape.num_layers
         logit = calibration.logit_bytes if tp_size == 1 else calibration.gathered_logit_bytes
         rows = serving.max_num_seqs * spec.vocab_size * logit if is_last else 0.0

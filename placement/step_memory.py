@@ -21,7 +21,6 @@ PUSH_ROW_NUMBERS: Final = 16384  # where a row has at most so many, times ranks
 EVEN_PROGRAMS: Final = (12, 16)  # as in `kernels/paged_attention.py`
 EVEN_CARD: Final = 132
 WIRE_SLOTS: Final = 2  # for hidden states, on a stage's wire
-UNPACKED_BYTES: Final = 2**26  # keys and values of a cache in 8 bits, made plain for prompts: `kernels/kv_unpack.py`
 
 
 def ladder(max_rows: int) -> list[int]:
@@ -54,10 +53,10 @@ def decode_bytes(spec: ModelSpec, num_rows: int, *, tp_size: int, is_last: bool,
     return num_rows * numbers * dtype_bytes + GRAPH_SCRATCH_BYTES
 
 
-def unpacking_bytes(spec: ModelSpec, num_tokens: int, *, tp_size: int) -> int:
-    """What a step of so many tokens holds while prompts attend to a cache in 8 bits that is made plain for them."""
+def attention_bytes(spec: ModelSpec, num_tokens: int, *, tp_size: int, dtype_bytes: int) -> int:
+    """What a step of so many tokens holds while they attend: hidden states, q, k and v, rotated q, what heads saw."""
     heads = (3 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size // tp_size
-    return num_tokens * (2 * spec.hidden_size + heads) * 2 + UNPACKED_BYTES
+    return num_tokens * (2 * spec.hidden_size + heads) * dtype_bytes
 
 
 def group_bytes(num_tokens: int, width: int, num_rows: int, *, tp_size: int, dtype_bytes: int) -> int:

@@ -32,6 +32,7 @@ from argosy.kernels import (
     hopper_gate,
     kv_cache,
     kv_scales,
+    kv_unpack,
     moe_gemm,
     moe_int,
     moe_packed,
@@ -154,6 +155,12 @@ def prompts(report: Callable[..., None]) -> None:
             report(
                 f"prompts, {counts} {eight_bits.dtype}", hopper_attention.hopper_attention, q, eight_bits, eight_bits,
                 table, tiles, out, scale=0.1, sizes=hopper_attention.UNPACKED_SIZES,
+            )  # fmt: skip
+            lengths = torch.ones(4, dtype=torch.int32)
+            room = kv_unpack.make_room(lengths, table, 16, 64)
+            report(
+                f"unpack, {counts} {eight_bits.dtype}", kv_unpack.unpack, eight_bits, eight_bits, table, lengths,
+                lengths, room, BF16,
             )  # fmt: skip
 
 

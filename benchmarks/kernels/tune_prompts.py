@@ -108,18 +108,17 @@ def ways(case: Case, sizes: list[dict[str, int]]) -> dict[str, Callable[[], Tens
     if case.k.element_size() == 1:
         found["unpacked first"] = lambda: kv_unpack.attend(
             functools.partial(prefill_attention.prefill_attention, scale=scale), *case.arguments, out_TNH=case.out,
-            num_context_tokens=sum(context for _, context in case.rows), scratch=case.scratch, sliding_window=None,
+            num_context_tokens=sum(context for _, context in case.rows), scratch=case.scratch,
         )  # fmt: skip
     return found
 
 
 def unpack_microseconds(case: Case) -> float:
-    """Of all heads at once, alone."""
+    """Of unpacking alone."""
     num_tokens = sum(context for _, context in case.rows)
     room = kv_unpack.make_room(case.lengths, case.table, BLOCK, num_tokens)
-    heads = slice(0, kv_unpack.heads_at_once(room.num_blocks * BLOCK, case.kv_heads, case.size * 2))
     lowest, dtype = torch.zeros_like(case.lengths), torch.bfloat16
-    run = functools.partial(kv_unpack.unpack, case.k, case.v, case.table, case.lengths, lowest, room, heads, dtype)
+    run = functools.partial(kv_unpack.unpack, case.k, case.v, case.table, case.lengths, lowest, room, dtype)
     return microseconds([run])[0]
 
 

@@ -14,7 +14,6 @@ from argosy.placement.data_sheets import DATA_SHEETS
 from argosy.placement.model_sources import read_model_shape
 from argosy.placement.planner import make_serving
 from argosy.placement.rank_memory import StageBytes
-from argosy.placement.step_memory import UNPACKED_BYTES
 from argosy.placement.topology import Link
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -165,7 +164,7 @@ def test_prompts_over_8_bits_need_room_to_be_unpacked_in() -> None:
         return StageBytes(shape, serving).activation_bytes(calibration, 1, 0, shape.num_layers)
 
     assert needed(8192, 1) == needed(8192, 2)
-    assert needed(64, 2) < UNPACKED_BYTES < needed(64, 1) < 1.1 * UNPACKED_BYTES
+    assert needed(64, 2) < calibration.unpacked_bytes < needed(64, 1) < 1.1 * calibration.unpacked_bytes
 
 
 def test_efficiency_is_linear_between_measured_points() -> None:
