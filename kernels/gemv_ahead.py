@@ -39,6 +39,11 @@ def _ask(
 
 
 @gluon.jit
+def _each(gate, up, other_gate, other_up):
+    return gate + other_gate, up + other_up
+
+
+@gluon.jit
 def _ahead_kernel(
     x_ptr, weight_ptr, scale_ptr, bias_ptr, norm_ptr, out_ptr, num_inputs, num_outputs, stride_weight, eps,
     WIDTH: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
@@ -85,13 +90,17 @@ def _ahead_kernel(
                 gdc_launch_dependents()  # this program has asked for its last weights
         async_copy.wait_group(STAGES - 1)
         slot = n % STAGES * PARTS
-        y = gl.sum(w_smem.index(slot).load(tile_in).to(gl.float32) * x[None, :], 1)
+        y = w_smem.index(slot).load(tile_in).to(gl.float32) * x[None, :]
+        if GATED:  # both at once: warps wait for each other in every sum
+            up = w_smem.index(slot + 1).load(tile_in).to(gl.float32) * x[None, :]
+            y, up = gl.reduce((y, up), 1, _each)
+        else:
+            y = gl.sum(y, 1)
         if SCALED:
             y *= gl.load(scale_ptr + output, mask=there, other=0.0)
         if BIAS:
             y += gl.load(bias_ptr + output, mask=there, other=0.0).to(gl.float32)
         if GATED:
-            up = gl.sum(w_smem.index(slot + 1).load(tile_in).to(gl.float32) * x[None, :], 1)
             if SCALED:
                 up *= gl.load(scale_ptr + num_outputs + output, mask=there, other=0.0)
             if BIAS:

@@ -1,14 +1,15 @@
 """A linear layer for 2 to 64 tokens on Hopper's tensor cores, its first weights on their way before the wait.
 
-Meaning: `reference.fused_linear`, without a norm. As in `gemv_split` the weight is the left side of the product, from
-memory to the tensor cores without a register in between, and what `gemv_ahead` says of weights that nobody has to be
-waited for holds here. A program has one warp that fetches and four that multiply:
+Meaning: `reference.fused_linear`, without a norm, and `fp8_reference.linear` with scales by row. As in `gemv_split` the
+weight is the left side of the product, from memory to the tensor cores without a register in between, and what
+`gemv_ahead` says of weights, which nobody has to be waited for, holds here. A program has one warp that fetches and
+four that multiply:
 
-    fetch      by the copy engine, as far ahead as the ring has places: 64 columns of a tile's weight rows and of all
+    fetch      by the copy engine, as far ahead as the ring has places: 128 bytes of a tile's weight rows and of all
                tokens. Of the first places the weights come before the kernel before is done, the tokens when it is
     multiply   one product is under way while the next place is waited for
 
-Work is cut into blocks of 64 columns of a tile: a program takes `per` of them after each other, whichever tiles they
+Work is cut into such blocks of columns of a tile: a program takes `per` of them after each other, whichever tiles they
 belong to, so that few tiles keep all multiprocessors at work. Tiles that several programs share are added up by the one
 that is done last, in the order of the inputs. Written in Triton's lower language (Gluon): in Triton all warps of a
 program wait together. T = tokens, I = inputs, O = weight rows.
@@ -30,7 +31,7 @@ from argosy.kernels import tuning
 # Triton 3.9 calls them otherwise than 3.6
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 wait_for_all = getattr(gl, "thread_barrier", None) or gl.barrier
-COLUMNS = gl.constexpr(64)  # of a place in the ring: a line of 128 bytes
+LINE = 128  # bytes of a row in a place of the ring
 MAX_TOKENS = 64
 FETCH_REGISTERS = 24
 # Of all threads while they start (those that multiply then share what those that fetch give back): few enough that
@@ -47,7 +48,10 @@ def _next(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _ask(w_desc, w_smem, full, slot, tile, block, num_outputs, ROWS: gl.constexpr, GATED: gl.constexpr):
+def _ask(
+    w_desc, w_smem, full, slot, tile, block, num_outputs,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, GATED: gl.constexpr,
+):  # fmt: skip
     """A place's weights: of the tile's rows, or of the gate rows and the up rows of half as many outputs."""
     if GATED:
         HALF: gl.constexpr = ROWS // 2
@@ -61,8 +65,8 @@ def _ask(w_desc, w_smem, full, slot, tile, block, num_outputs, ROWS: gl.constexp
 @gluon.jit
 def _fetch(
     x_desc, w_desc, x_smem, w_smem, full, empty, per, total, num_blocks, num_outputs,
-    ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr, EARLY: gl.constexpr,
-    PDL: gl.constexpr,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, GATED: gl.constexpr,
+    EARLY: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     BYTES: gl.constexpr = (ROWS + TOKENS) * 128
     begin = gl.program_id(0) * per
@@ -71,7 +75,7 @@ def _fetch(
     for n in range(ready):
         mbarrier.expect(full.index(n), BYTES)
         tile = (begin + n) // num_blocks
-        _ask(w_desc, w_smem, full, n, tile, begin + n - tile * num_blocks, num_outputs, ROWS, GATED)
+        _ask(w_desc, w_smem, full, n, tile, begin + n - tile * num_blocks, num_outputs, ROWS, COLUMNS, GATED)
     if PDL:
         gdc_wait()
         if EARLY:
@@ -84,7 +88,7 @@ def _fetch(
         if n >= ready:
             mbarrier.wait(empty.index(slot), phase)
             mbarrier.expect(full.index(slot), BYTES)
-            _ask(w_desc, w_smem, full, slot, tile, block, num_outputs, ROWS, GATED)
+            _ask(w_desc, w_smem, full, slot, tile, block, num_outputs, ROWS, COLUMNS, GATED)
         copy_in(x_desc, [0, block * COLUMNS], full.index(slot), x_smem.index(slot))
         block += 1
         ends = block == num_blocks  # no division: one warp does all of this
@@ -97,13 +101,13 @@ def _fetch(
 
 @gluon.jit
 def _multiply(
-    out_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, w_smem, full, empty, per, total, num_blocks, num_tokens,
-    num_outputs, stride_out,
-    ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr, GATED: gl.constexpr,
-    RESIDUAL: gl.constexpr, SHARED: gl.constexpr,
+    out_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, w_smem, full, empty, per, total,
+    num_blocks, num_tokens, num_outputs, stride_out,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr,
+    GATED: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr,
 ):  # fmt: skip
-    T: gl.constexpr = x_smem.dtype
-    acc_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 16])
+    STEP: gl.constexpr = 256 // x_smem.dtype.primitive_bitwidth
+    acc_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, STEP])
     out_in: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
     OUTPUTS: gl.constexpr = ROWS // 2 if GATED else ROWS
     program = gl.program_id(0)
@@ -143,6 +147,10 @@ def _multiply(
                     acc += gl.load(part_ptr + place.to(gl.int64) * (ROWS * TOKENS) + here, cache_modifier=".cg")
                 whole = count < num_blocks
         if whole:
+            if SCALED:
+                row = gl.minimum(tile * ROWS + gl.arange(0, ROWS, gl.SliceLayout(1, acc_in)), num_outputs - 1)
+                token = gl.minimum(gl.arange(0, TOKENS, gl.SliceLayout(0, acc_in)), num_tokens - 1)
+                acc *= gl.load(w_scale_ptr + row)[:, None] * gl.load(x_scale_ptr + token)[None, :]
             if BIAS:
                 row = tile * OUTPUTS + gl.arange(0, ROWS, gl.SliceLayout(1, acc_in))
                 if GATED:
@@ -164,20 +172,20 @@ def _multiply(
             if RESIDUAL:
                 before = gl.load(to, mask=kept, other=0.0)
                 y += gl.convert_layout(before, y.type.layout).to(gl.float32)
-            gl.store(to, gl.convert_layout(y.to(T), out_in), mask=kept)
+            gl.store(to, gl.convert_layout(y.to(out_ptr.dtype.element_ty), out_in), mask=kept)
         at += count
 
 
 @gluon.jit(do_not_specialize=["num_tokens", "per", "total"])
 def _gemv_hopper_kernel(
-    x_desc, w_desc, out_ptr, bias_ptr, part_ptr, counter_ptr, per, total, num_blocks, num_tokens, num_outputs,
-    stride_out,
-    ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr, GATED: gl.constexpr,
-    RESIDUAL: gl.constexpr, SHARED: gl.constexpr, EARLY: gl.constexpr, FETCH_REGISTERS: gl.constexpr,
-    PDL: gl.constexpr,
+    x_desc, w_desc, out_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, part_ptr, counter_ptr, per, total, num_blocks,
+    num_tokens, num_outputs, stride_out,
+    ROWS: gl.constexpr, TOKENS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
+    BIAS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, EARLY: gl.constexpr,
+    FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TOKENS, 64], x_desc.layout)
-    w_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, ROWS, 64], w_desc.layout)
+    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TOKENS, COLUMNS], x_desc.layout)
+    w_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, ROWS, COLUMNS], w_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -185,12 +193,13 @@ def _gemv_hopper_kernel(
         mbarrier.init(empty.index(i), count=1)
     gl.warp_specialize([
         (_multiply, (
-            out_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, w_smem, full, empty, per, total, num_blocks, num_tokens,
-            num_outputs, stride_out, ROWS, TOKENS, STAGES, BIAS, GATED, RESIDUAL, SHARED,
+            out_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, w_smem, full, empty, per, total,
+            num_blocks, num_tokens, num_outputs, stride_out, ROWS, TOKENS, STAGES, SCALED, BIAS, GATED, RESIDUAL,
+            SHARED,
         )),
         (_fetch, (
-            x_desc, w_desc, x_smem, w_smem, full, empty, per, total, num_blocks, num_outputs, ROWS, TOKENS, STAGES,
-            GATED, EARLY, PDL,
+            x_desc, w_desc, x_smem, w_smem, full, empty, per, total, num_blocks, num_outputs, ROWS, TOKENS, COLUMNS,
+            STAGES, GATED, EARLY, PDL,
         )),
     ], [1], [FETCH_REGISTERS])  # fmt: skip
 
@@ -205,8 +214,8 @@ def takes(x_TI: Tensor, weight_OI: Tensor) -> bool:
     return (
         x_TI.is_cuda
         and x_TI.shape[0] <= MAX_TOKENS
-        and x_TI.shape[1] % COLUMNS.value == 0
-        and x_TI.stride(0) % 8 == weight_OI.stride(0) % 8 == 0
+        and x_TI.shape[1] * x_TI.element_size() % LINE == 0
+        and x_TI.stride(0) * x_TI.element_size() % 16 == weight_OI.stride(0) * x_TI.element_size() % 16 == 0
         and x_TI.data_ptr() % 16 == weight_OI.data_ptr() % 16 == 0
         and _is_hopper(x_TI.device)
     )
@@ -219,19 +228,22 @@ def linear(
     out_TO: Tensor,
     sizes: tuning.Sizes,
     *,
+    scales: tuple[Tensor, Tensor] | None = None,
     gated: bool = False,
     residual: bool = False,
 ) -> Tensor:
-    """x W^T + bias, gated (`out_TO` is half as wide then), written or (`residual`) added to `out_TO`; one launch.
+    """x W^T (times `scales` of tokens and of weight rows, if e4m3) + bias; gated (`out_TO` is half as wide then),
+    written or (`residual`) added to `out_TO`; one launch. Ask `takes` first.
 
-    Ask `takes` first. `sizes`: weight `rows` of a tile (64 or 128), places of the ring (`stages`), `programs` (0: one a
-    tile; else so many share all work evenly), whether the successor may start at once (`early`) or when the last
-    weights are asked for.
+    `sizes`: weight `rows` of a tile (64 or 128), places of the ring (`stages`), `programs` (0: one a tile; else so many
+    share all work evenly), whether the successor may start at once (`early`) or when the last weights are asked for.
     """
     num_tokens, num_inputs = x_TI.shape
     num_outputs = weight_OI.shape[0] // 2 if gated else weight_OI.shape[0]
     rows, tokens = 128 if gated else sizes["rows"], max(16, tuning.next_power_of_two(num_tokens))
-    blocks = num_inputs // COLUMNS.value
+    columns = LINE // x_TI.element_size()
+    blocks = num_inputs // columns
+    assert scales is None or not gated
     tiles = triton.cdiv(num_outputs, rows // 2 if gated else rows)
     total = tiles * blocks
     per = triton.cdiv(total, sizes["programs"]) if sizes["programs"] and tiles <= tuning.MAX_COUNTERS else blocks
@@ -241,14 +253,16 @@ def linear(
     if shared:
         part = torch.empty(programs * 2 * rows * tokens, dtype=torch.float32, device=x_TI.device)
         counters = tuning.counters(x_TI.device)
-    layout = gl.NVMMASharedLayout(128, 16, 2)
+    layout = gl.NVMMASharedLayout(LINE, 8 * x_TI.element_size(), 2)
+    x_scale, w_scale = scales or (out_TO, out_TO)
     _gemv_hopper_kernel[(programs,)](
-        TensorDescriptor.from_tensor(x_TI, [tokens, COLUMNS.value], layout),
-        TensorDescriptor.from_tensor(weight_OI, [rows // 2 if gated else rows, COLUMNS.value], layout),
-        out_TO, out_TO if bias_O is None else bias_O, part, counters, per, total, blocks, num_tokens, num_outputs,
-        out_TO.stride(0),
-        ROWS=rows, TOKENS=tokens, STAGES=sizes["stages"], BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual,
-        SHARED=shared, EARLY=bool(sizes.get("early", 0)), FETCH_REGISTERS=FETCH_REGISTERS, num_warps=4,
+        TensorDescriptor.from_tensor(x_TI, [tokens, columns], layout),
+        TensorDescriptor.from_tensor(weight_OI, [rows // 2 if gated else rows, columns], layout),
+        out_TO, x_scale, w_scale, out_TO if bias_O is None else bias_O, part, counters, per, total, blocks, num_tokens,
+        num_outputs, out_TO.stride(0),
+        ROWS=rows, TOKENS=tokens, COLUMNS=columns, STAGES=sizes["stages"], SCALED=scales is not None,
+        BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual, SHARED=shared, EARLY=bool(sizes.get("early", 0)),
+        FETCH_REGISTERS=FETCH_REGISTERS, num_warps=4,
         maxnreg=MORE_REGISTERS if rows * tokens > MANY_SUMS else START_REGISTERS, **tuning.overlap(x_TI.device),
     )  # fmt: skip
     return out_TO

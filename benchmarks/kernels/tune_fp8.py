@@ -158,7 +158,10 @@ AHEAD = (  # rows, warps, places of the ring, programs a multiprocessor; the sec
     ((1, 4, 4, 2), (1, 8, 4, 2), (1, 8, 6, 2), (1, 8, 6, 1), (2, 8, 4, 1)),
 )
 PIECES: Sizes = {"kernel": fp8_gemm.SPLIT, "rows": 64, "width": 256, "stages": 4, "warps": 4, "splits": 1}
+RING: Sizes = {"kernel": fp8_gemm.HOPPER, "rows": 64, "programs": 132, "stages": 6, "early": 0}
 SEVERAL: tuple[Sizes, ...] = (
+    RING, RING | {"stages": 9}, RING | {"rows": 128, "stages": 4}, RING | {"rows": 128, "stages": 6},
+    RING | {"programs": 0}, RING | {"programs": 0, "rows": 128, "stages": 5}, RING | {"programs": 264, "stages": 5},
     PIECES, PIECES | {"splits": 2}, PIECES | {"splits": 4}, PIECES | {"width": 128, "stages": 6},
     PIECES | {"rows": 128, "stages": 3}, {"prefetch": 0}, {"prefetch": 1024}, {"prefetch": 2048}, {"early": 1},
 )  # fmt: skip
@@ -188,6 +191,8 @@ def tune_step(table: dict[str, dict[str, Sizes]], rows_asked: Sequence[int] = (1
             for change in ones(num_in) if rows == 1 else SEVERAL:
                 before = table[kernel][key]
                 if (change.get("kernel") == 0 and num_in > 4096) or before | change == before:
+                    continue
+                if change.get("kernel") == fp8_gemm.HOPPER and rows > 64:
                     continue
                 table[kernel][key] = {"tokens": fp8_gemm.bucket(rows), "prefetch": 512, **before} | change
                 try:
