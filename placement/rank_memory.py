@@ -4,7 +4,6 @@ The rules are those of `workers/memory.py`: tests hold this file to what real ra
 rank of a tensor-parallel group, which has the most (it adds the biases of row-parallel layers).
 """
 
-import math
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Final
@@ -16,7 +15,8 @@ from argosy.cluster.protocol.kv_groups import ONE_TABLE, KVGroups, kv_groups
 from argosy.cluster.protocol.model_spec import DTYPE_BYTES, KV_SCALE_BYTES, ModelSpec
 from argosy.cluster.protocol.quant_spec import OTHER_NAMES
 from argosy.placement.calibration import Calibration
-from argosy.placement.model_shape import Matrix, ModelShape
+from argosy.placement.matrix_bytes import matrix_bytes
+from argosy.placement.model_shape import ModelShape
 from argosy.placement.step_memory import (
     attention_bytes,
     decode_bytes,
@@ -199,7 +199,14 @@ class StageBytes:
         if prefix is None:
             of_kind = [
                 sum(
-                    _matrix_bytes(self.shape, matrix, self.serving, tp_size, on_cpu=self._on_cpu)
+                    matrix_bytes(
+                        self.shape,
+                        matrix,
+                        self.serving.weight_format,
+                        self.serving.dtype_bytes,
+                        tp_size,
+                        on_cpu=self._on_cpu,
+                    )
                     for matrix in kind.matrices
                 )
                 + kind.norm_size * self.serving.dtype_bytes
@@ -371,65 +378,3 @@ def num_offloaded(serving: Serving, layer_bytes: list[int], block_bytes: int, bu
     elif serving.kv_cache_memory_bytes is not None:
         wanted = serving.kv_cache_memory_bytes
     return count_to_gain(layer_bytes, wanted - budget)
-
-
-def _matrix_bytes(
-    shape: ModelShape, matrix: Matrix, serving: Serving, tp_size: int, *, on_cpu: bool = False
-) -> int:  # fmt: skip
-    num_out, num_in, count = matrix.num_out, matrix.num_in, matrix.count
-    bias_rows = num_out
-    if matrix.cut == "column":
-        num_out = bias_rows = num_out // tp_size
-    elif matrix.cut == "kv":
-        num_out = bias_rows = num_out // min(tp_size, shape.spec.num_kv_heads)
-    elif matrix.cut == "row":
-        num_in //= tp_size
-    elif matrix.cut != "none" and shape.deals_experts(tp_size):
-        count = -(-count // tp_size)
-    elif matrix.cut == "expert_column":
-        num_out //= tp_size
-    elif matrix.cut == "expert_row":
-        num_in //= tp_size
-    experts_only = serving.weight_format.experts_only
-    # a CPU keeps nothing packed but experts in e4m3
-    packs = matrix.quantised and (not (on_cpu or experts_only) or (matrix.is_experts and not (on_cpu and experts_only)))
-    weight_format = serving.weight_format if packs else _PLAIN
-    if packs and matrix.is_experts:
-        in_groups = weight_format.name in INT_FORMATS and (weight_format.bits == 4 or shape.weight_format.bits != 16)
-        if in_groups and on_cpu:
-            weight_format = _PLAIN
-        elif in_groups:
-            if weight_format.order_bytes and num_in < matrix.num_in:  # groups are filled up
-                num_in = _filled(num_in, -(-matrix.num_in // weight_format.group))
-            weight_format = _packed_experts(weight_format, num_in, serving.dtype_bytes)
-        elif shape.weight_format.bits == 16:
-            rows = num_out // 2 if matrix.cut == "expert_column" else num_out
-            weight_format = _rounded_experts(weight_format, rows, num_in)
-    size = weight_format.matrix_bytes(num_out, num_in, serving.dtype_bytes)
-    return count * (size + (bias_rows * serving.dtype_bytes if matrix.bias else 0))
-
-
-def _filled(num_in: int, groups: int) -> int:
-    """Inputs of a rank when each of the groups that its own are spread over lacks as many as it can."""
-    return (num_in + groups * (SMALLEST_GROUP - 1)) // SMALLEST_GROUP * SMALLEST_GROUP
-
-
-def _packed_experts(kept: WeightFormat, num_in: int, dtype_bytes: int) -> WeightFormat:
-    """How experts of 4 or 8 bits are kept: in groups that kernels take, as `workers/layers/int_experts.py` decides."""
-    group = min(LARGEST_GROUP, math.gcd(kept.group, num_in & -num_in))
-    return _PLAIN if dtype_bytes != 2 or group < SMALLEST_GROUP else msgspec.structs.replace(kept, group=group)
-
-
-def _rounded_experts(asked: WeightFormat, num_out: int, num_in: int) -> WeightFormat:
-    """How experts of plain checkpoints are kept in 8 bits: in e4m3 by block, where blocks divide them."""
-    block = FORMATS["fp8_block"]
-    sizes = block.block or (1, 1)
-    if asked.bits == 16 or num_out % sizes[0] or num_in % sizes[1]:
-        return _PLAIN
-    return block
-
-
-_PLAIN: Final = WeightFormat()
-INT_FORMATS: Final = ("gptq", "awq", "int4", "int8")
-SMALLEST_GROUP: Final = 32  # inputs that share a scale, as kernels take them; larger ones are cut
-LARGEST_GROUP: Final = 128

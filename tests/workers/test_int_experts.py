@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.cluster.protocol.quant_spec import choose_quantization
 from argosy.kernels.moe_reference import IntExpertWeight
-from argosy.placement import rank_memory
+from argosy.placement.matrix_bytes import matrix_bytes
 from argosy.placement.model_sources import read_model_shape
 from argosy.placement.plan import make_plan
 from argosy.placement.planner import make_serving
@@ -143,7 +143,11 @@ def test_plain_experts_are_rounded_to_4_bits(tmp_path: Path, monkeypatch: pytest
     assert bool((off.abs() <= 0.51 * steps[:, None] + 0.01 * stored.abs() + 1e-4).all())
     shape = read_model_shape(plainly)
     serving = make_serving(shape, dtype="bfloat16", quantization="int4")
-    wanted = sum(rank_memory._matrix_bytes(shape, m, serving, 1) for m in shape.layer(1).matrices if m.is_experts)
+    wanted = sum(
+        matrix_bytes(shape, m, serving.weight_format, serving.dtype_bytes, 1)
+        for m in shape.layer(1).matrices
+        if m.is_experts
+    )
     assert wanted == sum(parameter.nbytes for parameter in experts.parameters())
 
 
