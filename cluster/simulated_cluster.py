@@ -87,6 +87,7 @@ class SimulatedCluster:
         self._queued_at = [math.inf] * len(replicas)  # the time under which each replica stands in the heap
         self._load = [0.0] * len(replicas)
         self._holders: dict[int, set[int]] = {}
+        self._fresh: dict[tuple[int, int], int] = {}  # by replica and prefix: its tokens that were sent at this moment
         self._sinks: list[Any] = []
         self._num_added = 0
         self.now = 0.0
@@ -103,8 +104,14 @@ class SimulatedCluster:
                 assert arrival is not None
                 self._sample_until(until)
                 self.now = until
-                self._arrive(arrival)
-                arrival = next(coming, None)
+                asked = set[int]()
+                while arrival is not None and arrival.seconds == until:  # made together: they begin together
+                    asked.add(self._arrive(arrival))
+                    arrival = next(coming, None)
+                self._fresh.clear()
+                for place in sorted(asked):
+                    replicas[place].begin(until)
+                    self._settle(place)
                 continue
             seconds, place = heapq.heappop(heap)
             if seconds != self._queued_at[place]:
@@ -119,12 +126,19 @@ class SimulatedCluster:
 
     # ------------------------------------------------------------------------------------------------- routing
 
-    def _arrive(self, arrival: Arrival) -> None:
+    def _arrive(self, arrival: Arrival) -> int:
+        """Give it to a replica, whose place is returned."""
         request = self._make(arrival)
         place = self._choose(request, arrival.prefix)
         if arrival.prefix >= 0:
             self._holders.setdefault(arrival.prefix, set()).add(place)
-        self.replicas[place].add(request, arrival.seconds)
+            self._fresh.setdefault((place, arrival.prefix), min(arrival.prefix_len, arrival.input_len - 1))
+        self.replicas[place].take(request, arrival.seconds)
+        self._settle(place)
+        return place
+
+    def _settle(self, place: int) -> None:
+        """Who has ended there, and when it is to be asked again."""
         for ended in self._take_ended(place):
             self._ended(ended, place)
         self._queue(place)
@@ -147,12 +161,18 @@ class SimulatedCluster:
                     num_waiting=replica.num_waiting,
                     num_running=replica.num_running,
                     kv_usage=replica.kv_usage,
-                    num_cached_tokens=replica.cached_tokens(request) if prefix >= 0 else 0,
+                    num_cached_tokens=self._cached_tokens(request, place, prefix) if prefix >= 0 else 0,
                 )
             )
         chosen = choose_replica(loads, num_prompt_tokens=request.num_prompt_tokens)
         assert chosen is not None
         return chosen
+
+    def _cached_tokens(self, request: Request, place: int, prefix: int) -> int:
+        """As far as a router knows: what the replica has, and what it was sent together with this request."""
+        known, sent = self.replicas[place].cached_tokens(request), self._fresh.get((place, prefix), 0)
+        block_size = self.replicas[place].block_size
+        return max(known, min(sent, request.num_prompt_tokens - 1) // block_size * block_size)
 
     def _queue(self, place: int) -> None:
         replica = self.replicas[place]

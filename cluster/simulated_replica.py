@@ -118,7 +118,7 @@ class SimulatedReplica:
         shared_reads: float = 0.0,
     ):
         self._shared_reads = shared_reads if groups is None or groups.num_groups == 1 else 0.0
-        self._block_size = config.cache.block_size
+        self.block_size = config.cache.block_size
         self.replica_id, self.num_blocks = replica_id, num_blocks
         self.clock, self.metrics = ManualClock(), Metrics()
         self.scheduler = Scheduler(config, self.clock, self.metrics)
@@ -140,9 +140,17 @@ class SimulatedReplica:
     # ------------------------------------------------------------------------------------------------ events
 
     def add(self, request: Request, now: float) -> None:
-        """A request arrives; a step is sent if there is room for one more in flight."""
+        """A request arrives alone; a step is sent if there is room for one more in flight."""
+        self.take(request, now)
+        self.begin(now)
+
+    def take(self, request: Request, now: float) -> None:
+        """A request arrives, and others with it: `begin` after the last, as a driver waits for it (`gathering`)."""
         self.clock.move_to(now)
         self.scheduler.add([request])
+
+    def begin(self, now: float) -> None:
+        """All that came at this moment are here."""
         self._launch(now)
 
     def advance(self) -> list[Request]:
@@ -228,7 +236,7 @@ class SimulatedReplica:
             contexts = [request.boundary - request.countdown for request in rows[:num_decodes]]
             context, longest = sum(contexts), max(contexts, default=0)
             if self._shared_reads and num_decodes == len(rows):  # steps with prompts read each row's own
-                context -= int(self._shared_reads * _most_shared(rows) * self._block_size)
+                context -= int(self._shared_reads * _most_shared(rows) * self.block_size)
         self._last_decodes, self._last_context = (rows, context) if num_decodes == len(rows) else ((), 0)
         self._last_longest = longest
         tokens = pairs = 0

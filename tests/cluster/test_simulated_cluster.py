@@ -40,6 +40,24 @@ def test_a_known_prefix_draws_its_requests() -> None:
     assert sum(cluster.records.cached) == 10 * 40
 
 
+def test_requests_of_one_moment_begin_in_one_step() -> None:
+    """Four prompts of 16 tokens fill a step of 64: one first token for all, and not one that comes before."""
+    cluster = make(1)
+    cluster.run([Arrival(1.0, 16, 3) for _ in range(4)])
+    assert len(set(cluster.records.ttft)) == 1
+    assert cluster.records.ttft[0] == pytest.approx(0.01 + 1e-5 * 64)
+    assert cluster.replicas[0].num_steps == 3
+
+
+def test_a_prefix_draws_those_that_are_sent_together_with_it() -> None:
+    """Whoever sends them knows where the first went, though nothing is computed yet."""
+    cluster = make(2)
+    cluster.run([Arrival(0.0, 44, 2, prefix=prefix, prefix_len=40) for prefix in (0, 1, 1, 0)])
+    homes = list(cluster.records.replica)
+    assert sorted(homes) == [0, 0, 1, 1]
+    assert sum(cluster.records.cached) == 2 * 40
+
+
 class AskingAll(SimulatedCluster):
     """Asks `choose_replica` about every replica, as a router would that can afford it."""
 
