@@ -119,6 +119,19 @@ def test_blocks_of_many_sizes_are_laid_side_by_side_and_put_back(device: torch.d
         assert torch.equal(cache[[0, 3, 4, 6]], old[[0, 3, 4, 6]])
 
 
+def test_the_definition_lays_blocks_side_by_side_and_puts_them_back(device: torch.device) -> None:
+    """Block 3 of all caches, one after the other, then block 1; sizes of which no kernel takes one."""
+    caches = [torch.arange(first, first + 40, device=device).reshape(4, 10).half() for first in (0, 100, 200)]
+    staged = torch.zeros(2, 60, dtype=torch.uint8, device=device)
+    tables_reference.gather_blocks(caches, [3, 1], staged)
+    rows = [[*range(first, first + 10)] for first in (30, 130, 230, 10, 110, 210)]
+    assert staged.view(torch.float16).tolist() == [[*rows[0], *rows[1], *rows[2]], [*rows[3], *rows[4], *rows[5]]]
+    tables_reference.scatter_blocks(staged, caches, [0, 2])
+    assert [cache[0].tolist() for cache in caches] == rows[:3]
+    assert [cache[2].tolist() for cache in caches] == rows[3:]
+    assert [cache[3].tolist() for cache in caches] == rows[:3]
+
+
 @pytest.mark.gpu
 def test_blocks_go_to_pinned_host_memory_and_back(device: torch.device) -> None:
     caches = [torch.randn(8, 16, 2, 64, device=device).bfloat16() for _ in range(6)]

@@ -1,13 +1,17 @@
 """What the CPU path does for speed must not be seen in the answers: pieces of a prompt, copies of weights, threads."""
 
+import itertools
+import os
+import runpy
 from collections.abc import Iterator
 
 import pytest
 import torch
 import torch.nn.functional as F
 
+from argosy.workers import openmp
 from argosy.workers.attention import torch_backend
-from argosy.workers.device import FIRST_TRIAL, TRIAL_STEPS, ThreadChoice
+from argosy.workers.device import FIRST_TRIAL, LONGEST_PAUSE, TRIAL_STEPS, ThreadChoice
 from argosy.workers.quantization.base import LinearLayer, UnquantizedMethod, count_products, empty_parameter
 
 
@@ -112,6 +116,55 @@ def test_a_machine_that_is_idle_gives_small_steps_its_second_core() -> None:
     machine.run(FIRST_TRIAL)
     later = machine.run(2000)
     assert later.count(1) < 40
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_trials_of_the_worse_way_come_half_as_often_each_time() -> None:
+    """16, 32, 64 ... steps from one trial to the next, up to 512, while nothing speaks for the other way."""
+    machine = _Machine(one=11e-3, two=7e-3)
+    machine.run(FIRST_TRIAL)  # with its trial: from now on it shares
+    threads = machine.run(3000)
+    begins = [step for step in range(1, len(threads)) if threads[step - 1 : step + 1] == [2, 1]]
+    pauses = [after - before for before, after in itertools.pairwise(begins)]
+    assert pauses[:5] == [32, 64, 128, 256, 512]
+    assert set(pauses[5:]) == {LONGEST_PAUSE}
+    assert all(threads[step : step + TRIAL_STEPS] == [1] * TRIAL_STEPS for step in begins)
+
+
+@pytest.mark.usefixtures("two_threads")
+def test_the_step_that_wakes_the_threads_is_not_held_against_them() -> None:
+    """It takes a tenth of a second longer, once a trial; the others are what steps will be."""
+    machine = _Machine(one=11e-3, two=7e-3)
+    before = 1
+    for _ in range(10 * FIRST_TRIAL):
+        machine.choice.choose(32)
+        now = torch.get_num_threads()
+        machine.now += machine.seconds[now] + (0.1 if now > before else 0.0)
+        machine.choice.finished()
+        before = now
+    assert machine.run(100).count(2) > 90
+
+
+@pytest.mark.parametrize(
+    ("given", "spins"),
+    [
+        ({}, "3000"),
+        ({"GOMP_SPINCOUNT": "17"}, "17"),
+        ({"OMP_WAIT_POLICY": "ACTIVE"}, None),
+        ({"OMP_WAIT_POLICY": "PASSIVE", "GOMP_SPINCOUNT": "17"}, "17"),
+    ],
+)
+def test_who_sets_how_long_threads_spin_has_the_last_word(
+    given: dict[str, str], spins: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some 40 us else; read before torch is imported."""
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
+    runpy.run_path(openmp.__file__)
+    assert os.environ.get("GOMP_SPINCOUNT") == spins
+    monkeypatch.delenv("GOMP_SPINCOUNT", raising=False)
 
 
 @pytest.mark.usefixtures("two_threads")

@@ -5,6 +5,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 
@@ -219,5 +220,10 @@ def test_a_card_gets_the_blocks_that_were_planned(tmp_path: Path, monkeypatch: p
         assert (measured == planned.num_blocks) == is_promised
         assert (ledger.room_bytes == planned.kv_budget_bytes) == is_promised
         assert measured <= planned.num_blocks
+    gpu = msgspec.structs.replace(gpu, free_bytes=total - GIB)  # another program was there first: so it was planned
+    planned = rank_memory(sizes, calibration, gpu, tp_size=1, pp_size=1, first_layer=0, last_layer=shape.num_layers)
+    ledger = MemoryLedger(meter=FakeCard(total=total, used=calibration.context_bytes + GIB))
+    ledger.mark("context", outside="context")
+    assert memory.planned_room(rank.runner, ledger) == planned.kv_budget_bytes
     monkeypatch.setattr(memory, "describe_device", lambda device: "NVIDIA L4")  # takes the ratios of another card
     assert memory.planned_room(rank.runner, ledger) is None

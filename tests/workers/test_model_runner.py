@@ -24,6 +24,7 @@ from rig import (
 from argosy.cluster.oracle import oracle_continuation
 from argosy.cluster.protocol.messages import NewRequest, SchedulerOutput
 from argosy.cluster.protocol.sampling import TokenParams
+from argosy.workers import prompt_logprobs
 
 NUM_TOKENS = 12
 
@@ -127,9 +128,15 @@ def test_draws_are_the_same_in_any_batch_and_after_preemption(
     assert len({tuple(answer) for answer in alone}) == len(alone)
 
 
-def test_prompt_logprobs_are_those_of_one_whole_pass(families: dict[str, tuple[Path, list[list[int]]]]) -> None:
-    """The prompt of 37 tokens comes in three chunks beside other rows; each position is scored once."""
+@pytest.mark.parametrize("at_once", [prompt_logprobs.ROWS_AT_ONCE, 3])
+def test_prompt_logprobs_are_those_of_one_whole_pass(
+    at_once: int, families: dict[str, tuple[Path, list[list[int]]]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The prompt of 37 tokens comes in three chunks beside other rows; each position is scored once, with the logits of
+    a whole chunk in memory, or of three positions."""
     from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(prompt_logprobs, "ROWS_AT_ONCE", at_once)
 
     folder, _ = families["qwen3"]
     prompts = ragged_prompts()
