@@ -20,12 +20,16 @@ from torch import Tensor
 from argosy.kernels import reference, tables_reference
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last axis. x: [..., D], weight: [D]. Returns a new tensor."""
+def rms_norm(x: Tensor, weight: Tensor, eps: float, *, early: bool = False) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last axis. x: [..., D], weight: [D]. Returns a new tensor.
+
+    `early`: the kernel after this one may begin before the one before this is done. It fetches its weight meanwhile,
+    and little of a multiprocessor is its own.
+    """
     if x.is_cuda:
         from argosy.kernels import rms_norm as kernel
 
-        return kernel.rms_norm(x, weight, eps)
+        return kernel.rms_norm(x, weight, eps, early=early)
     return reference.rms_norm(x, weight, eps)
 
 

@@ -79,6 +79,12 @@ def _sizes(weight: PackedWeight, x_TI: Tensor) -> tuning.Sizes:
     return default_sizes(weight, num_tokens, num_sms)
 
 
+def fetches_early(x_TI: Tensor, weight: PackedWeight) -> bool:
+    """Whether the product begins with its weight while kernels before it run, and takes little room for that."""
+    sizes = _sizes(weight, x_TI)
+    return sizes["kernel"] == VECTOR and bool(sizes.get("early", 1))
+
+
 def linear(
     x_TI: Tensor,
     weight: PackedWeight,

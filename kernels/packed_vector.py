@@ -1,4 +1,4 @@
-"""The product of one token with weights of 4 bits, for Hopper: a ring of words that is filled before anybody is done.
+"""The product of one token with weights of 4 or 8 bits, for Hopper: a ring that is filled before others are done.
 
 Meaning: `packed_reference.linear`. A program takes whole tiles of 16 rows after each other. The copy engine brings the
 words of the next PLACES steps, of whichever tile they are, into shared memory, the first of them while kernels before
@@ -13,6 +13,7 @@ from functools import cache
 
 import torch
 from torch import Tensor
+from triton import constexpr_function
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
@@ -23,6 +24,9 @@ from argosy.kernels import tuning
 from argosy.kernels.packed_parts import (
     BASE_BF16,
     BASE_FP16,
+    BOTH_BF16,
+    BOTH_FP16,
+    BOTH_OPERANDS,
     UNIT_BF16,
     UNIT_FP16,
     UNIT_OPERANDS,
@@ -35,17 +39,26 @@ copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  #
 GROUP = 128
 
 
+@constexpr_function
+def _rows_of(first: int, last: int) -> list[list[int]]:
+    """Steps by powers of two along the rows, for a layout."""
+    found = []
+    while first < last:
+        found.append([first, 0])
+        first *= 2
+    return found
+
+
 @gluon.jit
 def _ask(
     words_desc, pairs_desc, words_smem, pairs_smem, full, slot, item, step, steps, num_blocks, num_tiles, count,
-    W: gl.constexpr, BLOCKS: gl.constexpr, GATED: gl.constexpr,
+    OWN: gl.constexpr, PLANES: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """Begin to fetch a step of the program's item into a place."""
-    OWN: gl.constexpr = W * BLOCKS
     tile = _tile(item, num_tiles, GATED)
-    block = tile * num_blocks + step * OWN
+    block = (tile * num_blocks + step * OWN) * PLANES
     here = full.index(slot)
-    mbarrier.expect(here, OWN * (1024 + 64), pred=item < count)
+    mbarrier.expect(here, OWN * PLANES * (1024 + 64), pred=item < count)
     copy_in(words_desc, [block * 2, 0], here, words_smem.index(slot), pred=item < count)
     copy_in(pairs_desc, [block, 0], here, pairs_smem.index(slot), pred=item < count)
 
@@ -62,27 +75,24 @@ def _tile(item, num_tiles, GATED: gl.constexpr):
 @gluon.jit
 def vector_kernel(
     words_desc, pairs_desc, x_ptr, bias_ptr, residual_ptr, out_ptr, num_tiles, num_blocks, num_outputs,
-    W: gl.constexpr, BLOCKS: gl.constexpr, PLACES: gl.constexpr, HALF_SCALES: gl.constexpr, FP16: gl.constexpr,
-    BIAS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, EARLY: gl.constexpr, PDL: gl.constexpr,
+    PLANES: gl.constexpr, W: gl.constexpr, BLOCKS: gl.constexpr, PLACES: gl.constexpr, HALF_SCALES: gl.constexpr,
+    FP16: gl.constexpr, BIAS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, EARLY: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """`x_ptr`: int32, a pair of inputs each. A block is 128 inputs, two units."""
     T: gl.constexpr = out_ptr.dtype.element_ty
-    BASE: gl.constexpr = BASE_FP16 if FP16 else BASE_BF16
+    BASE: gl.constexpr = -128.0 if PLANES == 2 else BASE_FP16 if FP16 else BASE_BF16
     OWN: gl.constexpr = W * BLOCKS
     words_in: gl.constexpr = gl.BlockedLayout([2 * BLOCKS, 4], [1, 32], [W, 1], [1, 0])
     lanes_in: gl.constexpr = gl.BlockedLayout([BLOCKS, 1], [1, 32], [W, 1], [1, 0])
     wide: gl.constexpr = gl.BlockedLayout([BLOCKS, 1, 1, 1], [1, 8, 2, 2], [W, 1, 1, 1], [3, 2, 1, 0])
-    blocks_in_regs: gl.constexpr = [] if BLOCKS == 1 else [[1, 0]] if BLOCKS == 2 else [[1, 0], [2, 0]]
-    warps: gl.constexpr = (
-        [[BLOCKS, 0], [2 * BLOCKS, 0]] if W == 4 else
-        [[BLOCKS, 0], [2 * BLOCKS, 0], [4 * BLOCKS, 0]] if W == 8 else
-        [[BLOCKS, 0], [2 * BLOCKS, 0], [4 * BLOCKS, 0], [8 * BLOCKS, 0]]
-    )  # fmt: skip
+    halves_in: gl.constexpr = gl.BlockedLayout([2 * BLOCKS * PLANES, 4], [1, 32], [W, 1], [1, 0])
     pairs_in: gl.constexpr = gl.DistributedLinearLayout(
-        blocks_in_regs, [[0, 8], [0, 0], [0, 1], [0, 2], [0, 4]], warps, [], [OWN, 16]
-    )
-    words_smem = gl.allocate_shared_memory(gl.int32, [PLACES, 2 * OWN, 128], words_desc.layout)
-    pairs_smem = gl.allocate_shared_memory(gl.int32, [PLACES, OWN, 16], pairs_desc.layout)
+        _rows_of(1, BLOCKS * PLANES), [[0, 8], [0, 0], [0, 1], [0, 2], [0, 4]],
+        _rows_of(BLOCKS * PLANES, OWN * PLANES), [], [OWN * PLANES, 16],
+    )  # fmt: skip
+    words_smem = gl.allocate_shared_memory(gl.int32, [PLACES, 2 * OWN * PLANES, 128], words_desc.layout)
+    pairs_smem = gl.allocate_shared_memory(gl.int32, [PLACES, OWN * PLANES, 16], pairs_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [PLACES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(PLACES):
         mbarrier.init(full.index(i), count=1)
@@ -96,7 +106,7 @@ def vector_kernel(
     for i in gl.static_range(PLACES):
         _ask(
             words_desc, pairs_desc, words_smem, pairs_smem, full, i, next_item, next_step, steps, num_blocks, num_tiles,
-            count, W, BLOCKS, GATED,
+            count, OWN, PLANES, GATED,
         )  # fmt: skip
         next_step += 1
         wraps = next_step == steps
@@ -123,11 +133,11 @@ def vector_kernel(
             xa = gl.load(x_here + step * (OWN * 64))
             xb = gl.load(x_here + (step * (OWN * 64) + 16))
             mbarrier.wait(full.index(slot), phase)
-            words = words_smem.index(slot).load(words_in)
+            words = words_smem.index(slot).load(halves_in)
             pairs = pairs_smem.index(slot).load(pairs_in)
             _ask(
                 words_desc, pairs_desc, words_smem, pairs_smem, full, slot, next_item, next_step, steps, num_blocks,
-                num_tiles, count, W, BLOCKS, GATED,
+                num_tiles, count, OWN, PLANES, GATED,
             )  # fmt: skip
             next_step += 1
             wraps = next_step == steps
@@ -136,17 +146,26 @@ def vector_kernel(
             slot += 1
             phase = gl.where(slot == PLACES, phase ^ 1, phase)
             slot = gl.where(slot == PLACES, 0, slot)
-            source: gl.constexpr = UNIT_FP16 if FP16 else UNIT_BF16
-            part, total = gl.inline_asm_elementwise(
-                source, UNIT_OPERANDS, [words, xa, xb], dtype=(gl.float32, gl.float32), is_pure=False, pack=4
-            )
+            if PLANES == 1:
+                source: gl.constexpr = UNIT_FP16 if FP16 else UNIT_BF16
+                part, total = gl.inline_asm_elementwise(
+                    source, UNIT_OPERANDS, [words, xa, xb], dtype=(gl.float32, gl.float32), is_pure=False, pack=4
+                )
+                scale, zero = _scale_and_zero(pairs, nothing, OWN, lanes_in, wide, HALF_SCALES)
+            else:
+                both: gl.constexpr = BOTH_FP16 if FP16 else BOTH_BF16
+                low, high = gl.split(gl.permute(gl.reshape(words, [OWN, 2, 2, 128]), [0, 2, 3, 1]))
+                low = gl.convert_layout(gl.reshape(low, [2 * OWN, 128]), words_in, assert_trivial=True)
+                high = gl.convert_layout(gl.reshape(high, [2 * OWN, 128]), words_in, assert_trivial=True)
+                part, total = gl.inline_asm_elementwise(
+                    both, BOTH_OPERANDS, [low, xa, xb, high], dtype=(gl.float32, gl.float32), is_pure=False, pack=4
+                )
+                low_pairs, high_pairs = gl.split(gl.permute(gl.reshape(pairs, [OWN, 2, 16]), [0, 2, 1]))
+                scale, zero = _scale_and_zero(low_pairs, nothing, OWN, lanes_in, wide, HALF_SCALES)
+                _, over = _scale_and_zero(high_pairs, nothing, OWN, lanes_in, wide, HALF_SCALES)
+                zero += 16 * over
             upper, lower = _sums(part, OWN, lanes_in)
             total, _ = _sums(total, OWN, lanes_in)
-            own = gl.permute(gl.reshape(pairs, [OWN, 2, 8]), [0, 2, 1])
-            own = gl.convert_layout(own, gl.SliceLayout(2, wide), assert_trivial=True)
-            own = gl.reshape(own[:, :, None, :] + nothing, [OWN, 32])
-            own = gl.convert_layout(own, lanes_in, assert_trivial=True)
-            scale, zero = scale_of(own, HALF_SCALES), zero_of(own, HALF_SCALES)
             acc += scale * (gl.where(is_lower, lower, upper) - (zero + BASE) * total)
         y = gl.sum(acc, 0)
         tile = _tile(item, num_tiles, GATED)
@@ -170,6 +189,18 @@ def vector_kernel(
 
 
 @gluon.jit
+def _scale_and_zero(
+    pairs, nothing, OWN: gl.constexpr, lanes_in: gl.constexpr, wide: gl.constexpr, HALF_SCALES: gl.constexpr
+):  # fmt: skip
+    """Of a lane's row: the upper one for even lanes. [OWN, 32] each."""
+    own = gl.permute(gl.reshape(pairs, [OWN, 2, 8]), [0, 2, 1])
+    own = gl.convert_layout(own, gl.SliceLayout(2, wide), assert_trivial=True)
+    own = gl.reshape(own[:, :, None, :] + nothing, [OWN, 32])
+    own = gl.convert_layout(own, lanes_in, assert_trivial=True)
+    return scale_of(own, HALF_SCALES), zero_of(own, HALF_SCALES)
+
+
+@gluon.jit
 def _sums(part, OWN: gl.constexpr, lanes_in: gl.constexpr):
     """(upper row, lower row) of a lane's first column, over both units of each block: [OWN, 32] each."""
     first, second = gl.split(gl.permute(gl.reshape(part, [OWN, 2, 32, 2, 2]), [0, 2, 3, 4, 1]))
@@ -187,13 +218,13 @@ def _is_hopper(device: torch.device) -> bool:
 
 
 def takes(x_TI: Tensor, weight: PackedWeight) -> bool:
-    """Whether these can be multiplied here: one token, 4 bits in groups of 128 that eight warps can share evenly."""
+    """Whether these can be multiplied here: one token, groups of 128 that eight warps can share evenly."""
     return (
         x_TI.is_cuda
         and x_TI.shape[0] == 1
         and x_TI.element_size() == 2
         and x_TI.data_ptr() % 4 == 0
-        and (weight.bits, weight.group) == (4, GROUP)
+        and weight.group == GROUP
         and weight.num_inputs % (8 * GROUP) == 0
         and _is_hopper(x_TI.device)
     )
@@ -213,12 +244,12 @@ def linear(
     assert blocks % own == 0
     tiles = words.shape[0]
     programs = min(tuning.device_facts(x_TI.device).num_sms * sizes.get("per_sm", 1), tiles // 2 if gated else tiles)
-    flat = gl.NVMMASharedLayout(0, 32, 2)
+    planes, flat = weight.planes, gl.NVMMASharedLayout(0, 32, 2)
     vector_kernel[(programs,)](
-        TensorDescriptor.from_tensor(words.view(-1, 128), [2 * own, 128], flat),
-        TensorDescriptor.from_tensor(pairs.view(torch.int32).view(-1, ROWS), [own, ROWS], flat),
+        TensorDescriptor.from_tensor(words.view(-1, 128), [2 * own * planes, 128], flat),
+        TensorDescriptor.from_tensor(pairs.view(torch.int32).view(-1, ROWS), [own * planes, ROWS], flat),
         x_TI.view(torch.int32), out_TO if bias_O is None else bias_O, out_TO, out_TO, tiles, blocks, out_TO.shape[1],
-        W=sizes["warps"], BLOCKS=sizes["blocks"], PLACES=sizes["places"],
+        PLANES=planes, W=sizes["warps"], BLOCKS=sizes["blocks"], PLACES=sizes["places"],
         HALF_SCALES=pairs.dtype == torch.float16, FP16=x_TI.dtype == torch.float16, BIAS=bias_O is not None,
         GATED=gated, RESIDUAL=residual_TO is not None, EARLY=bool(sizes.get("early", 1)), num_warps=sizes["warps"],
         **tuning.overlap(x_TI.device),

@@ -65,7 +65,7 @@ def _all_sizes(tokens: int, name: str, bits: int) -> Iterator[dict[str, int]]:
             if not (tiles == 1 and name == "gate_up") and not (tokens == 16 and early) and not spills:
                 yield {"kernel": FEW, "tiles": tiles, "split": split, "wide": wide, "ahead": ahead, "stages": stages,
                        "early": early, "prefetch": prefetch}  # fmt: skip
-    if tokens == 1 and bits == 4:
+    if tokens == 1:
         for (warps, blocks, places, per_sm), early in itertools.product(VECTOR_WAYS, (0, 1)):
             yield {"kernel": VECTOR, "warps": warps, "blocks": blocks, "places": places, "per_sm": per_sm,
                    "early": early}  # fmt: skip

@@ -1,4 +1,4 @@
-"""The product of one token with 4 bits by Hopper's own kernel, against plain torch."""
+"""The product of one token with 4 or 8 bits by Hopper's own kernel, against plain torch."""
 
 from collections.abc import Callable
 
@@ -13,31 +13,34 @@ Near = Callable[[Tensor, Tensor], None]
 SIZES = {"kernel": packed_linear.VECTOR, "warps": 8, "blocks": 1, "places": 6, "per_sm": 1, "early": 1}
 
 
-def make(num_in: int, num_out: int, scales: torch.dtype) -> packed_reference.PackedWeight:
-    numbers = torch.randint(0, 16, (num_out, num_in), device="cuda")
+def make(num_in: int, num_out: int, scales: torch.dtype, bits: int = 4) -> packed_reference.PackedWeight:
+    numbers = torch.randint(0, 1 << bits, (num_out, num_in), device="cuda")
     scale = torch.rand(num_out, num_in // 128, device="cuda").to(scales) / 8 + 0.01
-    zero = torch.randint(0, 16, scale.shape, device="cuda").to(scales)
-    return packed_reference.pack(numbers, scale, zero, bits=4, group=128)
+    zero = torch.randint(0, 1 << bits, scale.shape, device="cuda").to(scales)
+    return packed_reference.pack(numbers, scale, zero, bits=bits, group=128)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize(
-    ("num_in", "num_out", "sizes"),
+    ("bits", "num_in", "num_out", "sizes"),
     [
-        (1024, 24, {}),  # rows that fill no tile, fewer tiles than programs
-        (1024, 4800, {"places": 3, "early": 0}),
-        (4096, 2096, {"blocks": 2, "places": 5}),
-        (4096, 6144, {"warps": 16, "blocks": 2, "places": 4}),
-        (14336, 4096, {"blocks": 2, "places": 4, "per_sm": 2}),
-        (2048, 96, {"warps": 4, "blocks": 2, "places": 9, "per_sm": 4}),
+        (4, 1024, 24, {}),  # rows that fill no tile, fewer tiles than programs
+        (4, 1024, 4800, {"places": 3, "early": 0}),
+        (4, 4096, 2096, {"blocks": 2, "places": 5}),
+        (4, 4096, 6144, {"warps": 16, "blocks": 2, "places": 4}),
+        (4, 14336, 4096, {"blocks": 2, "places": 4, "per_sm": 2}),
+        (4, 2048, 96, {"warps": 4, "blocks": 2, "places": 9, "per_sm": 4}),
+        (8, 1024, 56, {"places": 5}),
+        (8, 4096, 2080, {"blocks": 2, "places": 3}),
     ],
 )
 @pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_one_token_times_a_plain_weight(
-    num_in: int, num_out: int, sizes: dict[str, int], scales: torch.dtype, dtype: torch.dtype, assert_near: Near
-) -> None:
-    weight, ways = make(num_in, num_out, scales), SIZES | sizes
+    bits: int, num_in: int, num_out: int, sizes: dict[str, int], scales: torch.dtype, dtype: torch.dtype,
+    assert_near: Near,
+) -> None:  # fmt: skip
+    weight, ways = make(num_in, num_out, scales, bits), SIZES | sizes
     x, bias = torch.randn(1, num_in, device="cuda").to(dtype), torch.randn(num_out, device="cuda").to(dtype)
     if not packed_vector.takes(x, weight):
         pytest.skip("for Hopper")
