@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from family_cases import CASES, make_checkpoint, num_layers_of
+from family_cases import CASES, FALLBACKS, make_checkpoint, num_layers_of
 from family_harness import CPU, LAYOUTS, PARTED_WAYS, WAYS, Expected, Harness, run_layouts
 
 from argosy.cluster.protocol.model_spec import read_model_spec
@@ -91,6 +91,17 @@ def test_the_planner_counts_every_parameter(name: str, folders: dict[str, tuple[
     with safe_open(folders[name][0] / "model.safetensors", "pt") as file:
         stored = sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in file.keys())  # noqa: SIM118
     assert spec.num_parameters == stored
+
+
+def test_the_table_in_the_docs_has_every_case() -> None:
+    """Somebody adds a family and forgets `benchmarks/families/make_table.py`, or leaves an answer that differs."""
+    page = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    _, _, rest = page.partition("make_table.py -->")
+    rows = [line.split(" | ") for line in rest.partition("<!-- end")[0].splitlines() if line.startswith("| ")]
+    named = [row[0].removeprefix("| ").removesuffix(" (transformers' modules)") for row in rows[1:]]
+    assert named == [*CASES, *FALLBACKS]
+    assert "differs" not in rest
+    assert all(cell != "–" for row in rows[1:] for cell in row[1:6])  # every way on one rank
 
 
 @pytest.mark.gpu
