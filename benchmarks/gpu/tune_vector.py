@@ -31,13 +31,14 @@ WAYS: dict[int, list[tuple[int, int, int, int]]] = {  # by bits: warps, blocks o
     8: [(8, 1, 4, 1), (8, 1, 5, 1), (8, 1, 6, 1), (8, 1, 3, 1), (8, 1, 11, 1), (8, 1, 4, 2), (8, 2, 3, 1),
         (16, 1, 3, 1), (4, 1, 6, 2)],
 }  # fmt: skip
-ATTENTION = [{"block_l": 128, "min_piece": 512, "per_sm": 1, "stages": 5, "warps": 4},
-             {"block_l": 64, "min_piece": 512, "per_sm": 1, "stages": 4, "warps": 4},
-             {"block_l": 64, "min_piece": 64, "per_sm": 1, "stages": 3, "warps": 4},
-             {"block_l": 64, "min_piece": 128, "per_sm": 1, "stages": 3, "warps": 4},
-             {"block_l": 32, "min_piece": 64, "per_sm": 1, "stages": 3, "warps": 2},
-             {"block_l": 128, "min_piece": 128, "per_sm": 1, "stages": 3, "warps": 8},
-             {"block_l": 128, "min_piece": 512, "per_sm": 1, "stages": 3, "warps": 8}]  # fmt: skip
+# tokens at once, of a piece at least, stages, warps: what holds less shared memory begins while the product before runs
+ATTENTION = [
+    {"block_l": block_l, "min_piece": piece, "per_sm": 1, "stages": stages, "warps": warps}
+    for block_l, piece, stages, warps in (
+        (128, 512, 3, 4), (64, 512, 3, 4), (64, 64, 3, 4), (64, 128, 3, 4), (32, 64, 3, 2), (128, 128, 3, 8),
+        (128, 512, 3, 8), (64, 256, 5, 4),
+    )
+]  # fmt: skip
 KEEP = 0.998  # of the time before, or a change is noise
 PROCESSES = 14
 WORST = 0.2  # of the logits, beside the kernel for few tokens: the token before may be another one
