@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 _LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 _UNFINISHED: Final = ("argosy_requests_running", "argosy_requests_waiting")
 _POLL_SECONDS: Final = 0.1
+_RANKS_SHOWN: Final = 8
 _SAME_SIGNAL_SECONDS: Final = 0.3  # apart, two signals are two wishes
 _LAST_BYTES_SECONDS: Final = 0.3  # from the driver's last token to the client's socket, through the doors
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: the terminal or its ssh has gone
@@ -129,7 +130,7 @@ def ready_block(config: ServingConfig, engine: "Engine", seconds: float) -> str:
         "model": f"{name} ({info.dtype} on {info.device}, up to {info.max_model_len} tokens)",
         "layout": info.layout or f"TP{info.tensor_parallel_size} x PP{info.pipeline_parallel_size}",
         "KV cache": f"{info.num_blocks} blocks x {info.block_size} = {info.num_blocks * info.block_size} tokens",
-        **({"memory": f"{describe_ledger(engine.ranks[0].ledger)} of rank 0"} if engine.ranks else {}),
+        **({"memory": memory_of([rank.ledger for rank in engine.ranks])} if engine.ranks else {}),
         "a step": f"up to {scheduler.max_num_seqs} requests and {scheduler.max_num_batched_tokens} tokens",
         "stop": "Ctrl-C (running requests may end; a second Ctrl-C stops at once)",
     }
@@ -138,6 +139,14 @@ def ready_block(config: ServingConfig, engine: "Engine", seconds: float) -> str:
     lines += ["\nTry it:\n", f"  curl {url}/v1/completions{key} \\"]
     lines += ["    -H 'Content-Type: application/json' \\", f"    -d '{body}'\n"]
     return "\n".join(lines)
+
+
+def memory_of(ledgers: Sequence[Mapping[str, int]]) -> str:
+    """Where the bytes of each rank went, a line each; of many ranks the first, and who tells the rest."""
+    lines = [f"{describe_ledger(ledger)} of rank {rank}" for rank, ledger in enumerate(ledgers[:_RANKS_SHOWN])]
+    if len(ledgers) > _RANKS_SHOWN:
+        lines.append(f"{len(ledgers) - _RANKS_SHOWN} more ranks: argosy doctor --port, or /metrics")
+    return f"\n{'':12}".join(lines)
 
 
 async def drain(address: str, secret: str, seconds: float) -> bool:

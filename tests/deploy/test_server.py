@@ -84,6 +84,20 @@ def test_the_ready_block_can_be_pasted() -> None:
     assert '"model": "argosy-default"' in text
 
 
+def test_the_ledger_of_every_rank_is_shown_at_start() -> None:
+    """A stage that has more layers has less room: the first rank's bytes do not tell. Of many ranks some lines do."""
+    ledgers = [{"weights": weights << 30, "free": 1 << 30, "total": (weights + 1) << 30} for weights in range(1, 11)]
+    assert server.memory_of(ledgers[:2]).split("\n") == [
+        "weights 1.00 + free 1.00 = 2.00 GiB of rank 0",
+        "            weights 2.00 + free 1.00 = 3.00 GiB of rank 1",
+    ]
+    lines = server.memory_of(ledgers).split("\n")
+    assert len(lines) == 9
+    assert "rank 7" in lines[7]
+    assert "2 more ranks" in lines[8]
+    assert "argosy doctor" in lines[8]
+
+
 @pytest.mark.anyio
 async def test_draining_waits_for_the_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two questions find a request running, the third none."""
