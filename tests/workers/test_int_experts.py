@@ -2,6 +2,7 @@
 
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import msgspec
@@ -41,15 +42,16 @@ PACKED = {name: FORMATS[name] for name in ("gptq 4 bits", "awq", "packed 4 bits"
 PACKED |= {"gptq, ordered": ORDERED}
 
 
-def write(folder: Path, form: Format) -> None:
-    """A Qwen3-MoE in this format, and beside it what transformers answers with the plain weights."""
+def write(folder: Path, form: Format, *, shuffled: bool = True) -> None:
+    """A Qwen3-MoE in this format, and beside it what transformers answers with the plain weights. An order that the
+    format has is a random one, unless not `shuffled`."""
     plainly = folder / "plain"
     plainly.mkdir()
     config = transformers.Qwen3MoeConfig(**SHAPE, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(3)
     transformers.Qwen3MoeForCausalLM(config).save_pretrained(plainly)
     plain, stored, rng = load_file(plainly / "model.safetensors"), {}, np.random.default_rng(11)
-    order = rng.permutation(64)
+    order = rng.permutation(64) if shuffled else np.arange(64)
     for name, value in plain.items():
         stored[name] = value
         if name.endswith("_proj.weight"):
@@ -82,6 +84,15 @@ def test_experts_of_whole_numbers(name: str, tmp_path: Path) -> None:
     assert experts == 4 * 2 * 4 * 3 * 64 * 64 < sizes.layer_bytes(1, 0, 2)
 
 
+@pytest.fixture
+def used_memory() -> Iterator[None]:
+    """New tensors hold what is no number, as memory that was somebody else's may; a fresh process has zeros in it."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 def experts_of(folder: Path, tp_size: int, tp_rank: int, *, whole: bool) -> IntExperts:
     """Those of the first layer of one rank."""
     spec = read_model_spec(folder).as_served(None, expert_parallel=whole, all2all="sum")
@@ -93,6 +104,7 @@ def experts_of(folder: Path, tp_size: int, tp_rank: int, *, whole: bool) -> IntE
     return found
 
 
+@pytest.mark.usefixtures("used_memory")
 @pytest.mark.parametrize("name", PACKED)
 def test_packed_experts_are_the_files_numbers_bit_for_bit(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -112,6 +124,23 @@ def test_packed_experts_are_the_files_numbers_bit_for_bit(
                 assert (got.order_EJ is not None) == (name == "gptq, ordered")
                 for expert in range(len(want)):
                     assert torch.equal(got.of(expert).float(), want[expert])
+
+
+@pytest.mark.usefixtures("used_memory")
+def test_packed_experts_that_need_fewer_places_than_they_could_leave_the_rest_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An order was announced and is the plain one: each of two ranks has one whole group, where two might have been."""
+    write(tmp_path, ORDERED, shuffled=False)
+    for rank in range(2):
+        monkeypatch.setattr(IntExperts, "packs_on_cpu", False)
+        want = experts_of(tmp_path, 2, rank, whole=False).down
+        monkeypatch.setattr(IntExperts, "packs_on_cpu", True)
+        got = experts_of(tmp_path, 2, rank, whole=False).down
+        assert isinstance(got, IntExpertWeight)
+        assert (got.packed.num_inputs, got.num_inputs) == (64, 32)
+        for expert in range(len(want)):
+            assert torch.equal(got.of(expert).float(), want[expert])
 
 
 @pytest.mark.parametrize("name", ["gptq, ordered", "awq"])
