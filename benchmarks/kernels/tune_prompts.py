@@ -48,7 +48,8 @@ def read(cache: Tensor, blocks: Tensor) -> Tensor:
 class Case:
     """Queries, caches and tables of some rows. Blocks lie in any order."""
 
-    def __init__(self, rows: Rows, heads: int, kv_heads: int, size: int, cache: str = ""):
+    def __init__(self, rows: Rows, heads: int, kv_heads: int, size: int, cache: str = "", window: int | None = None):
+        self.window = window
         self.rows, self.heads, self.kv_heads, self.size = rows, heads, kv_heads, size
         per_row = [-(-context // BLOCK) for _, context in rows]
         tokens = sum(queries for queries, _ in rows)
@@ -84,7 +85,10 @@ class Case:
             q = self.q[at : at + queries].float()
             logits = torch.einsum("qnh,knh->nqk", q, k) * self.size**-0.5
             position = torch.arange(context - queries, context, device="cuda")
-            hidden = torch.arange(context, device="cuda")[None, :] > position[:, None]
+            key = torch.arange(context, device="cuda")[None, :]
+            hidden = key > position[:, None]
+            if self.window is not None:
+                hidden |= key <= position[:, None] - self.window
             weights = logits.masked_fill(hidden, float("-inf")).softmax(-1)
             made[at : at + queries] = torch.einsum("nqk,knh->qnh", weights, v)
             at += queries
@@ -98,10 +102,10 @@ def ways(case: Case, sizes: list[dict[str, int]]) -> dict[str, Callable[[], Tens
     tiles = prompt_tiles.plan_tiles(case.starts, case.lengths, len(case.q), block_q)
     found: dict[str, Callable[[], Tensor]] = {
         "any GPU": lambda: prefill_attention.prefill_attention(
-            *case.arguments, scale=scale, out_TNH=case.out, sizes=general_sizes(case)
+            *case.arguments, scale=scale, out_TNH=case.out, sizes=general_sizes(case), sliding_window=case.window
         )
     }
-    for each in sizes:
+    for each in sizes if case.window is None else ():
         found[json.dumps(each)] = lambda each=each: hopper_attention.hopper_attention(
             *case.arguments[:3], case.table, tiles, case.out, scale=scale, sizes=each
         )
@@ -109,6 +113,7 @@ def ways(case: Case, sizes: list[dict[str, int]]) -> dict[str, Callable[[], Tens
         found["unpacked first"] = lambda: kv_unpack.attend(
             functools.partial(prefill_attention.prefill_attention, scale=scale), *case.arguments, out_TNH=case.out,
             num_context_tokens=sum(context for _, context in case.rows), scratch=case.scratch,
+            sliding_window=case.window,
         )  # fmt: skip
     return found
 
@@ -147,13 +152,15 @@ def all_sizes(cache: str) -> list[dict[str, int]]:
     return [dict(zip(names, each, strict=True)) for each in tried]
 
 
-def check(sizes: list[dict[str, int]], heads: int, kv_heads: int, size: int, cache: str) -> list[dict[str, int]]:
+def check(
+    sizes: list[dict[str, int]], heads: int, kv_heads: int, size: int, cache: str, window: int | None
+) -> list[dict[str, int]]:
     """Sizes whose results are right on ugly rows, and the same when run again."""
     drawn = random.Random(7)
     rows = [(1, 1), (1, 700), (17, 17), (128, 128), (129, 129), (64, 2112), (300, 301), (512, 512), (33, 4000)]
     rows += [(n, n + drawn.randrange(300)) for n in (drawn.randrange(1, 400) for _ in range(90))]
     right = []
-    case = Case(rows, heads, kv_heads, size, cache)
+    case = Case(rows, heads, kv_heads, size, cache, window)
     want = case.exact()
     for name, run in ways(case, sizes).items():
         case.out.fill_(float("nan"))
@@ -203,6 +210,7 @@ def main() -> int:
     parser.add_argument("--heads", nargs="*", default=["32/8x128", "16/8x128", "14/2x64"], help="32/8x128: 8 of 128")
     parser.add_argument("--cache", nargs="*", default=[""], help="int8, e4m3, e4m3_scaled; 16 bits without")
     parser.add_argument("--shapes", nargs="*", help="names of some, as '16x512'; all without")
+    parser.add_argument("--window", type=int, help="attend to so many tokens back; TFLOP/s are those without")
     parser.add_argument("--quick", action="store_true", help="the first size alone")
     arguments = parser.parse_args()
     drawn = random.Random(3)
@@ -224,13 +232,15 @@ def main() -> int:
         counts, size = heads.split("x")
         num_heads, num_kv_heads = (int(n) for n in counts.split("/"))
         sizes = all_sizes(cache)
-        right = check(sizes[:1] if arguments.quick else sizes, num_heads, num_kv_heads, int(size), cache)
+        right = check(
+            sizes[:1] if arguments.quick else sizes, num_heads, num_kv_heads, int(size), cache, arguments.window
+        )
         scores: dict[str, dict[str, list[float]]] = {}
         for name, rows in shapes.items():
-            case = Case(rows, num_heads, num_kv_heads, int(size), cache)
+            case = Case(rows, num_heads, num_kv_heads, int(size), cache, arguments.window)
             times = {way: microseconds([run])[0] for way, run in ways(case, right).items()}
             try:
-                best = mark(case)
+                best = mark(case) if arguments.window is None else None
             except RuntimeError as error:
                 best = print("cuDNN:", str(error)[:80])
             told = [f"{way} {us:.1f} us {case.flops / us / 1e6:.0f}" for way, us in times.items()]
