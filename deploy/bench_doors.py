@@ -115,6 +115,9 @@ def _compare(config: ServingConfig, engine: Any, url: str, vocab: int, concurren
         statistics.median([sum(t.num_tokens for t in ts) / seconds for seconds, ts in runs])
         for runs in (in_process, over_http)
     ]
+    gaps = [
+        [1e3 * statistics.median([t.gap_seconds for t in ts]) for _, ts in runs] for runs in (in_process, over_http)
+    ]
     return {
         "figure": round(rates[1] / rates[0], 4),
         "unit": "of the throughput in process",
@@ -123,6 +126,10 @@ def _compare(config: ServingConfig, engine: Any, url: str, vocab: int, concurren
         "ttft_ms_p50": round(ttft[1], 3),
         "ttft_ms_p50_in_process": round(ttft[0], 3),
         "ttft_ms_more": round(ttft[1] - ttft[0], 3),
+        "ms_per_token": round(statistics.median(gaps[1]), 3),
+        "ms_per_token_in_process": round(statistics.median(gaps[0]), 3),
+        # of each run: a lone client's tokens come at the engine's pace, so a run that is slow was slow there
+        "ms_per_token_of_runs": [[round(gap, 3) for gap in runs] for runs in gaps],
         "output_tokens_per_second": round(rates[1], 1),
         "output_tokens_per_second_in_process": round(rates[0], 1),
     }
