@@ -1,14 +1,21 @@
 """The product of one token with 4 or 8 bits by Hopper's own kernel, against plain torch."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from argosy.kernels import packed_linear, packed_reference, packed_vector
 
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "compile_for.py"
+HAS_ASSEMBLER = (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists()
 Near = Callable[[Tensor, Tensor], None]
 SIZES = {"kernel": packed_linear.VECTOR, "warps": 8, "blocks": 1, "places": 6, "per_sm": 1, "early": 1}
 
@@ -82,3 +89,18 @@ def test_products_that_follow_each_other_do_not_overtake(assert_near: Near) -> N
         graph.replay()
     torch.cuda.synchronize()
     assert_near(made, want)
+
+
+@pytest.mark.skipif(not HAS_ASSEMBLER, reason="this Triton came without NVIDIA's assembler")
+def test_it_compiles_for_a_hopper_card_and_leaves_room_for_the_kernel_after_it(tmp_path: Path) -> None:
+    """Two of them share a multiprocessor: 65,536 registers, 232,448 bytes."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    ran = subprocess.run(
+        [sys.executable, SCRIPT, "packed_vector"], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    lines = [line.split() for line in ran.stdout.splitlines() if "vector_kernel" in line]
+    assert len(lines) == 4
+    for registers, _, spilled, _, shared, *_ in lines:
+        assert (int(registers) <= 128, int(spilled), int(shared) <= 116_224) == (True, 0, True), ran.stdout
