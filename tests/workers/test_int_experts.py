@@ -42,21 +42,21 @@ PACKED = {name: FORMATS[name] for name in ("gptq 4 bits", "awq", "packed 4 bits"
 PACKED |= {"gptq, ordered": ORDERED}
 
 
-def write(folder: Path, form: Format, *, shuffled: bool = True) -> None:
+def write(folder: Path, form: Format, *, shuffled: bool = True, inner: int = 64) -> None:
     """A Qwen3-MoE in this format, and beside it what transformers answers with the plain weights. An order that the
     format has is a random one, unless not `shuffled`."""
     plainly = folder / "plain"
     plainly.mkdir()
-    config = transformers.Qwen3MoeConfig(**SHAPE, bos_token_id=1, eos_token_id=2)
+    config = transformers.Qwen3MoeConfig(**SHAPE | {"moe_intermediate_size": inner}, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(3)
     transformers.Qwen3MoeForCausalLM(config).save_pretrained(plainly)
     plain, stored, rng = load_file(plainly / "model.safetensors"), {}, np.random.default_rng(11)
-    order = rng.permutation(64) if shuffled else np.arange(64)
+    orders = {columns: rng.permutation(columns) if shuffled else np.arange(columns) for columns in {64, inner}}
     for name, value in plain.items():
         stored[name] = value
         if name.endswith("_proj.weight"):
             del stored[name]
-            layer = form.draw(rng, *value.shape, order)
+            layer = form.draw(rng, *value.shape, orders[value.shape[1]])
             plain[name] = layer.plain.float()
             stored.update(form.tensors(name.removesuffix(".weight"), layer))
     save_file(plain, plainly / "model.safetensors", metadata={"format": "pt"})
@@ -130,15 +130,16 @@ def test_packed_experts_are_the_files_numbers_bit_for_bit(
 def test_packed_experts_that_need_fewer_places_than_they_could_leave_the_rest_empty(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An order was announced and is the plain one: each of two ranks has one whole group, where two might have been."""
-    write(tmp_path, ORDERED, shuffled=False)
+    """An order was announced and is the plain one: each of two ranks has two whole groups, where it might have had a
+    part of all four, and so a unit of places more."""
+    write(tmp_path, ORDERED, shuffled=False, inner=128)
     for rank in range(2):
         monkeypatch.setattr(IntExperts, "packs_on_cpu", False)
         want = experts_of(tmp_path, 2, rank, whole=False).down
         monkeypatch.setattr(IntExperts, "packs_on_cpu", True)
         got = experts_of(tmp_path, 2, rank, whole=False).down
         assert isinstance(got, IntExpertWeight)
-        assert (got.packed.num_inputs, got.num_inputs) == (64, 32)
+        assert (got.packed.num_inputs, got.num_inputs) == (160, 64)
         for expert in range(len(want)):
             assert torch.equal(got.of(expert).float(), want[expert])
 
