@@ -95,6 +95,31 @@ def test_attention_over_them_is_that_of_the_cache(
         assert_near(got, want)
 
 
+def test_prompts_take_that_way(device: torch.device, assert_near: Near, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The door of prompts, told that it pays: the rows are unpacked, and attended to once, in 16 bits or 32."""
+    monkeypatch.setattr(kv_unpack, "pays", lambda q, cache, rows, tokens, **_: cache.element_size() == 1 and tokens > 0)
+    seen: list[tuple[Tensor, Tensor]] = []
+    unpack = kv_unpack.unpack
+
+    def watched(*args: Any) -> tuple[Tensor, Tensor]:
+        seen.append(unpack(*args))
+        return seen[-1]
+
+    monkeypatch.setattr(kv_unpack, "unpack", watched)
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    k_cache, v_cache, table = make_caches(torch.int8, 16, 2, 64, device)
+    lengths = torch.tensor(CONTEXTS, dtype=torch.int32, device=device)
+    starts = torch.tensor([0, *QUERIES], device=device).cumsum(0).int()
+    q = torch.randn(sum(QUERIES), 4, 64, device=device).to(dtype)
+    clean = (without_nan(k_cache), without_nan(v_cache))
+    want = reference.prefill_attention(q.float(), *clean, starts, lengths, table, scale=0.1).to(dtype)
+    out = torch.full_like(q, float("nan"))
+    arguments = (q, k_cache, v_cache, starts, lengths, table)
+    prefill_attention.prefill_attention(*arguments, scale=0.1, out_TNH=out, num_context_tokens=sum(CONTEXTS))
+    assert [x.dtype for pair in seen for x in pair] == [dtype] * 2
+    assert_near(out, want)
+
+
 def test_it_is_done_where_keys_are_read_often_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     """By what was measured: a key of a whole prompt of n is read by n / 2 queries, one of a long prefix by all."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
