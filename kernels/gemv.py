@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import gemv_split, rms_norm, tuning
 from argosy.kernels.gemv_parts import finish, prefetch_rows, weight_rows
+from argosy.kernels.outlet import Outlet
 
 MAX_TOKENS = 16  # the smallest tile of the tensor cores; above it cuBLAS is at the bandwidth of the card
 MAX_DEFAULT_INPUTS = 16384  # of one token where nothing was tuned
@@ -221,6 +222,7 @@ def fused_linear(
     residual_TO: Tensor | None = None,
     gated: bool = False,
     out_TO: Tensor | None = None,
+    outlet: Outlet | None = None,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
     """One launch for one token, else one more for the norm; see `ops.fused_linear`.
@@ -251,7 +253,7 @@ def fused_linear(
         from argosy.kernels import gemv_hopper
 
         return gemv_hopper.linear(
-            x_TI, weight_OI, bias_O, out_TO, sizes, gated=gated, residual=residual_TO is not None
+            x_TI, weight_OI, bias_O, out_TO, sizes, gated=gated, residual=residual_TO is not None, outlet=outlet
         )  # fmt: skip
     if in_pieces:
         return gemv_split.linear(
@@ -262,7 +264,7 @@ def fused_linear(
 
         return gemv_ahead.linear(
             x_TI, weight_OI, bias_O, out_TO, sizes, norm_weight_I=norm_weight_I, eps=eps, gated=gated,
-            residual=residual_TO is not None,
+            residual=residual_TO is not None, outlet=None if rows % 2 else outlet,
         )  # fmt: skip
     kernel, width, programs = KERNELS[sizes["kernel"]], sizes["width"], triton.cdiv(num_rows, rows)
     if sizes["kernel"] == 0:

@@ -26,11 +26,13 @@ from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma, warp
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from argosy.kernels import tuning
+from argosy.kernels import group_push, tuning
+from argosy.kernels.outlet import Outlet
 
 # Triton 3.9 calls them otherwise than 3.6
 copy_in = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
 wait_for_all = getattr(gl, "thread_barrier", None) or gl.barrier
+INBOX_ROWS = gl.constexpr(group_push.MAX_ROWS)
 LINE = 128  # bytes of a row in a place of the ring
 MAX_TOKENS = 64
 FETCH_REGISTERS = 24
@@ -100,11 +102,32 @@ def _fetch(
 
 
 @gluon.jit
+def _send(
+    made, turn, tile, num_tokens, num_outputs, bases_ptr, inbox, rank,
+    TOKENS: gl.constexpr, OUTPUTS: gl.constexpr, WORLD: gl.constexpr,
+):  # fmt: skip
+    """A tile's sums to all ranks, two numbers and their turn in a word: see `group_push`."""
+    bits = gl.reshape(made.to(gl.int16, bitcast=True).to(gl.int64) & 0xFFFF, [OUTPUTS // 2, 2, TOKENS])
+    low, high = gl.split(gl.permute(bits, (0, 2, 1)))
+    in_words: gl.constexpr = low.type.layout
+    word = low | (high << 16)
+    pair = tile * (OUTPUTS // 2) + gl.arange(0, OUTPUTS // 2, gl.SliceLayout(1, in_words))
+    token = gl.arange(0, TOKENS, gl.SliceLayout(0, in_words))
+    word |= (gl.convert_layout(turn, gl.SliceLayout(0, in_words)).to(gl.int64) << 32)[None, :]
+    num_pairs = num_outputs // 2
+    place = ((rank * INBOX_ROWS + token) * num_pairs)[None, :] + pair[:, None]
+    kept = (token < num_tokens)[None, :] & (pair < num_pairs)[:, None]
+    for peer in gl.static_range(WORLD):
+        box = gl.load(bases_ptr + peer).to(gl.pointer_type(gl.int64)) + inbox
+        gl.store(box + place, word, mask=kept)
+
+
+@gluon.jit
 def _multiply(
-    out_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, w_smem, full, empty, per, total,
-    num_blocks, num_tokens, num_outputs, stride_out,
+    out_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, part_ptr, counter_ptr, bases_ptr, turn_ptr, inbox, rank, x_smem,
+    w_smem, full, empty, per, total, num_blocks, num_tokens, num_outputs, stride_out,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr,
-    GATED: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr,
+    GATED: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, WORLD: gl.constexpr,
 ):  # fmt: skip
     STEP: gl.constexpr = 256 // x_smem.dtype.primitive_bitwidth
     acc_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, STEP])
@@ -116,6 +139,10 @@ def _multiply(
     at = begin
     slot = 0
     phase = 0
+    if WORLD:
+        mbarrier.wait(full.index(0), 0)  # tokens have come, so all kernels before are done
+        sent = gl.arange(0, TOKENS, gl.SliceLayout(0, out_in))
+        turn = gl.load(turn_ptr + sent, mask=sent < num_tokens, other=0, cache_modifier=".cg") + 1
     while at < end:
         tile = at // num_blocks
         count = gl.minimum((tile + 1) * num_blocks, end) - at
@@ -172,17 +199,21 @@ def _multiply(
             if RESIDUAL:
                 before = gl.load(to, mask=kept, other=0.0)
                 y += gl.convert_layout(before, y.type.layout).to(gl.float32)
-            gl.store(to, gl.convert_layout(y.to(out_ptr.dtype.element_ty), out_in), mask=kept)
+            made = gl.convert_layout(y.to(out_ptr.dtype.element_ty), out_in)
+            if WORLD:
+                _send(made, turn, tile, num_tokens, num_outputs, bases_ptr, inbox, rank, TOKENS, OUTPUTS, WORLD)
+            else:
+                gl.store(to, made, mask=kept)
         at += count
 
 
-@gluon.jit(do_not_specialize=["num_tokens", "per", "total"])
+@gluon.jit(do_not_specialize=["num_tokens", "per", "total", "rank"])
 def _gemv_hopper_kernel(
-    x_desc, w_desc, out_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, part_ptr, counter_ptr, per, total, num_blocks,
-    num_tokens, num_outputs, stride_out,
+    x_desc, w_desc, out_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, part_ptr, counter_ptr, bases_ptr, turn_ptr, inbox,
+    rank, per, total, num_blocks, num_tokens, num_outputs, stride_out,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
-    BIAS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, EARLY: gl.constexpr,
-    FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    BIAS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, WORLD: gl.constexpr,
+    EARLY: gl.constexpr, FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TOKENS, COLUMNS], x_desc.layout)
     w_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, ROWS, COLUMNS], w_desc.layout)
@@ -193,9 +224,9 @@ def _gemv_hopper_kernel(
         mbarrier.init(empty.index(i), count=1)
     gl.warp_specialize([
         (_multiply, (
-            out_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, w_smem, full, empty, per, total,
-            num_blocks, num_tokens, num_outputs, stride_out, ROWS, TOKENS, STAGES, SCALED, BIAS, GATED, RESIDUAL,
-            SHARED,
+            out_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, part_ptr, counter_ptr, bases_ptr, turn_ptr, inbox, rank,
+            x_smem, w_smem, full, empty, per, total, num_blocks, num_tokens, num_outputs, stride_out, ROWS, TOKENS,
+            STAGES, SCALED, BIAS, GATED, RESIDUAL, SHARED, WORLD,
         )),
         (_fetch, (
             x_desc, w_desc, x_smem, w_smem, full, empty, per, total, num_blocks, num_outputs, ROWS, TOKENS, COLUMNS,
@@ -231,9 +262,10 @@ def linear(
     scales: tuple[Tensor, Tensor] | None = None,
     gated: bool = False,
     residual: bool = False,
+    outlet: Outlet | None = None,
 ) -> Tensor:
     """x W^T (times `scales` of tokens and of weight rows, if e4m3) + bias; gated (`out_TO` is half as wide then),
-    written or (`residual`) added to `out_TO`; one launch. Ask `takes` first.
+    written or (`residual`) added to `out_TO`, or sent (`outlet`); one launch. Ask `takes` first.
 
     `sizes`: weight `rows` of a tile (64 or 128), places of the ring (`stages`), `programs` (0: one a tile; else so many
     share all work evenly), whether the successor may start at once (`early`) or when the last weights are asked for.
@@ -253,15 +285,22 @@ def linear(
     if shared:
         part = torch.empty(programs * 2 * rows * tokens, dtype=torch.float32, device=x_TI.device)
         counters = tuning.counters(x_TI.device)
+    where: tuple[Tensor, Tensor, int, int] = (out_TO, out_TO, 0, 0)
+    if outlet is not None:
+        assert num_outputs % 2 == 0
+        assert not residual
+        where = outlet.bases_W, outlet.counters, outlet.inbox_at // 8, outlet.rank
+        outlet.sent = True
     layout = gl.NVMMASharedLayout(LINE, 8 * x_TI.element_size(), 2)
     x_scale, w_scale = scales or (out_TO, out_TO)
     _gemv_hopper_kernel[(programs,)](
         TensorDescriptor.from_tensor(x_TI, [tokens, columns], layout),
         TensorDescriptor.from_tensor(weight_OI, [rows // 2 if gated else rows, columns], layout),
-        out_TO, x_scale, w_scale, out_TO if bias_O is None else bias_O, part, counters, per, total, blocks, num_tokens,
-        num_outputs, out_TO.stride(0),
+        out_TO, x_scale, w_scale, out_TO if bias_O is None else bias_O, part, counters, *where, per, total, blocks,
+        num_tokens, num_outputs, out_TO.stride(0),
         ROWS=rows, TOKENS=tokens, COLUMNS=columns, STAGES=sizes["stages"], SCALED=scales is not None,
-        BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual, SHARED=shared, EARLY=bool(sizes.get("early", 0)),
+        BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual, SHARED=shared,
+        WORLD=0 if outlet is None else outlet.bases_W.shape[0], EARLY=bool(sizes.get("early", 0)),
         FETCH_REGISTERS=FETCH_REGISTERS, num_warps=4,
         maxnreg=MORE_REGISTERS if rows * tokens > MANY_SUMS else START_REGISTERS, **tuning.overlap(x_TI.device),
     )  # fmt: skip

@@ -36,6 +36,7 @@ from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
 from argosy.workers.layers.group_sum import open_group_sum
 from argosy.workers.layers.norm import RMSNorm
+from argosy.workers.models.group_forward import was_sent
 
 Sizes = dict[str, int]
 MODELS = {  # hidden, wide, heads, kv heads, vocabulary
@@ -259,15 +260,17 @@ class Chain:
             return run_alone
         sums = self.sums
 
+        def add_product(which: int, x: Tensor, weight: Tensor) -> Tensor:
+            outlet = sums.outlet(which, rows) if self.way in ("", "push") else None
+            ops.fused_linear(x, weight, out_TO=sums.part(which, rows), outlet=outlet)
+            return sums.add_norm(which, residual, self.norm, way=self.way or None, sent=was_sent(outlet))
+
         def run() -> Tensor:
             x = start
             for layer, (qkv_w, o_w, gate_up_w, down_w) in enumerate(self.weights):
                 seen = attend(ops.fused_linear(x, qkv_w), layer, self.attention)
-                ops.fused_linear(seen.view(rows, -1), o_w, out_TO=sums.part(0, rows))
-                x = sums.add_norm(0, residual, self.norm, way=self.way or None)
-                inner = ops.fused_linear(x, gate_up_w, gated=True)
-                ops.fused_linear(inner, down_w, out_TO=sums.part(1, rows))
-                x = sums.add_norm(1, residual, self.norm, way=self.way or None)
+                x = add_product(0, seen.view(rows, -1), o_w)
+                x = add_product(1, ops.fused_linear(x, gate_up_w, gated=True), down_w)
             return x
 
         return run
@@ -316,10 +319,12 @@ def ahead_of(sizes: Sizes, num_in: int) -> list[Sizes]:
 
 def tune_chain(
     chain: Chain, rows: int, table: dict[str, Sizes], ranked: dict[str, list[Sizes]], *, says: bool,
-    attention: bool = True,
+    attention: bool = True, sends: bool = False,
 ) -> dict[str, object]:  # fmt: skip
     """Entries of `table` replaced where that makes the chain faster. Returns what came out."""
     run = chain.of(rows)
+    if chain.sums is not None:
+        chain.sums.sends = False
     before = now = chain.time(run)
     ways = {}
     for way in WAYS if chain.sums is not None else ():
@@ -335,7 +340,11 @@ def tune_chain(
             f"{rows} rows: {before:.2f} us a layer as it was; { ({w: round(t, 2) for w, t in ways.items()}) }",
             flush=True,
         )
+    if chain.sums is not None:
+        chain.sums.sends = sends
     now = chain.time(run)
+    if says and sends:
+        print(f"    {now:.2f} with products that send", flush=True)
     for name in ("qkv", "o", "gate_up", "down"):
         num_in, num_out, _ = chain.shapes[name]
         key = f"{num_in}x{num_out}x{gemv.bucket(rows)}"
@@ -405,7 +414,7 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int, folder: str)
     chain = Chain(parallel, args.model, args.cards, max(args.rows))
     for rows in args.rows:
         chain.way = ""
-        row = tune_chain(chain, rows, table, ranked, says=tp_rank == 0, attention=args.attention)
+        row = tune_chain(chain, rows, table, ranked, says=tp_rank == 0, attention=args.attention, sends=args.sends)
         if tp_rank == 0:
             about = {"kernel": "group_step", "model": args.model, "cards": args.cards}
             print(json.dumps(about | row | {"device": torch.cuda.get_device_name(device)}), flush=True)
@@ -449,6 +458,7 @@ def main() -> None:
         "--kernels", type=int, nargs="+", default=[gemv.SPLIT, gemv.AHEAD, gemv.HOPPER], choices=NUMBERS,
         help=f"whose sizes are tried beside what was tuned, as the tables number them: {NUMBERS}",
     )  # fmt: skip
+    parser.add_argument("--sends", action="store_true", help="let products send their sums themselves")
     parser.add_argument("--no-attention", dest="attention", action="store_false", help="leave its sizes")
     parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache and stop")
     parser.add_argument("--compiled", action="store_true", help="Triton's cache is full already")

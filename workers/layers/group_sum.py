@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from argosy.kernels.outlet import Outlet
 from argosy.placement.process_groups import ParallelContext
 from argosy.placement.step_memory import PUSH_ROW_NUMBERS
 from argosy.placement.stream_flags import StreamFlags, open_stream_flags
@@ -42,6 +43,7 @@ class GroupSum:
         self._rank, self._world = parallel.rank.tp_rank, parallel.tp_size
         self._max_rows, self._dtype, self._width = max_rows, dtype, width
         self.max_tokens = max_tokens
+        self.sends = False
         self._part_bytes = -(-max_tokens * width * dtype.itemsize // 256) * 256
         self._shared_bytes = group_sum.FLAG_BYTES + NUM_PARTS * self._part_bytes
         self._choice_bytes = self._shared_bytes + self._part_bytes
@@ -68,6 +70,14 @@ class GroupSum:
         assert num_tokens * self._width * self._dtype.itemsize <= self._part_bytes, num_tokens
         return self._view(self._kernels.FLAG_BYTES + which * self._part_bytes, num_tokens)
 
+    def outlet(self, which: int, num_tokens: int) -> Outlet | None:
+        """Where a product that would go to `part` may be sent at once, if so many rows are summed by every rank."""
+        if not self.sends or self.way_of(num_tokens) != "push":
+            return None
+        return Outlet(
+            self._buffer.addresses_W, self._counters, self._rank, self._inbox_bytes + which * self._each_inbox
+        )
+
     def add_norm(
         self,
         which: int,
@@ -78,21 +88,23 @@ class GroupSum:
         whole: bool = False,
         asked: tuple[Tensor, int] | None = None,
         way: str | None = None,
+        sent: bool = False,
     ) -> Tensor:
         """residual (+)= the sum of all parts. Returns its norm, or itself without one, valid until the next call.
 
         With many rows over many ranks each rank keeps only its own rows of the residual up to date, unless it must be
         `whole`; what is returned always is. `asked`: (ids, number of experts), where ranks have whole experts.
-        `way` overrides `way_of` (benchmarks).
+        `sent`: the product sent its numbers (`outlet`). `way` overrides `way_of` (benchmarks).
         """
         num_tokens = residual_TD.shape[0]
         way = way or self.way_of(num_tokens, whole=whole, asked=asked is not None)
         scatters = way.endswith("scatter")
+        assert not sent or way == "push"
         if way.startswith("push"):
             made_TD = self._push.push_add_norm(
                 self._buffer.addresses_W, self._counters, self._rank, self.part(which, num_tokens), residual_TD,
                 None if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
-                inbox_at=self._inbox_bytes + which * self._each_inbox, scatter=scatters, add=add,
+                inbox_at=self._inbox_bytes + which * self._each_inbox, scatter=scatters, add=add, sent=sent,
             )  # fmt: skip
             if norm is None:
                 return residual_TD.copy_(made_TD) if scatters else residual_TD
