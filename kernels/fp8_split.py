@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from argosy.kernels import tuning
+from argosy.kernels import pieces, tuning
 from argosy.kernels.fp8_reference import Fp8Rows, Fp8Weight
 from argosy.kernels.gemv_parts import prefetch_rows
 
@@ -64,17 +64,9 @@ def _split_kernel(
         gdc_launch_dependents()
     if SPLITS > 1:
         index = tl.program_id(2) * tl.num_programs(0) + tile
-        here = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-        own = part_ptr + index.to(tl.int64) * SPLITS * ROWS * TOKENS
-        tl.store(own + split * ROWS * TOKENS + here, acc)
-        tl.debug_barrier()  # every thread's stores come before the one thread's release below
-        done = tl.atomic_add(counter_ptr + index, 1, sem="acq_rel")
-        if done < SPLITS - 1:
+        if pieces.leave(acc, part_ptr, counter_ptr, index, split, SPLITS, ROWS, TOKENS) < SPLITS - 1:
             return
-        tl.atomic_xchg(counter_ptr + index, 0, sem="relaxed")  # ready for the next launch
-        acc = tl.zeros((ROWS, TOKENS), tl.float32)
-        for other in range(SPLITS):  # .cg: past the first-level cache, which does not see others' stores
-            acc += tl.load(own + other * ROWS * TOKENS + here, cache_modifier=".cg")
+        acc = pieces.join(part_ptr, counter_ptr, index, SPLITS, ROWS, TOKENS)
     if not BLOCKS:
         acc *= tl.load(w_scale_ptr + safe_row)[:, None] * tl.load(x_scale_ptr + safe_token)[None, :]
     if BIAS:

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from argosy.kernels import tuning
+from argosy.kernels import pieces, tuning
 from argosy.kernels.gemv_parts import finish, prefetch_rows, weight_rows
 
 MAX_TOKENS = 64
@@ -56,17 +56,9 @@ def _split_kernel(
         gdc_launch_dependents()
     if SPLIT:
         splits = tl.num_programs(1)
-        here = tl.arange(0, ROWS)[:, None] * TOKENS + token[None, :]
-        own = part_ptr + tile.to(tl.int64) * splits * ROWS * TOKENS
-        tl.store(own + split * ROWS * TOKENS + here, acc)
-        tl.debug_barrier()  # every thread's stores come before the one thread's release below
-        done = tl.atomic_add(counter_ptr + tile, 1, sem="acq_rel")
-        if done < splits - 1:
+        if pieces.leave(acc, part_ptr, counter_ptr, tile, split, splits, ROWS, TOKENS) < splits - 1:
             return
-        tl.atomic_xchg(counter_ptr + tile, 0, sem="relaxed")  # ready for the next launch
-        acc = tl.zeros((ROWS, TOKENS), tl.float32)
-        for other in range(splits):  # .cg: past the first-level cache, which does not see others' stores
-            acc += tl.load(own + other * ROWS * TOKENS + here, cache_modifier=".cg")
+        acc = pieces.join(part_ptr, counter_ptr, tile, splits, ROWS, TOKENS)
     finish(
         tl.trans(acc), row, tile, token, num_tokens, num_outputs, bias_ptr, out_ptr, out_ptr, stride_out,
         TOKENS, ROWS, BIAS, GATED, RESIDUAL,

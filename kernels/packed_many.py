@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from argosy.kernels import pieces
 from argosy.kernels.packed_parts import BASE_BF16, BASE_FP16, fields, joined, made_fields, prefetch, scale_of, zero_of
 
 
@@ -160,17 +161,9 @@ def many_kernel(
         gdc_launch_dependents()
     if SPLITS > 1:
         index = tl.program_id(0) * tl.num_programs(1) + tl.program_id(1)
-        here = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-        own = part_ptr + index.to(tl.int64) * (SPLITS * ROWS * TOKENS)
-        tl.store(own + split * (ROWS * TOKENS) + here, acc)
-        tl.debug_barrier()  # every thread's stores come before the one thread's release below
-        done = tl.atomic_add(counter_ptr + index, 1, sem="acq_rel")
-        if done < SPLITS - 1:
+        if pieces.leave(acc, part_ptr, counter_ptr, index, split, SPLITS, ROWS, TOKENS) < SPLITS - 1:
             return
-        tl.atomic_xchg(counter_ptr + index, 0, sem="relaxed")  # ready for the next launch
-        acc = tl.zeros((ROWS, TOKENS), tl.float32)
-        for other in range(SPLITS):  # .cg: past the first-level cache, which does not see others' stores
-            acc += tl.load(own + other * (ROWS * TOKENS) + here, cache_modifier=".cg")
+        acc = pieces.join(part_ptr, counter_ptr, index, SPLITS, ROWS, TOKENS)
     row += tl.program_id(1) * ROWS
     if BIAS:
         acc += tl.load(bias_ptr + tl.minimum(row, num_outputs - 1)).to(tl.float32)[:, None]
