@@ -32,6 +32,7 @@ from timing import copies_for, microseconds
 from torch import Tensor
 
 from argosy.kernels import gemv, ops, paged_attention, tuning
+from argosy.kernels.outlet import Outlet
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
 from argosy.workers.layers.group_sum import open_group_sum
@@ -125,10 +126,14 @@ def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
     seen: set[str] = set()
     weights: dict[tuple[int, int], Tensor] = {}
 
-    def try_once(rows: int, num_in: int, num_out: int, sizes: Sizes, gated: bool) -> None:
+    box = torch.zeros(1 << 22, dtype=torch.int64, device="cuda")
+    counters = torch.zeros(64, dtype=torch.int32, device="cuda")
+
+    def try_once(rows: int, num_in: int, num_out: int, sizes: Sizes, gated: bool, world: int = 0) -> None:
         # what the same kernel is compiled for: all numbers here are divisible by 16
         prefetch = min(sizes["prefetch"], 1 << (num_in // sizes.get("splits", 1) * 2).bit_length() - 1)
-        facts = sizes | {"splits": sizes.get("splits", 1) > 1, "prefetch": prefetch, "per_sm": 0, "programs": 0}
+        facts = sizes | {"splits": sizes.get("splits", 1) > 1, "prefetch": prefetch, "per_sm": 0, "programs": 0,
+                         "world": world}  # fmt: skip
         if sizes.get("programs"):  # work that is shared out is another kernel
             tiles = -(-num_out // sizes["rows"])
             facts["programs"] = int(-(-tiles * num_in // 64 // sizes["programs"]) % (num_in // 64) != 0)
@@ -142,7 +147,10 @@ def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
             weights.clear()
             weights[num_in, num_out] = rand(num_out, num_in)
         try:
-            gemv.fused_linear(rand(rows, num_in), weights[num_in, num_out], sizes=sizes, gated=gated)
+            outlet = Outlet(torch.full((world,), box.data_ptr(), device="cuda"), counters, 0, 0) if world else None
+            gemv.fused_linear(
+                rand(rows, num_in), weights[num_in, num_out], sizes=sizes, gated=gated, outlet=outlet
+            )  # fmt: skip
         except Exception as error:  # too large a program
             print("skipped", sizes, str(error)[:80], flush=True)
 
@@ -155,6 +163,12 @@ def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
             for sizes in sizes_of(rows, num_in, num_out, gated, args.kernels):
                 for one in (sizes, *ahead_of(sizes, num_in)):
                     try_once(rows, num_in, num_out, one, gated)
+    for model, cards in layouts if args.sends else ():
+        shapes = shapes_of(model, cards)
+        for name, rows in itertools.product(("o", "down"), (rows for rows in args.rows if rows <= 32)):
+            for sizes in sizes_of(rows, *shapes[name], args.kernels):
+                for one in (sizes, *ahead_of(sizes, shapes[name][0])):
+                    try_once(rows, *shapes[name][:2], one, False, cards)
     of_attention = itertools.product(ATTENTION, layouts if args.attention else ())
     for number, (sizes, layout) in enumerate(of_attention):
         if number % of == index:
