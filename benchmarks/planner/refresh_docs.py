@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""Print anew what `docs/planning.md` shows of `argosy plan` and `argosy simulate`: after each change of prices.
+"""Print anew what `docs/planning.md` shows of `argosy plan` and `argosy simulate`, and its table of what was measured
+beside what is foretold: after each change of prices.
 
     python benchmarks/planner/refresh_docs.py [--check]
 
@@ -18,10 +19,16 @@ import sys
 from pathlib import Path
 
 from argosy.deploy import cli
+from argosy.placement.calibration import default_calibration
+
+sys.path.insert(0, str(Path(__file__).parent))
+from compare_layouts import forecasts  # a script beside this one
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
 CLUSTERS = Path(__file__).resolve().parents[2] / "examples" / "clusters"
 ROW = re.compile(r"^\| `(\w+)` \| `(plan [^`]+)` \| ([^|]+) \|$", re.MULTILINE)
+MEASURED = Path(__file__).resolve().parents[1] / "results" / "planner_h200.jsonl"
+TABLE = re.compile(r"(<!-- table: forecasts -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"```text\n\$ (argosy [^\n]+)\n(.*?)```", re.DOTALL)
 
 
@@ -69,7 +76,13 @@ def main() -> int:
             stale.append(f"{match[2]} on {match[1]}")
         return f"| `{match[1]}` | `{match[2]}` | {now} |"
 
-    renewed = ROW.sub(renew_row, BLOCK.sub(renew, page))
+    def renew_table(match: re.Match[str]) -> str:
+        now = f"{match[1]}{forecasts([MEASURED], default_calibration('H200'), steps=True)}{match[2]}"
+        if now != match[0]:
+            stale.append("the table of forecasts")
+        return now
+
+    renewed = TABLE.sub(renew_table, ROW.sub(renew_row, BLOCK.sub(renew, page)))
     for command in stale:
         print(f"{'stale' if args.check else 'renewed'}: {command}")
     if not args.check:
