@@ -12,6 +12,7 @@ import statistics
 import tempfile
 from pathlib import Path
 
+from argosy.cluster.protocol.ledger import describe_ledger
 from argosy.deploy import bench, bench_engine, bench_models, workload
 from argosy.deploy.offline import LLM
 
@@ -45,6 +46,7 @@ def measure(kind: str, folder: str, args: argparse.Namespace) -> list[Row]:
         max_model_len=args.max_model_len, kv_cache_memory_bytes=args.kv_cache_memory_bytes,
     ) as llm:  # fmt: skip
         num_blocks = llm._engine.info.num_blocks
+        print(kind, describe_ledger(llm._engine.ranks[0].ledger), flush=True)
         found.append({"workload": "blocks", "figure": num_blocks, "unit": "blocks"})
         for case in args.decode:
             rows, context = map(int, case.split("x"))
