@@ -39,7 +39,8 @@ SHAPE = {
 NAMES = ("gptq 4 bits", "gptq v2, ordered", "awq", "packed 4 bits, zeros", "int8, channel")
 ORDERED = Format(4, 32, {"quant_method": "gptq", "bits": 4, "group_size": 32, "desc_act": True}, ordered=True)
 PACKED = {name: FORMATS[name] for name in ("gptq 4 bits", "awq", "packed 4 bits", "int8, channel")}
-PACKED |= {"gptq, ordered": ORDERED}
+PACKED |= {"gptq, ordered": ORDERED, "packed 8 bits, zeros, ordered": FORMATS["packed 8 bits, zeros, ordered"]}
+PACKED |= {"bitsandbytes": FORMATS["bitsandbytes"]}
 
 
 def write(folder: Path, form: Format, *, shuffled: bool = True, inner: int = 64) -> None:
@@ -121,7 +122,7 @@ def test_packed_experts_are_the_files_numbers_bit_for_bit(
             for product in ("gate_up", "down"):
                 want, got = getattr(plain, product), getattr(packed, product)
                 assert isinstance(got, IntExpertWeight)
-                assert (got.order_EJ is not None) == (name == "gptq, ordered")
+                assert (got.order_EJ is not None) == ("ordered" in name)
                 for expert in range(len(want)):
                     assert torch.equal(got.of(expert).float(), want[expert])
 
