@@ -16,7 +16,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor
 
-from argosy.cluster.protocol.errors import UnsupportedModel
+from argosy.cluster.protocol.errors import UnsupportedModel, WeightError
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext
@@ -250,6 +250,27 @@ def test_what_is_not_understood_is_refused_by_name(change: dict[str, Any], names
     path.write_text(json.dumps(config))
     with pytest.raises(UnsupportedModel, match=names.replace(".", r"\.")):
         read_model_spec(tmp_path)
+
+
+def test_packed_weights_without_their_config_are_named(tmp_path: Path) -> None:
+    """Older checkpoints have it in a file of their own: what is missing there can be given by hand."""
+    plain = write(tmp_path, FORMATS["gptq 4 bits"])
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text())
+    quantization = config.pop("quantization_config")
+    path.write_text(json.dumps(config))
+    rank = make_plan(2, 1, 1).ranks[0]
+
+    def load(overrides: dict[str, Any]) -> Any:
+        spec = read_model_spec(tmp_path, overrides)
+        model = build_model(spec, rank, ParallelContext(rank, CPU, 5.0), torch.float32, CPU)
+        load_weights(model, tmp_path, spec, rank)
+        return model
+
+    with pytest.raises(WeightError, match=r"\.qweight: config.json lacks the quantization_config.*--hf-overrides"):
+        load({})
+    made = load({"quantization_config": quantization})
+    assert torch.equal(_weight(made.layers["1"].mlp.down_proj), plain["model.layers.1.mlp.down_proj.weight"].float())
 
 
 @pytest.mark.parametrize(("wanted", "bits"), [("int8", 8), ("int4", 4)])

@@ -33,7 +33,7 @@ PACKED_NAMES = {
     "weight_scale", "input_scale", "k_scale", "v_scale", "q_scale", "output_scale", "kv_scale",
     "g_idx", "weight_g_idx", "weight_shape", "weight_zero_point", "SCB", "weight_format",
 }  # fmt: skip
-
+PACKED_WEIGHTS = (".qweight", ".weight_packed", ".SCB", ".weight_scale", ".weight_scale_inv")
 
 _ELSEWHERE = torch.empty(0)  # the target of what is stored by whoever asked for it
 
@@ -165,6 +165,12 @@ def check_checkpoint(checkpoint: Checkpoint, model: LoadableModel, reads: list[_
     missing = [read.name for read in reads if read.name not in checkpoint.entries]
     if missing:
         hint = "; is tie_word_embeddings wrong in config.json?" if missing == ["lm_head.weight"] else ""
+        packed = next((name for name in checkpoint.entries if name.endswith(PACKED_WEIGHTS)), None)
+        if packed is not None and model.spec.quantization is None:
+            hint = (
+                f", which have {packed}: config.json lacks the quantization_config of packed weights; give it with "
+                "--hf-overrides"
+            )
         raise WeightError(str(checkpoint.folder), _some(missing), f"missing from the safetensors{hint}")
     known = model.known_names()
     packed = model.spec.quantization is not None
