@@ -33,10 +33,10 @@ WAYS: dict[int, list[tuple[int, int, int, int]]] = {  # by bits: warps, blocks o
 }  # fmt: skip
 # tokens at once, of a piece at least, stages, warps: what holds less shared memory begins while the product before runs
 ATTENTION = [
-    {"block_l": block_l, "min_piece": piece, "per_sm": 1, "stages": stages, "warps": warps}
-    for block_l, piece, stages, warps in (
-        (128, 512, 3, 4), (64, 512, 3, 4), (64, 64, 3, 4), (64, 128, 3, 4), (32, 64, 3, 2), (128, 128, 3, 8),
-        (128, 512, 3, 8), (64, 256, 5, 4),
+    {"block_l": block_l, "min_piece": piece, "per_sm": 1, "stages": stages, "warps": warps, "ahead": ahead}
+    for block_l, piece, stages, warps, ahead in (
+        (128, 512, 3, 4, 0), (64, 64, 3, 4, 1), (64, 128, 3, 4, 1), (128, 128, 3, 8, 1), (32, 32, 3, 4, 1),
+        (128, 512, 3, 8, 1), (64, 512, 3, 4, 0), (64, 64, 3, 4, 0), (64, 128, 3, 4, 0), (128, 512, 3, 8, 0),
     )
 ]  # fmt: skip
 KEEP = 0.998  # of the time before, or a change is noise
