@@ -7,8 +7,14 @@ from typing import Any
 
 from argosy.cluster.driver_client import DriverClient, TokenStream
 from argosy.cluster.protocol.channel import FrameReader
-from argosy.cluster.protocol.messages import AbortRequest, Burst, Drain, FromEdge, GenerateRequest
+from argosy.cluster.protocol.messages import AbortRequest, Burst, Drain, EngineInfo, FromEdge, GenerateRequest
 from argosy.cluster.protocol.sampling import TokenParams
+from argosy.cluster.replica_client import ReplicaClient
+
+INFO = EngineInfo(
+    model="m", max_model_len=64, vocab_size=400, num_blocks=9, block_size=16, tensor_parallel_size=1,
+    pipeline_parallel_size=1, dtype="float32", max_logprobs=0, max_num_seqs=64,
+)  # fmt: skip
 
 
 class Written:
@@ -36,16 +42,18 @@ def written_by(body: Callable[[DriverClient], None], passes: int = 1) -> list[li
             await asyncio.sleep(0)
         return transport.pieces
 
-    found = []
-    for piece in asyncio.run(main()):
-        reader = FrameReader(FromEdge)
-        reader.feed(piece)
-        messages = []
-        while (message := reader.next()) is not None:
-            messages.append(message)
-        assert not reader.num_waiting_bytes, "a message was cut in two"
-        found.append(messages)
-    return found
+    return [read(piece) for piece in asyncio.run(main())]
+
+
+def read(piece: bytes) -> list[Any]:
+    """The messages of one write."""
+    reader = FrameReader(FromEdge)
+    reader.feed(piece)
+    messages = []
+    while (message := reader.next()) is not None:
+        messages.append(message)
+    assert not reader.num_waiting_bytes, "a message was cut in two"
+    return messages
 
 
 def names(*pieces: list[Any]) -> list[str]:
@@ -107,6 +115,23 @@ def test_other_words_come_behind_the_requests_before_them() -> None:
 
     said = names(*written_by(body))
     assert said == ["r1", "a1", "(", "r2", "r3", "r4", ")", "a2", "r5", Drain.__name__, "r6"]
+
+
+def test_each_of_several_replicas_gets_a_burst_of_its_own() -> None:
+    """Six requests over two replicas by load: each driver hears how many of them are its own."""
+
+    async def main() -> list[list[str]]:
+        clients, transports = [DriverClient(), DriverClient()], [Written(), Written()]
+        for client, transport in zip(clients, transports, strict=True):
+            client._transport, client.info = transport, INFO  # type: ignore[assignment]
+        edge = ReplicaClient(clients, ["unix:0", "unix:1"])
+        for _ in range(6):
+            edge.submit([1, 2, 3], TokenParams(max_tokens=2))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        return [names(*map(read, transport.pieces)) for transport in transports]
+
+    assert asyncio.run(main()) == [["(", "r1", "r2", "r3", ")"]] * 2
 
 
 def test_a_connection_that_breaks_before_the_flush_ends_its_streams() -> None:

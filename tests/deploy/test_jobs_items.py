@@ -62,6 +62,26 @@ def test_an_item_is_answered_behind_people(tmp_path: Path) -> None:
     assert line["response"]["body"]["choices"][0]["text"] == " there is"
 
 
+def test_items_that_are_taken_up_together_are_asked_together(tmp_path: Path) -> None:
+    """All in one pass of the event loop, so that the engine's first step holds them all."""
+
+    class Together(ScriptedClient):
+        def submit(self, *args: Any, **more: Any) -> Any:
+            asyncio.get_running_loop().call_soon(lambda: ends.append(len(self.submitted)))
+            return super().submit(*args, **more)
+
+    ends: list[int] = []
+    client = Together()
+    items, job = make(client, tmp_path)
+    item = ClaimedItem(1, "a", 0, len(json.dumps(LINE)), 1)
+
+    async def work() -> None:
+        await asyncio.gather(*(items.run(job, item) for _ in range(9)))
+
+    asyncio.run(asyncio.wait_for(work(), 20))
+    assert ends == [9] * 9, "when the first pass ended all nine had been asked"
+
+
 def test_seats_leave_room_for_people_and_vanish_with_the_engine(tmp_path: Path) -> None:
     """Seven eighths of a step, less who is being served; all and a few more when nobody else can come."""
     client, people = ScriptedClient(max_num_seqs=64), 0

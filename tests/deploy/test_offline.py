@@ -41,10 +41,20 @@ class EchoClient:
 
     def __init__(self) -> None:
         self.submitted: list[list[int]] = []
+        self.passes: list[int] = []  # requests that came in one pass of the event loop
+        self._in_pass = False
 
     def submit(self, prompt: Sequence[int], params: TokenParams, **options: object) -> EchoStream:
         self.submitted.append(list(prompt))
+        if not self._in_pass:
+            self._in_pass = True
+            self.passes.append(0)
+            asyncio.get_running_loop().call_soon(self._end_pass)
+        self.passes[-1] += 1
         return EchoStream(prompt, params)
+
+    def _end_pass(self) -> None:
+        self._in_pass = False
 
     async def stats(self) -> StatsReply:
         return StatsReply(values={"argosy_requests_running": 0.0})
@@ -75,6 +85,14 @@ def test_results_come_in_the_order_of_the_prompts(engine: SimpleNamespace) -> No
         outputs = llm.generate([[5], [6, 6, 6, 6]], SamplingParams(max_tokens=2), use_tqdm=False)
     assert [list(output.outputs[0].token_ids) for output in outputs] == [[5, 5], [6, 6]]
     assert all(output.finished for output in outputs)
+
+
+def test_what_is_asked_at_once_is_sent_at_once(engine: SimpleNamespace) -> None:
+    """One pass of the event loop, which is what a client sends together (`cluster.driver_client`)."""
+    with LLM() as llm:
+        llm.generate([[place + 1] for place in range(50)], SamplingParams(max_tokens=1), use_tqdm=False)
+        llm.generate(["one", "two"], SamplingParams(max_tokens=1), use_tqdm=False)
+    assert engine.client.passes == [50, 2]
 
 
 def test_one_wrong_prompt_and_none_runs(engine: SimpleNamespace) -> None:
