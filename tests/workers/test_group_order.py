@@ -130,7 +130,7 @@ class Ranks:
         sums = GroupSum(parallel, max_tokens=self.max_tokens, width=WIDTH, max_rows=8, dtype=torch.float32)
         sums.sends = True
         sums._kernels = SimpleNamespace(FLAG_BYTES=FLAG_BYTES, sum_add_norm=self._sum_add_norm)  # type: ignore[assignment]
-        sums._push = SimpleNamespace(push_add_norm=self._push_add_norm, MAX_ROWS=0)  # type: ignore[assignment]
+        sums._push = SimpleNamespace(push_add_norm=self._push_add_norm, MAX_ROWS=64 * (self.way == "push"))  # type: ignore[assignment]
         if self.way is not None:
             sums.way_of = lambda *args, **kwargs: self.way  # type: ignore[method-assign,return-value]
         layers: Any = []

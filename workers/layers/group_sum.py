@@ -23,10 +23,11 @@ NUM_PARTS = 3
 EMBEDDED = 2
 SCATTER_ROWS = 32  # from more rows on, with more than two ranks, bytes count more than a second trip over the link
 # Numbers that bring their turn (`kernels/group_push`) are faster where one multiprocessor can send and read a row: not
-# 8192 numbers over four cards (`PUSH_ROW_NUMBERS`). To all, as long as those are few bytes; else to the one who sums a
-# row. On H200: 1, 32 rows of 4096 over two 3.8, 4.6 us (fetched 4.7, 5.8), over four 1, 16, 64 rows 4.7, 6.3, 9.6 (5.7,
-# 7.2, 11.0).
+# 8192 numbers over four cards, unless all programs of the product send them. To all, as long as those are few bytes;
+# else to the one who sums a row. On H200: 1, 32 rows of 4096 over two 3.8, 4.6 us (fetched 4.7, 5.8), over four 1, 16,
+# 64 rows 4.7, 6.3, 9.6 (5.7, 7.2, 11.0).
 PUSH_NUMBERS = 262144  # of all rows, times ranks
+OWN_ROW_NUMBERS = 16384  # of a row, times ranks, that a sum sends itself
 
 
 class GroupSum:
@@ -72,7 +73,8 @@ class GroupSum:
 
     def outlet(self, which: int, num_tokens: int) -> Outlet | None:
         """Where a product that would go to `part` may be sent at once, if so many rows are summed by every rank."""
-        if not self.sends or self.way_of(num_tokens) != "push":
+        most = min(self._push.MAX_ROWS, PUSH_NUMBERS // (self._world * self._width))
+        if not self.sends or not self._each_inbox or not 0 < num_tokens <= most:
             return None
         return Outlet(
             self._buffer.addresses_W, self._counters, self._rank, self._inbox_bytes + which * self._each_inbox
@@ -97,7 +99,7 @@ class GroupSum:
         `sent`: the product sent its numbers (`outlet`). `way` overrides `way_of` (benchmarks).
         """
         num_tokens = residual_TD.shape[0]
-        way = way or self.way_of(num_tokens, whole=whole, asked=asked is not None)
+        way = way or ("push" if sent else self.way_of(num_tokens, whole=whole, asked=asked is not None))
         scatters = way.endswith("scatter")
         assert not sent or way == "push"
         if way.startswith("push"):
@@ -128,7 +130,8 @@ class GroupSum:
         """How so many rows are summed: `push` or `push scatter` (`kernels/group_push`), `pull` or `pull scatter`
         (`kernels/group_sum`)."""
         # not where ranks have whole experts: the parts of those that were not asked hold anything
-        if self._each_inbox and not asked and 0 < num_tokens <= self._push.MAX_ROWS:
+        is_short = self._each_inbox and self._world * self._width <= OWN_ROW_NUMBERS
+        if is_short and not asked and 0 < num_tokens <= self._push.MAX_ROWS:
             if num_tokens * self._world * self._width <= PUSH_NUMBERS:
                 return "push"
             if self._world > 2 and not whole:
