@@ -100,13 +100,13 @@ def test_decode_with_rotation_and_store_inside(
 
 
 @pytest.mark.parametrize("option", ["none", "window", "soft_cap"])
-@pytest.mark.parametrize("piece", [16, 512])
+@pytest.mark.parametrize("pieces", [1, 3])
 def test_the_first_tile_may_come_before_the_projection(
-    piece: int, option: str, device: torch.device, assert_near: Near
+    pieces: int, option: str, device: torch.device, assert_near: Near
 ) -> None:
     """For few rows: of a row in pieces, of one that is padding, of one with nothing but its new token."""
     contexts = [53, 0, 1] if device.type == "cpu" else [1053, 0, 1, 64]
-    sizes = {"block_l": 16, "warps": 4, "stages": 3, "per_sm": 1, "min_piece": piece, "ahead": 1}
+    sizes = {"block_l": 16, "warps": 4, "stages": 3, "per_sm": 1, "splits": pieces, "ahead": 1}
     k_cache, v_cache, table, context = paged(contexts, 16, 2, 64, torch.float16, device)
     positions = (context.long() - 1).clamp(min=0)
     slots = torch.where(context > 0, table.gather(1, positions[:, None] // 16)[:, 0] * 16 + positions % 16, -1)
