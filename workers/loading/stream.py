@@ -165,10 +165,10 @@ def check_checkpoint(checkpoint: Checkpoint, model: LoadableModel, reads: list[_
     missing = [read.name for read in reads if read.name not in checkpoint.entries]
     if missing:
         hint = "; is tie_word_embeddings wrong in config.json?" if missing == ["lm_head.weight"] else ""
-        packed = next((name for name in checkpoint.entries if name.endswith(PACKED_WEIGHTS)), None)
-        if packed is not None and model.spec.quantization is None:
+        words = next((name for name in checkpoint.entries if name.endswith(PACKED_WEIGHTS)), None)
+        if words is not None and model.spec.quantization is None:
             hint = (
-                f", which have {packed}: config.json lacks the quantization_config of packed weights; give it with "
+                f", which have {words}: config.json lacks the quantization_config of packed weights; give it with "
                 "--hf-overrides"
             )
         raise WeightError(str(checkpoint.folder), _some(missing), f"missing from the safetensors{hint}")
