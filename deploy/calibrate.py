@@ -36,13 +36,16 @@ STEP_LIMITS: Final = {  # what decode steps of equal contexts say nothing of
     "context_ns": (0.0, 40.0), "join_us": (0.0, 10.0), "eager_layer_us": (20.0, 800.0), "kv_efficiency": (0.6, 0.95),
 }  # fmt: skip
 FLOPS_POINTS: Final = (64.0, 256.0, 512.0, 8192.0)
-_CONTEXT: Final = 256  # tokens in view of a row on average: 128 of its prompt, and half of 256 more
+_PROMPT, _ANSWER = 128, 256  # tokens of each request of decode<batch>
+_CONTEXT: Final = _PROMPT + _ANSWER // 2  # tokens in view of a row on average
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
 Loss = Callable[[Calibration], float]
 
 
 class DecodeStep(msgspec.Struct, frozen=True):
-    """One measured decode step of `batch` rows."""
+    """One measured decode step of `batch` rows: what the median request of decode<batch> takes for a token after its
+    first, steps with others' prompts among them.
+    """
 
     model: str
     tp_size: int
@@ -51,6 +54,7 @@ class DecodeStep(msgspec.Struct, frozen=True):
     milliseconds: float
     quantization: str = "none"
     dtype: str = "bfloat16"
+    budget: int = 8192  # tokens a step
 
 
 def read_step(raw: Mapping[str, Any]) -> DecodeStep | None:
@@ -63,7 +67,7 @@ def read_step(raw: Mapping[str, Any]) -> DecodeStep | None:
     return DecodeStep(
         str(raw["model"]), int(tp.removeprefix("TP")), int(pp.removeprefix("PP") or 1),
         batch, float(raw["figure"]), str(raw.get("quantization") or "none"),
-        str(raw.get("dtype") or "bfloat16"),
+        str(raw.get("dtype") or "bfloat16"), int(raw.get("max_num_batched_tokens") or 8192),
     )  # fmt: skip
 
 
@@ -82,7 +86,31 @@ def reckon_ms(step: DecodeStep, calibration: Calibration, device: str) -> float:
     ]  # fmt: skip
     cost = ReplicaCost(stages, [sheet.link] * (step.pp_size - 1))
     rows = -(-step.batch // step.pp_size)
-    return 1e3 * cost.step_seconds(StepLoad(num_decodes=rows, context_tokens=rows * _CONTEXT, num_sampled=rows))
+    alone = cost.step_seconds(StepLoad(num_decodes=rows, context_tokens=rows * _CONTEXT, num_sampled=rows))
+    if step.pp_size > 1:
+        return 1e3 * alone
+    found = []
+    for loads in prompts_beside(step.batch, step.budget):
+        found.append(sum(map(cost.step_seconds, loads)) + (_ANSWER - 1 - len(loads)) * alone)
+    return 1e3 * sum(found) / len(found) / (_ANSWER - 1)
+
+
+@lru_cache(maxsize=64)
+def prompts_beside(batch: int, budget: int) -> tuple[tuple[StepLoad, ...], ...]:
+    """The steps with others' prompts that follow the first token of a request, for the one or two in the middle of a
+    batch that arrives together."""
+    loads, firsts, done, left = list[StepLoad](), list[int](), 0, _PROMPT * batch
+    while left and done < budget:
+        tokens = min(left, budget - done)
+        left -= tokens
+        ended = batch - -(-left // _PROMPT) - done
+        loads.append(
+            StepLoad(num_decodes=done, context_tokens=done * _PROMPT, prefill_tokens=tokens,
+                     prefill_pairs=tokens * _PROMPT // 2, num_sampled=done + ended)
+        )  # fmt: skip
+        firsts += [len(loads)] * ended
+        done += ended
+    return tuple(tuple(loads[firsts[place] :]) for place in sorted({(batch - 1) // 2, batch // 2}))
 
 
 def fit(

@@ -48,3 +48,24 @@ def test_what_can_t_be_fitted_is_refused() -> None:
         calibrate.calibrate([row("8b", 1, 4.0, layout="TP1xPP2")], "NVIDIA H200")
     with pytest.raises(ConfigError, match="no data sheet of 'GeForce 256'; known: A10G"):
         calibrate.calibrate([row("8b", 1, 4.0)], "GeForce 256")
+
+
+@pytest.mark.parametrize(
+    ("batch", "steps"),
+    [(1, [()]), (64, [(), ()]), (65, [((64, 128),)]), (128, [((64, 8128), (127, 64)), ((127, 64),)]),
+     (256, [((190, 8002), (253, 381))] * 2)],
+)  # fmt: skip
+def test_a_batch_counts_the_steps_with_prompts_that_its_median_request_is_beside(
+    batch: int, steps: list[tuple[tuple[int, int], ...]]
+) -> None:
+    """8192 tokens a step, 128 a prompt: rows that decode and tokens of prompts in each step after its first token."""
+    found = calibrate.prompts_beside(batch, 8192)
+    assert [tuple((load.num_decodes, load.prefill_tokens) for load in loads) for loads in found] == steps
+
+
+def test_prompts_of_others_are_no_part_of_a_decode_step() -> None:
+    """256 rows take a long step more than decode alone, as measured: 0.7 ms of each token; with room for all, none."""
+    truth = default_calibration("H200")
+    beside = calibrate.reckon_ms(DecodeStep("8b", 1, 1, 256, 0.0), truth, "H200")
+    alone = calibrate.reckon_ms(DecodeStep("8b", 1, 1, 256, 0.0, budget=1 << 15), truth, "H200")
+    assert 0.6 < beside - alone < 0.9
