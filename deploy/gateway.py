@@ -265,7 +265,7 @@ class Gateway:
         return await self._templates.render(messages, **options)
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
-        """The prompt for a conversation. `options` are those of `Tokenizer.apply_chat_template`."""
+        """The prompt for a conversation. `options` are those of `Tokenizer.chat_text`."""
         if self.tokenizer is None:
             raise InvalidRequest("messages", "text", "this server has no tokenizer; use completions with token ids")
-        return self.tokenizer.apply_chat_template(messages, **options)
+        return self.tokenizer.chat_text(messages, **options)

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
     from argosy.deploy.jobs_client import Job
 
 SUBMIT_EXAMPLES: Final = """\
-a line of FILE is a text in quotes, a list of messages, the body of a request, or one of OpenAI's batch lines:
-  "Return a list of"
-  [{"role": "user", "content": "What does len return?"}]
-  {"prompt": "Return a list of", "max_tokens": 32, "custom_id": "first"}
+a line of FILE is a text in quotes, a list of messages, the body of a request, or one of OpenAI's batch lines; texts to
+continue and chats are jobs of their own:
+  "Return a list of"                                                           a text to continue
+  {"prompt": "Return a list of", "max_tokens": 32, "custom_id": "first"}       the same with wishes
+  [{"role": "user", "content": "What does len return?"}]                       a chat, in another file
 
 examples (a server must be running, see 'argosy serve'):
   argosy submit questions.jsonl                     prints the job's id and leaves the rest to the server

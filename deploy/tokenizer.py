@@ -31,6 +31,9 @@ NAMED_SPECIAL_TOKENS: Final = (
     "cls_token",
     "mask_token",
 )
+_CHAT_OPTIONS: Final = frozenset(
+    {"tools", "documents", "add_generation_prompt", "continue_final_message", "template_kwargs"}
+)
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 
 
@@ -138,6 +141,18 @@ class Tokenizer:
         return int(match.group(1), 16) if match else None
 
     def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool = False, **options: Any
+    ) -> str | list[int]:
+        """What transformers' tokenizers have by that name: the text of a conversation, or with `tokenize` its ids.
+
+        `options` are those of `chat_text`; others go to the template, such as enable_thinking=False.
+        """
+        known = {name: options.pop(name) for name in _CHAT_OPTIONS & options.keys()}
+        more = {**(known.pop("template_kwargs", None) or {}), **options}
+        text = self.chat_text(messages, **known, template_kwargs=more or None)
+        return self.encode(text, add_special_tokens=False) if tokenize else text
+
+    def chat_text(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,

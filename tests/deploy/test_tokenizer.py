@@ -102,6 +102,23 @@ def test_the_default_model_reads_and_talks_as_in_transformers(tokenizer: Tokeniz
     want = theirs.apply_chat_template(messages[:3], tokenize=False, continue_final_message=True)
     got = tokenizer.apply_chat_template(messages[:3], add_generation_prompt=False, continue_final_message=True)
     assert got == want
+    for tokenize in (True, False):
+        want = theirs.apply_chat_template(
+            messages, tokenize=tokenize, add_generation_prompt=True, enable_thinking=False, return_dict=False
+        )
+        got = tokenizer.apply_chat_template(
+            messages, tokenize=tokenize, add_generation_prompt=True, enable_thinking=False
+        )
+        assert got == want
+
+
+def test_what_is_no_option_of_ours_goes_to_the_template() -> None:
+    """As scripts ask a model not to think aloud."""
+    tokenizer = Tokenizer.load(
+        DEFAULT_MODEL, chat_template="{{ messages[0].content }} {{ enable_thinking }} {{ depth }}"
+    )
+    messages = [{"role": "user", "content": "Hi"}]
+    assert tokenizer.apply_chat_template(messages, enable_thinking=False, template_kwargs={"depth": 3}) == "Hi False 3"
 
 
 def test_loading_needs_neither_torch_nor_transformers() -> None:
