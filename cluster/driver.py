@@ -109,8 +109,7 @@ class Driver:
         self._arrivals = 0
         self._deadlines: list[tuple[float, int, _Stream]] = []
         self._progress_seconds = clock.now()
-        self._step_id = 0
-        self._gathering = Gathering(config, self.scheduler.most_waiting_tokens)
+        self._step_id, self._gathering = 0, Gathering(config, self.scheduler.most_waiting_tokens)
 
     # ------------------------------------------------------------------------------------------------- state
 
@@ -132,8 +131,8 @@ class Driver:
     def next_deadline_seconds(self) -> float:
         """How long the loop may sleep at most."""
         seconds = max(self._deadlines[0][0] - self._clock.now(), 0.0) if self._deadlines else _NEVER
-        if self._gathering.is_open and self.replica.is_ready:
-            seconds = min(seconds, self._gathering.seconds_left(self._clock.now()))
+        if self.replica.is_ready and (left := self._gathering.seconds_left(self._clock.now())) > 0.0:
+            seconds = min(seconds, left)
         return min(seconds, _NEVER)
 
     def take_outbox(self) -> list[tuple[int, ToEdge]]:
@@ -173,13 +172,12 @@ class Driver:
 
     def on_edge_closed(self, edge_id: int) -> None:
         """Nobody reads what this edge's requests would give: end them all."""
-        edge = self._edges.get(edge_id)
+        edge = self._edges.pop(edge_id, None)
         if edge is None:
             return
         for stream in list(edge.streams.values()):
             self._end_stream(stream, FinishReason.ABORT, RequestAborted())
         self._gathering.end(edge_id)
-        del self._edges[edge_id]
         self._outbox = [(to, message) for to, message in self._outbox if to != edge_id]
 
     def on_executor_event(self, event: ExecutorEvent) -> None:
@@ -195,18 +193,20 @@ class Driver:
             self._flush()
 
     def advance(self) -> None:
-        """Let deadlines pass, then send as many steps as may be in flight. Idle, wait for the rest of a burst."""
+        """Let deadlines pass, then send as many steps as may be in flight and need not wait for the rest of a burst."""
         if self._deadlines and self._deadlines[0][0] <= self._clock.now():
             self._pass_deadlines()
         if not self.replica.is_ready:
             return
-        scheduler = self.scheduler
-        if self._gathering.is_open and scheduler.is_idle and self._gathering.seconds_left(self._clock.now()) > 0.0:
-            return
-        self._gathering.close()
+        scheduler, gathering = self.scheduler, self._gathering
         while scheduler.num_steps_in_flight < scheduler.max_steps_in_flight:
+            if gathering.is_open and gathering.holds(
+                self._clock.now(), scheduler.is_idle, scheduler.num_steps_in_flight
+            ):
+                break
             if (output := scheduler.schedule()) is None:
                 break
+            gathering.begin_step()
             if scheduler.num_steps_in_flight == 1:  # it was idle until now
                 self._progress_seconds = self._clock.now()
             self._executor.submit(output)

@@ -22,9 +22,11 @@ class Gathering:
         """`most_tokens`: beyond so many waiting ones the next step is the same."""
         self._most_tokens, self._most_requests = most_tokens, config.scheduler.max_num_seqs
         self._block_size, self._shares_prefixes = config.cache.block_size, config.cache.enable_prefix_caching
+        self._has_stages = config.parallel.pipeline_parallel_size > 1
         self._edges: set[int] = set()
         self._until = 0.0
-        self._num_tokens = self._num_requests = 0
+        self._found_idle = False  # nothing ran when it was first asked whether to wait
+        self._num_tokens = self._num_requests = 0  # that no step has begun with
         self._latest: GenerateRequest | None = None
 
     @property
@@ -38,9 +40,8 @@ class Gathering:
             self.end(edge_id)
             return
         if not self._edges:
-            self._until = now + GATHER_SECONDS
+            self._until, self._found_idle, self._latest = now + GATHER_SECONDS, False, None
             self._num_tokens = self._num_requests = 0
-            self._latest = None
         self._edges.add(edge_id)
 
     def add(self, message: GenerateRequest) -> None:
@@ -58,15 +59,35 @@ class Gathering:
         """Nothing more comes of this edge's burst."""
         self._edges.discard(edge_id)
 
-    def close(self) -> None:
-        """A step begins: nobody is waited for until the next burst."""
-        self._edges.clear()
-        self._latest = None
-
     def seconds_left(self, now: float) -> float:
-        """How long the rest is worth waiting for; 0 when it is here, late, or would not change the next step."""
+        """Until nobody is waited for any longer; 0 when nobody is."""
+        return max(self._until - now, 0.0) if self._edges else 0.0
+
+    def holds(self, now: float, is_idle: bool, num_in_flight: int) -> bool:
+        """Whether the next step had better wait for more.
+
+        The first one does while nothing runs. Those behind it do while one of them is under way, so that each is full,
+        too; none waits that ranks wait for.
+        """
+        if not self._edges:
+            return False
+        self._found_idle = self._found_idle or is_idle
+        if not self._found_idle or now >= self._until:
+            self._edges.clear()
+            return False
         is_full = self._num_tokens >= self._most_tokens or self._num_requests >= self._most_requests
-        return 0.0 if is_full or not self._edges else max(self._until - now, 0.0)
+        return not is_full and (is_idle or num_in_flight > 0)
+
+    def begin_step(self) -> None:
+        """A step begins with what is here: those that come now are for the next one.
+
+        With stages only the first one waits: each step takes a piece of what is here, and the first stage should not
+        stand still between two.
+        """
+        if self._has_stages:
+            self._edges.clear()
+        self._num_tokens = max(0, self._num_tokens - self._most_tokens)
+        self._num_requests = 0
 
 
 def num_shared_tokens(first: Sequence[int], second: Sequence[int], block_size: int) -> int:

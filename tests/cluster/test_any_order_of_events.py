@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from argosy.cluster.protocol.messages import AbortRequest
+from argosy.cluster.protocol.messages import AbortRequest, Burst
 from argosy.cluster.protocol.sampling import FinishReason
 from argosy.cluster.protocol.swap import SwapCosts
 
@@ -73,7 +73,7 @@ def test_every_answer_is_that_of_an_undisturbed_run(
     world: Callable[..., Any], shape: dict[str, Any], seed: int, swaps: bool
 ) -> None:
     """Blocks run out, owners leave, rows fail, ranks die, and prompts share prefixes; `check` after each round."""
-    rng = random.Random(seed)
+    rng, bursts = random.Random(seed), random.Random(seed)
     num_blocks = rng.choice([18, 24, 40, 200]) * len(shape.get("windows", (0,)))
     tier = _host_tier(random.Random(seed)) if swaps else {}
     here = world(num_blocks=num_blocks, max_recoveries=1000, watermark=rng.choice([0.0, 0.05]),
@@ -90,6 +90,8 @@ def test_every_answer_is_that_of_an_undisturbed_run(
             aborted |= {(stream_id, index) for index in indexes or range(here.sent[stream_id].n)}
         if rng.random() < 0.02:
             here.executor.lose()
+        if (chance := bursts.random()) < 0.2:  # of several edges, some of which never end theirs
+            here.driver.on_edge_message(bursts.randrange(3), Burst(begins=chance < 0.12))
         here.round()
         here.driver.check()
     here.run()

@@ -112,6 +112,42 @@ def test_a_burst_that_fills_the_step_goes_before_its_end(
     assert rows_of_steps(here)[0] == 3
 
 
+def test_the_second_step_is_full_as_well(world: MakeWorld) -> None:
+    """Three prompts fill the first; while it runs the next one waits for three more instead of going with a crumb."""
+    here = world()
+    say(here, True)
+    for first in range(3):
+        ask(here, [first + place for place in range(11)])
+    assert len(rows_of_steps(here)) == 1
+    for first in range(3, 6):
+        assert len(rows_of_steps(here)) == 1
+        ask(here, [first + place for place in range(11)])
+    assert len(rows_of_steps(here)) == 2
+    assert here.executor.outputs[1].num_scheduled_tokens == 32
+    say(here, False)
+    here.run()
+    for stream_id in here.sent:
+        here.assert_exact(stream_id)
+
+
+@pytest.mark.parametrize("step_seconds", [0.01, 1.0])
+def test_ranks_never_wait_for_the_rest_of_a_burst(world: MakeWorld, step_seconds: float) -> None:
+    """The first step is answered, or the time is up: the next one goes with what is here."""
+    here = world(step_seconds=step_seconds)
+    say(here, True)
+    for first in range(3):
+        ask(here, [first + place for place in range(11)])
+    assert len(rows_of_steps(here)) == 1
+    before = here.clock.now()
+    here.round()
+    waited = here.clock.now() - before
+    assert waited == pytest.approx(min(step_seconds, GATHER_SECONDS))
+    assert len(rows_of_steps(here)) == 2
+    here.run()
+    for stream_id in here.sent:
+        here.assert_exact(stream_id)
+
+
 def test_what_all_prompts_begin_with_fills_a_step_once(world: MakeWorld) -> None:
     """28 tokens in common and 4 of their own: a step of 64 holds nine of them, not two."""
     here = world(max_num_batched_tokens=64, max_num_seqs=16)
