@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from argosy.cluster.protocol.errors import UnsupportedModel, WeightError
@@ -250,6 +250,22 @@ def test_what_is_not_understood_is_refused_by_name(change: dict[str, Any], names
     path.write_text(json.dumps(config))
     with pytest.raises(UnsupportedModel, match=names.replace(".", r"\.")):
         read_model_spec(tmp_path)
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5])
+def test_biases_of_zeros_that_the_model_has_no_place_for_are_left_out(value: float, tmp_path: Path) -> None:
+    """Older writers of GPTQ give every layer a bias; one that is not 0 means something else."""
+    write(tmp_path, FORMATS["gptq 4 bits"])
+    path = tmp_path / "model.safetensors"
+    stored = load_file(path) | {"model.layers.1.mlp.up_proj.bias": torch.full((192,), value, dtype=torch.float16)}
+    save_file(stored, path)
+    spec, rank = read_model_spec(tmp_path), make_plan(2, 1, 1).ranks[0]
+    model = build_model(spec, rank, ParallelContext(rank, CPU, 5.0), torch.float32, CPU)
+    if value:
+        with pytest.raises(WeightError, match=r"up_proj\.bias: not part of a LlamaForCausalLM"):
+            load_weights(model, tmp_path, spec, rank)
+    else:
+        load_weights(model, tmp_path, spec, rank)
 
 
 def test_packed_weights_without_their_config_are_named(tmp_path: Path) -> None:

@@ -61,6 +61,13 @@ class Checkpoint:
         """Bytes of all tensors."""
         return sum(entry.num_bytes for entry in self.entries.values())
 
+    def is_zero(self, name: str) -> bool:
+        """Whether all numbers of a (small) tensor are 0."""
+        entry = self.entries[name]
+        with entry.file.open("rb") as file:
+            file.seek(entry.offset)
+            return not any(file.read(entry.num_bytes))
+
 
 def read_header(path: Path) -> list[TensorEntry]:
     """The tensors of one safetensors file. Raises `WeightError` when it is cut off or contradicts itself."""

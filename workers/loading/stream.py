@@ -32,6 +32,7 @@ PACKED_SPREAD = 448 / (8 * DUMMY_STD)  # random e4m3 numbers reach to eight time
 PACKED_NAMES = {
     "weight_scale", "input_scale", "k_scale", "v_scale", "q_scale", "output_scale", "kv_scale",
     "g_idx", "weight_g_idx", "weight_shape", "weight_zero_point", "SCB", "weight_format",
+    "input_zero_point",
 }  # fmt: skip
 PACKED_WEIGHTS = (".qweight", ".weight_packed", ".SCB", ".weight_scale", ".weight_scale_inv")
 
@@ -180,6 +181,7 @@ def check_checkpoint(checkpoint: Checkpoint, model: LoadableModel, reads: list[_
         if name not in known
         and not model.NAMES.is_ignored(name)
         and not (packed and name.rpartition(".")[2] in PACKED_NAMES)
+        and not (packed and name.endswith(".bias") and checkpoint.is_zero(name))  # GPTQ's writers give all layers one
     ]
     if extra:
         file = checkpoint.entries[extra[0]].file.name
