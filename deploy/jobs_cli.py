@@ -33,6 +33,7 @@ examples:
   argosy jobs results batch_0123                    result lines as they come
   argosy jobs cancel batch_0123                     what is done stays; 'resume' runs the rest after all
 """
+_LOOK_SECONDS: Final = 2.0
 _ACTIONS: Final = ("list", "show", "wait", "results", "cancel", "resume")
 
 
@@ -70,8 +71,12 @@ def main(args: argparse.Namespace) -> int:
     """Run one of the two commands; the exit code."""
     from argosy.deploy.client import Client  # httpx: `argosy --help` does without
 
-    with Client(args.url, api_key=args.api_key) as client:
-        return _submit(client, args) if args.command == "submit" else _jobs(client, args)
+    if args.command == "submit":
+        with Client(args.url, api_key=args.api_key) as client:
+            return _submit(client, args)
+    # who only looks waits for no server; who sees a job through waits for one that comes back
+    with Client(args.url, api_key=args.api_key, retry_seconds=_LOOK_SECONDS) as client:
+        return _jobs(client, args)
 
 
 def _submit(client: "Client", args: argparse.Namespace) -> int:
@@ -96,12 +101,15 @@ def _submit(client: "Client", args: argparse.Namespace) -> int:
 
 
 def _jobs(client: "Client", args: argparse.Namespace) -> int:
+    from argosy.deploy.client import JOB_OUTAGE_SECONDS
+
     if args.action == "list":
         _print_table(client.jobs(limit=args.limit))
         return 0
     if not args.job:
         raise ConfigError(f"argosy jobs {args.action}: which job? 'argosy jobs list' shows them")
-    job = client.job(args.job)
+    looks = args.action not in ("wait", "results")
+    job = client.job(args.job, outage_seconds=_LOOK_SECONDS if looks else JOB_OUTAGE_SECONDS)
     match args.action:
         case "show":
             print(json.dumps(job.raw, indent=2))

@@ -12,6 +12,7 @@ lines. Calls here may be sent again without harm, so they outlast a server that 
 
 import hashlib
 import json
+import logging
 import secrets
 import tempfile
 import time
@@ -26,11 +27,14 @@ from argosy.cluster.protocol.errors import InvalidRequest
 from argosy.deploy.client_wire import Answer, answer_of, checked, error_of, unreachable
 from argosy.deploy.progress import JobProgress
 
+_log = logging.getLogger(__name__)
+
 JobRequest: TypeAlias = str | Mapping[str, Any] | list[Any]
 
 CHAT, COMPLETIONS = "/v1/chat/completions", "/v1/completions"
 ENDED: Final = ("completed", "failed", "expired", "cancelled")
 _WAIT_SECONDS: Final = 10  # that the server may keep a question for results open
+_SILENT_SECONDS: Final = 5.0  # who waits longer for a server that is away is told so
 _FIRST_PAUSE_SECONDS, _LONGEST_PAUSE_SECONDS = 0.25, 4.0
 _GATEWAY_STATUSES: Final = (404, 500, 502, 503, 504)  # of a proxy whose application is being restarted
 
@@ -75,7 +79,7 @@ class JobServer:
 
     def send(self, method: str, path: str, *, file: IO[bytes] | None = None, **request: Any) -> httpx.Response:
         """An answer that is no error."""
-        deadline, pause = time.monotonic() + self._outage_seconds, _FIRST_PAUSE_SECONDS
+        deadline, pause, is_told = time.monotonic() + self._outage_seconds, _FIRST_PAUSE_SECONDS, False
         while True:
             try:
                 if file is not None:
@@ -91,6 +95,9 @@ class JobServer:
                 problem = unreachable(self._http.base_url, error)
             if time.monotonic() + pause >= deadline:
                 raise problem
+            if not is_told and self._outage_seconds > _SILENT_SECONDS:
+                _log.warning("%s Trying again for up to %.0f s.", problem, self._outage_seconds)
+                is_told = True
             time.sleep(pause)
             pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
 

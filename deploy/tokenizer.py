@@ -267,6 +267,8 @@ def _backend_from_transformers(folder: Path) -> tokenizers.Tokenizer:
     if not folder.is_dir():
         raise WeightError(str(folder), "", "is not a folder")
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        if not (folder / "config.json").is_file():
+            raise WeightError(str(folder), "", "holds neither config.json nor a tokenizer: name a model's folder")
         raise WeightError(folder.name, "tokenizer.json", "is missing: the folder holds no tokenizer")
     from transformers import AutoTokenizer  # here, because importing it takes seconds
 

@@ -9,8 +9,10 @@ import pytest
 
 from argosy import AsyncClient, Client
 from argosy.cluster.protocol import errors
+from argosy.deploy import cli, jobs_cli, jobs_client
 from argosy.deploy import client as client_module
 from argosy.deploy.client import RemoteError, ServerUnreachable, StreamBroken
+from argosy.deploy.local_launch import free_port
 
 Handler = Callable[[httpx.Request], httpx.Response]
 
@@ -197,3 +199,27 @@ async def test_the_asynchronous_client_does_the_same(anyio_backend: str) -> None
 def anyio_backend() -> str:
     """asyncio is what we run on."""
     return "asyncio"
+
+
+def test_who_looks_for_jobs_where_no_server_is_hears_so_at_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not after the ten minutes that a program waits which sees its job through."""
+    assert jobs_cli._LOOK_SECONDS < 5.0
+    monkeypatch.setattr(jobs_cli, "_LOOK_SECONDS", 0.1)
+    port = free_port("127.0.0.1")
+    for words in (["list"], ["show", "batch_1"], ["cancel", "batch_1"]):
+        assert cli.main(["jobs", *words, "--url", f"http://127.0.0.1:{port}"]) == 1
+        assert "no answer from" in capsys.readouterr().err
+
+
+def test_a_program_that_waits_for_its_server_says_that_it_does(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One line an outage."""
+    monkeypatch.setattr(jobs_client, "_SILENT_SECONDS", 0.0)
+    port = free_port("127.0.0.1")
+    with Client(f"http://127.0.0.1:{port}") as client, pytest.raises(ServerUnreachable):
+        client.job("batch_1", outage_seconds=0.6)
+    (record,) = [record for record in caplog.records if record.name.endswith("jobs_client")]
+    assert "Trying again for up to 1 s" in record.getMessage()

@@ -20,6 +20,7 @@ from argosy.cluster.clock import MonotonicClock
 from argosy.cluster.driver import Driver
 from argosy.cluster.driver_client import DriverClient
 from argosy.cluster.metrics import Metrics
+from argosy.cluster.protocol.channel import FrameReader
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.messages import FromEdge, ToEdge
 from argosy.cluster.simulation import SimulatedExecutor
@@ -38,12 +39,15 @@ class InProcessClient(DriverClient):
         super().__init__()
         self.driver, self.executor = driver, executor
         self.wake = asyncio.Event()
-        self._to_driver = msgspec.msgpack.Decoder(FromEdge)
+        self._to_driver = FrameReader(FromEdge)
         self._to_edge = msgspec.msgpack.Decoder(ToEdge)
+        self._transport = self  # type: ignore[assignment]  # as far as it is written to
 
-    def send(self, message: object) -> None:
-        """Straight to the driver."""
-        self.driver.on_edge_message(0, self._to_driver.decode(msgspec.msgpack.encode(message)))
+    def write(self, data: bytes) -> None:
+        """In the transport's place: straight to the driver."""
+        self._to_driver.feed(data)
+        while (message := self._to_driver.next()) is not None:
+            self.driver.on_edge_message(0, message)
         self.wake.set()
 
     async def run(self) -> None:

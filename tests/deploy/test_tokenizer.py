@@ -231,6 +231,9 @@ def test_broken_folders_are_refused_in_one_line_that_names_the_file(
     with pytest.raises(WeightError, match=r"tokenizer\.json"):
         Tokenizer.load(path)
     (tmp_path / "empty").mkdir()
+    with pytest.raises(WeightError, match=r"neither config\.json nor a tokenizer: name a model's folder"):
+        Tokenizer.load(tmp_path / "empty")  # somebody named the folder above: the tokenizer is not what is missing
+    (tmp_path / "empty" / "config.json").write_text("{}")
     with pytest.raises(WeightError, match="no tokenizer"):
         Tokenizer.load(tmp_path / "empty")
 
