@@ -124,6 +124,7 @@ def main() -> int:
     )
     parser.add_argument("--long", action="store_true", help="prompts of 1000 to 1700 tokens in steps of up to 2048")
     parser.add_argument("--swap", action="store_true", help="only this: more than there is room for, with swap_space")
+    parser.add_argument("--blocks", type=int, help="of the KV cache: several runs of this script may share a card then")
     parser.add_argument("--backend", default="local", choices=("local", "ray"))
     args = parser.parse_args()
     torch.set_num_threads(4)  # tiny models: more wait for each other, and for whatever else runs on the host
@@ -152,7 +153,8 @@ def main() -> int:
                     folder, tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size,
                     dtype="float32", skip_tokenizer_init=True, distributed_executor_backend=args.backend,
                     enforce_eager=eager, max_num_seqs=8, max_num_batched_tokens=2048 if args.long else 64,
-                    gpu_memory_utilization=0.2, **(experts if layout[-1] in WAYS else {}),
+                    gpu_memory_utilization=0.2, num_gpu_blocks_override=args.blocks,
+                    **(experts if layout[-1] in WAYS else {}),
                 ) as llm:  # fmt: skip
                     params = SamplingParams(temperature=0.0, max_tokens=24, ignore_eos=True, detokenize=False)
                     outputs = llm.generate(prompts, params, use_tqdm=False)
