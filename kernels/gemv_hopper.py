@@ -38,7 +38,7 @@ MAX_TOKENS = 64
 FETCH_REGISTERS = 24
 # Of all threads while they start (those that multiply then share what those that fetch give back): few enough that
 # programs of the kernels before and after have room on the same multiprocessor.
-START_REGISTERS, MORE_REGISTERS, MANY_SUMS = 64, 96, 4096
+START_REGISTERS, MORE_REGISTERS, MANY_SUMS = 64, 96, 2048
 
 
 @gluon.jit

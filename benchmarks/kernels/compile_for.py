@@ -26,6 +26,8 @@ from argosy.kernels import (
     fp8_reference,
     fp8_split,
     gemv,
+    gemv_ahead,
+    gemv_hopper,
     group_push,
     group_sum,
     hopper_attention,
@@ -47,6 +49,7 @@ from argosy.kernels import (
     warp_decode,
 )
 from argosy.kernels.fp8_reference import E4M3, Fp8Rows, Fp8Weight, Rounding
+from argosy.kernels.outlet import Outlet
 
 BF16 = torch.bfloat16
 CPU = torch.device("cpu")
@@ -186,6 +189,31 @@ def linear(report: Callable[..., None]) -> None:
             report(f"linear {num_in}x{num_out}, {tokens} tokens", gemv.fused_linear, x, weight)
 
 
+def ahead(report: Callable[..., None]) -> None:
+    """Products whose first weights come before the wait, some of which send their sums."""
+    bases, counters = torch.zeros(4, dtype=torch.int64), torch.zeros(group_push.MAX_ROWS, dtype=torch.int32)
+    for num_in, num_out, gated in ((4096, 28672, True), (2048, 4096, False), (7168, 4096, False)):
+        for dtype in (BF16, E4M3):
+            sizes = {"rows": 2, "width": tuning.next_power_of_two(num_in), "stages": 3, "warps": 4, "per_sm": 4}
+            x, weight = torch.zeros(1, num_in, dtype=BF16), torch.zeros(num_out, num_in, dtype=dtype)
+            out = torch.zeros(1, num_out // (1 + gated), dtype=BF16)
+            scale = torch.ones(num_out) if dtype == E4M3 else None
+            for outlet in (None,) if gated or scale is not None else (None, Outlet(bases, counters, 0, 0)):
+                name = f"{num_in}x{num_out}, 1 token, {dtype}{', sent' * (outlet is not None)}"
+                report(name, gemv_ahead.linear, x, weight, None, out, sizes, scale_O=scale, gated=gated, outlet=outlet)
+        for tokens, rows, stages in ((8, 128, 6), (64, 128, 4), (64, 64, 6)):
+            sizes = {"rows": rows, "stages": stages, "programs": 132}
+            x, weight = torch.zeros(tokens, num_in, dtype=BF16), torch.zeros(num_out, num_in, dtype=BF16)
+            out = torch.zeros(tokens, num_out // (1 + gated), dtype=BF16)
+            for outlet in (None,) if gated else (None, Outlet(bases, counters, 0, 0)):
+                name = f"{num_in}x{num_out}, {tokens} tokens, {sizes}{', sent' * (outlet is not None)}"
+                report(name, gemv_hopper.linear, x, weight, None, out, sizes, gated=gated, outlet=outlet)
+            if not gated:
+                scales = torch.ones(tokens, 1), torch.ones(num_out)
+                name = f"e4m3 {num_in}x{num_out}, {tokens} tokens, {sizes}"
+                report(name, gemv_hopper.linear, x.to(E4M3), weight.to(E4M3), None, out, sizes, scales=scales)
+
+
 def group(report: Callable[..., None]) -> None:
     """Sums over a group by words that bring their turn, and products of its ranks in pieces."""
     for world, width in ((2, 4096), (4, 4096), (4, 8192)):
@@ -194,6 +222,8 @@ def group(report: Callable[..., None]) -> None:
         for scatter in (False, True):
             report(f"sum of {width} over {world}{', shared out' * scatter}", group_push.push_add_norm, bases, counters,
                    0, x, x, x[0], 1e-5, inbox_at=1024, scatter=scatter)  # fmt: skip
+        report(f"sum of {width} over {world}, sent by products", group_push.push_add_norm, bases, counters, 0, x, x,
+               x[0], 1e-5, inbox_at=1024, sent=True)  # fmt: skip
     weight = torch.zeros(14336, 4096, dtype=BF16)
     for tokens in (8, 32, 64):
         x = torch.zeros(tokens, 4096, dtype=BF16)
@@ -341,6 +371,7 @@ def packed_vector(report: Callable[..., None]) -> None:
 HOPPER_SIZES = ((2, 4, 64, 132), (2, 4, 256, 0))
 PARTS = {
     "attention": attention, "alone": alone, "prompts": prompts, "linear": linear, "gate": gate, "group": group,
+    "ahead": ahead,
     "fp8": fp8, "experts": experts, "packed": packed, "packed_many": packed_many, "packed_vector": packed_vector,
 }  # fmt: skip
 

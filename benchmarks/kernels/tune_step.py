@@ -19,9 +19,9 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from bench_kernels import STEPS, Step, rand
+from few_sizes import LIBRARY, ahead_sizes, hopper_sizes, short
 from timing import copies_for, microseconds
 from torch import Tensor
-from tune_group import LIBRARY, ahead_sizes, hopper_sizes, short
 
 from argosy.kernels import gemv, ops, tuning
 
