@@ -167,6 +167,7 @@ def linear(
     if outlet is not None:
         assert rows % 2 == num_outputs % 2 == 0
         assert not residual
+        assert not outlet.scatter  # one row is few bytes
         where = outlet.bases_W, outlet.counters, outlet.inbox_at // 8, outlet.rank
         outlet.sent = True
     programs = min(-(-num_outputs // rows), tuning.device_facts(x_TI.device).num_sms * sizes["per_sm"])

@@ -50,6 +50,12 @@ def _next(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
+def _before(slot, STAGES: gl.constexpr):
+    """The place before. (A name for it would not be carried from turn to turn where it begins as the same value.)"""
+    return gl.where(slot == 0, STAGES - 1, slot - 1)
+
+
+@gluon.jit
 def _ask(
     w_desc, w_smem, full, slot, tile, block, num_outputs,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, GATED: gl.constexpr,
@@ -104,9 +110,9 @@ def _fetch(
 @gluon.jit
 def _send(
     made, turn, tile, num_tokens, num_outputs, bases_ptr, inbox, rank,
-    TOKENS: gl.constexpr, OUTPUTS: gl.constexpr, WORLD: gl.constexpr,
+    TOKENS: gl.constexpr, OUTPUTS: gl.constexpr, WORLD: gl.constexpr, SCATTER: gl.constexpr,
 ):  # fmt: skip
-    """A tile's sums to all ranks, two numbers and their turn in a word: see `group_push`."""
+    """A tile's sums to all ranks or to those who sum the rows, two numbers and their turn in a word: `group_push`."""
     bits = gl.reshape(made.to(gl.int16, bitcast=True).to(gl.int64) & 0xFFFF, [OUTPUTS // 2, 2, TOKENS])
     low, high = gl.split(gl.permute(bits, (0, 2, 1)))
     in_words: gl.constexpr = low.type.layout
@@ -117,9 +123,13 @@ def _send(
     num_pairs = num_outputs // 2
     place = ((rank * INBOX_ROWS + token) * num_pairs)[None, :] + pair[:, None]
     kept = (token < num_tokens)[None, :] & (pair < num_pairs)[:, None]
-    for peer in gl.static_range(WORLD):
-        box = gl.load(bases_ptr + peer).to(gl.pointer_type(gl.int64)) + inbox
-        gl.store(box + place, word, mask=kept)
+    if SCATTER:
+        box = gl.load(bases_ptr + token % WORLD).to(gl.pointer_type(gl.int64)) + inbox
+        gl.store(box[None, :] + place, word, mask=kept)
+    else:
+        for peer in gl.static_range(WORLD):
+            box = gl.load(bases_ptr + peer).to(gl.pointer_type(gl.int64)) + inbox
+            gl.store(box + place, word, mask=kept)
 
 
 @gluon.jit
@@ -128,6 +138,7 @@ def _multiply(
     w_smem, full, empty, per, total, num_blocks, num_tokens, num_outputs, stride_out,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr, BIAS: gl.constexpr,
     GATED: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, WORLD: gl.constexpr,
+    SCATTER: gl.constexpr,
 ):  # fmt: skip
     STEP: gl.constexpr = 256 // x_smem.dtype.primitive_bitwidth
     acc_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, STEP])
@@ -147,16 +158,14 @@ def _multiply(
         tile = at // num_blocks
         count = gl.minimum((tile + 1) * num_blocks, end) - at
         acc = gl.zeros([ROWS, TOKENS], gl.float32, acc_in)
-        last = slot
         for i in range(count):
             mbarrier.wait(full.index(slot), phase)
             acc = warpgroup_mma(w_smem.index(slot), x_smem.index(slot).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
-            mbarrier.arrive(empty.index(last), pred=i > 0)
-            last = slot
+            mbarrier.arrive(empty.index(_before(slot, STAGES)), pred=i > 0)
             slot, phase = _next(slot, phase, STAGES)
         acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(last))
+        mbarrier.arrive(empty.index(_before(slot, STAGES)))
         whole = count == num_blocks
         if SHARED and count < num_blocks:
             here = gl.arange(0, ROWS, gl.SliceLayout(1, acc_in))[:, None] * TOKENS
@@ -201,7 +210,9 @@ def _multiply(
                 y += gl.convert_layout(before, y.type.layout).to(gl.float32)
             made = gl.convert_layout(y.to(out_ptr.dtype.element_ty), out_in)
             if WORLD:
-                _send(made, turn, tile, num_tokens, num_outputs, bases_ptr, inbox, rank, TOKENS, OUTPUTS, WORLD)
+                _send(
+                    made, turn, tile, num_tokens, num_outputs, bases_ptr, inbox, rank, TOKENS, OUTPUTS, WORLD, SCATTER
+                )
             else:
                 gl.store(to, made, mask=kept)
         at += count
@@ -213,7 +224,7 @@ def _gemv_hopper_kernel(
     rank, per, total, num_blocks, num_tokens, num_outputs, stride_out,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, COLUMNS: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
     BIAS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr, WORLD: gl.constexpr,
-    EARLY: gl.constexpr, FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    SCATTER: gl.constexpr, EARLY: gl.constexpr, FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TOKENS, COLUMNS], x_desc.layout)
     w_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, ROWS, COLUMNS], w_desc.layout)
@@ -226,7 +237,7 @@ def _gemv_hopper_kernel(
         (_multiply, (
             out_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, part_ptr, counter_ptr, bases_ptr, turn_ptr, inbox, rank,
             x_smem, w_smem, full, empty, per, total, num_blocks, num_tokens, num_outputs, stride_out, ROWS, TOKENS,
-            STAGES, SCALED, BIAS, GATED, RESIDUAL, SHARED, WORLD,
+            STAGES, SCALED, BIAS, GATED, RESIDUAL, SHARED, WORLD, SCATTER,
         )),
         (_fetch, (
             x_desc, w_desc, x_smem, w_smem, full, empty, per, total, num_blocks, num_outputs, ROWS, TOKENS, COLUMNS,
@@ -300,7 +311,8 @@ def linear(
         num_tokens, num_outputs, out_TO.stride(0),
         ROWS=rows, TOKENS=tokens, COLUMNS=columns, STAGES=sizes["stages"], SCALED=scales is not None,
         BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual, SHARED=shared,
-        WORLD=0 if outlet is None else outlet.bases_W.shape[0], EARLY=bool(sizes.get("early", 0)),
+        WORLD=0 if outlet is None else outlet.bases_W.shape[0], SCATTER=outlet is not None and outlet.scatter,
+        EARLY=bool(sizes.get("early", 0)),
         FETCH_REGISTERS=FETCH_REGISTERS, num_warps=4,
         maxnreg=MORE_REGISTERS if rows * tokens > MANY_SUMS else START_REGISTERS, **tuning.overlap(x_TI.device),
     )  # fmt: skip

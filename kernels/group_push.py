@@ -174,7 +174,7 @@ def push_add_norm(
 
     `inbox_at`: byte of the shared buffers where `inbox_bytes` belong to this call. `scatter`: each rank keeps only its
     own rows of the residual up to date; the result is whole. `sent`: the product
-    sent it (not with `scatter`). `wait` false: all words are known to be there (tests).
+    sent it, to those who sum. `wait` false: all words are known to be there (tests).
     """
     num_rows, width = residual_TD.shape
     world = bases_W.shape[0]
@@ -184,7 +184,6 @@ def push_add_norm(
     assert residual_TD.stride(1) == 1
     assert residual_TD.stride(0) % 2 == 0
     assert part_TD.is_contiguous()
-    assert not (sent and scatter)
     out_TD = torch.empty((num_rows, width), dtype=residual_TD.dtype, device=residual_TD.device)
     block = tuning.next_power_of_two(width // 2)
     _push_kernel[(num_rows,)](

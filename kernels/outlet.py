@@ -13,4 +13,5 @@ class Outlet:
     counters: Tensor  # int32, the turns of rows that are over
     rank: int
     inbox_at: int  # byte of a buffer
+    scatter: bool = False  # each row to the rank that sums it, row % ranks; else all to all
     sent: bool = False

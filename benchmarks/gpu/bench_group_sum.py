@@ -82,7 +82,7 @@ def check_sent(parallel: ParallelContext, sums: GroupSum, norm: RMSNorm, width: 
     torch.manual_seed(parallel.rank.tp_rank)
     weights = [torch.randn(width, 512, device=device).bfloat16() / 16 for _ in range(2)]
     for step in range(200):
-        num = rng.choice([num for num in (1, 2, 3, 7, 8, 16, 32) if sums.outlet(0, num) is not None])
+        num = rng.choice([num for num in (1, 2, 3, 7, 8, 16, 32, 33, 64) if sums.outlet(0, num) is not None])
         early, turn = rng.choice([0, 1]), step % 2
         torch.manual_seed(step * 8 + parallel.rank.tp_rank)
         x_TI = torch.randn(num, 512, dtype=torch.bfloat16, device=device)

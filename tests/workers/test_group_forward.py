@@ -49,7 +49,7 @@ def test_the_way_of_a_sum_follows_from_its_bytes(
     ranks: int, width: int, dtype: torch.dtype, sent: int, ways: dict[int, str]
 ) -> None:
     """As measured on H200; where no row is sent with its flags, no memory is kept for that. Products may send up to
-    `sent` rows, each of which is whole on every rank then."""
+    `sent` rows to all, and more where each row goes to the one who sums it."""
     asked_bytes: list[int] = []
     parallel: Any = SimpleNamespace(
         rank=SimpleNamespace(tp_rank=0), tp_size=ranks, device=torch.device("cpu"),
@@ -62,5 +62,7 @@ def test_the_way_of_a_sum_follows_from_its_bytes(
     parts = (NUM_PARTS + 1) * 4096 * width * dtype.itemsize
     assert (asked_bytes[0] - parts > 4 << 20) == sums.pushes == (sent > 0)
     sums.sends = True
-    assert [rows for rows in range(80) if sums.outlet(0, rows) is not None] == list(range(1, sent + 1))
-    assert not any("scatter" in sums.way_of(rows) for rows in range(1, sent + 1))
+    outlets = [(rows, sums.outlet(0, rows)) for rows in range(80)]
+    assert [rows for rows, outlet in outlets if outlet and not outlet.scatter] == list(range(1, sent + 1))
+    scattered = [rows for rows in range(65) if sent and "scatter" in sums.way_of(rows)]
+    assert [rows for rows, outlet in outlets if outlet and outlet.scatter] == scattered

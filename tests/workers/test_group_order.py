@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from argosy.kernels import group_push
+from argosy.kernels.outlet import Outlet
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.layers.group_sum import SCATTER_ROWS, GroupSum
 from argosy.workers.models.group_forward import GroupForward
@@ -130,7 +131,7 @@ class Ranks:
         sums = GroupSum(parallel, max_tokens=self.max_tokens, width=WIDTH, max_rows=8, dtype=torch.float32)
         sums.sends = True
         sums._kernels = SimpleNamespace(FLAG_BYTES=FLAG_BYTES, sum_add_norm=self._sum_add_norm)  # type: ignore[assignment]
-        sums._push = SimpleNamespace(push_add_norm=self._push_add_norm, MAX_ROWS=64 * (self.way == "push"))  # type: ignore[assignment]
+        sums._push = SimpleNamespace(push_add_norm=self._push_add_norm, MAX_ROWS=64 * bool(self.way))  # type: ignore[assignment]
         if self.way is not None:
             sums.way_of = lambda *args, **kwargs: self.way  # type: ignore[method-assign,return-value]
         layers: Any = []
@@ -194,10 +195,13 @@ class Ranks:
         made_TD = self._by_messages(rank, part_TD, residual_TD, weight_D, eps, places, result, add, scatter, sent)
         return made_TD.clone()
 
-    def _send(self, rank: int, inbox_at: int, part_TD: Tensor) -> None:
+    def _send(self, rank: int, outlet: Outlet, part_TD: Tensor) -> None:
         """What a product does that has an outlet."""
+        assert outlet.scatter == (self.way == "push scatter")
         for peer in range(self.num_ranks):
-            self._of(peer, inbox_at + rank * group_push.MAX_ROWS * WIDTH * 4, len(part_TD)).copy_(part_TD)
+            rows = slice(peer, None, self.num_ranks) if outlet.scatter else slice(None)
+            inbox = self._of(peer, outlet.inbox_at + rank * group_push.MAX_ROWS * WIDTH * 4, len(part_TD))
+            inbox[rows] = part_TD[rows]
         self.meetings.come(rank)  # from now on a peer may go on to its next sum
 
     def _by_messages(
@@ -234,7 +238,7 @@ class Ranks:
 class _Product:
     """In place of attention and MLP."""
 
-    def __init__(self, weight_DD: Tensor, send: Callable[[int, Tensor], None]):
+    def __init__(self, weight_DD: Tensor, send: Callable[[Outlet, Tensor], None]):
         self._weight_DD, self._send = weight_DD, send
 
     def part(self, x_TD: Tensor, *rest: Any) -> None:
@@ -243,7 +247,7 @@ class _Product:
         if outlet is None:
             out_TD.copy_(x_TD @ self._weight_DD)
         else:
-            self._send(outlet.inbox_at, x_TD @ self._weight_DD)
+            self._send(outlet, x_TD @ self._weight_DD)
             outlet.sent = True
 
 
@@ -278,8 +282,8 @@ def test_a_rank_that_is_ahead_overwrites_nothing_that_others_read(
 def test_nothing_that_was_sent_is_overwritten_before_it_was_read(
     monkeypatch: pytest.MonkeyPatch, way: str, num_ranks: int, num_tokens: int, is_last_stage: bool
 ) -> None:
-    """Inboxes and stages of three sums take turns, and nobody asks whether the one before was emptied. Products send to
-    all by themselves; the embedding's sum sends its own."""
+    """Inboxes and stages of three sums take turns, and nobody asks whether the one before was emptied. Products send by
+    themselves; the embedding's sum sends its own."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda *args, **kwargs: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda *args, **kwargs: None)
     monkeypatch.setattr(group_push, "suits", lambda *args: True)  # so that there are inboxes for 32 bits too
@@ -288,7 +292,7 @@ def test_nothing_that_was_sent_is_overwritten_before_it_was_read(
     for slow in range(num_ranks):
         group = Ranks(num_ranks, slow, is_last_stage=is_last_stage, max_tokens=64, way=way)
         found = group.run(steps)
-        assert group.num_sent == (0 if way != "push" else num_ranks * len(steps) * 2 * NUM_LAYERS)
+        assert group.num_sent == num_ranks * len(steps) * 2 * NUM_LAYERS
         for made in found:
             for step, made_TD in zip(steps, made, strict=True):
                 torch.testing.assert_close(made_TD, group.expected(step), atol=1e-4, rtol=1e-4)

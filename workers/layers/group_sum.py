@@ -72,12 +72,14 @@ class GroupSum:
         return self._view(self._kernels.FLAG_BYTES + which * self._part_bytes, num_tokens)
 
     def outlet(self, which: int, num_tokens: int) -> Outlet | None:
-        """Where a product that would go to `part` may be sent at once, if so many rows are summed by every rank."""
-        most = min(self._push.MAX_ROWS, PUSH_NUMBERS // (self._world * self._width))
-        if not self.sends or not self._each_inbox or not 0 < num_tokens <= most:
+        """Where a product that would go to `part` may be sent at once, if so many rows are."""
+        # whose residuals are whole must be the same for all sums of a step, also for those whose product is not sent
+        scatter = "scatter" in self.way_of(num_tokens)
+        most = self._push.MAX_ROWS if scatter else PUSH_NUMBERS // (self._world * self._width)
+        if not self.sends or not self._each_inbox or not 0 < num_tokens <= min(most, self._push.MAX_ROWS):
             return None
         return Outlet(
-            self._buffer.addresses_W, self._counters, self._rank, self._inbox_bytes + which * self._each_inbox
+            self._buffer.addresses_W, self._counters, self._rank, self._inbox_bytes + which * self._each_inbox, scatter
         )
 
     def add_norm(
@@ -99,9 +101,10 @@ class GroupSum:
         `sent`: the product sent its numbers (`outlet`). `way` overrides `way_of` (benchmarks).
         """
         num_tokens = residual_TD.shape[0]
-        way = way or ("push" if sent else self.way_of(num_tokens, whole=whole, asked=asked is not None))
+        way = way or self.way_of(num_tokens, whole=whole, asked=asked is not None)
+        if sent:
+            way = way.replace("pull", "push")
         scatters = way.endswith("scatter")
-        assert not sent or way == "push"
         if way.startswith("push"):
             made_TD = self._push.push_add_norm(
                 self._buffer.addresses_W, self._counters, self._rank, self.part(which, num_tokens), residual_TD,
