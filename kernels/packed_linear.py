@@ -1,7 +1,7 @@
 """Products with weights of 4 or 8 bits, by the number of tokens. Meaning: `packed_reference.linear`.
 
-    1              `packed_vector` on Hopper: bound by reading the weight; with gate, bias and residual in one launch
-    1 to 16        `packed_few`: the same
+    1              `packed_vector` on Hopper
+    1 to 16        `packed_few`: bound by reading the weight; both with gate, bias and residual in one launch
     to some 100    `packed_hopper`, elsewhere `packed_many`: 16 bits are made on the way to the tensor cores
     more           the weight becomes 16 bits in memory, a slice at a time, and cuBLAS multiplies
 

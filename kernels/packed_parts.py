@@ -110,23 +110,20 @@ ASM_PLANES_BF16 = tl.constexpr(_planes(*_MASKS_BF16, "bf16", _SHIFTS_BF16, "0x41
 ASM_PLANES_FP16 = tl.constexpr(_planes(*_MASKS_FP16, "f16", _SHIFTS_FP16, "0x4c004c00"))
 
 
-def _unit(
-    mask: str, magic: str, kind: str, shifts: tuple[str, ...], ones: str, sixteen: str = "", less: str = ""
-) -> str:
-    """A unit of 16 x 64 by one token: $0-$3 sums of BASE + q by the tensor cores, $4-$7 sums of the inputs, by ones.
+def _unit(mask: str, magic: str, kind: str, shifts: tuple[str, ...], sixteen: str = "", less: str = "") -> str:
+    """A unit of 16 x 64 by one token: $0-$3 sums of BASE + q by the tensor cores.
 
-    $8-$11: a lane's words; $12-$19: its pairs of inputs, 8 columns apart. With `sixteen`, numbers of 8 bits less 128,
-    as `_both` makes them; $20-$23: words of the high plane.
+    $4-$7: a lane's words; $8-$15: its pairs of inputs, 8 columns apart. With `sixteen`, numbers of 8 bits less 128,
+    as `_both` makes them; $16-$19: words of the high plane.
     """
-    lines = [f"mov.b32 one, {ones};", *(f"mov.f32 ${sum_}, 0f00000000;" for sum_ in range(8))]
+    lines = [f"mov.f32 ${sum_}, 0f00000000;" for sum_ in range(4)]
     if sixteen:
         lines += [f"mov.b32 sixteen, {sixteen};", f"mov.b32 less, {less};"]
-    product = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
     for half in range(2):
         for quarter, selector in enumerate(("0x5410", "0x7632")):
-            lines.append(f"prmt.b32 lo, ${8 + 2 * half}, ${9 + 2 * half}, {selector};")
+            lines.append(f"prmt.b32 lo, ${4 + 2 * half}, ${5 + 2 * half}, {selector};")
             if sixteen:
-                lines.append(f"prmt.b32 hi, ${20 + 2 * half}, ${21 + 2 * half}, {selector};")
+                lines.append(f"prmt.b32 hi, ${16 + 2 * half}, ${17 + 2 * half}, {selector};")
             for field, shift in enumerate(shifts):
                 for source, to in (("lo", f"f{field}"), ("hi", "u"))[: 2 if sixteen else 1]:
                     if shift:
@@ -134,19 +131,31 @@ def _unit(
                     lines.append(f"lop3.b32 {to}, {'t' if shift else source}, {mask}, {magic}, 0xea;")
                 if sixteen:
                     lines.append(f"fma.rn.{kind}x2 u, u, sixteen, less;\nadd.rn.{kind}x2 f{field}, u, f{field};")
-            inputs = 12 + 4 * half + 2 * quarter
-            for left, first in (("f0, f2, f1, f3", 0), ("one, one, one, one", 4)):
-                to = ", ".join(f"${first + i}" for i in range(4))
-                lines.append(f"{product} {{{to}}}, {{{left}}}, {{${inputs}, ${inputs + 1}}}, {{{to}}};")
-    return "\n".join(["{", ".reg .b32 lo, hi, t, u, one, sixteen, less, f0, f1, f2, f3;", *lines, "}"])
+            lines.append(_by_tensor_cores(kind, "f0, f2, f1, f3", 8 + 4 * half + 2 * quarter))
+    return "\n".join(["{", ".reg .b32 lo, hi, t, u, sixteen, less, f0, f1, f2, f3;", *lines, "}"])
 
 
-UNIT_BF16 = tl.constexpr(_unit(*_MASKS_BF16[:2], "bf16", _SHIFTS_BF16, "0x3f803f80"))
-UNIT_FP16 = tl.constexpr(_unit(*_MASKS_FP16[:2], "f16", _SHIFTS_FP16, "0x3c003c00"))
-BOTH_BF16 = tl.constexpr(_unit(*_MASKS_BF16[:2], "bf16", _SHIFTS_BF16, "0x3f803f80", *_BOTH_BF16))
-BOTH_FP16 = tl.constexpr(_unit(*_MASKS_FP16[:2], "f16", _SHIFTS_FP16, "0x3c003c00", *_BOTH_FP16))
-UNIT_OPERANDS = tl.constexpr(",".join(["=&f"] * 8 + ["r"] * 12))
-BOTH_OPERANDS = tl.constexpr(",".join(["=&f"] * 8 + ["r"] * 16))
+def _by_tensor_cores(kind: str, left: str, inputs: int) -> str:
+    product = f"mma.sync.aligned.m16n8k16.row.col.f32.{kind}.{kind}.f32"
+    return f"{product} {{$0, $1, $2, $3}}, {{{left}}}, {{${inputs}, ${inputs + 1}}}, {{$0, $1, $2, $3}};"
+
+
+def _sums(kind: str, ones: str) -> str:
+    """$0-$3: the sum of a unit's inputs, whose pairs are $4-$11: a product with ones."""
+    lines = [f"mov.b32 one, {ones};", *(f"mov.f32 ${sum_}, 0f00000000;" for sum_ in range(4))]
+    lines += [_by_tensor_cores(kind, "one, one, one, one", inputs) for inputs in (4, 6, 8, 10)]
+    return "\n".join(["{", ".reg .b32 one;", *lines, "}"])
+
+
+UNIT_BF16 = tl.constexpr(_unit(*_MASKS_BF16[:2], "bf16", _SHIFTS_BF16))
+UNIT_FP16 = tl.constexpr(_unit(*_MASKS_FP16[:2], "f16", _SHIFTS_FP16))
+BOTH_BF16 = tl.constexpr(_unit(*_MASKS_BF16[:2], "bf16", _SHIFTS_BF16, *_BOTH_BF16))
+BOTH_FP16 = tl.constexpr(_unit(*_MASKS_FP16[:2], "f16", _SHIFTS_FP16, *_BOTH_FP16))
+SUMS_BF16, SUMS_FP16 = tl.constexpr(_sums("bf16", "0x3f803f80")), tl.constexpr(_sums("f16", "0x3c003c00"))
+_SUMS = ["=&f"] * 4
+SUMS_OPERANDS = tl.constexpr(",".join(_SUMS + ["r"] * 8))
+UNIT_OPERANDS = tl.constexpr(",".join(_SUMS + ["r"] * 12))
+BOTH_OPERANDS = tl.constexpr(",".join(_SUMS + ["r"] * 16))
 _OUTPUTS = ",".join(["=&r"] * 8)
 TWO_WORDS = tl.constexpr(_OUTPUTS + ",r" * 4)
 PLANES_AND_PAIRS = tl.constexpr(_OUTPUTS + ",r" * 12)

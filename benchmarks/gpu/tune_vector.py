@@ -25,30 +25,27 @@ from argosy.kernels import packed_linear, packed_reference, tuning
 from argosy.kernels.packed_linear import FEW, VECTOR
 
 Sizes = dict[str, int]
-WAYS: dict[int, list[tuple[int, int, int, int]]] = {  # by bits: warps, blocks of each, places, programs together
-    4: [(8, 2, 4, 1), (8, 2, 5, 1), (8, 2, 6, 1), (8, 2, 3, 1), (8, 2, 11, 1), (8, 2, 4, 2), (8, 1, 8, 1), (8, 1, 6, 2),
-        (16, 1, 4, 1), (16, 1, 6, 1), (16, 2, 3, 1), (4, 2, 6, 2), (4, 2, 4, 4)],
-    8: [(8, 1, 4, 1), (8, 1, 5, 1), (8, 1, 6, 1), (8, 1, 3, 1), (8, 1, 11, 1), (8, 1, 4, 2), (8, 2, 3, 1),
-        (16, 1, 3, 1), (4, 1, 6, 2)],
+WAYS: dict[bool, list[tuple[int, int, int, int]]] = {  # gated: warps, blocks of each, tiles, steps ahead
+    True: [(4, 1, 2, 1), (4, 1, 2, 2), (8, 1, 2, 1), (8, 1, 2, 2), (4, 2, 2, 1), (8, 2, 2, 1), (2, 1, 2, 2)],
+    False: [(8, 2, 1, 2), (4, 2, 1, 2), (8, 1, 1, 2), (8, 2, 1, 1), (16, 1, 1, 2), (8, 1, 2, 2), (4, 1, 2, 2),
+            (4, 1, 1, 2)],
 }  # fmt: skip
 # tokens at once, of a piece at least, stages, warps: what holds less shared memory begins while the product before runs
 ATTENTION = [
-    {"block_l": block_l, "min_piece": piece, "per_sm": 1, "stages": stages, "warps": warps, "ahead": ahead}
-    for block_l, piece, stages, warps, ahead in (
-        (128, 512, 3, 4, 0), (64, 64, 3, 4, 1), (64, 128, 3, 4, 1), (128, 128, 3, 8, 1), (32, 32, 3, 4, 1),
-        (128, 512, 3, 8, 1), (64, 512, 3, 4, 0), (64, 64, 3, 4, 0), (64, 128, 3, 4, 0), (128, 512, 3, 8, 0),
-    )
-]  # fmt: skip
+    {"block_l": block_l, "min_piece": piece, "per_sm": 1, "stages": stages, "warps": warps}
+    for block_l, piece, stages, warps in ((64, 64, 3, 4), (32, 32, 3, 2), (64, 128, 3, 4), (32, 64, 4, 4))
+]
 KEEP = 0.998  # of the time before, or a change is noise
 PROCESSES = 14
 WORST = 0.2  # of the logits, beside the kernel for few tokens: the token before may be another one
 
 
-def ways_for(bits: int, num_in: int) -> list[Sizes]:
-    """What is tried for a shape: warps that share its blocks evenly."""
+def ways_for(name: str, num_in: int) -> list[Sizes]:
+    """What is tried for a product: warps that share its blocks evenly."""
     return [
-        {"kernel": VECTOR, "warps": warps, "blocks": blocks, "places": places, "per_sm": together, "early": 1}
-        for warps, blocks, places, together in WAYS[bits]
+        {"kernel": VECTOR, "warps": warps, "blocks": blocks, "tiles": tiles, "ahead": ahead, "early": early}
+        for warps, blocks, tiles, ahead in WAYS[name == "gate_up"]
+        for early in (1, 0)
         if num_in // 128 % (warps * blocks) == 0
     ]
 
@@ -63,7 +60,7 @@ def shapes_of(runner: Any) -> dict[str, tuple[int, int]]:
 
 def compile_part(shapes: dict[str, tuple[int, int]], bits: int, part: int) -> None:
     """Every n-th kernel, into the cache that the measuring process reads."""
-    jobs = [(name, shape, sizes) for name, shape in shapes.items() for sizes in ways_for(bits, shape[0])]
+    jobs = [(name, shape, sizes) for name, shape in shapes.items() for sizes in ways_for(name, shape[0])]
     for name, (num_in, num_out), sizes in itertools.islice(jobs, part, None, PROCESSES):
         words, pairs = packed_reference.shapes(num_out, num_in, bits=bits, group=128)
         weight = packed_reference.PackedWeight(
@@ -115,6 +112,22 @@ class Tuner:
             return float("inf")
         return min(timed(lambda: self.runner.graphs.run(1), 15)[0] for _ in range(3))
 
+    def try_all(
+        self, name: str, table: dict[str, Sizes], key: str, candidates: list[Sizes], best: float, deadline: float
+    ) -> float:
+        """Leaves what was fastest in the table; its time."""
+        for sizes in candidates:
+            if time.perf_counter() > deadline:
+                break
+            before, table[key] = table[key], sizes
+            found = self.measure()
+            print(f"{found:.4f} ms {'*' if found < best * KEEP else ' '} {name} {sizes} off {self.off:.4f}", flush=True)
+            if found < best * KEEP:
+                best = found
+            else:
+                table[key] = before
+        return best
+
 
 def main() -> int:
     """Load once, then try."""
@@ -151,36 +164,11 @@ def main() -> int:
         other.wait()
     print(f"compiled after {time.perf_counter() - began:.0f} s", flush=True)
     deadline = time.perf_counter() + args.seconds
-    tried = [("all", list(shapes)), *((name, [name]) for name in shapes)]
-    for title, names in tried:
-        candidates = ways_for(bits, shapes[names[0]][0])
-        for sizes in candidates[:1] if title == "all" else candidates:
-            before = {name: packed[tuner.key(shapes[name])] for name in names}
-            if before[names[0]] == sizes or time.perf_counter() > deadline:
-                continue
-            packed.update({tuner.key(shapes[name]): sizes for name in names})
-            found = tuner.measure()
-            print(
-                f"{found:.4f} ms {'*' if found < best * KEEP else ' '} {title} {sizes} off {tuner.off:.4f}", flush=True
-            )
-            if found < best * KEEP:
-                best = found
-            else:
-                packed.update({tuner.key(shapes[name]): old for name, old in before.items()})
     if args.attention:
-        table, key = tuner.table["paged_attention"], "h128_few"
-        for sizes in ATTENTION:
-            if time.perf_counter() > deadline + 15:
-                continue
-            old = table[key]
-            table[key] = sizes
-            found = tuner.measure()
-            print(f"{found:.4f} ms {'*' if found < best * KEEP else ' '} attention {sizes}", flush=True)
-            if found < best * KEEP:
-                best = found
-            else:
-                table[key] = old
-        print("attention:", table[key])
+        best = tuner.try_all("attention", tuner.table["paged_attention"], "h128_few", ATTENTION, best, deadline)
+        print("attention:", tuner.table["paged_attention"]["h128_few"])
+    for name, shape in shapes.items():
+        best = tuner.try_all(name, packed, tuner.key(shape), ways_for(name, shape[0]), best, deadline)
     tuner.measure()
     timeline(lambda: runner.graphs.run(1))  # type: ignore[union-attr]
     chosen = {tuner.key(shape): packed[tuner.key(shape)] for shape in shapes.values()}

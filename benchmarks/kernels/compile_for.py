@@ -356,13 +356,13 @@ def packed_many(report: Callable[..., None]) -> None:
 
 
 def packed_vector(report: Callable[..., None]) -> None:
-    """Products of one token with weights of 4 and 8 bits, by the ring."""
+    """Products of one token with weights of 4 and 8 bits."""
     for bits, dtype, half in ((4, BF16, False), (4, torch.float16, True), (8, BF16, True)):
         words, pairs = packed_reference.shapes(6144, 4096, bits=bits, group=128)
         scales = torch.zeros(pairs, dtype=torch.float16 if half else BF16)
         weight = packed_reference.PackedWeight(torch.zeros(words, dtype=torch.int32), scales, bits, 128, 4096, 6144)
         x, residual = torch.zeros(1, 4096, dtype=dtype), torch.zeros(1, 6144, dtype=dtype)
-        sizes = {"kernel": packed_linear.VECTOR, "warps": 8, "blocks": 8 // bits, "places": 5}
+        sizes = {"kernel": packed_linear.VECTOR, "warps": 8, "blocks": 1, "ahead": 2}
         report(f"{bits} bits, a token", packed_linear.linear, x, weight, residual_TO=residual, sizes=sizes)
         if (bits, dtype) == (4, BF16):
             report(f"{bits} bits, a token, gated", packed_linear.linear, x, weight, gated=True, sizes=sizes)

@@ -17,12 +17,12 @@ from argosy.kernels import packed_linear, packed_reference, packed_vector
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "compile_for.py"
 HAS_ASSEMBLER = (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists()
 Near = Callable[[Tensor, Tensor], None]
-SIZES = {"kernel": packed_linear.VECTOR, "warps": 8, "blocks": 1, "places": 6, "per_sm": 1, "early": 1}
+SIZES = {"kernel": packed_linear.VECTOR, "warps": 8, "blocks": 1, "tiles": 1, "ahead": 1, "early": 1}
 
 
 def make(num_in: int, num_out: int, scales: torch.dtype, bits: int = 4) -> packed_reference.PackedWeight:
     numbers = torch.randint(0, 1 << bits, (num_out, num_in), device="cuda")
-    scale = torch.rand(num_out, num_in // 128, device="cuda").to(scales) / 8 + 0.01
+    scale = (torch.rand(num_out, num_in // 128, device="cuda") + 0.1).to(scales) / (4 << bits)
     zero = torch.randint(0, 1 << bits, scale.shape, device="cuda").to(scales)
     return packed_reference.pack(numbers, scale, zero, bits=bits, group=128)
 
@@ -32,13 +32,13 @@ def make(num_in: int, num_out: int, scales: torch.dtype, bits: int = 4) -> packe
     ("bits", "num_in", "num_out", "sizes"),
     [
         (4, 1024, 24, {}),  # rows that fill no tile, fewer tiles than programs
-        (4, 1024, 4800, {"places": 3, "early": 0}),
-        (4, 4096, 2096, {"blocks": 2, "places": 5}),
-        (4, 4096, 6144, {"warps": 16, "blocks": 2, "places": 4}),
-        (4, 14336, 4096, {"blocks": 2, "places": 4, "per_sm": 2}),
-        (4, 2048, 96, {"warps": 4, "blocks": 2, "places": 9, "per_sm": 4}),
-        (8, 1024, 56, {"places": 5}),
-        (8, 4096, 2080, {"blocks": 2, "places": 3}),
+        (4, 1024, 4800, {"ahead": 2, "early": 0}),
+        (4, 4096, 2096, {"blocks": 2, "tiles": 2}),
+        (4, 4096, 6144, {"warps": 16, "blocks": 2, "ahead": 2}),
+        (4, 14336, 4096, {"blocks": 2, "tiles": 2, "ahead": 2}),
+        (4, 2048, 96, {"warps": 4, "blocks": 2}),
+        (8, 1024, 56, {"tiles": 2}),
+        (8, 4096, 2080, {"blocks": 2, "ahead": 2}),
     ],
 )
 @pytest.mark.parametrize("scales", [torch.float16, torch.bfloat16])
@@ -51,7 +51,8 @@ def test_one_token_times_a_plain_weight(
     x, bias = torch.randn(1, num_in, device="cuda").to(dtype), torch.randn(num_out, device="cuda").to(dtype)
     if not packed_vector.takes(x, weight):
         pytest.skip("for Hopper")
-    plain = packed_reference.dequantize(weight).double()
+    scale_OG, zero_OG = (one.double().repeat_interleave(128, 1) for one in packed_reference.scales_and_zeros(weight))
+    plain = (packed_reference.unpack(weight) - zero_OG) * scale_OG  # not rounded, as it is not on the card
     want = F.linear(x.double(), plain)
     assert_near(packed_linear.linear(x, weight, sizes=ways), want.to(dtype))
     assert_near(packed_linear.linear(x, weight, bias, sizes=ways), (want + bias.double()).to(dtype))
@@ -78,7 +79,7 @@ def test_products_that_follow_each_other_do_not_overtake(assert_near: Near) -> N
     def chain() -> Tensor:
         made = x
         for weight in weights:
-            made = F.normalize(packed_linear.linear(made, weight, sizes=SIZES | {"blocks": 2, "places": 4}), dim=-1)
+            made = F.normalize(packed_linear.linear(made, weight, sizes=SIZES | {"blocks": 2, "ahead": 2}), dim=-1)
         return made
 
     assert_near(chain(), want)
@@ -91,9 +92,24 @@ def test_products_that_follow_each_other_do_not_overtake(assert_near: Near) -> N
     assert_near(made, want)
 
 
+def test_sizes_are_for_any_shape_that_fills_the_card() -> None:
+    """Warps share all blocks evenly; fewer tiles than programs are left to others."""
+    for bits in (4, 8):
+        for num_in, num_out in ((4096, 6144), (14336, 4096), (3584, 8192), (7168, 8192), (1536, 4096), (5120, 2560)):
+            words, pairs = packed_reference.shapes(num_out, num_in, bits=bits, group=128)
+            weight = packed_reference.PackedWeight(
+                torch.empty(words, dtype=torch.int32, device="meta"),
+                torch.empty(pairs, dtype=torch.float16, device="meta"), bits, 128, num_in, num_out,
+            )  # fmt: skip
+            sizes = packed_vector.default_sizes(weight, 132)
+            assert sizes is not None
+            assert num_in // 128 % (sizes["warps"] * sizes["blocks"]) == 0
+            assert packed_vector.default_sizes(weight, num_out // 16 + 1) is None
+
+
 @pytest.mark.skipif(not HAS_ASSEMBLER, reason="this Triton came without NVIDIA's assembler")
-def test_it_compiles_for_a_hopper_card_and_leaves_room_for_the_kernel_after_it(tmp_path: Path) -> None:
-    """Two of them share a multiprocessor: 65,536 registers, 232,448 bytes."""
+def test_it_compiles_for_a_hopper_card_and_leaves_room_for_many_warps(tmp_path: Path) -> None:
+    """Sixteen at least on a multiprocessor, with nothing on the stack."""
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
     environment.pop("TRITON_INTERPRET", None)
     ran = subprocess.run(
