@@ -33,7 +33,7 @@ def ahead_sizes(num_in: int, item: int = 2) -> Iterator[Sizes]:
     for rows, warps in itertools.product((1, 2, 4, 8, 16), (4, 8)):
         if rows * width // (32 * warps) not in (32, 64, 128):
             continue
-        for stages, per_sm in itertools.product((3, 4, 6), (1, 2, 3, 4)):
+        for stages, per_sm in itertools.product((3, 4), (1, 2, 3, 4)):
             if 64 << 10 <= per_sm * stages * rows * width * item <= 200 << 10:
                 yield {"kernel": gemv.AHEAD, "rows": rows, "width": width, "stages": stages, "warps": warps,
                        "per_sm": per_sm, "prefetch": 0, "early": 0, "library": 0}  # fmt: skip

@@ -113,7 +113,7 @@ def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
         for name, rows in itertools.product(("o", "down"), (rows for rows in args.rows if rows <= 32)):
             for sizes in sizes_of(rows, *shapes[name], args.kernels):
                 for one in (sizes, *ahead_of(sizes, shapes[name][0])):
-                    try_once(rows, *shapes[name][:2], one, False, cards)
+                    try_once(rows, *shapes[name][:2], one, False, args.over)
     of_attention = itertools.product(ATTENTION, layouts if args.attention else ())
     for number, (sizes, layout) in enumerate(of_attention):
         if number % of == index:
@@ -265,7 +265,7 @@ def ahead_of(sizes: Sizes, num_in: int) -> list[Sizes]:
     if sizes["kernel"] == gemv.SPLIT:
         return [sizes | {"prefetch": prefetch} for prefetch in (0, 2048)]
     if sizes["kernel"] == gemv.AHEAD:
-        return [sizes | {"early": early} for early in (1, 2)]
+        return [sizes | {"early": 1}]
     if sizes["kernel"] == gemv.HOPPER:
         return [sizes | {"early": 1}]
     return [sizes | {"prefetch": 0}, sizes | {"prefetch": 1 << (2 * num_in).bit_length()}]
@@ -344,7 +344,7 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int, folder: str)
     own: dict[str, list[Sizes]] = {}
     jobs = [(rows, name) for rows in args.rows for name in shapes]
     jobs.sort(key=lambda job: -shapes[job[1]][0] * shapes[job[1]][1])
-    for rows, name in jobs[tp_rank :: args.cards]:
+    for rows, name in jobs[tp_rank :: args.over]:
         by_library, times = alone(shapes[name], rows, name, args.kernels)
         own[f"{name} {rows}"] = [LIBRARY, *(sizes for _, sizes in times[: args.best])]
         if name == "head":  # nothing stands before it that would wait: what is the fastest alone
@@ -352,11 +352,11 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int, folder: str)
         torch.cuda.empty_cache()
     Path(folder, f"{tp_rank}.json").write_text(json.dumps(own))
     # not before: NCCL's own thread breaks captures in the mode that `alone` uses
-    parallel = init_parallel(make_plan(1, args.cards, 1).ranks[tp_rank], f"127.0.0.1:{port}", device, 120.0)
-    if args.cards > 1:
+    parallel = init_parallel(make_plan(1, args.over, 1).ranks[tp_rank], f"127.0.0.1:{port}", device, 120.0)
+    if args.over > 1:
         dist.barrier(parallel.tp_group)
     ranked: dict[str, list[Sizes]] = {}
-    for rank in range(args.cards):
+    for rank in range(args.over):
         ranked |= json.loads(Path(folder, f"{rank}.json").read_text())
     if tp_rank == 0:
         print(f"alone: {time.perf_counter() - began:.1f} s", flush=True)
@@ -370,13 +370,13 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int, folder: str)
         chain.way = ""
         row = tune_chain(chain, rows, table, ranked, says=tp_rank == 0, attention=args.attention, sends=args.sends)
         if tp_rank == 0:
-            about = {"kernel": "group_step", "model": args.model, "cards": args.cards}
+            about = {"kernel": "group_step", "model": args.model, "cards": args.cards, "over": args.over}
             print(json.dumps(about | row | {"device": torch.cuda.get_device_name(device)}), flush=True)
             keys = {f"{i}x{o}x{gemv.bucket(r)}" for r in args.rows for i, o, _ in shapes.values()}
             Path(args.out).write_text(json.dumps({"gemv": {k: table[k] for k in sorted(keys) if k in table}}, indent=1))
     if tp_rank == 0:
         print(f"all: {time.perf_counter() - began:.1f} s", flush=True)
-    if args.cards > 1:
+    if args.over > 1:
         dist.barrier()
     destroy_parallel(parallel)
 
@@ -386,7 +386,7 @@ PICK = tuning.pick
 
 def compile_all(args: argparse.Namespace) -> None:
     """In as many processes as there are cores, on all cards."""
-    workers = min(56, os.cpu_count() or 1)
+    workers = min(24, os.cpu_count() or 1)
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
     others = [
         subprocess.Popen(
@@ -414,10 +414,12 @@ def main() -> None:
     )  # fmt: skip
     parser.add_argument("--sends", action="store_true", help="let products send their sums themselves")
     parser.add_argument("--no-attention", dest="attention", action="store_false", help="leave its sizes")
+    parser.add_argument("--over", type=int, help="run the steps over fewer cards than the shapes are of")
     parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache and stop")
     parser.add_argument("--compiled", action="store_true", help="Triton's cache is full already")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": be one of the compiling processes
     args = parser.parse_args()
+    args.over = args.over or args.cards
     if args.compile_part:
         index, of = map(int, args.compile_part.split("/"))
         compile_part(index, of, args)
@@ -433,7 +435,7 @@ def main() -> None:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(main_of_rank, (args, port, folder), nprocs=args.cards)
+        mp.spawn(main_of_rank, (args, port, folder), nprocs=args.over)
 
 
 if __name__ == "__main__":
