@@ -216,8 +216,9 @@ def main() -> None:
     args = parser.parse_args()
     path = Path(args.out)
     table = json.loads(path.read_text())
-    tune_step(table, args.rows)
-    path.write_text(json.dumps(table, indent=1, sort_keys=True))
+    for rows in args.rows:
+        tune_step(table, [rows])
+        path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
 
 
 if __name__ == "__main__":
