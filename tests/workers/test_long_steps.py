@@ -102,6 +102,8 @@ def test_slices_are_steps_of_their_own_and_make_up_the_whole() -> None:
             assert counts[: metadata.num_decode_rows] == [1] * metadata.num_decode_rows
             assert metadata.max_query_len == max(counts)
             assert metadata.max_context_len == int(metadata.context_len_R.max())
+            prompts = metadata.context_len_R[metadata.num_decode_rows :]  # what they have in the cache is made room for
+            assert metadata.num_context_tokens == int(prompts.sum())
             sampled += part.sampled.tolist()
             assert step.hidden_rows_S is not None
             assert [part.first + place for place in part.places] == step.hidden_rows_S[part.sampled].tolist()

@@ -19,6 +19,7 @@ from argosy.placement.calibration import default_calibration
 from argosy.placement.data_sheets import DATA_SHEETS
 from argosy.placement.model_families import shape_from_spec
 from argosy.placement.rank_memory import Serving, StageBytes, rank_memory
+from argosy.placement.step_memory import graph_bytes
 from argosy.placement.topology import Gpu
 from argosy.workers import memory
 from argosy.workers.device import MemoryReading
@@ -124,6 +125,20 @@ def test_the_cache_gets_what_the_share_leaves_beside_all_else(tmp_path: Path) ->
     assert ledger.room_bytes == pytest.approx(70 * GIB, abs=16)
     assert card.released
     assert rank.runner.kv_cache is None, "the block that the steps were tried with is given back"
+
+
+def test_steps_that_are_recorded_twice_are_reckoned_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those for rows of about one length come beside those for any."""
+    rank = InProcessRank(oracle_config(tmp_path, num_gpu_blocks_override=None), 4)
+    monkeypatch.setattr(memory, "graph_sizes", lambda runner: [1, 2, 4])
+    reckoned = []
+    for even in ([], [2, 4]):
+        monkeypatch.setattr(memory, "even_ladder", lambda most, spec, tp_size, even=even: even if most == 4 else [])
+        ledger = MemoryLedger(meter=FakeCard(used=GIB, step_bytes=2**20))
+        memory.measure_num_blocks(rank.runner, ledger)
+        reckoned.append(ledger.graph_bytes)
+    num_layers = rank.runner.spec.num_layers
+    assert reckoned[1] - reckoned[0] == graph_bytes(5, num_layers, 0) - graph_bytes(3, num_layers, 0) > 0
 
 
 def test_a_full_share_leaves_a_little_for_fragments() -> None:
