@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bench_gpu import COMMON, SHAPES
 from compare_methods import FORMATS
 from profile_step import decode, make_runner, start_rows, timed, timeline
 
@@ -25,10 +26,11 @@ from argosy.kernels import packed_linear, packed_reference, tuning
 from argosy.kernels.packed_linear import FEW, VECTOR
 
 Sizes = dict[str, int]
-WAYS: dict[bool, list[tuple[int, int, int, int]]] = {  # gated: warps, blocks of each, tiles, steps ahead
-    True: [(4, 1, 2, 1), (4, 1, 2, 2), (8, 1, 2, 1), (8, 1, 2, 2), (4, 2, 2, 1), (8, 2, 2, 1), (2, 1, 2, 2)],
-    False: [(8, 2, 1, 2), (4, 2, 1, 2), (8, 1, 1, 2), (8, 2, 1, 1), (16, 1, 1, 2), (8, 1, 2, 2), (4, 1, 2, 2),
-            (4, 1, 1, 2)],
+WAYS: dict[bool, list[tuple[int, int, int, int, int]]] = {  # gated: warps, blocks of each, tiles, steps ahead, early
+    True: [(4, 1, 2, 1, 1), (4, 1, 2, 2, 1), (8, 1, 2, 1, 1), (8, 1, 2, 2, 1), (4, 2, 2, 1, 0), (4, 1, 2, 1, 0),
+           (2, 1, 2, 2, 1)],
+    False: [(8, 2, 1, 2, 1), (4, 2, 1, 2, 1), (8, 1, 1, 2, 1), (8, 2, 1, 1, 0), (16, 1, 1, 2, 1), (8, 1, 2, 2, 1),
+            (4, 1, 1, 2, 1), (8, 2, 1, 2, 0)],
 }  # fmt: skip
 # tokens at once, of a piece at least, stages, warps: what holds less shared memory begins while the product before runs
 ATTENTION = [
@@ -44,18 +46,18 @@ def ways_for(name: str, num_in: int) -> list[Sizes]:
     """What is tried for a product: warps that share its blocks evenly."""
     return [
         {"kernel": VECTOR, "warps": warps, "blocks": blocks, "tiles": tiles, "ahead": ahead, "early": early}
-        for warps, blocks, tiles, ahead in WAYS[name == "gate_up"]
-        for early in (1, 0)
+        for warps, blocks, tiles, ahead, early in WAYS[name == "gate_up"]
         if num_in // 128 % (warps * blocks) == 0
     ]
 
 
-def shapes_of(runner: Any) -> dict[str, tuple[int, int]]:
+def shapes_of(model: str) -> dict[str, tuple[int, int]]:
     """(inputs, outputs) of the products of a layer."""
-    layer = next(iter(runner.model.layers.values()))
-    found = {"gate_up": layer.mlp.gate_up_proj, "down": layer.mlp.down_proj, "qkv": layer.attention.qkv_proj,
-             "o": layer.attention.o_proj}  # fmt: skip
-    return {name: (found_.num_in, found_.num_out_own) for name, found_ in found.items()}
+    facts: dict[str, Any] = {**COMMON, **SHAPES[model]}
+    width, inner, heads = facts["hidden_size"], facts["intermediate_size"], facts["num_attention_heads"]
+    size = facts.get("head_dim") or width // heads
+    return {"gate_up": (width, 2 * inner), "down": (inner, width),
+            "qkv": (width, (heads + 2 * facts["num_key_value_heads"]) * size), "o": (heads * size, width)}  # fmt: skip
 
 
 def compile_part(shapes: dict[str, tuple[int, int]], bits: int, part: int) -> None:
@@ -135,7 +137,7 @@ def main() -> int:
     parser.add_argument("--model", default="8b")
     parser.add_argument("--format", default="int4", choices=("int4", "int8"))
     parser.add_argument("--out", help="put what came out into this table")
-    parser.add_argument("--seconds", type=float, default=45.0, help="of trying; then what was best so far is written")
+    parser.add_argument("--seconds", type=float, default=60.0, help="then what was best so far is written")
     parser.add_argument("--attention", action="store_true", help="also sizes of attention for few rows")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # "i:json": compile every n-th kernel of the shapes
     args = parser.parse_args()
@@ -145,14 +147,14 @@ def main() -> int:
         compile_part(json.loads(shapes), bits, int(part))
         return 0
     began = time.perf_counter()
-    quantization, config = FORMATS[args.format]
-    runner = make_runner(args.model, 1, 256, quantization=quantization, checkpoint=config)
-    shapes = shapes_of(runner)
+    shapes = shapes_of(args.model)
     command = [sys.executable, __file__, "--format", args.format, "--part"]
     others = [
         subprocess.Popen([*command, f"{i}:{json.dumps(shapes)}"], env={**os.environ, "OMP_NUM_THREADS": "1"})
         for i in range(PROCESSES)
     ]
+    quantization, config = FORMATS[args.format]
+    runner = make_runner(args.model, 1, 256, quantization=quantization, checkpoint=config)
     tuner = Tuner(runner, bits)
     packed: dict[str, Sizes] = tuner.table["packed"]
     for shape in shapes.values():
@@ -163,7 +165,7 @@ def main() -> int:
     for other in others:
         other.wait()
     print(f"compiled after {time.perf_counter() - began:.0f} s", flush=True)
-    deadline = time.perf_counter() + args.seconds
+    deadline = began + args.seconds
     if args.attention:
         best = tuner.try_all("attention", tuner.table["paged_attention"], "h128_few", ATTENTION, best, deadline)
         print("attention:", tuner.table["paged_attention"]["h128_few"])
