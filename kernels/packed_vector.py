@@ -45,13 +45,13 @@ def _words(
     block = tile.to(gl.int64) * num_blocks + step * OWN
     inside = step < steps
     here = words_ptr + block * (256 * PLANES) + words_at
-    low = gl.load(here, inside, other=0)
+    low = gl.load(here, inside, other=0, cache_modifier=".cg")  # the first-level cache is for the token
     pairs_here = pairs_ptr + block * (16 * PLANES) + pairs_at
     pair = gl.load(pairs_here, inside, other=0)
     high = low
     over = pair
     if PLANES == 2:
-        high = gl.load(here + 256, inside, other=0)
+        high = gl.load(here + 256, inside, other=0, cache_modifier=".cg")
         over = gl.load(pairs_here + 16, inside, other=0)
     return low, high, pair, over
 
