@@ -34,33 +34,6 @@ from argosy.kernels.kv_scale_parts import (
 from argosy.kernels.shared_prefix import begin_with_prefix
 
 
-@triton.jit
-def _attend(
-    q, k, v, token, inside, context, largest, total, acc, slope, scale, soft_cap, k_factor, v_log, v_inverse_L,
-    SOFT_CAP: tl.constexpr, ALIBI: tl.constexpr, KV_SCALES: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """A tile of keys and values more: (largest logit, sum, weighted values)."""
-    LOG2E: tl.constexpr = 1.4426950408889634
-    logit = tl.dot(q, tl.trans(k), input_precision=PRECISION)
-    logit = logit * (k_factor[None, :] if KV_SCALES else scale if SOFT_CAP else scale * LOG2E)
-    if SOFT_CAP:
-        logit = (2.0 * tl.sigmoid(2.0 * (logit / soft_cap)) - 1.0) * (soft_cap * LOG2E)
-    if ALIBI:
-        logit += slope[:, None] * (token - context + 1).to(tl.float32)[None, :]
-    if KV_SCALES:
-        logit += v_log[None, :]
-    logit = tl.where(inside[None, :], logit, float("-inf"))
-    higher = tl.maximum(largest, tl.max(logit, 1))
-    weight = tl.exp2(logit - higher[:, None])
-    shrink = tl.exp2(largest - higher)
-    if KV_SCALES:
-        total = total * shrink + tl.sum(weight * v_inverse_L[None, :], 1)
-    else:
-        total = total * shrink + tl.sum(weight, 1)
-    acc = tl.dot(weight.to(q.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
-    return higher, total, acc
-
-
 # Lengths, and addresses inside a packed buffer, differ from step to step: a compiled variant for each divisibility by
 # 16 would be a stall of half a second in the middle of serving.
 @triton.jit(
@@ -106,7 +79,6 @@ def paged_attention_kernel(
     NATIVE: tl.constexpr,  # PTX may be used
     STAGED: tl.constexpr,  # how values of 8 bits become 16: see `numbers`
     PREFETCHED: tl.constexpr,  # tokens of a piece to ask for while that one runs
-    AHEAD: tl.constexpr,  # the first tile is in registers when the projection comes
     HEADS: tl.constexpr,  # power of two >= G
     JOIN: tl.constexpr,  # pieces that are joined at once
     ORDERED: tl.constexpr,
@@ -155,17 +127,9 @@ def paged_attention_kernel(
         if NORM_K:
             k_weight = tl.load(k_norm_ptr + dim, dim < H, other=0.0).to(tl.float32)
             k_other = tl.load(k_norm_ptr + partner, dim < H, other=0.0).to(tl.float32)
-    if AHEAD:
-        first_token = begin + tl.arange(0, BLOCK_L)
-        first_inside = first_token < end
-        first_block = tl.load(table_ptr + row * stride_table + first_token // S, first_inside, other=0).to(tl.int64)
-        first_place = ((first_block * S + first_token % S) * K + kv_head) * H
-        first_here = first_inside[:, None] & (dim < H)[None, :]
-        first_k = tl.load(k_cache_ptr + first_place[:, None] + dim[None, :], first_here, other=0.0)
-        first_v = tl.load(v_cache_ptr + first_place[:, None] + dim[None, :], first_here, other=0.0)
     if PDL and EARLY:
         if PREFETCHED > 0:
-            for start in range(begin + BLOCK_L * AHEAD, tl.minimum(end, begin + PREFETCHED), BLOCK_L):
+            for start in range(begin, tl.minimum(end, begin + PREFETCHED), BLOCK_L):
                 token = start + tl.arange(0, BLOCK_L)
                 block = tl.load(table_ptr + row * stride_table + token // S, token < end, other=0).to(tl.int64)
                 if KV_SCALES:
@@ -235,7 +199,6 @@ def paged_attention_kernel(
                     in_group, in_tile, K, G, H, GROUP, WIDTH, SHARED,
                 )  # fmt: skip
     q = for_cache(q, k_cache_ptr)
-    slope = largest
     if ALIBI:
         slope = tl.load(slopes_ptr + kv_head * G + head, in_group, other=0.0).to(tl.float32) * LOG2E
     if KV_SCALES:
@@ -246,17 +209,7 @@ def paged_attention_kernel(
         v_code_L = load_codes(v_cache_ptr, next_block, coming % S, kv_head, coming < end, K, H, S)
         coming += BLOCK_L
         next_block = tl.load(table_row + coming // S, coming < end, other=0).to(tl.int64)
-    else:  # names for `_attend`
-        k_factor = scale
-        v_log = scale
-        v_inverse_L = scale
-    if AHEAD:
-        largest, total, acc = _attend(
-            q, numbers(first_k, q.dtype, NATIVE, False), numbers(first_v, q.dtype, NATIVE, False), first_token,
-            first_inside, context, largest, total, acc, slope, scale, soft_cap, scale, scale, scale, SOFT_CAP,
-            ALIBI, False, PRECISION,
-        )  # fmt: skip
-    for start in tl.range(begin + BLOCK_L * AHEAD, end, BLOCK_L, num_stages=STAGES):
+    for start in tl.range(begin, end, BLOCK_L, num_stages=STAGES):
         token = start + tl.arange(0, BLOCK_L)
         inside = token < end
         block = tl.load(table_ptr + row * stride_table + token // S, inside, other=0).to(tl.int64)
@@ -275,10 +228,24 @@ def paged_attention_kernel(
         here = inside[:, None] if WIDTH == H else inside[:, None] & (dim < H)[None, :]
         k = numbers(tl.load(k_cache_ptr + place[:, None] + dim[None, :], here, other=0.0), q.dtype, NATIVE, False)
         v = numbers(tl.load(v_cache_ptr + place[:, None] + dim[None, :], here, other=0.0), q.dtype, NATIVE, STAGED)
-        largest, total, acc = _attend(
-            q, k, v, token, inside, context, largest, total, acc, slope, scale, soft_cap, k_factor, v_log, v_inverse_L,
-            SOFT_CAP, ALIBI, KV_SCALES, PRECISION,
-        )  # fmt: skip
+        logit = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+        logit = logit * (k_factor[None, :] if KV_SCALES else scale if SOFT_CAP else scale * LOG2E)
+        if SOFT_CAP:
+            logit = (2.0 * tl.sigmoid(2.0 * (logit / soft_cap)) - 1.0) * (soft_cap * LOG2E)
+        if ALIBI:
+            logit += slope[:, None] * (token - context + 1).to(tl.float32)[None, :]
+        if KV_SCALES:
+            logit += v_log[None, :]
+        logit = tl.where(inside[None, :], logit, float("-inf"))
+        higher = tl.maximum(largest, tl.max(logit, 1))
+        weight = tl.exp2(logit - higher[:, None])
+        shrink = tl.exp2(largest - higher)
+        if KV_SCALES:
+            total = total * shrink + tl.sum(weight * v_inverse_L[None, :], 1)
+        else:
+            total = total * shrink + tl.sum(weight, 1)
+        acc = tl.dot(weight.to(q.dtype), v, acc * shrink[:, None], input_precision=PRECISION)
+        largest = higher
 
     if SCALED:
         acc *= v_scale

@@ -127,10 +127,9 @@ def _launch(
     about_new = {
         "positions_ptr": context_len_R, "rotation_ptr": out_RNH, "q_norm_ptr": out_RNH, "k_norm_ptr": out_RNH,
         "slots_ptr": context_len_R, "eps": 0.0, "NEW": False, "ROTARY": 0, "INTERLEAVED": False, "NORM_Q": False,
-        "NORM_K": False, "EARLY": False, "PREFETCHED": 0, "AHEAD": False,
+        "NORM_K": False, "EARLY": False, "PREFETCHED": 0,
     } | (new or {})  # fmt: skip
     if few and about_new["EARLY"]:
-        about_new["AHEAD"] = bool(sizes.get("ahead", 0)) and not has_scales(k_cache_BSKH)
         about_new["PREFETCHED"] = 512  # not for many rows: their keys push each other out again (139 us instead of 102)
     paged_attention_kernel[(num_kv_heads, num_rows, splits)](
         q_ptr=q_RD, k_cache_ptr=k_cache_BSKH, v_cache_ptr=v_cache_BSKH, table_ptr=block_table_RB,

@@ -99,29 +99,6 @@ def test_decode_with_rotation_and_store_inside(
     assert not tuning.counters(device).any()
 
 
-@pytest.mark.parametrize("option", ["none", "window", "soft_cap"])
-@pytest.mark.parametrize("pieces", [1, 3])
-def test_the_first_tile_may_come_before_the_projection(
-    pieces: int, option: str, device: torch.device, assert_near: Near
-) -> None:
-    """For few rows: of a row in pieces, of one that is padding, of one with nothing but its new token."""
-    contexts = [53, 0, 1] if device.type == "cpu" else [1053, 0, 1, 64]
-    sizes = {"block_l": 16, "warps": 4, "stages": 3, "per_sm": 1, "splits": pieces, "ahead": 1}
-    k_cache, v_cache, table, context = paged(contexts, 16, 2, 64, torch.float16, device)
-    positions = (context.long() - 1).clamp(min=0)
-    slots = torch.where(context > 0, table.gather(1, positions[:, None] // 16)[:, 0] * 16 + positions % 16, -1)
-    qkv = torch.randn(len(contexts), (8 + 2 * 2) * 64, device=device).half()
-    options = {"num_heads": 8, "scale": 0.2} | chosen(option, 8, device)
-    want_caches = k_cache.clone(), v_cache.clone()
-    want = reference.decode_attention(qkv.clone(), positions, None, *want_caches, slots, table, context, **options)
-    for _ in range(2):
-        got = paged_attention.decode_attention(
-            qkv, positions, None, k_cache, v_cache, slots, table, context, inputs_early=True, sizes=sizes, **options
-        )
-        assert_near(got, want)
-    assert torch.equal(v_cache, want_caches[1])
-
-
 @pytest.mark.parametrize("stored_inside", [False, True])
 def test_whichever_row_comes_first_the_result_is_the_same(stored_inside: bool, device: torch.device) -> None:
     """Bit for bit, with padding and with contexts that are cut into pieces."""
