@@ -61,13 +61,13 @@ WAYS = {"e": "sum", "a": "all_to_all"}  # of tokens to whole experts on other ra
 def reference(folder: str, prompts: list[list[int]], num_tokens: int) -> list[list[int]]:
     """Greedy continuations by transformers in float32 on the CPU: prompts of one length at once, others one by one."""
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model.generation_config.eos_token_id = None  # `min_new_tokens` would keep it from being chosen
     equal = len({len(prompt) for prompt in prompts}) == 1
     answers = []
     for rows in [prompts] if equal else [[prompt] for prompt in prompts]:
         ids = torch.tensor(rows)
         out = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, min_new_tokens=num_tokens,
-            do_sample=False,
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=num_tokens, do_sample=False,
         )  # fmt: skip
         answers += out[:, ids.shape[1] :].tolist()
     return answers
