@@ -252,13 +252,15 @@ def paged_attention(
     kv_scales: tuple[float, float] = (1.0, 1.0),
     out_RNH: Tensor | None = None,
     order_R: Tensor | None = None,
+    likely_rows: int | None = None,
 ) -> Tensor:
     """Decode: one query token a row, the last of its context, against the paged cache. Returns [R, N, H].
 
     `context_len_R` (int32) counts this step's token; 0 marks a padding row, which gives zeros. `max_context` bounds the
     lengths on the host (default: what the block table can hold); it sizes the launch, never the result. `out_RNH`:
     where to write, contiguous (part of the output of a mixed step). `order_R` (int32): the rows, those with long
-    contexts first, so that none of them begins when the others are done; it changes no result.
+    contexts first, so that none of them begins when the others are done; it changes no result. Where most rows are
+    padding, `likely_rows` says for how many the contexts are cut into pieces.
     """
     if q_RNH.is_cuda:
         from argosy.kernels import paged_attention as kernel
@@ -266,7 +268,7 @@ def paged_attention(
         return kernel.paged_attention(
             q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, max_context=max_context,
             sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
-            kv_scales=kv_scales, out_RNH=out_RNH, order_R=order_R,
+            kv_scales=kv_scales, out_RNH=out_RNH, order_R=order_R, likely_rows=likely_rows,
         )  # fmt: skip
     attended = reference.paged_attention(
         q_RNH, k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale, sliding_window=sliding_window,
@@ -372,6 +374,7 @@ def prefill_attention(
     kv_scales: tuple[float, float] = (1.0, 1.0),
     out_TNH: Tensor | None = None,
     scratch: dict[Any, Any] | None = None,
+    num_queries: int | None = None,
     num_context_tokens: int = 0,
 ) -> Tensor:
     """Causal attention of ragged rows (any mix of prompts, chunks and single tokens) over the paged cache. [T, N, H].
@@ -380,7 +383,9 @@ def prefill_attention(
     Tokens past the last row are undefined. Many single tokens with long contexts are faster in `paged_attention`, which
     splits a context over the card; `out_TNH` (contiguous) lets both write into one output. `scratch` keeps what is the
     same for all layers of a step that have the same rows. `num_context_tokens`, the sum of `context_len_R` where the
-    host knows it, lets rows of a cache in 8 bits be unpacked once for all who read them (`kv_unpack`).
+    host knows it, lets rows of a cache in 8 bits be unpacked once for all who read them (`kv_unpack`). The first row
+    may begin behind some tokens, which are left alone, and any row may be empty; `num_queries` is then what a row may
+    have, where the mean says nothing.
     """
     if q_TNH.is_cuda:
         from argosy.kernels import prefill_attention as kernel
@@ -389,10 +394,15 @@ def prefill_attention(
             q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, scale=scale,
             sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
             kv_scales=kv_scales, out_TNH=out_TNH, scratch=scratch, num_context_tokens=num_context_tokens,
+            num_queries=num_queries,
         )  # fmt: skip
     attended = reference.prefill_attention(
         q_TNH, k_cache_BSKH, v_cache_BSKH, query_start_R1, context_len_R, block_table_RB, scale=scale,
         sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N, sinks_N=sinks_N,
         kv_scales=kv_scales,
     )  # fmt: skip
-    return attended if out_TNH is None else out_TNH.copy_(attended)
+    if out_TNH is None:
+        return attended
+    tokens = slice(int(query_start_R1[0]), int(query_start_R1[-1]))
+    out_TNH[tokens] = attended[tokens]
+    return out_TNH

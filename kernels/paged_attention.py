@@ -80,6 +80,7 @@ def _launch(
     out_RNH: Tensor | None = None,
     shared: SharedPrefix | None = None,
     order_R: Tensor | None = None,
+    likely_rows: int | None = None,
     new: dict[str, object] | None = None,
 ) -> Tensor:
     """`q_RD`: rows of queries, or with `new` (the kernel's arguments about the last token) of the fused projection."""
@@ -117,7 +118,10 @@ def _launch(
     min_piece = max(block_l, sizes.get("min_piece", 0) if facts.slug != "interpreter" else 0)
     splits = 1
     if groups <= tuning.MAX_COUNTERS:
-        splits = sizes.get("splits", 0) or choose_splits(groups, bound, min_piece, facts.num_sms, sizes["per_sm"])
+        splits = sizes.get("splits", 0) or choose_splits(
+            groups if likely_rows is None else likely_rows * num_kv_heads, bound, min_piece, facts.num_sms,
+            sizes["per_sm"],
+        )  # fmt: skip
     limit = {"maxnreg": sizes["maxnreg"]} if "maxnreg" in sizes else {}
     part = stats = counters = out_RNH
     if splits > 1:
@@ -173,6 +177,7 @@ def paged_attention(
     out_RNH: Tensor | None = None,
     shared_len_R: Tensor | None = None,
     order_R: Tensor | None = None,
+    likely_rows: int | None = None,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
     """Shapes as in `ops.paged_attention`; tokens of q may be strided (a view of the fused projection).
@@ -205,6 +210,7 @@ def paged_attention(
         q_RNH, q_RNH.shape[1], k_cache_BSKH, v_cache_BSKH, block_table_RB, context_len_R, scale=scale,
         max_context=max_context, sliding_window=sliding_window, soft_cap=soft_cap, alibi_slopes_N=alibi_slopes_N,
         sinks_N=sinks_N, sizes=sizes, kv_scales=kv_scales, out_RNH=out_RNH, shared=shared, order_R=order_R,
+        likely_rows=likely_rows,
     )  # fmt: skip
 
 

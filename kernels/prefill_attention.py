@@ -187,7 +187,7 @@ def _prefill_attention_kernel(
     query_start = tl.load(query_start_ptr + row)
     num_queries = tl.load(query_start_ptr + row + 1) - query_start
     first_query = (tile - query_start // BLOCK_Q - row) * BLOCK_Q
-    if first_query >= num_queries:
+    if (first_query >= num_queries) | (first_query < 0):  # the latter lie before the first row
         return
     context = tl.load(context_ptr + row)
 
@@ -279,6 +279,7 @@ def prefill_attention(
     scratch: dict[Any, Any] | None = None,
     num_context_tokens: int = 0,
     sizes: tuning.Sizes | None = None,
+    num_queries: int | None = None,
 ) -> Tensor:
     """Shapes as in `ops.prefill_attention`; tokens of q may be strided. Tokens past the last row are not written.
 
@@ -297,7 +298,7 @@ def prefill_attention(
     if num_tokens == 0 or num_rows == 0:
         return out_TNH
     width = tuning.next_power_of_two(head_size)
-    mean_queries = num_tokens // num_rows
+    mean_queries = num_tokens // num_rows if num_queries is None else num_queries
     # how many tiles of a row lie before the edge: contexts much longer than the queries have many
     prefixed = block_table_RB.shape[1] * block_size >= 4 * mean_queries
     many = "prefixed" if prefixed else "many"

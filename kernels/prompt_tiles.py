@@ -10,10 +10,16 @@ def plan_tiles(query_start_R1: Tensor, context_len_R: Tensor, num_tokens: int, b
     """int32 [X + 1, NUM_FACTS], for tiles of `block_q` positions of the rows that the two tensors (int32) describe.
 
     X bounds the tiles by what the host knows; those that there are not have no keys and come last. The last line says
-    how many there are. Some thirty small launches, once a step, and nothing waits for the device.
+    how many there are. Nothing waits for the device: on a GPU it is one launch, of many tiles some thirty small ones.
+    The first row may begin behind some tokens, and rows may be empty.
     """
     device, num_rows = context_len_R.device, context_len_R.shape[0]
     num_tiles = num_tokens // block_q + num_rows
+    if device.type == "cuda":
+        from argosy.kernels import tile_plan
+
+        if num_tiles <= tile_plan.MOST_TILES:
+            return tile_plan.plan_tiles(query_start_R1, context_len_R, num_tiles, block_q)
     starts_R = query_start_R1[:-1].long()
     counts_R = query_start_R1[1:] - starts_R
     tiles_R = -(-counts_R // block_q)

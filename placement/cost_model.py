@@ -14,6 +14,7 @@ from argosy.placement.calibration import Calibration
 from argosy.placement.data_sheets import DataSheet
 from argosy.placement.expert_traffic import exchange_numbers, least_tokens
 from argosy.placement.rank_memory import StageBytes
+from argosy.placement.step_memory import PROMPT_DECODES
 from argosy.placement.topology import Link
 
 _US: Final = 1e-6
@@ -109,6 +110,7 @@ class StageCost:
         self.overhead_seconds = (calibration.step_us if self.is_last else calibration.stage_us) * _US
         self._fixed_seconds = self.num_layers * (calibration.layer_us + extra) * _US + self.overhead_seconds
         self._row_seconds = calibration.row_us * _US * self.num_layers / shape.num_layers
+        self._recorded = serving.prompt_sizes(spec, tp_size, self.num_layers) if calibration.records_graphs else []
         self._eager_seconds = self.num_layers * calibration.eager_layer_us * _US + self.overhead_seconds
         host_rate = sheet.pcie_gbytes_per_second * 1e9 * calibration.host_link_efficiency / host_link_sharers
         self._offload_seconds = offloaded_bytes / host_rate
@@ -118,6 +120,8 @@ class StageCost:
         tokens, calibration = load.num_tokens, self.calibration
         if not tokens:
             return 0.0
+        recorded = self._recorded_tokens(load)
+        tokens = recorded or tokens
         touched = 1.0 - (1.0 - self._expert_share) ** tokens if self._expert_bytes else 0.0
         read = (self._dense_bytes + self._expert_bytes * touched) / self._read_rate
         silent = load.prefill_tokens - max(0, load.num_sampled - load.num_decodes)  # prompt tokens that draw nothing
@@ -143,13 +147,19 @@ class StageCost:
             total += self.is_first * self.reduce_seconds(tokens * self._hidden_bytes)
             total += self.num_layers * self.group_seconds(tokens)
         total += self._fixed_seconds + (load.num_decodes + load.num_sampled) * self._row_seconds
-        if load.prefill_tokens:
+        if load.prefill_tokens and not recorded:
             total = max(total, self._eager_seconds)
         if not self._offload_seconds:
             return total
         # the last layer's weights come last: it, the head and the launch are behind all copies
         behind = total - layers + layers / self.num_layers
         return max(total, self._offload_seconds + behind)
+
+    def _recorded_tokens(self, load: StepLoad) -> int:
+        """Tokens that a recorded step with these prompts computes, padding included; 0: it is not recorded."""
+        if not load.prefill_tokens or load.num_decodes > PROMPT_DECODES[-1]:
+            return 0
+        return next((size for size in self._recorded if size >= load.num_tokens), 0)
 
     def _chain_seconds(self, longest: int, num_rows: int) -> float:
         """The longest context, in windowed layers what they see of it."""

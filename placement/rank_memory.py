@@ -24,6 +24,9 @@ from argosy.placement.step_memory import (
     graph_bytes,
     group_bytes,
     ladder,
+    prompt_graph_bytes,
+    prompt_kinds,
+    prompt_sizes,
     wire_bytes,
 )
 from argosy.placement.swap_space import staging_bytes, swap_setting
@@ -109,6 +112,15 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
     def most_tokens(self) -> int:
         """That go through the model at once."""
         return max(self.slice_tokens or self.max_num_batched_tokens, self.max_num_seqs)
+
+    def prompt_sizes(self, spec: ModelSpec, tp_size: int, num_layers: int) -> list[int]:
+        """Tokens of steps with prompts that a rank with so many layers records where decode steps are."""
+        if self.graph_rows == 0:
+            return []
+        return prompt_sizes(
+            spec, tp_size=tp_size, pp_size=-(-spec.num_layers // num_layers), max_tokens=self.max_num_batched_tokens,
+            slice_tokens=self.slice_tokens,
+        )  # fmt: skip
 
     def blocks_of(self, num_tokens: int) -> int:
         """The most blocks that a request of so many tokens holds while it decodes."""
@@ -287,6 +299,10 @@ class StageBytes:
             pool = min(pool, int(max(rows, serving.max_num_seqs * each)))  # as ranks take the less of both
             num_sizes = len(ladder(graph_rows)) + len(even_ladder(graph_rows, spec, tp_size))
             graphs = graph_bytes(num_sizes, last_layer - first_layer, pool)
+            kinds = prompt_kinds(serving.prompt_sizes(spec, tp_size, last_layer - first_layer), graph_rows)
+            graphs += prompt_graph_bytes(
+                spec, kinds, last_layer - first_layer, tp_size=tp_size, dtype_bytes=serving.dtype_bytes
+            )  # fmt: skip
             graphs += serving.groups.more_table_bytes(serving.max_num_seqs, serving.max_model_len, serving.block_size)
         return int(max(prompts, rows) + buffers + graphs)
 

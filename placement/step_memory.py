@@ -4,6 +4,7 @@ What a rank makes itself is reckoned by one function on both sides: recorded gra
 them share, and what a group's cards open for each other. What libraries take is measured (`placement/calibration.py`).
 """
 
+from collections.abc import Sequence
 from typing import Final
 
 from argosy.cluster.protocol.model_spec import ModelSpec, kv_heads_per_rank
@@ -12,6 +13,7 @@ GRAPH_BYTES_A_KERNEL: Final = 2048  # what the driver keeps of each kernel of a 
 GRAPH_SCRATCH_BYTES: Final = 2**26  # partial sums of attention and products
 GRAPHS_A_SIZE: Final = 2  # a step and its draw
 KERNELS_A_LAYER: Final = 8
+KERNELS_A_PROMPT_LAYER: Final = 11
 SHARED_UNIT: Final = 2 * 2**20  # in which the driver hands out memory that other cards can address
 SUM_FLAGS: Final = 32 * 2**10  # at the start of a group's buffer
 SUM_PARTS: Final = 4  # of a largest step's hidden states: three products and a result
@@ -22,12 +24,49 @@ EVEN_PROGRAMS: Final = (12, 16)  # as in `kernels/paged_attention.py`
 EVEN_CARD: Final = 132
 WIRE_SLOTS: Final = 2  # for hidden states, on a stage's wire
 
+PROMPT_SIZES: Final = (32, 64, 128, 192, 256, 384, 512)  # tokens of recorded steps with prompts
+PROMPT_DECODES: Final = (8, 64)  # places for decode rows in them
+PROMPT_ROWS: Final = 16  # and for prompts
+MOST_PROMPT_RANKS: Final = 1  # of a replica that records them: over several cards they were not seen to be right yet
+EAGER_SECONDS_A_LAYER: Final = 0.2e-3  # of the host, to launch a layer of a step with prompts
+PRODUCTS_PER_SECOND: Final = 600e12  # as prompts reach them
+
 
 def ladder(max_rows: int) -> list[int]:
     """Batch sizes to record: fine steps where a padded row costs a noticeable share, coarse ones above."""
     sizes = [1, 2, 4, *range(8, 129, 8), *range(144, 257, 16), *range(288, 1025, 32)]
     below = [size for size in sizes if size < max_rows]
     return [*below, max_rows]
+
+
+def prompt_sizes(
+    spec: ModelSpec, *, tp_size: int, pp_size: int, max_tokens: int, slice_tokens: int | None = None
+) -> list[int]:
+    """Tokens of the recorded steps with prompts, for steps of at most so many, those of more than a slice cut.
+
+    Padding may go beyond that where there is no group, whose buffers are as large as its longest step. Only where the
+    card has less to do than the host has to launch: above, launches hide behind products, and padding costs what it
+    adds to them. Latent attention reads lengths on the host, so there is none for it.
+    """
+    if spec.mla is not None or tp_size * pp_size > MOST_PROMPT_RANKS:
+        return []
+    inner = spec.intermediate_size
+    if spec.moe is not None:
+        inner = spec.moe.top_k * spec.moe.intermediate_size + spec.moe.shared_size
+    numbers = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size * spec.hidden_size
+    numbers += 3 * spec.hidden_size * inner
+    most = EAGER_SECONDS_A_LAYER * PRODUCTS_PER_SECOND * tp_size / (2 * numbers)
+    longest = max_tokens
+    if tp_size == 1:
+        longest = next((size for size in PROMPT_SIZES if size >= max_tokens), PROMPT_SIZES[-1])
+    return [size for size in PROMPT_SIZES if size <= min(most, longest, slice_tokens or longest)]
+
+
+def prompt_kinds(sizes: Sequence[int], max_rows: int) -> list[tuple[int, int]]:
+    """(tokens, places for decode rows) of the recorded steps with prompts. Few places for decode rows where there are
+    few: attention cuts contexts into pieces by how many rows there may be."""
+    decodes = sorted({min(places, max_rows) for places in PROMPT_DECODES})
+    return [(size, places) for size in sizes for places in decodes if places + PROMPT_ROWS < size]
 
 
 def even_ladder(max_rows: int, spec: ModelSpec, tp_size: int) -> list[int]:
@@ -46,11 +85,23 @@ def graph_bytes(num_sizes: int, num_layers: int, pool_bytes: int) -> int:
 
 def decode_bytes(spec: ModelSpec, num_rows: int, *, tp_size: int, is_last: bool, dtype_bytes: int) -> int:
     """What a recorded step of so many rows holds at most: all states of a layer at once, and logits without a draw."""
-    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size // tp_size
-    numbers = 6 * spec.hidden_size + heads + 3 * spec.intermediate_size // tp_size
-    if is_last:
-        numbers += spec.vocab_size
+    numbers = _state_numbers(spec, tp_size) + (spec.vocab_size if is_last else 0)
     return num_rows * numbers * dtype_bytes + GRAPH_SCRATCH_BYTES
+
+
+def prompt_graph_bytes(
+    spec: ModelSpec, kinds: Sequence[tuple[int, int]], num_layers: int, *, tp_size: int, dtype_bytes: int
+) -> int:
+    """Recorded steps with prompts, beside decode steps that they share scratch with: states of the largest."""
+    if not kinds:
+        return 0
+    states = max(tokens for tokens, _ in kinds) * _state_numbers(spec, tp_size) * dtype_bytes
+    return states + len(kinds) * KERNELS_A_PROMPT_LAYER * (num_layers + 1) * GRAPH_BYTES_A_KERNEL
+
+
+def _state_numbers(spec: ModelSpec, tp_size: int) -> int:
+    heads = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size // tp_size
+    return 6 * spec.hidden_size + heads + 3 * spec.intermediate_size // tp_size
 
 
 def attention_bytes(spec: ModelSpec, num_tokens: int, *, tp_size: int, dtype_bytes: int) -> int:

@@ -5,14 +5,14 @@ V vocabulary.
 
 What a decode step needs to know of a request lives on the device, in tables by handle: its last token, how many of its
 tokens are computed, its blocks. The host sends which handles are in the step and which new block each row opens; the
-first kernel of the graph makes all inputs from that. Steps of another kind run eagerly and leave the tables up to date.
-The device could do this without recording as well (`enforce_eager`); a graph saves the launches, several milliseconds a
-step for a model of 32 layers.
+first kernel of the graph makes all inputs from that. Small steps with prompts have graphs of their own
+(`prompt_graphs`); the rest runs eagerly and leaves the tables up to date. A graph saves the launches, several
+milliseconds a step for a model of 32 layers.
 """
 
-import gc
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,8 @@ from argosy.kernels import step_ops
 from argosy.placement.step_memory import ladder
 from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.input_batch import InputBatch
+from argosy.workers.prompt_graphs import Kind, PromptGraphs
+from argosy.workers.recording import Graph, Recorder, borrow
 from argosy.workers.step_inputs import StepInputs
 
 LEAST_SHARED_TOKENS = 256  # of a prefix that is worth a launch of its own a layer
@@ -35,29 +37,6 @@ PLAIN, SHARES, EVEN = range(3)  # what a recorded step may count on: nothing, a 
 HANDLES, TOKENS, SHARED, ORDER, NEW_BLOCKS = range(5)  # rows of the control; the last for each group of layers
 NUM_CONTROL_BUFFERS = 4  # steps whose control may be on its way to the device at once, at least
 Forward = Callable[[Tensor | None, Tensor | None, Tensor, AttentionMetadata], Tensor]
-
-
-class _CudaMemory:
-    """A tensor's memory without the tensor, as CUDA libraries hand it to each other."""
-
-    def __init__(self, tensor: Tensor):
-        self.__cuda_array_interface__ = {
-            "data": (tensor.data_ptr(), False),
-            "shape": tuple(tensor.shape),
-            "typestr": f"<i{tensor.dtype.itemsize}",
-            "version": 3,
-        }
-
-
-def borrow(tensor: Tensor) -> Tensor:
-    """The same memory, which stays free for others to use: of all recorded steps only one runs at a time.
-
-    Held as tensors, the logits of fifty recorded sizes would take 5 GB for a vocabulary of 128 K.
-    """
-    if not tensor.is_cuda or not tensor.is_contiguous():
-        return tensor
-    integers = torch.as_tensor(_CudaMemory(tensor), device=tensor.device)
-    return integers.view(tensor.dtype) if integers.data_ptr() == tensor.data_ptr() else tensor
 
 
 def shared_ladder(max_rows: int) -> list[int]:
@@ -71,8 +50,8 @@ def shared_ladder(max_rows: int) -> list[int]:
 class RecordedStep:
     """One batch size: what is replayed, and the tensors it leaves its results in."""
 
-    graph: "torch.cuda.CUDAGraph | None"
-    greedy_graph: "torch.cuda.CUDAGraph | None"
+    graph: Graph
+    greedy_graph: Graph | None
     metadata: AttentionMetadata
     result: Tensor  # logits [R, V] on the last stage, hidden states [R, D] before it
 
@@ -220,12 +199,16 @@ class DecodeTables:
 
     def take_over(self, inputs: StepInputs) -> None:
         """After a step that was built on the host: its rows' counts and blocks."""
-        handles = inputs.handles_device_R
-        assert handles is not None
-        self.num_computed_N.index_copy_(0, handles, inputs.metadata.context_len_R)
-        for group in range(self.batch.num_groups):
-            table_RB = inputs.metadata.of_group(group).block_table_RB
-            self.block_table_NGB[handles, group, : table_RB.shape[1]] = table_RB
+        metadata = inputs.metadata
+        assert inputs.handles_device_R is not None
+        tables = [one.block_table_RB for one in (metadata, *metadata.others)]
+        self.learn(inputs.handles_device_R, metadata.context_len_R, tables)
+
+    def learn(self, handles_R: Tensor, num_computed_R: Tensor, tables_RB: Sequence[Tensor]) -> None:
+        """What the host knows: computed tokens (int32), and the blocks in use in the tables of each group."""
+        self.num_computed_N.index_copy_(0, handles_R, num_computed_R)
+        for group, table_RB in enumerate(tables_RB):
+            self.block_table_NGB[handles_R, group, : table_RB.shape[1]] = table_RB
 
 
 class CUDAGraphRunner:
@@ -252,15 +235,15 @@ class CUDAGraphRunner:
         `even_pays`: whether so many rows with contexts of about one length are worth a recorded step of their own.
         """
         self.batch, self.forward, self.compute_logits = batch, forward, compute_logits
-        self.max_rows, self.max_model_len, self.choose = max_rows, max_model_len, choose
-        self.tables = DecodeTables(batch, max_rows, windows)
-        self.is_first_stage = is_first_stage
+        self.max_rows, self.max_model_len, self.is_first_stage = max_rows, max_model_len, is_first_stage
+        self.choose, self.tables = choose, DecodeTables(batch, max_rows, windows)
         self.hidden_RD = torch.zeros((max_rows, hidden_size), dtype=dtype, device=batch.device)
         self.sizes = ladder(max_rows)
         self.shared_sizes = shared_ladder(max_rows) if batch.device.type == "cuda" else []
         self.even_sizes = [size for size in self.sizes if even_pays(size)]
         self._recorded: dict[tuple[int, int], RecordedStep] = {}  # by size and kind
         self._size_of = [_sizes_of(sizes, max_rows) for sizes in (self.sizes, self.shared_sizes)]
+        self.prompts: PromptGraphs | None = None  # recorded with the others
         self._last_rows: object = ()
         self._order_R = np.zeros(0, dtype=np.int64)  # of the rows in progress, see `DecodeTables.send`
         self._shared_R: np.ndarray | None = None  # of the step in progress, see `DecodeTables.shared_tokens`
@@ -269,47 +252,35 @@ class CUDAGraphRunner:
     # ------------------------------------------------------------------------------------------------- recording
 
     @torch.inference_mode()
-    def record(self, on_progress: Callable[[float], None] | None = None) -> None:
+    def record(self, recorder: Recorder, on_progress: Callable[[float], None] | None = None) -> None:
         """Record all sizes, largest first, so that the smaller ones reuse its memory. Takes seconds.
 
         All rows are padding while recording: nothing is written to the cache.
         """
         self.tables.clear()
-        pool = torch.cuda.graph_pool_handle()
-        make_stream: Any = torch.cuda.Stream  # torch gives it no types
-        stream = make_stream(self.batch.device)
-        torch.cuda.synchronize(self.batch.device)
-        gc.collect()
-        gc.disable()  # a collection in mid-record would free device memory, which is not allowed then
-        try:
-            with torch.cuda.stream(stream):
-                kinds = ((PLAIN, self.sizes), (SHARES, self.shared_sizes), (EVEN, self.even_sizes))
-                steps = [(size, kind) for kind, sizes in kinds for size in sizes]
-                for done, (size, kind) in enumerate(sorted(steps, reverse=True)):
-                    self._record_size(size, kind, pool, stream)
-                    if on_progress is not None:
-                        on_progress((done + 1) / len(steps))
-        finally:
-            gc.enable()
-        torch.cuda.synchronize(self.batch.device)
+        kinds = ((PLAIN, self.sizes), (SHARES, self.shared_sizes), (EVEN, self.even_sizes))
+        steps = [(size, kind) for kind, sizes in kinds for size in sizes]
+        work = [partial(self._record_size, *step) for step in sorted(steps, reverse=True)]
+        if self.prompts is not None:
+            work += [partial(self.prompts.record, kind) for kind in reversed(self.prompts.kinds)]
+        with recorder.recording():
+            for done, record in enumerate(work, start=1):
+                record(recorder)
+                if on_progress is not None:
+                    on_progress(done / len(work))
 
-    def _record_size(self, size: int, kind: int, pool: Any, stream: "torch.cuda.Stream") -> None:
+    def _record_size(self, size: int, kind: int, recorder: Recorder) -> None:
         metadata = self.tables.metadata(size, self.max_model_len, kind)
         result = self._compute(size, metadata)  # compiles what this size needs
         if self.compute_logits is not None:
             self._sample_greedy(size, result)
-        stream.synchronize()
+        recorder.settle()
         for one in (metadata, *metadata.others):
             one.scratch.clear()
-        # thread_local: NCCL's own thread looks at events meanwhile, which a global record would take for an error
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"):
-            result = self._compute(size, metadata)
+        graph, result = recorder.record(lambda: self._compute(size, metadata))
         greedy = None
         if self.compute_logits is not None:
-            greedy = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(greedy, pool=pool, stream=stream, capture_error_mode="thread_local"):
-                self._sample_greedy(size, result)
+            greedy, _ = recorder.record(lambda: self._sample_greedy(size, result))
         self._recorded[size, kind] = RecordedStep(graph, greedy, metadata, borrow(result))
 
     def _compute(self, size: int, metadata: AttentionMetadata) -> Tensor:
@@ -375,6 +346,11 @@ class CUDAGraphRunner:
             same_rows=same_rows,
         )
 
+    def begin_prompts(self, output: SchedulerOutput) -> tuple[StepInputs, Kind] | None:
+        """As `begin`, for a small step with prompts: what to hand to `prompts.run`."""
+        self._last_rows = ()  # they are new to the next decode step
+        return None if self.prompts is None else self.prompts.begin(output)
+
     def take_over(self, inputs: StepInputs) -> None:
         """After a step that was run another way: bring the device's tables up to date."""
         self._last_rows = ()
@@ -400,7 +376,6 @@ class CUDAGraphRunner:
     def run(self, num_rows: int) -> Tensor:
         """Replay the forward pass. Logits or hidden states of the rows; they last until the next step."""
         recorded = self._step(num_rows)
-        assert recorded.graph is not None
         recorded.graph.replay()
         return recorded.result[:num_rows]
 

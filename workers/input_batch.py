@@ -170,11 +170,9 @@ class InputBatch:
         query_end_R = np.cumsum(num_tokens_R)
         num_tokens = int(query_end_R[-1])
         tokens_T, positions_T = staging.take(num_tokens, True), staging.take(num_tokens, True)
-        positions_T[:] = np.arange(num_tokens)
-        positions_T += np.repeat(start_R - (query_end_R - num_tokens_R), num_tokens_R)
-        handles_T = np.repeat(handles_R, num_tokens_R)
-        self._gather_tokens(tokens_T, handles_T, positions_T)
-        max_context = self._stage_rows(staging, handles_R, handles_T, positions_T, start_R + num_tokens_R)
+        slots_GT = staging.take(self.num_groups * num_tokens, True).reshape(self.num_groups, -1)
+        self.lay_tokens(handles_R, num_tokens_R, tokens_T, positions_T, slots_GT)
+        max_context = self._stage_rows(staging, handles_R, start_R + num_tokens_R)
         query_start_R1 = staging.take(num_rows + 1, False)
         query_start_R1[0] = 0
         query_start_R1[1:] = query_end_R
@@ -195,32 +193,42 @@ class InputBatch:
             num_decode_rows, sample_rows_S, False,
         )  # fmt: skip
 
-    def _gather_tokens(self, out_T: IntArray, handles_T: IntArray, positions_T: IntArray) -> None:
-        out_T[:] = self._flat_tokens[handles_T * self.token_ids_NL.shape[1] + positions_T]
-        if self.lives_on_device:
-            out_T[positions_T >= self.num_known_N[handles_T]] = -1
+    def lay_tokens(
+        self, handles_R: IntArray, num_tokens_R: IntArray, tokens_T: IntArray, positions_T: IntArray, slots_GT: IntArray
+    ) -> None:
+        """Write the next tokens of these requests, so many of each, their positions and their places in the cache.
 
-    def _stage_rows(
-        self, staging: Staging, handles_R: IntArray, handles_T: IntArray, positions_T: IntArray, end_R: IntArray
-    ) -> int:
-        """Stages slots, lengths, block table (and handles, if the device needs them). Returns the longest context."""
-        size = self.block_size
-        num_groups, stride = self.num_groups, self.max_blocks
-        slots_GT = staging.take(num_groups * len(positions_T), True).reshape(num_groups, -1)
+        A token that only the device knows is -1.
+        """
+        size, stride = self.block_size, self.max_blocks
+        first_R = np.cumsum(num_tokens_R) - num_tokens_R
+        positions_T[:] = np.arange(len(positions_T))
+        positions_T += np.repeat(self.num_computed_N[handles_R] - first_R, num_tokens_R)
+        handles_T = np.repeat(handles_R, num_tokens_R)
+        tokens_T[:] = self._flat_tokens[handles_T * self.token_ids_NL.shape[1] + positions_T]
+        if self.lives_on_device:
+            tokens_T[positions_T >= self.num_known_N[handles_T]] = -1
         block_T = positions_T // size
-        entry_T = handles_T * (num_groups * stride) + block_T
-        for group in range(num_groups):
+        entry_T = handles_T * (self.num_groups * stride) + block_T
+        for group in range(self.num_groups):
             slots_GT[group] = self._flat_blocks[entry_T + group * stride]
         slots_GT *= size
         slots_GT += positions_T - block_T * size
+
+    def _stage_rows(self, staging: Staging, handles_R: IntArray, end_R: IntArray) -> int:
+        """Stages lengths, block table (and handles, if the device needs them). Returns the longest context."""
         staging.take(len(end_R), False)[:] = end_R
         max_context = int(end_R.max())
-        num_blocks = -(-max_context // size)
-        table_GRB = staging.take(num_groups * len(end_R) * num_blocks, False).reshape(num_groups, -1, num_blocks)
-        for group in range(num_groups):
-            table_GRB[group] = self.block_table_NGB[handles_R, group, :num_blocks]
+        num_blocks = -(-max_context // self.block_size)
+        table_GRB = staging.take(self.num_groups * len(end_R) * num_blocks, False)
+        self.lay_blocks(handles_R, table_GRB.reshape(self.num_groups, -1, num_blocks))
         staging.take(len(handles_R) if self.lives_on_device else 0, True)[:] = handles_R if self.lives_on_device else ()
         return max_context
+
+    def lay_blocks(self, handles_R: IntArray, table_GRB: IntArray) -> None:
+        """Write the first blocks of these requests, for each group."""
+        for group in range(self.num_groups):
+            table_GRB[group] = self.block_table_NGB[handles_R, group, : table_GRB.shape[2]]
 
     def _inputs(
         self,

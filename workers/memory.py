@@ -31,7 +31,7 @@ from argosy.placement.rank_memory import (
     offload_setting,
     rank_memory,
 )
-from argosy.placement.step_memory import decode_bytes, even_ladder, graph_bytes, ladder
+from argosy.placement.step_memory import decode_bytes, even_ladder, graph_bytes, prompt_graph_bytes
 from argosy.placement.swap_space import staging_bytes
 from argosy.placement.topology import Gpu
 from argosy.placement.weight_offload import buffer_bytes, count_for, offloaded_bytes
@@ -39,6 +39,7 @@ from argosy.workers.device import MemoryReading, describe_device
 from argosy.workers.host_memory import check_host_room
 from argosy.workers.long_steps import NUM_BUFFERS
 from argosy.workers.model_runner import ModelRunner
+from argosy.workers.step_recording import graph_sizes, recorded_prompts
 
 CPU_CACHE_BYTES = 4 * 2**30  # all ranks of a machine together, unless kv_cache_memory_bytes says otherwise
 CPU_CACHE_FRACTION = 0.3  # and never more than this part of what is available
@@ -327,6 +328,10 @@ def _measure_device(runner: ModelRunner, ledger: MemoryLedger) -> None:
         )
         num_sizes = len(sizes) + len(even_ladder(sizes[-1], runner.spec, rank.tp_size))
         ledger.graph_bytes = graph_bytes(num_sizes, rank.last_layer - rank.first_layer, min(peaks[-1], most))
+        ledger.graph_bytes += prompt_graph_bytes(
+            runner.spec, recorded_prompts(runner), rank.last_layer - rank.first_layer, tp_size=rank.tp_size,
+            dtype_bytes=runner.dtype.itemsize,
+        )  # fmt: skip
         ledger.graph_bytes += runner.kv_groups.more_table_bytes(
             runner.config.scheduler.max_num_seqs, runner.max_model_len, runner.config.cache.block_size
         )
@@ -338,14 +343,6 @@ def _measure_device(runner: ModelRunner, ledger: MemoryLedger) -> None:
         graph_bytes=ledger.graph_bytes,
         cap_bytes=cap_bytes(runner),
     )
-
-
-def graph_sizes(runner: ModelRunner) -> list[int]:
-    """The batch sizes that will be recorded; none on a CPU, or with `enforce_eager`."""
-    parallel = runner.config.parallel
-    if runner.device.type != "cuda" or parallel.enforce_eager or not getattr(runner.model, "records_graphs", True):
-        return []
-    return ladder(min(runner.config.scheduler.max_num_seqs, parallel.max_cuda_graph_batch))
 
 
 def largest_shapes(runner: ModelRunner) -> list[tuple[int, int]]:

@@ -16,11 +16,10 @@ from argosy.cluster.protocol.kv_groups import kv_groups
 from argosy.cluster.protocol.messages import NewRequest, SchedulerOutput
 from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.cluster.protocol.sampling import TokenParams
-from argosy.kernels import ops
 from argosy.placement.process_groups import ParallelContext
 from argosy.placement.stage_transport import StageTransport
 from argosy.placement.weight_offload import offloaded_places
-from argosy.workers.attention.base import AttentionBackend, AttentionMetadata
+from argosy.workers.attention.base import AttentionBackend
 from argosy.workers.attention.torch_backend import TorchBackend
 from argosy.workers.attention.triton_backend import TritonBackend
 from argosy.workers.cuda_graphs import CUDAGraphRunner
@@ -32,11 +31,13 @@ from argosy.workers.kv_cache import KVCache
 from argosy.workers.loading.stream import LoadReport, load_weights
 from argosy.workers.long_steps import LongHidden, LongSteps, slice_tokens_of
 from argosy.workers.models.registry import build_model
+from argosy.workers.prompt_graphs import Kind
 from argosy.workers.prompt_logprobs import PromptLogprobs
 from argosy.workers.quantization.base import count_products
 from argosy.workers.sampler import LogprobTensors, Sampled, Sampler, mark_failures
 from argosy.workers.step_inputs import StepInputs
 from argosy.workers.step_outcome import StepOutcome
+from argosy.workers.step_recording import record_graphs
 from argosy.workers.token_return import TokenReturn
 from argosy.workers.weight_offload import WeightOffload
 
@@ -141,7 +142,7 @@ class ModelRunner:
         )  # fmt: skip
 
     @property
-    def _chooses_over_group(self) -> bool:
+    def chooses_over_group(self) -> bool:
         """Whether the model finds the most likely token without gathering the logits of all ranks."""
         return getattr(self.model, "chooses_over_group", False)
 
@@ -193,39 +194,8 @@ class ModelRunner:
         return [0] * (-(-num_tokens // self.batch.block_size) * self.kv_groups.num_groups)
 
     def record_graphs(self, on_progress: Callable[[float], None] | None = None) -> None:
-        """Record decode steps as CUDA graphs, on a GPU and unless `enforce_eager`. After `allocate` and `warm_up`."""
-        parallel = self.config.parallel
-        if self.device.type != "cuda" or parallel.enforce_eager or not getattr(self.model, "records_graphs", True):
-            return
-        assert self.kv_cache is not None
-        cache = self.kv_cache
-
-        def forward(
-            token_ids_T: Tensor | None, hidden_TD: Tensor | None, positions_T: Tensor, metadata: AttentionMetadata
-        ) -> Tensor:
-            hidden: Tensor = self.model(
-                token_ids_T, hidden_TD, positions_T, ForwardContext(self.backend, cache, metadata)
-            )
-            return hidden
-
-        chooses = self.rank.is_last_stage and self._chooses_over_group
-        compute_logits = getattr(self.model, "compute_raw_logits", self.model.compute_logits)
-        if chooses:
-            compute_logits = self.model.compute_own_logits
-        self.graphs = CUDAGraphRunner(
-            self.batch,
-            forward,
-            compute_logits if self.rank.is_last_stage else None,
-            choose=self.model.choose if chooses else None,
-            max_rows=min(self.config.scheduler.max_num_seqs, parallel.max_cuda_graph_batch),
-            max_model_len=self.max_model_len,
-            hidden_size=self.spec.hidden_size,
-            dtype=self.dtype,
-            is_first_stage=self.rank.is_first_stage,
-            windows=self.kv_groups.windows,
-            even_pays=lambda num_rows: ops.even_pays(num_rows, cache.layers[0][0]),
-        )
-        self.graphs.record(on_progress)
+        """Record steps as CUDA graphs, on a GPU and unless `enforce_eager`. After `allocate` and `warm_up`."""
+        self.graphs = record_graphs(self, on_progress)
 
     # -------------------------------------------------------------------------------------------------------- a step
 
@@ -246,9 +216,13 @@ class ModelRunner:
         if self._token_return is not None and self.rank.is_first_stage:
             self._token_return.prepare(self.batch.handles_of(output.rows))
         outcome = None
-        inputs = self.graphs.begin(output) if self.graphs is not None and not self._prompt_logprobs else None
-        if inputs is not None:
-            outcome = self._replay(output, inputs, started)
+        recorded = self._begin_recorded(output)
+        if recorded is not None:
+            inputs, kind = recorded
+            if kind is None:
+                outcome = self._replay(output, inputs, started)
+            else:
+                outcome = self._replay_prompts(output, inputs, kind, started)
         else:
             inputs = self.batch.build(output)
             if self._threads is not None:
@@ -265,6 +239,13 @@ class ModelRunner:
             self._token_return.note(inputs)
         self.last_step_id = output.step_id
         return outcome if self.rank.answers else None
+
+    def _begin_recorded(self, output: SchedulerOutput) -> tuple[StepInputs, Kind | None] | None:
+        """What a recorded step needs is on its way; None: run it eagerly. A kind: it has prompts."""
+        if self.graphs is None or self._prompt_logprobs:
+            return None
+        inputs = self.graphs.begin(output)
+        return (inputs, None) if inputs is not None else self.graphs.begin_prompts(output)
 
     @property
     def has_tokens_to_take(self) -> bool:
@@ -320,12 +301,28 @@ class ModelRunner:
             sampled = Sampled(self.graphs.run_greedy(num_rows).clone())
             self._hand_back()
         else:
-            if self._chooses_over_group:
+            if self.chooses_over_group:
                 result = self.model.gather_logits(result)
             sampled = self.sampler.sample(result, inputs.handles_R, inputs.end_R, self._history)
             inputs.sample_handles_device_S = self.graphs.handles_R[:num_rows].long()
             self._remember(inputs, sampled.token_ids_S)
         return self._outcome(output, inputs, sampled, [], started)
+
+    def _replay_prompts(
+        self, output: SchedulerOutput, inputs: StepInputs, kind: Kind, started: float
+    ) -> StepOutcome | None:
+        """A small step with prompts by its recorded graph; the draw is queued behind it."""
+        assert self.graphs is not None
+        prompts = self.graphs.prompts
+        assert prompts is not None
+        self.batch.forget_rows()
+        if not self.rank.is_first_stage:
+            self.transport.receive(inputs.num_tokens, prompts.hidden_TD(inputs.num_tokens))
+        result = prompts.run(kind, inputs)
+        if not self.rank.is_last_stage:
+            self.transport.send(result, changes=True)  # the next replay writes there again
+            return None
+        return self._sample(output, inputs, result, started)
 
     def _sample(
         self, output: SchedulerOutput, inputs: StepInputs, hidden_TD: Tensor | LongHidden, started: float
@@ -343,7 +340,7 @@ class ModelRunner:
                 hidden_SD = hidden_TD
             else:
                 hidden_SD = hidden_TD[inputs.hidden_rows_S]
-            if self._chooses_over_group and self.sampler.is_greedy:
+            if self.chooses_over_group and self.sampler.is_greedy:
                 sampled = Sampled(mark_failures(*self.model.choose(self.model.compute_own_logits(hidden_SD))))
             else:
                 on_gpu = self.device.type == "cuda"  # where the sampler's kernels take 16 bits

@@ -63,10 +63,13 @@ class _Layout(NamedTuple):
 class Staging:
     """Host memory for one step's inputs, packed, and its twin on the device. On a CPU both are the same memory."""
 
-    def __init__(self, capacity_bytes: int, device: torch.device):
+    def __init__(self, capacity_bytes: int, device: torch.device, twin: Tensor | None = None):
+        """`twin`: the memory on the device, where several take turns to fill the same."""
         self.is_shared = device.type == "cpu"
         self._host = torch.zeros(capacity_bytes, dtype=torch.uint8, pin_memory=not self.is_shared)
-        self._device = self._host if self.is_shared else torch.zeros(capacity_bytes, dtype=torch.uint8, device=device)
+        if self.is_shared:
+            twin = self._host
+        self._device = torch.zeros(capacity_bytes, dtype=torch.uint8, device=device) if twin is None else twin
         self._bytes = self._host.numpy()
         self._copied = None if self.is_shared else torch.cuda.Event()  # type: ignore[no-untyped-call, unused-ignore]  # torch's own
         self._used = 0

@@ -45,6 +45,7 @@ from argosy.kernels import (
     paged_attention,
     prefill_attention,
     rotary,
+    tile_plan,
     tuning,
     warp_decode,
 )
@@ -140,7 +141,9 @@ def attention(report: Callable[..., None]) -> None:
 
 
 def prompts(report: Callable[..., None]) -> None:
-    """Attention of prompts by Hopper's own kernel."""
+    """Attention of prompts by Hopper's own kernel, and the plan of its tiles."""
+    starts, lengths = torch.zeros(17, dtype=torch.int32), torch.ones(16, dtype=torch.int32)
+    report("plan of 32 tiles", tile_plan.plan_tiles, starts, lengths, 32, 32)
     for heads, kv_heads, size in ((32, 8, 128),):
         counts = f"{heads}/{kv_heads}x{size}"
         q = torch.zeros(64, heads + 2 * kv_heads, size, dtype=BF16)[:, :heads]

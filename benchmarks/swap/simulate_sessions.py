@@ -29,15 +29,22 @@ BLOCK, BLOCK_BYTES = 16, 2 * 2**20
 LINK = 51e9  # bytes a second, each way, as orders reached it in such a run
 PREFILL = 21.5e-6  # seconds a token of a long prompt
 EAGER = 8e-3
+RECORDED_TOKENS = 256  # of a step with prompts that is recorded, beside up to 64 rows
+RECORDED, PAIR = 1.2e-3, 9e-9  # what such a step takes beyond one of its rows alone, and for each pair of tokens
 
 
 def step_seconds(size: StepSize) -> list[float]:
     """An 8B model in 16 bits on one H200: weights, what is looked back on, and prompts.
 
-    A step with a prompt is launched kernel by kernel: 7 to 11 ms more, by what each of 7 rows' tokens took there.
+    A step with more prompt than is recorded is launched kernel by kernel: 7 to 11 ms more, by what each of 7 rows'
+    tokens took there.
     """
     seconds = 4.5e-3 + size.context_tokens * 131_072 / 4.4e12
-    return [seconds + (EAGER + size.prefill_tokens * PREFILL if size.prefill_tokens else 0.0)]
+    if not size.prefill_tokens:
+        return [seconds]
+    if size.num_decodes + size.prefill_tokens <= RECORDED_TOKENS and size.num_decodes <= 64:
+        return [seconds + RECORDED + size.prefill_pairs * PAIR]
+    return [seconds + EAGER + size.prefill_tokens * PREFILL]
 
 
 class Clients:

@@ -137,6 +137,20 @@ def test_the_host_bound_sizes_the_launch_and_not_the_result(
     assert_near(got, want)
 
 
+@pytest.mark.parametrize("likely_rows", [1, 2, 8])
+def test_places_that_are_mostly_empty_change_no_row(likely_rows: int, device: torch.device, assert_near: Near) -> None:
+    """Pieces for as few rows as there are; all may be there all the same, and are right."""
+    for contexts in ([100, 0, 0, 61, 0, 0, 0, 0], [70, 1, 90, 16, 17, 33, 48, 100]):
+        k_cache, v_cache, table, context = paged(contexts, 16, 2, 64, torch.float32, device)
+        q = torch.randn(8, 6, 64, device=device)
+        want = reference.paged_attention(q, k_cache, v_cache, table, context, scale=0.2)
+        for _ in range(2):  # counters are zero again
+            got = paged_attention.paged_attention(
+                q, k_cache, v_cache, table, context, scale=0.2, likely_rows=likely_rows
+            )
+            assert_near(got, want)
+
+
 def test_splits_follow_the_card_and_never_outnumber_the_tiles() -> None:
     assert paged_attention.choose_splits(8, 100_000, 64, 132, 4) == 64
     assert paged_attention.choose_splits(8, 200, 64, 132, 4) == 4
@@ -166,6 +180,31 @@ def test_prefill(
         q, k_cache, v_cache, query_start, context, table, scale=0.2, sizes=sizes, **options
     )
     assert_near(got, want)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size", "dtype"), HEADS)
+def test_prompts_between_tokens_that_are_none_of_theirs(
+    num_heads: int, num_kv_heads: int, head_size: int, option: str, dtype: torch.dtype, device: torch.device,
+    assert_near: Near,
+) -> None:  # fmt: skip
+    """Behind decode rows, and before places for rows and tokens that are not there: none of these is written."""
+    queries, contexts, before = [19, 1, 9, 0, 0, 0], [19, 37, 30, 0, 0, 0], 21
+    if device.type == "cuda":
+        queries, contexts = [64, 129, 1, *queries], [4000, 1500, 2000, *contexts]
+    k_cache, v_cache, table, context = paged(contexts, 16, num_kv_heads, head_size, dtype, device)
+    query_start = torch.tensor([before, *queries], device=device).cumsum(0).int()
+    last = int(query_start[-1])
+    q = torch.randn(last + 40, num_heads, head_size, device=device).to(dtype)
+    options = chosen(option, num_heads, device)
+    want = reference.prefill_attention(q, k_cache, v_cache, query_start, context, table, scale=0.2, **options)
+    out = torch.full_like(q, 7.0)
+    got = prefill_attention.prefill_attention(
+        q, k_cache, v_cache, query_start, context, table, scale=0.2, out_TNH=out, num_queries=last + 40, **options
+    )
+    assert_near(got[before:last], want[before:last])
+    assert bool((got[:before] == 7.0).all())
+    assert bool((got[last:] == 7.0).all())
 
 
 @pytest.mark.parametrize("option", ["none", "soft_cap", "sinks"])

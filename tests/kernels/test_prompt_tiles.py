@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 
+from argosy.kernels import tile_plan
 from argosy.kernels.prompt_tiles import plan_tiles
 
 
@@ -32,3 +33,22 @@ def test_the_plan_has_each_query_once_and_long_tiles_first(block_q: int, device:
         assert keys == min(position + block_q, context)
         seen += range(token, token + min(block_q, left))
     assert sorted(seen) == list(range(starts[-1]))
+
+
+@pytest.mark.parametrize("block_q", [18, 32, 128])
+@pytest.mark.parametrize("num_rows", [1, 5, 16])
+def test_one_launch_plans_the_same(num_rows: int, block_q: int, device: torch.device) -> None:
+    """Rows behind tokens of others and with empty rows between and behind them, as recorded steps have them."""
+    drawn = random.Random(num_rows * block_q)
+    counts = [drawn.choice((0, 1, 17, 32, 33, 64)) for _ in range(num_rows)]
+    counts[-1] = 0 if num_rows > 1 else 70
+    starts = torch.tensor([7, *(7 + end for end in itertools.accumulate(counts))], dtype=torch.int32)
+    lengths = torch.tensor([n + drawn.randrange(90) if n else 0 for n in counts], dtype=torch.int32)
+    num_tokens = int(starts[-1]) + 50
+    want = plan_tiles(starts, lengths, num_tokens, block_q)
+    got = tile_plan.plan_tiles(starts.to(device), lengths.to(device), len(want) - 1, block_q).cpu()
+    count = int(want[-1, 0])
+    assert int(got[-1, 0]) == count
+    assert got[:count, 0].tolist() == want[:count, 0].tolist()
+    assert got[count:-1, 0].tolist() == [0] * (len(want) - 1 - count)
+    assert sorted(got[:count, :5].tolist()) == sorted(want[:count, :5].tolist())

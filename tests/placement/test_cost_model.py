@@ -171,3 +171,19 @@ def test_efficiency_is_linear_between_measured_points() -> None:
     """And flat beyond them."""
     calibration = Calibration(device="d", source="s", flops_efficiency=((10.0, 0.2), (20.0, 0.4)))
     assert [calibration.flops_share(n) for n in (1, 10, 15, 20, 99)] == pytest.approx([0.2, 0.2, 0.3, 0.4, 0.4])
+
+
+def test_a_small_step_with_prompts_does_not_wait_for_launches() -> None:
+    """It is recorded: up to a number of tokens and rows, and only where graphs are. Above the host is the floor."""
+    small, many_rows = StepLoad(7, 1792, 64, 4096, 8), StepLoad(100, 25600, 64, 4096, 101)
+    (stage,) = replica("llama-3.1-8b").stages
+    eager = StageCost.__new__(StageCost)
+    eager.__dict__.update(stage.__dict__ | {"_recorded": [], "_eager_seconds": 8e-3})
+    stage._eager_seconds = 8e-3
+    assert stage.seconds(small) < 6.5e-3
+    assert eager.seconds(small) == 8e-3
+    assert stage.seconds(many_rows) == eager.seconds(many_rows) == 8e-3
+    beyond = StepLoad(0, 0, 300, 45000, 1)
+    assert stage.seconds(beyond) == eager.seconds(beyond)
+    padded, full = StepLoad(0, 0, 200, 20000, 1), StepLoad(0, 0, 256, 20000, 1)
+    assert stage.seconds(padded) == pytest.approx(stage.seconds(full), rel=0.01), "padding is multiplied as well"

@@ -137,10 +137,10 @@ class Ranks(Protocol):
 class InProcessRank:
     """One rank, called directly; messages go through msgpack as on the wire."""
 
-    def __init__(self, config: ServingConfig, num_blocks: int, num_host_blocks: int = 0):
+    def __init__(self, config: ServingConfig, num_blocks: int, num_host_blocks: int = 0, device_name: str = "cpu"):
         spec = read_model_spec(config.model.model)
         (rank,) = make_plan(spec.num_layers, 1, 1).ranks
-        device = torch.device("cpu")
+        device = torch.device(device_name)
         self.runner = ModelRunner(
             config, spec, ParallelContext(rank, device, DEADLINE_SECONDS),
             device=device, dtype=torch.float32, cache_dtype=torch.float32,

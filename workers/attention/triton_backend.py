@@ -85,6 +85,8 @@ class TritonBackend:
     ) -> Tensor:
         """A step of decode rows alone is one launch; a mixed step is two, written into one output."""
         num_decodes, num_rows = metadata.num_decode_rows, metadata.num_rows
+        if metadata.is_padded:
+            return self._attend_padded(q_TNH, kv_cache, metadata, shape)
         if num_decodes == num_rows:
             return self._decode(q_TNH, kv_cache, metadata, shape).flatten(1)
         if num_decodes == 0:
@@ -92,6 +94,22 @@ class TritonBackend:
         out_TNH = q_TNH.new_empty(q_TNH.shape)
         self._decode(q_TNH[:num_decodes], kv_cache, metadata, shape, out_TNH[:num_decodes])
         self._prefill(q_TNH[num_decodes:], kv_cache, metadata, shape, num_decodes, out_TNH[num_decodes:])
+        return out_TNH.flatten(1)
+
+    def _attend_padded(
+        self, q_TNH: Tensor, kv_cache: tuple[Tensor, Tensor], metadata: AttentionMetadata, shape: AttentionShape
+    ) -> Tensor:
+        """Both kernels see where rows may be; those that are not there leave at once.
+
+        The first makes zeros of the tokens behind the last decode row, which the second then writes: it must be second.
+        What neither writes, behind the last token, stays zero, since all layers write to the same tokens of one output.
+        """
+        num_decodes, key = metadata.num_decode_rows, ("out", *q_TNH.shape)
+        out_TNH = metadata.scratch.get(key)
+        if out_TNH is None:
+            out_TNH = metadata.scratch[key] = q_TNH.new_zeros(q_TNH.shape)
+        self._decode(q_TNH[:num_decodes], kv_cache, metadata, shape, out_TNH[:num_decodes])
+        self._prefill(q_TNH, kv_cache, metadata, shape, num_decodes, out_TNH)
         return out_TNH.flatten(1)
 
     def _decode(
@@ -118,6 +136,7 @@ class TritonBackend:
             kv_scales=shape.kv_scales,
             out_RNH=out_RNH,
             order_R=metadata.order_R,
+            likely_rows=-(-num_rows // 4) if metadata.is_padded else None,
         )
 
     def _prefill(
@@ -131,7 +150,7 @@ class TritonBackend:
     ) -> Tensor:
         rows = slice(first_row, metadata.num_rows)
         starts_R1 = metadata.query_start_R1[first_row : metadata.num_rows + 1]
-        if first_row:
+        if first_row and not metadata.is_padded:
             if "prefill_starts" not in metadata.scratch:
                 metadata.scratch["prefill_starts"] = starts_R1 - first_row
             starts_R1 = metadata.scratch["prefill_starts"]
@@ -151,4 +170,5 @@ class TritonBackend:
             out_TNH=out_TNH,
             scratch=metadata.scratch,
             num_context_tokens=metadata.num_context_tokens,
+            num_queries=metadata.max_query_len if metadata.is_padded else None,
         )

@@ -230,6 +230,13 @@ class Decoder(nn.Module):
             return residual_TD if self.norm is None else self.norm(residual_TD)
         return residual_TD.add_(delta_TD) if self.norm is None else self.norm.add(delta_TD, residual_TD)
 
+    def records_prompts(self, num_tokens: int) -> bool:
+        """Whether a step of so many tokens, prompts among them, may be recorded; the same on all ranks of a group.
+
+        Not with weights that come through the link, or halves that wait for each other's flags.
+        """
+        return self.offload is None and (self._group is None or not self._group.overlaps(num_tokens))
+
     def enter(self, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
         """From tokens to what the first layer gets, [T, D]."""
         assert self.embed is not None

@@ -197,6 +197,11 @@ class GeneralDecoder(Decoder):
             delta_TD = layer(delta_TD, hidden_TD, positions_T, ctx)
         return self._finish(hidden_TD, delta_TD)
 
+    def records_prompts(self, num_tokens: int) -> bool:
+        """As `Decoder.records_prompts`; not where experts' tokens are exchanged, or attention asks the device."""
+        exchanges = self.exchange is not None and self.exchange.takes(num_tokens)
+        return super().records_prompts(num_tokens) and not exchanges and self.spec.mla is None
+
     def _run_slices(self, hidden_SD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> tuple[Tensor, Tensor | None]:
         """All layers with the tokens divided over the group: (what came of this rank's slice, what is to be added)."""
         delta_SD: Tensor | None = None

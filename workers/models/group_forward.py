@@ -89,11 +89,11 @@ class GroupForward:
             num_tokens = token_ids_T.shape[0]
             residual_TD = torch.empty((num_tokens, self._width), dtype=self._dtype, device=self._device)
             self._embed.part(token_ids_T, sums.part(EMBEDDED, num_tokens))
-            x_TD = sums.add_norm(EMBEDDED, residual_TD, self._norms[0], add=False, whole=self._overlaps(num_tokens))
+            x_TD = sums.add_norm(EMBEDDED, residual_TD, self._norms[0], add=False, whole=self.overlaps(num_tokens))
         else:
             assert hidden_TD is not None
             residual_TD, x_TD = hidden_TD, self._layers[0].input_norm(hidden_TD)
-        if self._copies is not None and self._overlaps(len(x_TD)):
+        if self._copies is not None and self.overlaps(len(x_TD)):
             return self._overlapped(self._copies, x_TD, residual_TD, positions_T, ctx)
         for layer, next_norm in zip(self._in_turn(), self._norms[1:], strict=True):
             outlets = [sums.outlet(which, len(x_TD)) for which in (0, 1)]
@@ -103,7 +103,8 @@ class GroupForward:
             x_TD = sums.add_norm(1, residual_TD, next_norm, asked=asked, sent=was_sent(outlets[1]))
         return x_TD
 
-    def _overlaps(self, num_tokens: int) -> bool:
+    def overlaps(self, num_tokens: int) -> bool:
+        """Whether a step of so many tokens goes in halves."""
         return self._copies is not None and num_tokens >= self._overlap_tokens
 
     def _overlapped(

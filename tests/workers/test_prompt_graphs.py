@@ -1,0 +1,241 @@
+"""Recorded steps with prompts, without a card: a replay does again what was recorded, over the same buffers."""
+
+import random
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).parent))
+from family_cases import make_checkpoint
+from rig import VOCAB, InProcessRank, Run, answers, greedy, make_config, transformers_greedy, write_family
+from test_kv_groups import CASES
+
+from argosy.cluster.protocol.messages import SchedulerOutput
+from argosy.workers.attention.base import AttentionMetadata, AttentionShape
+from argosy.workers.attention.torch_backend import TorchBackend
+from argosy.workers.attention.triton_backend import TritonBackend
+from argosy.workers.prompt_graphs import Kind
+from argosy.workers.step_recording import make_graphs
+
+KINDS = [(24, 2), (32, 2), (32, 6)]  # room for sixteen prompts beside the decode rows, and always more tokens
+PROMPTS = (3, 30, 1, 17, 8, 40, 5, 23, 2, 60, 11, 29)
+
+
+class Again:
+    """What a replay does: the same calls, whatever stands in the buffers now. What it leaves is where it was left."""
+
+    def __init__(self, run: Callable[[], Any], made: Any):
+        self._run, self._made = run, made
+        self.count = 0
+
+    def replay(self) -> None:
+        self.count += 1
+        made = self._run()
+        if isinstance(made, Tensor):
+            self._made.copy_(made)
+
+
+class FakeRecorder:
+    """As `Recorder`. What was computed while recording is spoiled: only a replay makes results."""
+
+    def __init__(self) -> None:
+        self.made: list[Again] = []
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        yield
+
+    def settle(self) -> None:
+        pass
+
+    def record(self, run: Callable[[], Any]) -> tuple[Again, Any]:
+        made = run()
+        if isinstance(made, Tensor):
+            made.fill_(float("nan"))
+        self.made.append(Again(run, made))
+        return self.made[-1], made
+
+
+class Forgetful(TorchBackend):
+    """Asks the metadata in each layer: what it worked out for a step was right for that step alone."""
+
+    def rotate_and_store(self, qkv_TD: Tensor, *args: Any) -> Tensor:
+        metadata = next(arg for arg in args if isinstance(arg, AttentionMetadata))
+        metadata.scratch.clear()
+        return super().rotate_and_store(qkv_TD, *args)
+
+
+class Recorded(InProcessRank):
+    """A rank whose steps are recorded, as on a card: the host learns no token before the driver does."""
+
+    def __init__(self, config: Any, num_blocks: int, kinds: list[Kind] = KINDS):
+        super().__init__(config, num_blocks)
+        runner = self.runner
+        runner.backend, runner.batch.lives_on_device = Forgetful(), True
+        self.recorder = FakeRecorder()
+        with torch.inference_mode():
+            runner.graphs = make_graphs(runner, 8, kinds)
+            assert runner.kv_cache is not None
+            before = [tensor.clone() for tensor in runner.kv_cache.tensors]
+            runner.graphs.record(self.recorder)  # type: ignore[arg-type]
+        assert all(torch.equal(*pair) for pair in zip(before, runner.kv_cache.tensors, strict=True)), (
+            "wrote to the cache"
+        )
+        self.kinds: list[Kind | None] = []  # of the steps that were not of decode rows alone
+        prompts = runner.graphs.prompts
+        assert prompts is not None
+        begin = prompts.begin
+
+        def noted(output: SchedulerOutput) -> Any:
+            begun = begin(output)
+            self.kinds.append(None if begun is None else begun[1])
+            return begun
+
+        prompts.begin = noted  # type: ignore[method-assign]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    parent = tmp_path_factory.mktemp("models")
+    made = {family: write_family(parent, family) for family in ("llama", "mistral", "qwen3")}
+    for name in ("gemma3", "gpt-oss"):  # of two and three tables, with soft caps, sinks and experts
+        make_checkpoint(parent / name, name, case=CASES[name][0])
+        made[name] = parent / name
+    return made
+
+
+def prompts_of(rng: random.Random) -> list[list[int]]:
+    return [[rng.randrange(100) for _ in range(length)] for length in PROMPTS]
+
+
+def run_all(ranks: InProcessRank, config: Any, prompts: list[list[int]], **params: Any) -> list[list[int]]:
+    """All through the real scheduler, joining one after another."""
+    run = Run(ranks, config, 128)
+    requests = []
+    for number, prompt in enumerate(prompts):
+        requests += run.add(greedy(prompt, 6 + number % 5, stream_id=number, **params))
+        run.step()
+    run.finish()
+    return answers(requests)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "gpt-oss"])
+def test_recorded_steps_say_what_transformers_says(family: str, folders: dict[str, Path]) -> None:
+    """Twelve prompts of 1 to 60 tokens in chunks, beside up to eight rows: each kind is replayed, and steps of more
+    tokens than there are places for run eagerly between them."""
+    prompts = prompts_of(random.Random(3))
+    config = make_config(folders[family], max_num_batched_tokens=40)
+    ranks = Recorded(config, 128)
+    want = [ids[: 6 + number % 5] for number, ids in enumerate(transformers_greedy(folders[family], prompts, 10))]
+    assert run_all(ranks, config, prompts) == want
+    assert {kind for kind in ranks.kinds if kind is not None} == set(KINDS)
+    assert None in ranks.kinds
+    assert sum(graph.count for graph in ranks.recorder.made) > 10
+
+
+def test_a_prefix_is_found_and_drawn_tokens_are_the_same(folders: dict[str, Path]) -> None:
+    """Requests of one beginning, drawn by seeds, with log probabilities: what an eager rank gives, token by token."""
+    rng = random.Random(5)
+    beginning = [rng.randrange(VOCAB) for _ in range(25)]
+    prompts = [beginning + [rng.randrange(VOCAB) for _ in range(1 + number % 4)] for number in range(8)]
+    config = make_config(folders["llama"], max_num_batched_tokens=24)
+    drawn = {"temperature": 0.8, "top_p": 0.9, "seed": 11, "logprobs": 2}
+    ranks = Recorded(config, 128)
+    assert run_all(ranks, config, prompts, **drawn) == run_all(InProcessRank(config, 128), config, prompts, **drawn)
+    assert None not in ranks.kinds
+
+
+def test_prompts_whose_log_probabilities_are_asked_for_run_eagerly(folders: dict[str, Path]) -> None:
+    """All their states are needed, and recorded steps leave those that sample; others come after them."""
+    config = make_config(folders["llama"], max_num_batched_tokens=24)
+    ranks = Recorded(config, 128)
+    run = Run(ranks, config, 128)
+    (asked,) = run.add(greedy(list(range(1, 12)), 1, prompt_logprobs=1))
+    run.finish()
+    assert ranks.kinds == []
+    assert len(answers([asked])[0]) == 1
+    run.add(greedy(list(range(2, 12)), 3, stream_id=1))
+    run.finish()
+    assert ranks.kinds
+    assert ranks.kinds[0] == (24, 2)
+
+
+def test_the_smallest_recording_is_taken(folders: dict[str, Path]) -> None:
+    """By tokens first, then by decode rows; none for too many of either, or of prompts."""
+    config = make_config(folders["llama"])
+    graphs = make_graphs(InProcessRank(config, 8).runner, 8, KINDS)
+    assert graphs.prompts is not None
+    kind_of = graphs.prompts.kind_of
+    assert kind_of(1, 0, 1) == kind_of(24, 2, 2) == (24, 2)
+    assert kind_of(25, 0, 1) == kind_of(32, 2, 16) == (32, 2)
+    assert kind_of(20, 3, 1) == (32, 6)
+    assert kind_of(33, 0, 1) is kind_of(32, 7, 1) is kind_of(24, 0, 17) is None
+
+
+@pytest.mark.parametrize("window", [None, 5])
+def test_both_attention_kernels_find_their_rows_in_fixed_places(window: int | None) -> None:
+    """What the backend for cards gives of a padded step is what it gives of the same rows without padding, and zeros
+    where there is no token: two decode rows in five places, three prompts in four, 20 tokens in 30."""
+    torch.manual_seed(2)
+    counts, contexts = [1, 1, 7, 1, 10], [13, 3, 7, 9, 21]
+    num_decodes, places, total = 2, 5, 20
+    caches = (torch.randn(40, 4, 2, 16), torch.randn(40, 4, 2, 16))
+    table = torch.randperm(40)[: 5 * 6].view(5, 6).int()
+    shape = AttentionShape(num_heads=4, num_kv_heads=2, head_size=16, scale=0.25, sliding_window=window)
+    q = torch.randn(30, 4, 16)
+    starts = torch.tensor([0, *counts]).cumsum(0).int()
+    plain = AttentionMetadata(
+        num_rows=5, num_decode_rows=num_decodes, query_start_R1=starts, max_query_len=10, max_context_len=21,
+        context_len_R=torch.tensor(contexts, dtype=torch.int32), block_table_RB=table,
+        slot_mapping_T=torch.zeros(total, dtype=torch.int64),
+    )  # fmt: skip
+
+    def placed(values: Tensor, filler: int) -> Tensor:
+        rows = torch.full((places + 4, *values.shape[1:]), filler, dtype=torch.int32)
+        rows[:num_decodes], rows[places : places + 3] = values[:num_decodes], values[num_decodes:]
+        return rows
+
+    padded_starts = torch.full((places + 5,), total, dtype=torch.int32)
+    padded_starts[:places] = torch.tensor([0, 1, 2, 2, 2])
+    padded_starts[places : places + 4] = starts[num_decodes:]
+    padded = AttentionMetadata(
+        num_rows=places + 4, num_decode_rows=places, query_start_R1=padded_starts, max_query_len=30, max_context_len=24,
+        context_len_R=placed(plain.context_len_R, 0), block_table_RB=placed(table, 0),
+        slot_mapping_T=torch.zeros(30, dtype=torch.int64), is_padded=True,
+    )  # fmt: skip
+    for backend in (TritonBackend(), TorchBackend()):
+        want = backend.attend(q[:total], caches, plain, shape)
+        for _ in range(2):  # layers write to the same output
+            got = backend.attend(q, caches, padded, shape)
+            assert torch.allclose(got[:total], want, atol=1e-6)
+            assert not got[total:].any()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "gpt-oss"])
+def test_on_a_card_recorded_steps_say_what_transformers_says(family: str, folders: dict[str, Path]) -> None:
+    """The same requests launched kernel by kernel, and then really recorded."""
+    prompts = prompts_of(random.Random(3))
+    want = [ids[: 6 + number % 5] for number, ids in enumerate(transformers_greedy(folders[family], prompts, 10))]
+    config = make_config(folders[family], max_num_batched_tokens=40, device="cuda", block_size=16)
+    ranks = InProcessRank(config, 128, device_name="cuda")
+    ranks.runner.warm_up([(1, 32), (8, 1)])
+    assert run_all(ranks, config, prompts) == want
+    ranks.runner.execute(SchedulerOutput(step_id=0, epoch=0, rows=[], finished=list(range(8))))
+    ranks.runner.record_graphs()
+    graphs = ranks.runner.graphs
+    assert graphs is not None
+    assert graphs.prompts is not None
+    assert graphs.prompts.kinds == [(32, 8), (64, 8)]
+    kinds: list[Kind] = []
+    run = graphs.prompts.run
+    graphs.prompts.run = lambda kind, inputs: (kinds.append(kind), run(kind, inputs))[1]  # type: ignore[func-returns-value,method-assign]
+    assert run_all(ranks, config, prompts) == want
+    assert set(kinds) == {(32, 8), (64, 8)}
