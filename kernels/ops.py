@@ -21,16 +21,12 @@ from argosy.kernels import reference, tables_reference
 from argosy.kernels.outlet import Outlet
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, early: bool = False) -> Tensor:
-    """x / sqrt(mean(x²) + eps) · weight over the last axis. x: [..., D], weight: [D]. Returns a new tensor.
-
-    `early`: the kernel after this one may begin before the one before this is done. It fetches its weight meanwhile,
-    and little of a multiprocessor is its own.
-    """
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x / sqrt(mean(x²) + eps) · weight over the last axis. x: [..., D], weight: [D]. Returns a new tensor."""
     if x.is_cuda:
         from argosy.kernels import rms_norm as kernel
 
-        return kernel.rms_norm(x, weight, eps, early=early)
+        return kernel.rms_norm(x, weight, eps)
     return reference.rms_norm(x, weight, eps)
 
 

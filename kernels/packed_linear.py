@@ -1,6 +1,6 @@
 """Products with weights of 4 or 8 bits, by the number of tokens. Meaning: `packed_reference.linear`.
 
-    1              `packed_vector` on Hopper
+    1              `packed_vector` on Hopper, where the weight has few rows
     1 to 16        `packed_few`: bound by reading the weight; both with gate, bias and residual in one launch
     to some 100    `packed_hopper`, elsewhere `packed_many`: 16 bits are made on the way to the tensor cores
     more           the weight becomes 16 bits in memory, a slice at a time, and cuBLAS multiplies
@@ -23,6 +23,7 @@ SMALLEST_GROUP = 32
 MOST_FUSED = 16  # tokens, of `packed_few`
 MANY_TOKENS = 256  # and no more are multiplied by `packed_many`, where nothing was tuned
 HOPPER_TOKENS = 1024  # by `packed_hopper`
+MOST_TILES = 2.5  # a multiprocessor for which `packed_vector` is faster than `packed_few`, where nothing was tuned
 SLICE_BYTES = 24 << 20  # of plain weight at a time: it stays in the second-level cache
 SLICE_ROWS = 64  # and a multiple of so many
 FEW, MANY, SLICES, HOPPER, VECTOR = 0, 1, 2, 3, 4  # as `kernel` in the tuned sizes counts them
@@ -74,15 +75,11 @@ def _sizes(weight: PackedWeight, x_TI: Tensor) -> tuning.Sizes:
     if found is not None and (found["kernel"] != HOPPER or by_hopper) and (found["kernel"] != VECTOR or by_vector):
         return found
     num_sms = tuning.device_facts(device).num_sms
+    if by_vector and weight.planes == 1 and weight.words_MUW.shape[0] <= MOST_TILES * num_sms:
+        return {"kernel": VECTOR, **packed_vector.default_sizes(weight)}
     if by_hopper and num_tokens <= HOPPER_TOKENS:
         return {"kernel": HOPPER, **packed_hopper.default_sizes(weight, num_tokens, num_sms)}
     return default_sizes(weight, num_tokens, num_sms)
-
-
-def fetches_early(x_TI: Tensor, weight: PackedWeight) -> bool:
-    """Whether the product begins with its weight while kernels before it run, and takes little room for that."""
-    sizes = _sizes(weight, x_TI)
-    return sizes["kernel"] == VECTOR and bool(sizes.get("early", 1))
 
 
 def linear(

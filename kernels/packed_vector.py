@@ -1,11 +1,13 @@
 """The product of one token with weights of 4 or 8 bits, for Hopper: every warp for itself, as little as can be held.
 
-Meaning: `packed_reference.linear`. A program takes one or two tiles of 16 rows (with a gate: its tile and that of its
-ups), its warps share out the inputs. Words, scales and the token come from memory right into the registers that the
-tensor cores take, words AHEAD steps before they are needed, the first of them while kernels before this one still run.
-The token is in all eight columns of the product; (BASE + zero) times the sum of a block's inputs goes off it. Nothing
-passes shared memory until warps add up at the end, so that twenty warps and more are on a multiprocessor and none waits
-for another.
+Meaning: `packed_reference.linear`. A program takes a tile of 16 rows (with a gate: that and the one of its ups), its
+warps share out the inputs. Words, scales and the token come from memory right into the registers that the tensor cores
+take, words a step before they are needed, the first of them while the kernel before this one still runs. The token is
+in all eight columns of the product; (BASE + zero) times the sum of a block's inputs goes off it. Nothing passes shared
+memory until warps add up at the end, so no warp waits for another.
+
+`packed_few` brings its tokens through shared memory, eight of them where one is asked for. That is as fast where a
+weight has many rows, and not where it has few.
 """
 
 from functools import cache
@@ -118,24 +120,16 @@ def _finish(
 @gluon.jit
 def vector_kernel(
     words_ptr, pairs_ptr, x_ptr, bias_ptr, residual_ptr, out_ptr, num_tiles, num_blocks, num_outputs,
-    PLANES: gl.constexpr, W: gl.constexpr, BLOCKS: gl.constexpr, TILES: gl.constexpr, AHEAD: gl.constexpr,
-    HALF_SCALES: gl.constexpr, FP16: gl.constexpr, BIAS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr,
-    EARLY: gl.constexpr, PDL: gl.constexpr,
+    PLANES: gl.constexpr, W: gl.constexpr, BLOCKS: gl.constexpr, HALF_SCALES: gl.constexpr, FP16: gl.constexpr,
+    BIAS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """`x_ptr`: int32, a pair of inputs each. A block is 128 inputs, two units."""
     OWN: gl.constexpr = W * BLOCKS
     words_in: gl.constexpr = gl.BlockedLayout([2 * BLOCKS, 4], [1, 32], [W, 1], [1, 0])
     lanes_in: gl.constexpr = gl.BlockedLayout([BLOCKS, 1], [1, 32], [W, 1], [1, 0])
     steps = num_blocks // OWN
-    if GATED:
-        first = gl.program_id(0)
-        second = first + num_tiles // 2
-    elif TILES == 2:
-        first = gl.program_id(0) * 2
-        second = gl.minimum(first + 1, num_tiles - 1)
-    else:
-        first = gl.program_id(0)
-        second = first
+    tile = gl.program_id(0)
+    ups = tile + num_tiles // 2
     unit = gl.arange(0, 2 * OWN, gl.SliceLayout(1, words_in))
     place = gl.arange(0, 128, gl.SliceLayout(0, words_in))
     words_at = (unit // 2 * (256 * PLANES) + unit % 2 * 128)[:, None] + place[None, :]
@@ -144,25 +138,15 @@ def vector_kernel(
     row = lane // 4 + 8 * (lane % 2)
     is_lower = (lane % 2 == 1)[None, :]
     pairs_at = (gl.arange(0, OWN, gl.SliceLayout(1, lanes_in)) * (16 * PLANES))[:, None] + row[None, :]
-    low, high, pair, over = _words(words_ptr, pairs_ptr, first, 0, steps, num_blocks, words_at, pairs_at, OWN, PLANES)
-    if AHEAD == 2:
-        low1, high1, pair1, over1 = _words(
-            words_ptr, pairs_ptr, first, 1, steps, num_blocks, words_at, pairs_at, OWN, PLANES
+    low, high, pair, over = _words(words_ptr, pairs_ptr, tile, 0, steps, num_blocks, words_at, pairs_at, OWN, PLANES)
+    if GATED:
+        up_low, up_high, up_pair, up_over = _words(
+            words_ptr, pairs_ptr, ups, 0, steps, num_blocks, words_at, pairs_at, OWN, PLANES
         )
-    if TILES == 2:
-        low_b, high_b, pair_b, over_b = _words(
-            words_ptr, pairs_ptr, second, 0, steps, num_blocks, words_at, pairs_at, OWN, PLANES
-        )
-        if AHEAD == 2:
-            low_b1, high_b1, pair_b1, over_b1 = _words(
-                words_ptr, pairs_ptr, second, 1, steps, num_blocks, words_at, pairs_at, OWN, PLANES
-            )
     if PDL:
-        if EARLY:
-            gdc_launch_dependents()
         gdc_wait()
     acc = gl.zeros([OWN, 32], gl.float32, lanes_in)
-    acc_b = acc
+    up_acc = acc
     for step in range(steps):
         xa = gl.load(x_here + step * (OWN * 64))
         xb = gl.load(x_here + (step * (OWN * 64) + 16))
@@ -170,46 +154,30 @@ def vector_kernel(
         total = gl.inline_asm_elementwise(sums, SUMS_OPERANDS, [xa, xb], dtype=gl.float32, is_pure=True, pack=4)
         total, _ = _sums(total, OWN, lanes_in)
         now, now_high, now_pair, now_over = low, high, pair, over
-        if AHEAD == 2:
-            low, high, pair, over = low1, high1, pair1, over1
-            low1, high1, pair1, over1 = _words(
-                words_ptr, pairs_ptr, first, step + 2, steps, num_blocks, words_at, pairs_at, OWN, PLANES
-            )
-        else:
-            low, high, pair, over = _words(
-                words_ptr, pairs_ptr, first, step + 1, steps, num_blocks, words_at, pairs_at, OWN, PLANES
-            )
+        low, high, pair, over = _words(
+            words_ptr, pairs_ptr, tile, step + 1, steps, num_blocks, words_at, pairs_at, OWN, PLANES
+        )
         acc = _product(
             acc, now, now_high, now_pair, now_over, xa, xb, total, is_lower, OWN, PLANES, FP16, HALF_SCALES, lanes_in
         )
-        if TILES == 2:
-            now, now_high, now_pair, now_over = low_b, high_b, pair_b, over_b
-            if AHEAD == 2:
-                low_b, high_b, pair_b, over_b = low_b1, high_b1, pair_b1, over_b1
-                low_b1, high_b1, pair_b1, over_b1 = _words(
-                    words_ptr, pairs_ptr, second, step + 2, steps, num_blocks, words_at, pairs_at, OWN, PLANES
-                )
-            else:
-                low_b, high_b, pair_b, over_b = _words(
-                    words_ptr, pairs_ptr, second, step + 1, steps, num_blocks, words_at, pairs_at, OWN, PLANES
-                )
-            acc_b = _product(
-                acc_b, now, now_high, now_pair, now_over, xa, xb, total, is_lower, OWN, PLANES, FP16, HALF_SCALES,
+        if GATED:
+            now, now_high, now_pair, now_over = up_low, up_high, up_pair, up_over
+            up_low, up_high, up_pair, up_over = _words(
+                words_ptr, pairs_ptr, ups, step + 1, steps, num_blocks, words_at, pairs_at, OWN, PLANES
+            )
+            up_acc = _product(
+                up_acc, now, now_high, now_pair, now_over, xa, xb, total, is_lower, OWN, PLANES, FP16, HALF_SCALES,
                 lanes_in,
             )  # fmt: skip
-    if PDL and not EARLY:
+    if PDL:
         gdc_launch_dependents()
     y = gl.sum(acc, 0)
-    if TILES == 2:
-        y_b = gl.sum(acc_b, 0)
-        if GATED:
-            _finish(y_b, first, row, lane, y, bias_ptr, residual_ptr, out_ptr, num_outputs, BIAS, True, RESIDUAL)
-        else:
-            _finish(y, first, row, lane, y, bias_ptr, residual_ptr, out_ptr, num_outputs, BIAS, False, RESIDUAL)
-            if second > first:
-                _finish(y_b, second, row, lane, y, bias_ptr, residual_ptr, out_ptr, num_outputs, BIAS, False, RESIDUAL)
+    if GATED:
+        _finish(
+            gl.sum(up_acc, 0), tile, row, lane, y, bias_ptr, residual_ptr, out_ptr, num_outputs, BIAS, True, RESIDUAL
+        )
     else:
-        _finish(y, first, row, lane, y, bias_ptr, residual_ptr, out_ptr, num_outputs, BIAS, False, RESIDUAL)
+        _finish(y, tile, row, lane, y, bias_ptr, residual_ptr, out_ptr, num_outputs, BIAS, False, RESIDUAL)
 
 
 @cache
@@ -230,12 +198,10 @@ def takes(x_TI: Tensor, weight: PackedWeight) -> bool:
     )
 
 
-def default_sizes(weight: PackedWeight, num_sms: int) -> dict[str, int] | None:
-    """None where there are too few tiles for the card: then each had better be shared by several programs."""
-    blocks, tiles = weight.num_inputs // GROUP, weight.words_MUW.shape[0]
-    if tiles < num_sms:
-        return None
-    return {"warps": 4 if blocks % 8 else 8, "blocks": 1, "tiles": 1, "ahead": 2, "early": 1}
+def default_sizes(weight: PackedWeight) -> dict[str, int]:
+    """As measured best on an H200 for o and down of 8B, or what shares the blocks evenly."""
+    blocks = weight.num_inputs // GROUP
+    return {"warps": 8 if blocks % 8 == 0 else 4, "blocks": 2 if blocks % 16 == 0 and weight.planes == 1 else 1}
 
 
 def linear(
@@ -244,17 +210,16 @@ def linear(
 ) -> Tensor:  # fmt: skip
     """x W^T + bias, gated, added to the residual, into `out_TO`. Ask `takes` first.
 
-    `sizes`: warps (4, 8 or 16), blocks (of a warp and step), tiles (1 or 2), ahead (steps, 1 or 2), early.
+    `sizes`: warps (4, 8 or 16), blocks (of a warp and step).
     """
     words, pairs = weight.words_MUW, weight.pairs_MKR2
     blocks, tiles = weight.num_inputs // GROUP, words.shape[0]
     assert blocks % (sizes["warps"] * sizes["blocks"]) == 0
-    together = 2 if gated else sizes.get("tiles", 1)
-    vector_kernel[(-(-tiles // together),)](
+    each = 1 if gated else sizes["blocks"]  # of two tiles in registers
+    vector_kernel[(tiles // 2 if gated else tiles,)](
         words, pairs.view(torch.int32), x_TI.view(torch.int32), out_TO if bias_O is None else bias_O, out_TO, out_TO,
-        tiles, blocks, out_TO.shape[1], PLANES=weight.planes, W=sizes["warps"], BLOCKS=sizes["blocks"], TILES=together,
-        AHEAD=sizes.get("ahead", 1), HALF_SCALES=pairs.dtype == torch.float16, FP16=x_TI.dtype == torch.float16,
-        BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual_TO is not None, EARLY=bool(sizes.get("early", 1)),
-        num_warps=sizes["warps"], **tuning.overlap(x_TI.device),
+        tiles, blocks, out_TO.shape[1], PLANES=weight.planes, W=sizes["warps"], BLOCKS=each,
+        HALF_SCALES=pairs.dtype == torch.float16, FP16=x_TI.dtype == torch.float16, BIAS=bias_O is not None,
+        GATED=gated, RESIDUAL=residual_TO is not None, num_warps=sizes["warps"], **tuning.overlap(x_TI.device),
     )  # fmt: skip
     return out_TO

@@ -21,10 +21,11 @@ def _kinds(groups: int, num_sms: int) -> tuple[str, ...]:
     """Names of the sizes for so many rows times key/value heads, the better measured first.
 
     Wide tiles fill the card where there is hardly more than a wave of programs, but compute up to a tile too much of
-    each row: 256 rows of 257 tokens took 15 us a layer more by tiles of 128 than by tiles of 32 (H200).
+    each row: 256 rows of 257 tokens took 15 us a layer more by tiles of 128 than by tiles of 32 (H200). A row alone is
+    waited for: small pieces on many multiprocessors, whose little shared memory is free while the product before runs.
     """
     if groups < num_sms:
-        return ("few",)
+        return ("one", "few") if groups <= num_sms // 4 else ("few",)
     if groups < 8 * num_sms:
         return ("many",)
     if groups < 11 * num_sms:

@@ -21,7 +21,6 @@ def _rms_norm_kernel(
     WIDTH: tl.constexpr,
     BLOCK: tl.constexpr,
     ADD: tl.constexpr,
-    EARLY: tl.constexpr,
     PDL: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
@@ -29,11 +28,8 @@ def _rms_norm_kernel(
     inside = column < WIDTH
     weight = tl.load(weight_ptr + column, inside, other=0.0).to(tl.float32)  # no kernel writes weights: before the wait
     if PDL:
-        if EARLY:
-            gdc_launch_dependents()
         gdc_wait()
-        if not EARLY:
-            gdc_launch_dependents()
+        gdc_launch_dependents()
     x = tl.load(x_ptr + row * stride_x + column, inside, other=0.0).to(tl.float32)
     if ADD:
         here = residual_ptr + row * stride_residual + column
@@ -44,7 +40,7 @@ def _rms_norm_kernel(
     tl.store(out_ptr + row * WIDTH + column, (x * scale * weight).to(out_ptr.dtype.element_ty), inside)
 
 
-def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, early: bool = False) -> Tensor:
+def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     width = x.shape[-1]
     x_TD = x.reshape(-1, width)
     assert weight.shape == (width,)
@@ -57,15 +53,15 @@ def _launch(x: Tensor, residual: Tensor | None, weight: Tensor, eps: float, *, e
     residual_TD = x_TD if residual is None else residual
     _rms_norm_kernel[(x_TD.shape[0],)](
         x_TD, residual_TD, weight, out, x_TD.stride(0), residual_TD.stride(0), eps,
-        WIDTH=width, BLOCK=block, ADD=residual is not None, EARLY=early, num_warps=min(16, max(1, block // 512)),
+        WIDTH=width, BLOCK=block, ADD=residual is not None, num_warps=min(16, max(1, block // 512)),
         **tuning.overlap(x.device),
     )  # fmt: skip
     return out
 
 
-def rms_norm(x: Tensor, weight: Tensor, eps: float, *, early: bool = False) -> Tensor:
-    """x: [..., D], rows of unit stride; weight: [D]. Returns [..., D], contiguous. `early`: see `ops.rms_norm`."""
-    return _launch(x, None, weight, eps, early=early)
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """x: [..., D], rows of unit stride; weight: [D]. Returns [..., D], contiguous."""
+    return _launch(x, None, weight, eps)
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:

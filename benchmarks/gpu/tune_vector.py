@@ -26,27 +26,22 @@ from argosy.kernels import packed_linear, packed_reference, tuning
 from argosy.kernels.packed_linear import FEW, VECTOR
 
 Sizes = dict[str, int]
-WAYS: dict[bool, list[tuple[int, int, int, int, int]]] = {  # gated: warps, blocks of each, tiles, steps ahead, early
-    True: [(4, 1, 2, 1, 1), (4, 1, 2, 2, 1), (8, 1, 2, 1, 1), (8, 1, 2, 2, 1), (4, 2, 2, 1, 0), (4, 1, 2, 1, 0),
-           (2, 1, 2, 2, 1)],
-    False: [(8, 2, 1, 2, 1), (4, 2, 1, 2, 1), (8, 1, 1, 2, 1), (8, 2, 1, 1, 0), (16, 1, 1, 2, 1), (8, 1, 2, 2, 1),
-            (4, 1, 1, 2, 1), (8, 2, 1, 2, 0)],
-}  # fmt: skip
+WAYS = [(8, 2), (8, 1), (16, 1), (4, 2), (4, 1), (16, 2)]  # warps, blocks of each
 # tokens at once, of a piece at least, stages, warps: what holds less shared memory begins while the product before runs
 ATTENTION = [
     {"block_l": block_l, "min_piece": piece, "per_sm": 1, "stages": stages, "warps": warps}
-    for block_l, piece, stages, warps in ((64, 64, 3, 4), (32, 32, 3, 2), (64, 128, 3, 4), (32, 64, 4, 4))
+    for block_l, piece, stages, warps in ((32, 32, 5, 4), (32, 32, 3, 2), (64, 64, 3, 4), (32, 64, 4, 4))
 ]
 KEEP = 0.998  # of the time before, or a change is noise
 PROCESSES = 14
 WORST = 0.2  # of the logits, beside the kernel for few tokens: the token before may be another one
 
 
-def ways_for(name: str, num_in: int) -> list[Sizes]:
+def ways_for(num_in: int) -> list[Sizes]:
     """What is tried for a product: warps that share its blocks evenly."""
     return [
-        {"kernel": VECTOR, "warps": warps, "blocks": blocks, "tiles": tiles, "ahead": ahead, "early": early}
-        for warps, blocks, tiles, ahead, early in WAYS[name == "gate_up"]
+        {"kernel": VECTOR, "warps": warps, "blocks": blocks}
+        for warps, blocks in WAYS
         if num_in // 128 % (warps * blocks) == 0
     ]
 
@@ -62,7 +57,7 @@ def shapes_of(model: str) -> dict[str, tuple[int, int]]:
 
 def compile_part(shapes: dict[str, tuple[int, int]], bits: int, part: int) -> None:
     """Every n-th kernel, into the cache that the measuring process reads."""
-    jobs = [(name, shape, sizes) for name, shape in shapes.items() for sizes in ways_for(name, shape[0])]
+    jobs = [(name, shape, sizes) for name, shape in shapes.items() for sizes in ways_for(shape[0])]
     for name, (num_in, num_out), sizes in itertools.islice(jobs, part, None, PROCESSES):
         words, pairs = packed_reference.shapes(num_out, num_in, bits=bits, group=128)
         weight = packed_reference.PackedWeight(
@@ -167,10 +162,10 @@ def main() -> int:
     print(f"compiled after {time.perf_counter() - began:.0f} s", flush=True)
     deadline = began + args.seconds
     if args.attention:
-        best = tuner.try_all("attention", tuner.table["paged_attention"], "h128_few", ATTENTION, best, deadline)
-        print("attention:", tuner.table["paged_attention"]["h128_few"])
+        best = tuner.try_all("attention", tuner.table["paged_attention"], "h128_one", ATTENTION, best, deadline)
+        print("attention:", tuner.table["paged_attention"]["h128_one"])
     for name, shape in shapes.items():
-        best = tuner.try_all(name, packed, tuner.key(shape), ways_for(name, shape[0]), best, deadline)
+        best = tuner.try_all(name, packed, tuner.key(shape), ways_for(shape[0]), best, deadline)
     tuner.measure()
     timeline(lambda: runner.graphs.run(1))  # type: ignore[union-attr]
     chosen = {tuner.key(shape): packed[tuner.key(shape)] for shape in shapes.values()}

@@ -365,7 +365,7 @@ def packed_vector(report: Callable[..., None]) -> None:
         scales = torch.zeros(pairs, dtype=torch.float16 if half else BF16)
         weight = packed_reference.PackedWeight(torch.zeros(words, dtype=torch.int32), scales, bits, 128, 4096, 6144)
         x, residual = torch.zeros(1, 4096, dtype=dtype), torch.zeros(1, 6144, dtype=dtype)
-        sizes = {"kernel": packed_linear.VECTOR, "warps": 8, "blocks": 1, "ahead": 2}
+        sizes = {"kernel": packed_linear.VECTOR, "warps": 8, "blocks": 8 // bits}
         report(f"{bits} bits, a token", packed_linear.linear, x, weight, residual_TO=residual, sizes=sizes)
         if (bits, dtype) == (4, BF16):
             report(f"{bits} bits, a token, gated", packed_linear.linear, x, weight, gated=True, sizes=sizes)

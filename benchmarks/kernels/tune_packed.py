@@ -32,9 +32,7 @@ FEW_WAYS = [  # tiles, split, wide, ahead, stages
     (2, 4, 2, 1, 3), (2, 8, 1, 1, 3), (2, 8, 1, 0, 4), (2, 8, 2, 0, 3), (2, 8, 2, 1, 3),
     (1, 8, 4, 1, 1), (1, 8, 2, 1, 1), (1, 4, 4, 1, 1), (1, 4, 2, 1, 1), (2, 4, 2, 1, 1), (2, 8, 2, 1, 1),
 ]  # fmt: skip
-VECTOR_WAYS = [  # warps, blocks of each, tiles, steps ahead
-    (8, 2, 1, 2), (4, 2, 1, 2), (8, 1, 1, 2), (8, 2, 1, 1), (16, 1, 1, 2), (8, 1, 2, 2), (4, 1, 2, 2), (4, 1, 2, 1),
-]  # fmt: skip
+VECTOR_WAYS = [(8, 2), (8, 1), (16, 1), (4, 2), (4, 1)]  # warps, blocks of each
 MANY_WAYS = {  # tiles, warps, sync, tokens at once
     16: [(8, 8, 0, 16)],
     32: [(8, 8, 0, 32), (4, 4, 0, 32)],
@@ -65,8 +63,8 @@ def _all_sizes(tokens: int, name: str, bits: int) -> Iterator[dict[str, int]]:
                 yield {"kernel": FEW, "tiles": tiles, "split": split, "wide": wide, "ahead": ahead, "stages": stages,
                        "early": early, "prefetch": prefetch}  # fmt: skip
     if tokens == 1:
-        for (warps, blocks, tiles, ahead), early in itertools.product(VECTOR_WAYS, (0, 1)):
-            yield {"kernel": VECTOR, "warps": warps, "blocks": blocks, "tiles": tiles, "ahead": ahead, "early": early}
+        for warps, blocks in VECTOR_WAYS:
+            yield {"kernel": VECTOR, "warps": warps, "blocks": blocks}
     for (tiles, warps, sync, at_once), splits in itertools.product(MANY_WAYS.get(tokens, ()), (1, 2, 4)):
         yield {"kernel": MANY, "tiles": tiles, "tokens": at_once, "splits": splits, "stages": 3, "warps": warps,
                "sync": sync}  # fmt: skip

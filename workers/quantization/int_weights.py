@@ -286,8 +286,7 @@ class IntWeightMethod:
         from argosy.kernels import packed_linear  # as above
 
         if fusion.norm_weight_I is not None:
-            early = self._order_J is None and packed_linear.fetches_early(x_TI, self._weight)
-            x_TI = ops.rms_norm(x_TI, fusion.norm_weight_I, fusion.eps, early=early)
+            x_TI = ops.rms_norm(x_TI, fusion.norm_weight_I, fusion.eps)
         if self._order_J is not None:
             x_TI = packed_linear.pick_inputs(x_TI, self._order_J)
         return packed_linear.linear(
