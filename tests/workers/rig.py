@@ -168,12 +168,12 @@ class InProcessRank:
 class RankHosts:
     """Processes that each play one rank after another, so that importing torch is paid once."""
 
-    def __init__(self, count: int, log_folder: Path):
+    def __init__(self, count: int, log_folder: Path, script: str = __file__):
         self.logs = [log_folder / f"host-{i}.log" for i in range(count)]
         env = {**os.environ, "OMP_NUM_THREADS": "1"}
         self.processes = [
             subprocess.Popen(
-                [sys.executable, __file__],
+                [sys.executable, script],
                 stdin=subprocess.PIPE,
                 stdout=log.open("wb"),
                 stderr=subprocess.STDOUT,

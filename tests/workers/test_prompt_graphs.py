@@ -1,6 +1,7 @@
 """Recorded steps with prompts, without a card: a replay does again what was recorded, over the same buffers."""
 
 import random
+import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -13,7 +14,19 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from family_cases import make_checkpoint
-from rig import VOCAB, InProcessRank, Run, answers, greedy, make_config, transformers_greedy, write_family
+from rig import (
+    VOCAB,
+    InProcessRank,
+    RankHosts,
+    Ranks,
+    RemoteRanks,
+    Run,
+    answers,
+    greedy,
+    make_config,
+    transformers_greedy,
+    write_family,
+)
 from test_kv_groups import CASES
 
 from argosy.cluster.protocol.messages import SchedulerOutput
@@ -114,7 +127,7 @@ def prompts_of(rng: random.Random) -> list[list[int]]:
     return [[rng.randrange(100) for _ in range(length)] for length in PROMPTS]
 
 
-def run_all(ranks: InProcessRank, config: Any, prompts: list[list[int]], **params: Any) -> list[list[int]]:
+def run_all(ranks: Ranks, config: Any, prompts: list[list[int]], **params: Any) -> list[list[int]]:
     """All through the real scheduler, joining one after another."""
     run = Run(ranks, config, 128)
     requests = []
@@ -215,6 +228,38 @@ def test_both_attention_kernels_find_their_rows_in_fixed_places(window: int | No
             got = backend.attend(q, caches, padded, shape)
             assert torch.allclose(got[:total], want, atol=1e-6)
             assert not got[total:].any()
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankHosts]:
+    made = RankHosts(4, tmp_path_factory.mktemp("hosts"), str(Path(__file__).with_name("recorded_ranks.py")))
+    yield made
+    made.close()
+
+
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (1, 2), (2, 2)])
+def test_several_ranks_replay_the_same_steps(
+    tp_size: int, pp_size: int, folders: dict[str, Path], hosts: RankHosts, tmp_path: Path
+) -> None:
+    """Parts of layers and stages, with hidden states, sums and tokens going the same ways as between eager steps."""
+    prompts = prompts_of(random.Random(3))
+    want = [ids[: 6 + number % 5] for number, ids in enumerate(transformers_greedy(folders["llama"], prompts, 10))]
+    config = make_config(
+        folders["llama"], max_num_batched_tokens=40, tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size
+    )
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        rendezvous = f"127.0.0.1:{probe.getsockname()[1]}"
+    before = [log.read_text().count("replayed") for log in hosts.logs]
+    ranks = RemoteRanks(hosts, config, 128, tmp_path, rendezvous)
+    try:
+        assert run_all(ranks, config, prompts) == want
+    finally:
+        ranks.stop()
+    count = tp_size * pp_size
+    replayed = [log.read_text().count("replayed") - old for log, old in zip(hosts.logs, before, strict=True)][:count]
+    assert replayed[0] > 5
+    assert len(set(replayed)) == 1
 
 
 @pytest.mark.gpu

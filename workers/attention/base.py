@@ -29,10 +29,10 @@ class AttentionMetadata:
     num_context_tokens: int = 0  # of the rows after those of decode, in the cache; 0: not known, as in recorded steps
     order_R: Tensor | None = None  # int32 [decode rows]: those with long contexts first, see `ops.paged_attention`
     shared_len_R: Tensor | None = None  # int32, in steps of decode rows alone: see `ops.decode_attention`
+    even: bool = False  # in such steps: all contexts are about equally long
     # There are fewer decode rows than their places, and so the tokens of the longer rows begin sooner: only
     # `query_start_R1` and `context_len_R` say which rows there are. A recorded step with prompts is like that.
     is_padded: bool = False
-    even: bool = False  # in such steps: all contexts are about equally long
     scratch: dict[Any, Any] = field(default_factory=dict)
     others: tuple["AttentionMetadata", ...] = ()  # the same step in the tables of further groups of layers
 
