@@ -1,4 +1,4 @@
-"""A process that plays ranks, as `rig.be_ranks`, whose steps are recorded by a `FakeRecorder` (`test_prompt_graphs`)."""
+"""A process that plays ranks as `rig.be_ranks`, their steps recorded by a `FakeRecorder` (`test_prompt_graphs`)."""
 
 import sys
 from collections.abc import Callable
