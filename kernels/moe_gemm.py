@@ -346,6 +346,9 @@ def experts(
         assert isinstance(x, Tensor)
         if isinstance(weight_EOI, Tensor):
             return grouped_gemm(x, weight_EOI, *chosen, scale_EOI=scale, **options)
+        if weight_EOI.order_EJ is not None and (sliced or rows >= moe_int.PICKED_FROM):
+            x, weight_EOI = moe_int.pick(x, weight_EOI, *chosen, shared=options["shared"])
+            options["shared"] = 1
         return (_by_slices if sliced else moe_int.grouped_gemm)(x, weight_EOI, *chosen, **options)
 
     stored = None if isinstance(gate_up_EID, IntExpertWeight) else gate_up_EID.dtype

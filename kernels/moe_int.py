@@ -29,6 +29,7 @@ from argosy.kernels.packed_reference import ROWS as TILE_ROWS
 
 FEW, MANY, WARP_GROUPS = 0, 1, 2
 SLICE_BYTES = 64 << 20  # of plain weights at a time
+PICKED_FROM = 16  # rows of a block: fewer find the inputs of an expert's own order inside the product
 SLICES_FROM = 512  # choices of an expert on average: from so many on experts become plain, a slice at a time
 
 
@@ -225,9 +226,48 @@ def grouped_gemm(
     return out
 
 
+@triton.jit(do_not_specialize=["num_choices", "shared"])
+def _pick_kernel(
+    x_ptr, order_ptr, out_ptr, places_ptr, expert_of_block_ptr, num_choices, num_inputs, stride_x, shared,
+    ROWS: tl.constexpr, BLOCK: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    row, column = tl.program_id(0), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    if PDL:
+        gdc_wait()
+        gdc_launch_dependents()
+    expert = tl.load(expert_of_block_ptr + row // ROWS)
+    if expert >= 0:  # what stands in the places of nobody's blocks may be anything
+        place = tl.load(places_ptr + row)
+        if place < num_choices:
+            inside = column < num_inputs
+            from_column = tl.load(order_ptr + expert.to(tl.int64) * num_inputs + column, inside, other=0)
+            x = tl.load(x_ptr + (place // shared).to(tl.int64) * stride_x + from_column, inside, other=0.0)
+            tl.store(out_ptr + place.to(tl.int64) * num_inputs + column, x, inside)
+
+
+def pick(
+    x: Tensor, weight: IntExpertWeight, places: Tensor, expert_of_block: Tensor, num_choices: int, *, shared: int
+) -> tuple[Tensor, IntExpertWeight]:
+    """A row for each choice, [C, J], with the inputs in its expert's order, and the weight without one.
+
+    Inside a product the inputs of an order come one by one, for every tile of outputs again.
+    """
+    order_EJ = weight.order_EJ
+    assert order_EJ is not None
+    assert order_EJ.is_contiguous()
+    num_inputs = order_EJ.shape[1]
+    out = torch.empty((num_choices, num_inputs), dtype=x.dtype, device=x.device)
+    block = min(1024, tuning.next_power_of_two(num_inputs))
+    _pick_kernel[(places.shape[0], triton.cdiv(num_inputs, block))](
+        x, order_EJ, out, places, expert_of_block, num_choices, num_inputs, x.stride(0), shared,
+        ROWS=places.shape[0] // expert_of_block.shape[0], BLOCK=block, num_warps=4, **tuning.overlap(x.device),
+    )  # fmt: skip
+    return out, weight._replace(order_EJ=None)
+
+
 def can_slice(weight: IntExpertWeight) -> bool:
-    """Whether tiles of its rows have no others between them, and its inputs are in their order."""
-    return weight.order_EJ is None and weight.packed.num_outputs % TILE_ROWS == 0
+    """Whether tiles of its rows have no others between them."""
+    return weight.packed.num_outputs % TILE_ROWS == 0
 
 
 def slices(

@@ -321,6 +321,7 @@ def experts(report: Callable[..., None]) -> None:
             for tile in tiles if (bits, group, ordered) == (4, 128, False) else (None,):
                 name = f"{bits} bits, groups of {group}{', ordered' * ordered}, {rows} rows a block, {tile}"
                 report(name, moe_int.grouped_gemm, x, weight, places, of_block, 8, shared=1, tile=tile)
+    report("rows in their experts' order", moe_int.pick, x, weight, places, of_block, 8, shared=2)
     x, bases = torch.zeros(64, 4096, dtype=BF16), torch.zeros(4, dtype=torch.int64)
     counters, ids = torch.zeros(group_sum.MAX_PROGRAMS, dtype=torch.int32), torch.zeros(64, 2, dtype=torch.int32)
     report("sum over ranks with experts", group_sum.sum_add_norm, bases, counters, 0, x, x[0], 1e-5, parts_bytes=0,

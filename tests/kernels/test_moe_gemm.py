@@ -229,9 +229,10 @@ def test_experts_of_whole_numbers(
     monkeypatch.setattr(moe_int, "SLICES_FROM", 4 if sliced else 1000)
     monkeypatch.setattr(moe_int, "SLICE_BYTES", 2 * 64 * 128 * 2)  # two experts of gate and up
     gate_up = in_groups(3, 64, 128, device, bits=4, group=64, ordered=ordered)
-    down = in_groups(3, 128, 32, device, bits=4, group=32)
+    down = in_groups(3, 128, 32, device, bits=4, group=32, ordered=ordered)
     x = torch.randn(num_tokens, 128, device=device).half()
     ids, weights = choices(num_tokens, 2, 3, device)
+    ids[3:5, 1] = -1  # experts of another rank
     biases = {"gate_up_bias_EI": torch.randn(3, 64, device=device).half()}
     got = moe_gemm.experts(x, gate_up, down, ids, weights, **biases)
     plain = [torch.stack([weight.of(expert) for expert in range(3)]).double() for weight in (gate_up, down)]
@@ -258,6 +259,21 @@ def test_experts_of_whole_numbers_in_bfloat16(
     ids, weights = choices(num_tokens, 2, 4, device)
     got = moe_gemm.experts(x, gate_up, down, ids, weights)
     assert_near(got, moe_reference.experts(x.double(), gate_up, down, ids, weights).bfloat16())
+
+
+@pytest.mark.parametrize("rows", [16, 32])
+def test_rows_are_picked_in_the_order_of_their_experts(rows: int, device: torch.device) -> None:
+    """One row for each choice; an order may name an input twice, where groups were filled up."""
+    ids = torch.tensor([[0, 2]] * 17 + [[2, -1]] * 3, dtype=torch.int32, device=device)
+    x = torch.randn(20, 40, device=device).half()
+    weight = in_groups(3, 16, 64, device, bits=4, group=32)
+    order = torch.randint(0, 40, (3, 64), dtype=torch.int32, device=device)
+    chosen = (*moe_gemm.group_tokens(ids, 3, rows), ids.numel())
+    got, plainly = moe_int.pick(x, weight._replace(order_EJ=order), *chosen, shared=2)
+    assert plainly.order_EJ is None
+    for place, expert in enumerate(ids.flatten().tolist()):
+        if expert >= 0:
+            assert torch.equal(got[place], x[place // 2][order[expert].long()])
 
 
 ROUTERS: dict[str, tuple[int, int, dict[str, Any]]] = {
