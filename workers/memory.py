@@ -379,7 +379,7 @@ def warm_up_shapes(runner: ModelRunner) -> list[tuple[int, ...]]:
     if runner.device.type == "cuda":
         mixed: list[tuple[int, ...]] = [
             (1, count, beside)
-            for count, beside in ((tokens, 1), (4 * tokens, 32), (16 * tokens, 256))
+            for count, beside in ((tokens, 1), (4 * tokens, 32), (16 * tokens, min(256, scheduler.max_num_seqs - 1)))
             if beside < scheduler.max_num_seqs
             and count <= runner.max_model_len
             and count + beside <= scheduler.max_num_batched_tokens

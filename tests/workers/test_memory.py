@@ -211,6 +211,15 @@ def test_a_card_meets_rows_behind_a_long_context_before_the_first_request(tmp_pa
     assert not rank.runner.batch.active
 
 
+def test_a_card_meets_a_prompt_whose_keys_are_read_often_however_few_rows_may_run(tmp_path: Path) -> None:
+    """Over a cache in 8 bits such prompts attend by a kernel that neither the largest step nor short prompts take."""
+    config = oracle_config(tmp_path, max_num_seqs=64, max_num_batched_tokens=1024, max_model_len=900)
+    rank = InProcessRank(config, 4)
+    rank.runner.device = torch.device("cuda")  # only asked for its name
+    assert (1, 512, 63) in warm_up_shapes(rank.runner)
+    rank.runner.device = torch.device("cpu")
+
+
 def test_a_card_gets_the_blocks_that_were_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A plan is a promise where its device was measured; a card with less room than that gets what there is."""
     monkeypatch.setattr(memory, "describe_device", lambda device: "NVIDIA H200")
