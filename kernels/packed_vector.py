@@ -191,7 +191,8 @@ def takes(x_TI: Tensor, weight: PackedWeight) -> bool:
         x_TI.is_cuda
         and x_TI.shape[0] == 1
         and x_TI.element_size() == 2
-        and x_TI.data_ptr() % 4 == 0
+        and x_TI.data_ptr() % 4 == 0  # pairs of inputs
+        and x_TI.stride(0) % 2 == 0
         and weight.group == GROUP
         and weight.num_inputs % (4 * GROUP) == 0
         and _is_hopper(x_TI.device)
