@@ -213,6 +213,16 @@ class Part(nn.Module):
         return self.shared(x @ self.weight.t() @ self.weight) + self.row.sum()
 
 
+def test_steps_with_prompts_are_not_recorded_while_weights_come_through_the_link(
+    llama: tuple[Path, list[list[int]]],
+) -> None:
+    """Such a step waits for the link, not for its launches."""
+    for count, is_recorded in ((0, True), (2, False)):
+        config = make_config(llama[0], cpu_offload_gb=count * LAYER_BYTES / GIB)
+        rank = InProcessRank(config, 64)
+        assert rank.runner.model.records_prompts(16) == is_recorded
+
+
 def test_a_layer_sees_its_own_bytes_and_what_is_shared_stays() -> None:
     """Aliases follow their weight; a module of several layers is left on the device; sizes may differ."""
     shared = nn.Linear(8, 8)
