@@ -188,7 +188,7 @@ def rescaled_linear(rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dty
 
 
 # as `kernel` in the tuned sizes counts them; the first two take what `library_takes`
-LIBRARY, RESCALED, TILES, SPLIT, HOPPER = range(5)
+LIBRARY, RESCALED, TILES, SPLIT = range(4)
 MAX_SPLIT_TOKENS, MAX_RESCALED_TOKENS = 64, 384  # where nothing was measured
 
 
@@ -196,21 +196,6 @@ def _default_kernel(num_tokens: int, blocks: bool) -> int:
     if num_tokens <= MAX_SPLIT_TOKENS:
         return SPLIT
     return RESCALED if num_tokens <= MAX_RESCALED_TOKENS and not blocks else LIBRARY
-
-
-def _hopper_linear(
-    rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dtype: torch.dtype, sizes: tuning.Sizes
-) -> Tensor | None:
-    """By `gemv_hopper`, where this Triton has its language and it takes these."""
-    if weight.block is not None or not triton.__version__.startswith(tuning.GLUON_VERSIONS):
-        return None
-    from argosy.kernels import gemv_hopper
-
-    if not gemv_hopper.takes(rows.values_TI, weight.values_OI):
-        return None
-    out = torch.empty((rows.shape[0], weight.values_OI.shape[0]), dtype=dtype, device=rows.values_TI.device)
-    scales = rows.scale_TG, weight.scale
-    return gemv_hopper.linear(rows.values_TI, weight.values_OI, bias_O, out, sizes, scales=scales)
 
 
 def linear(
@@ -226,11 +211,6 @@ def linear(
     kernel = sizes["kernel"] if sizes else _default_kernel(num_tokens, blocks)
     if kernel in (LIBRARY, RESCALED) and not library_takes(rows, weight, dtype):
         kernel, sizes = SPLIT if num_tokens <= MAX_SPLIT_TOKENS else TILES, None
-    if kernel == HOPPER:
-        made = _hopper_linear(rows, weight, bias_O, dtype, sizes) if sizes else None
-        if made is not None:
-            return made
-        kernel, sizes = SPLIT, None
     if kernel == LIBRARY:
         return library_linear(rows, weight, bias_O, dtype)
     if kernel == RESCALED:

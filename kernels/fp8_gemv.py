@@ -178,7 +178,6 @@ def _tiled_vector_kernel(
 
 # as `kernel` in the tuned sizes counts them
 KERNELS = (_vector_kernel, _matrix_kernel, _tiled_vector_kernel)
-AHEAD = 4  # in `gemv_ahead`
 
 
 def suits(x_TI: Tensor, weight: Fp8Weight) -> bool:
@@ -249,11 +248,7 @@ def fused_linear(
     facts = tuning.device_facts(x_TI.device)
     sizes = sizes or _tuned(num_tokens, weight)
     sizes = sizes or _default_sizes(num_tokens, num_inputs, num_rows, facts.num_sms, group)
-    if sizes["kernel"] == AHEAD and not triton.__version__.startswith(tuning.GLUON_VERSIONS):
-        sizes = _default_sizes(num_tokens, num_inputs, num_rows, facts.num_sms, group)
-    in_ring = sizes["kernel"] == AHEAD
-    assert not in_ring or (num_tokens == 1 and not group)
-    kernel, rows, width = KERNELS[0 if in_ring else sizes["kernel"]], sizes["rows"], sizes["width"]
+    kernel, rows, width = KERNELS[sizes["kernel"]], sizes["rows"], sizes["width"]
     assert not group or kernel is not _vector_kernel
     assert not group or width % group == 0
     assert not group or kernel is not _matrix_kernel or width == group
@@ -264,13 +259,6 @@ def fused_linear(
     if out_TO is None:
         out_TO = torch.empty((num_tokens, num_outputs), dtype=x_TI.dtype, device=x_TI.device)
     assert out_TO.stride(1) == 1
-    if in_ring:
-        from argosy.kernels import gemv_ahead
-
-        return gemv_ahead.linear(
-            x_TI, weight_OI, bias_O, out_TO, sizes, scale_O=scale, norm_weight_I=norm_weight_I, eps=eps, gated=gated,
-            residual=residual_TO is not None,
-        )  # fmt: skip
     programs = triton.cdiv(num_rows, rows)
     if kernel is _vector_kernel:
         programs = min(programs, facts.num_sms * sizes["per_sm"])

@@ -16,7 +16,6 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import gemv_split, rms_norm, tuning
 from argosy.kernels.gemv_parts import finish, prefetch_rows, weight_rows
-from argosy.kernels.outlet import Outlet
 
 MAX_TOKENS = 16  # the smallest tile of the tensor cores; above it cuBLAS is at the bandwidth of the card
 MAX_DEFAULT_INPUTS = 16384  # of one token where nothing was tuned
@@ -152,7 +151,7 @@ def _matrix_kernel(
 
 # as `kernel` in the tuned sizes counts them
 KERNELS = (_vector_kernel, _matrix_kernel, _tiled_vector_kernel)
-SPLIT, AHEAD, HOPPER = 3, 4, 5  # in `gemv_split`, `gemv_ahead`, `gemv_hopper`
+SPLIT, AHEAD = 3, 4  # in `gemv_split`, in `gemv_ahead`
 
 
 def suits(x_TI: Tensor, weight_OI: Tensor) -> bool:
@@ -197,21 +196,6 @@ def _default_sizes(num_tokens: int, num_inputs: int, num_rows: int, num_sms: int
     return {"kernel": 1, "rows": rows, "width": 256, "stages": 5, "warps": 4, "per_sm": 0, "prefetch": 2048, "early": 0}
 
 
-# Of several tokens where what was tuned can't be had.
-IN_PIECES = {"kernel": SPLIT, "rows": 64, "width": 128, "stages": 4, "warps": 4, "splits": 1, "prefetch": 512}
-
-
-def _has_lower(kernel: int, x_TI: Tensor, weight_OI: Tensor) -> bool:
-    """Whether this Triton has the language of `gemv_ahead` and `gemv_hopper`, and the second one takes these."""
-    if not triton.__version__.startswith(tuning.GLUON_VERSIONS):
-        return False
-    if kernel == AHEAD:
-        return True
-    from argosy.kernels import gemv_hopper
-
-    return gemv_hopper.takes(x_TI, weight_OI)
-
-
 def fused_linear(
     x_TI: Tensor,
     weight_OI: Tensor,
@@ -222,7 +206,6 @@ def fused_linear(
     residual_TO: Tensor | None = None,
     gated: bool = False,
     out_TO: Tensor | None = None,
-    outlet: Outlet | None = None,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
     """One launch for one token, else one more for the norm; see `ops.fused_linear`.
@@ -237,10 +220,9 @@ def fused_linear(
     facts = tuning.device_facts(x_TI.device)
     sizes = sizes or tuning.pick("gemv", _key(num_tokens, weight_OI), x_TI.device)
     sizes = sizes or _default_sizes(num_tokens, num_inputs, num_rows, facts.num_sms)
-    if sizes["kernel"] in (AHEAD, HOPPER) and not _has_lower(sizes["kernel"], x_TI, weight_OI):
-        few = num_tokens <= MAX_TOKENS
-        sizes = _default_sizes(num_tokens, num_inputs, num_rows, facts.num_sms) if few else IN_PIECES
-    in_pieces = sizes["kernel"] in (SPLIT, HOPPER)
+    if sizes["kernel"] == AHEAD and not triton.__version__.startswith(tuning.GLUON_VERSIONS):
+        sizes = _default_sizes(num_tokens, num_inputs, num_rows, facts.num_sms)
+    in_pieces = sizes["kernel"] == SPLIT
     rows = max(sizes["rows"], 2) if gated else sizes["rows"]  # a gate needs the row beside it, also where one was best
     if norm_weight_I is not None and (num_tokens > 1 or in_pieces):
         x_TI, norm_weight_I = rms_norm.rms_norm(x_TI, norm_weight_I, eps), None
@@ -249,12 +231,6 @@ def fused_linear(
     if out_TO is None:
         out_TO = torch.empty((num_tokens, num_outputs), dtype=x_TI.dtype, device=x_TI.device)
     assert out_TO.stride(1) == 1
-    if sizes["kernel"] == HOPPER:
-        from argosy.kernels import gemv_hopper
-
-        return gemv_hopper.linear(
-            x_TI, weight_OI, bias_O, out_TO, sizes, gated=gated, residual=residual_TO is not None, outlet=outlet
-        )  # fmt: skip
     if in_pieces:
         return gemv_split.linear(
             x_TI, weight_OI, bias_O, out_TO, sizes, gated=gated, residual=residual_TO is not None
@@ -264,7 +240,7 @@ def fused_linear(
 
         return gemv_ahead.linear(
             x_TI, weight_OI, bias_O, out_TO, sizes, norm_weight_I=norm_weight_I, eps=eps, gated=gated,
-            residual=residual_TO is not None, outlet=None if rows % 2 else outlet,
+            residual=residual_TO is not None,
         )  # fmt: skip
     kernel, width, programs = KERNELS[sizes["kernel"]], sizes["width"], triton.cdiv(num_rows, rows)
     if sizes["kernel"] == 0:

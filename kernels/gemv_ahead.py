@@ -14,10 +14,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from argosy.kernels import group_push, tuning
-from argosy.kernels.outlet import Outlet
+from argosy.kernels import tuning
 
-INBOX_ROWS = gl.constexpr(group_push.MAX_ROWS)
 # Triton 3.9 calls it otherwise than 3.6
 copy_in = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
@@ -41,31 +39,18 @@ def _ask(
 
 
 @gluon.jit
-def _send(y, turn, pair, num_pairs, bases_ptr, inbox, rank, T: gl.constexpr, WORLD: gl.constexpr):
-    """A tile's sums to all ranks, two numbers and their turn in a word: see `group_push`."""
-    low, high = gl.split(gl.reshape(y.to(T).to(gl.int16, bitcast=True).to(gl.int64) & 0xFFFF, [y.shape[0] // 2, 2]))
-    word = low | (high << 16) | (turn.to(gl.int64) << 32)
-    pair = gl.convert_layout(pair, word.type.layout)
-    for peer in gl.static_range(WORLD):
-        box = gl.load(bases_ptr + peer).to(gl.pointer_type(gl.int64)) + inbox + rank * num_pairs * INBOX_ROWS
-        gl.store(box + pair, word, mask=pair < num_pairs)
-
-
-@gluon.jit
 def _each(gate, up, other_gate, other_up):
     return gate + other_gate, up + other_up
 
 
-@gluon.jit(do_not_specialize=["rank"])
+@gluon.jit
 def _ahead_kernel(
-    x_ptr, weight_ptr, scale_ptr, bias_ptr, norm_ptr, out_ptr, bases_ptr, counter_ptr, inbox, rank, num_inputs,
-    num_outputs, stride_weight, eps,
-    WIDTH: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr, SCALED: gl.constexpr,
-    NORM: gl.constexpr, BIAS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, WORLD: gl.constexpr,
+    x_ptr, weight_ptr, bias_ptr, norm_ptr, out_ptr, num_inputs, num_outputs, stride_weight, eps,
+    WIDTH: gl.constexpr, ROWS: gl.constexpr, STAGES: gl.constexpr,
+    NORM: gl.constexpr, BIAS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr,
     EARLY: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """With RESIDUAL it is `out` that is added to, with WORLD the sums go to so many ranks instead. `num_outputs`: after
-    the gate. SCALED: a scale for each weight row."""
+    """With RESIDUAL it is `out` that is added to. `num_outputs`: after the gate."""
     EACH: gl.constexpr = 16 // (weight_ptr.dtype.element_ty.primitive_bitwidth // 8)
     tile_in: gl.constexpr = gl.BlockedLayout([1, EACH], [1, 32], [1, num_warps], [1, 0])
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -90,8 +75,6 @@ def _ahead_kernel(
     x = gl.load(x_ptr + column, mask=inside, other=0.0).to(gl.float32)
     if NORM:
         x *= norm * (1.0 / gl.sqrt(gl.sum(x * x, 0) / num_inputs + eps))
-    if WORLD:
-        turn = gl.load(counter_ptr, cache_modifier=".cg") + 1
     n = 0
     for tile in range(first, num_tiles, step):
         output = tile * ROWS + row
@@ -113,23 +96,15 @@ def _ahead_kernel(
             y, up = gl.reduce((y, up), 1, _each)
         else:
             y = gl.sum(y, 1)
-        if SCALED:
-            y *= gl.load(scale_ptr + output, mask=there, other=0.0)
         if BIAS:
             y += gl.load(bias_ptr + output, mask=there, other=0.0).to(gl.float32)
         if GATED:
-            if SCALED:
-                up *= gl.load(scale_ptr + num_outputs + output, mask=there, other=0.0)
             if BIAS:
                 up += gl.load(bias_ptr + num_outputs + output, mask=there, other=0.0).to(gl.float32)
             y = y / (1.0 + gl.exp2(y * -1.4426950408889634)) * up
         if RESIDUAL:
             y += before
-        if WORLD:
-            pair = tile * (ROWS // 2) + gl.arange(0, ROWS // 2, gl.SliceLayout(1, tile_in))
-            _send(y, turn, pair, num_outputs // 2, bases_ptr, inbox, rank, out_ptr.dtype.element_ty, WORLD)
-        else:
-            gl.store(out_ptr + output, y.to(out_ptr.dtype.element_ty), mask=there)
+        gl.store(out_ptr + output, y.to(out_ptr.dtype.element_ty), mask=there)
         n += 1  # noqa: SIM113 - Gluon knows no `enumerate`
     if PDL and EARLY == 0:
         gdc_launch_dependents()
@@ -142,15 +117,12 @@ def linear(
     out_TO: Tensor,
     sizes: tuning.Sizes,
     *,
-    scale_O: Tensor | None = None,
     norm_weight_I: Tensor | None = None,
     eps: float = 1e-6,
     gated: bool = False,
     residual: bool = False,
-    outlet: Outlet | None = None,
 ) -> Tensor:
-    """x W^T (times `scale_O` by row) + bias of one token, normed before, gated, written or (`residual`) added to
-    `out_TO`, or sent (`outlet`; then tiles have whole pairs of outputs); one launch.
+    """x W^T + bias of one token, normed before, gated, written or (`residual`) added to `out_TO`; one launch.
 
     `sizes`: rows of a tile, its width (a power of two that holds a row), places of the ring (`stages`), `warps`,
     programs a multiprocessor (`per_sm`), when its successor may start (`early`: 0 when it is done, 1 at once, 2 when
@@ -163,21 +135,12 @@ def linear(
     assert num_inputs % 16 == 0  # what the copies are compiled for
     assert num_inputs <= sizes["width"]
     rows = max(1, sizes["rows"] // 2) if gated else sizes["rows"]  # of the output: a gate has two weight rows for each
-    where: tuple[Tensor, Tensor, int, int] = (out_TO, out_TO, 0, 0)
-    if outlet is not None:
-        assert rows % 2 == num_outputs % 2 == 0
-        assert not residual
-        assert not outlet.scatter  # one row is few bytes
-        where = outlet.bases_W, outlet.counters, outlet.inbox_at // 8, outlet.rank
-        outlet.sent = True
     programs = min(-(-num_outputs // rows), tuning.device_facts(x_TI.device).num_sms * sizes["per_sm"])
     _ahead_kernel[(programs,)](
-        x_TI, weight_OI, out_TO if scale_O is None else scale_O, out_TO if bias_O is None else bias_O,
-        out_TO if norm_weight_I is None else norm_weight_I, out_TO, *where, num_inputs, num_outputs,
-        weight_OI.stride(0), eps,
-        WIDTH=sizes["width"], ROWS=rows, STAGES=sizes["stages"], SCALED=scale_O is not None,
-        NORM=norm_weight_I is not None, BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual,
-        WORLD=0 if outlet is None else outlet.bases_W.shape[0], EARLY=sizes.get("early", 0), num_warps=sizes["warps"],
+        x_TI, weight_OI, out_TO if bias_O is None else bias_O, out_TO if norm_weight_I is None else norm_weight_I,
+        out_TO, num_inputs, num_outputs, weight_OI.stride(0), eps,
+        WIDTH=sizes["width"], ROWS=rows, STAGES=sizes["stages"], NORM=norm_weight_I is not None,
+        BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual, EARLY=sizes.get("early", 0), num_warps=sizes["warps"],
         **tuning.overlap(x_TI.device),
     )  # fmt: skip
     return out_TO

@@ -8,8 +8,6 @@ few rows. Two ways:
 - every rank sends its part to all and sums for itself (`SCATTER` false);
 - row r is summed by rank r % WORLD, which sends the result to all: a second trip, but WORLD / 2 times fewer bytes.
 
-A product may send its numbers itself (`outlet`): what adds them up then begins with waiting for them, its own as well.
-
 An inbox is written again only after another sum of the group: see `workers/layers/group_sum.py`. All memory begins as
 zeros, and turns count from 1. Numbers have 16 bits, rows an even number of them.
 
@@ -93,8 +91,7 @@ def _pair(low, high, DTYPE: tl.constexpr):
 def _push_kernel(
     bases_ptr, counter_ptr, part_ptr, inbox, residual_ptr, weight_ptr, out_ptr, stride_residual, eps, rank,
     PAIRS: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr, ROWS: tl.constexpr,
-    SCATTER: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, SENT: tl.constexpr, WAIT: tl.constexpr,
-    PDL: tl.constexpr,
+    SCATTER: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, WAIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program a row. Pointers to numbers of 16 bits count pairs of them, as int32; `inbox` counts words."""
     DTYPE: tl.constexpr = residual_ptr.dtype.element_ty
@@ -114,20 +111,16 @@ def _push_kernel(
     turn = tl.load(counter_ptr + row, cache_modifier=".cg") + 1
     before = tl.load(here, inside, other=0, cache_modifier=".cg") if ADD else weight
     if PDL:
-        if not SENT:
-            gdc_wait()
+        gdc_wait()
         gdc_launch_dependents()  # the next product asks for its weights while we wait for the link
     stamp = turn.to(tl.int64) << 32
-    if not SENT:
-        own = tl.load(
-            part_ptr.to(tl.pointer_type(tl.int32)) + row * PAIRS + column, inside, other=0, cache_modifier=".cg"
-        )
-        word = (own.to(tl.int64) & 0xFFFFFFFF) | stamp
-        place = (rank * ROWS + row).to(tl.int64) * PAIRS + column
-        if SCATTER:
-            tl.store(owners_box + place, word, inside)
-        else:  # to ourselves as well: one way of reading for all
-            tl.store(all_boxes + place[None, :], tl.broadcast_to(word[None, :], (PEERS, BLOCK)), everywhere)
+    own = tl.load(part_ptr.to(tl.pointer_type(tl.int32)) + row * PAIRS + column, inside, other=0, cache_modifier=".cg")
+    word = (own.to(tl.int64) & 0xFFFFFFFF) | stamp
+    place = (rank * ROWS + row).to(tl.int64) * PAIRS + column
+    if SCATTER:
+        tl.store(owners_box + place, word, inside)
+    else:  # to ourselves as well: one way of reading for all
+        tl.store(all_boxes + place[None, :], tl.broadcast_to(word[None, :], (PEERS, BLOCK)), everywhere)
     result = (WORLD * ROWS + row).to(tl.int64) * PAIRS + column
     if not SCATTER or owner == rank:
         words = _receive(box + (peer * ROWS + row).to(tl.int64)[:, None] * PAIRS + column[None, :], everywhere, turn,
@@ -151,8 +144,6 @@ def _push_kernel(
         made = _receive(box + result, inside, turn, WAIT)
         tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + row * PAIRS + column, made.to(tl.int32), inside)
     tl.store(counter_ptr + row, turn)
-    if PDL and SENT:
-        gdc_wait()  # whoever waits for this kernel finds those before it done as well
 
 
 def push_add_norm(
@@ -167,14 +158,12 @@ def push_add_norm(
     inbox_at: int,
     scatter: bool = False,
     add: bool = True,
-    sent: bool = False,
     wait: bool = True,
 ) -> Tensor:
     """residual (+)= sum over the group of `part_TD`, then its RMS norm: as `group_sum.sum_add_norm`, up to 64 rows.
 
     `inbox_at`: byte of the shared buffers where `inbox_bytes` belong to this call. `scatter`: each rank keeps only its
-    own rows of the residual up to date; the result is whole. `sent`: the product
-    sent it, to those who sum. `wait` false: all words are known to be there (tests).
+    own rows of the residual up to date; the result is whole. `wait` false: all words are known to be there (tests).
     """
     num_rows, width = residual_TD.shape
     world = bases_W.shape[0]
@@ -190,7 +179,7 @@ def push_add_norm(
         bases_W, counters, part_TD, inbox_at // 8, residual_TD, residual_TD if norm_weight_D is None else norm_weight_D,
         out_TD, residual_TD.stride(0), eps, rank,
         PAIRS=width // 2, BLOCK=block, WORLD=world, PEERS=tuning.next_power_of_two(world), ROWS=MAX_ROWS,
-        SCATTER=scatter, ADD=add, NORM=norm_weight_D is not None, SENT=sent, WAIT=wait,
+        SCATTER=scatter, ADD=add, NORM=norm_weight_D is not None, WAIT=wait,
         num_warps=min(16, max(4, block // 128)), **tuning.overlap(residual_TD.device),
     )  # fmt: skip
     return out_TD

@@ -18,7 +18,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from argosy.kernels import reference, tables_reference
-from argosy.kernels.outlet import Outlet
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
@@ -67,12 +66,10 @@ def fused_linear(
     residual_TO: Tensor | None = None,
     gated: bool = False,
     out_TO: Tensor | None = None,
-    outlet: Outlet | None = None,
 ) -> Tensor:
     """RMS norm of the input (if given a weight), x W^T + bias, silu(gate) · up (if `gated`), added to the residual.
 
-    `out_TO`: where to, if there is no residual; sent to the ranks of a group instead where there is an `outlet` and a
-    kernel that does it, which it then says. One launch for a few tokens on a GPU, where the product is bound by
+    `out_TO`: where to, if there is no residual. One launch for a few tokens on a GPU, where the product is bound by
     reading W; cuBLAS and separate kernels above, and the gate inside for many, where that was measured to be faster.
     """
     if x_TI.is_cuda:
@@ -81,7 +78,7 @@ def fused_linear(
         if gemv.suits(x_TI, weight_OI):
             return gemv.fused_linear(
                 x_TI, weight_OI, bias_O, norm_weight_I=norm_weight_I, eps=eps, residual_TO=residual_TO, gated=gated,
-                out_TO=out_TO, outlet=outlet,
+                out_TO=out_TO,
             )  # fmt: skip
         if norm_weight_I is not None:
             x_TI = rms_norm(x_TI, norm_weight_I, eps)

@@ -27,7 +27,6 @@ from argosy.kernels import (
     fp8_split,
     gemv,
     gemv_ahead,
-    gemv_hopper,
     group_push,
     group_sum,
     hopper_attention,
@@ -50,7 +49,6 @@ from argosy.kernels import (
     warp_decode,
 )
 from argosy.kernels.fp8_reference import E4M3, Fp8Rows, Fp8Weight, Rounding
-from argosy.kernels.outlet import Outlet
 
 BF16 = torch.bfloat16
 CPU = torch.device("cpu")
@@ -193,28 +191,12 @@ def linear(report: Callable[..., None]) -> None:
 
 
 def ahead(report: Callable[..., None]) -> None:
-    """Products whose first weights come before the wait, some of which send their sums."""
-    bases, counters = torch.zeros(4, dtype=torch.int64), torch.zeros(group_push.MAX_ROWS, dtype=torch.int32)
+    """Products of one token whose first weights come before the wait."""
     for num_in, num_out, gated in ((4096, 28672, True), (2048, 4096, False), (7168, 4096, False)):
-        for dtype in (BF16, E4M3):
-            sizes = {"rows": 2, "width": tuning.next_power_of_two(num_in), "stages": 3, "warps": 4, "per_sm": 4}
-            x, weight = torch.zeros(1, num_in, dtype=BF16), torch.zeros(num_out, num_in, dtype=dtype)
-            out = torch.zeros(1, num_out // (1 + gated), dtype=BF16)
-            scale = torch.ones(num_out) if dtype == E4M3 else None
-            for outlet in (None,) if gated or scale is not None else (None, Outlet(bases, counters, 0, 0)):
-                name = f"{num_in}x{num_out}, 1 token, {dtype}{', sent' * (outlet is not None)}"
-                report(name, gemv_ahead.linear, x, weight, None, out, sizes, scale_O=scale, gated=gated, outlet=outlet)
-        for tokens, rows, stages in ((8, 128, 6), (64, 128, 4), (64, 64, 6)):
-            sizes = {"rows": rows, "stages": stages, "programs": 132}
-            x, weight = torch.zeros(tokens, num_in, dtype=BF16), torch.zeros(num_out, num_in, dtype=BF16)
-            out = torch.zeros(tokens, num_out // (1 + gated), dtype=BF16)
-            for outlet in (None,) if gated else (None, Outlet(bases, counters, 0, 0)):
-                name = f"{num_in}x{num_out}, {tokens} tokens, {sizes}{', sent' * (outlet is not None)}"
-                report(name, gemv_hopper.linear, x, weight, None, out, sizes, gated=gated, outlet=outlet)
-            if not gated:
-                scales = torch.ones(tokens, 1), torch.ones(num_out)
-                name = f"e4m3 {num_in}x{num_out}, {tokens} tokens, {sizes}"
-                report(name, gemv_hopper.linear, x.to(E4M3), weight.to(E4M3), None, out, sizes, scales=scales)
+        sizes = {"rows": 2, "width": tuning.next_power_of_two(num_in), "stages": 3, "warps": 4, "per_sm": 4}
+        x, weight = torch.zeros(1, num_in, dtype=BF16), torch.zeros(num_out, num_in, dtype=BF16)
+        out = torch.zeros(1, num_out // (1 + gated), dtype=BF16)
+        report(f"{num_in}x{num_out}, 1 token ahead", gemv_ahead.linear, x, weight, None, out, sizes, gated=gated)
 
 
 def group(report: Callable[..., None]) -> None:
@@ -225,8 +207,6 @@ def group(report: Callable[..., None]) -> None:
         for scatter in (False, True):
             report(f"sum of {width} over {world}{', shared out' * scatter}", group_push.push_add_norm, bases, counters,
                    0, x, x, x[0], 1e-5, inbox_at=1024, scatter=scatter)  # fmt: skip
-        report(f"sum of {width} over {world}, sent by products", group_push.push_add_norm, bases, counters, 0, x, x,
-               x[0], 1e-5, inbox_at=1024, sent=True)  # fmt: skip
     weight = torch.zeros(14336, 4096, dtype=BF16)
     for tokens in (8, 32, 64):
         x = torch.zeros(tokens, 4096, dtype=BF16)

@@ -8,7 +8,7 @@ from argosy.kernels import gemv, tuning
 Sizes = dict[str, int]
 LIBRARY = {"kernel": 1, "rows": 32, "width": 128, "stages": 3, "warps": 4, "per_sm": 0, "prefetch": 4096, "early": 0,
            "library": 1}  # fmt: skip
-KERNELS = {gemv.SPLIT: "gemv_split", gemv.AHEAD: "gemv_ahead, one token", gemv.HOPPER: "gemv_hopper"}
+KERNELS = {gemv.SPLIT: "gemv_split", gemv.AHEAD: "gemv_ahead, one token"}
 
 
 def split_sizes(tokens: int, num_in: int, num_rows: int) -> Iterator[Sizes]:
@@ -27,40 +27,24 @@ def split_sizes(tokens: int, num_in: int, num_rows: int) -> Iterator[Sizes]:
                                "splits": splits, "prefetch": 512, "early": 0, "library": 0}  # fmt: skip
 
 
-def ahead_sizes(num_in: int, item: int = 2) -> Iterator[Sizes]:
-    """Of `gemv_ahead` for weights of `item` bytes: as much of the chip's memory as two kernels can have at a time."""
+def ahead_sizes(num_in: int) -> Iterator[Sizes]:
+    """Of `gemv_ahead`: as much of the chip's memory as two kernels can have at a time."""
     width = tuning.next_power_of_two(num_in)
     for rows, warps in itertools.product((1, 2, 4, 8, 16), (4, 8)):
         if rows * width // (32 * warps) not in (32, 64, 128):
             continue
         for stages, per_sm in itertools.product((3, 4), (1, 2, 3, 4)):
-            if 64 << 10 <= per_sm * stages * rows * width * item <= 200 << 10:
+            if 64 << 10 <= per_sm * stages * rows * width * 2 <= 200 << 10:
                 yield {"kernel": gemv.AHEAD, "rows": rows, "width": width, "stages": stages, "warps": warps,
                        "per_sm": per_sm, "prefetch": 0, "early": 0, "library": 0}  # fmt: skip
 
 
-def hopper_sizes(tokens: int, num_in: int, num_rows: int, gated: bool) -> Iterator[Sizes]:
-    """Of `gemv_hopper`: rings that leave room for the next kernel's, and work in as many parts as there is use for."""
-    for rows in (128,) if gated else (64, 128):
-        place = (rows + max(16, tokens)) * 128
-        tiles = -(-num_rows // rows)
-        for held in (72 << 10, 110 << 10, 208 << 10):
-            if num_in % 64 or (held > 200 << 10 and tiles < 300):
-                continue
-            for programs in (0, 132, 264, 2 * tiles, 4 * tiles):
-                used = programs or tiles
-                if 90 <= used <= 600 or (not programs and tiles > 600):
-                    yield {"kernel": gemv.HOPPER, "rows": rows, "width": 64, "stages": min(12, held // place),
-                           "warps": 4, "programs": programs, "prefetch": 0, "early": 0, "library": 0}  # fmt: skip
-
-
-def sizes_of(tokens: int, num_in: int, num_rows: int, gated: bool, kernels: Sequence[int]) -> Iterator[Sizes]:
+def sizes_of(tokens: int, num_in: int, num_rows: int, kernels: Sequence[int]) -> Iterator[Sizes]:
     """All that is tried by these kernels."""
     if tokens == 1:
         yield from ahead_sizes(num_in) if gemv.AHEAD in kernels else ()
         return
     yield from split_sizes(tokens, num_in, num_rows) if gemv.SPLIT in kernels else ()
-    yield from hopper_sizes(tokens, num_in, num_rows, gated) if gemv.HOPPER in kernels else ()
 
 
 def short(sizes: Sizes) -> str:

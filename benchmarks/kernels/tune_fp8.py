@@ -153,27 +153,11 @@ ONE: tuple[Sizes, ...] = (
     {"kernel": 2, "rows": 16, "width": 1024, "stages": 1, "warps": 8, "per_sm": 0},
     {"prefetch": 0}, {"prefetch": 1024}, {"prefetch": 8192}, {"early": 1},
 )  # fmt: skip
-AHEAD = (  # rows, warps, places of the ring, programs a multiprocessor; the second for rows of more than 8192
-    ((2, 4, 4, 4), (2, 4, 6, 2), (4, 4, 4, 2), (4, 8, 4, 2), (4, 8, 6, 1), (8, 8, 4, 1)),
-    ((1, 4, 4, 2), (1, 8, 4, 2), (1, 8, 6, 2), (1, 8, 6, 1), (2, 8, 4, 1)),
-)
 PIECES: Sizes = {"kernel": fp8_gemm.SPLIT, "rows": 64, "width": 256, "stages": 4, "warps": 4, "splits": 1}
-RING: Sizes = {"kernel": fp8_gemm.HOPPER, "rows": 64, "programs": 132, "stages": 6, "early": 0}
 SEVERAL: tuple[Sizes, ...] = (
-    RING, RING | {"stages": 9}, RING | {"rows": 128, "stages": 4}, RING | {"rows": 128, "stages": 6},
-    RING | {"programs": 0}, RING | {"programs": 0, "rows": 128, "stages": 5}, RING | {"programs": 264, "stages": 5},
     PIECES, PIECES | {"splits": 2}, PIECES | {"splits": 4}, PIECES | {"width": 128, "stages": 6},
     PIECES | {"rows": 128, "stages": 3}, {"prefetch": 0}, {"prefetch": 1024}, {"prefetch": 2048}, {"early": 1},
 )  # fmt: skip
-
-
-def ones(num_in: int) -> Iterator[Sizes]:
-    """What is tried for one token of a layer."""
-    yield from ONE
-    for rows, warps, stages, per_sm in AHEAD[num_in > 8192]:
-        yield {"kernel": fp8_gemv.AHEAD, "rows": rows, "width": tuning.next_power_of_two(num_in), "stages": stages,
-               "warps": warps, "per_sm": per_sm, "early": 0, "prefetch": 0}  # fmt: skip
-    yield {"early": 2}
 
 
 def tune_step(table: dict[str, dict[str, Sizes]], rows_asked: Sequence[int] = (1, 8, 64)) -> None:
@@ -188,11 +172,9 @@ def tune_step(table: dict[str, dict[str, Sizes]], rows_asked: Sequence[int] = (1
         kernel = "fp8_gemv" if rows == 1 else "fp8_gemm"
         for layer, (num_in, num_out) in chain.shapes.items():
             key = f"{num_in}x{num_out}x{1 if rows == 1 else fp8_gemm.bucket(rows)}"
-            for change in ones(num_in) if rows == 1 else SEVERAL:
+            for change in ONE if rows == 1 else SEVERAL:
                 before = table[kernel][key]
                 if (change.get("kernel") == 0 and num_in > 4096) or before | change == before:
-                    continue
-                if change.get("kernel") == fp8_gemm.HOPPER and rows > 64:
                     continue
                 table[kernel][key] = {"tokens": fp8_gemm.bucket(rows), "prefetch": 512, **before} | change
                 try:

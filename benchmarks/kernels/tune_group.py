@@ -33,12 +33,10 @@ from timing import copies_for, microseconds
 from torch import Tensor
 
 from argosy.kernels import gemv, ops, paged_attention, tuning
-from argosy.kernels.outlet import Outlet
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
 from argosy.workers.layers.group_sum import open_group_sum
 from argosy.workers.layers.norm import RMSNorm
-from argosy.workers.models.group_forward import was_sent
 
 MODELS = {  # hidden, wide, heads, kv heads, vocabulary
     "06b": (1024, 3072, 16, 8, 151936), "8b": (4096, 14336, 32, 8, 128256), "70b": (8192, 28672, 64, 8, 128256),
@@ -71,17 +69,10 @@ def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
     seen: set[str] = set()
     weights: dict[tuple[int, int], Tensor] = {}
 
-    box = torch.zeros(1 << 22, dtype=torch.int64, device="cuda")
-    counters = torch.zeros(64, dtype=torch.int32, device="cuda")
-
-    def try_once(rows: int, num_in: int, num_out: int, sizes: Sizes, gated: bool, world: int = 0) -> None:
+    def try_once(rows: int, num_in: int, num_out: int, sizes: Sizes, gated: bool) -> None:
         # what the same kernel is compiled for: all numbers here are divisible by 16
         prefetch = min(sizes["prefetch"], 1 << (num_in // sizes.get("splits", 1) * 2).bit_length() - 1)
-        facts = sizes | {"splits": sizes.get("splits", 1) > 1, "prefetch": prefetch, "per_sm": 0, "programs": 0,
-                         "world": world}  # fmt: skip
-        if sizes.get("programs"):  # work that is shared out is another kernel
-            tiles = -(-num_out // sizes["rows"])
-            facts["programs"] = int(-(-tiles * num_in // 64 // sizes["programs"]) % (num_in // 64) != 0)
+        facts = sizes | {"splits": sizes.get("splits", 1) > 1, "prefetch": prefetch, "per_sm": 0}
         key = json.dumps([gemv.bucket(rows), gated, num_in % sizes["width"], facts])
         if key in seen:
             return
@@ -92,10 +83,7 @@ def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
             weights.clear()
             weights[num_in, num_out] = rand(num_out, num_in)
         try:
-            outlet = Outlet(torch.full((world,), box.data_ptr(), device="cuda"), counters, 0, 0) if world else None
-            gemv.fused_linear(
-                rand(rows, num_in), weights[num_in, num_out], sizes=sizes, gated=gated, outlet=outlet
-            )  # fmt: skip
+            gemv.fused_linear(rand(rows, num_in), weights[num_in, num_out], sizes=sizes, gated=gated)
         except Exception as error:  # too large a program
             print("skipped", sizes, str(error)[:80], flush=True)
 
@@ -105,15 +93,9 @@ def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
             for sizes in [dict(tuned) | {"library": 0}] if tuned else []:
                 for one in (sizes, *ahead_of(sizes, num_in)):
                     try_once(rows, num_in, num_out, one, gated)
-            for sizes in sizes_of(rows, num_in, num_out, gated, args.kernels):
+            for sizes in sizes_of(rows, num_in, num_out, args.kernels):
                 for one in (sizes, *ahead_of(sizes, num_in)):
                     try_once(rows, num_in, num_out, one, gated)
-    for model, cards in layouts if args.sends else ():
-        shapes = shapes_of(model, cards)
-        for name, rows in itertools.product(("o", "down"), (rows for rows in args.rows if rows <= 32)):
-            for sizes in sizes_of(rows, *shapes[name], args.kernels):
-                for one in (sizes, *ahead_of(sizes, shapes[name][0])):
-                    try_once(rows, *shapes[name][:2], one, False, args.over)
     of_attention = itertools.product(ATTENTION, layouts if args.attention else ())
     for number, (sizes, layout) in enumerate(of_attention):
         if number % of == index:
@@ -159,7 +141,7 @@ def alone(
     by_library = microseconds([lambda w=w: library(w) for w in weights], launches=launches, replays=3)[0]
     times: list[tuple[float, Sizes]] = []
     tuned = tuning.pick("gemv", f"{num_in}x{num_out}x{gemv.bucket(rows)}", x.device)
-    tries = sizes_of(rows, num_in, num_out, gated, kernels)
+    tries = sizes_of(rows, num_in, num_out, kernels)
     known = [dict(tuned) | {"library": 0}] if tuned and tuned["kernel"] not in kernels else []
     for sizes in (*known, *tries):
         calls = [lambda w=w: gemv.fused_linear(x, w, sizes=sizes, gated=gated) for w in weights]
@@ -214,17 +196,15 @@ class Chain:
             return run_alone
         sums = self.sums
 
-        def add_product(which: int, x: Tensor, weight: Tensor) -> Tensor:
-            outlet = sums.outlet(which, rows) if self.way in ("", "push") else None
-            ops.fused_linear(x, weight, out_TO=sums.part(which, rows), outlet=outlet)
-            return sums.add_norm(which, residual, self.norm, way=self.way or None, sent=was_sent(outlet))
-
         def run() -> Tensor:
             x = start
             for layer, (qkv_w, o_w, gate_up_w, down_w) in enumerate(self.weights):
                 seen = attend(ops.fused_linear(x, qkv_w), layer, self.attention)
-                x = add_product(0, seen.view(rows, -1), o_w)
-                x = add_product(1, ops.fused_linear(x, gate_up_w, gated=True), down_w)
+                ops.fused_linear(seen.view(rows, -1), o_w, out_TO=sums.part(0, rows))
+                x = sums.add_norm(0, residual, self.norm, way=self.way or None)
+                inner = ops.fused_linear(x, gate_up_w, gated=True)
+                ops.fused_linear(inner, down_w, out_TO=sums.part(1, rows))
+                x = sums.add_norm(1, residual, self.norm, way=self.way or None)
             return x
 
         return run
@@ -266,19 +246,15 @@ def ahead_of(sizes: Sizes, num_in: int) -> list[Sizes]:
         return [sizes | {"prefetch": prefetch} for prefetch in (0, 2048)]
     if sizes["kernel"] == gemv.AHEAD:
         return [sizes | {"early": 1}]
-    if sizes["kernel"] == gemv.HOPPER:
-        return [sizes | {"early": 1}]
     return [sizes | {"prefetch": 0}, sizes | {"prefetch": 1 << (2 * num_in).bit_length()}]
 
 
 def tune_chain(
     chain: Chain, rows: int, table: dict[str, Sizes], ranked: dict[str, list[Sizes]], *, says: bool,
-    attention: bool = True, sends: bool = False,
+    attention: bool = True,
 ) -> dict[str, object]:  # fmt: skip
     """Entries of `table` replaced where that makes the chain faster. Returns what came out."""
     run = chain.of(rows)
-    if chain.sums is not None:
-        chain.sums.sends = False
     before = now = chain.time(run)
     ways = {}
     for way in WAYS if chain.sums is not None else ():
@@ -294,11 +270,7 @@ def tune_chain(
             f"{rows} rows: {before:.2f} us a layer as it was; { ({w: round(t, 2) for w, t in ways.items()}) }",
             flush=True,
         )
-    if chain.sums is not None:
-        chain.sums.sends = sends
     now = chain.time(run)
-    if says and sends:
-        print(f"    {now:.2f} with products that send", flush=True)
     for name in ("qkv", "o", "gate_up", "down"):
         num_in, num_out, _ = chain.shapes[name]
         key = f"{num_in}x{num_out}x{gemv.bucket(rows)}"
@@ -368,7 +340,7 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int, folder: str)
     chain = Chain(parallel, args.model, args.cards, max(args.rows))
     for rows in args.rows:
         chain.way = ""
-        row = tune_chain(chain, rows, table, ranked, says=tp_rank == 0, attention=args.attention, sends=args.sends)
+        row = tune_chain(chain, rows, table, ranked, says=tp_rank == 0, attention=args.attention)
         if tp_rank == 0:
             about = {"kernel": "group_step", "model": args.model, "cards": args.cards, "over": args.over}
             print(json.dumps(about | row | {"device": torch.cuda.get_device_name(device)}), flush=True)
@@ -409,10 +381,9 @@ def main() -> None:
     parser.add_argument("--out", default="tuned_group.json")
     parser.add_argument("--layouts", nargs="+", default=[f"{m}:{c}" for m, c in LAYOUTS], help="what to compile for")
     parser.add_argument(
-        "--kernels", type=int, nargs="+", default=[gemv.SPLIT, gemv.AHEAD, gemv.HOPPER], choices=KERNELS,
+        "--kernels", type=int, nargs="+", default=[gemv.SPLIT, gemv.AHEAD], choices=KERNELS,
         help=f"whose sizes are tried beside what was tuned, as the tables number them: {KERNELS}",
     )  # fmt: skip
-    parser.add_argument("--sends", action="store_true", help="let products send their sums themselves")
     parser.add_argument("--no-attention", dest="attention", action="store_false", help="leave its sizes")
     parser.add_argument("--over", type=int, help="run the steps over fewer cards than the shapes are of")
     parser.add_argument("--compile-only", action="store_true", help="fill Triton's cache and stop")

@@ -19,7 +19,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from bench_kernels import STEPS, Step, rand
-from few_sizes import LIBRARY, ahead_sizes, hopper_sizes, short
+from few_sizes import LIBRARY, ahead_sizes, short
 from timing import copies_for, microseconds
 from torch import Tensor
 
@@ -37,11 +37,10 @@ SPLITS = (  # rows, width, stages, pieces of the inputs: those that were among t
 
 def candidates(rows: int, shape: Shape) -> Iterator[Sizes]:
     """What may be the fastest for so many tokens."""
-    name, num_in, num_out = shape
+    _, num_in, num_out = shape
     if rows == 1:
         yield from ahead_sizes(num_in)
         return
-    yield from hopper_sizes(rows, num_in, num_out, name == "gate_up")
     if rows <= gemv.MAX_TOKENS:
         tuned = tuning.pick("gemv", f"{num_in}x{num_out}x{gemv.MAX_TOKENS}", torch.device("cuda", 0))
         if tuned:
@@ -56,14 +55,6 @@ def candidates(rows: int, shape: Shape) -> Iterator[Sizes]:
         ):
             yield {"kernel": gemv.SPLIT, "rows": height, "width": width, "stages": stages, "warps": 4,
                    "splits": splits, "prefetch": 512, "early": 0, "library": 0}  # fmt: skip
-
-
-def shared_out(sizes: Sizes, shape: Shape) -> bool:
-    """Whether tiles of `gemv_hopper` belong to several programs: another kernel."""
-    if not sizes.get("programs"):
-        return False
-    tiles, blocks = -(-shape[2] // sizes["rows"]), shape[1] // 64
-    return -(-tiles * blocks // sizes["programs"]) % blocks != 0
 
 
 def call_of(shape: Shape, x: Tensor, w: Tensor, sizes: Sizes) -> Callable[[], object]:
@@ -102,8 +93,7 @@ def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
         weight: Tensor | None = None
         for rows in args.rows:
             for sizes in candidates(rows, shape):
-                facts = sizes | {"splits": int(sizes.get("splits", 1) > 1), "tokens": gemv.bucket(rows), "per_sm": 0,
-                                 "programs": shared_out(sizes, shape)}  # fmt: skip
+                facts = sizes | {"splits": int(sizes.get("splits", 1) > 1), "tokens": gemv.bucket(rows), "per_sm": 0}
                 kind = [shape[0] == "gate_up", shape[0] in ("o", "down"), shape[1] % sizes["width"] == 0]
                 key = json.dumps([facts, kind])
                 if key in seen:
@@ -167,8 +157,6 @@ def changes_of(sizes: Sizes) -> tuple[Sizes, ...]:
     """What is tried with sizes that were the best: when weights are asked for, and when a successor may start."""
     if sizes["kernel"] == gemv.AHEAD:
         return ({"early": 1}, {"early": 2})
-    if sizes["kernel"] == gemv.HOPPER:
-        return ({"early": 1},)
     return ({"prefetch": 0}, {"prefetch": 2048}, {"early": 1})
 
 

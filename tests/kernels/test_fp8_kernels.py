@@ -103,54 +103,6 @@ def test_many_tokens(
             assert_near(fp8_gemm.rescaled_linear(rows, weight, bias_O, torch.bfloat16), want)
 
 
-@GPU
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(
-    ("num_tokens", "num_inputs", "num_outputs", "rows", "stages", "programs"),
-    [(8, 4096, 6144, 64, 8, 132), (64, 1024, 712, 128, 4, 7), (33, 14336, 4096, 128, 6, 0)],
-)
-def test_several_tokens_by_weights_that_were_asked_for_ahead(
-    num_tokens: int, num_inputs: int, num_outputs: int, rows: int, stages: int, programs: int, bias: bool,
-    device: torch.device, assert_near: Near,
-) -> None:  # fmt: skip
-    """Behind the kernel that rounds the activations; twice, since counters must be zero again."""
-    weight = fp8_reference.quantize_weight(torch.randn(num_outputs, num_inputs, device=device), None)
-    bias_O = torch.randn(num_outputs, device=device).bfloat16() if bias else None
-    sizes = {"kernel": fp8_gemm.HOPPER, "rows": rows, "stages": stages, "programs": programs, "early": 0}
-    for _ in range(2):
-        x = torch.randn(num_tokens, num_inputs, device=device).bfloat16()
-        rounded = fp8_quantize.quantize(x, Rounding(0))
-        got = fp8_gemm.linear(rounded, weight, bias_O, torch.bfloat16, sizes)
-        assert_near(got, fp8_reference.linear(rounded, weight, bias_O, torch.float32))
-    assert not tuning.counters(device).any(), "counters must be zero again for the next launch"
-
-
-@GPU
-@pytest.mark.parametrize("fused", ["norm", "gate", "residual", "all"])
-@pytest.mark.parametrize(("num_inputs", "num_outputs", "rows", "width"), [(4096, 600, 4, 4096), (208, 40, 8, 256)])
-def test_one_token_by_weights_that_were_asked_for_ahead(
-    num_inputs: int, num_outputs: int, rows: int, width: int, fused: str, device: torch.device, assert_near: Near
-) -> None:
-    """As `gemv_ahead`'s own test has it, with a scale for each weight row."""
-    x = torch.randn(1, num_inputs, device=device).bfloat16()
-    weight = fp8_reference.quantize_weight(torch.randn(num_outputs, num_inputs, device=device) / 20, None)
-    gated = fused in ("gate", "all")
-    bias = torch.randn(num_outputs, device=device).bfloat16() if fused == "all" else None
-    norm = torch.randn(num_inputs, device=device).bfloat16() if fused in ("norm", "all") else None
-    residual = None
-    if fused in ("residual", "all"):
-        residual = torch.randn(1, num_outputs // (2 if gated else 1), device=device).bfloat16()
-    exact = [None if y is None else y.float() for y in (bias, norm, residual)]
-    want = fp8_reference.fused_linear(
-        x.float(), weight, exact[0], norm_weight_I=exact[1], residual_TO=exact[2], gated=gated
-    )
-    sizes = {"kernel": fp8_gemv.AHEAD, "rows": rows, "width": width, "stages": 3, "warps": 4, "per_sm": 1, "early": 0}
-    got = fp8_gemv.fused_linear(
-        x, weight, bias, norm_weight_I=norm, residual_TO=residual, gated=gated, sizes=sizes | {"prefetch": 0}
-    )
-    assert_near(got, want)
-
-
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("fused", ["nothing", "norm", "bias", "gate", "residual", "all"])
 @pytest.mark.parametrize("num_tokens", [1, 5, 16])

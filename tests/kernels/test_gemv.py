@@ -67,43 +67,6 @@ def test_linear_in_pieces_of_the_inputs(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("fused", ["norm", "bias", "gate", "residual", "all"])
-@pytest.mark.parametrize(
-    ("num_tokens", "num_inputs", "num_outputs", "rows", "stages", "programs", "early"),
-    [
-        (8, 4096, 3072, 64, 8, 132, 0), (64, 1024, 700, 128, 4, 7, 1), (33, 448, 264, 64, 6, 0, 0),
-        (2, 7168, 4096, 128, 6, 128, 0),
-    ],
-)  # fmt: skip
-def test_several_tokens_by_weights_that_were_asked_for_ahead(
-    num_tokens: int, num_inputs: int, num_outputs: int, rows: int, stages: int, programs: int, early: int, fused: str,
-    device: torch.device, assert_near: Near,
-) -> None:  # fmt: skip
-    """Tiles that outputs do not fill, tiles that programs share in parts of every length, a ring longer than the work;
-    three launches behind each other, each reading what the one before wrote, with counters that must be zero again."""
-    sizes = {"kernel": gemv.HOPPER, "rows": rows, "width": 64, "stages": stages, "warps": 4, "programs": programs}
-    sizes |= {"early": early, "prefetch": 0}
-    gated = fused in ("gate", "all")
-    weight = (torch.randn(num_outputs, num_inputs, device=device) / num_inputs**0.5).bfloat16()
-    back = (torch.randn(num_inputs, num_outputs // (2 if gated else 1), device=device) / 32).bfloat16()
-    bias = torch.randn(num_outputs, device=device).bfloat16() if fused in ("bias", "all") else None
-    norm = torch.randn(num_inputs, device=device).bfloat16() if fused in ("norm", "all") else None
-    x = torch.randn(num_tokens, num_inputs, device=device).bfloat16()
-    for _ in range(3):
-        residual = None
-        if fused in ("residual", "all"):
-            residual = torch.randn(num_tokens, back.shape[1], device=device).bfloat16()
-        exact = [None if y is None else y.double().cpu() for y in (x, weight, bias, norm, residual)]
-        want = reference.fused_linear(*exact[:3], norm_weight_I=exact[3], residual_TO=exact[4], gated=gated)
-        got = gemv.fused_linear(
-            x, weight, bias, norm_weight_I=norm, residual_TO=residual, gated=gated, sizes=sizes
-        )  # fmt: skip
-        assert residual is None or got is residual
-        assert_near(got, want)
-        x = torch.nn.functional.linear(got, back).clamp_(-4, 4)
-
-
-@pytest.mark.gpu
 @pytest.mark.parametrize("fused", ["norm", "gate", "residual", "all"])
 @pytest.mark.parametrize(
     ("num_inputs", "num_outputs", "rows", "width", "stages", "warps", "early"),

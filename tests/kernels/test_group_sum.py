@@ -237,36 +237,6 @@ def test_words_that_bring_their_turn_give_the_same_sum(
         assert not counters[rank][rows:].any()
 
 
-@pytest.mark.parametrize(("world", "rows", "width"), [(2, 1, 64), (3, 5, 130), (4, 16, 96)])
-def test_what_products_sent_is_summed_without_a_part(
-    world: int, rows: int, width: int, device: torch.device, assert_near: Near
-) -> None:
-    """All words are there when the sum begins; its own rank's too. The turn is that of each row."""
-    dtype, at = torch.float16, 256
-    boxes = [
-        torch.zeros(at + group_push.inbox_bytes(world, width), dtype=torch.uint8, device=device) for _ in range(world)
-    ]
-    bases_W = torch.tensor([box.data_ptr() for box in boxes], dtype=torch.int64, device=device)
-    counters = [torch.arange(group_sum.MAX_PROGRAMS, dtype=torch.int32, device=device) for _ in range(world)]
-    parts = [torch.randn(rows, width, dtype=dtype, device=device) for _ in range(world)]
-    for rank, part in enumerate(parts):
-        pairs = part.view(torch.int32).long() & 0xFFFFFFFF
-        words = pairs | (counters[rank][:rows, None].long() + 1) << 32
-        for box in boxes:
-            inbox = box[at:].view(torch.int64)[: world * group_push.MAX_ROWS * width // 2]
-            inbox.view(world, group_push.MAX_ROWS, width // 2)[rank, :rows] = words
-    before, weight = torch.randn(rows, width, dtype=dtype, device=device), torch.randn(width, device=device).to(dtype)
-    want = (torch.stack([part.float() for part in parts]).sum(0) + before.float()).to(dtype)
-    for rank in range(world):
-        residual = before.clone()
-        made = group_push.push_add_norm(
-            bases_W, counters[rank], rank, torch.full_like(before, 7.0), residual, weight, 1e-5, inbox_at=at, sent=True
-        )
-        assert_near(residual, want)
-        assert_near(made, reference.rms_norm(want, weight, 1e-5))
-        assert torch.equal(counters[rank][:rows].cpu(), torch.arange(rows, dtype=torch.int32) + 1)
-
-
 def test_words_carry_16_bits_and_an_even_width() -> None:
     assert group_push.suits(64, 4096, torch.bfloat16)
     assert not group_push.suits(65, 4096, torch.bfloat16)

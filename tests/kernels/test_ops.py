@@ -41,7 +41,6 @@ def test_each_operation_has_its_meaning_in_the_reference() -> None:
             "out_RNH",
             "out_TNH",
             "out_TO",
-            "outlet",
             "scratch",
             "shared_len_R",
         }  # say how, not what

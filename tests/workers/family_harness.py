@@ -247,15 +247,10 @@ class PlainSums:
         self._parts[which] = torch.full((num_tokens, self.width), 7.0)
         return self._parts[which]
 
-    def outlet(self, which: int, num_tokens: int) -> None:
-        """Nobody sends."""
-
     def add_norm(
-        self, which: int, residual_TD: Tensor, norm: Any, *, add: bool = True, whole: bool = False, asked: Any = None,
-        sent: bool = False,
-    ) -> Tensor:  # fmt: skip
+        self, which: int, residual_TD: Tensor, norm: Any, *, add: bool = True, whole: bool = False, asked: Any = None
+    ) -> Tensor:
         """As `GroupSum.add_norm`."""
-        assert not sent
         total_TD = self.parallel.all_reduce(self._parts[which].clone())
         residual_TD.copy_(residual_TD + total_TD if add else total_TD)
         made: Tensor = residual_TD if norm is None else norm(residual_TD)

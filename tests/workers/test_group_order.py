@@ -5,9 +5,7 @@ rank dawdles: after each meeting it reads its peers' parts only when these can d
 a peer writes too early then gives wrong numbers, each time.
 """
 
-import functools
 import threading
-from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,7 +14,6 @@ import torch
 from torch import Tensor
 
 from argosy.kernels import group_push
-from argosy.kernels.outlet import Outlet
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.layers.group_sum import SCATTER_ROWS, GroupSum
 from argosy.workers.models.group_forward import GroupForward
@@ -34,19 +31,10 @@ class Meetings:
 
     def meet(self, rank: int) -> None:
         """Until all ranks have come to their meeting of this number."""
-        self.come(rank)
-        self.wait(rank)
-
-    def come(self, rank: int) -> None:
-        """To the next meeting, for which it need not wait yet."""
         with self._changed:
             self._counts[rank] += 1
-            self._changed.notify_all()
-
-    def wait(self, rank: int) -> None:
-        """Until all have come to the meeting it has come to."""
-        with self._changed:
             turn = self._counts[rank]
+            self._changed.notify_all()
             assert self._changed.wait_for(lambda: min(self._counts) >= turn, DEADLINE_SECONDS), "a rank never came"
 
     def dawdle(self, rank: int) -> None:
@@ -85,7 +73,7 @@ class Ranks:
             [(numbers(WIDTH, WIDTH), numbers(WIDTH, WIDTH)) for _ in range(NUM_LAYERS)] for _ in range(num_ranks)
         ]
         self.norms = [SimpleNamespace(weight=1 + numbers(WIDTH), eps=EPS) for _ in range(2 * NUM_LAYERS + 1)]
-        self.meetings, self.num_sent = Meetings(num_ranks, slow), 0
+        self.meetings = Meetings(num_ranks, slow)
         self.buffers: list[Tensor | None] = [None] * num_ranks
 
     def run(self, steps: list[Tensor]) -> list[list[Tensor]]:
@@ -129,17 +117,15 @@ class Ranks:
             shared_buffer=lambda num_bytes: self._buffer(rank, num_bytes),
         )  # fmt: skip
         sums = GroupSum(parallel, max_tokens=self.max_tokens, width=WIDTH, max_rows=8, dtype=torch.float32)
-        sums.sends = True
         sums._kernels = SimpleNamespace(FLAG_BYTES=FLAG_BYTES, sum_add_norm=self._sum_add_norm)  # type: ignore[assignment]
-        sums._push = SimpleNamespace(push_add_norm=self._push_add_norm, MAX_ROWS=64 * bool(self.way))  # type: ignore[assignment]
+        sums._push = SimpleNamespace(push_add_norm=self._push_add_norm, MAX_ROWS=0)  # type: ignore[assignment]
         if self.way is not None:
             sums.way_of = lambda *args, **kwargs: self.way  # type: ignore[method-assign,return-value]
         layers: Any = []
         for number, (attention, mlp) in enumerate(self.products[rank]):
-            send = functools.partial(self._send, rank)
             layers.append(
                 SimpleNamespace(
-                    attention=_Product(attention, send), mlp=_Product(mlp, send), input_norm=self.norms[2 * number],
+                    attention=_Product(attention), mlp=_Product(mlp), input_norm=self.norms[2 * number],
                     mlp_norm=self.norms[2 * number + 1], parameters=lambda: iter(()),
                 )
             )  # fmt: skip
@@ -184,40 +170,28 @@ class Ranks:
 
     def _push_add_norm(
         self, bases_W: Tensor, counters: Tensor, rank: int, part_TD: Tensor, residual_TD: Tensor,
-        weight_D: Tensor | None, eps: float, *, inbox_at: int, scatter: bool, add: bool, sent: bool,
+        weight_D: Tensor | None, eps: float, *, inbox_at: int, scatter: bool, add: bool,
     ) -> Tensor:  # fmt: skip
         """As `kernels/group_push.py`: to all, or to the one who sums a row and from there to all."""
-        self.num_sent += sent
         num_rows, most = len(residual_TD), group_push.MAX_ROWS
         result_at = inbox_at + self.num_ranks * most * WIDTH * 4
         places = [inbox_at + sender * most * WIDTH * 4 for sender in range(self.num_ranks)]
         result = [self._of(peer, result_at, num_rows) for peer in range(self.num_ranks)]
-        made_TD = self._by_messages(rank, part_TD, residual_TD, weight_D, eps, places, result, add, scatter, sent)
+        made_TD = self._by_messages(rank, part_TD, residual_TD, weight_D, eps, places, result, add, scatter)
         return made_TD.clone()
-
-    def _send(self, rank: int, outlet: Outlet, part_TD: Tensor) -> None:
-        """What a product does that has an outlet."""
-        assert outlet.scatter == (self.way == "push scatter")
-        for peer in range(self.num_ranks):
-            rows = slice(peer, None, self.num_ranks) if outlet.scatter else slice(None)
-            inbox = self._of(peer, outlet.inbox_at + rank * group_push.MAX_ROWS * WIDTH * 4, len(part_TD))
-            inbox[rows] = part_TD[rows]
-        self.meetings.come(rank)  # from now on a peer may go on to its next sum
 
     def _by_messages(
         self, rank: int, part_TD: Tensor, residual_TD: Tensor, weight_D: Tensor | None, eps: float, places: list[int],
-        result: list[Tensor], add: bool, scatter: bool, sent: bool,
+        result: list[Tensor], add: bool, scatter: bool,
     ) -> Tensor:  # fmt: skip
         """Each rank writes where its peers read, whenever it comes by; they read late."""
         num_rows = len(part_TD)
         rows_of = [
             slice(peer, num_rows, self.num_ranks) if scatter else slice(0, num_rows) for peer in range(self.num_ranks)
         ]
-        for peer, rows in enumerate(rows_of) if not sent else ():
+        for peer, rows in enumerate(rows_of):
             self._of(peer, places[rank], num_rows)[rows] = part_TD[rows]
-        if not sent:
-            self.meetings.come(rank)
-        self.meetings.wait(rank)
+        self.meetings.meet(rank)
         self.meetings.dawdle(rank)
         own = rows_of[rank]
         total_TD: Tensor = torch.stack([self._of(rank, place, num_rows)[own] for place in places]).sum(0)
@@ -238,17 +212,12 @@ class Ranks:
 class _Product:
     """In place of attention and MLP."""
 
-    def __init__(self, weight_DD: Tensor, send: Callable[[Outlet, Tensor], None]):
-        self._weight_DD, self._send = weight_DD, send
+    def __init__(self, weight_DD: Tensor):
+        self._weight_DD = weight_DD
 
     def part(self, x_TD: Tensor, *rest: Any) -> None:
         """Both sorts of calls end with where the product goes."""
-        out_TD, outlet = rest[-2:]
-        if outlet is None:
-            out_TD.copy_(x_TD @ self._weight_DD)
-        else:
-            self._send(outlet, x_TD @ self._weight_DD)
-            outlet.sent = True
+        rest[-1].copy_(x_TD @ self._weight_DD)
 
 
 def _normed(x_TD: Tensor, norm: Any) -> Tensor:
@@ -282,8 +251,7 @@ def test_a_rank_that_is_ahead_overwrites_nothing_that_others_read(
 def test_nothing_that_was_sent_is_overwritten_before_it_was_read(
     monkeypatch: pytest.MonkeyPatch, way: str, num_ranks: int, num_tokens: int, is_last_stage: bool
 ) -> None:
-    """Inboxes and stages of three sums take turns, and nobody asks whether the one before was emptied. Products send by
-    themselves; the embedding's sum sends its own."""
+    """Inboxes and stages of three sums take turns, and nobody asks whether the one before was emptied."""
     monkeypatch.setattr(torch.cuda, "Stream", lambda *args, **kwargs: None)
     monkeypatch.setattr(torch.cuda, "Event", lambda *args, **kwargs: None)
     monkeypatch.setattr(group_push, "suits", lambda *args: True)  # so that there are inboxes for 32 bits too
@@ -291,8 +259,6 @@ def test_nothing_that_was_sent_is_overwritten_before_it_was_read(
     steps = [torch.randint(VOCABULARY, (num_tokens,), generator=generator) for _ in range(3)]
     for slow in range(num_ranks):
         group = Ranks(num_ranks, slow, is_last_stage=is_last_stage, max_tokens=64, way=way)
-        found = group.run(steps)
-        assert group.num_sent == num_ranks * len(steps) * 2 * NUM_LAYERS
-        for made in found:
+        for made in group.run(steps):
             for step, made_TD in zip(steps, made, strict=True):
                 torch.testing.assert_close(made_TD, group.expected(step), atol=1e-4, rtol=1e-4)

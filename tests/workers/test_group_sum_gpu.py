@@ -24,6 +24,5 @@ def test_all_ways_give_the_sum_and_the_same_bits_on_all_ranks(cards: int, width:
     ran = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert ran.returncode == 0, ran.stderr[-2000:]
     found = [json.loads(line) for line in ran.stdout.splitlines() if line.startswith("{")]
-    errors = {row["check"]: row["largest_relative_error"] for row in found if "check" in row}
-    assert errors["group_sum"] < 1e-3
-    assert errors["sent"] < 4e-3  # a rank's part may be rounded the other way where the products differ in order
+    (error,) = [row["largest_relative_error"] for row in found if "check" in row]
+    assert error < 1e-3

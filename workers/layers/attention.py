@@ -7,7 +7,6 @@ from torch import Tensor, nn
 
 from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.kernels.fp8_reference import Fp8Rows
-from argosy.kernels.outlet import Outlet
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.attention.base import AttentionShape, QKNorm
 from argosy.workers.forward_context import ForwardContext
@@ -99,11 +98,9 @@ class Attention(nn.Module):
         """`forward` without the sum over the group."""
         return self.o_proj.product(self.attend(self.qkv_proj.product(x_TD), positions_T, ctx))
 
-    def part(
-        self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext, out_TD: Tensor, outlet: Outlet | None = None
-    ) -> None:
-        """`partial`, written to `out_TD` or sent."""
-        self.o_proj.part(self.attend(self.qkv_proj.product(x_TD), positions_T, ctx), out_TD, outlet)
+    def part(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext, out_TD: Tensor) -> None:
+        """`partial`, written to `out_TD`."""
+        self.o_proj.part(self.attend(self.qkv_proj.product(x_TD), positions_T, ctx), out_TD)
 
     def attend(self, qkv_TX: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """From the product of q, k and v to what the heads saw, [T, N * H]."""

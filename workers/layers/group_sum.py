@@ -10,7 +10,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from argosy.kernels.outlet import Outlet
 from argosy.placement.process_groups import ParallelContext
 from argosy.placement.step_memory import PUSH_ROW_NUMBERS
 from argosy.placement.stream_flags import StreamFlags, open_stream_flags
@@ -23,11 +22,10 @@ NUM_PARTS = 3
 EMBEDDED = 2
 SCATTER_ROWS = 32  # from more rows on, with more than two ranks, bytes count more than a second trip over the link
 # Numbers that bring their turn (`kernels/group_push`) are faster where one multiprocessor can send and read a row: not
-# 8192 numbers over four cards, unless all programs of the product send them. To all, as long as those are few bytes;
-# else to the one who sums a row. On H200: 1, 32 rows of 4096 over two 3.8, 4.6 us (fetched 4.7, 5.8), over four 1, 16,
-# 64 rows 4.7, 6.3, 9.6 (5.7, 7.2, 11.0).
+# 8192 numbers over four cards (`PUSH_ROW_NUMBERS`). To all, as long as those are few bytes; else to the one who sums a
+# row. On H200: 1, 32 rows of 4096 over two 3.8, 4.6 us (fetched 4.7, 5.8), over four 1, 16, 64 rows 4.7, 6.3, 9.6 (5.7,
+# 7.2, 11.0).
 PUSH_NUMBERS = 262144  # of all rows, times ranks
-OWN_ROW_NUMBERS = 16384  # of a row, times ranks, that a sum sends itself
 
 
 class GroupSum:
@@ -44,7 +42,6 @@ class GroupSum:
         self._rank, self._world = parallel.rank.tp_rank, parallel.tp_size
         self._max_rows, self._dtype, self._width = max_rows, dtype, width
         self.max_tokens = max_tokens
-        self.sends = False
         self._part_bytes = -(-max_tokens * width * dtype.itemsize // 256) * 256
         self._shared_bytes = group_sum.FLAG_BYTES + NUM_PARTS * self._part_bytes
         self._choice_bytes = self._shared_bytes + self._part_bytes
@@ -71,17 +68,6 @@ class GroupSum:
         assert num_tokens * self._width * self._dtype.itemsize <= self._part_bytes, num_tokens
         return self._view(self._kernels.FLAG_BYTES + which * self._part_bytes, num_tokens)
 
-    def outlet(self, which: int, num_tokens: int) -> Outlet | None:
-        """Where a product that would go to `part` may be sent at once, if so many rows are."""
-        # whose residuals are whole must be the same for all sums of a step, also for those whose product is not sent
-        scatter = "scatter" in self.way_of(num_tokens)
-        most = self._push.MAX_ROWS if scatter else PUSH_NUMBERS // (self._world * self._width)
-        if not self.sends or not self._each_inbox or not 0 < num_tokens <= min(most, self._push.MAX_ROWS):
-            return None
-        return Outlet(
-            self._buffer.addresses_W, self._counters, self._rank, self._inbox_bytes + which * self._each_inbox, scatter
-        )
-
     def add_norm(
         self,
         which: int,
@@ -92,24 +78,21 @@ class GroupSum:
         whole: bool = False,
         asked: tuple[Tensor, int] | None = None,
         way: str | None = None,
-        sent: bool = False,
     ) -> Tensor:
         """residual (+)= the sum of all parts. Returns its norm, or itself without one, valid until the next call.
 
         With many rows over many ranks each rank keeps only its own rows of the residual up to date, unless it must be
         `whole`; what is returned always is. `asked`: (ids, number of experts), where ranks have whole experts.
-        `sent`: the product sent its numbers (`outlet`). `way` overrides `way_of` (benchmarks).
+        `way` overrides `way_of` (benchmarks).
         """
         num_tokens = residual_TD.shape[0]
         way = way or self.way_of(num_tokens, whole=whole, asked=asked is not None)
-        if sent:
-            way = way.replace("pull", "push")
         scatters = way.endswith("scatter")
         if way.startswith("push"):
             made_TD = self._push.push_add_norm(
                 self._buffer.addresses_W, self._counters, self._rank, self.part(which, num_tokens), residual_TD,
                 None if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
-                inbox_at=self._inbox_bytes + which * self._each_inbox, scatter=scatters, add=add, sent=sent,
+                inbox_at=self._inbox_bytes + which * self._each_inbox, scatter=scatters, add=add,
             )  # fmt: skip
             if norm is None:
                 return residual_TD.copy_(made_TD) if scatters else residual_TD
@@ -133,8 +116,7 @@ class GroupSum:
         """How so many rows are summed: `push` or `push scatter` (`kernels/group_push`), `pull` or `pull scatter`
         (`kernels/group_sum`)."""
         # not where ranks have whole experts: the parts of those that were not asked hold anything
-        is_short = self._each_inbox and self._world * self._width <= OWN_ROW_NUMBERS
-        if is_short and not asked and 0 < num_tokens <= self._push.MAX_ROWS:
+        if self._each_inbox and not asked and 0 < num_tokens <= self._push.MAX_ROWS:
             if num_tokens * self._world * self._width <= PUSH_NUMBERS:
                 return "push"
             if self._world > 2 and not whole:

@@ -12,7 +12,6 @@ from torch import Tensor
 
 from argosy.kernels import ops
 from argosy.kernels.fp8_reference import Fp8Rows, Rounding
-from argosy.kernels.outlet import Outlet
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.quantization.base import Cut, Fusion, LinearLayer, LinearMethod
 
@@ -60,10 +59,10 @@ class ParallelLinear(LinearLayer):
             return self.method.apply_fused(self, x_TI, Fusion())
         return self.method.apply(self, x_TI)
 
-    def part(self, x_TI: Tensor, out_TO: Tensor, outlet: Outlet | None = None) -> None:
-        """x W^T + bias of this rank's part, the fastest way, written to `out_TO` or sent (`ops.fused_linear`)."""
+    def part(self, x_TI: Tensor, out_TO: Tensor) -> None:
+        """x W^T + bias of this rank's part, the fastest way, written to `out_TO`."""
         if self.method.fuses(self, x_TI):
-            made_TO = self.method.apply_fused(self, x_TI, Fusion(out_TO=out_TO, outlet=outlet))
+            made_TO = self.method.apply_fused(self, x_TI, Fusion(out_TO=out_TO))
         elif self.weight is not None and self.weight.dtype == x_TI.dtype:
             made_TO = ops.linear_into(x_TI, self.weight, self.bias, out_TO)
         else:

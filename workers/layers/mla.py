@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.kernels import mla_ops, ops
-from argosy.kernels.outlet import Outlet
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.forward_context import ForwardContext
@@ -85,11 +84,9 @@ class LatentAttention(nn.Module):
         """`forward` without the sum over the group."""
         return self.o_proj.product(self._attend(x_TD, positions_T, ctx))
 
-    def part(
-        self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext, out_TD: Tensor, outlet: Outlet | None = None
-    ) -> None:
-        """`partial`, written to `out_TD` or sent."""
-        self.o_proj.part(self._attend(x_TD, positions_T, ctx), out_TD, outlet)
+    def part(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext, out_TD: Tensor) -> None:
+        """`partial`, written to `out_TD`."""
+        self.o_proj.part(self._attend(x_TD, positions_T, ctx), out_TD)
 
     def _attend(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """What this rank's heads saw, [T, N * V]."""

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 
 from argosy.cluster.protocol.model_spec import ModelSpec, MoESpec
 from argosy.kernels import moe_ops
-from argosy.kernels.outlet import Outlet
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.layers.expert_exchange import ExpertExchange
 from argosy.workers.loading.names import Slot
@@ -188,11 +187,9 @@ class MoE(nn.Module):
             return self._with_shared(self.parallel.all_reduce(out_TD), x_TD)
         return self.parallel.all_reduce(self._with_shared(out_TD, x_TD))
 
-    def part(
-        self, x_TD: Tensor, out_TD: Tensor, outlet: Outlet | None = None
-    ) -> tuple[Tensor, int] | None:  # fmt: skip
-        """This rank's part of the sum, written to `out_TD` (never sent); where ranks that have no expert of a token add
-        nothing to it: (the ids of the experts of each, the number of experts).
+    def part(self, x_TD: Tensor, out_TD: Tensor) -> tuple[Tensor, int] | None:
+        """This rank's part of the sum, written to `out_TD`; where ranks that have no expert of a token add nothing to
+        it: (the ids of the experts of each, the number of experts).
         """
         ids_TK, weights_TK = self.router(x_TD)
         self.experts(x_TD, ids_TK, weights_TK, out_TD=out_TD)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.kernels import fp8_ops, step_ops
 from argosy.kernels.fp8_reference import Fp8Rows
-from argosy.kernels.outlet import Outlet
 from argosy.placement.plan import RankInfo
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.forward_context import ForwardContext
@@ -57,11 +56,9 @@ class GatedMLP(nn.Module):
         """`forward` without the sum over the group."""
         return self.down_proj.product(self.inner(x_TD))
 
-    def part(
-        self, x_TD: Tensor, out_TD: Tensor, outlet: Outlet | None = None
-    ) -> tuple[Tensor, int] | None:  # fmt: skip
-        """`partial`, written to `out_TD` or sent. None: every rank has something of every token (see `MoE.part`)."""
-        self.down_proj.part(self.inner(x_TD), out_TD, outlet)
+    def part(self, x_TD: Tensor, out_TD: Tensor) -> tuple[Tensor, int] | None:
+        """`partial`, written to `out_TD`. None: every rank has something of every token (see `MoE.part`)."""
+        self.down_proj.part(self.inner(x_TD), out_TD)
         return None
 
     def forward(self, x_TD: Tensor | Fp8Rows) -> Tensor:

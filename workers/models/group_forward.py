@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from argosy.kernels.outlet import Outlet
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.layers.embedding import VocabParallelEmbedding
 from argosy.workers.layers.group_sum import EMBEDDED, GroupCopies, GroupSum
@@ -41,11 +40,6 @@ def least_overlapped(layer_bytes: int, token_bytes: int, num_ranks: int) -> int:
         return int(asked)
     seconds = layer_bytes / PRODUCT_BYTES_PER_SECOND + 2 * token_bytes * num_ranks / SUM_BYTES_PER_SECOND
     return max(LEAST_OVERLAP_TOKENS, round(HOST_SECONDS_A_LAYER / seconds))
-
-
-def was_sent(outlet: Outlet | None) -> bool:
-    """Whether a product sent its numbers itself."""
-    return outlet is not None and outlet.sent
 
 
 class GroupForward:
@@ -96,11 +90,10 @@ class GroupForward:
         if self._copies is not None and self.overlaps(len(x_TD)):
             return self._overlapped(self._copies, x_TD, residual_TD, positions_T, ctx)
         for layer, next_norm in zip(self._in_turn(), self._norms[1:], strict=True):
-            outlets = [sums.outlet(which, len(x_TD)) for which in (0, 1)]
-            layer.attention.part(x_TD, positions_T, ctx, sums.part(0, len(x_TD)), outlets[0])
-            x_TD = sums.add_norm(0, residual_TD, layer.mlp_norm, sent=was_sent(outlets[0]))
-            asked = layer.mlp.part(x_TD, sums.part(1, len(x_TD)), outlets[1])
-            x_TD = sums.add_norm(1, residual_TD, next_norm, asked=asked, sent=was_sent(outlets[1]))
+            layer.attention.part(x_TD, positions_T, ctx, sums.part(0, len(x_TD)))
+            x_TD = sums.add_norm(0, residual_TD, layer.mlp_norm)
+            asked = layer.mlp.part(x_TD, sums.part(1, len(x_TD)))
+            x_TD = sums.add_norm(1, residual_TD, next_norm, asked=asked)
         return x_TD
 
     def overlaps(self, num_tokens: int) -> bool:

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from argosy.cluster.protocol.errors import UnsupportedModel
 from argosy.kernels import ops
 from argosy.kernels.fp8_reference import Fp8Rows, Rounding
-from argosy.kernels.outlet import Outlet
 
 MAX_TRANSPOSED_TOKENS = (16, 4)  # as long as the second copy beats the plain weight; the packed one
 MAX_TRANSPOSED_NUMBERS = 1 << 21  # larger weights are worth 8 MiB of memory more than some microseconds
@@ -65,7 +64,6 @@ class Fusion(NamedTuple):
     residual_TO: Tensor | None = None
     gated: bool = False
     out_TO: Tensor | None = None  # where to, if there is no residual
-    outlet: Outlet | None = None  # where else to
 
 
 class LinearMethod(Protocol):
@@ -153,7 +151,6 @@ class UnquantizedMethod:
             residual_TO=fusion.residual_TO,
             gated=fusion.gated,
             out_TO=fusion.out_TO,
-            outlet=fusion.outlet,
         )
 
 
