@@ -1,12 +1,13 @@
 """The small linear against the reference: with all that may be fused to it, on widths that no tile divides."""
 
+import json
 from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
-from argosy.kernels import gemv, ops, reference
+from argosy.kernels import gemv, ops, reference, tuning
 
 Near = Callable[[Tensor, Tensor], None]
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -101,6 +102,17 @@ def test_one_token_by_weights_that_were_asked_for_ahead(
         assert residual is None or got is residual
         assert_near(got, want)
         x = torch.nn.functional.linear(got, back).clamp_(-4, 4)
+
+
+def test_what_was_tuned_names_kernels_that_there_are() -> None:
+    """Sizes outlive the kernels they were tuned for: those of one that was taken out would end a rank's first step."""
+    for path in tuning.TUNED.glob("*.json"):
+        for key, sizes in json.loads(path.read_text()).get("gemv", {}).items():
+            num_inputs, _, num_tokens = map(int, key.split("x"))
+            assert sizes["kernel"] in (0, 1, 2, gemv.SPLIT, gemv.AHEAD), f"{path.name}: {key}"
+            if sizes["kernel"] == gemv.AHEAD:
+                assert num_tokens == 1, f"{path.name}: {key}"
+                assert sizes["width"] >= num_inputs, f"{path.name}: {key}"
 
 
 def test_only_a_few_16_bit_tokens_suit() -> None:
