@@ -38,7 +38,9 @@ async def run_load(
     asks: list[Ask] = [client.ask for client in clients]
     try:
         return await run_clients(asks, workload)
-    except* ServingError as errors:
+    except BaseExceptionGroup as group:  # not `except*`: up to Python 3.11.3 what it raises comes out in a group
+        if (errors := group.subgroup(ServingError)) is None:
+            raise
         raise errors.exceptions[0] from None
     finally:
         for client in clients:

@@ -305,6 +305,7 @@ def decode_attention(
     inputs_early: bool = False,
     order_R: Tensor | None = None,
     even: bool = False,
+    lean: bool = False,
 ) -> Tensor:
     """A decode step from the fused projection to the heads' outputs: `rope_and_store`, then `paged_attention`.
 
@@ -316,13 +317,16 @@ def decode_attention(
     `inputs_early` promises that on the device nothing but `qkv_RD` comes from the kernel launched just before:
     positions, slots, table, lengths and the cache's older tokens were written before that one, and may be read while it
     still runs. True for any layer of a captured step. `order_R`: as in `paged_attention`. `even`: contexts are about
-    equally long, which another division of the work may suit (`even_pays`); it changes no result.
+    equally long, which another division of the work may suit (`even_pays`); it changes no result. Nor does `lean`: the
+    products around are of packed weights, beside which few rows do better by small programs.
     """
     if qkv_RD.is_cuda:
         from argosy.kernels import paged_attention as kernel
 
         num_groups = qkv_RD.shape[0] * k_cache_BSKH.shape[2]
         sizes = kernel.even_sizes(len(qkv_RD), k_cache_BSKH) if even and shared_len_R is None else None
+        if lean and sizes is None and shared_len_R is None:
+            sizes = kernel.lean_sizes(len(qkv_RD), k_cache_BSKH)
         plain = sliding_window is None and soft_cap is None and alibi_slopes_N is None and sinks_N is None
         apart = sizes is None and (shared_len_R is not None or not kernel.fusing_pays(num_groups, qkv_RD.device))
         if apart or (plain and kernel.alone_sizes(len(qkv_RD), num_heads, k_cache_BSKH, qkv_RD.dtype) is not None):

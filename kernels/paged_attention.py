@@ -13,7 +13,15 @@ from argosy.kernels.decode_kernel import paged_attention_kernel
 from argosy.kernels.kv_scales import has_scales
 from argosy.kernels.shared_prefix import SharedPrefix, attend_prefix
 
-__all__ = ["alone_sizes", "choose_splits", "decode_attention", "even_sizes", "fusing_pays", "paged_attention"]
+__all__ = [
+    "alone_sizes",
+    "choose_splits",
+    "decode_attention",
+    "even_sizes",
+    "fusing_pays",
+    "lean_sizes",
+    "paged_attention",
+]
 EVEN_PROGRAMS = (12, 16)  # a multiprocessor, of one warp each: from there to there `even_sizes` are faster
 
 
@@ -21,11 +29,10 @@ def _kinds(groups: int, num_sms: int) -> tuple[str, ...]:
     """Names of the sizes for so many rows times key/value heads, the better measured first.
 
     Wide tiles fill the card where there is hardly more than a wave of programs, but compute up to a tile too much of
-    each row: 256 rows of 257 tokens took 15 us a layer more by tiles of 128 than by tiles of 32 (H200). A row alone is
-    waited for: small pieces on many multiprocessors, whose little shared memory is free while the product before runs.
+    each row: 256 rows of 257 tokens took 15 us a layer more by tiles of 128 than by tiles of 32 (H200).
     """
     if groups < num_sms:
-        return ("one", "few") if groups <= num_sms // 4 else ("few",)
+        return ("few",)
     if groups < 8 * num_sms:
         return ("many",)
     if groups < 11 * num_sms:
@@ -45,6 +52,18 @@ def even_sizes(num_rows: int, k_cache_BSKH: Tensor) -> tuning.Sizes | None:
     if k_cache_BSKH.element_size() != 2 or not EVEN_PROGRAMS[0] <= each <= EVEN_PROGRAMS[1]:
         return None
     return tuning.pick("paged_attention", f"h{k_cache_BSKH.shape[3]}_even", device)
+
+
+def lean_sizes(num_rows: int, k_cache_BSKH: Tensor) -> tuning.Sizes | None:
+    """Sizes for one row or a few whose programs leave most of a multiprocessor's shared memory to the kernel before.
+
+    Beside products of packed weights that is worth 6 us a layer of one row (H200); beside products of plain weights,
+    which ask for the next weights themselves, a step was slower.
+    """
+    device = k_cache_BSKH.device
+    if k_cache_BSKH.element_size() != 2 or num_rows * k_cache_BSKH.shape[2] > tuning.device_facts(device).num_sms // 4:
+        return None
+    return tuning.pick("paged_attention", f"h{k_cache_BSKH.shape[3]}_one", device)
 
 
 def alone_sizes(num_rows: int, num_heads: int, k_cache_BSKH: Tensor, dtype: torch.dtype) -> tuning.Sizes | None:

@@ -33,6 +33,7 @@ def test_each_operation_has_its_meaning_in_the_reference() -> None:
         launch = {
             "even",
             "inputs_early",
+            "lean",
             "likely_rows",
             "max_context",
             "num_context_tokens",

@@ -45,7 +45,7 @@ def stage(pp_rank: int, port: int) -> None:
         try:
             transport.receive(1)
         except WorkerFailed as error:
-            print(f"failed as it should: {error}")
+            print(f"failed as it should: {error}", flush=True)
         os._exit(0)  # a receive that was given up can't be taken back: such a rank leaves at once
     destroy_parallel(parallel)
 

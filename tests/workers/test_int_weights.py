@@ -327,3 +327,4 @@ def test_random_weights_come_in_every_layout(name: str, tmp_path: Path) -> None:
     for layer in (model.layers["0"].attention.qkv_proj, model.layers["1"].mlp.down_proj):
         spread = float(_weight(layer).std())
         assert 0.005 < spread < 0.05
+    assert all(layer.attention.shape.is_packed for layer in model.layers.values())  # attention makes room for them

@@ -52,6 +52,7 @@ class TritonBackend:
             inputs_early=True,
             order_R=metadata.order_R,
             even=metadata.even,
+            lean=shape.is_packed,
         ).flatten(1)
 
     def rotate_and_store(

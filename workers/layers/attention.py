@@ -16,6 +16,7 @@ from argosy.workers.layers.position import alibi_slopes
 from argosy.workers.layers.qk_norm import FullNorm, HeadLayerNorm
 from argosy.workers.layers.rotary import RotaryEmbedding
 from argosy.workers.quantization.base import Cut, LinearMethod, empty_parameter
+from argosy.workers.quantization.int_weights import IntWeightMethod
 
 
 class Sinks(nn.Module):
@@ -79,7 +80,8 @@ class Attention(nn.Module):
             q_weight_H, k_weight_H = self.q_norm.weight, self.k_norm.weight
             both = [q_weight_H.expand(self.shape.num_heads, -1), k_weight_H.expand(self.shape.num_kv_heads, -1)]
             self._norm = QKNorm(q_weight_H, k_weight_H, self.q_norm.eps, torch.cat(both))
-        self.shape = dataclasses.replace(self.shape, kv_scales=self.qkv_proj.kv_scales)
+        is_packed = isinstance(self.o_proj.method, IntWeightMethod)
+        self.shape = dataclasses.replace(self.shape, kv_scales=self.qkv_proj.kv_scales, is_packed=is_packed)
         if self.sinks is not None:
             self.shape = dataclasses.replace(self.shape, sinks_N=self.sinks.sinks.float())
         if self.spec.position == "alibi":
