@@ -270,15 +270,6 @@ def paged_attention(
     return attended if out_RNH is None else out_RNH.copy_(attended)
 
 
-def even_pays(num_rows: int, k_cache_BSKH: Tensor) -> bool:
-    """Whether `decode_attention` of so many rows is faster where it may count on contexts of about one length."""
-    if not k_cache_BSKH.is_cuda:
-        return False
-    from argosy.kernels import paged_attention as kernel
-
-    return kernel.even_sizes(num_rows, k_cache_BSKH) is not None
-
-
 def decode_attention(
     qkv_RD: Tensor,
     positions_R: Tensor,
@@ -317,16 +308,16 @@ def decode_attention(
     `inputs_early` promises that on the device nothing but `qkv_RD` comes from the kernel launched just before:
     positions, slots, table, lengths and the cache's older tokens were written before that one, and may be read while it
     still runs. True for any layer of a captured step. `order_R`: as in `paged_attention`. `even`: contexts are about
-    equally long, which another division of the work may suit (`even_pays`); it changes no result. Nor does `lean`: the
-    products around are of packed weights, beside which few rows do better by small programs.
+    equally long, which another division of the work may suit (`step_ops.even_pays`); it changes no result. Nor does
+    `lean`: the products around are of packed weights, beside which few rows do better by small programs.
     """
     if qkv_RD.is_cuda:
         from argosy.kernels import paged_attention as kernel
 
         num_groups = qkv_RD.shape[0] * k_cache_BSKH.shape[2]
-        sizes = kernel.even_sizes(len(qkv_RD), k_cache_BSKH) if even and shared_len_R is None else None
-        if lean and sizes is None and shared_len_R is None:
-            sizes = kernel.lean_sizes(len(qkv_RD), k_cache_BSKH)
+        sizes = None
+        if (even or lean) and shared_len_R is None:
+            sizes = (kernel.even_sizes if even else kernel.lean_sizes)(len(qkv_RD), k_cache_BSKH)
         plain = sliding_window is None and soft_cap is None and alibi_slopes_N is None and sinks_N is None
         apart = sizes is None and (shared_len_R is not None or not kernel.fusing_pays(num_groups, qkv_RD.device))
         if apart or (plain and kernel.alone_sizes(len(qkv_RD), num_heads, k_cache_BSKH, qkv_RD.dtype) is not None):

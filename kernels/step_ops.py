@@ -103,3 +103,12 @@ def argmax_rows(logits_RV: Tensor) -> Tensor:
             logits_RV, unused, unused, unused, unused, unused, unused, any_random=False, any_filter=False
         )
     return sampling_reference.argmax_rows(logits_RV)
+
+
+def even_pays(num_rows: int, k_cache_BSKH: Tensor) -> bool:
+    """Whether `ops.decode_attention` of so many rows is faster where it may count on contexts of about one length."""
+    if not k_cache_BSKH.is_cuda:
+        return False
+    from argosy.kernels import paged_attention as kernel
+
+    return kernel.even_sizes(num_rows, k_cache_BSKH) is not None

@@ -72,7 +72,7 @@ def prompt_kinds(sizes: Sequence[int], max_rows: int) -> list[tuple[int, int]]:
 def even_ladder(max_rows: int, spec: ModelSpec, tp_size: int) -> list[int]:
     """Sizes of the ladder that may be recorded once more, for rows with contexts of about one length.
 
-    Of a card with `EVEN_CARD` multiprocessors, where that was measured to pay (`ops.even_pays`); others need no more.
+    Of a card with `EVEN_CARD` multiprocessors, where that pays (`step_ops.even_pays`); others need no more.
     """
     least, most = (programs * EVEN_CARD for programs in EVEN_PROGRAMS)
     return [size for size in ladder(max_rows) if least <= size * kv_heads_per_rank(spec, tp_size) <= most]

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from argosy.kernels import ops
+from argosy.kernels import step_ops
 from argosy.placement.step_memory import ladder, prompt_kinds, prompt_sizes
 from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.cuda_graphs import CUDAGraphRunner
@@ -84,7 +84,7 @@ def make_graphs(runner: "ModelRunner", max_rows: int, kinds: list[Kind]) -> CUDA
         dtype=runner.dtype,
         is_first_stage=rank.is_first_stage,
         windows=runner.kv_groups.windows,
-        even_pays=lambda num_rows: ops.even_pays(num_rows, cache.layers[0][0]),
+        even_pays=lambda num_rows: step_ops.even_pays(num_rows, cache.layers[0][0]),
     )
     if kinds:
         graphs.prompts = PromptGraphs(

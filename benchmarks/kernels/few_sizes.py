@@ -1,4 +1,4 @@
-"""Sizes of products of a few tokens that are worth a try, by kernel: for `tune_group` and `tune_step`."""
+"""Products of a few tokens, and the sizes that are worth a try for them by kernel: for `tune_group` and `tune_step`."""
 
 import itertools
 from collections.abc import Iterator, Sequence
@@ -8,7 +8,22 @@ from argosy.kernels import gemv, tuning
 Sizes = dict[str, int]
 LIBRARY = {"kernel": 1, "rows": 32, "width": 128, "stages": 3, "warps": 4, "per_sm": 0, "prefetch": 4096, "early": 0,
            "library": 1}  # fmt: skip
+MODELS = {  # hidden, wide, heads, kv heads, vocabulary
+    "06b": (1024, 3072, 16, 8, 151936), "8b": (4096, 14336, 32, 8, 128256), "70b": (8192, 28672, 64, 8, 128256),
+}  # fmt: skip
+HEAD_SIZE = 128
 KERNELS = {gemv.SPLIT: "gemv_split", gemv.AHEAD: "gemv_ahead, one token"}
+
+
+def shapes_of(model: str, cards: int) -> dict[str, tuple[int, int, bool]]:
+    """(inputs, weight rows, gated) of each product of a rank."""
+    hidden, wide, heads, kv_heads, vocabulary = MODELS[model]
+    qkv = (heads // cards + 2 * max(1, kv_heads // cards)) * HEAD_SIZE
+    return {
+        "qkv": (hidden, qkv, False), "o": (heads // cards * HEAD_SIZE, hidden, False),
+        "gate_up": (hidden, 2 * wide // cards, True), "down": (wide // cards, hidden, False),
+        "head": (hidden, vocabulary // cards, False),
+    }  # fmt: skip
 
 
 def split_sizes(tokens: int, num_in: int, num_rows: int) -> Iterator[Sizes]:

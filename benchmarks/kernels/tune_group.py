@@ -28,7 +28,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 import torch.nn.functional as F
 from bench_kernels import rand
-from few_sizes import KERNELS, LIBRARY, Sizes, short, sizes_of
+from few_sizes import HEAD_SIZE, KERNELS, LIBRARY, MODELS, Sizes, shapes_of, short, sizes_of
 from timing import copies_for, microseconds
 from torch import Tensor
 
@@ -38,11 +38,8 @@ from argosy.placement.process_groups import ParallelContext, destroy_parallel, i
 from argosy.workers.layers.group_sum import open_group_sum
 from argosy.workers.layers.norm import RMSNorm
 
-MODELS = {  # hidden, wide, heads, kv heads, vocabulary
-    "06b": (1024, 3072, 16, 8, 151936), "8b": (4096, 14336, 32, 8, 128256), "70b": (8192, 28672, 64, 8, 128256),
-}  # fmt: skip
 LAYOUTS = (("06b", 1), ("8b", 1), ("8b", 2), ("8b", 4), ("70b", 2), ("70b", 4))
-HEAD_SIZE, CONTEXT, LAYERS = 128, 256, 8
+CONTEXT, LAYERS = 256, 8
 ATTENTION = [
     {"block_l": block_l, "warps": warps, "stages": stages, "per_sm": 1, "min_piece": min_piece}
     for block_l, warps, stages in ((128, 4, 5), (64, 4, 5), (64, 4, 3), (128, 8, 3), (32, 4, 5), (64, 2, 3), (32, 2, 3))
@@ -50,17 +47,6 @@ ATTENTION = [
 ]
 KEEP = 0.997  # of the time before, or a change is noise
 WAYS = ("push", "push scatter", "pull", "pull scatter")
-
-
-def shapes_of(model: str, cards: int) -> dict[str, tuple[int, int, bool]]:
-    """(inputs, weight rows, gated) of each product of a rank."""
-    hidden, wide, heads, kv_heads, vocabulary = MODELS[model]
-    qkv = (heads // cards + 2 * max(1, kv_heads // cards)) * HEAD_SIZE
-    return {
-        "qkv": (hidden, qkv, False), "o": (heads // cards * HEAD_SIZE, hidden, False),
-        "gate_up": (hidden, 2 * wide // cards, True), "down": (wide // cards, hidden, False),
-        "head": (hidden, vocabulary // cards, False),
-    }  # fmt: skip
 
 
 def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
