@@ -110,7 +110,7 @@ class StageCost:
         self.overhead_seconds = (calibration.step_us if self.is_last else calibration.stage_us) * _US
         self._fixed_seconds = self.num_layers * (calibration.layer_us + extra) * _US + self.overhead_seconds
         self._row_seconds = calibration.row_us * _US * self.num_layers / shape.num_layers
-        self._recorded = serving.prompt_sizes(spec, tp_size, self.num_layers) if calibration.records_graphs else []
+        self._recorded = serving.prompt_sizes(spec, tp_size) if calibration.records_graphs else []
         self._eager_seconds = self.num_layers * calibration.eager_layer_us * _US + self.overhead_seconds
         host_rate = sheet.pcie_gbytes_per_second * 1e9 * calibration.host_link_efficiency / host_link_sharers
         self._offload_seconds = offloaded_bytes / host_rate

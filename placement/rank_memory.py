@@ -113,13 +113,12 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
         """That go through the model at once."""
         return max(self.slice_tokens or self.max_num_batched_tokens, self.max_num_seqs)
 
-    def prompt_sizes(self, spec: ModelSpec, tp_size: int, num_layers: int) -> list[int]:
-        """Tokens of steps with prompts that a rank with so many layers records where decode steps are."""
+    def prompt_sizes(self, spec: ModelSpec, tp_size: int) -> list[int]:
+        """Tokens of steps with prompts that a rank records where decode steps are."""
         if self.graph_rows == 0:
             return []
         return prompt_sizes(
-            spec, tp_size=tp_size, pp_size=-(-spec.num_layers // num_layers), max_tokens=self.max_num_batched_tokens,
-            slice_tokens=self.slice_tokens,
+            spec, tp_size=tp_size, max_tokens=self.max_num_batched_tokens, slice_tokens=self.slice_tokens
         )  # fmt: skip
 
     def blocks_of(self, num_tokens: int) -> int:
@@ -299,7 +298,7 @@ class StageBytes:
             pool = min(pool, int(max(rows, serving.max_num_seqs * each)))  # as ranks take the less of both
             num_sizes = len(ladder(graph_rows)) + len(even_ladder(graph_rows, spec, tp_size))
             graphs = graph_bytes(num_sizes, last_layer - first_layer, pool)
-            kinds = prompt_kinds(serving.prompt_sizes(spec, tp_size, last_layer - first_layer), graph_rows)
+            kinds = prompt_kinds(serving.prompt_sizes(spec, tp_size), graph_rows)
             graphs += prompt_graph_bytes(
                 spec, kinds, last_layer - first_layer, tp_size=tp_size, dtype_bytes=serving.dtype_bytes
             )  # fmt: skip

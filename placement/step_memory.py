@@ -27,7 +27,6 @@ WIRE_SLOTS: Final = 2  # for hidden states, on a stage's wire
 PROMPT_SIZES: Final = (32, 64, 128, 192, 256, 384, 512)  # tokens of recorded steps with prompts
 PROMPT_DECODES: Final = (8, 64)  # places for decode rows in them
 PROMPT_ROWS: Final = 16  # and for prompts
-MOST_PROMPT_RANKS: Final = 1  # of a replica that records them: over several cards they were not seen to be right yet
 EAGER_SECONDS_A_LAYER: Final = 0.2e-3  # of the host, to launch a layer of a step with prompts
 PRODUCTS_PER_SECOND: Final = 600e12  # as prompts reach them
 
@@ -39,16 +38,14 @@ def ladder(max_rows: int) -> list[int]:
     return [*below, max_rows]
 
 
-def prompt_sizes(
-    spec: ModelSpec, *, tp_size: int, pp_size: int, max_tokens: int, slice_tokens: int | None = None
-) -> list[int]:
+def prompt_sizes(spec: ModelSpec, *, tp_size: int, max_tokens: int, slice_tokens: int | None = None) -> list[int]:
     """Tokens of the recorded steps with prompts, for steps of at most so many, those of more than a slice cut.
 
     Padding may go beyond that where there is no group, whose buffers are as large as its longest step. Only where the
     card has less to do than the host has to launch: above, launches hide behind products, and padding costs what it
     adds to them. Latent attention reads lengths on the host, so there is none for it.
     """
-    if spec.mla is not None or tp_size * pp_size > MOST_PROMPT_RANKS:
+    if spec.mla is not None:
         return []
     inner = spec.intermediate_size
     if spec.moe is not None:

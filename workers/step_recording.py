@@ -35,8 +35,7 @@ def recorded_prompts(runner: "ModelRunner") -> list[Kind]:
         return []
     long_steps = runner.long_steps  # which all stages cut in the same way
     sizes = prompt_sizes(
-        runner.spec, tp_size=runner.rank.tp_size, pp_size=runner.rank.pp_size,
-        max_tokens=runner.config.scheduler.max_num_batched_tokens,
+        runner.spec, tp_size=runner.rank.tp_size, max_tokens=runner.config.scheduler.max_num_batched_tokens,
         slice_tokens=None if long_steps is None else long_steps.slice_tokens,
     )  # fmt: skip
     records = getattr(runner.model, "records_prompts", None)

@@ -3,8 +3,9 @@
     python benchmarks/gpu/stage_profile.py --model 8b -tp 2 -pp 2 --workload fixed512x256
 
 The workload twice: the first run warms up, in the second each rank profiles the steps of some windows (first step and
-number of steps; by default one while prompts are computed and one while all requests decode). A stage that waits for
-its neighbour runs NCCL's receive kernel, which is counted as waiting; sums over a tensor-parallel group count as work.
+number of steps; by default one while prompts are computed and one while all requests decode). Starting and stopping the
+profiler holds ranks up, so a pipeline fills anew and drains there: `EDGE` of a window is left out at either end, and
+shares are those of the time between. A stage that waits for its neighbour runs NCCL's receive kernel, which is counted as waiting; sums over a tensor-parallel group count as work.
 The profiler itself costs some microseconds a kernel. One JSON line a rank and window; with `--host` also what the host
 did: for each step when it got the message and when it had told the card everything, in milliseconds from the window's
 first message, and the CUDA calls that took it longest.
@@ -29,14 +30,17 @@ from argosy.deploy.offline import LLM
 from argosy.workers import worker, worker_main
 
 WAITING = "SendRecv"  # in the names of NCCL's kernels between stages
+EDGE = 0.2
 
 
 def shares(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """From a trace's device events: milliseconds from the first to the last one, and how they were spent."""
-    work = sorted((e["ts"], e["ts"] + e["dur"], e["name"]) for e in events)
-    span = max(end for _, end, _ in work) - work[0][0]
-    busy = waiting = 0.0
-    ended = work[0][0]
+    """From a trace's device events: milliseconds from the first to the last one without the edges, and how they were
+    spent."""
+    first, last = min(e["ts"] for e in events), max(e["ts"] + e["dur"] for e in events)
+    first, last = first + EDGE * (last - first), last - EDGE * (last - first)
+    cut = ((max(first, e["ts"]), min(last, e["ts"] + e["dur"]), e["name"]) for e in events)
+    work = sorted(one for one in cut if one[0] < one[1])
+    span, busy, waiting, ended = last - first, 0.0, 0.0, first
     for start, end, name in work:
         if WAITING in name:
             waiting += end - start
@@ -133,7 +137,7 @@ def main() -> int:
     parser.add_argument("-pp", "--pipeline-parallel-size", type=int, default=2)
     parser.add_argument("--pipeline-layers", type=int, nargs="+", default=[])
     parser.add_argument("--max-num-seqs", type=int, default=512)
-    parser.add_argument("--windows", nargs="+", default=["8+12", "250+60"], help="first step + number of steps")
+    parser.add_argument("--windows", nargs="+", default=["6+20", "200+80"], help="first step + number of steps")
     parser.add_argument("--host", action="store_true", help="also what the hosts did")
     args = parser.parse_args()
     if args.host:

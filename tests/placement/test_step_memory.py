@@ -3,34 +3,28 @@
 import pytest
 
 from argosy.cluster.protocol.model_spec import ModelSpec
-from argosy.placement import step_memory
 from argosy.placement.model_sources import read_model_shape
 from argosy.placement.step_memory import PROMPT_ROWS, PROMPT_SIZES, prompt_graph_bytes, prompt_kinds, prompt_sizes
 
 SMALL, MIDDLE, LARGE = (read_model_shape(name).spec for name in ("qwen3-0.6b", "llama-3.1-8b", "llama-3.1-70b"))
 
 
-def sizes_of(
-    spec: ModelSpec, tp_size: int = 1, pp_size: int = 1, max_tokens: int = 8192, slice_tokens: int | None = None
-) -> list[int]:
-    return prompt_sizes(spec, tp_size=tp_size, pp_size=pp_size, max_tokens=max_tokens, slice_tokens=slice_tokens)
+def sizes_of(spec: ModelSpec, tp_size: int = 1, max_tokens: int = 8192, slice_tokens: int | None = None) -> list[int]:
+    return prompt_sizes(spec, tp_size=tp_size, max_tokens=max_tokens, slice_tokens=slice_tokens)
 
 
-def test_larger_models_record_fewer_tokens(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_larger_models_record_fewer_tokens() -> None:
     """Up to where the card has as much to do as the host has to launch; a rank of several has less of each layer."""
     assert sizes_of(SMALL) == list(PROMPT_SIZES)
     assert sizes_of(MIDDLE) == [32, 64, 128, 192, 256]
     assert sizes_of(LARGE) == [32, 64]
-    assert sizes_of(MIDDLE, tp_size=2) == sizes_of(MIDDLE, pp_size=2) == []
-    monkeypatch.setattr(step_memory, "MOST_PROMPT_RANKS", 8)
     assert sizes_of(MIDDLE, tp_size=2) == list(PROMPT_SIZES)
-    assert sizes_of(LARGE, tp_size=4, pp_size=2) == [32, 64, 128, 192, 256]
+    assert sizes_of(LARGE, tp_size=4) == [32, 64, 128, 192, 256]
 
 
-def test_no_step_is_padded_beyond_what_may_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_step_is_padded_beyond_what_may_be_there() -> None:
     """One size above the longest step where that costs nobody anything, none where buffers of a group end there, or
     where longer steps go in slices."""
-    monkeypatch.setattr(step_memory, "MOST_PROMPT_RANKS", 2)
     assert sizes_of(SMALL, max_tokens=100) == [32, 64, 128]
     assert sizes_of(SMALL, tp_size=2, max_tokens=100) == [32, 64]
     assert sizes_of(SMALL, slice_tokens=200) == [32, 64, 128, 192]
