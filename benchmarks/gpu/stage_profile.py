@@ -3,12 +3,13 @@
     python benchmarks/gpu/stage_profile.py --model 8b -tp 2 -pp 2 --workload fixed512x256
 
 The workload twice: the first run warms up, in the second each rank profiles the steps of some windows (first step and
-number of steps; by default one while prompts are computed and one while all requests decode). Starting and stopping the
-profiler holds ranks up, so a pipeline fills anew and drains there: `EDGE` of a window is left out at either end, and
-shares are those of the time between. A stage that waits for its neighbour runs NCCL's receive kernel, which is counted as waiting; sums over a tensor-parallel group count as work.
-The profiler itself costs some microseconds a kernel. One JSON line a rank and window; with `--host` also what the host
-did: for each step when it got the message and when it had told the card everything, in milliseconds from the window's
-first message, and the CUDA calls that took it longest.
+number of steps; by default one while prompts are computed and one while all requests decode). Starting and stopping
+the profiler holds ranks up, so a pipeline fills anew and drains there: `EDGE` of a window is left out at either end,
+and shares are those of the time between. A stage that waits for its neighbour runs NCCL's receive kernel, which is
+counted as waiting; sums over a tensor-parallel group count as work. The profiler itself costs some microseconds a
+kernel. One JSON line a rank and window; with `--host` also what the host did: for each step when it got the message
+and when it had told the card everything, in milliseconds from the window's first message, and the CUDA calls that
+took it longest.
 """
 
 import argparse
