@@ -17,8 +17,12 @@ from typing import Any
 
 from argosy.deploy import bench_suite, bench_table
 from argosy.placement.calibration import default_calibration
+from argosy.placement.model_sources import read_model_shape
 
 HERE = Path(__file__).resolve().parent
+READ_RATE = 4.44e12  # bytes a second of an H200, reading alone
+PRODUCT_RATE = 796e12  # operations a second in 16 bits, 8192 x 8192 x 8192
+PROFILED_CONTEXT = 458  # tokens: `idle_profile.py` has prompts of 128 and profiles steps 300 to 360
 Row = dict[str, Any]
 
 
@@ -53,14 +57,20 @@ def doors_table() -> str:
     return "\n".join(lines)
 
 
-def idle_table() -> str:
-    """How long the card waits between decode steps: the newest line of each model, layout and batch."""
+def profiles() -> dict[tuple[str, str, int], Row]:
+    """Decode steps of a first rank from the device's clock: the newest line of each model, layout and batch."""
     newest: dict[tuple[str, str, int], Row] = {}
     path = HERE / "results" / "idle_h200.jsonl"
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
         row = json.loads(line)
         if row["rank"] == 0:
             newest[row["model"], row["layout"], row["batch"]] = row
+    return dict(sorted(newest.items()))
+
+
+def idle_table() -> str:
+    """How long the card waits between decode steps."""
+    newest = profiles()
     lines = ["| model, layout | rows | step, ms | idle between steps | us | idle within steps | kernels |"]
     lines.append("|---|---|---|---|---|---|---|")
     for (model, layout, batch), row in newest.items():
@@ -75,6 +85,36 @@ def idle_table() -> str:
             f"{row['idle_within_steps']:.1%}",
             f"{row['kernels_a_step']:.0f}",
         ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def least_us(name: str, tp_size: int, rows: int) -> tuple[float, float]:
+    """What a decode step's products and its attention take at least on an H200: bytes at the rate of reading alone,
+    operations at what its power allows; the context is that of the profiled steps."""
+    shape = read_model_shape({"06b": "qwen3-0.6b", "8b": "llama-3.1-8b", "70b": "llama-3.1-70b"}[name.split()[0]])
+    spec = shape.spec
+    table = spec.vocab_size * spec.hidden_size
+    layers = shape.num_active_parameters - table
+    weights = (layers if "fp8" in name else 2 * layers) + 2 * table
+    operations = 2 * rows * (layers / (2 if "fp8" in name else 1) + table)
+    products = max(weights / READ_RATE, operations / PRODUCT_RATE) / tp_size
+    cached = rows * PROFILED_CONTEXT * shape.kv_bytes_per_token(2, tp_size, spec.num_layers)
+    return 1e6 * products, 1e6 * cached / READ_RATE
+
+
+def made_table() -> str:
+    """What decode steps are made of, beside the least that products and attention can take."""
+    lines = ["| model, layout | rows | step, us | products | at least | attention | at least | sums | other | idle |"]
+    lines.append("|---|---|---|---|---|---|---|---|---|---|")
+    for (model, layout, batch), row in profiles().items():
+        made = row.get("made_of_us")
+        if made is None or not layout.endswith("PP1"):
+            continue
+        products, attention = least_us(model, int(layout[2 : layout.index("x")]), batch)
+        cells = [f"{model} {layout}", str(batch), f"{row['step_us']:,.0f}", f"{made.get('products', 0.0):,.0f}"]
+        cells += [f"{products:,.0f}", f"{made.get('attention', 0.0):,.0f}", f"{attention:,.0f}"]
+        cells += [f"{made.get(kind, 0.0):,.0f}" for kind in ("sums", "other", "idle")]
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
@@ -109,6 +149,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "h200": lambda: suite_table("h200"),
     "doors": doors_table,
     "idle": idle_table,
+    "made": made_table,
     "layouts": layouts_table,
     "forecasts": forecasts_table,
     "memory": memory_table,

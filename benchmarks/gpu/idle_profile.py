@@ -62,7 +62,8 @@ def main() -> int:
                     steps.append(1e3 * statistics.median(gaps))
                 for file in sorted(Path(parent).glob("profile.*")):
                     layout = f"TP{args.tensor_parallel_size}xPP{args.pipeline_parallel_size}"
-                    row = {"model": args.model, "layout": layout, "batch": batch}
+                    model = args.model + (f" {args.quantization}" if args.quantization else "")
+                    row = {"model": model, "layout": layout, "batch": batch}
                     row |= {"step_ms_unprofiled": round(steps[0], 4), **json.loads(file.read_text()), **about}
                     file.unlink()
                     print(json.dumps(row), flush=True)

@@ -6,6 +6,7 @@ rows it waits for that many decode steps in a row, profiles the steps after `fir
 
 import json
 import os
+import re
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -18,6 +19,30 @@ from argosy.cluster.protocol.messages import SchedulerOutput
 from argosy.workers import worker, worker_main
 
 FIRST_KERNEL = "_prepare_kernel"  # what a recorded step begins with
+KINDS = {  # by the first pattern that a kernel's name has
+    "attention": r"attention|_attend|_decode_kernel|_join_kernel|fmha|flash",
+    "sums": r"_sum_kernel|_push_kernel|_staged_kernel|nccl|PtoP",
+    "products": r"nvjet|splitK|gemm|gemv|cutlass|vector_kernel|_matrix_kernel|_split_kernel|_ahead_kernel|_gate_kernel"
+    r"|few_kernel|many_kernel|hopper_kernel",
+    "other": "",
+}
+
+
+def made_of(work: list[tuple[float, float, str]], first: float, last: float, steps: int) -> dict[str, float]:
+    """Microseconds a step by what is computed: each kernel has the time from the end of all before it to its own.
+
+    Kernels begin before those ahead of them have ended, so their own durations add up to more than a step.
+    `work`: (began, ended, name) in order.
+    """
+    took: Counter[str] = Counter()
+    ended = first
+    for start, end, name in work:
+        if first <= start < last:
+            kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
+            took[kind] += max(0.0, min(end, last) - max(ended, start))
+            took["idle"] += max(0.0, start - ended)
+            ended = max(ended, end)
+    return {kind: round(us / max(steps, 1), 1) for kind, us in took.items()}
 
 
 def idle_of(events: list[dict[str, Any]]) -> dict[str, Any]:
@@ -42,13 +67,15 @@ def idle_of(events: list[dict[str, Any]]) -> dict[str, Any]:
             within += gap
         ended = max(ended, end)
     span = last - first
+    steps = len(begins) - 1
     return {
-        "steps": len(begins) - 1,
-        "step_us": round(span / max(len(begins) - 1, 1), 1),
+        "steps": steps,
+        "made_of_us": made_of([event[:3] for event in work], first, last, steps),
+        "step_us": round(span / max(steps, 1), 1),
         "idle_between_steps": round(between / span, 4),
-        "idle_between_steps_us": round(between / max(len(begins) - 1, 1), 2),
+        "idle_between_steps_us": round(between / max(steps, 1), 2),
         "idle_within_steps": round(within / span, 4),
-        "kernels_a_step": round(sum(first <= start < last for start, *_ in work) / max(len(begins) - 1, 1), 1),
+        "kernels_a_step": round(sum(first <= start < last for start, *_ in work) / max(steps, 1), 1),
     }
 
 
