@@ -15,13 +15,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import limits  # beside this script
+
 from argosy.deploy import bench_suite, bench_table
 from argosy.placement.calibration import default_calibration
-from argosy.placement.model_sources import read_model_shape
 
 HERE = Path(__file__).resolve().parent
-READ_RATE = 4.44e12  # bytes a second of an H200, reading alone
-PRODUCT_RATE = 796e12  # operations a second in 16 bits, 8192 x 8192 x 8192
 PROFILED_CONTEXT = 458  # tokens: `idle_profile.py` has prompts of 128 and profiles steps 300 to 360
 Row = dict[str, Any]
 
@@ -41,6 +40,29 @@ def suite_table(name: str) -> str:
     if pairs and suite.super_linear is not None:
         text += "\n\n```text\n" + bench_suite.describe_super_linear(pairs[-1], suite.super_linear) + "\n```"
     return text
+
+
+def limits_table() -> str:
+    """How far the suite's rows and their goals are from what the card can do at most."""
+    suite = bench_table.read_suite("h200")
+    newest = {(row["group"], row["workload"]): row for row in rows_of(suite.device) if not row.get("note")}
+    lines = [
+        "| model, layout | workload | the card's limit | argosy | of it | goal | of it |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for group in suite.groups:
+        for name, (_, goal) in group.rows.items():
+            best, row = limits.limit(group, name), newest.get((group.name, name))
+            if best is None or row is None or goal is None:
+                continue
+            figures = (row["figure"], goal)
+            shares = [
+                best / figure if row["unit"] in bench_table.LOWER_IS_BETTER else figure / best for figure in figures
+            ]
+            digits = ",.3f" if row["unit"] == "ms/step" else ",.0f"
+            cells = [group.name, name, f"{best:{digits}} {row['unit']}", f"{figures[0]:{digits}}", f"{shares[0]:.0%}"]
+            lines.append("| " + " | ".join([*cells, f"{goal:,}", f"{shares[1]:.0%}"]) + " |")
+    return "\n".join(lines)
 
 
 def doors_table() -> str:
@@ -89,20 +111,6 @@ def idle_table() -> str:
     return "\n".join(lines)
 
 
-def least_us(name: str, tp_size: int, rows: int) -> tuple[float, float]:
-    """What a decode step's products and its attention take at least on an H200: bytes at the rate of reading alone,
-    operations at what its power allows; the context is that of the profiled steps."""
-    shape = read_model_shape({"06b": "qwen3-0.6b", "8b": "llama-3.1-8b", "70b": "llama-3.1-70b"}[name.split()[0]])
-    spec = shape.spec
-    table = spec.vocab_size * spec.hidden_size
-    layers = shape.num_active_parameters - table
-    weights = (layers if "fp8" in name else 2 * layers) + 2 * table
-    operations = 2 * rows * (layers / (2 if "fp8" in name else 1) + table)
-    products = max(weights / READ_RATE, operations / PRODUCT_RATE) / tp_size
-    cached = rows * PROFILED_CONTEXT * shape.kv_bytes_per_token(2, tp_size, spec.num_layers)
-    return 1e6 * products, 1e6 * cached / READ_RATE
-
-
 def made_table() -> str:
     """What decode steps are made of, beside the least that products and attention can take."""
     lines = ["| model, layout | rows | step, us | products | at least | attention | at least | sums | other | idle |"]
@@ -111,7 +119,9 @@ def made_table() -> str:
         made = row.get("made_of_us")
         if made is None or not layout.endswith("PP1"):
             continue
-        products, attention = least_us(model, int(layout[2 : layout.index("x")]), batch)
+        name, _, quantization = model.partition(" ")
+        seconds = limits.step_seconds(limits.costs_of(name, quantization == "fp8"), batch, PROFILED_CONTEXT)
+        products, attention = (1e6 * part / int(layout[2 : layout.index("x")]) for part in seconds)
         cells = [f"{model} {layout}", str(batch), f"{row['step_us']:,.0f}", f"{made.get('products', 0.0):,.0f}"]
         cells += [f"{products:,.0f}", f"{made.get('attention', 0.0):,.0f}", f"{attention:,.0f}"]
         cells += [f"{made.get(kind, 0.0):,.0f}" for kind in ("sums", "other", "idle")]
@@ -147,6 +157,7 @@ def memory_table() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "h200": lambda: suite_table("h200"),
+    "limits": limits_table,
     "doors": doors_table,
     "idle": idle_table,
     "made": made_table,
