@@ -61,7 +61,7 @@ def limits_table() -> str:
             ]
             digits = ",.3f" if row["unit"] == "ms/step" else ",.0f"
             cells = [group.name, name, f"{best:{digits}} {row['unit']}", f"{figures[0]:{digits}}", f"{shares[0]:.0%}"]
-            lines.append("| " + " | ".join([*cells, f"{goal:,}", f"{shares[1]:.0%}"]) + " |")
+            lines.append("| " + " | ".join([*cells, f"{goal:,g}", f"{shares[1]:.0%}"]) + " |")
     return "\n".join(lines)
 
 
