@@ -16,6 +16,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import gemv_split, rms_norm, tuning
 from argosy.kernels.gemv_parts import finish, prefetch_rows, weight_rows
+from argosy.kernels.norm_ahead import NormAhead
 
 MAX_TOKENS = 16  # the smallest tile of the tensor cores; above it cuBLAS is at the bandwidth of the card
 MAX_DEFAULT_INPUTS = 16384  # of one token where nothing was tuned
@@ -173,6 +174,24 @@ def is_measured(x_TI: Tensor, weight_OI: Tensor) -> bool:
     return tuning.pick("gemv", _key(max(1, x_TI.shape[0]), weight_OI), weight_OI.device) is not None
 
 
+def norm_ahead(
+    residual_TD: Tensor, weight_DI: Tensor, next_weight_OD: Tensor, norm_weight_D: Tensor, eps: float
+) -> NormAhead | None:
+    """`norm_ahead.between`: where `gemv_split` multiplies both. Not in float16: a residual times the norm's weight may
+    be more than it holds."""
+    num_tokens = residual_TD.shape[0]
+    if not 1 < num_tokens <= gemv_split.MAX_TOKENS or residual_TD.dtype != torch.bfloat16:
+        return None
+    if not suits(residual_TD, next_weight_OD):
+        return None
+    sizes = [tuning.pick("gemv", _key(num_tokens, w), w.device) for w in (weight_DI, next_weight_OD)]
+    if any(s is None or s.get("library", 0) or s["kernel"] != SPLIT for s in sizes):
+        return None
+    if sizes[0] is None or not sizes[0].get("norm", 0):  # measured to be worth it
+        return None
+    return gemv_split.ahead_for(residual_TD, norm_weight_D, eps, sizes[0])
+
+
 def _key(num_tokens: int, weight_OI: Tensor) -> str:
     num_outputs, num_inputs = weight_OI.shape
     return f"{num_inputs}x{num_outputs}x{bucket(num_tokens)}"
@@ -206,9 +225,11 @@ def fused_linear(
     residual_TO: Tensor | None = None,
     gated: bool = False,
     out_TO: Tensor | None = None,
+    normed: NormAhead | None = None,
+    ahead: NormAhead | None = None,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
-    """One launch for one token, else one more for the norm; see `ops.fused_linear`.
+    """One launch for one token, else one more for the norm unless it was `normed`; see `ops.fused_linear`.
 
     `sizes` overrides what was tuned, for the tuner itself.
     """
@@ -224,7 +245,8 @@ def fused_linear(
         sizes = _default_sizes(num_tokens, num_inputs, num_rows, facts.num_sms)
     in_pieces = sizes["kernel"] == SPLIT
     rows = max(sizes["rows"], 2) if gated else sizes["rows"]  # a gate needs the row beside it, also where one was best
-    if norm_weight_I is not None and (num_tokens > 1 or in_pieces):
+    assert in_pieces or (normed is None and ahead is None)
+    if norm_weight_I is not None and normed is None and (num_tokens > 1 or in_pieces):
         x_TI, norm_weight_I = rms_norm.rms_norm(x_TI, norm_weight_I, eps), None
     assert residual_TO is None or out_TO is None
     out_TO = residual_TO if out_TO is None else out_TO
@@ -233,7 +255,8 @@ def fused_linear(
     assert out_TO.stride(1) == 1
     if in_pieces:
         return gemv_split.linear(
-            x_TI, weight_OI, bias_O, out_TO, sizes, gated=gated, residual=residual_TO is not None
+            x_TI, weight_OI, bias_O, out_TO, sizes, gated=gated, residual=residual_TO is not None, normed=normed,
+            ahead=ahead,
         )  # fmt: skip
     if sizes["kernel"] == AHEAD:
         from argosy.kernels import gemv_ahead

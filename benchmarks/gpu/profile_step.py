@@ -127,6 +127,7 @@ def main() -> None:
         "--shared", type=int, default=0, help="tokens at the front that all rows share, in blocks of 16"
     )
     parser.add_argument("--top", type=int, default=12)
+    parser.add_argument("--timeline", action="store_true", help="also a layer's kernels one after the other")
     args = parser.parse_args()
     extra = args.mixed // 512
     runner = make_runner(args.model, max(args.batch) + extra, args.context, quantization=args.quantization)
@@ -161,6 +162,8 @@ def main() -> None:
                "replay_ms": round(replay_ms, 4), "host_ms": round(host_ms, 4)}  # fmt: skip
         print(json.dumps(row), flush=True)
         show(lambda batch=batch: (graphs.run(batch), graphs.run_greedy(batch)), args.top)
+        if args.timeline:
+            timeline(lambda batch=batch: graphs.run(batch))
     if args.mixed:
         batch = max(args.batch)
         output = mixed(batch, args.context, args.mixed)

@@ -15,7 +15,8 @@ from timing import Report, copies_for, microseconds
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from argosy.kernels import gemv, ops, step_ops
+from argosy.kernels import gemv, norm_ahead, ops, step_ops
+from argosy.kernels.norm_ahead import NormAhead
 
 BF16 = torch.bfloat16
 LINEARS = {
@@ -227,6 +228,8 @@ class Step:
     """All kernels of a decode step of a model's shape, with random weights: norms, projections, attention over 256
     tokens, head, argmax."""
 
+    norms_ahead = True  # where the kernels can
+
     def __init__(
         self, hidden: int, layers: int, heads: int, kv_heads: int, wide: int, vocabulary: int, qk_norm: bool
     ):  # fmt: skip
@@ -246,6 +249,23 @@ class Step:
         num_in, num_out = self.shapes[name]
         return rand(num_out, num_in) / math.sqrt(num_in)
 
+    def _of_norm(self, h: Tensor, weight: Tensor, normed: NormAhead | None, *, gated: bool = False) -> Tensor:
+        """A product of the norm of `h`, which the one before may have left."""
+        if normed is None:
+            return ops.fused_linear(h, weight, norm_weight_I=self.norm, gated=gated)
+        return norm_ahead.fused_linear(h, weight, normed=normed, gated=gated)
+
+    def _add(self, h: Tensor, x: Tensor, weight: Tensor, following: Tensor | None) -> NormAhead | None:
+        """`h` += a product; what it leaves for the one that follows."""
+        ahead = None
+        if following is not None and self.norms_ahead:
+            ahead = norm_ahead.between(h, weight, following, self.norm, 1e-6)
+        if ahead is None:
+            ops.fused_linear(x, weight, residual_TO=h)
+        else:
+            norm_ahead.fused_linear(x, weight, residual_TO=h, ahead=ahead)
+        return ahead
+
     def of(self, rows: int, context: int = 256) -> Callable[[], Tensor]:
         """A step of `rows` rows, ready to be captured."""
         per_row = 512 // 16
@@ -259,14 +279,16 @@ class Step:
 
         def run() -> Tensor:
             h = F.embedding(tokens, self.embedding)
-            for (qkv_w, o_w, gate_up_w, down_w), cache in zip(self.weights, caches, strict=True):
-                qkv = ops.fused_linear(h, qkv_w, norm_weight_I=self.norm)
+            normed = None
+            for layer, ((qkv_w, o_w, gate_up_w, down_w), cache) in enumerate(zip(self.weights, caches, strict=True)):
+                qkv = self._of_norm(h, qkv_w, normed)
                 a = ops.decode_attention(
                     qkv, positions, self.rotations, *cache, slots, blocks_RB, lengths, **attention
                 )  # fmt: skip
-                ops.fused_linear(a.view(rows, -1), o_w, residual_TO=h)
-                act = ops.fused_linear(h, gate_up_w, norm_weight_I=self.norm, gated=True)
-                ops.fused_linear(act, down_w, residual_TO=h)
+                normed = self._add(h, a.view(rows, -1), o_w, gate_up_w)
+                act = self._of_norm(h, gate_up_w, normed, gated=True)
+                following = self.weights[layer + 1][0] if layer + 1 < self.layers else None
+                normed = self._add(h, act, down_w, following)
             return step_ops.argmax_rows(ops.fused_linear(h, self.head, norm_weight_I=self.norm))
 
         return run

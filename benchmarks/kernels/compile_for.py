@@ -27,6 +27,7 @@ from argosy.kernels import (
     fp8_split,
     gemv,
     gemv_ahead,
+    gemv_split,
     group_push,
     group_sum,
     hopper_attention,
@@ -217,6 +218,22 @@ def group(report: Callable[..., None]) -> None:
                    sizes=sizes)  # fmt: skip
 
 
+def between(report: Callable[..., None]) -> None:
+    """Products of a few tokens with the norm between them."""
+    o, gate_up, norm = (torch.zeros(s, dtype=BF16) for s in ((4096, 4096), (28672, 4096), (4096,)))
+    x, residual = torch.zeros(8, 4096, dtype=BF16), torch.zeros(8, 4096, dtype=BF16)
+    for rows, width, stages, splits, first in (
+        (64, 256, 4, 1, 0), (64, 256, 4, 2, 1), (64, 128, 6, 1, 1), (128, 128, 4, 1, 1), (128, 128, 3, 1, 0),
+    ):  # fmt: skip
+        sizes = {"kernel": gemv.SPLIT, "rows": rows, "width": width, "stages": stages, "warps": 4, "splits": splits,
+                 "prefetch": 512, "early": 0, "first": first}  # fmt: skip
+        ahead = gemv_split.ahead_for(residual, norm, 1e-6, sizes)
+        name = f"{rows} by {width}, {splits} pieces{', first before the wait' * first}"
+        report(f"adds, {name}", gemv.fused_linear, x, o, residual_TO=residual, ahead=ahead, sizes=sizes)
+        report(f"gate of the norm, {name}", gemv.fused_linear, residual, gate_up, gated=True, normed=ahead,
+               sizes=sizes)  # fmt: skip
+
+
 def gate(report: Callable[..., None]) -> None:
     """The gate inside a prompt's product, by Hopper's own kernel."""
     gate_up, x = torch.zeros(28672, 4096, dtype=BF16), torch.zeros(8192, 4096, dtype=BF16)
@@ -355,6 +372,7 @@ def packed_vector(report: Callable[..., None]) -> None:
 HOPPER_SIZES = ((2, 4, 64, 132), (2, 4, 256, 0))
 PARTS = {
     "attention": attention, "alone": alone, "prompts": prompts, "linear": linear, "gate": gate, "group": group,
+    "between": between,
     "ahead": ahead,
     "fp8": fp8, "experts": experts, "packed": packed, "packed_many": packed_many, "packed_vector": packed_vector,
 }  # fmt: skip

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from argosy.kernels import gemv, ops, reference, tuning
+from argosy.kernels import gemv, gemv_split, ops, reference, tuning
 
 Near = Callable[[Tensor, Tensor], None]
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
@@ -64,6 +64,39 @@ def test_linear_in_pieces_of_the_inputs(
             x, weight, bias, norm_weight_I=norm, residual_TO=residual, gated=gated, sizes=sizes
         )  # fmt: skip
         assert residual is None or got is residual
+        assert_near(got, want)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize(
+    ("num_tokens", "rows", "splits", "first"), [(2, 64, 1, 0), (9, 32, 3, 1), (16, 64, 2, 1), (33, 64, 4, 0)]
+)
+def test_a_norm_between_two_products_takes_no_launch(
+    num_tokens: int, rows: int, splits: int, first: int, gated: bool, dtype: torch.dtype, device: torch.device,
+    assert_near: Near,
+) -> None:  # fmt: skip
+    """o adds to the residual, gate and up multiply its norm; widths that no tile divides, a number of tiles that is no
+    power of two, tokens that fill no tile; twice, since counters must be zero again."""
+    num_inputs, hidden, num_outputs = 384, 328, 200
+    weight = (torch.randn(hidden, num_inputs, device=device) / num_inputs**0.5).to(dtype)
+    next_weight = (torch.randn(num_outputs, hidden, device=device) / hidden**0.5).to(dtype)
+    bias, next_bias = (torch.randn(n, device=device).to(dtype) for n in (hidden, num_outputs))
+    norm = torch.randn(hidden, device=device).to(dtype)
+    sizes = {"kernel": gemv.SPLIT, "rows": rows, "width": 64, "splits": splits, "stages": 3, "warps": 4}
+    sizes |= {"prefetch": 256, "early": 0, "first": first}
+    for _ in range(2):
+        x = torch.randn(num_tokens, num_inputs, device=device).to(dtype)
+        residual = 3 * torch.randn(num_tokens, hidden, device=device).to(dtype)
+        exact = [y.double().cpu() for y in (x, weight, bias)]
+        want = reference.fused_linear(*exact, residual_TO=residual.double().cpu())
+        ahead = gemv_split.ahead_for(residual, norm, 1e-2, sizes)
+        got = gemv.fused_linear(x, weight, bias, residual_TO=residual, ahead=ahead, sizes=sizes)
+        assert got is residual
+        assert_near(got, want)
+        exact = [y.double().cpu() for y in (residual, next_weight, next_bias, norm)]
+        want = reference.fused_linear(*exact[:3], norm_weight_I=exact[3], eps=1e-2, gated=gated)
+        got = gemv.fused_linear(residual, next_weight, next_bias, normed=ahead, gated=gated, sizes=sizes)
         assert_near(got, want)
 
 

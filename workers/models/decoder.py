@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.kernels import fp8_ops, step_ops
 from argosy.kernels.fp8_reference import Fp8Rows
+from argosy.kernels.norm_ahead import NormAhead
 from argosy.placement.plan import RankInfo
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.forward_context import ForwardContext
@@ -28,7 +29,7 @@ from argosy.workers.layers.norm import RMSNorm
 from argosy.workers.layers.rotary import RotaryEmbedding
 from argosy.workers.loading.names import LLAMA_NAMES, NameTable
 from argosy.workers.models.group_forward import HALF_MULTIPLE, GroupForward
-from argosy.workers.quantization.base import Cut, Fusion, LinearMethod, linear_method_for
+from argosy.workers.quantization.base import Cut, Fusion, LinearMethod, linear_method_for, norm_between
 from argosy.workers.weight_offload import WeightOffload
 
 
@@ -123,20 +124,36 @@ class DecoderLayer(nn.Module):
         return mlp(x_TD), residual_TD
 
     def forward_fused(
-        self, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext, rows_S: Tensor | None = None
-    ) -> Tensor:
-        """The same on one GPU, with nothing left to add: six launches, four of them products. Returns the residual."""
-        attention, mlp = self.attention, self.mlp
-        qkv_TX = attention.qkv_proj.fused(residual_TD, Fusion(self.input_norm.weight, self.input_norm.eps))
+        self,
+        residual_TD: Tensor,
+        positions_T: Tensor,
+        ctx: ForwardContext,
+        rows_S: Tensor | None = None,
+        *,
+        normed: NormAhead | None = None,
+        following: "DecoderLayer | None" = None,
+    ) -> tuple[Tensor, NormAhead | None]:
+        """The same on one GPU, with nothing left to add: five launches, four of them products, and for some rows one
+        more for each norm. `normed` is what the layer before left of this one's; gives the residual, and what it left
+        for `following`.
+        """
+        attention, mlp, norm = self.attention, self.mlp, self.input_norm
+        qkv_TX = attention.qkv_proj.fused(residual_TD, Fusion(norm.weight, norm.eps, normed=normed))
         seen_TX = attention.attend(qkv_TX, positions_T, ctx)
         if rows_S is not None:
             seen_TX, residual_TD = seen_TX[rows_S], residual_TD[rows_S]
             if residual_TD.shape[0] == 0:
-                return residual_TD
-        attention.o_proj.fused(seen_TX, Fusion(residual_TO=residual_TD))
-        inner_TX = mlp.gate_up_proj.fused(residual_TD, Fusion(self.mlp_norm.weight, self.mlp_norm.eps, gated=True))
-        mlp.down_proj.fused(inner_TX, Fusion(residual_TO=residual_TD))
-        return residual_TD
+                return residual_TD, None
+        norm = self.mlp_norm
+        between = norm_between(attention.o_proj, mlp.gate_up_proj, residual_TD, norm.weight, norm.eps)
+        attention.o_proj.fused(seen_TX, Fusion(residual_TO=residual_TD, ahead=between))
+        inner_TX = mlp.gate_up_proj.fused(residual_TD, Fusion(norm.weight, norm.eps, gated=True, normed=between))
+        ahead = None
+        if following is not None:
+            norm, qkv_proj = following.input_norm, following.attention.qkv_proj
+            ahead = norm_between(mlp.down_proj, qkv_proj, residual_TD, norm.weight, norm.eps)
+        mlp.down_proj.fused(inner_TX, Fusion(residual_TO=residual_TD, ahead=ahead))
+        return residual_TD, ahead
 
 
 class Decoder(nn.Module):
@@ -215,10 +232,14 @@ class Decoder(nn.Module):
         last = len(self._stack) if self.norm is not None else 0
         fuses = self._fuses(residual_TD)
         delta_TD: Tensor | None = None
+        normed: NormAhead | None = None
         for number, layer in enumerate(self.in_turn(), start=1):
             rows_S = ctx.asked_rows_S if number == last else None
             if fuses:
-                residual_TD = layer.forward_fused(residual_TD, positions_T, ctx, rows_S)
+                following = self._stack[number] if number < len(self._stack) and self.offload is None else None
+                residual_TD, normed = layer.forward_fused(
+                    residual_TD, positions_T, ctx, rows_S, normed=normed, following=following
+                )
             else:
                 delta_TD, residual_TD = layer.forward_rows(delta_TD, residual_TD, positions_T, ctx, rows_S)
         if residual_TD.shape[0] == 0:
@@ -244,7 +265,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """One layer of `in_turn`, what it gives added to `residual_TD`, which is spent; of `rows_S` alone if given."""
         if self._fuses(residual_TD):
-            return layer.forward_fused(residual_TD, positions_T, ctx, rows_S)  # type: ignore[no-any-return]
+            return layer.forward_fused(residual_TD, positions_T, ctx, rows_S)[0]  # type: ignore[no-any-return]
         if isinstance(layer, DecoderLayer):
             delta_TD, residual_TD = layer.forward_rows(None, residual_TD, positions_T, ctx, rows_S)
             return residual_TD.add_(delta_TD) if residual_TD.shape[0] else residual_TD

@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from argosy.cluster.protocol.errors import UnsupportedModel
-from argosy.kernels import ops
+from argosy.kernels import norm_ahead, ops
 from argosy.kernels.fp8_reference import Fp8Rows, Rounding
+from argosy.kernels.norm_ahead import NormAhead
 
 MAX_TRANSPOSED_TOKENS = (16, 4)  # as long as the second copy beats the plain weight; the packed one
 MAX_TRANSPOSED_NUMBERS = 1 << 21  # larger weights are worth 8 MiB of memory more than some microseconds
@@ -64,6 +65,8 @@ class Fusion(NamedTuple):
     residual_TO: Tensor | None = None
     gated: bool = False
     out_TO: Tensor | None = None  # where to, if there is no residual
+    normed: NormAhead | None = None  # what the product before left, in the place of the inputs and their norm
+    ahead: NormAhead | None = None  # what to leave for the product behind
 
 
 class LinearMethod(Protocol):
@@ -142,6 +145,11 @@ class UnquantizedMethod:
     def apply_fused(self, layer: LinearLayer, x_TI: Tensor, fusion: Fusion) -> Tensor:
         """One launch, with the norm before it and the gate or the addition after it."""
         assert layer.weight is not None
+        if fusion.normed is not None or fusion.ahead is not None:
+            return norm_ahead.fused_linear(
+                x_TI, layer.weight, layer.bias, residual_TO=fusion.residual_TO, gated=fusion.gated,
+                normed=fusion.normed, ahead=fusion.ahead,
+            )  # fmt: skip
         return ops.fused_linear(
             x_TI,
             layer.weight,
@@ -152,6 +160,16 @@ class UnquantizedMethod:
             gated=fusion.gated,
             out_TO=fusion.out_TO,
         )
+
+
+def norm_between(
+    layer: LinearLayer, following: LinearLayer, residual_TD: Tensor, norm_weight_D: Tensor, eps: float
+) -> NormAhead | None:
+    """Room for the norm between two products with plain weights, where both do without a launch for it."""
+    weight, next_weight = layer.weight, following.weight
+    if weight is None or next_weight is None or not weight.dtype == next_weight.dtype == residual_TD.dtype:
+        return None
+    return norm_ahead.between(residual_TD, weight, next_weight, norm_weight_D, eps)
 
 
 _NO_SCALARS: list[float] = []
