@@ -12,7 +12,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -156,6 +156,8 @@ def main() -> int:
         other.wait()
     print(f"compiled after {time.perf_counter() - began:.1f} s", flush=True)
     chain.step.norms_ahead = False
+    for rows in (1, args.rows):
+        lines(f"{rows} rows as they are", chain.step.of(rows, CONTEXTS[-1]))
     print(f"as it is, contexts {CONTEXTS}: {chain.times()}", flush=True)
     chain.step.norms_ahead = True
     for name in ("o", "down", "qkv", "gate_up"):  # by one kernel, and the norms between
@@ -163,6 +165,7 @@ def main() -> int:
         table["gemv"][f"{num_in}x{num_out}x16"] = next(tries_of(args.model, name))
     check(chain)
     print(f"norms ahead, the first sizes of each: {chain.times()}", flush=True)
+    lines(f"{args.rows} rows, norms ahead", chain.runs[-1])
     gemv_of, now = table["gemv"], sum(chain.times())
     slots = [(table["paged_attention"], "h128_some", "attention", list(attention_tries()))]
     for name in ("down", "o", "gate_up", "qkv", "head"):
@@ -189,8 +192,26 @@ def main() -> int:
             told = " ".join(f"{t:.1f}" for t in times)
             print(f"    {name} {told} {short(sizes)}{' kept' if kept else ''}", flush=True)
         Path(args.out).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    lines(f"{args.rows} rows at the end", chain.runs[-1])
     print(f"{args.model} {args.rows} rows: {chain.times()}; {time.perf_counter() - began:.1f} s", flush=True)
     return 0
+
+
+def lines(title: str, run: Callable[[], object]) -> None:
+    """Where a layer's time goes."""
+    sys.path.insert(0, str(Path(__file__).parents[1] / "gpu"))
+    from profile_step import timeline
+
+    run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run()
+    print(title, flush=True)
+    try:
+        timeline(graph.replay)
+    except StopIteration:
+        print("    no layers were found in it", flush=True)
 
 
 def check(chain: Chain) -> None:

@@ -338,7 +338,8 @@ def test_few_rows_beside_packed_weights_take_little_of_a_multiprocessor(monkeypa
 
 @pytest.mark.parametrize(
     ("num_rows", "kinds"),
-    [(4, ("few",)), (5, ("some", "few")), (16, ("some", "few")), (131, ("many",)), (132, ("crowd",)), (181, ("crowd",)), (182, ("throng", "crowd")),
+    [(4, ("few",)), (5, ("some", "few")), (16, ("some", "few")), (131, ("many",)), (132, ("crowd",)),
+     (181, ("crowd",)), (182, ("throng", "crowd")),
      (296, ("throng", "crowd")), (297, ("flood", "crowd")), (1024, ("flood", "crowd"))],
 )  # fmt: skip
 def test_tiles_go_by_how_many_waves_the_rows_are(num_rows: int, kinds: tuple[str, ...]) -> None:

@@ -1,4 +1,4 @@
-"""Layers whose norms come with the product before them, as a few rows on a GPU take them: the tokens of transformers."""
+"""Layers whose norms come with the product before them, as a few rows on a GPU have it: the tokens of transformers."""
 
 import sys
 from pathlib import Path
