@@ -21,7 +21,10 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-LAYOUTS = ("tests/deploy/test_on_gpu.py", "tests/end_to_end/test_on_cards.py", "tests/workers/test_group_sum_gpu.py")
+LAYOUTS = (
+    "tests/deploy/test_on_gpu.py", "tests/deploy/test_losses_on_gpu.py", "tests/end_to_end/test_on_cards.py",
+    "tests/workers/test_group_sum_gpu.py",
+)  # fmt: skip
 SLOW = ("tests/deploy", "tests/end_to_end", "tests/workers")  # engines and whole models: some seconds each
 VERDICT = re.compile(r"^(tests/\S+?::.+?) (PASSED|FAILED|ERROR|SKIPPED)\b", re.MULTILINE)
 PYTEST = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "gpu"]

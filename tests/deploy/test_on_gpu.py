@@ -107,10 +107,10 @@ def distance(first: Scores, second: Scores) -> float:
     return (sum((a - b) ** 2 for a, b in pairs) / len(pairs)) ** 0.5
 
 
-def regret_of(chosen: Scores, best: Scores) -> float:
+def regret_of(chosen: Scores, best: Scores, num_new: int = NUM_NEW) -> float:
     """How far the least likely of the chosen answers' tokens is behind the most likely one at its place."""
     pairs = [
-        (c, b) for cs, bs in zip(chosen, best, strict=True) for c, b in zip(cs[-NUM_NEW:], bs[-NUM_NEW:], strict=True)
+        (c, b) for cs, bs in zip(chosen, best, strict=True) for c, b in zip(cs[-num_new:], bs[-num_new:], strict=True)
     ]
     return max(b - c for c, b in pairs)
 
