@@ -141,11 +141,6 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
         """Raise `ConfigError` when heads or widths can't be divided over so many ranks."""
         if pp_size > self.num_layers:
             raise ConfigError(f"pipeline_parallel_size={pp_size} exceeds the model's {self.num_layers} layers")
-        if self.source and tp_size > 1:
-            raise ConfigError(
-                f"tensor_parallel_size={tp_size}: {self.architecture} runs through transformers' modules, which can't "
-                "be cut; use stages (pipeline_parallel_size) or replicas (data_parallel_size) for more"
-            )
         if self.moe is not None and self.moe.expert_parallel and self.moe.num_experts < tp_size:
             raise ConfigError(
                 f"tensor_parallel_size={tp_size} exceeds {CONFIG_FILE}'s num_experts={self.moe.num_experts}: with "
@@ -166,6 +161,8 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def _divided(self) -> list[tuple[str, int]]:
         """What a tensor-parallel group has equal parts of: (key, how many)."""
         divided = [("num_attention_heads", self.num_heads)]
+        if self.source:  # of widths that can't be divided, each rank has all
+            return divided
         if not all(self.has_experts(layer) for layer in range(self.num_layers)):
             divided.append(("intermediate_size", self.intermediate_size))
         if self.moe is not None:

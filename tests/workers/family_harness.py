@@ -27,7 +27,7 @@ from argosy.workers.forward_context import ForwardContext
 from argosy.workers.host_pool import make_host_pool
 from argosy.workers.kv_cache import KVCache
 from argosy.workers.loading.stream import load_weights
-from argosy.workers.models import general
+from argosy.workers.models import decoder, general
 from argosy.workers.models.registry import build_model
 
 CPU = torch.device("cpu")
@@ -262,6 +262,8 @@ def sum_in_one(harness: Harness) -> None:
     sums = PlainSums(harness.parallel, harness.spec.hidden_size)
     with (
         patch.object(general, "open_group_sum", lambda *args, **options: sums),
+        patch.object(decoder, "open_group_sum", lambda *args, **options: sums),
+        patch.object(decoder, "open_group_copies", lambda *args, **options: None),
         patch.object(torch.cuda, "Stream", lambda *args, **options: None),
         patch.object(torch.cuda, "Event", lambda *args, **options: None),
     ):

@@ -33,8 +33,9 @@ RUNS += [
 ]
 RUNS += [("mixtral", "A2A2xPP2"), ("deepseek v3", "A2A2xPP2")]
 SUMMED = tuple(name for name in EXPERTS if not name.startswith("granite"))  # whose sums are launches with norms
-RUNS += [(name, "SUM2") for name in (*SUMMED, "phi3", "smollm3", "seed-oss", "ernie 4.5")]
+RUNS += [(name, "SUM2") for name in ("llama", "qwen3", *SUMMED, "phi3", "smollm3", "seed-oss", "ernie 4.5")]
 RUNS += [(name, "SUMEP2") for name in ("mixtral", "qwen2-moe", "gpt-oss", "deepseek v3")] + [
+    ("llama", "SUM2xPP2"),
     ("mixtral", "SUM2xPP2"),
     ("deepseek v3", "SUM2xPP2"),
 ]

@@ -58,16 +58,19 @@ def test_an_attention_that_is_not_what_it_seems_is_found_before_anything_is_serv
         served(tmp_path, "arcee")
 
 
-def test_two_stages(tmp_path: Path) -> None:
-    """A model that no card holds: layers whose output is a tensor or a tuple, windows, experts, scaled embeddings."""
+def test_layouts(tmp_path: Path) -> None:
+    """A model that no card holds: layers whose output is a tensor or a tuple, windows, experts, scaled embeddings;
+    groups that share heads, or have several ranks for each key/value head; widths that can't be divided."""
     models = []
-    for name in ("gpt bigcode", "glm4", "minimax m2", "nemotron", "helium"):
-        folder = tmp_path / name.split()[0]
+    for name in FALLBACKS:
+        folder = tmp_path / name.replace(" ", "")
         make_checkpoint(folder, name)
         models.append((name, str(folder), num_layers_of(name), None))
-    for rank in run_layouts({"PP2": models}, tmp_path)[:2]:
-        assert len(rank) == len(models) * len(PARTED_WAYS)
+    some = [model for model in models if model[0] in ("gpt bigcode", "glm4", "minimax m2", "nemotron", "helium")]
+    found = run_layouts({"TP2": models, "PP2": some[:2], "TP2xPP2": some, "TP4": some[:3]}, tmp_path)
+    for rank in found:
         assert max(rank.values()) < CLOSE, rank
+    assert len(found[0]) == (len(models) + 2 + len(some) + 3) * len(PARTED_WAYS)
 
 
 def test_a_stage_holds_its_own_layers_alone(tmp_path: Path) -> None:
@@ -81,11 +84,26 @@ def test_a_stage_holds_its_own_layers_alone(tmp_path: Path) -> None:
     assert [round(3 * count / whole) for count in own] in ([1, 2], [2, 1])
 
 
-def test_no_groups_of_ranks(tmp_path: Path) -> None:
-    """Somebody asks for a group of two cards: told what to do instead, before anything is loaded."""
+def test_a_rank_of_a_group_holds_its_part_of_every_linear_layer(tmp_path: Path) -> None:
+    """Embedding and norms are whole, and so is a head of an odd number of rows."""
     make_checkpoint(tmp_path, "arcee")
-    rank = make_plan(3, 2, 1).ranks[0]
-    with pytest.raises(ConfigError, match=r"ArceeForCausalLM.*data_parallel_size"):
+    (alone,) = make_plan(3, 1, 1).ranks
+    counts = []
+    for rank in (alone, *make_plan(3, 2, 1).ranks):
+        inner = Harness(tmp_path, rank, ParallelContext(rank, CPU, 1.0)).model.inner
+        counts.append({name: parameter.numel() for name, parameter in inner.named_parameters()})
+    whole, *parts = counts
+    cut = [name for name, count in whole.items() if 2 * parts[0][name] == count]
+    assert parts[0] == parts[1]
+    assert len(cut) == 3 * 6, "four of attention, two of the MLP (it has no gate)"
+    assert all("proj" not in name for name in whole.keys() - set(cut))
+
+
+def test_a_group_that_heads_can_not_be_divided_over(tmp_path: Path) -> None:
+    """Told which sizes do, before anything is loaded; nor is one planned."""
+    make_checkpoint(tmp_path, "arcee")
+    rank = make_plan(3, 3, 1).ranks[0]
+    with pytest.raises(ConfigError, match="num_attention_heads=4; possible: 1, 2, 4"):
         Harness(tmp_path, rank, ParallelContext(rank, CPU, 1.0))
     shape = read_model_shape(tmp_path)
-    assert [shape.why_not_tp(tp_size) is None for tp_size in (1, 2)] == [True, False], "nor is one planned"
+    assert [shape.why_not_tp(tp_size) is None for tp_size in (1, 2, 3, 4)] == [True, True, False, True]

@@ -1,12 +1,14 @@
 """Any other decoder that transformers knows: its own modules, with our paged attention through its attention interface.
 
-Correct first: stages of whole layers, no recorded graphs, weights as transformers loads them. What its modules would
+Correct first: stages of whole layers, groups that gather (`strangers_group`), no recorded graphs, weights as
+transformers loads them. What its modules would
 compute without our cache (recurrent states, chunked masks, biases of positions, an encoder) is refused by name before
 anything is served, and so is an architecture whose attention does not ask the interface. T = tokens, H = head size.
 """
 
 import copy
 from collections.abc import Collection, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from argosy.workers.attention.torch_backend import TorchBackend
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.kv_cache import KVCache
 from argosy.workers.loading.names import NameTable
+from argosy.workers.models.strangers_group import HeadShare, share_linear_layers
 from argosy.workers.models.strangers_stage import StrangersStage, layers_of
 from argosy.workers.quantization.base import Cut
 
@@ -49,6 +52,7 @@ class _Bridge:
         self.positions_T: Tensor | None = None
         self.layers_seen: set[int] = set()
         self.first_layer = 0  # whose cache is the first here
+        self.share: HeadShare | None = None  # of a tensor-parallel group, once it was tried alone
 
 
 class _Output:
@@ -114,8 +118,9 @@ class TransformersFallback(nn.Module):
             raise _refused(self.spec, "it has a list of attentions of its own") from error
         if not model._supports_attention_backend:
             raise _refused(self.spec, "its attention does not go through transformers' attention interface")
-        # several stages: there is memory for one of them on the device, so they are tried where the files were read
-        tried_on = self.device if self.rank.pp_size == 1 else torch.device("cpu")
+        # several ranks: there is memory for one's part on the device, so the whole is tried where the files were read
+        is_alone = self.rank.pp_size == self.rank.tp_size == 1
+        tried_on = self.device if is_alone else torch.device("cpu")
         self.inner = model.to(tried_on).eval().requires_grad_(False)
         for module in self.inner.modules():
             if hasattr(module, "layer_idx"):
@@ -126,7 +131,10 @@ class TransformersFallback(nn.Module):
         self._try(tried_on)
         if self._stage is not None:
             self._stage.empty()
-            self.inner.to(self.device)
+        if self.rank.tp_size > 1:
+            share_linear_layers(self.inner, self.parallel)
+            self._bridge.share = HeadShare(self.parallel, self.spec.num_heads, self.spec.num_kv_heads)
+        self.inner.to(self.device)
 
     def _load(self) -> Any:
         import transformers  # seconds of import: only for models that need it
@@ -137,7 +145,9 @@ class TransformersFallback(nn.Module):
             return make.from_pretrained(
                 self.spec.source, config=self._config, local_files_only=True, use_safetensors=True, **options
             )
-        return make.from_config(self._config, **options)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # ranks of a group have the same ones
+            return make.from_config(self._config, **options)
 
     def finish(self, modules: Collection[nn.Module] | None = None) -> None:
         """All is in shape."""
@@ -320,9 +330,16 @@ def _attend(
         soft_cap=softcap,
         sinks_N=s_aux,
     )
+    if (share := bridge.share) is not None:
+        query, key, value = query[:, share.heads], key[:, share.kv_heads], value[:, share.kv_heads]
+        shape = replace(shape, num_heads=query.shape[1], num_kv_heads=key.shape[1])
+        if s_aux is not None:
+            shape = replace(shape, sinks_N=s_aux[share.heads])
     qkv_TD = torch.cat((query[0], key[0], value[0])).transpose(0, 1).reshape(query.shape[2], -1)
     place = layer - bridge.first_layer
     cache = ctx.kv_cache.layers[place]
     out_TD = ctx.backend.forward(qkv_TD, bridge.positions_T, None, cache, ctx.metadata_of(place), shape, None)
     bridge.layers_seen.add(layer)
+    if share is not None:
+        out_TD = share.gather(out_TD.view(query.shape[2], -1))
     return out_TD.view(1, -1, num_heads, size), None
