@@ -1,6 +1,7 @@
 """Products with weights of 4 or 8 bits, by the number of tokens. Meaning: `packed_reference.linear`.
 
     1              `packed_vector` on Hopper, where the weight has few rows
+    1 to 8         `packed_stream` on Hopper, where that was measured to be faster
     1 to 16        `packed_few`: bound by reading the weight; both with gate, bias and residual in one launch
     to some 100    `packed_hopper`, elsewhere `packed_many`: 16 bits are made on the way to the tensor cores
     more           the weight becomes 16 bits in memory, a slice at a time, and cuBLAS multiplies
@@ -12,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from argosy.kernels import activation, packed_hopper, packed_vector, tuning
+from argosy.kernels import activation, packed_hopper, packed_stream, packed_vector, tuning
 from argosy.kernels.packed_few import few_kernel
 from argosy.kernels.packed_inputs import pick_inputs as pick_inputs
 from argosy.kernels.packed_many import many_kernel, unpack_kernel
@@ -26,7 +27,7 @@ HOPPER_TOKENS = 1024  # by `packed_hopper`
 MOST_TILES = 2.5  # a multiprocessor for which `packed_vector` is faster than `packed_few`, where nothing was tuned
 SLICE_BYTES = 24 << 20  # of plain weight at a time: it stays in the second-level cache
 SLICE_ROWS = 64  # and a multiple of so many
-FEW, MANY, SLICES, HOPPER, VECTOR = 0, 1, 2, 3, 4  # as `kernel` in the tuned sizes counts them
+FEW, MANY, SLICES, HOPPER, VECTOR, STREAM = 0, 1, 2, 3, 4, 5  # as `kernel` in the tuned sizes counts them
 BUCKETS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 
 
@@ -72,7 +73,12 @@ def _sizes(weight: PackedWeight, x_TI: Tensor) -> tuning.Sizes:
     found = tuning.pick("packed", key_of(weight, num_tokens), device) if num_tokens <= BUCKETS[-1] else None
     by_hopper = num_tokens > MOST_FUSED and packed_hopper.takes(x_TI, weight)
     by_vector = num_tokens == 1 and packed_vector.takes(x_TI, weight)
-    if found is not None and (found["kernel"] != HOPPER or by_hopper) and (found["kernel"] != VECTOR or by_vector):
+    if found is not None and (
+        found["kernel"] in (FEW, MANY, SLICES)
+        or (found["kernel"] == HOPPER and by_hopper)
+        or (found["kernel"] == VECTOR and by_vector)
+        or (found["kernel"] == STREAM and packed_stream.takes(x_TI, weight))
+    ):
         return found
     num_sms = tuning.device_facts(device).num_sms
     if by_vector and weight.planes == 1 and weight.words_MUW.shape[0] <= MOST_TILES * num_sms:
@@ -112,6 +118,8 @@ def linear(
         return _few(x_TI, weight, bias_O, residual_TO, gated, made_TO, sizes)
     if sizes["kernel"] == VECTOR and (not gated or can_gate(weight)):
         return packed_vector.linear(x_TI, weight, bias_O, residual_TO, gated, made_TO, sizes)
+    if sizes["kernel"] == STREAM and (not gated or can_gate(weight)):
+        return packed_stream.linear(x_TI, weight, bias_O, residual_TO, gated, made_TO, sizes)
     if gated or residual_TO is not None:
         y_TO = linear(x_TI, weight, bias_O, sizes=sizes)
         y_TO = activation.silu_and_mul(y_TO) if gated else y_TO

@@ -1,10 +1,11 @@
-"""Sizes of the products of one token with weights of 4 or 8 bits, chosen by the time of a whole recorded step.
+"""Sizes of the products of 1 to 8 tokens with weights of 4 or 8 bits, chosen by the time of a whole recorded step.
 
-    python benchmarks/gpu/tune_vector.py --model 8b --format int4 --out kernels/tuned/nvidia_h200.json
+    python benchmarks/gpu/tune_vector.py --model 8b --format int4 --rows 1 --out kernels/tuned/nvidia_h200.json
 
 A product alone says little: it begins to fetch while attention and norms before it run, and holds room that they want.
-So one product's sizes are changed at a time, the step is recorded anew, and what is faster stays; logits must be those
-of the kernel for few tokens. Kernels are compiled in many processes before. Prints every try.
+So all are timed alone first, and checked; then one product's sizes are changed at a time, the best few of those, the
+step is recorded anew, and what is faster stays; logits must be those of the sizes before. Kernels are compiled in many
+processes before. Prints every try.
 """
 
 import argparse
@@ -21,9 +22,13 @@ import torch
 from bench_gpu import COMMON, SHAPES
 from compare_methods import FORMATS
 from profile_step import decode, make_runner, start_rows, timed, timeline
+from timing import copies_for, microseconds
+from tune_packed import LARGEST_ERROR, weights_of
 
-from argosy.kernels import packed_linear, packed_reference, tuning
-from argosy.kernels.packed_linear import FEW, VECTOR
+from argosy.kernels import packed_linear, packed_reference, packed_stream, tuning
+from argosy.kernels.packed_linear import STREAM, VECTOR
+from argosy.workers.recording import Recorder
+from argosy.workers.step_recording import make_graphs
 
 Sizes = dict[str, int]
 WAYS = [(8, 2), (8, 1), (16, 1), (4, 2), (4, 1), (16, 2)]  # warps, blocks of each
@@ -34,16 +39,47 @@ ATTENTION = [
 ]
 KEEP = 0.998  # of the time before, or a change is noise
 PROCESSES = 14
-WORST = 0.2  # of the logits, beside the kernel for few tokens: the token before may be another one
+WORST = 0.2  # of the logits, beside the sizes before: the token before may be another one
 
 
-def ways_for(num_in: int) -> list[Sizes]:
+# warps, those of a tile, blocks ahead, programs that share inputs, programs of a multiprocessor, room for how many
+STREAMS = {
+    "gate_up": ((16, 2, 1, 1, 1, 1), (16, 2, 2, 1, 1, 1), (16, 2, 3, 1, 1, 1), (8, 1, 3, 1, 1, 1), (8, 1, 4, 1, 1, 2),
+                (8, 1, 3, 1, 1, 2), (8, 2, 2, 1, 2, 2), (8, 2, 3, 1, 2, 2), (8, 4, 2, 1, 2, 2)),
+    "down": ((16, 8, 4, 1, 1, 1), (16, 8, 7, 1, 1, 1), (8, 8, 4, 1, 2, 2), (8, 8, 7, 1, 2, 2), (8, 4, 7, 1, 1, 2),
+             (8, 4, 7, 1, 1, 1), (16, 4, 4, 2, 1, 1), (16, 4, 3, 2, 1, 1), (16, 2, 4, 4, 1, 1), (16, 2, 3, 4, 1, 1),
+             (8, 2, 4, 4, 2, 2), (8, 2, 7, 2, 1, 1), (8, 2, 6, 2, 1, 2), (16, 1, 4, 8, 1, 1)),
+    "qkv": ((16, 4, 4, 1, 1, 1), (16, 4, 8, 1, 1, 1), (8, 8, 4, 1, 3, 2), (8, 2, 4, 1, 1, 1), (8, 2, 6, 1, 1, 2),
+            (8, 4, 4, 1, 2, 2), (16, 2, 4, 2, 1, 1), (8, 4, 8, 1, 2, 2)),
+    "o": ((16, 8, 4, 1, 1, 1), (8, 8, 4, 1, 2, 2), (8, 4, 4, 1, 1, 1), (8, 4, 8, 1, 1, 2), (16, 16, 2, 1, 1, 1),
+          (16, 2, 4, 4, 1, 1), (16, 4, 4, 2, 1, 1)),
+}  # fmt: skip
+
+
+def ways_for(name: str, shape: tuple[int, int], rows: int, bits: int) -> list[Sizes]:
     """What is tried for a product: warps that share its blocks evenly."""
-    return [
+    num_in, num_out = shape
+    ways = [
         {"kernel": VECTOR, "warps": warps, "blocks": blocks}
-        for warps, blocks in WAYS
-        if num_in // 128 % (warps * blocks) == 0
+        for warps, blocks in WAYS[:2]
+        if rows == 1 and num_in // 128 % (warps * blocks) == 0
     ]
+    kept = weights_at_nowhere(num_in, num_out, bits)
+    for warps, split, depth, parts, per_sm, room in STREAMS[name]:
+        sizes = {"kernel": STREAM, "warps": warps, "split": split, "depth": depth, "parts": parts, "per_sm": per_sm,
+                 "room": room, "early": 0}  # fmt: skip
+        if packed_stream.fits(kept, rows, sizes) and not (rows == 1 and parts > 1):
+            ways.append(sizes)
+    return ways
+
+
+def weights_at_nowhere(num_in: int, num_out: int, bits: int) -> packed_reference.PackedWeight:
+    """The shape of a weight."""
+    words, pairs = packed_reference.shapes(num_out, num_in, bits=bits, group=128)
+    return packed_reference.PackedWeight(
+        torch.empty(words, dtype=torch.int32, device="meta"), torch.empty(pairs, dtype=torch.bfloat16, device="meta"),
+        bits, 128, num_in, num_out,
+    )  # fmt: skip
 
 
 def shapes_of(model: str) -> dict[str, tuple[int, int]]:
@@ -55,47 +91,91 @@ def shapes_of(model: str) -> dict[str, tuple[int, int]]:
             "qkv": (width, (heads + 2 * facts["num_key_value_heads"]) * size), "o": (heads * size, width)}  # fmt: skip
 
 
-def compile_part(shapes: dict[str, tuple[int, int]], bits: int, part: int) -> None:
+def run_as_in_a_layer(
+    name: str, x: torch.Tensor, weight: packed_reference.PackedWeight, sizes: Sizes | None
+) -> torch.Tensor:
+    """With the gate or the residual that it has there."""
+    residual = x.new_zeros(len(x), weight.num_outputs) if name in ("o", "down") else None
+    return packed_linear.linear(x, weight, residual_TO=residual, gated=name == "gate_up", sizes=sizes)
+
+
+def compile_part(shapes: dict[str, tuple[int, int]], bits: int, rows: int, part: int) -> None:
     """Every n-th kernel, into the cache that the measuring process reads."""
-    jobs = [(name, shape, sizes) for name, shape in shapes.items() for sizes in ways_for(shape[0])]
+    jobs = [
+        (name, shape, {**sizes, "early": early})
+        for name, shape in shapes.items()
+        for early in (0, 1, 2)
+        for sizes in ways_for(name, shape, rows, bits)
+        if not early or sizes["kernel"] == STREAM
+    ]
+    jobs.sort(key=lambda job: job[2]["early"])
     for name, (num_in, num_out), sizes in itertools.islice(jobs, part, None, PROCESSES):
         words, pairs = packed_reference.shapes(num_out, num_in, bits=bits, group=128)
         weight = packed_reference.PackedWeight(
             torch.zeros(words, dtype=torch.int32, device="cuda"),
             torch.zeros(pairs, dtype=torch.bfloat16, device="cuda"), bits, 128, num_in, num_out,
         )  # fmt: skip
-        residual = torch.zeros(1, num_out, device="cuda").bfloat16() if name in ("o", "down") else None
         try:
-            packed_linear.linear(
-                torch.zeros(1, num_in, device="cuda").bfloat16(), weight, residual_TO=residual, gated=name == "gate_up",
-                sizes=sizes,
-            )  # fmt: skip
+            run_as_in_a_layer(name, torch.zeros(rows, num_in, device="cuda").bfloat16(), weight, sizes)
         except Exception as error:  # what does not fit is left out when it is measured, too
             print("skipped", sizes, str(error)[:80], flush=True)
+
+
+def rank_alone(name: str, shape: tuple[int, int], rows: int, bits: int) -> list[Sizes]:
+    """All that is right, the fastest alone first."""
+    weights = weights_of(*shape, copies_for(shape[0] * shape[1] * bits // 8, 12), bits=bits, group=128)
+    x = torch.randn(rows, shape[0], device="cuda").bfloat16()
+    want = (x.double() @ packed_reference.dequantize(weights[0]).double().t()).chunk(2, -1)
+    right = torch.nn.functional.silu(want[0]) * want[1] if name == "gate_up" else torch.cat(want, -1)
+    del want
+    found: list[tuple[float, str]] = []
+    for sizes in [None, *ways_for(name, shape, rows, bits)]:
+        try:
+            off = max(
+                float((run_as_in_a_layer(name, x, weights[0], sizes).double() - right).norm() / right.norm())
+                for _ in range(3)
+            )
+            calls = [lambda w=w, s=sizes: run_as_in_a_layer(name, x, w, s) for w in weights]  # type: ignore[misc]
+            us = microseconds(calls, launches=max(len(weights), 24), replays=3)[0]
+        except Exception as error:
+            print("   skipped", sizes, str(error)[:100], flush=True)
+            continue
+        is_right = off < 2 * LARGEST_ERROR
+        print(
+            f"   {name} {rows} alone {us:6.2f} us {sizes or 'as it is'}{'' if is_right else ' WRONG'} {off:.5f}",
+            flush=True,
+        )
+        if sizes and is_right:
+            found.append((us, json.dumps(sizes)))
+    return [json.loads(sizes) for _, sizes in sorted(found)]
 
 
 class Tuner:
     """A rank whose table of sizes is changed between recordings."""
 
-    def __init__(self, runner: Any, bits: int):
-        self.runner, self.bits = runner, bits
+    def __init__(self, runner: Any, bits: int, rows: int):
+        self.runner, self.bits, self.rows = runner, bits, rows
         self.table: Any = tuning._tuned(tuning.device_facts(torch.device("cuda", 0)).slug)
         self.wanted: torch.Tensor | None = None
         self.off = 0.0
 
     def key(self, shape: tuple[int, int]) -> str:
         """In the tuned file."""
-        return f"{shape[0]}x{shape[1]}x1" + ("" if self.bits == 4 else "_8g128")
+        return f"{shape[0]}x{shape[1]}x{self.rows}" + ("" if self.bits == 4 else "_8g128")
 
     def measure(self) -> float:
         """Milliseconds of a replay with the table as it is; infinite where it does not run or is wrong."""
         try:
-            self.runner.warm_up([(1, 1)])
-            self.runner.record_graphs()
-            self.runner.execute(start_rows(self.runner, 1, 256))
-            self.runner.execute(decode(1, 0))
+            rows = self.rows
+            graphs = make_graphs(self.runner, rows, [])
+            graphs.sizes, graphs.shared_sizes = [rows], []  # no other is looked at
+            graphs.even_sizes = [size for size in graphs.even_sizes if size == rows]
+            graphs.record(Recorder(self.runner.device))
+            self.runner.graphs = graphs
+            self.runner.execute(start_rows(self.runner, rows, 256))
+            self.runner.execute(decode(rows, 0))
             self.runner.batch.last_token_N.fill_(5)  # rounding may choose another, which proves nothing
-            logits = self.runner.graphs.run(1).float().clone()
+            logits = self.runner.graphs.run(rows).float().clone()
             torch.cuda.synchronize()
         except Exception as error:
             print("   skipped:", str(error)[:100], flush=True)
@@ -107,7 +187,7 @@ class Tuner:
         if not off < WORST:
             print(f"   WRONG: logits are off by {off}", flush=True)
             return float("inf")
-        return min(timed(lambda: self.runner.graphs.run(1), 15)[0] for _ in range(3))
+        return min(timed(lambda: self.runner.graphs.run(rows), 15)[0] for _ in range(3))
 
     def try_all(
         self, name: str, table: dict[str, Sizes], key: str, candidates: list[Sizes], best: float, deadline: float
@@ -116,11 +196,14 @@ class Tuner:
         for sizes in candidates:
             if time.perf_counter() > deadline:
                 break
-            before, table[key] = table[key], sizes
+            before = table.get(key)
+            table[key] = sizes
             found = self.measure()
             print(f"{found:.4f} ms {'*' if found < best * KEEP else ' '} {name} {sizes} off {self.off:.4f}", flush=True)
             if found < best * KEEP:
                 best = found
+            elif before is None:
+                del table[key]
             else:
                 table[key] = before
         return best
@@ -134,29 +217,30 @@ def main() -> int:
     parser.add_argument("--out", help="put what came out into this table")
     parser.add_argument("--seconds", type=float, default=60.0, help="then what was best so far is written")
     parser.add_argument("--attention", action="store_true", help="also sizes of attention for few rows")
+    parser.add_argument("--rows", type=int, default=1, choices=(1, 2, 4, 8))
+    parser.add_argument("--best", type=int, default=3, help="sizes of each product that are tried in steps")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # "i:json": compile every n-th kernel of the shapes
     args = parser.parse_args()
-    bits = int(args.format[3:])
+    bits, rows = int(args.format[3:]), args.rows
     if args.part:
         part, shapes = args.part.split(":", 1)
-        compile_part(json.loads(shapes), bits, int(part))
+        compile_part(json.loads(shapes), bits, rows, int(part))
         return 0
     began = time.perf_counter()
     shapes = shapes_of(args.model)
-    command = [sys.executable, __file__, "--format", args.format, "--part"]
+    command = [sys.executable, __file__, "--format", args.format, "--rows", str(rows), "--part"]
     others = [
         subprocess.Popen([*command, f"{i}:{json.dumps(shapes)}"], env={**os.environ, "OMP_NUM_THREADS": "1"})
         for i in range(PROCESSES)
     ]
     quantization, config = FORMATS[args.format]
-    runner = make_runner(args.model, 1, 256, quantization=quantization, checkpoint=config)
-    tuner = Tuner(runner, bits)
+    runner = make_runner(args.model, rows, 256, quantization=quantization, checkpoint=config)
+    tuner = Tuner(runner, bits, rows)
     packed: dict[str, Sizes] = tuner.table["packed"]
-    for shape in shapes.values():
-        if packed.get(tuner.key(shape), {"kernel": VECTOR})["kernel"] == VECTOR:
-            packed[tuner.key(shape)] = {"kernel": FEW, "tiles": 2, "split": 4, "wide": 1, "ahead": 1}
+    runner.warm_up([(rows, 1)])
     best = tuner.measure()
-    print(f"few tokens' kernel: {best:.4f} ms, ready after {time.perf_counter() - began:.0f} s", flush=True)
+    print(f"as it is: {best:.4f} ms, ready after {time.perf_counter() - began:.0f} s", flush=True)
+    timeline(lambda: runner.graphs.run(rows))  # type: ignore[union-attr]
     for other in others:
         other.wait()
     print(f"compiled after {time.perf_counter() - began:.0f} s", flush=True)
@@ -164,10 +248,19 @@ def main() -> int:
     if args.attention:
         best = tuner.try_all("attention", tuner.table["paged_attention"], "h128_one", ATTENTION, best, deadline)
         print("attention:", tuner.table["paged_attention"]["h128_one"])
+    ranked = {name: rank_alone(name, shape, rows, bits) for name, shape in shapes.items()}
+    torch.cuda.empty_cache()
     for name, shape in shapes.items():
-        best = tuner.try_all(name, packed, tuner.key(shape), ways_for(shape[0]), best, deadline)
+        key = tuner.key(shape)
+        best = tuner.try_all(name, packed, key, ranked[name][: args.best], best, deadline)
+        if ranked[name] and packed[key]["kernel"] == STREAM:
+            again = [{**packed[key], "early": early} for early in (1, 2)]
+        else:  # what starts early may be faster although alone it was not
+            again = [{**sizes, "early": early} for sizes in ranked[name][:1] for early in (1, 2)]
+        best = tuner.try_all(name, packed, key, again, best, deadline)
     tuner.measure()
-    timeline(lambda: runner.graphs.run(1))  # type: ignore[union-attr]
+    print(f"all: {best:.4f} ms", flush=True)
+    timeline(lambda: runner.graphs.run(rows))  # type: ignore[union-attr]
     chosen = {tuner.key(shape): packed[tuner.key(shape)] for shape in shapes.values()}
     print(json.dumps(chosen), flush=True)
     if args.out:

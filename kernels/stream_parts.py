@@ -1,0 +1,179 @@
+"""Pieces of `packed_stream`'s kernel: what a warp asks for, how inputs come to the tensor cores, and the way out."""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+from argosy.kernels.packed_parts import (
+    BASE_BF16,
+    BASE_FP16,
+    BOTH_BF16,
+    BOTH_FP16,
+    BOTH_OPERANDS,
+    UNIT_BF16,
+    UNIT_FP16,
+    UNIT_OPERANDS,
+    scale_of,
+    zero_of,
+)
+
+# Triton 3.9 calls it otherwise than 3.6
+copy_in = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+
+
+@gluon.jit
+def ask(words_ptrs, pairs_ptrs, step, there, has_pairs, SPLIT: gl.constexpr, PLANES: gl.constexpr, ROWS: gl.constexpr):
+    """A warp's block: (words, its high plane, pairs of a row, of the one eight below, both of the high plane)."""
+    here = words_ptrs + step * (SPLIT * 256 * PLANES)
+    pairs_here = pairs_ptrs + step * (SPLIT * 16 * PLANES)
+    low = gl.load(here, there, cache_modifier=".cg")
+    pair = gl.load(pairs_here, has_pairs)
+    under = pair
+    if ROWS == 2:
+        under = gl.load(pairs_here + 8, has_pairs)
+    if PLANES == 1:
+        return low, low, pair, under, pair, under
+    else:
+        high = gl.load(here + 256, there, cache_modifier=".cg")
+        over = gl.load(pairs_here + 16, has_pairs)
+        over_under = over
+        if ROWS == 2:
+            over_under = gl.load(pairs_here + 24, has_pairs)
+        return low, high, pair, under, over, over_under
+
+
+@gluon.jit
+def inputs(
+    x_smem, step, X_IN: gl.constexpr, words_in: gl.constexpr, wide: gl.constexpr, W: gl.constexpr,
+    SPLIT: gl.constexpr, TOKENS: gl.constexpr,
+):  # fmt: skip
+    """Pairs of a step's inputs as the tensor cores take them: columns 0 to 31 and 32 to 63 of each unit, [2 W, 128]."""
+    x = x_smem.index(step).load(X_IN)
+    if TOKENS == 1:  # lies as it is read: [unit, lane % 4, half, pair]
+        xa, xb = gl.split(gl.permute(gl.reshape(x, [2 * SPLIT, 4, 2, 4]), [0, 1, 3, 2]))
+        own: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(0, wide))
+        xa = gl.convert_layout(gl.reshape(xa, [2 * SPLIT, 16]), own, assert_trivial=True)[:, None, :]
+        xb = gl.convert_layout(gl.reshape(xb, [2 * SPLIT, 16]), own, assert_trivial=True)[:, None, :]
+    else:
+        xa, xb = gl.split(gl.permute(gl.reshape(x, [2 * SPLIT, 8, 2, 4, 4]), [0, 1, 4, 3, 2]))
+        xa = gl.convert_layout(gl.reshape(xa, [2 * SPLIT, 8, 16]), gl.SliceLayout(0, wide), assert_trivial=True)
+        xb = gl.convert_layout(gl.reshape(xb, [2 * SPLIT, 8, 16]), gl.SliceLayout(0, wide), assert_trivial=True)
+    nothing = gl.zeros([W // SPLIT, 2 * SPLIT, 8, 16], gl.int32, wide)
+    xa = gl.reshape(xa[None, :, :, :] + nothing, [2 * W, 128])
+    xb = gl.reshape(xb[None, :, :, :] + nothing, [2 * W, 128])
+    return (
+        gl.convert_layout(xa, words_in, assert_trivial=True),
+        gl.convert_layout(xb, words_in, assert_trivial=True),
+    )
+
+
+@gluon.jit
+def four(part, W: gl.constexpr, lanes_in: gl.constexpr):
+    """Of a lane's four sums over both units: (a row's two columns, those of the row eight below), [W, 32] each."""
+    first, second = gl.split(gl.permute(gl.reshape(part, [W, 2, 32, 2, 2]), [0, 2, 3, 4, 1]))
+    left, right = gl.split(first + second)
+    a, c = gl.split(left)
+    b, d = gl.split(right)
+    return (
+        gl.convert_layout(a, lanes_in, assert_trivial=True), gl.convert_layout(b, lanes_in, assert_trivial=True),
+        gl.convert_layout(c, lanes_in, assert_trivial=True), gl.convert_layout(d, lanes_in, assert_trivial=True),
+    )  # fmt: skip
+
+
+@gluon.jit
+def add(
+    sums, block, xa, xb, total, after, is_lower, W: gl.constexpr, TOKENS: gl.constexpr, PLANES: gl.constexpr,
+    FP16: gl.constexpr, HALF_SCALES: gl.constexpr, lanes_in: gl.constexpr,
+):  # fmt: skip
+    """A tile's sums with one block more; `total`, `after`: the inputs' sums of a lane's two columns."""
+    BASE: gl.constexpr = -128.0 if PLANES == 2 else BASE_FP16 if FP16 else BASE_BF16
+    if PLANES == 1:
+        source: gl.constexpr = UNIT_FP16 if FP16 else UNIT_BF16
+        made = gl.inline_asm_elementwise(
+            source, UNIT_OPERANDS, [block[0], xa, xb], dtype=gl.float32, is_pure=True, pack=4
+        )
+    else:
+        both: gl.constexpr = BOTH_FP16 if FP16 else BOTH_BF16
+        made = gl.inline_asm_elementwise(
+            both, BOTH_OPERANDS, [block[0], xa, xb, block[1]], dtype=gl.float32, is_pure=True, pack=4
+        )
+    a, b, c, d = four(made, W, lanes_in)
+    scale, zero = scale_of(block[2], HALF_SCALES), zero_of(block[2], HALF_SCALES)
+    if PLANES == 2:
+        zero += 16 * zero_of(block[4], HALF_SCALES)
+    zero += BASE
+    if TOKENS == 1:  # every column is the same: a lane has one row, lanes beside it the one eight below
+        return (sums[0] + scale * (gl.where(is_lower, c, a) - zero * total),)
+    else:
+        under, less = scale_of(block[3], HALF_SCALES), zero_of(block[3], HALF_SCALES)
+        if PLANES == 2:
+            less += 16 * zero_of(block[5], HALF_SCALES)
+        less += BASE
+        return (
+            sums[0] + scale * (a - zero * total), sums[1] + scale * (b - zero * after),
+            sums[2] + under * (c - less * total), sums[3] + under * (d - less * after),
+        )  # fmt: skip
+
+
+@gluon.jit
+def over_warps(sums, W: gl.constexpr, SPLIT: gl.constexpr, TOKENS: gl.constexpr):
+    """[tiles, lanes, places] of a tile, added up over its warps."""
+    if TOKENS == 1:
+        y = gl.reshape(sums[0], [W // SPLIT, SPLIT, 32])
+    else:
+        y = gl.join(gl.join(sums[0], sums[2]), gl.join(sums[1], sums[3]))
+        y = gl.reshape(y, [W // SPLIT, SPLIT, 128])
+    return gl.sum(y, 1)
+
+
+@gluon.jit
+def bring(
+    x_ptr, x_smem, part, num_tokens, stride_x, W: gl.constexpr, SPLIT: gl.constexpr, STEPS: gl.constexpr,
+    TOKENS: gl.constexpr,
+):  # fmt: skip
+    """All inputs of the program to shared memory; tokens that are not there as zeros."""
+    if TOKENS == 1:
+        flat_in: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [W, 1], [1, 0])
+        unit = gl.arange(0, 2 * SPLIT, gl.SliceLayout(1, flat_in))
+        at = gl.arange(0, 32, gl.SliceLayout(0, flat_in))
+        here = x_ptr + (unit * 32)[:, None] + (at % 8 * 4 + at // 8)[None, :]
+        for step in range(STEPS):
+            copy_in(x_smem.index(step), here + (part * STEPS + step) * (64 * SPLIT))
+    else:
+        rows_in: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 4, 8], [W // 2, 2, 1], [2, 1, 0])
+        by_unit: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, rows_in))
+        by_token: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, rows_in))
+        by_pair: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, rows_in))
+        unit = gl.arange(0, 2 * SPLIT, by_unit)[:, None, None]
+        token = gl.arange(0, 8, by_token)[None, :, None]
+        pair = gl.arange(0, 32, by_pair)[None, None, :]
+        here = x_ptr + token * stride_x + unit * 32 + pair
+        present = (token < num_tokens) & (unit >= 0) & (pair >= 0)
+        for step in range(STEPS):
+            copy_in(x_smem.index(step), here + (part * STEPS + step) * (64 * SPLIT), mask=present)
+    async_copy.commit_group()
+    async_copy.wait_group(0)
+
+
+@gluon.jit
+def finish(
+    y, up, tile, row, token, one, num_tiles, bias_ptr, residual_ptr, out_ptr, num_outputs, stride_out,
+    BIAS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr,
+):  # fmt: skip
+    """Bias, gate and residual, and out it goes."""
+    T: gl.constexpr = out_ptr.dtype.element_ty
+    to = (tile * 16)[:, None] + row[None, :]
+    kept = (to < num_outputs) & one[None, :]
+    if BIAS:
+        of = gl.minimum(to, num_outputs - 1)
+        y += gl.load(bias_ptr + of).to(gl.float32)
+        if GATED:
+            up += gl.load(bias_ptr + num_outputs + of).to(gl.float32)
+    if GATED:
+        y = y * (1.0 / (1.0 + gl.exp(-y))) * up
+    at = token.to(gl.int64)[None, :] * stride_out + to
+    if RESIDUAL:
+        y += gl.load(residual_ptr + at, kept, other=0.0).to(gl.float32)
+        gl.store(residual_ptr + at, y.to(T), kept)
+    else:
+        gl.store(out_ptr + at, y.to(T), kept)
