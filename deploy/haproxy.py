@@ -115,6 +115,9 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
         # a client that breaks off is no reason to take the only replica out
         "RAY_SERVE_HAPROXY_OBSERVE_MARK_DOWN_ENABLED": "0",
+        # Serve looks every ten seconds, and three times, before it starts a front anew that died: half a minute of
+        # refused connections
+        "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
         # `argosy serve` drains at the driver, which knows when the last request has ended; Serve would wait 30 s more
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         # at each change of what stands behind it, also soon after the start, its old process ends what it carries;

@@ -22,6 +22,7 @@ from argosy.cluster.replica_client import connect_engine
 from argosy.deploy import haproxy, proxy_guard
 from argosy.deploy.doctor import is_port_free
 from argosy.deploy.http_auth import ApiKeys
+from argosy.deploy.live_figures import watching
 from argosy.deploy.model_folder import load_tokenizer, localize
 from argosy.deploy.owned_folder import make_owned_folder
 from argosy.deploy.progress import StartProgress
@@ -264,7 +265,8 @@ def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, sto
         progress.close()
         with contextlib.suppress(BrokenPipeError):  # nobody reads it; clients may still come
             print(ready_block(config, engine, progress.seconds), flush=True)
-        stop.wait()
+        with watching(engine.address, engine.secret, is_on=not config.server.disable_log_stats):
+            stop.wait()
         if config.server.drain_seconds > 0:
             asyncio.run(drain(engine.address, engine.secret, config.server.drain_seconds))
     finally:

@@ -32,6 +32,25 @@ _NOT_YET: Final[Mapping[str, object]] = {
 }
 
 
+_SWITCHES: Final = (
+    "ignore_eos",
+    "detokenize",
+    "skip_special_tokens",
+    "spaces_between_special_tokens",
+    "include_stop_str_in_output",
+)
+# names that scripts for other versions of vLLM use, and what to write instead
+_OF_OTHER_VERSIONS: Final[Mapping[str, str]] = {
+    "best_of": "ask for n answers with logprobs=1 and keep the one of the highest cumulative_logprob",
+    "use_beam_search": "leave it out",
+    "length_penalty": "it belongs to beam search: leave it out",
+    "early_stopping": "it belongs to beam search: leave it out",
+    "guided_decoding": "structured output is not supported yet: leave it out",
+    "logits_processors": "use logit_bias, allowed_token_ids or bad_words",
+    "truncate_prompt_tokens": "shorten the prompt before it is sent",
+}
+
+
 class FinishReason(StrEnum):
     """Why a request ended. Every request ends exactly once with one of these."""
 
@@ -50,11 +69,26 @@ class RequestOutputKind(IntEnum):
     FINAL_ONLY = 2
 
 
-class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_unknown_fields=True):
+class _NamedFields(type(msgspec.Struct)):  # type: ignore[misc]  # the metaclass has no name of its own in msgspec
+    """Makes values by their fields' names, and says which name was meant when there is none such."""
+
+    def __call__(cls, *values: Any, **fields: Any) -> Any:
+        known = cls.__struct_fields__
+        if values:
+            raise InvalidRequest(known[0], values[0], f"has no name: write {cls.__name__}({known[0]}=...)")
+        for name in fields:
+            if name not in known:
+                raise InvalidRequest(name, fields[name], _unknown_name(name, known))
+        return super().__call__(**fields)
+
+
+class SamplingParams(
+    msgspec.Struct, metaclass=_NamedFields, kw_only=True, omit_defaults=True, forbid_unknown_fields=True
+):
     """How tokens are chosen and when the answer ends. Names, defaults and rules are vLLM's.
 
-    Raises `InvalidRequest` naming the field when a value can't be served, also where one is assigned later
-    (`params.max_tokens = 5`); the value from before stays then.
+    Raises `InvalidRequest` naming the field when there is no such field or a value can't be served, also where one is
+    assigned later (`params.max_tokens = 5`); the value from before stays then.
     """
 
     n: int = 1
@@ -103,8 +137,7 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_un
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self.__struct_fields__:
-            near = get_close_matches(name, self.__struct_fields__, n=1)
-            raise AttributeError(f"there is no {name!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+            raise InvalidRequest(name, value, _unknown_name(name, self.__struct_fields__))
         before = getattr(self, name)
         try:
             super().__setattr__(name, value)
@@ -132,6 +165,11 @@ class SamplingParams(msgspec.Struct, kw_only=True, omit_defaults=True, forbid_un
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None:
                 _integer(name, value, -1, 2**31 - 1, hint="-1 means the whole vocabulary")
+        for name in _SWITCHES:
+            if getattr(self, name) not in (True, False):
+                raise InvalidRequest(name, getattr(self, name), "must be true or false")
+        if self.output_kind not in tuple(RequestOutputKind):
+            raise InvalidRequest("output_kind", self.output_kind, "must be one of RequestOutputKind")
         for name, default in _NOT_YET.items():
             if getattr(self, name) != default:
                 raise InvalidRequest(name, getattr(self, name), "is not supported yet; leave it out")
@@ -250,6 +288,13 @@ class TokenParams(msgspec.Struct, frozen=True, array_like=True, kw_only=True, gc
         )
 
 
+def _unknown_name(name: str, known: Sequence[str]) -> str:
+    if name in _OF_OTHER_VERSIONS:
+        return f"is not served; {_OF_OTHER_VERSIONS[name]}"
+    near = get_close_matches(name, known, n=1)
+    return f"there is no such field; did you mean {near[0]!r}?" if near else "there is no such field; leave it out"
+
+
 def _is_int(value: object) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
 
@@ -260,7 +305,7 @@ def _is_list(value: object) -> bool:
 
 def _integer(name: str, value: object, low: int, high: int, *, hint: str = "") -> None:
     if not _is_int(value) or not low <= value <= high:  # type: ignore[operator]  # _is_int has just said so
-        bound = f"must be an integer from {low} to {high}" if high < 2**31 - 1 else f"must be an integer from {low}"
+        bound = f"must be an integer from {low}" + ("" if high == 2**31 - 1 else f" to {high}")
         raise InvalidRequest(name, value, f"{bound}; {hint}" if hint else bound)
 
 

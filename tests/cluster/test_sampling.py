@@ -1,6 +1,7 @@
 """What `SamplingParams` takes, changes and refuses: vLLM's names, defaults and rules."""
 
 import math
+from typing import Any
 
 import msgspec
 import pytest
@@ -8,6 +9,8 @@ import pytest
 from argosy import SamplingParams
 from argosy.cluster.protocol.errors import InvalidRequest
 from argosy.cluster.protocol.sampling import MAX_LOGIT_BIAS, MAX_N, MIN_TEMPERATURE, TokenParams
+
+make_params: Any = SamplingParams  # as callers without a type checker may use it
 
 
 @pytest.mark.parametrize(
@@ -99,5 +102,44 @@ def test_values_can_be_assigned_and_are_checked_all_the_same() -> None:
         with pytest.raises(InvalidRequest, match=field):
             setattr(params, field, value)
     assert params == SamplingParams(top_p=0.9, max_tokens=5, stop="end", temperature=0.7)
-    with pytest.raises(AttributeError, match="did you mean 'max_tokens'"):
+    with pytest.raises(InvalidRequest, match="did you mean 'max_tokens'"):
         params.max_token = 3
+
+
+@pytest.mark.parametrize(
+    ("field", "said"),
+    [
+        ("tempature", "did you mean 'temperature'"),
+        ("max_new_token", "did you mean 'max_tokens'"),
+        ("best_of", "is not served; ask for n answers"),
+        ("guided_decoding", "structured output is not supported yet"),
+        ("zzz", "there is no such field; leave it out"),
+    ],
+)
+def test_a_name_that_is_no_field_is_told_with_the_nearest_one(field: str, said: str) -> None:
+    """As any other mistake: field, value, fix. Python's own words for it name neither the value nor a way out."""
+    with pytest.raises(InvalidRequest) as caught:
+        make_params(**{field: 0.5})
+    assert (caught.value.field, caught.value.value) == (field, "0.5")
+    assert said in caught.value.fix
+
+
+def test_fields_are_given_by_name() -> None:
+    """A lone 0.7 might be meant as the temperature, and would be n."""
+    with pytest.raises(InvalidRequest, match=r"n=0\.7: has no name: write SamplingParams\(n=\.\.\.\)"):
+        make_params(0.7)
+
+
+def test_switches_take_true_and_false_alone() -> None:
+    """The text "no" counts as true in Python."""
+    for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
+        with pytest.raises(InvalidRequest, match=f"{name}=no: must be true or false"):
+            make_params(**{name: "no"})
+    with pytest.raises(InvalidRequest, match="output_kind=7"):
+        make_params(output_kind=7)
+
+
+def test_both_ends_of_a_range_are_said() -> None:
+    """Half of a range is no help to whoever left it at the other end."""
+    with pytest.raises(InvalidRequest, match="from -9223372036854775808 to 9223372036854775807"):
+        SamplingParams(seed=2**70)

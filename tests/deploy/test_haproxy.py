@@ -1,5 +1,6 @@
 """What Ray leaves open in HAProxy's configuration is closed before HAProxy reads it."""
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -37,6 +38,17 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     real.chmod(0o700)
     monkeypatch.setattr(haproxy, "find", lambda: str(real))
     return tmp_path
+
+
+def test_every_setting_is_one_that_ray_reads(folder: Path) -> None:
+    """A name that Ray changed would be ignored without a word: a front that died was away for half a minute."""
+    spec = importlib.util.find_spec("ray")
+    assert spec is not None
+    assert spec.submodule_search_locations
+    read = (Path(spec.submodule_search_locations[0]) / "serve" / "_private" / "constants.py").read_text("utf-8")
+    settings = haproxy.environment(folder)
+    assert [name for name in settings if f'"{name}"' not in read] == []
+    assert settings["RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S"] == "1"
 
 
 def test_every_port_listens_on_loopback_unless_it_is_the_door(folder: Path) -> None:
