@@ -21,6 +21,7 @@ from argosy.workers.attention.triton_backend import TritonBackend
 CLOSE = 2e-4  # logits are a few units; float32 sums in another order differ by some 1e-6
 EXPERTS = ("mixtral", "qwen2-moe", "qwen3-moe", "gpt-oss", "deepseek v2", "deepseek v2 lite", "deepseek v3", "olmoe")
 EXPERTS += ("granite moe", "granite moe shared", "glm4 moe")
+CARD = torch.device("cuda", 0) if torch.cuda.is_available() else CPU
 CLOSE_ON_A_CARD = 1e-2  # tensor cores multiply float32 in parts
 RUNS = [(name, layout) for layout in ("TP2", "PP2", "TP2xPP2") for name in CASES]
 MANY = ("llama", "llama, one kv head, biases", "qwen3", "bloom", "falcon 40b", "olmo2", "command-r", "gpt-oss")
@@ -118,3 +119,33 @@ def test_a_card_equals_transformers(name: str, tmp_path: Path) -> None:
     )  # fmt: skip
     differences = {way: harness.largest_difference(expected, way) for way in WAYS}
     assert max(differences.values()) < CLOSE_ON_A_CARD, differences
+
+
+def errors_of_transformers(folder: Path, expected: Expected, device: torch.device) -> torch.Tensor:
+    """In bfloat16, of the logits before each expected token, the others fed: as `Harness.errors`."""
+    from transformers import AutoModelForCausalLM
+
+    options = {"dtype": torch.bfloat16, "attn_implementation": "eager"}  # others leave soft caps out in some versions
+    model = AutoModelForCausalLM.from_pretrained(folder, **options).to(device).eval()
+    made = []
+    for prompt, tokens in zip(expected.prompts, expected.tokens, strict=True):
+        ids = torch.tensor([prompt + tokens[:-1]], device=device)
+        made.append(model(ids, use_cache=False).logits[0, len(prompt) - 1 :].float().cpu())
+    want_PNV = expected.logits_PNV
+    return (torch.stack(made) - want_PNV).norm(dim=-1) / want_PNV.norm(dim=-1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", CASES)
+@torch.inference_mode()
+def test_a_card_in_bfloat16_is_as_near_to_exact_numbers_as_transformers_is(name: str, tmp_path: Path) -> None:
+    """The kernels as they are served. Judged by float32; medians, since a rounding may choose another expert."""
+    expected = make_checkpoint(tmp_path, name, wide=True)
+    rank = make_plan(num_layers_of(name), 1, 1).ranks[0]
+    harness = Harness(
+        tmp_path, rank, init_parallel(rank, "", CARD, 1.0), max_model_len=CASES[name].max_model_len,
+        backend=TritonBackend() if CARD.type == "cuda" else None, device=CARD, block_size=16, dtype=torch.bfloat16,
+    )  # fmt: skip
+    ours, theirs = harness.errors(expected).median(), errors_of_transformers(tmp_path, expected, CARD).median()
+    assert float(ours) < 1.5 * float(theirs) + 0.005, (float(ours), float(theirs))

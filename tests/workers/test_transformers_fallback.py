@@ -5,19 +5,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from family_cases import FALLBACKS, REFUSED, make_checkpoint, num_layers_of
+from family_cases import FALLBACKS, NUM_NEW, REFUSED, make_checkpoint, num_layers_of
 from family_harness import CPU, PARTED_WAYS, WAYS, Harness, run_layouts
 
+from argosy import LLM, SamplingParams
 from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel
 from argosy.placement.model_sources import read_model_shape
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext, init_parallel
+from argosy.workers.attention.triton_backend import TritonBackend
 from argosy.workers.models import transformers_fallback
 from argosy.workers.models.transformers_fallback import TransformersFallback
 
 CLOSE = 2e-4
+CLOSE_ON_A_CARD = 1e-2  # tensor cores multiply float32 in parts
+NUM_CARDS = torch.cuda.device_count()
 
 
 def served(folder: Path, name: str) -> Harness:
@@ -107,3 +112,46 @@ def test_a_group_that_heads_can_not_be_divided_over(tmp_path: Path) -> None:
         Harness(tmp_path, rank, ParallelContext(rank, CPU, 1.0))
     shape = read_model_shape(tmp_path)
     assert [shape.why_not_tp(tp_size) is None for tp_size in (1, 2, 3, 4)] == [True, True, False, True]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not NUM_CARDS, reason="needs an NVIDIA GPU")
+@pytest.mark.parametrize("name", FALLBACKS)
+def test_a_card_answers_as_transformers(name: str, tmp_path: Path) -> None:
+    """Its modules around our kernels, over a cache in blocks of 16."""
+    expected = make_checkpoint(tmp_path, name, wide=True)
+    rank, device = make_plan(num_layers_of(name), 1, 1).ranks[0], torch.device("cuda", 0)
+    parallel = init_parallel(rank, "", device, 1.0)
+    harness = Harness(tmp_path, rank, parallel, backend=TritonBackend(), device=device, block_size=16)
+    differences = {way: harness.largest_difference(expected, way) for way in WAYS}
+    assert max(differences.values()) < CLOSE_ON_A_CARD, differences
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("tp_size", "pp_size"), [(2, 1), (1, 2), (2, 2)])
+def test_cards_together_answer_as_transformers(tp_size: int, pp_size: int, tmp_path: Path) -> None:
+    """Whole engines: gathers and hand-overs over NCCL, prompts in pieces, rows that come and go."""
+    if tp_size * pp_size > NUM_CARDS:
+        pytest.skip(f"needs {tp_size * pp_size} NVIDIA GPUs, here are {NUM_CARDS}")
+    for name in ("glm4", "minimax m2"):
+        folder = tmp_path / name.split()[0]
+        expected = make_checkpoint(folder, name, wide=True)
+        assert engine_tokens(folder, expected.prompts, tp_size, pp_size) == expected.tokens
+
+
+def engine_tokens(folder: Path, prompts: list[list[int]], tp_size: int, pp_size: int, **settings: Any) -> Any:
+    """Greedy, of an engine in float32."""
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True, detokenize=False)
+    with LLM(
+        str(folder), dtype="float32", distributed_executor_backend="mp", skip_tokenizer_init=True, max_num_seqs=8,
+        max_num_batched_tokens=16, num_gpu_blocks_override=64, cpu_threads=1, tensor_parallel_size=tp_size,
+        pipeline_parallel_size=pp_size, **settings,
+    ) as llm:  # fmt: skip
+        outputs = llm.generate(list(prompts), params, use_tqdm=False)
+    return [list(output.outputs[0].token_ids) for output in outputs]
+
+
+def test_an_engine_of_two_ranks(tmp_path: Path) -> None:
+    """Somebody serves a model of transformers with `tensor_parallel_size=2`."""
+    expected = make_checkpoint(tmp_path, "arcee")
+    assert engine_tokens(tmp_path, expected.prompts, 2, 1, device="cpu") == expected.tokens
