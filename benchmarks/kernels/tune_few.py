@@ -14,13 +14,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from bench_fp8 import Fp8Step
 from bench_kernels import STEPS, Step, rand
 from few_sizes import short
 from timing import microseconds
 
-from argosy.kernels import gemv, gemv_split, paged_attention, tuning
+from argosy.kernels import fp8_few, gemv, gemv_split, paged_attention, tuning
+from argosy.kernels.fp8_reference import E4M3, Fp8Weight
 from argosy.kernels.norm_ahead import NormAhead
 
 Sizes = dict[str, int]
@@ -31,6 +34,7 @@ ATTENTION = (  # tokens of a tile, least piece, programs a multiprocessor, stage
     (128, 512, 1, 5, 4), (128, 128, 2, 3, 4), (64, 128, 2, 3, 4), (64, 64, 4, 3, 4), (64, 256, 1, 3, 4),
     (64, 128, 2, 3, 2), (32, 32, 8, 3, 2), (32, 64, 4, 3, 2), (64, 64, 4, 3, 2), (128, 128, 2, 2, 4),
 )  # fmt: skip
+FP8 = "8b-fp8"
 PRODUCTS = {  # rows, width, stages, pieces of the inputs, first weights before the wait, early
     "8b": {
         "qkv": ((64, 128, 6, 1, 0, 0), (64, 128, 6, 1, 1, 0), (64, 256, 4, 1, 1, 0), (64, 128, 4, 2, 0, 0),
@@ -54,6 +58,17 @@ PRODUCTS = {  # rows, width, stages, pieces of the inputs, first weights before 
                  (64, 128, 6, 4, 0, 1), (64, 128, 4, 8, 0, 0)),
         "head": ((128, 128, 4, 1, 0, 0), (128, 128, 3, 1, 0, 0), (64, 128, 4, 1, 0, 0)),
     },
+    FP8: {
+        "qkv": ((64, 256, 4, 2, 0, 0), (64, 256, 4, 1, 0, 0), (64, 256, 6, 1, 1, 0), (64, 512, 3, 2, 0, 0),
+                (64, 256, 3, 4, 0, 0), (64, 256, 4, 2, 1, 0)),
+        "o": ((64, 256, 4, 2, 0, 0), (64, 256, 6, 1, 1, 0), (64, 512, 3, 2, 0, 0), (64, 256, 3, 4, 0, 0),
+              (64, 256, 4, 2, 1, 0)),
+        "gate_up": ((128, 256, 3, 1, 0, 0), (64, 256, 4, 1, 0, 0), (64, 256, 3, 1, 0, 0), (64, 512, 3, 1, 0, 0),
+                    (128, 128, 6, 1, 0, 0), (64, 256, 4, 1, 1, 0), (64, 512, 2, 1, 0, 0)),
+        "down": ((64, 256, 4, 4, 0, 0), (64, 256, 4, 2, 0, 0), (64, 512, 3, 4, 0, 0), (64, 512, 3, 2, 0, 0),
+                 (64, 256, 4, 4, 1, 0), (64, 256, 3, 7, 0, 0)),
+        "head": ((128, 128, 4, 1, 0, 0),),
+    },
 }  # fmt: skip
 
 
@@ -73,14 +88,14 @@ def attention_tries() -> Iterator[Sizes]:
 
 def shapes_of(model: str) -> dict[str, tuple[int, int]]:
     """(inputs, weight rows) of each product."""
-    hidden, _, heads, kv_heads, wide, vocabulary, _ = STEPS[model]
+    hidden, _, heads, kv_heads, wide, vocabulary, _ = STEPS[model.partition("-")[0]]
     return {"qkv": (hidden, (heads + 2 * kv_heads) * 128), "o": (heads * 128, hidden), "gate_up": (hidden, 2 * wide),
             "down": (wide, hidden), "head": (hidden, vocabulary)}  # fmt: skip
 
 
 def compile_part(index: int, of: int, model: str, rows: int) -> None:
     """Every kernel that will be timed, run once; this process does each `of`-th."""
-    hidden, _, heads, kv_heads, _, _, qk_norm = STEPS[model]
+    hidden, _, heads, kv_heads, _, _, qk_norm = STEPS[model.partition("-")[0]]
     norm, x = rand(hidden), rand(rows, hidden)
     squares = torch.ones(-(-hidden // 64), gemv_split.tile_of(rows), device="cuda")
     calls = []
@@ -91,16 +106,19 @@ def compile_part(index: int, of: int, model: str, rows: int) -> None:
         calls.append(lambda s=sizes: attend(s))
 
     def product(name: str, num_in: int, num_out: int, sizes: Sizes) -> None:
-        weight = torch.zeros(num_out, num_in, device="cuda", dtype=torch.bfloat16)
+        weight: Any = torch.zeros(num_out, num_in, device="cuda", dtype=torch.bfloat16)
+        linear: Any = gemv.fused_linear
+        if model == FP8 and name != "head":
+            weight, linear = Fp8Weight(weight.to(E4M3), torch.ones(num_out, device="cuda")), fp8_few.fused_linear
         if name in ("o", "down"):
             ahead = gemv_split.ahead_for(x, norm, 1e-6, sizes)
-            gemv.fused_linear(rand(rows, num_in), weight, residual_TO=x, sizes=sizes)
-            gemv.fused_linear(rand(rows, num_in), weight, residual_TO=x, ahead=ahead, sizes=sizes)
+            linear(rand(rows, num_in), weight, residual_TO=x, sizes=sizes)
+            linear(rand(rows, num_in), weight, residual_TO=x, ahead=ahead, sizes=sizes)
         elif name == "head":
-            gemv.fused_linear(x, weight, sizes=sizes)
+            linear(x, weight, sizes=sizes)
         else:
             normed = NormAhead(x, squares, norm, 1e-6)
-            gemv.fused_linear(x, weight, normed=normed, gated=name == "gate_up", sizes=sizes)
+            linear(x, weight, normed=normed, gated=name == "gate_up", sizes=sizes)
 
     def attend(sizes: Sizes) -> None:
         caches = [rand(rows * 32, 16, kv_heads, 128) for _ in range(2)]
@@ -126,9 +144,16 @@ class Chain:
     """A step, timed at several lengths of context."""
 
     def __init__(self, model: str, rows: int):
-        hidden, _, *rest = STEPS[model]
-        self.step = Step(hidden, LAYERS, *rest)
-        self.runs = [self.step.of(rows, context) for context in CONTEXTS]
+        hidden, _, *rest = STEPS[model.partition("-")[0]]
+        self.step: Any = (Fp8Step if model == FP8 else Step)(hidden, LAYERS, *rest)
+        self.rows, self.is_fp8 = rows, model == FP8
+        self.use(new=False)
+
+    def use(self, *, new: bool) -> None:
+        """With norms ahead and, for FP8, rounding inside; or as before."""
+        self.step.norms_ahead = self.step.rounds_inside = new
+        if self.is_fp8 or not hasattr(self, "runs"):
+            self.runs = [self.step.of(self.rows, context) for context in CONTEXTS]
 
     def times(self) -> list[float]:
         return [microseconds([run], launches=1, replays=15)[0] for run in self.runs]
@@ -155,22 +180,25 @@ def main() -> int:
     for other in others:
         other.wait()
     print(f"compiled after {time.perf_counter() - began:.1f} s", flush=True)
-    chain.step.norms_ahead = False
-    for rows in (1, args.rows):
+    kernel = "fp8_few" if args.model == FP8 else "gemv"
+    table.setdefault("fp8_few", {})
+    for rows in sorted({1, args.rows}):
         lines(f"{rows} rows as they are", chain.step.of(rows, CONTEXTS[-1]))
     print(f"as it is, contexts {CONTEXTS}: {chain.times()}", flush=True)
-    chain.step.norms_ahead = True
+    bucket = 1 if args.rows == 1 else 16
     for name in ("o", "down", "qkv", "gate_up"):  # by one kernel, and the norms between
         num_in, num_out = shapes_of(args.model)[name]
-        table["gemv"][f"{num_in}x{num_out}x16"] = next(tries_of(args.model, name))
+        table[kernel][f"{num_in}x{num_out}x{bucket}"] = next(tries_of(args.model, name))
     check(chain)
     print(f"norms ahead, the first sizes of each: {chain.times()}", flush=True)
     lines(f"{args.rows} rows, norms ahead", chain.runs[-1])
-    gemv_of, now = table["gemv"], sum(chain.times())
-    slots = [(table["paged_attention"], "h128_some", "attention", list(attention_tries()))]
-    for name in ("down", "o", "gate_up", "qkv", "head"):
+    now = sum(chain.times())
+    kind = "h128_some" if args.rows > 1 else "h128_few"
+    slots = [(table["paged_attention"], kind, "attention", list(attention_tries()))]
+    for name in ("down", "o", "gate_up", "qkv", *(["head"] if args.rows > 1 else [])):
         num_in, num_out = shapes_of(args.model)[name]
-        slots.append((gemv_of, f"{num_in}x{num_out}x16", name, list(tries_of(args.model, name))))
+        own = table["gemv" if name == "head" else kernel]
+        slots.append((own, f"{num_in}x{num_out}x{bucket}", name, list(tries_of(args.model, name))))
     for entries, key, name, tries in (*slots[1:], *slots[:1], *slots[1:]):
         for sizes in tries:
             if time.perf_counter() - began > args.seconds or entries.get(key) == sizes:
@@ -217,8 +245,8 @@ def lines(title: str, run: Callable[[], object]) -> None:
 def check(chain: Chain) -> None:
     """The same tokens, but for ties, with and without launches for the norms."""
     found = []
-    for ahead in (False, True):
-        chain.step.norms_ahead = ahead
+    for new in (False, True):
+        chain.use(new=new)
         found.append(chain.runs[0]())
     print(f"tokens alike: {(found[0] == found[1]).float().mean():.2f}", flush=True)
 

@@ -10,8 +10,9 @@ T = tokens, I = inputs of this rank, O = outputs of this rank.
 import torch
 from torch import Tensor
 
-from argosy.kernels import ops
+from argosy.kernels import norm_ahead, ops
 from argosy.kernels.fp8_reference import Fp8Rows, Rounding
+from argosy.kernels.norm_ahead import NormAhead
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.quantization.base import Cut, Fusion, LinearLayer, LinearMethod
 
@@ -52,6 +53,15 @@ class ParallelLinear(LinearLayer):
     def fused(self, x_TI: Tensor, fusion: Fusion) -> Tensor:
         """The same, with what stands before and after it in one launch; no sum over the group."""
         return self.method.apply_fused(self, x_TI, fusion)
+
+    def norm_ahead(
+        self, following: "ParallelLinear", residual_TD: Tensor, norm_weight_D: Tensor, eps: float
+    ) -> NormAhead | None:
+        """Room for the norm between this product and the one that follows, if both do without a launch for it."""
+        weight, next_weight = self.method.few_weight(self), following.method.few_weight(following)
+        if weight is None or next_weight is None:
+            return None
+        return norm_ahead.between(residual_TD, weight, next_weight, norm_weight_D, eps)
 
     def product(self, x_TI: Tensor) -> Tensor:
         """x W^T + bias of this rank's part, the fastest way; no sum over the group."""

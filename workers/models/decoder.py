@@ -29,7 +29,7 @@ from argosy.workers.layers.norm import RMSNorm
 from argosy.workers.layers.rotary import RotaryEmbedding
 from argosy.workers.loading.names import LLAMA_NAMES, NameTable
 from argosy.workers.models.group_forward import HALF_MULTIPLE, GroupForward
-from argosy.workers.quantization.base import Cut, Fusion, LinearMethod, linear_method_for, norm_between
+from argosy.workers.quantization.base import Cut, Fusion, LinearMethod, linear_method_for
 from argosy.workers.weight_offload import WeightOffload
 
 
@@ -145,13 +145,13 @@ class DecoderLayer(nn.Module):
             if residual_TD.shape[0] == 0:
                 return residual_TD, None
         norm = self.mlp_norm
-        between = norm_between(attention.o_proj, mlp.gate_up_proj, residual_TD, norm.weight, norm.eps)
+        between = attention.o_proj.norm_ahead(mlp.gate_up_proj, residual_TD, norm.weight, norm.eps)
         attention.o_proj.fused(seen_TX, Fusion(residual_TO=residual_TD, ahead=between))
         inner_TX = mlp.gate_up_proj.fused(residual_TD, Fusion(norm.weight, norm.eps, gated=True, normed=between))
         ahead = None
         if following is not None:
             norm, qkv_proj = following.input_norm, following.attention.qkv_proj
-            ahead = norm_between(mlp.down_proj, qkv_proj, residual_TD, norm.weight, norm.eps)
+            ahead = mlp.down_proj.norm_ahead(qkv_proj, residual_TD, norm.weight, norm.eps)
         mlp.down_proj.fused(inner_TX, Fusion(residual_TO=residual_TD, ahead=ahead))
         return residual_TD, ahead
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from argosy.cluster.protocol.errors import UnsupportedModel
 from argosy.kernels import norm_ahead, ops
-from argosy.kernels.fp8_reference import Fp8Rows, Rounding
+from argosy.kernels.fp8_reference import Fp8Rows, Fp8Weight, Rounding
 from argosy.kernels.norm_ahead import NormAhead
 
 MAX_TRANSPOSED_TOKENS = (16, 4)  # as long as the second copy beats the plain weight; the packed one
@@ -90,6 +90,9 @@ class LinearMethod(Protocol):
     def fuses(self, layer: LinearLayer, x_TI: Tensor) -> bool:
         """Whether `apply_fused` is the faster way for these inputs."""
 
+    def few_weight(self, layer: LinearLayer) -> Tensor | Fp8Weight | None:
+        """What `norm_ahead` would multiply by; None where it can't."""
+
     def apply_fused(self, layer: LinearLayer, x_TI: Tensor, fusion: Fusion) -> Tensor:
         """x W^T + bias together with what stands before and after it; only where `fuses`."""
 
@@ -142,6 +145,10 @@ class UnquantizedMethod:
         """
         return x_TI.is_cuda and x_TI.element_size() == 2
 
+    def few_weight(self, layer: LinearLayer) -> Tensor | None:
+        """As it is."""
+        return layer.weight
+
     def apply_fused(self, layer: LinearLayer, x_TI: Tensor, fusion: Fusion) -> Tensor:
         """One launch, with the norm before it and the gate or the addition after it."""
         assert layer.weight is not None
@@ -160,16 +167,6 @@ class UnquantizedMethod:
             gated=fusion.gated,
             out_TO=fusion.out_TO,
         )
-
-
-def norm_between(
-    layer: LinearLayer, following: LinearLayer, residual_TD: Tensor, norm_weight_D: Tensor, eps: float
-) -> NormAhead | None:
-    """Room for the norm between two products with plain weights, where both do without a launch for it."""
-    weight, next_weight = layer.weight, following.weight
-    if weight is None or next_weight is None or not weight.dtype == next_weight.dtype == residual_TD.dtype:
-        return None
-    return norm_ahead.between(residual_TD, weight, next_weight, norm_weight_D, eps)
 
 
 _NO_SCALARS: list[float] = []
