@@ -61,9 +61,11 @@ def lean_sizes(num_rows: int, k_cache_BSKH: Tensor) -> tuning.Sizes | None:
     which ask for the next weights themselves, a step was slower.
     """
     device = k_cache_BSKH.device
-    if k_cache_BSKH.element_size() != 2 or num_rows * k_cache_BSKH.shape[2] > tuning.device_facts(device).num_sms // 4:
+    groups, num_sms = num_rows * k_cache_BSKH.shape[2], tuning.device_facts(device).num_sms
+    if k_cache_BSKH.element_size() != 2 or groups > num_sms:
         return None
-    return tuning.pick("paged_attention", f"h{k_cache_BSKH.shape[3]}_one", device)
+    kind = "one" if groups <= num_sms // 4 else "lean"
+    return tuning.pick("paged_attention", f"h{k_cache_BSKH.shape[3]}_{kind}", device)
 
 
 def alone_sizes(num_rows: int, num_heads: int, k_cache_BSKH: Tensor, dtype: torch.dtype) -> tuning.Sizes | None:

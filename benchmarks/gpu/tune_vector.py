@@ -35,8 +35,11 @@ WAYS = [(8, 2), (8, 1), (16, 1), (4, 2), (4, 1), (16, 2)]  # warps, blocks of ea
 # tokens at once, of a piece at least, stages, warps: what holds less shared memory begins while the product before runs
 ATTENTION = [
     {"block_l": block_l, "min_piece": piece, "per_sm": 1, "stages": stages, "warps": warps}
-    for block_l, piece, stages, warps in ((32, 32, 5, 4), (32, 32, 3, 2), (64, 64, 3, 4), (32, 64, 4, 4))
-]
+    for block_l, piece, stages, warps in (
+        (32, 32, 3, 2), (64, 64, 3, 4), (32, 64, 4, 4), (64, 128, 3, 4), (32, 64, 3, 2), (64, 128, 3, 2),
+        (32, 128, 4, 2),
+    )
+]  # fmt: skip
 KEEP = 0.998  # of the time before, or a change is noise
 PROCESSES = 14
 WORST = 0.2  # of the logits, beside the sizes before: the token before may be another one
@@ -246,8 +249,9 @@ def main() -> int:
     print(f"compiled after {time.perf_counter() - began:.0f} s", flush=True)
     deadline = began + args.seconds
     if args.attention:
-        best = tuner.try_all("attention", tuner.table["paged_attention"], "h128_one", ATTENTION, best, deadline)
-        print("attention:", tuner.table["paged_attention"]["h128_one"])
+        kind = "h128_one" if rows <= 4 else "h128_lean"
+        best = tuner.try_all("attention", tuner.table["paged_attention"], kind, ATTENTION, best, deadline)
+        print("attention:", kind, tuner.table["paged_attention"].get(kind))
     ranked = {name: rank_alone(name, shape, rows, bits) for name, shape in shapes.items()}
     torch.cuda.empty_cache()
     for name, shape in shapes.items():
