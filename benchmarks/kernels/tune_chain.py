@@ -1,0 +1,267 @@
+"""One token over a group: a launch a layer beside attention (`kernels/layer_chain`) in many sizes, against seven.
+
+    python benchmarks/kernels/tune_chain.py --over 2 --layouts 8b:2 8b:4 70b:4
+
+`--layouts`: model and over how many cards its shapes are cut; steps run over `--over` cards. First what one layer says
+against plain torch, and that all ranks say the same; then the time of a layer in recorded steps of eight. One JSON line
+a layout.
+"""
+
+import argparse
+import functools
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+import torch.nn.functional as F
+from bench_kernels import rand
+from few_sizes import MODELS, Sizes, shapes_of
+from torch import Tensor
+from tune_group import CONTEXT, LAYERS, Chain, attention_of
+
+from argosy.kernels import layer_chain, ops, tuning
+from argosy.placement.plan import make_plan
+from argosy.placement.process_groups import destroy_parallel, init_parallel
+
+SIZES: list[Sizes] = [
+    {"slot": slot, "stages": stages, "warps": warps, "per_sm": per_sm, "spare": spare}
+    for slot, stages, warps, per_sm, spare in (
+        (16384, 6, 8, 1, 0), (16384, 6, 8, 1, 16), (16384, 4, 8, 1, 0), (8192, 12, 8, 1, 0), (8192, 6, 4, 2, 0),
+        (16384, 6, 4, 1, 0), (16384, 5, 8, 1, 4), (16384, 6, 16, 1, 0), (16384, 2, 8, 2, 0), (16384, 3, 4, 2, 0),
+    )
+]  # fmt: skip
+
+LEAN = tuning.pick("paged_attention", "h128_one", torch.device("cuda", 0)) if torch.cuda.is_available() else None
+
+
+class Words:
+    """What the chain needs on each rank."""
+
+    def __init__(self, parallel: object, world: int, hidden: int, inner: int, device: torch.device):
+        num_bytes = layer_chain.inbox_words(world, hidden) * 4
+        if world > 1:
+            self.buffer = parallel.shared_buffer(num_bytes)  # type: ignore[attr-defined]
+            self.bases = self.buffer.addresses_W
+        else:
+            self.buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)
+            self.bases = torch.tensor([self.buffer.data_ptr()], dtype=torch.int64, device=device)
+        self.inner = torch.zeros(inner, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(1024, dtype=torch.int32, device=device)
+
+
+def fits(sizes: Sizes, model: str, cards: int) -> bool:
+    """Whether this layout takes these sizes."""
+    shapes = shapes_of(model, cards)
+    hidden, seen, inner, qkv = MODELS[model][0], shapes["o"][0], shapes["down"][0], shapes["qkv"][1]
+    programs = layer_chain.programs_of(torch.empty(0, device="cuda"), sizes)
+    return layer_chain.suits(seen, hidden, inner, qkv, sizes, programs)
+
+
+def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
+    """Every kernel that will be timed, run once without waiting for anybody; this process does each `of`-th."""
+    device = torch.device("cuda", 0)
+    torch.set_default_device(device)
+    jobs = [
+        (model, int(cards), sizes, last)
+        for model, _, cards in (one.partition(":") for one in args.layouts)
+        for sizes in SIZES
+        for last in (False, True)
+        if fits(sizes, model, int(cards))
+    ]
+    # without a launch: alone it would wait for ever
+    type(layer_chain._chain_kernel).__getitem__ = lambda kernel, grid: functools.partial(  # type: ignore[method-assign]
+        kernel.run, grid=grid, warmup=True
+    )
+    for model, cards, sizes, last in jobs[index::of]:
+        shapes, hidden = shapes_of(model, cards), MODELS[model][0]
+        seen, inner, qkv = shapes["o"][0], shapes["down"][0], shapes["qkv"][1]
+        weights = [torch.empty(shapes[name][1], shapes[name][0]).bfloat16() for name in ("o", "gate_up", "down", "qkv")]
+        norm = (torch.ones(hidden).bfloat16(), 1e-5)
+        layer_chain.chain(
+            rand(1, seen), (*weights[:3], None if last else weights[3]), (norm, norm), None, rand(1, hidden),
+            rand(1, hidden if last else qkv), torch.zeros(args.over, dtype=torch.int64),
+            torch.zeros(inner, dtype=torch.int32), torch.zeros(1024, dtype=torch.int32), 0, sizes, inbox_at=0,
+        )  # fmt: skip
+
+
+class Steps(Chain):
+    """Eight layers of one rank, with a launch a layer beside attention."""
+
+    sizes: Sizes = SIZES[0]
+
+    words: Words | None = None
+
+    def words_for(self) -> Words:
+        """Words and turns, alike for any number of programs."""
+        if self.words is None:
+            self.words = Words(self.parallel, self.parallel.tp_size, self.hidden, self.shapes["down"][0], self.device)
+        self.words.counters.fill_(int(self.words.counters.max()))
+        return self.words
+
+    def in_chains(self, context: int = CONTEXT) -> Callable[[], Tensor]:
+        """A step of one token, ready to be captured."""
+        qkv, words = self.shapes["qkv"][1], self.words_for()
+        attend = attention_of(self.model, self.cards, 1, context)
+        residual, start = rand(1, self.hidden), rand(1, self.hidden)
+        norm = (self.norm.weight, self.norm.eps)
+        outs = [torch.empty(1, qkv).bfloat16() for _ in range(LAYERS)]
+        x = torch.empty(1, self.hidden).bfloat16()
+
+        def run() -> Tensor:
+            product = ops.fused_linear(start, self.weights[0][0])
+            for layer, (_, o_w, gate_up_w, down_w) in enumerate(self.weights):
+                seen = attend(product, layer, self.attention).view(1, -1)
+                last = layer + 1 == LAYERS
+                product = layer_chain.chain(
+                    seen, (o_w, gate_up_w, down_w, None if last else self.weights[layer + 1][0]), (norm, norm), None,
+                    residual, x if last else outs[layer], words.bases, words.inner, words.counters,
+                    self.parallel.rank.tp_rank, self.sizes, inbox_at=0,
+                )  # fmt: skip
+            return product
+
+        return run
+
+    def check(self) -> tuple[float, float, bool]:
+        """(largest relative error of q, k, v and of the residual against torch in float32; same on all ranks)."""
+        world = self.parallel.tp_size
+        _, o_w, gate_up_w, down_w = self.weights[0]
+        qkv_w = self.weights[1][0]
+        words = self.words_for()
+        worst, worst_residual, same = 0.0, 0.0, True
+        out = torch.empty(1, qkv_w.shape[0]).bfloat16()
+        for turn in range(30):
+            seen, residual = rand(1, o_w.shape[1]), rand(1, self.hidden)
+            if world > 1:
+                dist.broadcast(residual, 0)
+
+            def over_group(part: Tensor) -> Tensor:
+                total = part.bfloat16().float()
+                if world > 1:
+                    dist.all_reduce(total)
+                return total
+
+            after = (residual.float() + over_group(seen.float() @ o_w.float().T)).bfloat16()
+            x = self.norm(after).float()
+            gate, up = (x @ gate_up_w.float().T).chunk(2, 1)
+            inner = (F.silu(gate) * up).bfloat16().float()
+            after = (after.float() + over_group(inner @ down_w.float().T)).bfloat16()
+            told = self.norm(after).float() @ qkv_w.float().T
+            norm = (self.norm.weight, self.norm.eps)
+            layer_chain.chain(
+                seen, (o_w, gate_up_w, down_w, qkv_w), (norm, norm), None, residual, out, words.bases, words.inner,
+                words.counters, self.parallel.rank.tp_rank, self.sizes, inbox_at=0,
+            )  # fmt: skip
+            worst = max(worst, float((out.float() - told).norm() / told.norm()))
+            worst_residual = max(
+                worst_residual, float((residual.float() - after.float()).norm() / after.float().norm())
+            )
+            if world > 1 and turn % 10 == 0:
+                most, least = residual.float().clone(), residual.float().clone()
+                dist.all_reduce(most, op=dist.ReduceOp.MAX)
+                dist.all_reduce(least, op=dist.ReduceOp.MIN)
+                same = same and bool((most == least).all())
+        return worst, worst_residual, same
+
+
+def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int) -> None:
+    """Check and time on one card."""
+    ends = threading.Timer(args.limit, os._exit, (1,))  # a rank whose peer is gone waits in a kernel
+    ends.daemon = True
+    ends.start()
+    device = torch.device("cuda", tp_rank)
+    torch.cuda.set_device(device)
+    torch.set_default_device(device)
+    torch.manual_seed(tp_rank)
+    parallel = init_parallel(make_plan(1, args.over, 1).ranks[tp_rank], f"127.0.0.1:{port}", device, 120.0)
+    began = time.perf_counter()
+    for layout in args.layouts:
+        model, _, cards = layout.partition(":")
+        steps = Steps(parallel, model, int(cards), 1)
+        found: dict[str, object] = {}
+        for sizes in SIZES:
+            if not fits(sizes, model, int(cards)):
+                continue
+            steps.sizes = sizes
+            name = "/".join(f"{key[:2]}{value}" for key, value in sizes.items())
+            if not found:
+                before = [round(steps.time(steps.of(1, context)), 2) for context in (256, 384)]
+                found["seven launches"] = before
+                if tp_rank == 0:
+                    print(f"{layout} over {args.over}: {before} us a layer in seven launches", flush=True)
+            try:
+                error, of_residual, same = steps.check()
+                times = []
+                for steps.attention in (None, LEAN):
+                    times += [round(steps.time(steps.in_chains(context)), 2) for context in (256, 384)]
+                steps.attention = None
+            except Exception as problem:  # a size that does not fit is no failure of the search
+                print(f"    {name} {str(problem)[:150]}", flush=True)
+                continue
+            found[name] = times
+            if tp_rank == 0:
+                print(f"    {times} {name}: error {error:.2g}, {of_residual:.2g}, {same}", flush=True)
+        if tp_rank == 0:
+            row = {
+                "kernel": "layer_chain",
+                "layout": layout,
+                "over": args.over,
+                "contexts": [256, 384],
+                "attention": ["as tuned", "lean"],
+            }
+            print(json.dumps(row | {"us": found, "device": torch.cuda.get_device_name(device)}), flush=True)
+        del steps
+        torch.cuda.empty_cache()
+    if tp_rank == 0:
+        print(f"all: {time.perf_counter() - began:.1f} s", flush=True)
+    if args.over > 1:
+        dist.barrier()
+    destroy_parallel(parallel)
+
+
+def main() -> None:
+    """Compile, then one process a card."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layouts", nargs="+", default=["8b:2", "8b:4", "70b:4"])
+    parser.add_argument("--over", type=int, default=2)
+    parser.add_argument("--sizes", type=int, nargs="+", help="only these, by number")
+    parser.add_argument("--limit", type=float, default=300.0, help="seconds after which ranks end")
+    parser.add_argument("--compiled", action="store_true", help="Triton's cache is full already")
+    parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": be one of the compiling processes
+    args = parser.parse_args()
+    if args.sizes:
+        SIZES[:] = [SIZES[number] for number in args.sizes]
+    if args.compile_part:
+        index, of = map(int, args.compile_part.split("/"))
+        compile_part(index, of, args)
+        return
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if not args.compiled:
+        began = time.perf_counter()
+        workers = min(24, os.cpu_count() or 1)
+        cards = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
+        others = [
+            subprocess.Popen(
+                [sys.executable, __file__, *sys.argv[1:], "--compile-part", f"{i}/{workers}"],
+                env={**os.environ, "CUDA_VISIBLE_DEVICES": cards[i % len(cards)]},
+            )
+            for i in range(workers)
+        ]
+        for other in others:
+            other.wait()
+        print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    mp.spawn(main_of_rank, (args, port), nprocs=args.over)
+
+
+if __name__ == "__main__":
+    main()
