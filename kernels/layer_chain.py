@@ -32,6 +32,7 @@ from argosy.kernels.gemv_ahead import copy_in
 RENAMED = gl.constexpr(not hasattr(gl.shared_memory_descriptor, "_reinterpret"))  # in Triton 3.7
 TO_ALL, GATED, PLAIN = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 PATIENCE_NS = gl.constexpr(120_000_000_000)
+RUNS_HERE = triton.__version__.startswith(tuning.GLUON_VERSIONS)
 SHARED_BYTES = 220 * 1024  # of a multiprocessor, less what sums take
 
 
@@ -335,7 +336,7 @@ def suits(seen: int, hidden: int, inner: int, qkv: int, sizes: tuning.Sizes, num
     shared = (sizes["stages"] * slot + tuning.next_power_of_two(hidden)) * 2 * sizes["per_sm"]
     if widest > slot or shared > SHARED_BYTES or any(n % 16 for n in (seen, hidden, inner, qkv)):
         return False
-    return triton.cdiv(hidden, slot // tuning.next_power_of_two(inner)) >= num_programs
+    return bool(triton.cdiv(hidden, slot // tuning.next_power_of_two(inner)) >= num_programs)
 
 
 def chain(

@@ -27,7 +27,7 @@ from few_sizes import MODELS, Sizes, shapes_of
 from torch import Tensor
 from tune_group import CONTEXT, LAYERS, Chain, attention_of
 
-from argosy.kernels import layer_chain, ops, tuning
+from argosy.kernels import group_push, layer_chain, ops, tuning
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import destroy_parallel, init_parallel
 
@@ -76,10 +76,31 @@ def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
         for last in (False, True)
         if fits(sizes, model, int(cards))
     ]
-    # without a launch: alone it would wait for ever
-    type(layer_chain._chain_kernel).__getitem__ = lambda kernel, grid: functools.partial(  # type: ignore[method-assign]
-        kernel.run, grid=grid, warmup=True
-    )
+    # what it is compared with
+    others: list[Callable[[], object]] = []
+    for model, _, cards in (one.partition(":") for one in args.layouts):
+        shapes, hidden = shapes_of(model, int(cards)), MODELS[model][0]
+        for name in ("qkv", "o", "gate_up", "down"):
+            num_in, num_out, gated = shapes[name]
+            others.append(
+                lambda i=num_in, o=num_out, g=gated: ops.fused_linear(rand(1, i), torch.empty(o, i).bfloat16(), gated=g)
+            )
+        for sizes in (None, LEAN):
+            others.append(
+                lambda m=model, c=int(cards), q=shapes["qkv"][1], s=sizes: attention_of(m, c, 1, CONTEXT)(
+                    rand(1, q), 0, s
+                )
+            )
+        if args.over > 1:
+            others.append(
+                lambda d=hidden: group_push.push_add_norm(
+                    torch.full((args.over,), torch.zeros(1 << 22).data_ptr()), torch.zeros(64, dtype=torch.int32), 0,
+                    rand(1, d), rand(1, d), rand(d), 1e-5, inbox_at=1024, wait=True,
+                )
+            )  # fmt: skip
+    # without a launch: alone they would wait for ever
+    for kind in {type(layer_chain._chain_kernel), type(group_push._push_kernel)}:
+        kind.__getitem__ = lambda kernel, grid: functools.partial(kernel.run, grid=grid, warmup=True)
     for model, cards, sizes, last in jobs[index::of]:
         shapes, hidden = shapes_of(model, cards), MODELS[model][0]
         seen, inner, qkv = shapes["o"][0], shapes["down"][0], shapes["qkv"][1]
@@ -90,6 +111,8 @@ def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
             rand(1, hidden if last else qkv), torch.zeros(args.over, dtype=torch.int64),
             torch.zeros(inner, dtype=torch.int32), torch.zeros(1024, dtype=torch.int32), 0, sizes, inbox_at=0,
         )  # fmt: skip
+    for other in others[of - 1 - index :: of]:
+        other()
 
 
 class Steps(Chain):

@@ -18,6 +18,7 @@ from torch import Tensor
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.layers.embedding import VocabParallelEmbedding
 from argosy.workers.layers.group_sum import EMBEDDED, GroupCopies, GroupSum
+from argosy.workers.layers.layer_chain import LayerChain
 from argosy.workers.layers.norm import RMSNorm
 
 if TYPE_CHECKING:  # it imports this file
@@ -57,9 +58,11 @@ class GroupForward:
         dtype: torch.dtype,
         device: torch.device,
         in_turn: "Callable[[], Iterable[DecoderLayer]]",
+        chain: LayerChain | None = None,
     ):
-        """`in_turn`: the same layers, each with its weights on the device while a loop's body runs."""
-        self.sums, self._in_turn = sums, in_turn
+        """`in_turn`: the same layers, each with its weights on the device while a loop's body runs. `chain`: for one
+        token, where all weights stay."""
+        self.sums, self._in_turn, self._chain = sums, in_turn, chain
         self._layers, self._embed = layers, embed
         self._norms: list[RMSNorm | None] = [*(layer.input_norm for layer in layers), norm]
         self._width, self._dtype, self._device = width, dtype, device
@@ -87,6 +90,9 @@ class GroupForward:
         else:
             assert hidden_TD is not None
             residual_TD, x_TD = hidden_TD, self._layers[0].input_norm(hidden_TD)
+        if self._chain is not None and len(x_TD) == 1:
+            qkv_1X = self._layers[0].attention.qkv_proj.product(x_TD)
+            return self._chain.through(self._layers, self._norms[1:], qkv_1X, residual_TD, positions_T, ctx)
         if self._copies is not None and self.overlaps(len(x_TD)):
             return self._overlapped(self._copies, x_TD, residual_TD, positions_T, ctx)
         for layer, next_norm in zip(self._in_turn(), self._norms[1:], strict=True):
