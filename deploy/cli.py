@@ -4,6 +4,7 @@ The modules behind the commands are imported inside the commands: `argosy --help
 """
 
 import argparse
+import io
 import os
 import select
 import sys
@@ -68,6 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     141 when whoever read its output had enough (`| head`), as the shell says of any program.
     """
     words = list(sys.argv[1:] if argv is None else argv)
+    write_what_can_be_written()
     parser = build_parser()
     try:
         code = _run(parser, words)
@@ -85,6 +87,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ServingError as error:
         print(f"argosy: {error}", file=sys.stderr)
         return 1
+
+
+def write_what_can_be_written() -> None:
+    """Bars and answers may have letters that the terminal's encoding lacks: question marks there, not a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def is_output_closed() -> bool:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from argosy.deploy.client import Client
     from argosy.deploy.jobs_client import Job
 
+_HERE: Final = "http://127.0.0.1:8000"
 SUBMIT_EXAMPLES: Final = """\
 a line of FILE is a text in quotes, a list of messages, the body of a request, or one of OpenAI's batch lines; texts to
 continue and chats are jobs of their own:
@@ -63,7 +64,7 @@ def add_jobs(jobs: argparse.ArgumentParser) -> None:
 
 
 def _add_server(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
+    parser.add_argument("--url", default=_HERE, help="the server (default: %(default)s)")
     parser.add_argument("--api-key", default=os.environ.get("ARGOSY_API_KEY"), help="default: $ARGOSY_API_KEY")
 
 
@@ -96,7 +97,8 @@ def _submit(client: "Client", args: argparse.Namespace) -> int:
     print(job.id, flush=True)
     if args.wait or args.output:
         return _see_through(job, args.output)
-    print(f"argosy: 'argosy jobs wait {job.id}' shows how far it is", file=sys.stderr)
+    where = "" if args.url == _HERE else f" --url {args.url}"
+    print(f"argosy: 'argosy jobs wait {job.id}{where}' shows how far it is", file=sys.stderr)
     return 0
 
 

@@ -1,9 +1,14 @@
 """What people write for a setting, in each of the ways that they do: 32k, 2GiB, half, torch.bfloat16, JSON."""
 
 import json
+import math
+from collections.abc import Mapping
 from typing import Final
 
 from argosy.cluster.protocol.errors import ConfigError
+from argosy.cluster.protocol.swap import parse_swap_space
+
+KV_OFFLOADING: Final = "kv_offloading_size"  # vLLM's name of `swap_space`
 
 _DTYPES: Final = {"half": "float16", "float": "float32", "fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 # what others call caches with a scale for each token and head
@@ -59,3 +64,24 @@ def _gib(text: str) -> float | str:
     if number and number[-1] in _UNITS:
         return float(number[:-1]) * _UNITS[number[-1]] / _UNITS["g"]
     return float(plain)
+
+
+def swap_of_each_rank(size: object, known: Mapping[str, object]) -> float:
+    """`swap_space` for what vLLM calls `kv_offloading_size`: GiB of all ranks of a replica together."""
+    asked = f"{KV_OFFLOADING}={size!r}"
+    if "swap_space" in known:
+        raise ConfigError(f"{asked} and swap_space={known['swap_space']!r} are the same memory; leave one out")
+    try:
+        total = parse_swap_space(size)
+    except ConfigError:
+        total = "none"
+    if isinstance(total, str):
+        raise ConfigError(f"{asked}: must be a number of GiB for all ranks together, or an amount with unit (16GiB)")
+    if known.get("layout") == "auto":
+        raise ConfigError(
+            f"{asked} is for all ranks together, and how many they are is planned: name --tensor-parallel-size (1: a "
+            "single rank), or give swap_space, which is for each rank"
+        )
+    ranks = [known.get(f"{kind}_parallel_size", 1) for kind in ("tensor", "pipeline")]
+    num_ranks = math.prod(count for count in ranks if isinstance(count, int) and count > 0)
+    return total / num_ranks

@@ -20,7 +20,7 @@ import yaml
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError
 from argosy.deploy import device_defaults
-from argosy.deploy.setting_values import clean_value
+from argosy.deploy.setting_values import KV_OFFLOADING, clean_value, swap_of_each_rank
 
 
 class Flag(NamedTuple):
@@ -127,6 +127,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
             "host memory of each rank for KV blocks that make room, in GiB (16, 16GiB, auto): requests are swapped and "
             "prefixes kept, where that is cheaper than computing them anew (default: 0)",
         ),
+        Flag("kv-offloading-size", "text", "the same by vLLM's name, GiB of all ranks together (default: none)"),
         Flag(
             "cpu-offload-gb",
             "gib",
@@ -186,7 +187,7 @@ _IGNORED_VALUES = """
     distributed_executor_backend nnodes node_rank master_addr master_port runner convert
     tokenizer_mode code_revision hf_config_path
     compilation_config optimization_level performance_mode attention_config attention_backend
-    profiler_config kv_offloading_size kv_offloading_backend max_log_len otlp_traces_endpoint uvicorn_log_level
+    profiler_config kv_offloading_backend max_log_len otlp_traces_endpoint uvicorn_log_level
     shutdown_timeout allowed_local_media_path allowed_media_domains limit_mm_per_prompt
     mm_processor_kwargs logprobs_mode chat_template_content_format num_scheduler_steps max_seq_len_to_capture
     max_parallel_loading_workers worker_cls model_impl cuda_graph_sizes max_num_partial_prefills
@@ -287,6 +288,7 @@ _HARMLESS: Final[Mapping[str, tuple[object, ...]]] = {
     "runner": ("auto", "generate"),
     "convert": ("auto", "none"),
     "logprobs_mode": ("raw_logprobs",),
+    "kv_offloading_backend": ("native",),
 }
 _BITS: Final[Mapping[str, str]] = {"load_in_8bit": "int8", "load_in_4bit": "int4"}  # as transformers calls it
 
@@ -326,6 +328,7 @@ def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
     """The settings from flat names, and which of the names have no effect. Raises `ConfigError`."""
     known: dict[str, object] = {}
     ignored: list[str] = []
+    total: object = None  # of memory for all ranks
     settings = set(ServingConfig.known_settings())
     for key, value in given.items():
         name = str(key).replace("-", "_")
@@ -337,6 +340,8 @@ def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
             _check_bits(name, value, given)
             if value:
                 known["quantization"] = _BITS[name]
+        elif name == KV_OFFLOADING:
+            total = value
         elif (name, value) == ("load_format", "bitsandbytes"):  # as vLLM asks for rounding
             known.setdefault("quantization", "bitsandbytes")
         elif name in IGNORED:
@@ -346,28 +351,29 @@ def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
             known[name] = clean_setting(name, value)
         else:
             _refuse_not_yet(key, name)
-            near = get_close_matches(name, [*settings, "scheduling_policy", *sorted(IGNORED)], n=1)
+            near = get_close_matches(name, [*settings, "scheduling_policy", KV_OFFLOADING, *sorted(IGNORED)], n=1)
             raise ConfigError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
+    if total is not None:
+        known["swap_space"] = swap_of_each_rank(total, known)
     return ServingConfig.from_mapping(device_defaults.fill(known)), ignored
 
 
 def plan_what_is_open(given: Mapping[str, object], layout: str = "auto") -> dict[str, object]:
     """The settings of a server: where no size of the layout is named, the planner chooses all of them."""
-    named = {str(name).replace("-", "_") for name in given}
-    return dict(given) if named & _SIZES else {**given, "layout": layout}
+    is_named = _SIZES & {str(name).replace("-", "_") for name in given}
+    return dict(given) if is_named else {**given, "layout": layout}
 
 
-def describe_ignored(ignored: Iterable[str]) -> str:
+def describe_ignored(ignored: Sequence[str]) -> str:
     """One sentence for all that had no effect, or nothing."""
-    names = sorted(set(ignored))
-    return f"accepted without effect: {', '.join(names)}" if names else ""
+    return f"accepted without effect: {', '.join(sorted(set(ignored)))}" if ignored else ""
 
 
 def config_from_kwargs(model: str, kwargs: Mapping[str, object]) -> ServingConfig:
     """As `make_config`, for Python callers: what has no effect is one warning."""
     config, ignored = make_config({"model": model, **{k: v for k, v in kwargs.items() if v is not None}})
-    if text := describe_ignored(ignored):
-        warnings.warn(text, stacklevel=3)
+    if ignored:
+        warnings.warn(describe_ignored(ignored), stacklevel=3)
     return config
 
 

@@ -244,6 +244,7 @@ _CHOICES = {
 
 
 _GIB = ("cpu_offload_gb", "activation_offload_gb", "swap_space")
+_ALSO = {"fp8_e4m3": "fp8 (fp8_e4m3)"}  # as most write it
 _WRITTEN = {"policy": "scheduling_policy"}  # as users know it
 _TYPES = {"str": "a text", "int": "a whole number", "float": "a number", "bool": "true or false", "array": "a list",
           "object": "names and values"}  # fmt: skip
@@ -260,7 +261,8 @@ def _explain(error: msgspec.ValidationError, values: Mapping[str, object]) -> st
     if key in _GIB:
         return f"{written}: must be a number of GiB from 0 on, or auto"
     if choices:
-        return f"{written}: must be one of {', '.join(choices)}"
+        named = [_ALSO.get(choice, choice) for choice in choices]
+        return f"{written}: must be one of {', '.join(named)}"
     kinds = re.match(r"Expected `([\w |]+)`", text)
     if kinds is None:
         return f"{written}: {text.split(' - at')[0]}"

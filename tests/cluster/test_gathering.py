@@ -5,8 +5,10 @@ from typing import Any
 
 import pytest
 
-from argosy.cluster.gathering import GATHER_SECONDS, num_shared_tokens
-from argosy.cluster.protocol.messages import AbortRequest, Burst
+from argosy.cluster.gathering import GATHER_SECONDS, Gathering, num_shared_tokens
+from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.messages import AbortRequest, Burst, GenerateRequest
+from argosy.cluster.protocol.sampling import TokenParams
 
 MakeWorld = Callable[..., Any]
 
@@ -219,3 +221,60 @@ def test_stages_share_out_a_burst_that_they_know_whole(world: MakeWorld, pp_size
 def test_shared_tokens_are_whole_blocks_at_the_front(first: list[int], second: list[int], count: int) -> None:
     """Blocks of two."""
     assert num_shared_tokens(first, second, 2) == num_shared_tokens(second, first, 2) == count
+
+
+def gathering(most_tokens: int = 32, **given: object) -> Gathering:
+    """One that an idle driver has just begun to wait with."""
+    made = Gathering(ServingConfig.from_mapping({"model": "m", "block_size": 4, **given}), most_tokens)
+    made.note(0, Burst(begins=True), 0.0)
+    assert made.holds(0.0, True, 0)
+    return made
+
+
+def request(prompt: list[int], **fields: Any) -> GenerateRequest:
+    """As an edge sends it."""
+    return GenerateRequest(
+        stream_id=1, request_id="r", prompt_token_ids=prompt, params=TokenParams(max_tokens=4), **fields
+    )
+
+
+def test_a_prefix_of_another_tenant_is_no_prefix() -> None:
+    """Equal prompts under two salts are computed twice, so they fill the step."""
+    for salts, is_held in ((("a", "a"), True), (("a", "b"), False)):
+        waiting = gathering()
+        for salt in salts:
+            waiting.add(request([7] * 16, cache_salt=salt))
+        assert waiting.holds(0.0, True, 0) == is_held, salts
+    alone = gathering(enable_prefix_caching=False)
+    for _ in range(2):
+        alone.add(request([7] * 16))
+    assert not alone.holds(0.0, True, 0)
+
+
+def test_a_burst_that_begins_beside_steps_under_way_is_not_waited_for() -> None:
+    """Also where the driver prepares a step while one runs: rows that decode would stand still."""
+    waiting = Gathering(ServingConfig.from_mapping({"model": "m"}), 32)
+    waiting.note(0, Burst(begins=True), 0.0)
+    waiting.add(request([1, 2, 3]))
+    assert not waiting.holds(0.0, False, 1)
+    assert not waiting.is_open
+    assert waiting.seconds_left(0.0) == 0.0
+
+
+def test_with_stages_only_the_first_step_waits() -> None:
+    """The first stage has the next piece to do at once; without stages the step behind waits to be full, too."""
+    for stages, waits_again in ((1, True), (2, False)):
+        waiting = gathering(pipeline_parallel_size=stages)
+        waiting.add(request(list(range(32))))
+        assert not waiting.holds(0.0, True, 0)
+        waiting.begin_step()
+        assert waiting.holds(0.0, False, 1) == waits_again, stages
+
+
+def test_every_answer_of_a_request_has_a_row() -> None:
+    """One request for three answers fills a step of three rows; the rows of a step that began fill no other."""
+    waiting = gathering(max_num_seqs=3)
+    waiting.add(request([1, 2], n=3))
+    assert not waiting.holds(0.0, True, 0)
+    waiting.begin_step()
+    assert waiting.holds(0.0, False, 1)

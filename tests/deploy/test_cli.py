@@ -1,11 +1,13 @@
 """Where a server's keys come from, and how commands end when nobody reads on."""
 
+import io
 import os
 import subprocess
 import sys
 
 import pytest
 
+from argosy.deploy import cli
 from argosy.deploy.cli import serve_keys
 
 
@@ -48,3 +50,18 @@ def test_a_command_whose_reader_had_enough_ends_quietly(words: list[str]) -> Non
     ended = subprocess.run(command, stdout=writer, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
     os.close(writer)
     assert (ended.returncode, ended.stderr) == (141, "")
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_a_terminal_without_the_letters_of_a_bar_gets_question_marks(
+    monkeypatch: pytest.MonkeyPatch, encoding: str
+) -> None:
+    """Servers are often set up in the locale "C": the figures count, not the bars."""
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding, errors="strict"))
+    assert cli.main(["simulate", "qwen3-0.6b", "--gpus", "1 x H200", "--requests", "20"]) == 0
+    sys.stdout.flush()
+    text = written.getvalue().decode(encoding)
+    assert "output tokens/s" in text
+    assert ("\u2588" in text) == (encoding == "utf-8")
+    assert ("???" in text) == (encoding != "utf-8")

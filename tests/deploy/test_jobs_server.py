@@ -257,6 +257,9 @@ def test_the_command_line_lists_shows_and_refuses(
     assert "only a job that runs can be cancelled" in capsys.readouterr().err
     assert cli.main(["jobs", "show", "--url", server.url]) == 2
     assert cli.main(["submit", str(tmp_path / "none.jsonl"), "--url", server.url]) == 2
+    assert cli.main(["submit", str(path), "--url", server.url, "--again"]) == 0
+    told = capsys.readouterr()
+    assert f"'argosy jobs wait {told.out.strip()} --url {server.url}'" in told.err  # as it can be pasted
     path.write_text('{"prompt": "a"}\nnot json\n')
     assert cli.main(["submit", str(path), "--url", server.url]) == 1
     assert "in.jsonl:2" in capsys.readouterr().err

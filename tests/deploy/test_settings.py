@@ -219,3 +219,30 @@ def test_the_help_tells_the_default_of_every_setting_that_has_one() -> None:
                       "num_gpu_blocks_override", "api_keys_file"}  # fmt: skip  # none, and then nothing happens
     assert "(default: 0.92)" in texts["gpu_memory_utilization"]
     assert "(default: 60)" in texts["step_deadline_seconds"]
+
+
+def test_host_memory_for_kv_by_the_name_of_vllm() -> None:
+    """`kv_offloading_size` counts all ranks of a replica together, `swap_space` each of them."""
+    for given, each in (
+        ({}, 16.0),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2}, 4.0),
+        ({"tensor_parallel_size": 4, "kv_offloading_backend": "native"}, 4.0),
+    ):
+        made, _ = settings.make_config({"model": "m", "kv_offloading_size": 16, **given})
+        assert made.offload.swap_space == each, given
+    assert settings.make_config({"model": "m", "kv-offloading-size": "512MiB"})[0].offload.swap_space == 0.5
+    for given, said in (
+        ({"kv_offloading_size": "much"}, "kv_offloading_size='much': must be a number of GiB for all ranks"),
+        ({"kv_offloading_size": "auto"}, "must be a number"),
+        ({"kv_offloading_size": 4, "swap_space": 4}, "the same memory; leave one out"),
+        ({"kv_offloading_size": 4, "layout": "auto"}, "how many they are is planned: name --tensor-parallel-size"),
+        ({"kv_offloading_backend": "lmcache"}, "only native is supported"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            settings.make_config({"model": "m", **given})
+
+
+def test_kinds_of_caches_are_named_as_people_write_them() -> None:
+    """`fp8` is what most ask for, and was missing in the list of what may be asked for."""
+    with pytest.raises(ConfigError, match=r"kv_cache_dtype='int3': must be one of auto, .*fp8 \(fp8_e4m3\)"):
+        settings.make_config({"model": "m", "kv_cache_dtype": "int3"})

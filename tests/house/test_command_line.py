@@ -12,6 +12,7 @@ EXPECTED = {
         --data-parallel-size --device --disable-log-stats --download-dir --drain-seconds --dtype
         --enable-chunked-prefill --enable-expert-parallel --enable-prefix-caching --enforce-eager --generation-config
         --gpu-memory-utilization --hf-overrides --hf-token --host --job-dir --kv-cache-dtype --kv-cache-memory-bytes
+        --kv-offloading-size
         --layout --load-format --load-in-4bit --load-in-8bit --max-body-bytes --max-logprobs --max-model-len
         --max-num-batched-tokens --max-num-seqs --max-num-waiting --max-upload-bytes --model
         --num-gpu-blocks-override --pipeline-layers
@@ -30,6 +31,7 @@ EXPECTED = {
         --chat-template --cpu-offload-gb --cpu-threads --data-parallel-size --device --download-dir --dtype
         --enable-chunked-prefill --enable-expert-parallel --enable-prefix-caching --endpoint --enforce-eager
         --generation-config --gpu-memory-utilization --hf-overrides --hf-token --kv-cache-dtype --kv-cache-memory-bytes
+        --kv-offloading-size
         --layout --load-format --load-in-4bit --load-in-8bit --max-logprobs --max-model-len --max-num-batched-tokens
         --max-num-seqs --max-num-waiting --model --num-gpu-blocks-override --output --pipeline-layers
         --pipeline-parallel-size --quantization
