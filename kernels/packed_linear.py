@@ -120,12 +120,12 @@ def linear(
         return packed_vector.linear(x_TI, weight, bias_O, residual_TO, gated, made_TO, sizes)
     if sizes["kernel"] == STREAM and (not gated or can_gate(weight)):
         return packed_stream.linear(x_TI, weight, bias_O, residual_TO, gated, made_TO, sizes)
-    if sizes["kernel"] == HOPPER and not gated:
-        return packed_hopper.linear(x_TI, weight, bias_O, residual_TO is not None, made_TO, sizes)
     if gated or residual_TO is not None:
         y_TO = linear(x_TI, weight, bias_O, sizes=sizes)
         y_TO = activation.silu_and_mul(y_TO) if gated else y_TO
         return made_TO.copy_(y_TO) if residual_TO is None else made_TO.add_(y_TO)
+    if sizes["kernel"] == HOPPER:
+        return packed_hopper.linear(x_TI, weight, bias_O, made_TO, sizes)
     if sizes["kernel"] == MANY:
         return _many(x_TI, weight, bias_O, made_TO, sizes)
     return _by_slices(x_TI, weight, bias_O, made_TO, sizes.get("slice_mb", SLICE_BYTES >> 20) << 20)
