@@ -321,7 +321,8 @@ def linear(
 
     `sizes`: wgs (2 or 4 groups of warps), tiles (4 or 8 of 16 rows, of each), tokens (of a program), stages, programs
     (0: each takes one tile of the result; else so many share all work evenly), sharing (2 programs a multiprocessor;
-    1 without).
+    1 without), late (1: begins when the kernel before is done. Behind attention of many rows programs that come early
+    crowd on the multiprocessors that are done first).
     """
     num_tokens, words, pairs = x_TI.shape[0], weight.words_MUW, weight.pairs_MKR2
     units, planes = weight.group // 64, weight.planes
@@ -340,6 +341,7 @@ def linear(
         counters = tuning.counters(x_TI.device)
     share = (wgs, sizes.get("sharing", 1))
     start = {"maxnreg": START_REGISTERS[share]} if share in START_REGISTERS else {}
+    overlap = {"PDL": False} if sizes.get("late", 0) else tuning.overlap(x_TI.device)
     flat, words_2d = gl.NVMMASharedLayout(0, 32, 2), words.view(words.shape[0], -1)
     pairs_2d = pairs.view(torch.int32).view(pairs.shape[0], -1)
     hopper_kernel[(programs,)](
@@ -351,6 +353,6 @@ def linear(
         UNITS=units, PLANES=planes, HALF_SCALES=pairs.dtype == torch.float16, WGS=wgs, TILES=tiles, TOKENS=tokens,
         STAGES=sizes["stages"], BIAS=bias_O is not None, SHARED=shared,
         REGISTERS=REGISTERS[share], FETCH_REGISTERS=FETCH_REGISTERS, num_warps=4, **start,
-        **tuning.overlap(x_TI.device),
+        **overlap,
     )  # fmt: skip
     return out_TO

@@ -13,7 +13,7 @@ import torch
 import triton
 from torch import Tensor
 
-from argosy.kernels import activation, packed_hopper, packed_stream, packed_vector, tuning
+from argosy.kernels import activation, packed_hopper, packed_stream, packed_vector, rms_norm, tuning
 from argosy.kernels.packed_few import few_kernel
 from argosy.kernels.packed_inputs import pick_inputs as pick_inputs
 from argosy.kernels.packed_many import many_kernel, unpack_kernel
@@ -93,20 +93,27 @@ def linear(
     weight: PackedWeight,
     bias_O: Tensor | None = None,
     *,
+    norm_weight_I: Tensor | None = None,
+    eps: float = 1e-6,
     residual_TO: Tensor | None = None,
     gated: bool = False,
     out_TO: Tensor | None = None,
     sizes: tuning.Sizes | None = None,
 ) -> Tensor:
-    """[T, O], silu(gate) * up of it if `gated`, added to the residual (in place) or written to `out_TO` if given.
+    """[T, O] of x, or of its norm; silu(gate) * up of it if `gated`, added to the residual (in place) or written to
+    `out_TO` if given.
 
-    One launch for up to `MOST_FUSED` tokens.
+    One launch for up to `MOST_FUSED` tokens, and one for the norm where `packed_stream` doesn't make it.
     """
     num_tokens, num_in = x_TI.shape
     assert num_in == weight.num_inputs
     assert x_TI.stride(1) == 1
     assert residual_TO is None or out_TO is None
     sizes = sizes or _sizes(weight, x_TI)
+    if norm_weight_I is not None and not (
+        sizes["kernel"] == STREAM and packed_stream.norms(norm_weight_I, x_TI, sizes)
+    ):
+        x_TI, norm_weight_I = rms_norm.rms_norm(x_TI, norm_weight_I, eps), None
     num_outputs = weight.num_outputs // 2 if gated else weight.num_outputs
     made_TO = residual_TO if out_TO is None else out_TO
     if made_TO is None:
@@ -119,7 +126,9 @@ def linear(
     if sizes["kernel"] == VECTOR and (not gated or can_gate(weight)):
         return packed_vector.linear(x_TI, weight, bias_O, residual_TO, gated, made_TO, sizes)
     if sizes["kernel"] == STREAM and (not gated or can_gate(weight)):
-        return packed_stream.linear(x_TI, weight, bias_O, residual_TO, gated, made_TO, sizes)
+        return packed_stream.linear(
+            x_TI, weight, bias_O, residual_TO, gated, made_TO, sizes, norm_weight_I=norm_weight_I, eps=eps
+        )
     if gated or residual_TO is not None:
         y_TO = linear(x_TI, weight, bias_O, sizes=sizes)
         y_TO = activation.silu_and_mul(y_TO) if gated else y_TO

@@ -34,11 +34,12 @@ REGISTERS = 65536  # of a multiprocessor
 
 @gluon.jit
 def stream_kernel(
-    x_ptr, words_ptr, pairs_ptr, bias_ptr, residual_ptr, out_ptr, part_ptr, counter_ptr, num_tokens, num_tiles,
-    num_outputs, stride_x, stride_out,
+    x_ptr, norm_ptr, words_ptr, pairs_ptr, bias_ptr, residual_ptr, out_ptr, part_ptr, counter_ptr, num_tokens,
+    num_tiles, num_outputs, stride_x, stride_out, eps,
     PLANES: gl.constexpr, W: gl.constexpr, SPLIT: gl.constexpr, STEPS: gl.constexpr, DEPTH: gl.constexpr,
     PARTS: gl.constexpr, TOKENS: gl.constexpr, X_IN: gl.constexpr, HALF_SCALES: gl.constexpr, FP16: gl.constexpr,
-    BIAS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, EARLY: gl.constexpr, PDL: gl.constexpr,
+    NORM: gl.constexpr, BIAS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, EARLY: gl.constexpr,
+    PDL: gl.constexpr,
 ):  # fmt: skip
     """`x_ptr`: int32, a pair of inputs each; `num_tiles`, `num_outputs`: of the result, which with a gate has half the
     weight's rows. A program's tiles are as far apart as there are groups of PARTS programs.
@@ -88,7 +89,7 @@ def stream_kernel(
         gdc_wait()
         if EARLY == 1:
             gdc_launch_dependents()
-    bring(x_ptr, x_smem, part, num_tokens, stride_x, W, SPLIT, STEPS, TOKENS)
+    bring(x_ptr, norm_ptr, x_smem, part, num_tokens, stride_x, eps, W, SPLIT, STEPS, TOKENS, NORM, FP16)
     zeros = gl.zeros([W, 32], gl.float32, lanes_in)
     sums = (zeros,) if TOKENS == 1 else (zeros, zeros, zeros, zeros)
     up_sums = sums
@@ -208,6 +209,16 @@ def fits(weight: PackedWeight, num_tokens: int, sizes: tuning.Sizes) -> bool:
     return weight.num_inputs // GROUP % shares == 0 and room <= SHARED_BYTES
 
 
+def norms(norm_weight_I: Tensor, x_TI: Tensor, sizes: tuning.Sizes) -> bool:
+    """Whether the inputs' norm can be made in the same launch, and was measured to be faster there."""
+    return (
+        bool(sizes.get("norm", 0))
+        and sizes.get("parts", 1) == 1
+        and norm_weight_I.dtype == x_TI.dtype
+        and norm_weight_I.data_ptr() % 16 == 0
+    )
+
+
 def _inputs_in(warps: int, split: int, tokens: int) -> gl.DistributedLinearLayout:
     """Of a step's inputs when they are read: a lane's eight pairs of each of two units."""
     parts, tiles = split.bit_length() - 1, (warps // split).bit_length() - 1
@@ -231,9 +242,10 @@ def groups_of(num_tiles: int, sizes: tuning.Sizes, num_sms: int) -> int:
 
 def linear(
     x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None, residual_TO: Tensor | None, gated: bool, out_TO: Tensor,
-    sizes: tuning.Sizes,
+    sizes: tuning.Sizes, norm_weight_I: Tensor | None = None, eps: float = 0.0,
 ) -> Tensor:  # fmt: skip
-    """x W^T + bias, gated, added to the residual, into `out_TO`. Ask `takes` and `fits` first.
+    """x W^T + bias, gated, added to the residual, into `out_TO`; with a norm's weight, of x normed. Ask `takes` and
+    `fits` first, and with a norm `norms`.
 
     `sizes`: warps (4, 8 or 16), split (of them that share a tile's inputs), depth (blocks a warp asks for ahead), parts
     (programs that share a tile's inputs; 1 without), per_sm (programs of a multiprocessor; 1 without), room (for how
@@ -254,13 +266,15 @@ def linear(
         size = groups * parts * (sizes["warps"] // split) * (32 if tokens == 1 else 128) * (2 if gated else 1)
         part = torch.empty(size, dtype=torch.float32, device=x_TI.device)
         counters = tuning.counters(x_TI.device)
+    norm_I = x_TI if norm_weight_I is None else norm_weight_I
     stream_kernel[(groups * parts,)](
-        x_TI.view(torch.int32), words, pairs.view(torch.int32), out_TO if bias_O is None else bias_O, out_TO, out_TO,
-        part, counters, num_tokens, tiles, out_TO.shape[1], x_TI.stride(0) // 2, out_TO.stride(0),
+        x_TI.view(torch.int32), norm_I.view(torch.int32), words, pairs.view(torch.int32),
+        out_TO if bias_O is None else bias_O, out_TO, out_TO, part, counters, num_tokens, tiles, out_TO.shape[1],
+        x_TI.stride(0) // 2, out_TO.stride(0), eps,
         PLANES=weight.planes, W=sizes["warps"], SPLIT=split, STEPS=weight.num_inputs // GROUP // (split * parts),
         DEPTH=sizes["depth"], PARTS=parts, TOKENS=tokens, X_IN=_inputs_in(sizes["warps"], split, tokens),
-        HALF_SCALES=pairs.dtype == torch.float16, FP16=x_TI.dtype == torch.float16, BIAS=bias_O is not None,
-        GATED=gated, RESIDUAL=residual_TO is not None, EARLY=sizes.get("early", 0), num_warps=sizes["warps"],
-        **most, **tuning.overlap(x_TI.device),
+        HALF_SCALES=pairs.dtype == torch.float16, FP16=x_TI.dtype == torch.float16, NORM=norm_weight_I is not None,
+        BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual_TO is not None, EARLY=sizes.get("early", 0),
+        num_warps=sizes["warps"], **most, **tuning.overlap(x_TI.device),
     )  # fmt: skip
     return out_TO

@@ -128,31 +128,78 @@ def over_warps(sums, W: gl.constexpr, SPLIT: gl.constexpr, TOKENS: gl.constexpr)
 
 @gluon.jit
 def bring(
-    x_ptr, x_smem, part, num_tokens, stride_x, W: gl.constexpr, SPLIT: gl.constexpr, STEPS: gl.constexpr,
-    TOKENS: gl.constexpr,
+    x_ptr, norm_ptr, x_smem, part, num_tokens, stride_x, eps, W: gl.constexpr, SPLIT: gl.constexpr,
+    STEPS: gl.constexpr, TOKENS: gl.constexpr, NORM: gl.constexpr, FP16: gl.constexpr,
 ):  # fmt: skip
-    """All inputs of the program to shared memory; tokens that are not there as zeros."""
+    """All inputs of the program to shared memory, normed; tokens that are not there as zeros.
+
+    As many steps at once as are a power of two: between copies all warps meet.
+    """
+    AT_ONCE: gl.constexpr = min(STEPS & -STEPS, W // SPLIT)
+    TURNS: gl.constexpr = STEPS // AT_ONCE
+    UNITS: gl.constexpr = 2 * SPLIT * AT_ONCE
+    SIZE: gl.constexpr = 32 * UNITS
     if TOKENS == 1:
         flat_in: gl.constexpr = gl.BlockedLayout([1, 1], [1, 32], [W, 1], [1, 0])
-        unit = gl.arange(0, 2 * SPLIT, gl.SliceLayout(1, flat_in))
+        unit = gl.arange(0, UNITS, gl.SliceLayout(1, flat_in))
         at = gl.arange(0, 32, gl.SliceLayout(0, flat_in))
-        here = x_ptr + (unit * 32)[:, None] + (at % 8 * 4 + at // 8)[None, :]
-        for step in range(STEPS):
-            copy_in(x_smem.index(step), here + (part * STEPS + step) * (64 * SPLIT))
+        columns = (unit * 32)[:, None] + (at % 8 * 4 + at // 8)[None, :]
+        to = x_smem._reinterpret(gl.int32, [TURNS, UNITS, 32], x_smem.layout)
+        if NORM:
+            total = gl.zeros([UNITS, 32], gl.float32, flat_in)
+            for turn in gl.static_range(TURNS):
+                x = gl.load(x_ptr + columns + turn * SIZE)
+                total += _squares(x, FP16)
+            scale = 1.0 / gl.sqrt(gl.sum(gl.sum(total, 1), 0) / (2 * SIZE * TURNS) + eps)
+            for turn in gl.static_range(TURNS):
+                x = gl.load(x_ptr + columns + turn * SIZE)
+                to.index(turn).store(_scaled(x, scale, gl.load(norm_ptr + columns + turn * SIZE), FP16))
+        else:
+            for turn in range(TURNS):
+                copy_in(to.index(turn), x_ptr + columns + (part * TURNS + turn) * SIZE)
     else:
         rows_in: gl.constexpr = gl.BlockedLayout([1, 1, 4], [1, 4, 8], [W // 2, 2, 1], [2, 1, 0])
-        by_unit: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, rows_in))
-        by_token: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, rows_in))
-        by_pair: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, rows_in))
-        unit = gl.arange(0, 2 * SPLIT, by_unit)[:, None, None]
-        token = gl.arange(0, 8, by_token)[None, :, None]
-        pair = gl.arange(0, 32, by_pair)[None, None, :]
+        of_unit: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, rows_in))
+        of_token: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, rows_in))
+        of_pair: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, rows_in))
+        unit = gl.arange(0, UNITS, of_unit)[:, None, None]
+        token = gl.arange(0, 8, of_token)[None, :, None]
+        pair = gl.arange(0, 32, of_pair)[None, None, :]
         here = x_ptr + token * stride_x + unit * 32 + pair
         present = (token < num_tokens) & (unit >= 0) & (pair >= 0)
-        for step in range(STEPS):
-            copy_in(x_smem.index(step), here + (part * STEPS + step) * (64 * SPLIT), mask=present)
-    async_copy.commit_group()
-    async_copy.wait_group(0)
+        to = x_smem._reinterpret(gl.int32, [TURNS, UNITS, 8, 32], x_smem.layout)
+        if NORM:
+            squares = gl.zeros([8], gl.float32, of_token)
+            for turn in gl.static_range(TURNS):
+                x = gl.load(here + turn * SIZE, present, other=0)
+                squares += gl.sum(gl.sum(_squares(x, FP16), 2), 0)
+            scale = 1.0 / gl.sqrt(squares / (2 * SIZE * TURNS) + eps)
+            for turn in gl.static_range(TURNS):
+                x = gl.load(here + turn * SIZE, present, other=0)
+                weight = gl.load(norm_ptr + unit * 32 + pair + turn * SIZE)
+                to.index(turn).store(_scaled(x, scale[None, :, None], weight, FP16))
+        else:
+            for turn in range(TURNS):
+                copy_in(to.index(turn), here + (part * TURNS + turn) * SIZE, mask=present)
+    if not NORM:
+        async_copy.commit_group()
+        async_copy.wait_group(0)
+
+
+@gluon.jit
+def _squares(x, FP16: gl.constexpr):
+    """The sum of both squares of each pair."""
+    low, high = scale_of(x, FP16), zero_of(x, FP16)
+    return low * low + high * high
+
+
+@gluon.jit
+def _scaled(x, scale, weight, FP16: gl.constexpr):
+    """Pairs times the token's scale and the norm's weights, rounded once."""
+    T: gl.constexpr = gl.float16 if FP16 else gl.bfloat16
+    low = (scale_of(x, FP16) * scale * scale_of(weight, FP16)).to(T).to(gl.int16, bitcast=True)
+    high = (zero_of(x, FP16) * scale * zero_of(weight, FP16)).to(T).to(gl.int16, bitcast=True)
+    return (low.to(gl.int32) & 0xFFFF) | (high.to(gl.int32) << 16)
 
 
 @gluon.jit

@@ -1,4 +1,4 @@
-"""Sizes of the products of 1 to 8 tokens with weights of 4 or 8 bits, chosen by the time of a whole recorded step.
+"""Sizes of the products of decode steps with weights of 4 or 8 bits, chosen by the time of a whole recorded step.
 
     python benchmarks/gpu/tune_vector.py --model 8b --format int4 --rows 1 --out kernels/tuned/nvidia_h200.json
 
@@ -9,7 +9,6 @@ processes before. Prints every try.
 """
 
 import argparse
-import itertools
 import json
 import os
 import subprocess
@@ -25,13 +24,13 @@ from profile_step import decode, make_runner, start_rows, timed, timeline
 from timing import copies_for, microseconds
 from tune_packed import LARGEST_ERROR, weights_of
 
-from argosy.kernels import packed_linear, packed_reference, packed_stream, tuning
-from argosy.kernels.packed_linear import STREAM, VECTOR
+from argosy.kernels import packed_hopper, packed_linear, packed_reference, packed_stream, tuning
+from argosy.kernels.packed_linear import FEW, HOPPER, STREAM, VECTOR
 from argosy.workers.recording import Recorder
 from argosy.workers.step_recording import make_graphs
 
 Sizes = dict[str, int]
-WAYS = [(8, 2), (8, 1), (16, 1), (4, 2), (4, 1), (16, 2)]  # warps, blocks of each
+WAYS = [(8, 2), (8, 1), (16, 2)]  # warps, blocks of each, of `packed_vector`
 # tokens at once, of a piece at least, stages, warps: what holds less shared memory begins while the product before runs
 ATTENTION = [
     {"block_l": block_l, "min_piece": piece, "per_sm": 1, "stages": stages, "warps": warps}
@@ -47,24 +46,45 @@ WORST = 0.2  # of the logits, beside the sizes before: the token before may be a
 
 # warps, those of a tile, blocks ahead, programs that share inputs, programs of a multiprocessor, room for how many
 STREAMS = {
-    "gate_up": ((16, 2, 1, 1, 1, 1), (16, 2, 2, 1, 1, 1), (16, 2, 3, 1, 1, 1), (8, 1, 3, 1, 1, 1), (8, 1, 4, 1, 1, 2),
-                (8, 1, 3, 1, 1, 2), (8, 2, 2, 1, 2, 2), (8, 2, 3, 1, 2, 2), (8, 4, 2, 1, 2, 2)),
-    "down": ((16, 8, 4, 1, 1, 1), (16, 8, 7, 1, 1, 1), (8, 8, 4, 1, 2, 2), (8, 8, 7, 1, 2, 2), (8, 4, 7, 1, 1, 2),
-             (8, 4, 7, 1, 1, 1), (16, 4, 4, 2, 1, 1), (16, 4, 3, 2, 1, 1), (16, 2, 4, 4, 1, 1), (16, 2, 3, 4, 1, 1),
-             (8, 2, 4, 4, 2, 2), (8, 2, 7, 2, 1, 1), (8, 2, 6, 2, 1, 2), (16, 1, 4, 8, 1, 1)),
-    "qkv": ((16, 4, 4, 1, 1, 1), (16, 4, 8, 1, 1, 1), (8, 8, 4, 1, 3, 2), (8, 2, 4, 1, 1, 1), (8, 2, 6, 1, 1, 2),
-            (8, 4, 4, 1, 2, 2), (16, 2, 4, 2, 1, 1), (8, 4, 8, 1, 2, 2)),
-    "o": ((16, 8, 4, 1, 1, 1), (8, 8, 4, 1, 2, 2), (8, 4, 4, 1, 1, 1), (8, 4, 8, 1, 1, 2), (16, 16, 2, 1, 1, 1),
-          (16, 2, 4, 4, 1, 1), (16, 4, 4, 2, 1, 1)),
+    "gate_up": ((16, 2, 2, 1, 1, 1), (16, 2, 1, 1, 1, 1), (8, 1, 3, 1, 1, 1), (8, 2, 2, 1, 2, 2), (8, 2, 1, 1, 2, 2),
+                (8, 4, 2, 1, 2, 2), (8, 8, 2, 1, 2, 2), (4, 2, 2, 1, 4, 4), (4, 4, 2, 1, 4, 4), (4, 2, 1, 1, 4, 4)),
+    "down": ((16, 8, 4, 1, 1, 1), (8, 8, 4, 1, 2, 2), (8, 8, 3, 1, 2, 2), (16, 4, 3, 2, 1, 1), (16, 2, 3, 4, 1, 1),
+             (8, 2, 7, 2, 1, 1), (16, 1, 4, 8, 1, 1), (8, 1, 3, 4, 1, 1), (8, 2, 3, 4, 2, 2)),
+    "qkv": ((16, 4, 4, 1, 1, 1), (8, 2, 4, 1, 1, 1), (8, 4, 4, 1, 2, 2), (8, 4, 3, 1, 2, 2), (16, 2, 4, 2, 1, 1),
+            (4, 4, 4, 1, 4, 4)),
+    "o": ((16, 8, 4, 1, 1, 1), (8, 8, 4, 1, 2, 2), (8, 4, 4, 1, 1, 1), (8, 4, 4, 1, 2, 2), (16, 2, 4, 4, 1, 1),
+          (4, 4, 4, 1, 4, 4)),
 }  # fmt: skip
+# tiles, warps that share the inputs, wide, ahead, stages, early: of `packed_few`, for several tokens
+FEWS = (
+    (2, 4, 1, 0, 4, 0), (2, 4, 1, 0, 3, 0), (2, 4, 2, 1, 3, 0), (2, 8, 1, 1, 3, 0), (2, 8, 1, 0, 4, 0),
+    (1, 8, 1, 1, 3, 0), (1, 4, 2, 1, 3, 0), (1, 8, 2, 1, 3, 0),
+)  # fmt: skip
+# groups of warps, tiles of each, tokens at once, places in the ring, 2 programs a multiprocessor
+HOPPERS = {
+    64: ((2, 4, 64, 8, 1), (4, 4, 64, 8, 1), (2, 8, 64, 8, 1), (2, 4, 64, 5, 1), (2, 4, 64, 7, 2)),
+    256: ((2, 4, 256, 5, 1), (2, 8, 128, 7, 1), (2, 4, 128, 8, 1), (2, 4, 64, 8, 1), (2, 4, 64, 7, 2)),
+}
+PROGRAMS = (0, 132, 128, 96, 64)  # 0: one for each tile; else so many share all work evenly
 
 
 def ways_for(name: str, shape: tuple[int, int], rows: int, bits: int) -> list[Sizes]:
-    """What is tried for a product: warps that share its blocks evenly."""
+    """What is tried for a product."""
     num_in, num_out = shape
+    if rows > packed_linear.MOST_FUSED:
+        weight = weights_at_nowhere(num_in, num_out, bits)
+        ways = []
+        for wgs, tiles, tokens, stages, sharing in HOPPERS[rows]:
+            for programs in PROGRAMS:
+                ring = {"wgs": wgs, "tiles": tiles, "tokens": tokens}
+                room = packed_hopper.RING_BYTES // sharing // packed_hopper.place_bytes(weight, ring)
+                sizes = {"kernel": HOPPER, **ring, "stages": min(stages, room), "programs": programs * sharing}
+                if sharing == 1 or (bits == 4 and room >= 4):
+                    ways.append(sizes | ({"sharing": 2} if sharing == 2 else {}))
+        return ways
     ways = [
         {"kernel": VECTOR, "warps": warps, "blocks": blocks}
-        for warps, blocks in WAYS[:2]
+        for warps, blocks in WAYS
         if rows == 1 and num_in // 128 % (warps * blocks) == 0
     ]
     kept = weights_at_nowhere(num_in, num_out, bits)
@@ -73,7 +93,21 @@ def ways_for(name: str, shape: tuple[int, int], rows: int, bits: int) -> list[Si
                  "room": room, "early": 0}  # fmt: skip
         if packed_stream.fits(kept, rows, sizes) and not (rows == 1 and parts > 1):
             ways.append(sizes)
+    for tiles, split, wide, ahead, stages, early in FEWS if rows > 1 else ():
+        if (tiles > 1 or name != "gate_up") and not (bits == 8 and tiles * wide > 2):
+            ways.append({"kernel": FEW, "tiles": tiles, "split": split, "wide": wide, "ahead": ahead, "stages": stages,
+                         "early": early, "prefetch": 0})  # fmt: skip
     return ways
+
+
+def changes_of(sizes: Sizes, name: str) -> list[Sizes]:
+    """What is tried with sizes that were the best: when kernels begin, and the norm in the same launch."""
+    if sizes["kernel"] == HOPPER:
+        return [{**sizes, "late": 1 - sizes.get("late", 0)}]
+    if sizes["kernel"] == STREAM:
+        normed = [{**sizes, "norm": 1}] if name in ("qkv", "gate_up") and sizes.get("parts", 1) == 1 else []
+        return [*normed, {**sizes, "early": 1}, {**sizes, "early": 2}]
+    return []
 
 
 def weights_at_nowhere(num_in: int, num_out: int, bits: int) -> packed_reference.PackedWeight:
@@ -98,21 +132,21 @@ def run_as_in_a_layer(
     name: str, x: torch.Tensor, weight: packed_reference.PackedWeight, sizes: Sizes | None
 ) -> torch.Tensor:
     """With the gate or the residual that it has there."""
+    if len(x) > packed_linear.MOST_FUSED:
+        return packed_linear.linear(x, weight, sizes=sizes)
     residual = x.new_zeros(len(x), weight.num_outputs) if name in ("o", "down") else None
-    return packed_linear.linear(x, weight, residual_TO=residual, gated=name == "gate_up", sizes=sizes)
+    norm = torch.ones(weight.num_inputs, device="cuda", dtype=x.dtype) if sizes and sizes.get("norm") else None
+    return packed_linear.linear(
+        x, weight, norm_weight_I=norm, residual_TO=residual, gated=name == "gate_up", sizes=sizes
+    )  # fmt: skip
 
 
 def compile_part(shapes: dict[str, tuple[int, int]], bits: int, rows: int, part: int) -> None:
-    """Every n-th kernel, into the cache that the measuring process reads."""
-    jobs = [
-        (name, shape, {**sizes, "early": early})
-        for name, shape in shapes.items()
-        for early in (0, 1, 2)
-        for sizes in ways_for(name, shape, rows, bits)
-        if not early or sizes["kernel"] == STREAM
-    ]
-    jobs.sort(key=lambda job: job[2]["early"])
-    for name, (num_in, num_out), sizes in itertools.islice(jobs, part, None, PROCESSES):
+    """Every n-th kernel, into the cache that the measuring process reads: first what is tried alone."""
+    first = [(name, sizes) for name, shape in shapes.items() for sizes in ways_for(name, shape, rows, bits)]
+    then = [(name, changed) for name, sizes in first for changed in changes_of(sizes, name)]
+    for name, sizes in [*first[part::PROCESSES], *then[part::PROCESSES]]:
+        num_in, num_out = shapes[name]
         words, pairs = packed_reference.shapes(num_out, num_in, bits=bits, group=128)
         weight = packed_reference.PackedWeight(
             torch.zeros(words, dtype=torch.int32, device="cuda"),
@@ -129,7 +163,8 @@ def rank_alone(name: str, shape: tuple[int, int], rows: int, bits: int) -> list[
     weights = weights_of(*shape, copies_for(shape[0] * shape[1] * bits // 8, 12), bits=bits, group=128)
     x = torch.randn(rows, shape[0], device="cuda").bfloat16()
     want = (x.double() @ packed_reference.dequantize(weights[0]).double().t()).chunk(2, -1)
-    right = torch.nn.functional.silu(want[0]) * want[1] if name == "gate_up" else torch.cat(want, -1)
+    is_gated = name == "gate_up" and rows <= packed_linear.MOST_FUSED
+    right = torch.nn.functional.silu(want[0]) * want[1] if is_gated else torch.cat(want, -1)
     del want
     found: list[tuple[float, str]] = []
     for sizes in [None, *ways_for(name, shape, rows, bits)]:
@@ -170,6 +205,7 @@ class Tuner:
         """Milliseconds of a replay with the table as it is; infinite where it does not run or is wrong."""
         try:
             rows = self.rows
+            self.runner.warm_up([(rows, 1)])
             graphs = make_graphs(self.runner, rows, [])
             graphs.sizes, graphs.shared_sizes = [rows], []  # no other is looked at
             graphs.even_sizes = [size for size in graphs.even_sizes if size == rows]
@@ -220,7 +256,7 @@ def main() -> int:
     parser.add_argument("--out", help="put what came out into this table")
     parser.add_argument("--seconds", type=float, default=60.0, help="then what was best so far is written")
     parser.add_argument("--attention", action="store_true", help="also sizes of attention for few rows")
-    parser.add_argument("--rows", type=int, default=1, choices=(1, 2, 4, 8))
+    parser.add_argument("--rows", type=int, default=1, choices=(1, 2, 4, 8, 64, 256))
     parser.add_argument("--best", type=int, default=3, help="sizes of each product that are tried in steps")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # "i:json": compile every n-th kernel of the shapes
     args = parser.parse_args()
@@ -240,7 +276,6 @@ def main() -> int:
     runner = make_runner(args.model, rows, 256, quantization=quantization, checkpoint=config)
     tuner = Tuner(runner, bits, rows)
     packed: dict[str, Sizes] = tuner.table["packed"]
-    runner.warm_up([(rows, 1)])
     best = tuner.measure()
     print(f"as it is: {best:.4f} ms, ready after {time.perf_counter() - began:.0f} s", flush=True)
     timeline(lambda: runner.graphs.run(rows))  # type: ignore[union-attr]
@@ -257,20 +292,24 @@ def main() -> int:
     for name, shape in shapes.items():
         key = tuner.key(shape)
         best = tuner.try_all(name, packed, key, ranked[name][: args.best], best, deadline)
-        if ranked[name] and packed[key]["kernel"] == STREAM:
-            again = [{**packed[key], "early": early} for early in (1, 2)]
-        else:  # what starts early may be faster although alone it was not
-            again = [{**sizes, "early": early} for sizes in ranked[name][:1] for early in (1, 2)]
-        best = tuner.try_all(name, packed, key, again, best, deadline)
+        tries = changes_of(packed[key], name) if key in packed else []
+        if ranked[name] and packed.get(key, {}).get("kernel") not in (STREAM, HOPPER):
+            tries = changes_of(ranked[name][0], name)  # what alone was not faster may be so with these
+        for changed in tries:
+            now = {**packed[key], **changed} if packed.get(key, {}).get("kernel") == changed["kernel"] else changed
+            best = tuner.try_all(name, packed, key, [now], best, deadline)
     tuner.measure()
     print(f"all: {best:.4f} ms", flush=True)
     timeline(lambda: runner.graphs.run(rows))  # type: ignore[union-attr]
-    chosen = {tuner.key(shape): packed[tuner.key(shape)] for shape in shapes.values()}
+    chosen = {key: packed[key] for key in map(tuner.key, shapes.values()) if key in packed}
     print(json.dumps(chosen), flush=True)
     if args.out:
         path = Path(args.out)
         whole = json.loads(path.read_text()) if path.exists() else {}
         whole.setdefault("packed", {}).update(chosen)
+        for kind in ("h128_one", "h128_lean"):
+            if kind in tuner.table["paged_attention"]:
+                whole["paged_attention"][kind] = tuner.table["paged_attention"][kind]
         path.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
     return 0
 

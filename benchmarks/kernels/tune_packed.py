@@ -48,7 +48,8 @@ HOPPER_WAYS = {  # groups of warps, tiles of each, tokens at once
     512: [(2, 4, 256), (2, 8, 128), (2, 4, 128)],
     1024: [(2, 4, 256), (2, 8, 128), (2, 4, 128)],
 }
-NUM_SMS = 132  # of the card: so many programs share all work evenly
+# that share all work evenly (0: one for each tile): all of the card, or as many as cut tiles into equal parts
+PROGRAMS = (0, 132, 128, 96)
 PROCESSES = 15
 UNFUSED_US = 2.0  # that a gate or an addition takes in a launch of its own
 LARGEST_ERROR = 4e-3  # of bf16 against float64
@@ -68,7 +69,7 @@ def _all_sizes(tokens: int, name: str, bits: int) -> Iterator[dict[str, int]]:
     for (tiles, warps, sync, at_once), splits in itertools.product(MANY_WAYS.get(tokens, ()), (1, 2, 4)):
         yield {"kernel": MANY, "tiles": tiles, "tokens": at_once, "splits": splits, "stages": 3, "warps": warps,
                "sync": sync}  # fmt: skip
-    for (wgs, tiles, at_once), programs in itertools.product(HOPPER_WAYS.get(tokens, ()), (0, NUM_SMS)):
+    for (wgs, tiles, at_once), programs in itertools.product(HOPPER_WAYS.get(tokens, ()), PROGRAMS):
         ring = {"kernel": HOPPER, "wgs": wgs, "tiles": tiles, "tokens": at_once, "programs": programs}
         fitting = packed_hopper.RING_BYTES // (bits // 4 * wgs * tiles * 576 + at_once * 128)
         yield ring | {"stages": min(8, fitting)}

@@ -118,6 +118,7 @@ def test_hopper_multiplies_tiles_that_are_filled_and_such_that_are_not(
     """Rows, columns, tokens of no whole tile, programs that begin inside a tile; twice: counters are left at zero."""
     sizes = {"kernel": packed_linear.HOPPER, "wgs": wgs, "tiles": tiles, "tokens": at_once, "stages": stages}
     sizes["programs"] = programs
+    sizes["late"] = int(programs == 3)
     for dtype, num_in, num_out, tokens in (
         (torch.bfloat16, 384, 1000, at_once + 7), (torch.float16, 2048, 264, at_once - 5), (torch.bfloat16, 128, 17, 1),
     ):  # fmt: skip

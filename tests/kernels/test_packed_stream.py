@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argosy.kernels import packed_linear, packed_reference, packed_stream
+from argosy.kernels import packed_linear, packed_reference, packed_stream, reference
 
 Near = Callable[[Tensor, Tensor], None]
 SIZES = {"kernel": packed_linear.STREAM, "warps": 16, "split": 4, "depth": 4}
@@ -66,6 +66,12 @@ def test_a_few_tokens_times_a_plain_weight(
     if packed_linear.can_gate(weight):
         gate, up = (want + bias.double()).chunk(2, -1)
         assert_near(packed_linear.linear(x, weight, bias, gated=True, sizes=ways), (F.silu(gate) * up).to(dtype))
+    norm = torch.rand(num_in, device="cuda").to(dtype) + 0.5  # with `parts` a launch of its own makes it
+    normed = reference.rms_norm(x, norm, 1e-5)
+    assert_near(
+        packed_linear.linear(x, weight, bias, norm_weight_I=norm, eps=1e-5, sizes=ways | {"norm": 1}),
+        (F.linear(normed.double(), plain) + bias.double()).to(dtype),
+    )
 
 
 @pytest.mark.gpu

@@ -280,7 +280,7 @@ class IntWeightMethod:
         return None if self._plain is None else self._plain.few_weight(layer)
 
     def apply_fused(self, layer: LinearLayer, x_TI: Tensor, fusion: Fusion) -> Tensor:
-        """One launch with the gate or the addition after it, and one for the norm before it."""
+        """One launch with the gate or the addition after it, and one for the norm before it, or none."""
         if self._plain is not None:
             return self._plain.apply_fused(layer, x_TI, fusion)
         return self._multiply(layer, x_TI, fusion)
@@ -289,13 +289,15 @@ class IntWeightMethod:
         assert self._weight is not None
         from argosy.kernels import packed_linear  # as above
 
-        if fusion.norm_weight_I is not None:
-            x_TI = ops.rms_norm(x_TI, fusion.norm_weight_I, fusion.eps)
+        norm_weight_I = fusion.norm_weight_I
         if self._order_J is not None:
+            if norm_weight_I is not None:
+                x_TI, norm_weight_I = ops.rms_norm(x_TI, norm_weight_I, fusion.eps), None
             x_TI = packed_linear.pick_inputs(x_TI, self._order_J)
         return packed_linear.linear(
-            x_TI, self._weight, layer.bias, residual_TO=fusion.residual_TO, gated=fusion.gated, out_TO=fusion.out_TO
-        )
+            x_TI, self._weight, layer.bias, norm_weight_I=norm_weight_I, eps=fusion.eps,
+            residual_TO=fusion.residual_TO, gated=fusion.gated, out_TO=fusion.out_TO,
+        )  # fmt: skip
 
 
 def _same(one: Tensor | None, other: Tensor | None) -> bool:
