@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +129,20 @@ def shapes_of(model: str) -> dict[str, tuple[int, int]]:
             "qkv": (width, (heads + 2 * facts["num_key_value_heads"]) * size), "o": (heads * size, width)}  # fmt: skip
 
 
+@cache
+def made_once(rows: int, columns: int, value: float) -> torch.Tensor:
+    """Making it would be timed, too."""
+    return torch.full((rows, columns), value, device="cuda", dtype=torch.bfloat16)
+
+
 def run_as_in_a_layer(
     name: str, x: torch.Tensor, weight: packed_reference.PackedWeight, sizes: Sizes | None
 ) -> torch.Tensor:
     """With the gate or the residual that it has there."""
     if len(x) > packed_linear.MOST_FUSED:
         return packed_linear.linear(x, weight, sizes=sizes)
-    residual = x.new_zeros(len(x), weight.num_outputs) if name in ("o", "down") else None
-    norm = torch.ones(weight.num_inputs, device="cuda", dtype=x.dtype) if sizes and sizes.get("norm") else None
+    residual = made_once(len(x), weight.num_outputs, 0.0) if name in ("o", "down") else None
+    norm = made_once(1, weight.num_inputs, 1.0)[0] if sizes and sizes.get("norm") else None
     return packed_linear.linear(
         x, weight, norm_weight_I=norm, residual_TO=residual, gated=name == "gate_up", sizes=sizes
     )  # fmt: skip
@@ -158,6 +165,14 @@ def compile_part(shapes: dict[str, tuple[int, int]], bits: int, rows: int, part:
             print("skipped", sizes, str(error)[:80], flush=True)
 
 
+def fresh(run: Any, name: str, x: torch.Tensor, *rest: Any) -> torch.Tensor:
+    """What it makes of a residual of zeros."""
+    if name in ("o", "down"):
+        made_once(len(x), rest[0].num_outputs, 0.0).zero_()
+    made: torch.Tensor = run(name, x, *rest)
+    return made
+
+
 def rank_alone(name: str, shape: tuple[int, int], rows: int, bits: int) -> list[Sizes]:
     """All that is right, the fastest alone first."""
     weights = weights_of(*shape, copies_for(shape[0] * shape[1] * bits // 8, 12), bits=bits, group=128)
@@ -170,7 +185,7 @@ def rank_alone(name: str, shape: tuple[int, int], rows: int, bits: int) -> list[
     for sizes in [None, *ways_for(name, shape, rows, bits)]:
         try:
             off = max(
-                float((run_as_in_a_layer(name, x, weights[0], sizes).double() - right).norm() / right.norm())
+                float((fresh(run_as_in_a_layer, name, x, weights[0], sizes).double() - right).norm() / right.norm())
                 for _ in range(3)
             )
             calls = [lambda w=w, s=sizes: run_as_in_a_layer(name, x, w, s) for w in weights]  # type: ignore[misc]
