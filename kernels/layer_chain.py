@@ -202,7 +202,7 @@ def _trap_if_late(began):
 @gluon.jit
 def _look(box_ptr, column, stamp, SIZE: gl.constexpr, SENDERS: gl.constexpr, DTYPE: gl.constexpr):
     """(sum of what the senders wrote, float32; whether any word is of another turn)."""
-    inside = column < SIZE
+    inside = (column >= 0) & (column < SIZE)
     wrong = column * 0
     total = wrong.to(gl.float32)
     for sender in gl.static_range(SENDERS):  # in the same order on all ranks: the same bits
@@ -215,12 +215,20 @@ def _look(box_ptr, column, stamp, SIZE: gl.constexpr, SENDERS: gl.constexpr, DTY
 
 @gluon.jit
 def _receive(
-    box_ptr, column, stamp, SIZE: gl.constexpr, SENDERS: gl.constexpr, DTYPE: gl.constexpr, WAIT: gl.constexpr,
+    box_ptr, column, stamp, SIZE: gl.constexpr, SENDERS: gl.constexpr, DTYPE: gl.constexpr, NUM_WARPS: gl.constexpr,
+    WAIT: gl.constexpr,
 ):  # fmt: skip
     """The sum of what all senders wrote in this turn."""
+    if WAIT:
+        # a few words first, of the tiles dealt last: to read all again and again would hold up the weights
+        began = _now(stamp)
+        probe = SIZE - 1 - gl.arange(0, 32 * NUM_WARPS, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
+        _, late = _look(box_ptr, probe, stamp, SIZE, SENDERS, DTYPE)
+        while late > 0:
+            _, late = _look(box_ptr, probe, stamp, SIZE, SENDERS, DTYPE)
+            _trap_if_late(began)
     total, late = _look(box_ptr, column, stamp, SIZE, SENDERS, DTYPE)
     if WAIT:
-        began = _now(stamp)
         while late > 0:
             total, late = _look(box_ptr, column, stamp, SIZE, SENDERS, DTYPE)
             _trap_if_late(began)
@@ -273,7 +281,7 @@ def _chain_kernel(
     own_box = gl.multiple_of(gl.load(bases_ptr + rank).to(gl.pointer_type(gl.int32)), 64) + inbox
     norm = gl.load(norm_ptr + column, mask=inside, other=0.0).to(gl.float32)
     before = gl.load(residual_ptr + column, mask=inside, other=0.0).to(gl.float32)
-    r = (_receive(own_box, column, stamp, HIDDEN, WORLD, DTYPE, WAIT) + before).to(DTYPE)
+    r = (_receive(own_box, column, stamp, HIDDEN, WORLD, DTYPE, num_warps, WAIT) + before).to(DTYPE)
     kept.store(r)
     x = r.to(gl.float32)
     x = (x * (1.0 / gl.sqrt(gl.sum(x * x, 0) / HIDDEN + eps)) * norm).to(DTYPE).to(gl.float32)
@@ -285,7 +293,7 @@ def _chain_kernel(
     # down
     d_layout: gl.constexpr = tile_layout(SLOT // power_of_two(INNER), power_of_two(INNER), num_warps)
     inner_column = gl.arange(0, power_of_two(INNER), gl.SliceLayout(0, d_layout))
-    x = _receive(inner_ptr, inner_column, stamp, INNER, 1, DTYPE, WAIT)
+    x = _receive(inner_ptr, inner_column, stamp, INNER, 1, DTYPE, num_warps, WAIT)
     _multiply(
         ring, x, num_o + num_u, first_d, num_d, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, bases_ptr, inner_ptr,
         inbox + (WORLD + rank) * HIDDEN, stamp, HIDDEN, INNER, 1, TO_ALL, False,
@@ -302,7 +310,7 @@ def _chain_kernel(
         inside = column < HIDDEN
         norm = gl.load(next_norm_ptr + column, mask=inside, other=0.0).to(gl.float32)
         before = kept.load(gl.SliceLayout(0, q_layout)).to(gl.float32)
-        r = (_receive(down_box, column, stamp, HIDDEN, WORLD, DTYPE, WAIT) + before).to(DTYPE)
+        r = (_receive(down_box, column, stamp, HIDDEN, WORLD, DTYPE, num_warps, WAIT) + before).to(DTYPE)
         gl.store(residual_ptr + column, r, mask=inside & (program == 0))
         x = r.to(gl.float32)
         x = (x * (1.0 / gl.sqrt(gl.sum(x * x, 0) / HIDDEN + next_eps)) * norm).to(DTYPE).to(gl.float32)
@@ -314,14 +322,14 @@ def _chain_kernel(
             WORLD, SEEN, HIDDEN, INNER, QKV, SLOT, STAGES, PROGRAMS, num_warps, 3,
         )  # fmt: skip
     elif program == 0:
-        before = kept.load(gl.SliceLayout(0, layout)).to(gl.float32)
-        r = (_receive(down_box, column, stamp, HIDDEN, WORLD, DTYPE, WAIT) + before).to(DTYPE)
-        gl.store(residual_ptr + column, r, mask=inside)
+        held = kept.load(gl.SliceLayout(0, layout)).to(gl.float32)
+        after = (_receive(down_box, column, stamp, HIDDEN, WORLD, DTYPE, num_warps, WAIT) + held).to(DTYPE)
+        gl.store(residual_ptr + column, after, mask=inside)
         if NORM:
-            x = r.to(gl.float32)
-            norm = gl.load(next_norm_ptr + column, mask=inside, other=0.0).to(gl.float32)
-            x = x * (1.0 / gl.sqrt(gl.sum(x * x, 0) / HIDDEN + next_eps)) * norm
-            gl.store(out_ptr + column, x.to(DTYPE), mask=inside)
+            y = after.to(gl.float32)
+            weight = gl.load(next_norm_ptr + column, mask=inside, other=0.0).to(gl.float32)
+            y = y * (1.0 / gl.sqrt(gl.sum(y * y, 0) / HIDDEN + next_eps)) * weight
+            gl.store(out_ptr + column, y.to(DTYPE), mask=inside)
 
 
 def inbox_words(world: int, hidden: int) -> int:

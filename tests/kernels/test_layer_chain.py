@@ -49,7 +49,23 @@ def _operator(name: str) -> Callable[[Numbers, Any], Any]:
     return apply
 
 
-for _name in ["add", "radd", "sub", "mul", "rmul", "truediv", "rtruediv", "or", "and", "xor", "lt", "gt", "ge", "ne"]:
+for _name in [
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "truediv",
+    "rtruediv",
+    "or",
+    "and",
+    "xor",
+    "lt",
+    "gt",
+    "ge",
+    "ne",
+]:
     setattr(Numbers, f"__{_name}__", _operator(f"__{_name}__"))
 
 
