@@ -68,8 +68,8 @@ class DecodeTables:
         self.num_computed_N = torch.zeros(num, dtype=torch.int32, device=device)
         self.block_table_NGB = torch.zeros((num, num_groups, batch.max_blocks), dtype=torch.int32, device=device)
         pinned = device.type == "cuda"
-        # rows: handles | tokens that aren't the last ones sampled (none so far) | tokens of a prefix that it shares
-        # with others | rows with long contexts first | new blocks of each group
+        # handles | tokens that aren't the last ones sampled | tokens of a prefix that a row shares | rows with long
+        # contexts first | new blocks of each group
         count, num_controls = max(NUM_CONTROL_BUFFERS, batch.max_steps_in_flight + 1), NEW_BLOCKS + num_groups
         self._controls = [
             torch.full((num_controls, max_rows), -1, dtype=torch.int32, pin_memory=pinned) for _ in range(count)
@@ -145,8 +145,9 @@ class DecodeTables:
         num_padded: int,
         order_R: np.ndarray,
         shared_R: np.ndarray | None = None,
+        tokens_R: np.ndarray | None = None,
     ) -> None:
-        """One copy to the device, in stream order. `order_R`: the rows, those with long contexts first."""
+        """One copy to the device. `order_R`: rows with long contexts first; `tokens_R`: next tokens, -1: as sampled."""
         turn = self._turn = (self._turn + 1) % len(self._controls)
         if self._sent:
             self._sent[turn].synchronize()
@@ -157,6 +158,7 @@ class DecodeTables:
         host[ORDER, :count] = order_R
         host[ORDER, count:num_padded] = self._places_R[count:num_padded]
         host[NEW_BLOCKS:, :count] = blocks_GR
+        host[TOKENS, :count] = -1 if tokens_R is None else tokens_R
         if shared_R is not None:
             host[SHARED, :count] = shared_R
             host[SHARED, count:num_padded] = 0
@@ -330,7 +332,8 @@ class CUDAGraphRunner:
             self._order_R = np.argsort(-start_R, kind="stable")  # all grow by one token until the rows change
             self._is_even = is_even(start_R)
         size = self._size(count)
-        self.tables.send(handles_R, blocks_GR, size, self._order_R, self._shared_R)
+        tokens_R = None if same_rows else batch.known_tokens(handles_R, start_R)  # a prompt's last piece may be one
+        self.tables.send(handles_R, blocks_GR, size, self._order_R, self._shared_R, tokens_R)
         return StepInputs(
             handles_R=handles_R,
             num_tokens_R=None,
@@ -394,7 +397,4 @@ def is_even(lengths_R: np.ndarray) -> bool:
 
 def _sizes_of(sizes: list[int], max_rows: int) -> np.ndarray:
     """The recorded size for each number of rows."""
-    size_of = np.zeros(max_rows + 1, dtype=np.int64)
-    for size in reversed(sizes):
-        size_of[: size + 1] = size
-    return size_of
+    return np.asarray([next((size for size in sizes if size >= num_rows), 0) for num_rows in range(max_rows + 1)])

@@ -193,6 +193,14 @@ class InputBatch:
             num_decode_rows, sample_rows_S, False,
         )  # fmt: skip
 
+    def known_tokens(self, handles_R: IntArray, start_R: IntArray) -> IntArray | None:
+        """Tokens of these requests at these places, -1 where only the device knows them; None: the host knows none."""
+        known_R = start_R < self.num_known_N[handles_R]
+        if not known_R.any():
+            return None
+        token_ids_R = self._flat_tokens[handles_R * self.token_ids_NL.shape[1] + start_R]
+        return np.where(known_R, token_ids_R, -1)
+
     def lay_tokens(
         self, handles_R: IntArray, num_tokens_R: IntArray, tokens_T: IntArray, positions_T: IntArray, slots_GT: IntArray
     ) -> None:

@@ -148,6 +148,17 @@ def test_graphs_and_eager_steps_give_transformers_tokens_in_float32(
     assert regret_of(exact, best) < 1e-3
 
 
+def test_a_last_piece_of_one_token_is_read_from_the_prompt(folders: dict[str, Path]) -> None:
+    """One token more than steps may have: the last one looks like a row that decodes, but nobody sampled it."""
+    rng = random.Random(11)
+    prompts = [[rng.randrange(3, 1000) for _ in range(length)] for length in (65, 129, 64, 66)]
+    params = SamplingParams(temperature=0.0, max_tokens=NUM_NEW, ignore_eos=True, detokenize=False)
+    with engine(folders["llama"], dtype="float32") as llm:
+        made = [llm.generate([prompt], params, use_tqdm=False)[0].outputs[0].token_ids for prompt in prompts]
+    sequences = [[*prompt, *new] for prompt, new in zip(prompts, made, strict=True)]
+    assert regret_of(*score(folders["llama"], sequences, torch.float32)) < 1e-3
+
+
 def test_drawn_tokens_are_the_same_again(folders: dict[str, Path], prompts: list[list[int]]) -> None:
     """A seed, whatever else runs beside."""
     params = SamplingParams(temperature=0.9, top_p=0.9, seed=5, max_tokens=16, ignore_eos=True, n=3, detokenize=False)

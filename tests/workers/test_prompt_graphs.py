@@ -152,6 +152,30 @@ def test_recorded_steps_say_what_transformers_says(family: str, folders: dict[st
     assert sum(graph.count for graph in ranks.recorder.made) > 10
 
 
+@pytest.mark.parametrize("beside", [0, 2])
+def test_a_last_piece_of_one_token_is_read_from_the_prompt(beside: int, folders: dict[str, Path]) -> None:
+    """It looks like a row that decodes, alone or among such rows, but its token is not one that was sampled: so after
+    prompts a step and one token long, and after losses, when a request comes back with all it had said."""
+    config = make_config(folders["llama"], max_num_batched_tokens=24)
+    lengths = [length + step for length in (24 - beside, 2 * (24 - beside)) for step in (0, 1, 2)]
+    rng = random.Random(beside)
+    prompts = [[rng.randrange(100) for _ in range(length)] for length in lengths]
+    want = transformers_greedy(folders["llama"], prompts, 5)
+    ranks = Recorded(config, 128)
+    run = Run(ranks, config, 128)
+    others = [run.add(greedy([1 + number], 80, stream_id=100 + number))[0] for number in range(beside)]
+    run.step()
+    run.step()
+    requests = []
+    for number, prompt in enumerate(prompts):
+        requests += run.add(greedy(prompt, 5, stream_id=number))
+        for _ in range(12):
+            run.step()
+    assert answers(requests) == want
+    run.finish()
+    assert [len(ids) for ids in answers(others)] == [80] * beside
+
+
 def test_a_prefix_is_found_and_drawn_tokens_are_the_same(folders: dict[str, Path]) -> None:
     """Requests of one beginning, drawn by seeds, with log probabilities: what an eager rank gives, token by token."""
     rng = random.Random(5)
