@@ -57,7 +57,11 @@ class VocabParallelEmbedding(nn.Module):
     def forward(self, token_ids_T: Tensor) -> Tensor:
         """[T, D]."""
         if self.parallel.tp_size == 1:
-            return F.embedding(token_ids_T, self.weight)
+            if not self.weight.is_cuda:
+                return F.embedding(token_ids_T, self.weight)
+            # torch's kernel for up to 16 rows takes 8 us for 8 of them, ours 2 (H200)
+            out_TD = self.weight.new_empty((token_ids_T.shape[0], self.weight.shape[1]))
+            return ops.embed_share(token_ids_T, self.weight, 0, out_TD)
         local_T = token_ids_T - self.share.first
         foreign_T = (local_T < 0) | (local_T >= self.share.rows)
         x_TD = F.embedding(local_T.masked_fill(foreign_T, 0), self.weight)
