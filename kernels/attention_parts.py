@@ -74,10 +74,10 @@ def angles(
 
 
 @triton.jit
-def turn(x_ptr, inside, dim, partner, weight, other_weight, cos, sin, eps, H: tl.constexpr, NORM: tl.constexpr):
-    """Norm and rotate heads: x_ptr [X, 1] points at them, `partner` [W] is the other dimension of a pair. [X, W]."""
-    x = tl.load(x_ptr + dim[None, :], inside, other=0.0).to(tl.float32)
-    other = tl.load(x_ptr + partner[None, :], inside, other=0.0).to(tl.float32)
+def turn(x, other, weight, other_weight, cos, sin, eps, H: tl.constexpr, NORM: tl.constexpr):
+    """Norm and rotate heads: x [X, W], and the other dimension of each one's pair."""
+    x = x.to(tl.float32)
+    other = other.to(tl.float32)
     if NORM:
         scale = 1.0 / tl.sqrt(tl.sum(x * x, 1) / H + eps)
         x *= scale[:, None] * weight[None, :]

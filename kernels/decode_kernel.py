@@ -151,13 +151,19 @@ def paged_attention_kernel(
     total = tl.zeros((GROUP,), tl.float32)
     acc = tl.zeros((GROUP, WIDTH), tl.float32)
     if NEW:
-        q = turn(q_head, in_tile, dim, partner, q_weight, q_other, cos, sin, eps, H, NORM_Q)
-        q = q.to(out_ptr.dtype.element_ty)
+        # all loads first: one trip to memory, not one for each that is waited for
+        one = tl.zeros((1, 1), tl.int64)
+        new_k = q_ptr + row * stride_q + (K * G + kv_head) * H + one
+        in_new = (dim < tl.where(split == 0, H, 0))[None, :]
+        q_raw = tl.load(q_head + dim[None, :], in_tile, other=0.0)
+        q_pair = tl.load(q_head + partner[None, :], in_tile, other=0.0)
+        k_raw = tl.load(new_k + dim[None, :], in_new, other=0.0)
+        k_pair = tl.load(new_k + partner[None, :], in_new, other=0.0)
+        v_raw = tl.load(new_k + K * H + dim[None, :], in_new, other=0.0)
+        q = turn(q_raw, q_pair, q_weight, q_other, cos, sin, eps, H, NORM_Q).to(out_ptr.dtype.element_ty)
         if split == 0:
-            one = tl.zeros((1, 1), tl.int64)
-            new_k = q_ptr + row * stride_q + (K * G + kv_head) * H + one
-            k_row = turn(new_k, (dim < H)[None, :], dim, partner, k_weight, k_other, cos, sin, eps, H, NORM_K)
-            v_row = tl.load(new_k + K * H + dim[None, :], (dim < H)[None, :], other=0.0)
+            k_row = turn(k_raw, k_pair, k_weight, k_other, cos, sin, eps, H, NORM_K)
+            v_row = v_raw
             if KV_SCALES:
                 v_row = v_row.to(tl.float32)
                 k_code = code_of(tl.max(magnitude(k_row)), k_cache_ptr)

@@ -31,21 +31,22 @@ LAYERS = 6
 KEEP = 0.998  # of the time before, or a change is noise
 CONTEXTS = (192, 320)  # decode rows of the benchmark go from 128 to 384
 ATTENTION = (  # tokens of a tile, least piece, programs a multiprocessor, stages, warps
-    (128, 512, 1, 5, 4), (128, 128, 2, 3, 4), (64, 128, 2, 3, 4), (64, 64, 4, 3, 4), (64, 256, 1, 3, 4),
-    (64, 128, 2, 3, 2), (32, 32, 8, 3, 2), (32, 64, 4, 3, 2), (64, 64, 4, 3, 2), (128, 128, 2, 2, 4),
+    (128, 512, 1, 5, 4), (128, 512, 1, 3, 8), (128, 512, 1, 2, 8), (64, 512, 1, 5, 4), (64, 512, 1, 4, 8),
+    (64, 512, 1, 3, 4), (64, 512, 1, 6, 8), (256, 512, 1, 2, 8), (128, 128, 2, 3, 8), (64, 128, 2, 4, 8),
+    (64, 64, 4, 3, 2), (32, 512, 1, 6, 4),
 )  # fmt: skip
 FP8 = "8b-fp8"
 PRODUCTS = {  # rows, width, stages, pieces of the inputs, first weights before the wait, early
     "8b": {
-        "qkv": ((64, 128, 6, 1, 0, 0), (64, 128, 6, 1, 1, 0), (64, 256, 4, 1, 1, 0), (64, 128, 4, 2, 0, 0),
-                (64, 128, 4, 2, 1, 0), (64, 128, 6, 1, 0, 1), (64, 128, 6, 1, 1, 1)),
-        "o": ((64, 256, 4, 1, 0, 0), (64, 256, 4, 1, 1, 0), (64, 128, 6, 2, 0, 0), (64, 128, 6, 2, 1, 0),
-              (64, 256, 4, 2, 1, 0), (64, 128, 4, 4, 1, 0), (64, 256, 3, 1, 1, 0)),
-        "gate_up": ((128, 128, 4, 1, 0, 0), (128, 128, 4, 1, 1, 0), (128, 128, 3, 1, 0, 0), (128, 128, 3, 1, 1, 0),
-                    (128, 64, 6, 1, 1, 0), (64, 128, 4, 1, 1, 0), (64, 128, 3, 1, 0, 0), (128, 64, 5, 1, 0, 0)),
-        "down": ((64, 128, 6, 2, 0, 0), (64, 128, 6, 2, 1, 0), (64, 256, 4, 2, 0, 0), (64, 256, 4, 2, 1, 0),
-                 (64, 128, 4, 4, 0, 0), (64, 128, 4, 4, 1, 0), (64, 256, 3, 2, 1, 0)),
-        "head": ((128, 128, 4, 1, 0, 0), (128, 128, 3, 1, 0, 0), (64, 128, 4, 1, 0, 0), (64, 256, 3, 1, 0, 0)),
+        "qkv": ((64, 128, 6, 1, 0, 0), (64, 128, 4, 1, 0, 0), (64, 128, 4, 1, 1, 0), (64, 128, 4, 1, 0, 1),
+                (64, 128, 4, 1, 1, 1), (64, 256, 4, 1, 0, 0), (64, 64, 8, 1, 0, 1)),
+        "o": ((64, 256, 4, 1, 0, 0), (64, 128, 4, 2, 0, 0), (64, 128, 4, 2, 1, 0), (64, 128, 4, 2, 0, 1),
+              (64, 128, 4, 2, 1, 1), (64, 128, 6, 1, 0, 0)),
+        "gate_up": ((128, 64, 5, 1, 0, 0), (128, 64, 5, 1, 0, 1), (128, 64, 4, 1, 0, 0), (128, 64, 4, 1, 0, 1),
+                    (128, 128, 3, 1, 0, 0), (128, 64, 6, 1, 0, 0)),
+        "down": ((64, 128, 6, 2, 0, 0), (64, 128, 4, 4, 0, 0), (64, 128, 4, 4, 0, 1), (64, 128, 4, 2, 0, 1),
+                 (64, 128, 4, 2, 1, 1), (64, 64, 6, 4, 0, 0), (64, 128, 3, 4, 0, 0)),
+        "head": ((128, 128, 4, 1, 0, 0),),
     },
     "06b": {
         "qkv": ((64, 128, 6, 1, 0, 0), (64, 128, 6, 1, 1, 0), (64, 128, 4, 2, 0, 0), (64, 128, 4, 2, 1, 0),
@@ -75,9 +76,11 @@ PRODUCTS = {  # rows, width, stages, pieces of the inputs, first weights before 
 def tries_of(model: str, name: str) -> Iterator[Sizes]:
     """What a product may take."""
     for height, width, stages, splits, first, early in PRODUCTS[model][name]:
-        yield {"kernel": gemv.SPLIT, "rows": height, "width": width, "stages": stages, "warps": 4, "splits": splits,
-               "prefetch": 512, "first": first, "early": early, "library": 0,
-               "norm": int(name in ("o", "down"))}  # fmt: skip
+        sizes = {"kernel": gemv.SPLIT, "rows": height, "width": width, "stages": stages, "warps": 4, "splits": splits,
+                 "prefetch": 512, "first": first, "early": early, "library": 0}  # fmt: skip
+        if name in ("o", "down"):
+            yield {**sizes, "norm": 1}
+        yield sizes
 
 
 def attention_tries() -> Iterator[Sizes]:
@@ -93,14 +96,16 @@ def shapes_of(model: str) -> dict[str, tuple[int, int]]:
             "down": (wide, hidden), "head": (hidden, vocabulary)}  # fmt: skip
 
 
-def compile_part(index: int, of: int, model: str, rows: int) -> None:
+def compile_part(index: int, of: int, model: str, rows: int, *, only: bool) -> None:
     """Every kernel that will be timed, run once; this process does each `of`-th."""
     hidden, _, heads, kv_heads, _, _, qk_norm = STEPS[model.partition("-")[0]]
     norm, x = rand(hidden), rand(rows, hidden)
     squares = torch.ones(-(-hidden // 64), gemv_split.tile_of(rows), device="cuda")
     calls = []
     for name, (num_in, num_out) in shapes_of(model).items():
-        for sizes in tries_of(model, name):
+        for sizes in () if only else tries_of(model, name):
+            if name in ("o", "down") and "norm" not in sizes:
+                continue  # both are compiled with the other
             calls.append(lambda a=(name, num_in, num_out, sizes): product(*a))
     for sizes in attention_tries():
         calls.append(lambda s=sizes: attend(s))
@@ -166,11 +171,12 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--out", required=True, help="the table to read and write")
     parser.add_argument("--seconds", type=float, default=60, help="what is not tried by then is left")
+    parser.add_argument("--attention", action="store_true", help="nothing but attention, products as they are")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": be one of the compiling processes
     args = parser.parse_args()
     if args.compile_part:
         index, of = map(int, args.compile_part.split("/"))
-        compile_part(index, of, args.model, args.rows)
+        compile_part(index, of, args.model, args.rows, only=args.attention)
         return 0
     began, workers = time.perf_counter(), min(20, os.cpu_count() or 1)
     others = [subprocess.Popen([sys.executable, *sys.argv, "--compile-part", f"{i}/{workers}"]) for i in range(workers)]
@@ -186,43 +192,70 @@ def main() -> int:
         lines(f"{rows} rows as they are", chain.step.of(rows, CONTEXTS[-1]))
     print(f"as it is, contexts {CONTEXTS}: {chain.times()}", flush=True)
     bucket = 1 if args.rows == 1 else 16
-    for name in ("o", "down", "qkv", "gate_up"):  # by one kernel, and the norms between
-        num_in, num_out = shapes_of(args.model)[name]
-        table[kernel][f"{num_in}x{num_out}x{bucket}"] = next(tries_of(args.model, name))
-    check(chain)
-    print(f"norms ahead, the first sizes of each: {chain.times()}", flush=True)
-    lines(f"{args.rows} rows, norms ahead", chain.runs[-1])
-    now = sum(chain.times())
     kind = "h128_some" if args.rows > 1 else "h128_few"
     slots = [(table["paged_attention"], kind, "attention", list(attention_tries()))]
-    for name in ("down", "o", "gate_up", "qkv", *(["head"] if args.rows > 1 else [])):
+    starts = [{}] if args.attention else [{}, {"new": 1}, {"new": 1, "early": 1}]
+    for name in () if args.attention else ("down", "o", "gate_up", "qkv", *(["head"] if args.rows > 1 else [])):
         num_in, num_out = shapes_of(args.model)[name]
         own = table["gemv" if name == "head" else kernel]
         slots.append((own, f"{num_in}x{num_out}x{bucket}", name, list(tries_of(args.model, name))))
-    for entries, key, name, tries in (*slots[1:], *slots[:1], *slots[1:]):
-        for sizes in tries:
-            if time.perf_counter() - began > args.seconds or entries.get(key) == sizes:
-                continue
-            old = entries.get(key)
-            entries[key] = sizes
-            try:
-                times = chain.times()
-            except Exception as error:  # too large a program
-                print(f"    {name} {short(sizes)} {str(error)[:80]}", flush=True)
-                times = [1e9]
-            kept = sum(times) < now * KEEP
-            if kept:
-                now = sum(times)
-            elif old is None:
-                del entries[key]
-            else:
-                entries[key] = old
-            told = " ".join(f"{t:.1f}" for t in times)
-            print(f"    {name} {told} {short(sizes)}{' kept' if kept else ''}", flush=True)
-        Path(args.out).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
-    lines(f"{args.rows} rows at the end", chain.runs[-1])
-    print(f"{args.model} {args.rows} rows: {chain.times()}; {time.perf_counter() - began:.1f} s", flush=True)
+    begin, best, best_table = json.dumps(table), float("inf"), ""
+    if args.model != FP8:
+        chain.use(new=True)  # norms as the sizes say
+    for number, start in enumerate(starts):
+        for part, entries in json.loads(begin).items():
+            table[part].clear()
+            table[part].update(entries)
+        if start.get("new"):  # norms with the products, by the first sizes of each, or the first that end early
+            for entries, key, name, tries in slots[1:]:
+                if name != "head":
+                    entries[key] = next((t for t in tries if t["early"] == start.get("early", 0)), tries[0])
+            check(chain)
+        now = sum(chain.times())
+        until = began + args.seconds - (args.seconds - 25) / len(starts) * (len(starts) - 1 - number)
+        print(f"start {number}: {now:.1f} of both", flush=True)
+        improve(chain, slots, now, until)
+        if sum(chain.times()) < best:
+            best, best_table = sum(chain.times()), json.dumps(table, indent=1, sort_keys=True)
+            Path(args.out).write_text(best_table + "\n")
+        print(f"start {number} came to {chain.times()}", flush=True)
+        for entries, key, name, _ in slots:
+            print(f"    {name} {short(entries.get(key, {}))}", flush=True)
+        lines(f"{args.rows} rows, start {number}", chain.runs[-1])
+    print(f"{args.model} {args.rows} rows: {best:.1f} of both; {time.perf_counter() - began:.1f} s", flush=True)
     return 0
+
+
+Slot = tuple[dict[str, Sizes], str, str, list[Sizes]]  # where its sizes stand, under which key, its name, what to try
+
+
+def improve(chain: "Chain", slots: list[Slot], now: float, until: float) -> None:
+    """Change one thing at a time while that helps; what looks better is looked at twice."""
+    changed = True
+    while changed and time.perf_counter() < until:
+        changed = False
+        for entries, key, name, tries in slots:
+            for sizes in tries:
+                if time.perf_counter() > until or entries.get(key) == sizes:
+                    continue
+                old = entries.get(key)
+                entries[key] = sizes
+                try:
+                    times = chain.times()
+                    kept = sum(times) < now * KEEP
+                    again = sum(chain.times()) if kept else 0.0
+                    kept = kept and again < now * KEEP
+                except Exception as error:  # too large a program
+                    print(f"    {name} {short(sizes)} {str(error)[:80]}", flush=True)
+                    times, kept, again = [1e9], False, 0.0
+                told = " ".join(f"{t:.1f}" for t in times)
+                print(f"    {name} {told} {short(sizes)}{' kept' if kept else ''}", flush=True)
+                if kept:
+                    now, changed = max(sum(times), again), True
+                elif old is None:
+                    del entries[key]
+                else:
+                    entries[key] = old
 
 
 def lines(title: str, run: Callable[[], object]) -> None:
