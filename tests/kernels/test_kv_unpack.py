@@ -95,6 +95,66 @@ def test_attention_over_them_is_that_of_the_cache(
         assert_near(got, want)
 
 
+def test_nothing_is_written_before_a_window_and_behind_a_context(
+    device: torch.device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks that a window has left may be another request's: no byte of them is read into the step."""
+    block_size, mark = 16, -77.0
+    k_cache, v_cache, table = make_caches(torch.int8, block_size, 2, 64, device)
+    lengths = torch.tensor(CONTEXTS, dtype=torch.int32, device=device)
+    lowest = torch.tensor([0, 4, 37, 59], dtype=torch.int32, device=device)
+    room = kv_unpack.make_room(lengths, table, block_size, sum(CONTEXTS))
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda *shape, **kind: empty(*shape, **kind).fill_(mark))
+    for made in kv_unpack.unpack(k_cache, v_cache, table, lengths, lowest, room, torch.float16):
+        for row, (low, length) in enumerate(zip(lowest.tolist(), CONTEXTS, strict=True)):
+            blocks = -(-length // block_size)
+            tokens = made[room.table_RB[row, :blocks].long()].flatten(0, 1)
+            is_marked = (tokens == mark).flatten(1).all(1).tolist()
+            assert is_marked == [not low <= place < length for place in range(blocks * block_size)]
+
+
+def test_layers_with_and_without_a_window_share_a_step(device: torch.device, assert_near: Near) -> None:
+    """What the first layer worked out for its window is not another window's."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    k_cache, v_cache, table = make_caches(torch.int8, 16, 2, 64, device)
+    lengths = torch.tensor(CONTEXTS, dtype=torch.int32, device=device)
+    starts = torch.tensor([0, *QUERIES], device=device).cumsum(0).int()
+    q = torch.randn(sum(QUERIES), 4, 64, device=device).to(dtype)
+    clean = (without_nan(k_cache), without_nan(v_cache))
+    sizes = {"block_m": 16, "block_l": 16, "warps": 4, "stages": 1} if device.type == "cpu" else None
+    attention = partial(prefill_attention.prefill_attention, scale=0.15, sizes=sizes)
+    scratch: dict[Any, Any] = {}
+    for window in (None, 7):
+        want = reference.prefill_attention(
+            q.float(), *clean, starts, lengths, table, scale=0.15, sliding_window=window
+        ).to(dtype)
+        got = kv_unpack.attend(
+            attention, q, k_cache, v_cache, starts, lengths, table, num_context_tokens=sum(CONTEXTS),
+            scratch=scratch, sliding_window=window,
+        )  # fmt: skip
+        assert_near(got, want)
+
+
+def test_blocks_of_a_cache_beyond_two_gib_are_found(device: torch.device) -> None:
+    """Numbers of such places take more than 32 bits. Nearly all of its pages are never touched."""
+    block_size, heads, size = 16, 2, 64
+    each = kv_scales.block_bytes(block_size, heads, size)
+    num_blocks = (1 << 31) // each + 40
+    table = torch.tensor([[num_blocks - 3, num_blocks - 20]], dtype=torch.int32, device=device)
+    raw = torch.zeros(num_blocks, each, dtype=torch.uint8, device=device)
+    cache = kv_scales.as_scaled_cache(raw, block_size, heads, size, torch.int8)
+    slots = (table[0].long()[:, None] * block_size + torch.arange(block_size, device=device)).flatten()
+    kv_scales.store(torch.randn(len(slots), heads, size, device=device), cache, slots)
+    lengths = torch.tensor([2 * block_size], dtype=torch.int32, device=device)
+    room = kv_unpack.make_room(lengths, table, block_size, 2 * block_size)
+    k, v = kv_unpack.unpack(cache, cache, table, lengths, torch.zeros_like(lengths), room, torch.float16)
+    want = kv_scales.gather(cache, table[0].long()).half()
+    assert want.any()
+    assert torch.equal(k[:2], want)
+    assert torch.equal(v[:2], want)
+
+
 def test_prompts_take_that_way(device: torch.device, assert_near: Near, monkeypatch: pytest.MonkeyPatch) -> None:
     """The door of prompts, told that it pays: the rows are unpacked, and attended to once, in 16 bits or 32."""
     monkeypatch.setattr(kv_unpack, "pays", lambda q, cache, rows, tokens, **_: cache.element_size() == 1 and tokens > 0)
@@ -141,6 +201,7 @@ def test_it_is_done_where_keys_are_read_often_enough(monkeypatch: pytest.MonkeyP
     assert not pays(8192, 8, 8192, torch.zeros(4, 16, 8, 128, dtype=torch.bfloat16))
     assert pays(8192, 1, 65_000)
     assert not pays(8192, 1, 70_000)  # no room
+    assert not pays(8192, 1, 65_530)  # nor for the rest of its last block
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     assert not pays(8192, 8, 8192)
 

@@ -77,8 +77,10 @@ def test_a_product_is_that_of_the_plain_weight(
     bits: int, group: int, num_in: int, num_out: int, tokens: int, sizes: dict[str, int], device: torch.device,
     assert_near: Near,
 ) -> None:  # fmt: skip
+    """Behind each token's inputs stands nan, as others' numbers do in a product that several parts are cut from."""
     weight = make(bits, group, num_in, num_out, device)
-    x, bias = torch.randn(tokens, num_in, device=device).half(), torch.randn(num_out, device=device).half()
+    wide = torch.full((tokens, num_in + 128), float("nan"), device=device, dtype=torch.float16)
+    x, bias = wide[:, :num_in].normal_(), torch.randn(num_out, device=device).half()
     want = (x.double() @ packed_reference.dequantize(weight).double().t() + bias.double()).half()
     assert_near(packed_linear.linear(x, weight, bias, sizes=sizes), want)
     assert_near(packed_linear.linear(x, weight, sizes=sizes), (want.double() - bias.double()).half())

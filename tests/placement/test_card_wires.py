@@ -21,6 +21,7 @@ from argosy.placement.card_wires import (  # noqa: E402
 )
 from argosy.placement.plan import make_plan  # noqa: E402
 from argosy.placement.process_groups import ParallelContext  # noqa: E402
+from argosy.placement.step_memory import SHARED_UNIT, wire_bytes  # noqa: E402
 
 SLOT_BYTES = 16
 
@@ -135,6 +136,8 @@ def test_both_ends_of_each_wire_mean_the_same_places(
             CardWires(parallel, Cards(0), token_bytes=800, token_slots=4, hidden_bytes=5 << 20)  # type: ignore[arg-type]
         )
     assert len(set(sizes)) == 1
+    planned = wire_bytes(1280, 2048, 100, pp_size=pp_size, dtype_bytes=2)  # 5 MiB of hidden states, 100 tokens
+    assert 0 <= planned - sizes[0] < 2 * SHARED_UNIT
     places: list[tuple[int, int]] = []
     for rank, wires in zip(ranks, made, strict=True):
         for kind, outgoing in wires.outgoing.items():

@@ -4,7 +4,18 @@ import pytest
 
 from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.placement.model_sources import read_model_shape
-from argosy.placement.step_memory import PROMPT_ROWS, PROMPT_SIZES, prompt_graph_bytes, prompt_kinds, prompt_sizes
+from argosy.placement.step_memory import (
+    GRAPH_BYTES_A_KERNEL,
+    KERNELS_A_LAYER,
+    PROMPT_ROWS,
+    PROMPT_SIZES,
+    attention_bytes,
+    decode_bytes,
+    graph_bytes,
+    prompt_graph_bytes,
+    prompt_kinds,
+    prompt_sizes,
+)
 
 SMALL, MIDDLE, LARGE = (read_model_shape(name).spec for name in ("qwen3-0.6b", "llama-3.1-8b", "llama-3.1-70b"))
 
@@ -48,3 +59,31 @@ def test_latent_attention_records_none_and_needs_no_memory_for_it() -> None:
     assert prompt_graph_bytes(spec, [], 61, tp_size=8, dtype_bytes=2) == 0
     kinds = prompt_kinds(sizes_of(MIDDLE), 256)
     assert 2**25 < prompt_graph_bytes(MIDDLE, kinds, 32, tp_size=1, dtype_bytes=2) < 2**27
+
+
+def test_a_size_is_two_graphs_over_one_pool() -> None:
+    """A step and its draw are recorded apart; all of them compute in the same memory."""
+    a_graph = KERNELS_A_LAYER * (32 + 1) * GRAPH_BYTES_A_KERNEL
+    assert graph_bytes(5, 32, 10**6) == 10**6 + 5 * 2 * a_graph
+    assert graph_bytes(0, 32, 10**6) == 10**6
+
+
+@pytest.mark.parametrize("tp_size", [1, 2])
+def test_what_a_step_holds_while_it_attends_is_the_tensors_that_are_there(tp_size: int) -> None:
+    """Two hidden states (one to be added later), q, k and v in one product, q rotated, what heads saw."""
+    torch = pytest.importorskip("torch")
+    tokens, heads, kv_heads = 100, MIDDLE.num_heads // tp_size, MIDDLE.num_kv_heads // tp_size
+    hidden = [torch.empty(tokens, MIDDLE.hidden_size, dtype=torch.bfloat16, device="meta") for _ in range(2)]
+    of_heads = [
+        torch.empty(tokens, count, MIDDLE.head_size, dtype=torch.bfloat16, device="meta")
+        for count in (heads + 2 * kv_heads, heads, heads)
+    ]
+    held = sum(tensor.nbytes for tensor in (*hidden, *of_heads))
+    assert attention_bytes(MIDDLE, tokens, tp_size=tp_size, dtype_bytes=2) == held
+
+
+def test_only_the_last_stage_makes_logits() -> None:
+    """A number for each token of the vocabulary and row, with one rank as with several: they are gathered."""
+    for tp_size in (1, 4):
+        of = {last: decode_bytes(MIDDLE, 64, tp_size=tp_size, is_last=last, dtype_bytes=2) for last in (False, True)}
+        assert of[True] - of[False] == 64 * MIDDLE.vocab_size * 2

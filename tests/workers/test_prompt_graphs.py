@@ -215,6 +215,33 @@ def test_the_smallest_recording_is_taken(folders: dict[str, Path]) -> None:
     assert kind_of(33, 0, 1) is kind_of(32, 7, 1) is kind_of(24, 0, 17) is None
 
 
+def test_decode_rows_with_long_contexts_are_taken_first(folders: dict[str, Path]) -> None:
+    """A multiprocessor that begins a long row last works alone at the end; nothing but the time tells."""
+    config = make_config(folders["llama"], max_num_batched_tokens=32)
+    ranks = Recorded(config, 128)
+    prompts = ranks.runner.graphs.prompts
+    assert prompts is not None
+    begin, seen = prompts.begin, []
+
+    def noted(output: SchedulerOutput) -> Any:
+        begun = begin(output)
+        if begun is not None:
+            inputs, _ = begun
+            num_decodes = int((inputs.num_tokens_R == 1).sum())
+            contexts = inputs.end_R[:num_decodes]
+            seen.append([int(contexts[place]) for place in inputs.metadata.order_R[:num_decodes]])
+        return begun
+
+    prompts.begin = noted  # type: ignore[method-assign]
+    run = Run(ranks, config, 128)
+    for number, length in enumerate((5, 19, 9, 14, 7)):
+        run.add(greedy(list(range(length)), 12, stream_id=number))
+        run.step()
+    run.finish()
+    assert max(map(len, seen)) > 2
+    assert all(contexts == sorted(contexts, reverse=True) for contexts in seen)
+
+
 @pytest.mark.parametrize("window", [None, 5])
 def test_both_attention_kernels_find_their_rows_in_fixed_places(window: int | None) -> None:
     """What the backend for cards gives of a padded step is what it gives of the same rows without padding, and zeros
