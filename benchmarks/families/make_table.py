@@ -18,7 +18,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "workers"))
-from family_cases import CASES, FALLBACKS, make_checkpoint, num_layers_of  # noqa: E402
+from family_cases import CASES, FALLBACKS, WHOLE_ONLY, make_checkpoint, num_layers_of  # noqa: E402
 from family_harness import CPU, LAYOUTS, WAYS, Harness, run_layouts  # noqa: E402
 
 from argosy.placement.plan import make_plan  # noqa: E402
@@ -74,7 +74,7 @@ def measure(folder: Path) -> dict[tuple[str, str], float]:
         rank = make_plan(layers, 1, 1).ranks[0]
         harness = Harness(path, rank, init_parallel(rank, "", CPU, 1.0), max_model_len=case.max_model_len)
         found |= {(name, way): harness.largest_difference(expected, way) for way in WAYS}
-        for layout in ("TP2", "PP2", "TP2xPP2"):
+        for layout in ("TP2",) if name in WHOLE_ONLY else ("TP2", "PP2", "TP2xPP2"):
             models[layout].append((name, str(path), layers, case.max_model_len))
         for layout in ("EP2", "A2A2", "A2A4") if harness.spec.moe is not None else ():
             models[layout].append((name, str(path), layers, case.max_model_len))

@@ -5,6 +5,7 @@ norms or activations, and `num_parameters` is an estimate.
 """
 
 import importlib.util
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +22,9 @@ SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "max_position_embeddings": ("n_positions", "max_seq_len", "max_sequence_length", "seq_length"),
     "intermediate_size": ("n_inner", "ffn_dim", "ffn_hidden_size", "d_ff"),
 }
+# of values, and of layers that see everything or a window
+HEAD_SIZES: Final = ("v_head_dim", "global_head_dim", "swa_head_dim", "swa_v_head_dim", "kv_channels")
+KV_HEADS: Final = ("num_global_key_value_heads", "swa_num_key_value_heads")
 
 
 def falls_back(architecture: str) -> bool:
@@ -43,16 +47,37 @@ def read_fallback_spec(folder: Path, config: Mapping[str, Any], architecture: st
     }
     read = Reader(CONFIG_FILE, config, names=names)
     heads, width = read.integer("num_attention_heads", 1), read.integer("hidden_size", 1)
+    # one cache for layers of several shapes: the widest. Latent attention is computed over whole heads here.
+    is_latent = config.get("kv_lora_rank") is not None
+    size = read.integer("head_dim", 1, 4096, default=max(1, width // heads))
+    if is_latent:
+        size = read.integer("qk_nope_head_dim", 0, 4096) + read.integer("qk_rope_head_dim", 0, 4096)
+    num_kv_heads = heads if is_latent else read.integer("num_key_value_heads", 1, default=heads)
+    readers = [read, *_layer_readers(config)]
+    sizes = [one.integer(key, 1, 4096) for one in readers for key in HEAD_SIZES if one.get(key) is not None]
+    counts = [one.integer(key, 1, 4096) for one in readers for key in KV_HEADS if one.get(key) is not None]
     return ModelSpec(
         architecture=architecture,
         num_layers=read.integer("num_hidden_layers", 1, 4096),
         hidden_size=width,
         num_heads=heads,
-        num_kv_heads=read.integer("num_key_value_heads", 1, default=heads),
-        head_size=read.integer("head_dim", 1, 4096, default=max(1, width // heads)),
+        num_kv_heads=num_kv_heads if is_latent else math.lcm(num_kv_heads, *counts),
+        head_size=max(size, *sizes) if sizes else size,
         intermediate_size=read.integer("intermediate_size", 1, default=4 * width),
         vocab_size=read.integer("vocab_size", 1),
         max_position=read.integer("max_position_embeddings", 1, default=2048),
         tied=read.boolean("tie_word_embeddings"),
         source=str(folder.resolve()),
     )
+
+
+def _layer_readers(config: Mapping[str, Any]) -> list[Reader]:
+    """What is said of single layers."""
+    given = config.get("per_layer_config")
+    found = list(given.values()) if isinstance(given, dict) else []
+    keys = {"head_dim": "global_head_dim", "num_key_value_heads": "num_global_key_value_heads"}
+    return [
+        Reader(CONFIG_FILE, {keys[key]: value for key, value in one.items() if key in keys})
+        for one in found
+        if isinstance(one, dict)
+    ]

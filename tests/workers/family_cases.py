@@ -143,12 +143,21 @@ FALLBACKS: dict[str, Case] = {
     "persimmon": Case("PersimmonConfig", "PersimmonForCausalLM", MHA | {"pad_token_id": 0}),
     "minimax m2": Case("MiniMaxM2Config", "MiniMaxM2ForCausalLM", SMALL | {"num_local_experts": 4, "head_dim": 12,
         "num_experts_per_tok": 2, "pad_token_id": 0}),
+    "gemma4": Case("Gemma4TextConfig", "Gemma4ForCausalLM", SMALL | {"head_dim": 12, "global_head_dim": 24,
+        "pad_token_id": 0, "sliding_window": 6, "vocab_size_per_layer_input": VOCAB, "hidden_size_per_layer_input": 8,
+        "layer_types": ["sliding_attention", "sliding_attention", "full_attention"]}),
+    "glm4 moe lite": Case("Glm4MoeLiteConfig", "Glm4MoeLiteForCausalLM", MHA | {"num_key_value_heads": 4,
+        "q_lora_rank": 24, "kv_lora_rank": 16, "qk_nope_head_dim": 12, "qk_rope_head_dim": 8, "v_head_dim": 16,
+        "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "n_group": 1, "topk_group": 1}),
+    "llama4, up to a chunk": Case("Llama4TextConfig", "Llama4ForCausalLM", SMALL | {"num_local_experts": 2,
+        "intermediate_size_mlp": 64, "attention_chunk_size": 128, "head_dim": 12}),
 }  # fmt: skip
+WHOLE_ONLY = ("gemma4",)  # each of its layers asks for the tokens, which later stages don't know
 REFUSED: dict[str, Case] = {
     "list of attentions": Case("GPTNeoConfig", "GPTNeoForCausalLM", {"hidden_size": 48, "num_layers": 2, "num_heads": 4,
         "vocab_size": VOCAB, "max_position_embeddings": 128, "attention_types": [[["global", "local"], 1]]}),
-    "layers of these kinds: chunked": Case("Llama4TextConfig", "Llama4ForCausalLM", SMALL | {"num_local_experts": 2,
-        "intermediate_size_mlp": 64, "attention_chunk_size": 8, "head_dim": 12}),
+    "chunked layers; .* use --max-model-len 8": Case("Llama4TextConfig", "Llama4ForCausalLM", SMALL | {
+        "num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 8, "head_dim": 12}),
     "attends more than once a layer": Case("DiffLlamaConfig", "DiffLlamaForCausalLM", SMALL),
     "attention interface": Case("CodeGenConfig", "CodeGenForCausalLM", GPT | {"rotary_dim": 8}),
 }  # fmt: skip

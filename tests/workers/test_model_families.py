@@ -10,7 +10,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from family_cases import CASES, FALLBACKS, make_checkpoint, num_layers_of
+from family_cases import CASES, FALLBACKS, WHOLE_ONLY, make_checkpoint, num_layers_of
 from family_harness import CPU, LAYOUTS, PARTED_WAYS, WAYS, Expected, Harness, run_layouts
 
 from argosy.cluster.protocol.model_spec import read_model_spec
@@ -103,7 +103,9 @@ def test_the_table_in_the_docs_has_every_case() -> None:
     named = [row[0].removeprefix("| ").removesuffix(" (transformers' modules)") for row in rows[1:]]
     assert named == [*CASES, *FALLBACKS]
     assert "differs" not in rest
+    parts = {name: row[6:9] for name, row in zip(named, rows[1:], strict=True)}  # TP2, PP2, TP2xPP2
     assert all(cell != "–" for row in rows[1:] for cell in row[1:6])  # every way on one rank
+    assert [name for name, cells in parts.items() if "–" in cells] == [*WHOLE_ONLY]
 
 
 @pytest.mark.gpu

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from family_cases import FALLBACKS, NUM_NEW, REFUSED, make_checkpoint, num_layers_of
+from family_cases import FALLBACKS, NUM_NEW, REFUSED, WHOLE_ONLY, make_checkpoint, num_layers_of
 from family_harness import CPU, PARTED_WAYS, WAYS, Harness, run_layouts
 
 from argosy import LLM, SamplingParams
@@ -76,6 +76,15 @@ def test_layouts(tmp_path: Path) -> None:
     for rank in found:
         assert max(rank.values()) < CLOSE, rank
     assert len(found[0]) == (len(models) + 2 + len(some) + 3) * len(PARTED_WAYS)
+
+
+@pytest.mark.parametrize("name", WHOLE_ONLY)
+def test_layers_that_ask_for_tokens_are_not_split_over_stages(name: str, tmp_path: Path) -> None:
+    """Found by the trial before anything is served, which gives later stages what they will have."""
+    make_checkpoint(tmp_path, name)
+    rank = make_plan(num_layers_of(name), 1, 2).ranks[1]
+    with pytest.raises(UnsupportedModel, match=r"differ by .* on several stages \(use pipeline_parallel_size=1\)"):
+        Harness(tmp_path, rank, ParallelContext(rank, CPU, 1.0))
 
 
 def test_a_stage_holds_its_own_layers_alone(tmp_path: Path) -> None:

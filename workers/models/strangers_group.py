@@ -19,12 +19,16 @@ from argosy.placement.process_groups import ParallelContext
 class HeadShare:
     """Which of the heads of attention this rank has, and so which keys and values its cache holds."""
 
-    def __init__(self, parallel: ParallelContext, num_heads: int, num_kv_heads: int):
+    def __init__(self, parallel: ParallelContext, num_kv_heads: int):
         self.parallel = parallel
         rank, size = parallel.rank.tp_rank, parallel.tp_size
-        self.heads = slice(rank * num_heads // size, (rank + 1) * num_heads // size)
         first = rank * num_kv_heads // size  # several ranks have the same one where there are more of them
         self.kv_heads = slice(first, first + max(1, num_kv_heads // size))
+
+    def heads(self, num_heads: int) -> slice:
+        """Of the queries of a layer with so many."""
+        rank, size = self.parallel.rank.tp_rank, self.parallel.tp_size
+        return slice(rank * num_heads // size, (rank + 1) * num_heads // size)
 
     def gather(self, out_TD: Tensor) -> Tensor:
         """[T, heads of this rank x head size] -> of all ranks."""

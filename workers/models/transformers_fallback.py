@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from argosy.cluster.protocol.errors import UnsupportedModel
@@ -33,7 +34,7 @@ NAME = "argosy"  # of our attention in the interface
 NOT_SAID = "not said"
 CHECKED_TOKENS = 16  # of a prompt that both attentions answer before anything is served
 LARGEST_ERROR, LARGEST_ERROR_OF_16_BITS = 1e-3, 0.1  # of logits: several times what roundings come to
-KNOWN_LAYERS = {"full_attention", "sliding_attention"}
+KNOWN_LAYERS, CHUNKED = {"full_attention", "sliding_attention"}, "chunked_attention"
 
 
 class _Everything(set[str]):
@@ -94,6 +95,7 @@ class TransformersFallback(nn.Module):
         self._bridge = _Bridge(spec)
         self.inner: Any = None
         self._head: Any = None
+        self._trunk: Any = None
         self._given = _Given()
         self._stage: StrangersStage | None = None  # None: all layers
 
@@ -126,14 +128,21 @@ class TransformersFallback(nn.Module):
             if hasattr(module, "layer_idx"):
                 module.argosy_bridge = self._bridge
         head = copy.copy(self.inner)
-        head._modules = {**self.inner._modules, self.inner.base_model_prefix: self._given}
+        trunk = _trunk_of(self.inner)
+        head._modules = {**self.inner._modules, trunk: self._given}
+        self._trunk = (getattr(self.inner, trunk),)  # the same
         self._head = (head,)  # in a tuple: its modules are counted where they live
-        self._try(tried_on)
+        try:
+            self._try(tried_on)
+        except torch.OutOfMemoryError:
+            raise
+        except (RuntimeError, TypeError, ValueError, AttributeError, LookupError) as error:
+            raise _refused(self.spec, f"its modules fail over our cache: {error}") from error
         if self._stage is not None:
             self._stage.empty()
         if self.rank.tp_size > 1:
             share_linear_layers(self.inner, self.parallel)
-            self._bridge.share = HeadShare(self.parallel, self.spec.num_heads, self.spec.num_kv_heads)
+            self._bridge.share = HeadShare(self.parallel, self.spec.num_kv_heads)
         self.inner.to(self.device)
 
     def _load(self) -> Any:
@@ -177,7 +186,7 @@ class TransformersFallback(nn.Module):
                 ctx = self._trial(cache, part, device)
                 if self._stage is not None:
                     self._stage.gives_tuple = gives_tuple
-                hidden_TD = self.forward(ids_T[part], hidden_TD, positions_T[part], ctx)
+                hidden_TD = self.forward(None if first else ids_T[part], hidden_TD, positions_T[part], ctx)
                 if self._stage is not None:
                     gives_tuple = self._stage.gives_tuple
                     self._stage.undo()
@@ -186,7 +195,8 @@ class TransformersFallback(nn.Module):
         errors_T = (torch.cat(parts) - want_TV).norm(dim=-1) / want_TV.norm(dim=-1)
         worst = float(errors_T.median())  # a single token may have been given other experts by a rounding
         if not worst < (LARGEST_ERROR if self.dtype == torch.float32 else LARGEST_ERROR_OF_16_BITS):
-            raise _refused(self.spec, f"its answers differ by {worst:.1%} with our attention in place of its own")
+            way = " and layers on several stages (use pipeline_parallel_size=1)" if rank.pp_size > 1 else ""
+            raise _refused(self.spec, f"its answers differ by {worst:.1%} with our attention{way} in place of its own")
         self.rank, self._stage = rank, None
         if layers is not None:
             self._stage = StrangersStage(layers, rank.first_layer, rank.last_layer)
@@ -224,9 +234,8 @@ class TransformersFallback(nn.Module):
             stage.given_TD = hidden_TD if first else None
         if token_ids_T is None:  # their embedding is not looked at
             token_ids_T = torch.zeros_like(positions_T)
-        output = self.inner.base_model(
-            input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False, return_dict=True
-        )
+        (trunk,) = self._trunk
+        output = trunk(input_ids=token_ids_T[None], position_ids=positions_T[None], use_cache=False, return_dict=True)
         bridge.ctx = None
         if len(bridge.layers_seen) != last - first:
             raise _refused(self.spec, f"only {len(bridge.layers_seen)} of its {last - first} layers attend")
@@ -259,9 +268,21 @@ def _read_config(spec: ModelSpec) -> Any:
     if getattr(config, "is_encoder_decoder", False):
         raise _refused(spec, "it has an encoder")
     kinds = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
+    chunk = getattr(config, "attention_chunk_size", None)
+    if CHUNKED in kinds and chunk:
+        if spec.max_position > chunk:
+            raise _refused(
+                spec, f"chunked layers; they see everything up to {chunk} tokens: use --max-model-len {chunk}"
+            )
+        kinds.remove(CHUNKED)
     if kinds:
         raise _refused(spec, f"layers of these kinds: {', '.join(sorted(map(str, kinds)))}")
     return config
+
+
+def _trunk_of(model: Any) -> str:
+    """The name of the part that has the layers; some models have another than they say."""
+    return next(name for name in (model.base_model_prefix, "model", "transformer") if name in model._modules)
 
 
 def _refused(spec: ModelSpec, reason: str) -> UnsupportedModel:
@@ -316,25 +337,24 @@ def _attend(
         raise _refused(spec, "it adds to its attention's logits")
     if not getattr(module, "is_causal", True):
         raise _refused(spec, "its attention is not causal")
-    num_heads, size = query.shape[1], query.shape[3]
-    wanted = (spec.num_kv_heads, spec.head_size, spec.head_size)
-    if (key.shape[1], key.shape[3], value.shape[3]) != wanted:
-        raise _refused(spec, f"its keys are {tuple(key.shape[1::2])} and its config says {wanted[:2]}")
+    num_heads, size, value_size = query.shape[1], query.shape[3], value.shape[3]
+    key, value = (_as_cached(spec, part) for part in (key, value))
+    query = F.pad(query, (0, spec.head_size - size))  # what keys are padded with counts nothing
     window = _window(spec, module, layer) if isinstance(sliding_window, str) else sliding_window
     shape = AttentionShape(
         num_heads=num_heads,
         num_kv_heads=spec.num_kv_heads,
-        head_size=size,
+        head_size=spec.head_size,
         scale=size**-0.5 if scaling is None else float(scaling),
         sliding_window=window,
         soft_cap=softcap,
         sinks_N=s_aux,
     )
     if (share := bridge.share) is not None:
-        query, key, value = query[:, share.heads], key[:, share.kv_heads], value[:, share.kv_heads]
-        shape = replace(shape, num_heads=query.shape[1], num_kv_heads=key.shape[1])
-        if s_aux is not None:
-            shape = replace(shape, sinks_N=s_aux[share.heads])
+        heads = share.heads(num_heads)
+        query, key, value = query[:, heads], key[:, share.kv_heads], value[:, share.kv_heads]
+        sinks_N = None if s_aux is None else s_aux[heads]
+        shape = replace(shape, num_heads=query.shape[1], num_kv_heads=key.shape[1], sinks_N=sinks_N)
     qkv_TD = torch.cat((query[0], key[0], value[0])).transpose(0, 1).reshape(query.shape[2], -1)
     place = layer - bridge.first_layer
     cache = ctx.kv_cache.layers[place]
@@ -342,4 +362,15 @@ def _attend(
     bridge.layers_seen.add(layer)
     if share is not None:
         out_TD = share.gather(out_TD.view(query.shape[2], -1))
-    return out_TD.view(1, -1, num_heads, size), None
+    return out_TD.view(1, -1, num_heads, spec.head_size)[..., :value_size], None
+
+
+def _as_cached(spec: ModelSpec, part: Tensor) -> Tensor:
+    """Keys or values [1, heads, T, H] of a layer as the cache has them, which is one for layers of several shapes."""
+    times, rest = divmod(spec.num_kv_heads, part.shape[1])
+    if rest or part.shape[3] > spec.head_size:
+        asked = (spec.num_kv_heads, spec.head_size)
+        raise _refused(spec, f"its keys are {tuple(part.shape[1::2])} and its config says {asked}")
+    if times > 1:
+        part = part.repeat_interleave(times, 1)
+    return F.pad(part, (0, spec.head_size - part.shape[3]))
