@@ -152,6 +152,7 @@ def _matrix_kernel(
 
 # as `kernel` in the tuned sizes counts them
 KERNELS = (_vector_kernel, _matrix_kernel, _tiled_vector_kernel)
+MANY_ROWS, MOST_DEFAULT_PIECES = 9216, 4  # of sizes that nobody measured
 SPLIT, AHEAD = 3, 4  # in `gemv_split`, in `gemv_ahead`
 
 
@@ -202,17 +203,20 @@ def bucket(num_tokens: int) -> int:
     return 1 if num_tokens == 1 else max(MAX_TOKENS, tuning.next_power_of_two(num_tokens))
 
 
-def _default_sizes(num_tokens: int, num_inputs: int, num_rows: int, num_sms: int) -> dict[str, int]:
-    """Sizes near those that measured best on an H200 over ten shapes."""
+def _default_sizes(num_tokens: int, num_inputs: int, num_rows: int, facts: tuning.DeviceFacts) -> dict[str, int]:
+    """Sizes near those that measured best on an H200 over more than ten shapes (`bench_untuned.py`)."""
     if num_tokens == 1:
         width = tuning.next_power_of_two(num_inputs)
         rows = max(2, min(16, 8192 // width))
         return {"kernel": 0, "rows": rows, "width": width, "stages": 3, "warps": 8 if width <= 8192 else 16,
                 "per_sm": 2, "prefetch": 2048, "early": 0}  # fmt: skip
-    rows = 32
-    while rows > 8 and num_rows < rows * num_sms * 2:
-        rows //= 2
-    return {"kernel": 1, "rows": rows, "width": 256, "stages": 5, "warps": 4, "per_sm": 0, "prefetch": 2048, "early": 0}
+    # other cards may have 99 KB on chip for a program, of which 80 are asked for
+    rows, stages = (64, 4) if not facts.overlaps else (128, 4) if num_rows >= MANY_ROWS else (64, 6)
+    tiles, splits = -(-num_rows // rows), 1
+    while 2 * tiles * splits <= facts.num_sms and splits < MOST_DEFAULT_PIECES:
+        splits *= 2
+    return {"kernel": SPLIT, "rows": rows, "width": 128, "stages": stages, "warps": 4, "splits": splits,
+            "prefetch": 512, "early": 0}  # fmt: skip
 
 
 def fused_linear(
@@ -240,9 +244,9 @@ def fused_linear(
     assert residual_TO is None or residual_TO.shape == (num_tokens, num_outputs)
     facts = tuning.device_facts(x_TI.device)
     sizes = sizes or tuning.pick("gemv", _key(num_tokens, weight_OI), x_TI.device)
-    sizes = sizes or _default_sizes(num_tokens, num_inputs, num_rows, facts.num_sms)
+    sizes = sizes or _default_sizes(num_tokens, num_inputs, num_rows, facts)
     if sizes["kernel"] == AHEAD and not triton.__version__.startswith(tuning.GLUON_VERSIONS):
-        sizes = _default_sizes(num_tokens, num_inputs, num_rows, facts.num_sms)
+        sizes = _default_sizes(num_tokens, num_inputs, num_rows, facts)
     in_pieces = sizes["kernel"] == SPLIT
     rows = max(sizes["rows"], 2) if gated else sizes["rows"]  # a gate needs the row beside it, also where one was best
     assert in_pieces or (normed is None and ahead is None)
@@ -269,6 +273,7 @@ def fused_linear(
     if sizes["kernel"] == 0:
         programs = min(programs, facts.num_sms * sizes["per_sm"])
     prefetch = min(sizes["prefetch"], tuning.next_power_of_two(num_inputs + 1) // 2 * weight_OI.element_size())
+    prefetch = prefetch if prefetch >= gemv_split.LEAST_PREFETCH else 0
     kernel[(programs,)](
         x_TI, weight_OI, out_TO if bias_O is None else bias_O, out_TO if norm_weight_I is None else norm_weight_I,
         out_TO, out_TO, num_tokens, num_inputs, num_outputs, x_TI.stride(0), weight_OI.stride(0), out_TO.stride(0), eps,

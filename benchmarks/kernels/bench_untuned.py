@@ -43,7 +43,7 @@ def main() -> None:
     parser.add_argument("--output")
     args = parser.parse_args()
     started, machine = time.perf_counter(), torch.cuda.get_device_name(0)
-    num_sms = tuning.device_facts(torch.device("cuda", 0)).num_sms
+    facts = tuning.device_facts(torch.device("cuda", 0))
     for tokens in args.tokens:
         for inputs, outputs in SHAPES:
             if time.perf_counter() - started > args.seconds:
@@ -56,7 +56,7 @@ def main() -> None:
             want = F.linear(x, weights[0]).float()
             ways: dict[str, tuning.Sizes | None] = {"library": None}
             if tokens <= gemv.MAX_TOKENS:
-                ways["rule"] = gemv._default_sizes(tokens, inputs, outputs, num_sms)
+                ways["rule"] = gemv._default_sizes(tokens, inputs, outputs, facts)
             ways["64 rows, 4 stages"] = pieces(inputs, outputs, 64, 4)
             ways["64 rows, 6 stages"] = pieces(inputs, outputs, 64, 6)
             ways["128 rows, 4 stages"] = pieces(inputs, outputs, 128, 4)

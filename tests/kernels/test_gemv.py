@@ -11,7 +11,16 @@ from argosy.kernels import gemv, gemv_split, ops, reference, tuning
 
 Near = Callable[[Tensor, Tensor], None]
 DTYPES = [torch.float16, pytest.param(torch.bfloat16, marks=pytest.mark.gpu)]
-SIZES = [(96, 40), (1024, 24), *(pytest.param(*s, marks=pytest.mark.gpu) for s in ((4096, 6144), (14336, 4096)))]
+SIZES = [
+    (32, 96),
+    (96, 40),
+    (1024, 24),
+    *(pytest.param(*s, marks=pytest.mark.gpu) for s in ((4096, 6144), (14336, 4096))),
+]
+# of a kernel that some tuned sizes name: a program norms nothing and has 16 tokens as the rows of its tile
+TOKENS_AS_ROWS = {
+    "kernel": 1, "rows": 16, "width": 256, "stages": 5, "warps": 4, "per_sm": 0, "prefetch": 2048, "early": 0,
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -33,9 +42,11 @@ def test_fused_linear(
     assert gemv.suits(x, weight)
     exact = [None if y is None else y.double().cpu() for y in (x, weight, bias, norm, residual)]
     want = reference.fused_linear(*exact[:3], norm_weight_I=exact[3], residual_TO=exact[4], gated=gated)
-    got = gemv.fused_linear(x, weight, bias, norm_weight_I=norm, residual_TO=residual, gated=gated)
-    assert residual is None or got is residual
-    assert_near(got, want)
+    for sizes in (None, TOKENS_AS_ROWS) if num_tokens > 1 else (None,):
+        out = None if residual is None else residual.clone()
+        got = gemv.fused_linear(x, weight, bias, norm_weight_I=norm, residual_TO=out, gated=gated, sizes=sizes)
+        assert residual is None or got is out
+        assert_near(got, want)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -135,6 +146,19 @@ def test_one_token_by_weights_that_were_asked_for_ahead(
         assert residual is None or got is residual
         assert_near(got, want)
         x = torch.nn.functional.linear(got, back).clamp_(-4, 4)
+
+
+@pytest.mark.parametrize("num_rows", [96, 4096, 9216, 32768])
+def test_sizes_that_nobody_measured_fit_any_card(num_rows: int) -> None:
+    """99 KB on chip for a program where the card is not Hopper's, 227 where it is; few tiles are cut into pieces."""
+    for overlaps, kilobytes in ((False, 99), (True, 227)):
+        facts = tuning.DeviceFacts("some_card", 132, overlaps)
+        sizes = gemv._default_sizes(8, 8192, num_rows, facts)
+        assert sizes["kernel"] == gemv.SPLIT
+        on_chip = sizes["stages"] * (sizes["rows"] + gemv.MAX_TOKENS) * sizes["width"] * 2
+        assert on_chip < kilobytes * 1024
+        tiles = -(-num_rows // sizes["rows"])
+        assert tiles * sizes["splits"] <= 132 or sizes["splits"] == 1
 
 
 def test_what_was_tuned_names_kernels_that_there_are() -> None:

@@ -172,6 +172,8 @@ def widened(case: Case) -> Case:
             settings[key] = 16 * heads
     if "word_embed_proj_dim" in settings and settings["word_embed_proj_dim"] == case.settings["hidden_size"]:
         settings["word_embed_proj_dim"] = 16 * heads
+    if settings.get("head_dim") == 12:
+        settings["head_dim"] = 16
     if "qk_rope_head_dim" in settings:
         settings["qk_rope_head_dim"] = 16
     rope = settings.get("rope_parameters", {})
