@@ -35,6 +35,7 @@ from argosy.kernels import (
     kv_cache,
     kv_scales,
     kv_unpack,
+    layer_chain,
     moe_gemm,
     moe_int,
     moe_packed,
@@ -216,6 +217,19 @@ def group(report: Callable[..., None]) -> None:
                      "prefetch": 512, "early": 0}  # fmt: skip
             report(f"{tokens} tokens in pieces, {rows} by {width}", gemv.fused_linear, x, weight, gated=True,
                    sizes=sizes)  # fmt: skip
+    sizes = {"slot": 16384, "stages": 5, "warps": 8, "per_sm": 1, "spare": 4}
+    for world, hidden, seen, inner, qkv in ((2, 4096, 2048, 7168, 3072), (4, 8192, 2048, 7168, 2560)):
+        o, gate_up, down, next_qkv, x, out = (
+            torch.zeros(shape, dtype=BF16)
+            for shape in ((hidden, seen), (2 * inner, hidden), (hidden, inner), (qkv, hidden), (1, hidden), (1, qkv))
+        )
+        bases, words = torch.zeros(world, dtype=torch.int64), torch.zeros(inner, dtype=torch.int32)
+        for last in (False, True):
+            report(
+                f"chain of {hidden} over {world}{', last' * last}", layer_chain.chain, o[:1], (o, gate_up, down,
+                None if last else next_qkv), ((x[0], 1e-5), (x[0], 1e-5)), None, x, x if last else out, bases, words,
+                words, 0, sizes, inbox_at=1024,
+            )  # fmt: skip
 
 
 def between(report: Callable[..., None]) -> None:

@@ -40,6 +40,7 @@ SIZES: list[Sizes] = [
 ]  # fmt: skip
 
 LEAN = tuning.pick("paged_attention", "h128_one", torch.device("cuda", 0)) if torch.cuda.is_available() else None
+WORST = 0.01  # relative error: numbers are rounded to 16 bits on the way
 
 
 class Words:
@@ -215,14 +216,21 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int) -> None:
                 continue
             steps.sizes = sizes
             name = "/".join(f"{key[:2]}{value}" for key, value in sizes.items())
-            if not found:
+            if not found and not args.check:
                 before = [round(steps.time(steps.of(1, context)), 2) for context in (256, 384)]
                 found["seven launches"] = before
                 if tp_rank == 0:
                     print(f"{layout} over {args.over}: {before} us a layer in seven launches", flush=True)
             try:
                 error, of_residual, same = steps.check()
-                times = []
+                if error > WORST or of_residual > WORST or not same:
+                    raise SystemExit(
+                        f"{layout} {name}: error {error:.2g}, {of_residual:.2g}, same on all ranks: {same}"
+                    )
+                times: list[float] = []
+                if args.check:
+                    found[name] = [error, of_residual]
+                    break
                 for steps.attention in (None, LEAN):
                     times += [round(steps.time(steps.in_chains(context), 5), 2) for context in (256, 384)]
                 steps.attention = None
@@ -240,7 +248,12 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int) -> None:
                 "contexts": [256, 384],
                 "attention": ["as tuned", "lean"],
             }
-            print(json.dumps(row | {"us": found, "device": torch.cuda.get_device_name(device)}), flush=True)
+            print(
+                json.dumps(
+                    row | {"errors" if args.check else "us": found, "device": torch.cuda.get_device_name(device)}
+                ),
+                flush=True,
+            )
         del steps
         torch.cuda.empty_cache()
     if tp_rank == 0:
@@ -256,6 +269,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", default=["8b:2", "8b:4", "70b:4"])
     parser.add_argument("--over", type=int, default=2)
     parser.add_argument("--sizes", type=int, nargs="+", help="only these, by number")
+    parser.add_argument("--check", action="store_true", help="only whether the first size that fits is right")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds after which ranks end")
     parser.add_argument("--compiled", action="store_true", help="Triton's cache is full already")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": be one of the compiling processes
