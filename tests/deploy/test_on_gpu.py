@@ -5,6 +5,7 @@ what one card says. `pytest -m gpu` runs these and the kernels' own tests; layou
 import itertools
 import os
 import random
+import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -32,6 +33,17 @@ WIDE = {
 }  # fmt: skip  # heads of a size that models have
 NUM_NEW = 24
 Scores = list[list[float]]
+USED_MIB = 200  # a card on which somebody computes has a context, which takes more
+ENVIRONMENT = dict(os.environ)  # of whoever called, before a Ray cluster of this process adds to it
+
+
+def used_mib() -> list[int]:
+    """Of each card that is ours, by its driver."""
+    if DEVICE != "cuda":
+        return [0] * NUM_CARDS
+    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
+    query += [f"--id={ids}"] if (ids := ENVIRONMENT.get("CUDA_VISIBLE_DEVICES")) else []
+    return [int(line) for line in subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()]
 
 
 @pytest.fixture(scope="module")
@@ -271,6 +283,17 @@ def test_what_lives_on_the_host_changes_no_token(what: str, folders: dict[str, P
     assert tokens == expected
     assert distance(scores, found) < 1e-3
     assert any(name.startswith("host: ") for name in rank.ledger)
+
+
+def test_one_rank_opens_one_card_and_no_group(folders: dict[str, Path]) -> None:
+    """However many cards the host has: by the driver's figures of each, and nothing in the ledger for peers."""
+    before = used_mib()
+    with engine(folders["llama"], dtype="bfloat16") as llm:
+        answer(llm, [[5, 6, 7]])
+        opened = [now - then > USED_MIB for now, then in zip(used_mib(), before, strict=True)]
+        (rank,) = llm._engine.ranks
+    assert sum(opened) == (DEVICE == "cuda"), (before, opened)
+    assert not rank.ledger.get("groups"), rank.ledger
 
 
 def test_the_ledger_adds_up_to_what_the_driver_reports(folders: dict[str, Path]) -> None:

@@ -20,7 +20,19 @@ import torch
 sys.path.insert(0, str(Path(__file__).parents[1] / "workers"))
 sys.path.insert(0, str(Path(__file__).parents[1] / "deploy"))
 from rig import FAMILIES, SHAPE
-from test_on_gpu import DEVICE, NUM_CARDS, WIDE, answer, distance, engine, regret_of, score
+from test_on_gpu import (
+    DEVICE,
+    ENVIRONMENT,
+    NUM_CARDS,
+    USED_MIB,
+    WIDE,
+    answer,
+    distance,
+    engine,
+    regret_of,
+    score,
+    used_mib,
+)
 
 from argosy import LLM, SamplingParams
 from argosy.deploy import bench_models
@@ -34,8 +46,6 @@ pytestmark = [
 ]
 DEFAULT_MODEL = Path(__file__).parents[2] / "argosy" / "default_model"
 PROMPTS = [[3 + (7 * i + 13 * j) % 900 for j in range(length)] for i, length in enumerate((1, 5, 16, 17, 33, 64, 100))]
-USED_MIB = 200  # a card on which somebody computes has a context, which takes more
-ENVIRONMENT = dict(os.environ)  # of whoever called, before this process's Ray cluster adds to it
 
 
 def layouts(*sizes: tuple[int, int]) -> list[Any]:
@@ -44,15 +54,6 @@ def layouts(*sizes: tuple[int, int]) -> list[Any]:
         pytest.param(tp, pp, marks=pytest.mark.skipif(tp * pp > NUM_CARDS, reason=f"needs {tp * pp} cards"))
         for tp, pp in sizes
     ]
-
-
-def used_mib() -> list[int]:
-    """Of each card that is ours, by its driver."""
-    if DEVICE != "cuda":
-        return [0] * NUM_CARDS
-    query = ["nvidia-smi", "--query-gpu=memory.used", "--format=csv,noheader,nounits"]
-    query += [f"--id={ids}"] if (ids := ENVIRONMENT.get("CUDA_VISIBLE_DEVICES")) else []
-    return [int(line) for line in subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()]
 
 
 @pytest.fixture(scope="module")
