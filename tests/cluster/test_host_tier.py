@@ -97,6 +97,17 @@ def test_a_block_is_copied_out_once_for_all_who_share_it() -> None:
     assert (host.pool.num_held, host.pool.num_cached) == (0, 2)
 
 
+@pytest.mark.parametrize(
+    ("out_seconds", "in_seconds", "is_worth"), [(0.1, 0.1, True), (0.1, 4.0, False), (4.0, 0.1, False)]
+)
+def test_both_ways_over_the_link_are_counted(out_seconds: float, in_seconds: float, is_worth: bool) -> None:
+    """Three blocks of nine tokens: a link that is slow one way alone makes computing quicker, whichever way it is."""
+    costs = SwapCosts(num_host_blocks=64, out_seconds=out_seconds, in_seconds=in_seconds, token_seconds=1.0)
+    blocks, host = tiers(costs=costs)
+    compute(blocks, one := request(list(range(9))))
+    assert make_room(blocks, host, one) == is_worth
+
+
 def test_nothing_is_swapped_that_is_quicker_computed() -> None:
     """The link is slow: a block out and in takes longer than its four tokens. On a quicker one it doesn't."""
     slow = SwapCosts(num_host_blocks=64, out_seconds=5.0, in_seconds=3.0, token_seconds=1.0)
@@ -290,7 +301,18 @@ def test_an_abort_while_blocks_come_in_leaves_nothing_behind(world: Callable[...
 
 
 @pytest.mark.parametrize(
-    ("given", "gib"), [(4, 4.0), ("4", 4.0), ("0.5", 0.5), ("512MiB", 0.5), (" 2 GiB ", 2.0), ("1tib", 1024.0)]
+    ("given", "gib"),
+    [
+        (4, 4.0),
+        ("4", 4.0),
+        ("0.5", 0.5),
+        ("512MiB", 0.5),
+        (" 2 GiB ", 2.0),
+        ("1tib", 1024.0),
+        ("16GB", 16e9 / 2**30),
+        ("500mb", 5e8 / 2**30),
+        ("3g", 3.0),
+    ],
 )
 def test_amounts_of_host_memory(given: object, gib: float) -> None:
     assert parse_swap_space(given) == gib

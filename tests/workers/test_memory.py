@@ -4,6 +4,8 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
@@ -20,6 +22,7 @@ from argosy.placement.data_sheets import DATA_SHEETS
 from argosy.placement.model_families import shape_from_spec
 from argosy.placement.rank_memory import Serving, StageBytes, rank_memory
 from argosy.placement.step_memory import graph_bytes
+from argosy.placement.swap_space import staging_bytes
 from argosy.placement.topology import Gpu
 from argosy.workers import memory
 from argosy.workers.device import MemoryReading
@@ -69,6 +72,22 @@ def test_a_small_machine_gives_a_part_of_what_it_has(tmp_path: Path, monkeypatch
     entries = ledger.entries()
     assert entries["total"] == 8 * GIB == sum(size for name, size in entries.items() if name != "total")
     assert entries["workspace"] > 10_000_000, "an interpreter with torch is more than that"
+
+
+def test_on_a_cpu_others_are_those_that_are_not_this_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 8 GiB 2 are to be had, and this process holds 1: 5 are other programs'. What was promised to the cache counts
+    as taken, though no page of it was touched."""
+    machine = SimpleNamespace(total=8 * GIB, available=2 * GIB)
+    process = SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=GIB))
+    monkeypatch.setattr(memory, "psutil", SimpleNamespace(virtual_memory=lambda: machine, Process=lambda: process))
+    ledger = MemoryLedger()
+    ledger.mark_cpu(GIB // 4)
+    ledger.purposes["kv"] = GIB // 2
+    ledger.host["kv"] = 3 * GIB
+    assert ledger.entries() == {
+        "weights": GIB // 4, "workspace": GIB - GIB // 4, "kv": GIB // 2, "activations": 0, "others": 5 * GIB,
+        "free": 8 * GIB - GIB - GIB // 2 - 5 * GIB, "total": 8 * GIB, "host: kv": 3 * GIB,
+    }  # fmt: skip
 
 
 class FakeCard:
@@ -125,6 +144,29 @@ def test_the_cache_gets_what_the_share_leaves_beside_all_else(tmp_path: Path) ->
     assert ledger.room_bytes == pytest.approx(70 * GIB, abs=16)
     assert card.released
     assert rank.runner.kv_cache is None, "the block that the steps were tried with is given back"
+
+
+def test_buffers_for_swapped_blocks_come_out_of_the_cache(tmp_path: Path) -> None:
+    """The copies' buffers are allocated when the cache stands: there must be room for them then."""
+    rooms = []
+    for swap_space in (0, 1):
+        card = FakeCard(used=GIB)
+        config = oracle_config(tmp_path, num_gpu_blocks_override=None, swap_space=swap_space)
+        ledger = MemoryLedger(meter=card)
+        rank = InProcessRank(config, 4)
+        memory.measure_num_blocks(rank.runner, ledger)
+        rooms.append(ledger.room_bytes)
+    assert rooms[0] - rooms[1] == staging_bytes(rank.runner.block_bytes) > 0
+
+
+def test_ranks_of_all_replicas_share_a_host() -> None:
+    """Two replicas of TP2 x PP2 on one machine divide what it has by eight; a start of one of them by four."""
+    runner: Any = SimpleNamespace(
+        rank=SimpleNamespace(tp_size=2, pp_size=2), device=torch.device("cpu"),
+        config=SimpleNamespace(parallel=SimpleNamespace(data_parallel_size=2)),
+    )  # fmt: skip
+    assert memory.num_ranks_here(runner, of_all_replicas=True) == 8
+    assert memory.num_ranks_here(runner, of_all_replicas=False) == 4
 
 
 def test_steps_that_are_recorded_twice_are_reckoned_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
