@@ -20,7 +20,6 @@ from argosy.placement.process_groups import ParallelContext
 from argosy.placement.stage_transport import StageTransport
 from argosy.placement.weight_offload import offloaded_places
 from argosy.workers.attention.base import AttentionBackend
-from argosy.workers.attention.torch_backend import TorchBackend
 from argosy.workers.attention.triton_backend import TritonBackend
 from argosy.workers.cuda_graphs import CUDAGraphRunner
 from argosy.workers.device import ThreadChoice
@@ -31,6 +30,7 @@ from argosy.workers.kv_cache import KVCache
 from argosy.workers.loading.stream import LoadReport, load_weights
 from argosy.workers.long_steps import LongHidden, LongSteps, slice_tokens_of
 from argosy.workers.models.registry import build_model
+from argosy.workers.native_steps import cpu_backend
 from argosy.workers.prompt_graphs import Kind
 from argosy.workers.prompt_logprobs import PromptLogprobs
 from argosy.workers.quantization.base import count_products
@@ -65,7 +65,9 @@ class ModelRunner:
         self.max_model_len = config.model.max_model_len or spec.max_position
         self.kv_groups = kv_groups(spec, self.max_model_len)
         self.model = build_model(spec, self.rank, parallel, dtype, device)
-        self.backend: AttentionBackend = TritonBackend() if device.type == "cuda" else TorchBackend()
+        eager = config.parallel.enforce_eager
+        on_cpu = device.type != "cuda"
+        self.backend: AttentionBackend = cpu_backend(self.model, dtype, eager) if on_cpu else TritonBackend()
         slice_tokens = slice_tokens_of(config, self.model, spec.hidden_size * dtype.itemsize)
         # that go through the model at once
         self.most_tokens = max(slice_tokens or scheduler.max_num_batched_tokens, scheduler.max_num_seqs)

@@ -29,6 +29,7 @@ from argosy.workers.kv_cache import KVCache
 from argosy.workers.loading.stream import load_weights
 from argosy.workers.models import decoder, general
 from argosy.workers.models.registry import build_model
+from argosy.workers.native_steps import cpu_backend
 
 CPU = torch.device("cpu")
 BLOCK_SIZE, NUM_BLOCKS = 4, 96
@@ -61,6 +62,10 @@ class Sequence:
     computed: int = 0
 
 
+def _backend(model: torch.nn.Module, device: torch.device, dtype: torch.dtype) -> AttentionBackend:
+    return cpu_backend(model, dtype, False) if device.type == "cpu" else TorchBackend()
+
+
 class Harness:
     """A model's part on one rank, with a cache whose blocks lie in random order."""
 
@@ -82,8 +87,9 @@ class Harness:
         self.spec = read_model_spec(folder).as_served(max_model_len, expert_parallel=bool(all2all), all2all=all2all)
         self.rank, self.parallel = rank, parallel
         self.model = build_model(self.spec, rank, parallel, dtype, device)
+        native = _backend(self.model, device, dtype)  # before weights are packed
         load_weights(self.model, folder, self.spec, rank)
-        self.backend = backend or TorchBackend()
+        self.backend = backend or native
         self.cache = KVCache.allocate(self.spec, rank, NUM_BLOCKS, block_size, dtype, device)
         order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(seed))
         self.free: list[int] = order.tolist()

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from argosy.kernels import fp8_ops, ops
+from argosy.kernels.cpu_steps import CpuSteps
 from argosy.kernels.fp8_reference import Fp8Rows, Rounding
 from argosy.workers.quantization.base import Cut, empty_parameter
 
@@ -25,6 +26,7 @@ class RMSNorm(nn.Module):
         self.weight = empty_parameter(width, dtype=dtype)
         self._eps: Tensor | None = None  # both on a CPU only
         self._weight_twice: Tensor | None = None
+        self.native: CpuSteps | None = None  # on a CPU, once it is compiled
 
     def cuts(self, part: str) -> dict[str, Cut]:
         """All of it, on every rank."""
@@ -58,6 +60,8 @@ class RMSNorm(nn.Module):
         """A new tensor."""
         if self._eps is None:
             return ops.rms_norm(x_TD, self.weight, self.eps)
+        if self.native is not None and self.native.takes(x_TD):
+            return self.native.rms_norm(x_TD, self.weight, self.eps)
         if x_TD.dtype == torch.float32:
             length_T1 = torch.linalg.vector_norm(x_TD, 2, -1, True)
             scale_T1 = torch.addcmul(self._eps, length_T1, length_T1, value=1.0 / self.width).rsqrt_()
@@ -72,6 +76,8 @@ class RMSNorm(nn.Module):
         """`residual += x` in place, then its norm."""
         if self._eps is None:
             return ops.add_rms_norm(x_TD, residual_TD, self.weight, self.eps)[0]
+        if self.native is not None and self.native.takes(x_TD) and self.native.takes(residual_TD):
+            return self.native.rms_norm(residual_TD, self.weight, self.eps, x_TD)
         return self.forward(residual_TD.add_(x_TD))
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.kernels import fp8_ops, step_ops
+from argosy.kernels.cpu_steps import CpuSteps
 from argosy.kernels.fp8_reference import Fp8Rows
 from argosy.kernels.norm_ahead import NormAhead
 from argosy.placement.plan import RankInfo
@@ -46,13 +47,19 @@ class GatedMLP(nn.Module):
         self.down_proj = RowParallelLinear(parallel, method, inner, width, bias=bias, dtype=dtype)
         self.activate = GATED_ACTIVATIONS[spec.activation]
         self.is_silu = spec.activation == "silu"
+        self.native: CpuSteps | None = None  # on a CPU, once it is compiled
 
     def inner(self, x_TD: Tensor) -> Tensor:
         """act(gate(x)) * up(x), this rank's share."""
         gate_up = self.gate_up_proj
         if self.is_silu and gate_up.method.fuses(gate_up, x_TD):
             return gate_up.fused(x_TD, Fusion(gated=True))
-        return self.activate(gate_up(x_TD))
+        return self._gate(gate_up(x_TD))
+
+    def _gate(self, both_TX: Tensor) -> Tensor:
+        if self.native is not None and self.is_silu and self.native.takes(both_TX):
+            return self.native.silu_and_mul(both_TX)
+        return self.activate(both_TX)
 
     def partial(self, x_TD: Tensor) -> Tensor:
         """`forward` without the sum over the group."""
@@ -69,7 +76,7 @@ class GatedMLP(nn.Module):
         rounding = self.down_proj.rounding(both_TX) if self.is_silu else None
         if rounding is not None:
             return self.down_proj(fp8_ops.gate_and_quantize(both_TX, rounding))  # type: ignore[no-any-return]
-        return self.down_proj(self.activate(both_TX))  # type: ignore[no-any-return]
+        return self.down_proj(self._gate(both_TX))  # type: ignore[no-any-return]
 
 
 class DecoderLayer(nn.Module):

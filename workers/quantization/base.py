@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from argosy.cluster.protocol.errors import UnsupportedModel
 from argosy.kernels import norm_ahead, ops
+from argosy.kernels.cpu_steps import CpuSteps
 from argosy.kernels.fp8_reference import Fp8Rows, Fp8Weight, Rounding
 from argosy.kernels.norm_ahead import NormAhead
 
@@ -51,6 +52,8 @@ class LinearLayer(nn.Module):
     bias: Tensor | None
     packed_weight: Tensor | None
     transposed_weight: Tensor | None  # a second copy, for a few tokens
+    packed_outputs: int  # of a weight packed by `native`
+    native: CpuSteps | None = None  # compiled products, on a CPU that has a compiler; they have packed the weight
     weight_scale: Tensor | None  # of packed formats
     input_scale: Tensor | None
     words: Tensor | None  # of weights of 4 or 8 bits, with `scale_zero`
@@ -114,6 +117,11 @@ class UnquantizedMethod:
         """Repack on a CPU; the plain weight is let go."""
         weight = layer.weight
         assert weight is not None
+        if layer.native is not None and layer.native.packs(weight):
+            layer.packed_weight, layer.packed_outputs = layer.native.pack(weight.data), weight.shape[0]
+            layer.weight = None
+            return
+        layer.native = None
         if _is_worth_transposing(weight):
             layer.transposed_weight = weight.data.t().contiguous()
         if _is_better_packed(weight):
@@ -128,6 +136,9 @@ class UnquantizedMethod:
         """One matrix product."""
         assert isinstance(x_TI, Tensor)
         packed = layer.packed_weight
+        if layer.native is not None:
+            assert packed is not None
+            return layer.native.linear(x_TI, packed, layer.packed_outputs, layer.bias)
         if layer.transposed_weight is not None and x_TI.shape[0] <= MAX_TRANSPOSED_TOKENS[packed is not None]:
             if layer.bias is None:
                 return torch.mm(x_TI, layer.transposed_weight)
