@@ -87,6 +87,7 @@ class Harness:
         self.spec = read_model_spec(folder).as_served(max_model_len, expert_parallel=bool(all2all), all2all=all2all)
         self.rank, self.parallel = rank, parallel
         self.model = build_model(self.spec, rank, parallel, dtype, device)
+        self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         native = _backend(self.model, device, dtype)  # before weights are packed
         load_weights(self.model, folder, self.spec, rank)
         self.backend = backend or native
