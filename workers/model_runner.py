@@ -65,7 +65,8 @@ class ModelRunner:
         self.max_model_len = config.model.max_model_len or spec.max_position
         self.kv_groups = kv_groups(spec, self.max_model_len)
         self.model = build_model(spec, self.rank, parallel, dtype, device)
-        eager = config.parallel.enforce_eager
+        # what is packed for a CPU is no parameter that could be moved
+        eager = config.parallel.enforce_eager or bool(config.offload.cpu_offload_gb)
         on_cpu = device.type != "cuda"
         self.backend: AttentionBackend = cpu_backend(self.model, dtype, eager) if on_cpu else TritonBackend()
         slice_tokens = slice_tokens_of(config, self.model, spec.hidden_size * dtype.itemsize)
