@@ -147,6 +147,31 @@ def _sums(kind: str, ones: str) -> str:
     return "\n".join(["{", ".reg .b32 one;", *lines, "}"])
 
 
+def _half_unit() -> str:
+    """`_unit` by one token in float16, whose pairs of inputs are 16 columns apart, as a word's halves are.
+
+    A field is BASE + q of 1024 or 64, without a shift for two of four. $8-$15: pairs of a lane's quarter, two of each
+    word, 8 columns apart.
+    """
+    lines = [f"mov.f32 ${sum_}, 0f00000000;" for sum_ in range(4)]
+    for word in range(4):
+        lines.append(f"shr.b32 t, ${4 + word}, 8;")
+        for field, source in enumerate((f"${4 + word}", f"${4 + word}", "t", "t")):
+            mask, magic = (("0x000f000f", "0x64006400"), ("0x00f000f0", "0x54005400"))[field % 2]
+            lines.append(f"lop3.b32 f{field}, {source}, {mask}, {magic}, 0xea;")
+        lines.append(_by_tensor_cores("f16", "f0, f2, f1, f3", 8 + 2 * word))
+    return "\n".join(["{", ".reg .b32 t, f0, f1, f2, f3;", *lines, "}"])
+
+
+def _half_sums() -> str:
+    """$0, $1: the sums of BASE times a unit's inputs, $2, $3 those of the inputs; its pairs are $4-$11."""
+    lines = ["mov.b32 one, 0x3c003c00;", "mov.b32 low, 0x64006400;", "mov.b32 high, 0x54005400;"]
+    lines += [f"mov.f32 ${sum_}, 0f00000000;" for sum_ in range(4)]
+    lines += [_by_tensor_cores("f16", "low, one, high, one", first) for first in (4, 6, 8, 10)]
+    return "\n".join(["{", ".reg .b32 one, low, high;", *lines, "}"])
+
+
+HALF_UNIT, HALF_SUMS = tl.constexpr(_half_unit()), tl.constexpr(_half_sums())
 UNIT_BF16 = tl.constexpr(_unit(*_MASKS_BF16[:2], "bf16", _SHIFTS_BF16))
 UNIT_FP16 = tl.constexpr(_unit(*_MASKS_FP16[:2], "f16", _SHIFTS_FP16))
 BOTH_BF16 = tl.constexpr(_unit(*_MASKS_BF16[:2], "bf16", _SHIFTS_BF16, *_BOTH_BF16))

@@ -20,9 +20,9 @@ from triton.experimental.gluon import language as gl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
-from argosy.kernels.packed_parts import SUMS_BF16, SUMS_FP16, SUMS_OPERANDS
+from argosy.kernels.packed_parts import HALF_SUMS, SUMS_BF16, SUMS_FP16, SUMS_OPERANDS
 from argosy.kernels.packed_reference import PackedWeight
-from argosy.kernels.stream_parts import add, ask, bring, finish, four, inputs, over_warps
+from argosy.kernels.stream_parts import add, ask, bring, bring_half, finish, four, inputs, over_warps
 
 # Triton 3.9 calls it otherwise than 3.6
 wait_for_all = getattr(gl, "thread_barrier", None) or gl.barrier
@@ -38,8 +38,8 @@ def stream_kernel(
     num_tiles, num_outputs, stride_x, stride_out, eps,
     PLANES: gl.constexpr, W: gl.constexpr, SPLIT: gl.constexpr, STEPS: gl.constexpr, DEPTH: gl.constexpr,
     PARTS: gl.constexpr, TOKENS: gl.constexpr, X_IN: gl.constexpr, HALF_SCALES: gl.constexpr, FP16: gl.constexpr,
-    NORM: gl.constexpr, BIAS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr, EARLY: gl.constexpr,
-    PDL: gl.constexpr,
+    HALF: gl.constexpr, NORM: gl.constexpr, BIAS: gl.constexpr, GATED: gl.constexpr, RESIDUAL: gl.constexpr,
+    EARLY: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """`x_ptr`: int32, a pair of inputs each; `num_tiles`, `num_outputs`: of the result, which with a gate has half the
     weight's rows. A program's tiles are as far apart as there are groups of PARTS programs.
@@ -89,7 +89,11 @@ def stream_kernel(
         gdc_wait()
         if EARLY == 1:
             gdc_launch_dependents()
-    bring(x_ptr, norm_ptr, x_smem, part, num_tokens, stride_x, eps, W, SPLIT, STEPS, TOKENS, NORM, FP16)
+    back = 1.0
+    if HALF:
+        back = bring_half(x_ptr, norm_ptr, x_smem, part, num_tokens, stride_x, eps, W, SPLIT, STEPS, TOKENS, NORM, FP16)
+    else:
+        bring(x_ptr, norm_ptr, x_smem, part, num_tokens, stride_x, eps, W, SPLIT, STEPS, TOKENS, NORM, FP16)
     zeros = gl.zeros([W, 32], gl.float32, lanes_in)
     sums = (zeros,) if TOKENS == 1 else (zeros, zeros, zeros, zeros)
     up_sums = sums
@@ -99,22 +103,22 @@ def stream_kernel(
             step = turn * AHEAD + n
             ring, sums, up_sums = _step(
                 ring, sums, up_sums, x_smem, step, words_ptrs, pairs_ptrs, up_words, up_pairs, there, has_pairs,
-                is_lower, True, AHEAD, X_IN, words_in, wide, lanes_in, W, SPLIT, TOKENS, PLANES, FP16, HALF_SCALES,
-                GATED,
+                is_lower, True, AHEAD, X_IN, words_in, wide, lanes_in, W, SPLIT, TOKENS, PLANES, FP16, HALF,
+                HALF_SCALES, GATED,
             )  # fmt: skip
     for n in gl.static_range(TURNS * AHEAD, STEPS):
         ring, sums, up_sums = _step(
             ring, sums, up_sums, x_smem, n, words_ptrs, pairs_ptrs, up_words, up_pairs, there, has_pairs, is_lower,
-            n + AHEAD < STEPS, AHEAD, X_IN, words_in, wide, lanes_in, W, SPLIT, TOKENS, PLANES, FP16, HALF_SCALES,
-            GATED,
+            n + AHEAD < STEPS, AHEAD, X_IN, words_in, wide, lanes_in, W, SPLIT, TOKENS, PLANES, FP16, HALF,
+            HALF_SCALES, GATED,
         )  # fmt: skip
     if PDL:  # noqa: SIM102 - known when compiling
         if EARLY == 0:
             gdc_launch_dependents()
-    y = over_warps(sums, W, SPLIT, TOKENS)
+    y = over_warps(sums, W, SPLIT, TOKENS) * back
     up = y
     if GATED:
-        up = over_warps(up_sums, W, SPLIT, TOKENS)
+        up = over_warps(up_sums, W, SPLIT, TOKENS) * back
     here_in: gl.constexpr = y.type.layout
     SIZE: gl.constexpr = TILES * (32 if TOKENS == 1 else 128)
     at = gl.arange(0, TILES, gl.SliceLayout(1, here_in))
@@ -162,20 +166,26 @@ def _step(
     ring, sums, up_sums, x_smem, step, words_ptrs, pairs_ptrs, up_words, up_pairs, there, has_pairs, is_lower,
     ASKS: gl.constexpr, AHEAD: gl.constexpr, X_IN: gl.constexpr, words_in: gl.constexpr, wide: gl.constexpr,
     lanes_in: gl.constexpr, W: gl.constexpr, SPLIT: gl.constexpr, TOKENS: gl.constexpr, PLANES: gl.constexpr,
-    FP16: gl.constexpr, HALF_SCALES: gl.constexpr, GATED: gl.constexpr,
+    FP16: gl.constexpr, HALF: gl.constexpr, HALF_SCALES: gl.constexpr, GATED: gl.constexpr,
 ):  # fmt: skip
     """The ring's first block multiplied, and one asked for in its place; (ring, sums, sums of the ups)."""
     ROWS: gl.constexpr = 1 if TOKENS == 1 else 2
     xa, xb = inputs(x_smem, step, X_IN, words_in, wide, W, SPLIT, TOKENS)
-    ones: gl.constexpr = SUMS_FP16 if FP16 else SUMS_BF16
+    ones: gl.constexpr = HALF_SUMS if HALF else SUMS_FP16 if FP16 else SUMS_BF16
     total = gl.inline_asm_elementwise(ones, SUMS_OPERANDS, [xa, xb], dtype=gl.float32, is_pure=True, pack=4)
-    total, after, _, _ = four(total, W, lanes_in)
-    sums = add(sums, ring[0], xa, xb, total, after, is_lower, W, TOKENS, PLANES, FP16, HALF_SCALES, lanes_in)
+    based, based_after, total, after = four(total, W, lanes_in)
+    sums = add(
+        sums, ring[0], xa, xb, total, after, based, based_after, is_lower, W, TOKENS, PLANES, FP16, HALF, HALF_SCALES,
+        lanes_in,
+    )  # fmt: skip
     ring = ring[1:]
     if ASKS:
         ring = ring + (ask(words_ptrs, pairs_ptrs, step + AHEAD, there, has_pairs, SPLIT, PLANES, ROWS),)  # noqa: RUF005
     if GATED:
-        up_sums = add(up_sums, ring[0], xa, xb, total, after, is_lower, W, TOKENS, PLANES, FP16, HALF_SCALES, lanes_in)
+        up_sums = add(
+            up_sums, ring[0], xa, xb, total, after, based, based_after, is_lower, W, TOKENS, PLANES, FP16, HALF,
+            HALF_SCALES, lanes_in,
+        )  # fmt: skip
         ring = ring[1:]
         if ASKS:
             ring = ring + (ask(up_words, up_pairs, step + AHEAD, there, has_pairs, SPLIT, PLANES, ROWS),)  # noqa: RUF005
@@ -273,7 +283,8 @@ def linear(
         x_TI.stride(0) // 2, out_TO.stride(0), eps,
         PLANES=weight.planes, W=sizes["warps"], SPLIT=split, STEPS=weight.num_inputs // GROUP // (split * parts),
         DEPTH=sizes["depth"], PARTS=parts, TOKENS=tokens, X_IN=_inputs_in(sizes["warps"], split, tokens),
-        HALF_SCALES=pairs.dtype == torch.float16, FP16=x_TI.dtype == torch.float16, NORM=norm_weight_I is not None,
+        HALF_SCALES=pairs.dtype == torch.float16, FP16=x_TI.dtype == torch.float16,
+        HALF=bool(sizes.get("half", 0)) and weight.planes == 1, NORM=norm_weight_I is not None,
         BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual_TO is not None, EARLY=sizes.get("early", 0),
         num_warps=sizes["warps"], **most, **tuning.overlap(x_TI.device),
     )  # fmt: skip

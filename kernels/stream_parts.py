@@ -10,6 +10,7 @@ from argosy.kernels.packed_parts import (
     BOTH_BF16,
     BOTH_FP16,
     BOTH_OPERANDS,
+    HALF_UNIT,
     UNIT_BF16,
     UNIT_FP16,
     UNIT_OPERANDS,
@@ -17,7 +18,8 @@ from argosy.kernels.packed_parts import (
     zero_of,
 )
 
-# Triton 3.9 calls it otherwise than 3.6
+# Triton 3.9 calls them otherwise than 3.6
+wait_for_all = getattr(gl, "thread_barrier", None) or gl.barrier
 copy_in = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
@@ -82,12 +84,18 @@ def four(part, W: gl.constexpr, lanes_in: gl.constexpr):
 
 @gluon.jit
 def add(
-    sums, block, xa, xb, total, after, is_lower, W: gl.constexpr, TOKENS: gl.constexpr, PLANES: gl.constexpr,
-    FP16: gl.constexpr, HALF_SCALES: gl.constexpr, lanes_in: gl.constexpr,
+    sums, block, xa, xb, total, after, based, based_after, is_lower, W: gl.constexpr, TOKENS: gl.constexpr,
+    PLANES: gl.constexpr, FP16: gl.constexpr, HALF: gl.constexpr, HALF_SCALES: gl.constexpr, lanes_in: gl.constexpr,
 ):  # fmt: skip
-    """A tile's sums with one block more; `total`, `after`: the inputs' sums of a lane's two columns."""
-    BASE: gl.constexpr = -128.0 if PLANES == 2 else BASE_FP16 if FP16 else BASE_BF16
-    if PLANES == 1:
+    """A tile's sums with one block more; `total`, `after`: the inputs' sums of a lane's two columns, and with HALF
+    `based`, `based_after`: those of BASE times the inputs.
+    """
+    BASE: gl.constexpr = 0.0 if HALF else -128.0 if PLANES == 2 else BASE_FP16 if FP16 else BASE_BF16
+    if HALF:
+        made = gl.inline_asm_elementwise(
+            HALF_UNIT, UNIT_OPERANDS, [block[0], xa, xb], dtype=gl.float32, is_pure=True, pack=4
+        )
+    elif PLANES == 1:
         source: gl.constexpr = UNIT_FP16 if FP16 else UNIT_BF16
         made = gl.inline_asm_elementwise(
             source, UNIT_OPERANDS, [block[0], xa, xb], dtype=gl.float32, is_pure=True, pack=4
@@ -98,6 +106,8 @@ def add(
             both, BOTH_OPERANDS, [block[0], xa, xb, block[1]], dtype=gl.float32, is_pure=True, pack=4
         )
     a, b, c, d = four(made, W, lanes_in)
+    if HALF:
+        a, b, c, d = a - based, b - based_after, c - based, d - based_after
     scale, zero = scale_of(block[2], HALF_SCALES), zero_of(block[2], HALF_SCALES)
     if PLANES == 2:
         zero += 16 * zero_of(block[4], HALF_SCALES)
@@ -181,9 +191,96 @@ def bring(
         else:
             for turn in range(TURNS):
                 copy_in(to.index(turn), here + (part * TURNS + turn) * SIZE, mask=present)
-    if not NORM:
+    if NORM:
+        wait_for_all()
+    else:
         async_copy.commit_group()
         async_copy.wait_group(0)
+
+
+@gluon.jit
+def bring_half(
+    x_ptr, norm_ptr, x_smem, part, num_tokens, stride_x, eps, W: gl.constexpr, SPLIT: gl.constexpr,
+    STEPS: gl.constexpr, TOKENS: gl.constexpr, NORM: gl.constexpr, FP16: gl.constexpr,
+):  # fmt: skip
+    """`bring` as float16, in pairs of columns 16 apart, times a power of two; returns what the product is to be
+    multiplied by. It is exact but for what is 2^26 times smaller than the largest, or if normed, 2^10 times.
+    """
+    AT_ONCE: gl.constexpr = min(STEPS & -STEPS, W // SPLIT)
+    TURNS: gl.constexpr = STEPS // AT_ONCE
+    UNITS: gl.constexpr = 2 * SPLIT * AT_ONCE
+    SIZE: gl.constexpr = 32 * UNITS
+    ROWS: gl.constexpr = 1 if TOKENS == 1 else 8
+    pairs_in: gl.constexpr = (
+        gl.BlockedLayout([1, 1, 1], [2, 1, 16], [W, 1, 1], [2, 1, 0])
+        if TOKENS == 1
+        else gl.BlockedLayout([1, 1, 4], [1, 8, 4], [W, 1, 1], [2, 1, 0])
+    )
+    of_unit: gl.constexpr = gl.SliceLayout(1, gl.SliceLayout(2, pairs_in))
+    of_token: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, pairs_in))
+    of_pair: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, pairs_in))
+    unit = gl.arange(0, UNITS, of_unit)[:, None, None]
+    token = gl.arange(0, ROWS, of_token)[None, :, None]
+    pair = gl.arange(0, 16, of_pair)[None, None, :]
+    column = unit * 32 + pair // 8 * 16 + pair % 8  # and eight pairs further on
+    here = x_ptr + token * stride_x + column + part * (SIZE * TURNS)
+    present = (token < num_tokens) & (unit >= 0) & (pair >= 0)
+    found = gl.zeros([UNITS, ROWS, 16], gl.float32, pairs_in)
+    if NORM or not FP16:
+        for turn in gl.static_range(TURNS):
+            one = gl.load(here + turn * SIZE, present, other=0)
+            other = gl.load(here + (turn * SIZE + 8), present, other=0)
+            if NORM:
+                found += _squares(one, FP16) + _squares(other, FP16)
+            else:
+                found = gl.maximum(found, gl.maximum(_largest(one), _largest(other)))
+    if NORM:
+        scale = 0.0625 / gl.sqrt(gl.sum(gl.sum(found, 2), 0) / (2 * SIZE * TURNS) + eps)
+        back = 16.0
+    elif FP16:
+        scale = gl.full([ROWS], 1.0, gl.float32, of_token)
+        back = 1.0
+    else:
+        exponent = gl.maximum(gl.max(gl.max(gl.max(found, 2), 0), 0).to(gl.int32, bitcast=True) >> 23, 20)
+        scale = gl.full([ROWS], 1.0, gl.float32, of_token) * ((265 - exponent) << 23).to(gl.float32, bitcast=True)
+        back = ((exponent - 11) << 23).to(gl.float32, bitcast=True)
+    scale = scale[None, :, None]
+    if TOKENS == 1:
+        to = x_smem._reinterpret(gl.int32, [TURNS, UNITS, 32], x_smem.layout)
+    else:
+        to = x_smem._reinterpret(gl.int32, [TURNS, UNITS, 8, 32], x_smem.layout)
+    for turn in gl.static_range(TURNS):
+        one = gl.load(here + turn * SIZE, present, other=0)
+        other = gl.load(here + (turn * SIZE + 8), present, other=0)
+        a, b = scale_of(one, FP16) * scale, zero_of(one, FP16) * scale
+        c, d = scale_of(other, FP16) * scale, zero_of(other, FP16) * scale
+        if NORM:
+            weight = gl.load(norm_ptr + column + turn * SIZE)
+            further = gl.load(norm_ptr + column + (turn * SIZE + 8))
+            a, b = a * scale_of(weight, FP16), b * zero_of(weight, FP16)
+            c, d = c * scale_of(further, FP16), d * zero_of(further, FP16)
+        both = gl.join(_halves(a, c), _halves(b, d))
+        if TOKENS == 1:
+            both = gl.permute(gl.reshape(both, [UNITS, 2, 2, 4, 2]), [0, 3, 1, 4, 2])
+            to.index(turn).store(gl.reshape(both, [UNITS, 32]))
+        else:
+            both = gl.permute(gl.reshape(both, [UNITS, 8, 2, 2, 4, 2]), [0, 1, 2, 5, 3, 4])
+            to.index(turn).store(gl.reshape(both, [UNITS, 8, 32]))
+    wait_for_all()
+    return back
+
+
+@gluon.jit
+def _largest(x):
+    """Of each pair of bfloat16."""
+    return gl.maximum(gl.abs(scale_of(x, False)), gl.abs(zero_of(x, False)))
+
+
+@gluon.jit
+def _halves(low, high):
+    """A pair of float16."""
+    lower = low.to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
+    return lower | (high.to(gl.float16).to(gl.int16, bitcast=True).to(gl.int32) << 16)
 
 
 @gluon.jit

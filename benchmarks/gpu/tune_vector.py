@@ -47,14 +47,12 @@ WORST = 0.2  # of the logits, beside the sizes before: the token before may be a
 
 # warps, those of a tile, blocks ahead, programs that share inputs, programs of a multiprocessor, room for how many
 STREAMS = {
-    "gate_up": ((16, 2, 2, 1, 1, 1), (16, 2, 1, 1, 1, 1), (8, 1, 3, 1, 1, 1), (8, 2, 2, 1, 2, 2), (8, 2, 1, 1, 2, 2),
-                (8, 4, 2, 1, 2, 2), (8, 8, 2, 1, 2, 2), (4, 2, 2, 1, 4, 4), (4, 4, 2, 1, 4, 4), (4, 2, 1, 1, 4, 4)),
-    "down": ((16, 8, 4, 1, 1, 1), (8, 8, 4, 1, 2, 2), (8, 8, 3, 1, 2, 2), (16, 4, 3, 2, 1, 1), (16, 2, 3, 4, 1, 1),
-             (8, 2, 7, 2, 1, 1), (16, 1, 4, 8, 1, 1), (8, 1, 3, 4, 1, 1), (8, 2, 3, 4, 2, 2)),
-    "qkv": ((16, 4, 4, 1, 1, 1), (8, 2, 4, 1, 1, 1), (8, 4, 4, 1, 2, 2), (8, 4, 3, 1, 2, 2), (16, 2, 4, 2, 1, 1),
-            (4, 4, 4, 1, 4, 4)),
-    "o": ((16, 8, 4, 1, 1, 1), (8, 8, 4, 1, 2, 2), (8, 4, 4, 1, 1, 1), (8, 4, 4, 1, 2, 2), (16, 2, 4, 4, 1, 1),
-          (4, 4, 4, 1, 4, 4)),
+    "gate_up": ((16, 2, 2, 1, 1, 1), (8, 1, 3, 1, 1, 1), (8, 2, 2, 1, 2, 2), (8, 4, 2, 1, 2, 2), (4, 2, 2, 1, 4, 4),
+                (4, 4, 2, 1, 4, 4)),
+    "down": ((16, 8, 4, 1, 1, 1), (8, 8, 4, 1, 2, 2), (8, 8, 3, 1, 2, 2), (16, 2, 3, 4, 1, 1), (8, 2, 7, 2, 1, 1),
+             (16, 1, 4, 8, 1, 1), (8, 2, 3, 4, 2, 2)),
+    "qkv": ((16, 4, 4, 1, 1, 1), (8, 4, 4, 1, 2, 2), (4, 4, 4, 1, 4, 4), (16, 2, 4, 2, 1, 1)),
+    "o": ((16, 8, 4, 1, 1, 1), (8, 8, 4, 1, 2, 2), (8, 4, 4, 1, 1, 1), (16, 2, 4, 4, 1, 1), (4, 4, 4, 1, 4, 4)),
 }  # fmt: skip
 # tiles, warps that share the inputs, wide, ahead, stages, early: of `packed_few`, for several tokens
 FEWS = (
@@ -93,7 +91,7 @@ def ways_for(name: str, shape: tuple[int, int], rows: int, bits: int) -> list[Si
         sizes = {"kernel": STREAM, "warps": warps, "split": split, "depth": depth, "parts": parts, "per_sm": per_sm,
                  "room": room, "early": 0}  # fmt: skip
         if packed_stream.fits(kept, rows, sizes) and not (rows == 1 and parts > 1):
-            ways.append(sizes)
+            ways += [sizes, {**sizes, "half": 1}] if bits == 4 else [sizes]
     for tiles, split, wide, ahead, stages, early in FEWS if rows > 1 else ():
         if (tiles > 1 or name != "gate_up") and not (bits == 8 and tiles * wide > 2):
             ways.append({"kernel": FEW, "tiles": tiles, "split": split, "wide": wide, "ahead": ahead, "stages": stages,

@@ -41,6 +41,10 @@ def make(num_in: int, num_out: int, scales: torch.dtype, bits: int = 4) -> packe
             torch.bfloat16,
             torch.float16,
         ),  # a step that is left over
+        (4, 1024, 24, 1, {"half": 1}, torch.bfloat16, torch.float16),
+        (4, 4096, 2080, 7, {"half": 1, "depth": 2}, torch.bfloat16, torch.bfloat16),
+        (4, 14336, 288, 8, {"half": 1, "split": 2, "parts": 4}, torch.bfloat16, torch.bfloat16),
+        (4, 1536, 2080, 3, {"half": 1, "split": 2, "parts": 2, "warps": 8}, torch.float16, torch.float16),
         (8, 1024, 56, 1, {"depth": 2}, torch.bfloat16, torch.bfloat16),
         (8, 4096, 2080, 8, {"depth": 2, "parts": 2}, torch.bfloat16, torch.float16),
     ],
@@ -101,6 +105,22 @@ def test_products_that_follow_each_other_do_not_overtake(tokens: int, early: int
         graph.replay()
     torch.cuda.synchronize()
     assert_near(made, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [1, 8])
+@pytest.mark.parametrize("size", [1e-30, 1e-4, 1.0, 1e6, 1e30])
+def test_inputs_of_any_size_are_multiplied_in_float16(size: float, tokens: int, assert_near: Near) -> None:
+    """bfloat16 reaches as far as float32: inputs are brought near each other by a power of two."""
+    weight = make(2048, 96, torch.bfloat16)
+    x = (torch.randn(tokens, 2048, device="cuda") * size).bfloat16()
+    if not packed_stream.takes(x, weight):
+        pytest.skip("for Hopper")
+    want = F.linear(x.double(), packed_reference.dequantize(weight).double())
+    got = packed_linear.linear(x, weight, sizes=SIZES | {"half": 1})
+    assert_near((got.double() / size).bfloat16(), want / size)
+    x[:, 5] = float("nan")
+    assert packed_linear.linear(x, weight, sizes=SIZES | {"half": 1}).isnan().all()
 
 
 def test_programs_share_tiles_evenly() -> None:
