@@ -105,7 +105,7 @@ def changes_of(sizes: Sizes, name: str) -> list[Sizes]:
         return [{**sizes, "late": 1 - sizes.get("late", 0)}]
     if sizes["kernel"] == STREAM:
         normed = [{**sizes, "norm": 1}] if name in ("qkv", "gate_up") and sizes.get("parts", 1) == 1 else []
-        return [*normed, {**sizes, "early": 1}, {**sizes, "early": 2}]
+        return [*normed, {**sizes, "early": 1}]
     return []
 
 
