@@ -36,8 +36,7 @@ WAYS = [(8, 2), (8, 1), (16, 2)]  # warps, blocks of each, of `packed_vector`
 ATTENTION = [
     {"block_l": block_l, "min_piece": piece, "per_sm": 1, "stages": stages, "warps": warps}
     for block_l, piece, stages, warps in (
-        (32, 32, 3, 2), (64, 64, 3, 4), (32, 64, 4, 4), (64, 128, 3, 4), (32, 64, 3, 2), (64, 128, 3, 2),
-        (32, 128, 4, 2),
+        (64, 64, 3, 4), (32, 64, 3, 2), (32, 32, 3, 1), (16, 16, 3, 1), (32, 32, 2, 2), (64, 128, 3, 4), (32, 128, 3, 2),
     )
 ]  # fmt: skip
 KEEP = 0.998  # of the time before, or a change is noise
@@ -296,10 +295,6 @@ def main() -> int:
         other.wait()
     print(f"compiled after {time.perf_counter() - began:.0f} s", flush=True)
     deadline = began + args.seconds
-    if args.attention:
-        kind = "h128_one" if rows <= 4 else "h128_lean"
-        best = tuner.try_all("attention", tuner.table["paged_attention"], kind, ATTENTION, best, deadline)
-        print("attention:", kind, tuner.table["paged_attention"].get(kind))
     ranked = {name: rank_alone(name, shape, rows, bits) for name, shape in shapes.items()}
     torch.cuda.empty_cache()
     for name, shape in shapes.items():
@@ -311,6 +306,10 @@ def main() -> int:
         for changed in tries:
             now = {**packed[key], **changed} if packed.get(key, {}).get("kernel") == changed["kernel"] else changed
             best = tuner.try_all(name, packed, key, [now], best, deadline)
+    if args.attention:
+        kind = "h128_one" if rows <= 4 else "h128_lean"
+        best = tuner.try_all("attention", tuner.table["paged_attention"], kind, ATTENTION, best, deadline)
+        print("attention:", kind, tuner.table["paged_attention"].get(kind))
     tuner.measure()
     print(f"all: {best:.4f} ms", flush=True)
     timeline(lambda: runner.graphs.run(rows))  # type: ignore[union-attr]
