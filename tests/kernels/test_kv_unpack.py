@@ -125,7 +125,7 @@ def test_layers_with_and_without_a_window_share_a_step(device: torch.device, ass
     sizes = {"block_m": 16, "block_l": 16, "warps": 4, "stages": 1} if device.type == "cpu" else None
     attention = partial(prefill_attention.prefill_attention, scale=0.15, sizes=sizes)
     scratch: dict[Any, Any] = {}
-    for window in (None, 7):
+    for window in (7, None):
         want = reference.prefill_attention(
             q.float(), *clean, starts, lengths, table, scale=0.15, sliding_window=window
         ).to(dtype)

@@ -16,8 +16,9 @@ from argosy.kernels import packed_hopper, packed_linear, packed_reference, refer
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "compile_for.py"
 HAS_ASSEMBLER = (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists()
 Near = Callable[[Tensor, Tensor], None]
-# bits, group, inputs, outputs: whole units, columns and rows that fill none, two groups a unit, two planes
-SHAPES = [(4, 128, 256, 24), (4, 32, 96, 5), (4, 64, 320, 17), (8, 128, 384, 9), (8, 32, 160, 33)]
+# bits, group, inputs, outputs: whole units, columns and rows that fill none, in as many blocks as warps share, two
+# groups a unit, two planes
+SHAPES = [(4, 128, 256, 24), (4, 32, 96, 5), (4, 32, 224, 20), (4, 64, 320, 17), (8, 128, 384, 9), (8, 32, 160, 33)]
 PACKED_ONLY = [(8, 16, 48, 33), (4, 8, 24, 3)]
 FEW = {"kernel": packed_linear.FEW, "tiles": 2, "split": 4, "ahead": 1}
 MANY = {"kernel": packed_linear.MANY, "tiles": 4, "tokens": 16, "splits": 2, "stages": 2, "warps": 4, "sync": 1}
