@@ -20,6 +20,7 @@ import yaml
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError
 from argosy.deploy import device_defaults
+from argosy.deploy.names_of_vllm import IGNORED, IGNORED_SWITCHES, check_harmless, refuse_not_yet
 from argosy.deploy.setting_values import KV_OFFLOADING, clean_value, swap_of_each_rank
 
 
@@ -176,34 +177,6 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
 
 SETTING_FLAGS: Final[tuple[Flag, ...]] = tuple(flag for group in FLAGS.values() for flag in group)
 
-# Of vLLM's names, those that nothing here depends on: other mechanisms do it, or there is nothing to switch.
-_IGNORED_SWITCHES = """
-    trust_remote_code headless disable_custom_all_reduce enable_return_routed_experts disable_cascade_attn
-    enable_log_requests disable_log_requests enable_request_id_headers use_v2_block_manager
-    disable_uvicorn_access_log ray_workers_use_nsight enable_prompt_tokens_details enable_force_include_usage
-    return_tokens_as_token_ids calculate_kv_scales disable_sliding_window use_tqdm_on_load
-"""
-_IGNORED_VALUES = """
-    distributed_executor_backend nnodes node_rank master_addr master_port runner convert
-    tokenizer_mode code_revision hf_config_path
-    compilation_config optimization_level performance_mode attention_config attention_backend
-    profiler_config kv_offloading_backend max_log_len otlp_traces_endpoint uvicorn_log_level
-    shutdown_timeout allowed_local_media_path allowed_media_domains limit_mm_per_prompt
-    mm_processor_kwargs logprobs_mode chat_template_content_format num_scheduler_steps max_seq_len_to_capture
-    max_parallel_loading_workers worker_cls model_impl cuda_graph_sizes max_num_partial_prefills
-    max_long_partial_prefills long_prefill_token_threshold num_lookahead_slots stream_interval
-    pt_load_map_location prefix_caching_hash_algo
-"""
-# and those that would change what is served, and can't yet: never ignored, never mistaken for a neighbour
-_NOT_YET = """
-    enable_lora lora_modules max_loras max_lora_rank max_cpu_loras speculative_config spec_method spec_model spec_tokens
-    structured_outputs_config reasoning_parser tool_call_parser enable_auto_tool_choice kv_transfer_config
-    kv_events_config enable_sleep_mode override_generation_config logits_processors uds ssl_keyfile ssl_certfile
-    ssl_ca_certs allowed_origins root_path middleware
-"""
-NOT_YET: Final[frozenset[str]] = frozenset(_NOT_YET.split())
-IGNORED: Final[frozenset[str]] = frozenset(_IGNORED_SWITCHES.split() + _IGNORED_VALUES.split())
-
 # any of these makes a tokenizer; all but the first are converted by transformers
 TOKENIZER_FILES: Final = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -273,8 +246,8 @@ def take_ignored(words: Sequence[str]) -> tuple[list[str], list[str]]:
         name = word.lstrip("-").split("=")[0].replace("-", "_").removeprefix("no_")
         if word.startswith("--") and name in IGNORED:
             ignored.append(name)
-            _check_harmless(name, word.partition("=")[2] or "".join(words[place + 1 : place + 2]))
-            is_value = name not in _IGNORED_SWITCHES.split() and "=" not in word
+            check_harmless(name, word.partition("=")[2] or "".join(words[place + 1 : place + 2]))
+            is_value = name not in IGNORED_SWITCHES and "=" not in word
         elif not (is_value and not word.startswith("-")):
             kept.append(word)
             is_value = False
@@ -283,13 +256,6 @@ def take_ignored(words: Sequence[str]) -> tuple[list[str], list[str]]:
     return kept, ignored
 
 
-# of those, what would change what is served if it had its effect
-_HARMLESS: Final[Mapping[str, tuple[object, ...]]] = {
-    "runner": ("auto", "generate"),
-    "convert": ("auto", "none"),
-    "logprobs_mode": ("raw_logprobs",),
-    "kv_offloading_backend": ("native",),
-}
 _BITS: Final[Mapping[str, str]] = {"load_in_8bit": "int8", "load_in_4bit": "int4"}  # as transformers calls it
 
 
@@ -299,21 +265,10 @@ def refuse_unknown(rest: Sequence[str], known_flags: Iterable[str] = ()) -> None
         if not word.startswith("-"):
             raise ConfigError(f"unexpected argument {word!r}; the model comes first, then flags")
         name = word.split("=")[0]
-        _refuse_not_yet(name, name.lstrip("-").replace("-", "_"))
+        refuse_not_yet(name, name.lstrip("-").replace("-", "_"))
         flags = [*known_flags, *(f"--{ignored.replace('_', '-')}" for ignored in sorted(IGNORED))]
         near = get_close_matches(name, flags, n=1)
         raise ConfigError(f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else ""))
-
-
-def _refuse_not_yet(written: str, name: str) -> None:
-    if name in NOT_YET:
-        raise ConfigError(f"{written} is not supported yet; leave it out")
-
-
-def _check_harmless(name: str, value: object) -> None:
-    if name in _HARMLESS and value not in _HARMLESS[name]:
-        fitting = " or ".join(str(one) for one in _HARMLESS[name])
-        raise ConfigError(f"{name}={value!r}: only {fitting} is supported yet; leave it out")
 
 
 def _check_bits(name: str, value: object, given: Mapping[str, object]) -> None:
@@ -345,12 +300,11 @@ def make_config(given: Mapping[str, object]) -> tuple[ServingConfig, list[str]]:
         elif (name, value) == ("load_format", "bitsandbytes"):  # as vLLM asks for rounding
             known.setdefault("quantization", "bitsandbytes")
         elif name in IGNORED:
-            _check_harmless(name, value)
+            check_harmless(name, value)
             ignored.append(name)
         elif name in settings:
             known[name] = clean_setting(name, value)
-        else:
-            _refuse_not_yet(key, name)
+        elif not refuse_not_yet(key, name, value):
             near = get_close_matches(name, [*settings, "scheduling_policy", KV_OFFLOADING, *sorted(IGNORED)], n=1)
             raise ConfigError(f"unknown setting {key!r}" + (f"; did you mean {near[0]!r}?" if near else ""))
     if total is not None:

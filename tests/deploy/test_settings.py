@@ -9,7 +9,7 @@ import pytest
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel
 from argosy.cluster.protocol.quant_spec import choose_quantization
-from argosy.deploy import cli, settings
+from argosy.deploy import cli, names_of_vllm, settings
 
 
 def serve_config(*words: str) -> ServingConfig:
@@ -112,8 +112,8 @@ def test_every_setting_has_a_flag_or_a_reason() -> None:
     """A setting that no flag sets can only come from a file; those are these."""
     file_only = set(ServingConfig.known_settings()) - {flag.field for flag in settings.SETTING_FLAGS} - {"model"}
     assert file_only == {"max_recoveries", "watermark", "max_cuda_graph_batch", "hub_name"}
-    assert not settings.IGNORED & set(ServingConfig.known_settings())
-    assert not settings.NOT_YET & (settings.IGNORED | set(ServingConfig.known_settings()))
+    assert not names_of_vllm.IGNORED & set(ServingConfig.known_settings())
+    assert not names_of_vllm.NOT_YET & (names_of_vllm.IGNORED | set(ServingConfig.known_settings()))
     with pytest.raises(ConfigError, match="enable_lora is not supported yet"):
         settings.config_from_kwargs("m", {"enable_lora": True})
 
@@ -246,3 +246,20 @@ def test_kinds_of_caches_are_named_as_people_write_them() -> None:
     """`fp8` is what most ask for, and was missing in the list of what may be asked for."""
     with pytest.raises(ConfigError, match=r"kv_cache_dtype='int3': must be one of auto, .*fp8 \(fp8_e4m3\)"):
         settings.make_config({"model": "m", "kv_cache_dtype": "int3"})
+
+
+def test_a_script_that_spells_out_what_it_does_not_use_runs() -> None:
+    """`LLM(model, enable_lora=False, task="generate")`: what is turned off is not asked for."""
+    off = {"enable_lora": False, "speculative_config": None, "override_generation_config": {}, "offload_group_size": 0,
+           "enable_sleep_mode": False, "logits_processors": []}  # fmt: skip
+    assert settings.make_config({"model": "m", **off})[1] == []
+    others = {"task": "generate", "decode_context_parallel_size": 1, "max_loras": 1, "guided_decoding_backend": "auto"}
+    assert settings.make_config({"model": "m", **others})[1] == list(others)
+    for given, said in (
+        ({"enable_lora": True}, "enable_lora is not supported yet; leave it out"),
+        ({"offload_group_size": 8}, "not supported yet; leave it out; --cpu-offload-gb keeps weights"),
+        ({"task": "embed"}, "task='embed': only auto or generate is supported yet"),
+        ({"decode_context_parallel_size": 2}, "only 1 is supported yet"),
+    ):
+        with pytest.raises(ConfigError, match=said):
+            settings.make_config({"model": "m", **given})
