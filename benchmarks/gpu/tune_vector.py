@@ -33,12 +33,16 @@ from argosy.workers.step_recording import make_graphs
 Sizes = dict[str, int]
 WAYS = [(8, 2), (8, 1), (16, 2)]  # warps, blocks of each, of `packed_vector`
 # tokens at once, of a piece at least, stages, warps: what holds less shared memory begins while the product before runs
-ATTENTION = [
-    {"block_l": block_l, "min_piece": piece, "per_sm": 1, "stages": stages, "warps": warps}
-    for block_l, piece, stages, warps in (
-        (64, 64, 3, 4), (32, 64, 3, 2), (32, 32, 3, 1), (16, 16, 3, 1), (32, 32, 2, 2), (64, 128, 3, 4), (32, 128, 3, 2),
+ATTENTION, ATTENTION_OF_MORE = (
+    [
+        {"block_l": block_l, "min_piece": piece, "per_sm": 1, "stages": stages, "warps": warps}
+        for block_l, piece, stages, warps in tried
+    ]
+    for tried in (
+        ((64, 64, 3, 4), (32, 64, 3, 2), (32, 32, 3, 1), (16, 16, 3, 1), (32, 32, 2, 2)),
+        ((64, 128, 3, 4), (64, 64, 3, 4), (32, 128, 3, 2), (32, 64, 3, 2)),
     )
-]  # fmt: skip
+)  # fmt: skip
 KEEP = 0.998  # of the time before, or a change is noise
 PROCESSES = 14
 WORST = 0.2  # of the logits, beside the sizes before: the token before may be another one
@@ -259,6 +263,13 @@ class Tuner:
                 table[key] = before
         return best
 
+    def try_attention(self, best: float, deadline: float) -> float:
+        """Sizes for so few rows beside packed weights."""
+        kind, few = ("h128_one", ATTENTION) if self.rows <= 4 else ("h128_lean", ATTENTION_OF_MORE)
+        best = self.try_all("attention", self.table["paged_attention"], kind, few, best, deadline)
+        print("attention:", kind, self.table["paged_attention"].get(kind))
+        return best
+
 
 def main() -> int:
     """Load once, then try."""
@@ -297,6 +308,8 @@ def main() -> int:
     deadline = began + args.seconds
     ranked = {name: rank_alone(name, shape, rows, bits) for name, shape in shapes.items()}
     torch.cuda.empty_cache()
+    if args.attention and rows > 4:
+        best = tuner.try_attention(best, deadline)
     for name, shape in shapes.items():
         key = tuner.key(shape)
         best = tuner.try_all(name, packed, key, ranked[name][: args.best], best, deadline)
@@ -306,10 +319,8 @@ def main() -> int:
         for changed in tries:
             now = {**packed[key], **changed} if packed.get(key, {}).get("kernel") == changed["kernel"] else changed
             best = tuner.try_all(name, packed, key, [now], best, deadline)
-    if args.attention:
-        kind = "h128_one" if rows <= 4 else "h128_lean"
-        best = tuner.try_all("attention", tuner.table["paged_attention"], kind, ATTENTION, best, deadline)
-        print("attention:", kind, tuner.table["paged_attention"].get(kind))
+    if args.attention and rows <= 4:
+        best = tuner.try_attention(best, deadline)
     tuner.measure()
     print(f"all: {best:.4f} ms", flush=True)
     timeline(lambda: runner.graphs.run(rows))  # type: ignore[union-attr]
