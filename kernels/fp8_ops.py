@@ -72,15 +72,6 @@ def keeps_16_bits(x_TI: Tensor, weight: Fp8Weight, most: int = FEW_TOKENS) -> bo
     return fp8_gemv.suits(x_TI, weight)
 
 
-def rounds_inside(x_TI: Tensor, weight: Fp8Weight, rounding: Rounding | None) -> bool:
-    """Whether `fused_linear` rounds these few inputs itself, and that is the fastest way for them."""
-    if not x_TI.is_cuda:
-        return False
-    from argosy.kernels import fp8_few
-
-    return fp8_few.suits(x_TI, weight, rounding)
-
-
 def fused_linear(
     x_TI: Tensor,
     weight: Fp8Weight,
@@ -95,13 +86,8 @@ def fused_linear(
 ) -> Tensor:
     """`ops.fused_linear` with an e4m3 weight. Where the library was measured to be faster, activations are rounded."""
     if x_TI.is_cuda:
-        from argosy.kernels import activation, fp8_few, fp8_gemv
+        from argosy.kernels import activation, fp8_gemv
 
-        if fp8_few.suits(x_TI, weight, rounding):
-            return fp8_few.fused_linear(
-                x_TI, weight, bias_O, norm_weight_I=norm_weight_I, eps=eps, residual_TO=residual_TO, gated=gated,
-                out_TO=out_TO,
-            )  # fmt: skip
         many = x_TI.shape[0] > FEW_TOKENS or fp8_gemv.prefers_library(x_TI.shape[0], weight)
         if rounding is not None and many:
             if norm_weight_I is None:

@@ -24,17 +24,6 @@ LEAST_PREFETCH = 128  # bytes, a line
 
 
 @triton.jit
-def _multiply(w, x, acc, ROUND: tl.constexpr):
-    """Add w x^T. With ROUND x becomes e4m3, each token by its largest number here."""
-    if ROUND:
-        x = x.to(tl.float32)
-        scale = tl.maximum(tl.max(tl.abs(x), 1) / 448.0, 1e-10)
-        x = (x * (1.0 / scale)[:, None]).to(tl.float8e4nv)
-        return acc + tl.dot(w, tl.trans(x)) * scale[None, :]
-    return tl.dot(w, tl.trans(x), acc)
-
-
-@triton.jit
 def _add_and_norm(
     y, tile, token, num_tokens, num_outputs, bias_ptr, residual_ptr, next_ptr, norm_ptr, squares_ptr, stride_out,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, BIAS: tl.constexpr,
@@ -58,13 +47,12 @@ def _add_and_norm(
 @triton.jit(do_not_specialize=["num_tokens", "num_parts"])
 def _split_kernel(
     x_ptr, weight_ptr, bias_ptr, out_ptr, part_ptr, counter_ptr,
-    scale_ptr, squares_ptr, next_ptr, next_norm_ptr, next_squares_ptr,
+    squares_ptr, next_ptr, next_norm_ptr, next_squares_ptr,
     num_tokens, num_inputs, num_outputs, piece, num_parts, stride_x, stride_weight, stride_out, eps,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, SPLIT: tl.constexpr,
     EVEN: tl.constexpr, BIAS: tl.constexpr, GATED: tl.constexpr, RESIDUAL: tl.constexpr,
     NORMED: tl.constexpr,  # a power of two that holds the parts of the squares of x; 0: x comes as it is
     NEXT: tl.constexpr,  # leaves the norm of what it adds to for the product behind it
-    ROUND: tl.constexpr,  # weights are e4m3 and have a scale by row
     FIRST: tl.constexpr,  # whether the first weights come into registers before the wait
     PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
@@ -99,9 +87,9 @@ def _split_kernel(
             inside = (start + column < end)[None, :]
             x = tl.load(x_here + start, inside, other=0.0)
             w = tl.load(w_here + start, inside, other=0.0)
-        acc = _multiply(w, x, acc, ROUND)
+        acc = tl.dot(w, tl.trans(x), acc)
     if FIRST:
-        acc = _multiply(first, first_x, acc, ROUND)
+        acc = tl.dot(first, tl.trans(first_x), acc)
     if PDL and not EARLY:
         gdc_launch_dependents()
     if SPLIT:
@@ -109,8 +97,6 @@ def _split_kernel(
         if pieces.leave(acc, part_ptr, counter_ptr, tile, split, splits, ROWS, TOKENS) < splits - 1:
             return
         acc = pieces.join(part_ptr, counter_ptr, tile, splits, ROWS, TOKENS)
-    if ROUND:
-        acc *= tl.load(scale_ptr + row)[:, None]
     if NORMED > 0:
         acc *= 1.0 / tl.sqrt(tl.sum(squares, 0) / num_inputs + eps)[None, :]
     if NEXT:
@@ -151,12 +137,10 @@ def linear(
     residual: bool = False,
     normed: NormAhead | None = None,
     ahead: NormAhead | None = None,
-    scale_O: Tensor | None = None,
 ) -> Tensor:
     """x W^T + bias, gated (`out_TO` is half as wide then), written or (`residual`) added to `out_TO`; one launch.
 
     `normed`: what the product before left; it stands for x. `ahead`: what to leave for the product behind, besides.
-    `scale_O`: of the rows of a weight in e4m3; x is rounded to that on its way, `width` columns of a token at a time.
     """
     x_TI = x_TI if normed is None else normed.values_TD
     num_tokens, num_inputs = x_TI.shape
@@ -180,15 +164,14 @@ def linear(
     prefetch = min(sizes["prefetch"], tuning.next_power_of_two(piece + 1) // 2 * weight_OI.element_size())
     _split_kernel[(tiles, splits)](
         x_TI, weight_OI, out_TO if bias_O is None else bias_O, out_TO, part, counters,
-        out_TO if scale_O is None else scale_O, out_TO if squares is None else squares,
-        out_TO if ahead is None else ahead.values_TD,
+        out_TO if squares is None else squares, out_TO if ahead is None else ahead.values_TD,
         out_TO if ahead is None else ahead.weight_D, out_TO if ahead is None else ahead.squares_PT,
         num_tokens, num_inputs, num_rows // 2 if gated else num_rows, piece, num_parts,
         x_TI.stride(0), weight_OI.stride(0), out_TO.stride(0), 0.0 if normed is None else normed.eps,
         TOKENS=tokens, ROWS=rows, WIDTH=width, STAGES=sizes["stages"], SPLIT=splits > 1,
         EVEN=num_inputs % width == 0, BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual,
         NORMED=tuning.next_power_of_two(num_parts) if num_parts else 0, NEXT=ahead is not None,
-        ROUND=scale_O is not None, FIRST=bool(sizes.get("first", 0)) and num_inputs % width == 0,
+        FIRST=bool(sizes.get("first", 0)) and num_inputs % width == 0,
         PREFETCH=prefetch if prefetch >= LEAST_PREFETCH else 0, EARLY=bool(sizes.get("early", 0)),
         num_warps=sizes["warps"], **tuning.overlap(device),
     )  # fmt: skip

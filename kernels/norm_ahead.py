@@ -8,12 +8,11 @@ product behind it multiplies its sums by the length that these give. The door fo
     inner = fused_linear(residual, gate_up_weight, normed=ahead, gated=True)  # gate and up of norm(residual)
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from argosy.kernels import reference
-from argosy.kernels.fp8_reference import Fp8Weight, Rounding
 
 
 class NormAhead(NamedTuple):
@@ -26,31 +25,20 @@ class NormAhead(NamedTuple):
 
 
 def between(
-    residual_TD: Tensor,
-    weight_DI: Tensor | Fp8Weight,
-    next_weight_OD: Tensor | Fp8Weight,
-    norm_weight_D: Tensor,
-    eps: float,
+    residual_TD: Tensor, weight_DI: Tensor, next_weight_OD: Tensor, norm_weight_D: Tensor, eps: float
 ) -> NormAhead | None:
     """Room for the norm between a product that adds to the residual and the next one, for both to be told of; None
     where either is not multiplied by a kernel that knows of it."""
     if not residual_TD.is_cuda:
         return None
-    from argosy.kernels import fp8_few, gemv, gemv_split
+    from argosy.kernels import gemv
 
-    if isinstance(weight_DI, Tensor) and isinstance(next_weight_OD, Tensor):
-        return gemv.norm_ahead(residual_TD, weight_DI, next_weight_OD, norm_weight_D, eps)
-    if isinstance(weight_DI, Tensor) or isinstance(next_weight_OD, Tensor):
-        return None
-    sizes = fp8_few.sizes_of(len(residual_TD), weight_DI)
-    if sizes is None or not sizes.get("norm", 0) or not fp8_few.suits(residual_TD, next_weight_OD, Rounding()):
-        return None
-    return gemv_split.ahead_for(residual_TD, norm_weight_D, eps, sizes)
+    return gemv.norm_ahead(residual_TD, weight_DI, next_weight_OD, norm_weight_D, eps)
 
 
 def fused_linear(
     x_TI: Tensor,
-    weight_OI: Tensor | Fp8Weight,
+    weight_OI: Tensor,
     bias_O: Tensor | None = None,
     *,
     residual_TO: Tensor | None = None,
@@ -60,13 +48,11 @@ def fused_linear(
 ) -> Tensor:
     """`ops.fused_linear` of `normed`, which the product before left, in the place of x; leaves `ahead` besides."""
     if x_TI.is_cuda:
-        from argosy.kernels import fp8_few, gemv
+        from argosy.kernels import gemv
 
-        options: dict[str, Any] = {"residual_TO": residual_TO, "gated": gated, "normed": normed, "ahead": ahead}
-        if isinstance(weight_OI, Tensor):
-            return gemv.fused_linear(x_TI, weight_OI, bias_O, **options)
-        return fp8_few.fused_linear(x_TI, weight_OI, bias_O, **options)
-    assert isinstance(weight_OI, Tensor)
+        return gemv.fused_linear(
+            x_TI, weight_OI, bias_O, residual_TO=residual_TO, gated=gated, normed=normed, ahead=ahead
+        )  # fmt: skip
     if normed is not None:
         square_T1 = normed.squares_PT.sum(0)[: x_TI.shape[0], None] / x_TI.shape[1]
         x_TI = (normed.values_TD.float() * (square_T1 + normed.eps).rsqrt()).to(x_TI.dtype)

@@ -15,19 +15,7 @@ from bench_kernels import LINEARS, STEPS, rand
 from timing import Report, copies_for, microseconds
 from torch import Tensor
 
-from argosy.kernels import (
-    activation,
-    fp8_few,
-    fp8_gemm,
-    fp8_gemv,
-    fp8_ops,
-    fp8_quantize,
-    fp8_reference,
-    norm_ahead,
-    ops,
-    rms_norm,
-    step_ops,
-)
+from argosy.kernels import activation, fp8_gemm, fp8_gemv, fp8_ops, fp8_quantize, fp8_reference, ops, rms_norm, step_ops
 from argosy.kernels.fp8_reference import Fp8Rows, Fp8Weight, Rounding
 
 BF16 = torch.bfloat16
@@ -165,8 +153,6 @@ def cache(report: Report) -> None:
 class Fp8Step:
     """All kernels of a decode step as a decoder launches them, with random weights and a 16-bit head."""
 
-    rounds_inside = False  # by `fp8_few`, which must have sizes for the rows
-
     def __init__(self, hidden: int, layers: int, heads: int, kv_heads: int, wide: int, vocabulary: int, qk_norm: bool):
         self.layers, self.heads, self.kv_heads = layers, heads, kv_heads
         self.shapes = {
@@ -223,20 +209,6 @@ class Fp8Step:
             x = ops.add_rms_norm(delta, h, self.norm, 1e-6)[0]
             return step_ops.argmax_rows(F.linear(x, self.head))
 
-        def rounded_inside() -> Tensor:
-            h, normed = F.embedding(tokens, self.embedding), None
-            for layer, ((qkv_w, o_w, gate_up_w, down_w), cache) in enumerate(zip(self.weights, caches, strict=True)):
-                qkv = fp8_few.fused_linear(h, qkv_w, norm_weight_I=self.norm, normed=normed)
-                normed = norm_ahead.between(h, o_w, gate_up_w, self.norm, 1e-6)
-                fp8_few.fused_linear(attend(qkv, cache), o_w, residual_TO=h, ahead=normed)
-                act = fp8_few.fused_linear(h, gate_up_w, norm_weight_I=self.norm, gated=True, normed=normed)
-                following = self.weights[layer + 1][0] if layer + 1 < self.layers else None
-                normed = None if following is None else norm_ahead.between(h, down_w, following, self.norm, 1e-6)
-                fp8_few.fused_linear(act, down_w, residual_TO=h, ahead=normed)
-            return step_ops.argmax_rows(ops.fused_linear(h, self.head, norm_weight_I=self.norm))
-
-        if self.rounds_inside:
-            return rounded_inside
         return one if rows == 1 else several
 
 

@@ -246,12 +246,6 @@ def between(report: Callable[..., None]) -> None:
         report(f"adds, {name}", gemv.fused_linear, x, o, residual_TO=residual, ahead=ahead, sizes=sizes)
         report(f"gate of the norm, {name}", gemv.fused_linear, residual, gate_up, gated=True, normed=ahead,
                sizes=sizes)  # fmt: skip
-    out, scale = torch.zeros(8, 14336, dtype=BF16), torch.ones(28672)
-    for rows, width, stages, first in ((128, 256, 3, 0), (64, 256, 4, 0), (64, 256, 4, 1), (64, 512, 3, 0)):
-        sizes = {"rows": rows, "width": width, "stages": stages, "warps": 4, "splits": 1, "prefetch": 512,
-                 "first": first}  # fmt: skip
-        report(f"e4m3, gate of the norm, {rows} by {width}", gemv_split.linear, x, gate_up.to(E4M3), None, out, sizes,
-               gated=True, normed=ahead, scale_O=scale)  # fmt: skip
 
 
 def gate(report: Callable[..., None]) -> None:

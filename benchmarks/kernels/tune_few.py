@@ -22,8 +22,7 @@ from bench_kernels import STEPS, Step, rand
 from few_sizes import short
 from timing import microseconds
 
-from argosy.kernels import fp8_few, gemv, gemv_split, paged_attention, tuning
-from argosy.kernels.fp8_reference import E4M3, Fp8Weight
+from argosy.kernels import gemv, gemv_split, paged_attention, tuning
 from argosy.kernels.norm_ahead import NormAhead
 
 Sizes = dict[str, int]
@@ -59,17 +58,7 @@ PRODUCTS = {  # rows, width, stages, pieces of the inputs, first weights before 
                  (64, 128, 6, 4, 0, 1), (64, 128, 4, 8, 0, 0)),
         "head": ((128, 128, 4, 1, 0, 0), (128, 128, 3, 1, 0, 0), (64, 128, 4, 1, 0, 0)),
     },
-    FP8: {
-        "qkv": ((64, 256, 4, 2, 0, 0), (64, 256, 4, 1, 0, 0), (64, 256, 6, 1, 1, 0), (64, 512, 3, 2, 0, 0),
-                (64, 256, 3, 4, 0, 0), (64, 256, 4, 2, 1, 0)),
-        "o": ((64, 256, 4, 2, 0, 0), (64, 256, 6, 1, 1, 0), (64, 512, 3, 2, 0, 0), (64, 256, 3, 4, 0, 0),
-              (64, 256, 4, 2, 1, 0)),
-        "gate_up": ((128, 256, 3, 1, 0, 0), (64, 256, 4, 1, 0, 0), (64, 256, 3, 1, 0, 0), (64, 512, 3, 1, 0, 0),
-                    (128, 128, 6, 1, 0, 0), (64, 256, 4, 1, 1, 0), (64, 512, 2, 1, 0, 0)),
-        "down": ((64, 256, 4, 4, 0, 0), (64, 256, 4, 2, 0, 0), (64, 512, 3, 4, 0, 0), (64, 512, 3, 2, 0, 0),
-                 (64, 256, 4, 4, 1, 0), (64, 256, 3, 7, 0, 0)),
-        "head": ((128, 128, 4, 1, 0, 0),),
-    },
+    FP8: {},  # attention alone
 }  # fmt: skip
 
 
@@ -111,10 +100,7 @@ def compile_part(index: int, of: int, model: str, rows: int, *, only: bool) -> N
         calls.append(lambda s=sizes: attend(s))
 
     def product(name: str, num_in: int, num_out: int, sizes: Sizes) -> None:
-        weight: Any = torch.zeros(num_out, num_in, device="cuda", dtype=torch.bfloat16)
-        linear: Any = gemv.fused_linear
-        if model == FP8 and name != "head":
-            weight, linear = Fp8Weight(weight.to(E4M3), torch.ones(num_out, device="cuda")), fp8_few.fused_linear
+        weight, linear = torch.zeros(num_out, num_in, device="cuda", dtype=torch.bfloat16), gemv.fused_linear
         if name in ("o", "down"):
             ahead = gemv_split.ahead_for(x, norm, 1e-6, sizes)
             linear(rand(rows, num_in), weight, residual_TO=x, sizes=sizes)
@@ -151,14 +137,12 @@ class Chain:
     def __init__(self, model: str, rows: int):
         hidden, _, *rest = STEPS[model.partition("-")[0]]
         self.step: Any = (Fp8Step if model == FP8 else Step)(hidden, LAYERS, *rest)
-        self.rows, self.is_fp8 = rows, model == FP8
+        self.runs = [self.step.of(rows, context) for context in CONTEXTS]
         self.use(new=False)
 
     def use(self, *, new: bool) -> None:
-        """With norms ahead and, for FP8, rounding inside; or as before."""
-        self.step.norms_ahead = self.step.rounds_inside = new
-        if self.is_fp8 or not hasattr(self, "runs"):
-            self.runs = [self.step.of(self.rows, context) for context in CONTEXTS]
+        """With norms as the sizes say, or with launches for them."""
+        self.step.norms_ahead = new
 
     def times(self) -> list[float]:
         return [microseconds([run], launches=1, replays=15)[0] for run in self.runs]
@@ -174,6 +158,7 @@ def main() -> int:
     parser.add_argument("--attention", action="store_true", help="nothing but attention, products as they are")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": be one of the compiling processes
     args = parser.parse_args()
+    args.attention |= args.model == FP8
     if args.compile_part:
         index, of = map(int, args.compile_part.split("/"))
         compile_part(index, of, args.model, args.rows, only=args.attention)
@@ -186,22 +171,19 @@ def main() -> int:
     for other in others:
         other.wait()
     print(f"compiled after {time.perf_counter() - began:.1f} s", flush=True)
-    kernel = "fp8_few" if args.model == FP8 else "gemv"
-    table.setdefault("fp8_few", {})
     for rows in sorted({1, args.rows}):
         lines(f"{rows} rows as they are", chain.step.of(rows, CONTEXTS[-1]))
     print(f"as it is, contexts {CONTEXTS}: {chain.times()}", flush=True)
     bucket = 1 if args.rows == 1 else 16
-    kind = "h128_some" if args.rows > 1 else "h128_few"
+    _, _, heads, kv_heads, *_ = STEPS[args.model.partition("-")[0]]
+    kind = f"h128_some_g{heads // kv_heads}" if args.rows > 4 else "h128_few"
     slots = [(table["paged_attention"], kind, "attention", list(attention_tries()))]
     starts = [{}] if args.attention else [{}, {"new": 1}, {"new": 1, "early": 1}]
     for name in () if args.attention else ("down", "o", "gate_up", "qkv", *(["head"] if args.rows > 1 else [])):
         num_in, num_out = shapes_of(args.model)[name]
-        own = table["gemv" if name == "head" else kernel]
-        slots.append((own, f"{num_in}x{num_out}x{bucket}", name, list(tries_of(args.model, name))))
+        slots.append((table["gemv"], f"{num_in}x{num_out}x{bucket}", name, list(tries_of(args.model, name))))
     begin, best, best_table = json.dumps(table), float("inf"), ""
-    if args.model != FP8:
-        chain.use(new=True)  # norms as the sizes say
+    chain.use(new=True)
     for number, start in enumerate(starts):
         for part, entries in json.loads(begin).items():
             table[part].clear()

@@ -9,18 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from argosy.kernels import (
-    fp8_few,
-    fp8_gemm,
-    fp8_gemv,
-    fp8_ops,
-    fp8_quantize,
-    fp8_reference,
-    fp8_split,
-    gemv_split,
-    reference,
-    tuning,
-)
+from argosy.kernels import fp8_gemm, fp8_gemv, fp8_ops, fp8_quantize, fp8_reference, fp8_split, tuning
 from argosy.kernels.fp8_reference import Fp8Rows, Rounding
 
 Near = Callable[[Tensor, Tensor], None]
@@ -177,54 +166,3 @@ def test_the_door_gives_what_is_meant(
     if num_tokens == 1:
         assert fp8_ops.keeps_16_bits(x, weight)
         assert_near(fp8_ops.fused_linear(x, weight), fp8_reference.fused_linear(x.float(), weight))
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("gated", [False, True])
-@pytest.mark.parametrize(
-    ("num_tokens", "rows", "splits", "first"), [(1, 64, 1, 1), (8, 64, 2, 0), (9, 32, 3, 1), (16, 64, 1, 0)]
-)
-def test_a_few_tokens_are_rounded_on_their_way(
-    num_tokens: int, rows: int, splits: int, first: int, gated: bool, dtype: torch.dtype, device: torch.device,
-    assert_near: Near,
-) -> None:  # fmt: skip
-    """Of an input as it comes, and of one whose norm the product before left; outputs and a number of tiles that
-    nothing divides. What is rounded are e4m3 numbers times powers of two, of other sizes for each 64 columns, so that
-    rounding changes nothing where it is done by the largest of these. A token of zeros stays zero."""
-    num_inputs, hidden, num_outputs = 384, 336, 200
-    weight, next_weight = (
-        fp8_reference.quantize_weight(torch.randn(shape, device=device) / shape[1] ** 0.5)
-        for shape in ((hidden, num_inputs), (num_outputs, hidden))
-    )
-    bias, norm = (torch.randn(hidden, device=device).to(dtype) for _ in range(2))
-    next_bias = torch.randn(num_outputs, device=device).to(dtype)
-    sizes = {"rows": rows, "width": 64, "splits": splits, "stages": 3, "warps": 4, "prefetch": 256, "first": first}
-    exact_weight, exact_next = (fp8_reference.dequantize_weight(w, torch.float64).cpu() for w in (weight, next_weight))
-
-    def numbers(width: int) -> Tensor:
-        values = torch.randn(num_tokens, -(-width // 64), 64, device=device).clamp(-3.5, 3.5)
-        values = values.to(fp8_reference.E4M3).float()
-        values[..., 5] = 448.0 / 2**7
-        values *= 2.0 ** torch.randint(-3, 3, values.shape[:2], device=device)[..., None]
-        values[-1] = 0
-        return values.flatten(1)[:, :width].to(dtype)
-
-    for _ in range(2):
-        x, residual = numbers(num_inputs), 3 * torch.randn(num_tokens, hidden, device=device).to(dtype)
-        want = reference.fused_linear(
-            x.double().cpu(), exact_weight, bias.double().cpu(), residual_TO=residual.double().cpu()
-        )
-        ahead = gemv_split.ahead_for(residual, norm, 1e-2, sizes)
-        got = fp8_few.fused_linear(x, weight, bias, residual_TO=residual, ahead=ahead, sizes=sizes)
-        assert got is residual
-        assert_near(got, want)
-        assert_near(ahead.values_TD, residual.double() * norm.double())
-        assert_near(ahead.squares_PT.sum(0)[:num_tokens], residual.double().square().sum(1))
-        normed = ahead._replace(values_TD=numbers(hidden))
-        length = (residual.double().square().mean(1, keepdim=True) + 1e-2).rsqrt().cpu()
-        want = reference.fused_linear(
-            normed.values_TD.double().cpu() * length, exact_next, next_bias.double().cpu(), gated=gated
-        )
-        got = fp8_few.fused_linear(residual, next_weight, next_bias, normed=normed, gated=gated, sizes=sizes)
-        assert_near(got, want)
-    assert not tuning.counters(device).any(), "counters must be zero again for the next launch"

@@ -58,8 +58,8 @@ class ParallelLinear(LinearLayer):
         self, following: "ParallelLinear", residual_TD: Tensor, norm_weight_D: Tensor, eps: float
     ) -> NormAhead | None:
         """Room for the norm between this product and the one that follows, if both do without a launch for it."""
-        weight, next_weight = self.method.few_weight(self), following.method.few_weight(following)
-        if weight is None or next_weight is None:
+        weight, next_weight = self.weight, following.weight
+        if weight is None or next_weight is None or not weight.dtype == next_weight.dtype == residual_TD.dtype:
             return None
         return norm_ahead.between(residual_TD, weight, next_weight, norm_weight_D, eps)
 

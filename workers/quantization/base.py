@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from argosy.cluster.protocol.errors import UnsupportedModel
 from argosy.kernels import norm_ahead, ops
 from argosy.kernels.cpu_steps import CpuSteps
-from argosy.kernels.fp8_reference import Fp8Rows, Fp8Weight, Rounding
+from argosy.kernels.fp8_reference import Fp8Rows, Rounding
 from argosy.kernels.norm_ahead import NormAhead
 
 MAX_TRANSPOSED_TOKENS = (16, 4)  # as long as the second copy beats the plain weight; the packed one
@@ -93,9 +93,6 @@ class LinearMethod(Protocol):
     def fuses(self, layer: LinearLayer, x_TI: Tensor) -> bool:
         """Whether `apply_fused` is the faster way for these inputs."""
 
-    def few_weight(self, layer: LinearLayer) -> Tensor | Fp8Weight | None:
-        """What `norm_ahead` would multiply by; None where it can't."""
-
     def apply_fused(self, layer: LinearLayer, x_TI: Tensor, fusion: Fusion) -> Tensor:
         """x W^T + bias together with what stands before and after it; only where `fuses`."""
 
@@ -155,10 +152,6 @@ class UnquantizedMethod:
         (The norm of 8192 tokens of 4096 then takes 33 us, where it took 67 with the addition.)
         """
         return x_TI.is_cuda and x_TI.element_size() == 2
-
-    def few_weight(self, layer: LinearLayer) -> Tensor | None:
-        """As it is."""
-        return layer.weight
 
     def apply_fused(self, layer: LinearLayer, x_TI: Tensor, fusion: Fusion) -> Tensor:
         """One launch, with the norm before it and the gate or the addition after it."""

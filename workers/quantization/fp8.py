@@ -5,9 +5,8 @@ every cut is a cut of rows. Blocks that a cut goes through keep their scale on b
 (where a part begins inside a block) or by narrower columns (where its inputs do), with the same meaning number by
 number. What is rounded here takes its scales from the whole tensor, so that every layout has the same weights.
 
-On a GPU one token is multiplied in 16 bits, more are rounded, too, a few of them on their way to the tensor cores. On a
-CPU the weight is made plain again: e4m3 saves the file's bytes and the rounding is that of the checkpoint, the
-arithmetic is that of the model's numbers.
+On a GPU one token is multiplied in 16 bits, more are rounded, too. On a CPU the weight is made plain again:
+e4m3 saves the file's bytes and the rounding is that of the checkpoint, the arithmetic is that of the model's numbers.
 
 T = tokens, I = inputs, O = outputs, both of this rank.
 """
@@ -21,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from argosy.cluster.protocol.quant_spec import WeightScheme
-from argosy.kernels import fp8_ops, fp8_reference, norm_ahead
+from argosy.kernels import fp8_ops, fp8_reference
 from argosy.kernels.fp8_reference import E4M3, LARGEST, Fp8Rows, Fp8Weight, Rounding
 from argosy.workers.quantization.base import Cut, Fusion, LinearLayer, UnquantizedMethod, empty_parameter
 
@@ -195,18 +194,7 @@ class Fp8Method:
         """A few tokens on a GPU, in 16 bits."""
         if self._plain is not None:
             return self._plain.fuses(layer, x_TI)
-        if self._weight is None or not isinstance(x_TI, Tensor):
-            return False
-        if fp8_ops.rounds_inside(x_TI, self._weight, self._rounding):
-            return True
-        return fp8_ops.keeps_16_bits(x_TI, self._weight, self._most_fused())
-
-    def few_weight(self, layer: LinearLayer) -> Tensor | Fp8Weight | None:
-        """Where each token is rounded by what it has."""
-        if self._plain is not None:
-            return self._plain.few_weight(layer)
-        rounds = self._rounding is not None and not self._rounding.group and self._rounding.scale is None
-        return self._weight if rounds else None
+        return self._weight is not None and fp8_ops.keeps_16_bits(x_TI, self._weight, self._most_fused())
 
     def _most_fused(self) -> int:
         """Tokens up to which inputs stay in 16 bits: more where the checkpoint asks for inputs that are not rounded."""
@@ -217,11 +205,6 @@ class Fp8Method:
         if self._plain is not None:
             return self._plain.apply_fused(layer, x_TI, fusion)
         assert self._weight is not None
-        if fusion.normed is not None or fusion.ahead is not None:
-            return norm_ahead.fused_linear(
-                x_TI, self._weight, layer.bias, residual_TO=fusion.residual_TO, gated=fusion.gated,
-                normed=fusion.normed, ahead=fusion.ahead,
-            )  # fmt: skip
         return fp8_ops.fused_linear(
             x_TI, self._weight, layer.bias, rounding=self._rounding, norm_weight_I=fusion.norm_weight_I,
             eps=fusion.eps, residual_TO=fusion.residual_TO, gated=fusion.gated, out_TO=fusion.out_TO,

@@ -275,10 +275,6 @@ class IntWeightMethod:
 
         return x_TI.is_cuda and x_TI.shape[0] <= packed_linear.MOST_FUSED
 
-    def few_weight(self, layer: LinearLayer) -> Tensor | None:
-        """Packed weights have kernels of their own, which leave norms to a launch."""
-        return None if self._plain is None else self._plain.few_weight(layer)
-
     def apply_fused(self, layer: LinearLayer, x_TI: Tensor, fusion: Fusion) -> Tensor:
         """One launch with the gate or the addition after it, and one for the norm before it, or none."""
         if self._plain is not None:
