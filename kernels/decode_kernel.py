@@ -34,6 +34,78 @@ from argosy.kernels.kv_scale_parts import (
 from argosy.kernels.shared_prefix import begin_with_prefix
 
 
+@triton.jit
+def _new_token(
+    q_ptr, kv_head, row, split, slot, stride_q, head, in_tile, dim, partner, q_weight, q_other, k_weight, k_other, cos,
+    sin, eps, scale, soft_cap, k_inverse, v_inverse, k_cache_ptr, v_cache_ptr, out_ptr,
+    K: tl.constexpr, G: tl.constexpr, H: tl.constexpr, S: tl.constexpr, GROUP: tl.constexpr, WIDTH: tl.constexpr,
+    SOFT_CAP: tl.constexpr, NORM_Q: tl.constexpr, NORM_K: tl.constexpr, SCALED: tl.constexpr, KV_SCALES: tl.constexpr,
+):  # fmt: skip
+    """Turned queries [GROUP, WIDTH], and what the row's new token begins the softmax with: largest, sum, outputs. It
+    goes to the cache; only the first piece has it."""
+    LOG2E: tl.constexpr = 1.4426950408889634
+    q_head = q_ptr + row * stride_q + (kv_head * G + head[:, None]) * H
+    largest = tl.full((GROUP,), float("-inf"), tl.float32)
+    total = tl.zeros((GROUP,), tl.float32)
+    acc = tl.zeros((GROUP, WIDTH), tl.float32)
+    # all loads first: one trip to memory, not one for each that is waited for
+    one = tl.zeros((1, 1), tl.int64)
+    new_k = q_ptr + row * stride_q + (K * G + kv_head) * H + one
+    in_new = (dim < tl.where(split == 0, H, 0))[None, :]
+    q_raw = tl.load(q_head + dim[None, :], in_tile, other=0.0)
+    q_pair = tl.load(q_head + partner[None, :], in_tile, other=0.0)
+    k_raw = tl.load(new_k + dim[None, :], in_new, other=0.0)
+    k_pair = tl.load(new_k + partner[None, :], in_new, other=0.0)
+    v_raw = tl.load(new_k + K * H + dim[None, :], in_new, other=0.0)
+    q = turn(q_raw, q_pair, q_weight, q_other, cos, sin, eps, H, NORM_Q).to(out_ptr.dtype.element_ty)
+    if split == 0:
+        k_row = turn(k_raw, k_pair, k_weight, k_other, cos, sin, eps, H, NORM_K)
+        v_row = v_raw
+        if KV_SCALES:
+            v_row = v_row.to(tl.float32)
+            k_code = code_of(tl.max(magnitude(k_row)), k_cache_ptr)
+            v_code = code_of(tl.max(magnitude(v_row)), v_cache_ptr)
+            k_row = rounded(k_row, inverse_of(k_code), k_cache_ptr)
+            v_row = rounded(v_row, inverse_of(v_code), v_cache_ptr)
+            here = number_place(slot // S, slot % S, K, H, S) + kv_head * H + dim[None, :] + one
+            code_here = code_place(slot // S, slot % S, kv_head, K, H, S)
+            tl.store(codes_at(k_cache_ptr) + code_here, k_code.to(tl.uint8), slot >= 0)
+            tl.store(codes_at(v_cache_ptr) + code_here, v_code.to(tl.uint8), slot >= 0)
+        else:
+            if SCALED:
+                k_row = scaled(k_row, k_inverse)
+                v_row = scaled(v_row, v_inverse)
+            k_row = k_row.to(k_cache_ptr.dtype.element_ty)
+            v_row = v_row.to(v_cache_ptr.dtype.element_ty)
+            here = (slot * K + kv_head) * H + dim[None, :] + one
+        tl.store(k_cache_ptr + here, k_row, (dim < tl.where(slot >= 0, H, 0))[None, :])
+        tl.store(v_cache_ptr + here, v_row, (dim < tl.where(slot >= 0, H, 0))[None, :])
+        largest = tl.sum(q.to(tl.float32) * k_row.to(tl.float32), 1)
+        if KV_SCALES:
+            largest *= scale_of(k_code)
+        if SOFT_CAP:
+            largest = (2.0 * tl.sigmoid(2.0 * (largest * scale / soft_cap)) - 1.0) * (soft_cap * LOG2E)
+        else:
+            largest *= scale * LOG2E
+        if KV_SCALES:
+            largest += tl.log2(scale_of(v_code))
+            total += 1.0 / scale_of(v_code)
+        else:
+            total += 1.0
+        acc += v_row.to(tl.float32)
+    return q, largest, total, acc
+
+
+@triton.jit
+def _wait_as(x):
+    """x, once the kernel before is done; the next one may start. For within a loop: nothing that it loads is held back
+    by this but what hangs on the result, where `gdc_wait` keeps loads of coming turns from being asked for ahead."""
+    return tl.inline_asm_elementwise(
+        "griddepcontrol.wait; griddepcontrol.launch_dependents; mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32,
+        is_pure=True, pack=1,
+    )  # fmt: skip
+
+
 # Lengths, and addresses inside a packed buffer, differ from step to step: a compiled variant for each divisibility by
 # 16 would be a stall of half a second in the middle of serving.
 @triton.jit(
@@ -79,6 +151,7 @@ def paged_attention_kernel(
     NATIVE: tl.constexpr,  # PTX may be used
     STAGED: tl.constexpr,  # how values of 8 bits become 16: see `numbers`
     PREFETCHED: tl.constexpr,  # tokens of a piece to ask for while that one runs
+    LATE: tl.constexpr,  # the first tiles are on their way to the chip before the wait (NEW, EARLY, 16 bits)
     HEADS: tl.constexpr,  # power of two >= G
     JOIN: tl.constexpr,  # pieces that are joined at once
     ORDERED: tl.constexpr,
@@ -138,64 +211,29 @@ def paged_attention_kernel(
                     place = ((block * S + token % S) * K + kv_head) * H
                 prefetch(k_cache_ptr + place, H * k_cache_ptr.dtype.element_ty.primitive_bitwidth // 8)
                 prefetch(v_cache_ptr + place, H * v_cache_ptr.dtype.element_ty.primitive_bitwidth // 8)
-        gdc_wait()
-        gdc_launch_dependents()
+        if not LATE:
+            gdc_wait()
+            gdc_launch_dependents()
     out_head = out_ptr + (row * K + kv_head) * G * H + head[:, None] * H + dim[None, :]
     if split >= pieces:
+        if PDL and LATE:  # a kernel whose programs all leave before the one before is done would let the next begin
+            gdc_wait()
         if (split == 0) & (context <= 0):  # padding
             tl.store(out_head, tl.zeros((GROUP, WIDTH), out_ptr.dtype.element_ty), in_tile)
         return
 
     q_head = q_ptr + row * stride_q + (kv_head * G + head[:, None]) * H
+    q = tl.zeros((GROUP, WIDTH), out_ptr.dtype.element_ty)
     largest = tl.full((GROUP,), float("-inf"), tl.float32)
     total = tl.zeros((GROUP,), tl.float32)
     acc = tl.zeros((GROUP, WIDTH), tl.float32)
     if NEW:
-        # all loads first: one trip to memory, not one for each that is waited for
-        one = tl.zeros((1, 1), tl.int64)
-        new_k = q_ptr + row * stride_q + (K * G + kv_head) * H + one
-        in_new = (dim < tl.where(split == 0, H, 0))[None, :]
-        q_raw = tl.load(q_head + dim[None, :], in_tile, other=0.0)
-        q_pair = tl.load(q_head + partner[None, :], in_tile, other=0.0)
-        k_raw = tl.load(new_k + dim[None, :], in_new, other=0.0)
-        k_pair = tl.load(new_k + partner[None, :], in_new, other=0.0)
-        v_raw = tl.load(new_k + K * H + dim[None, :], in_new, other=0.0)
-        q = turn(q_raw, q_pair, q_weight, q_other, cos, sin, eps, H, NORM_Q).to(out_ptr.dtype.element_ty)
-        if split == 0:
-            k_row = turn(k_raw, k_pair, k_weight, k_other, cos, sin, eps, H, NORM_K)
-            v_row = v_raw
-            if KV_SCALES:
-                v_row = v_row.to(tl.float32)
-                k_code = code_of(tl.max(magnitude(k_row)), k_cache_ptr)
-                v_code = code_of(tl.max(magnitude(v_row)), v_cache_ptr)
-                k_row = rounded(k_row, inverse_of(k_code), k_cache_ptr)
-                v_row = rounded(v_row, inverse_of(v_code), v_cache_ptr)
-                here = number_place(slot // S, slot % S, K, H, S) + kv_head * H + dim[None, :] + one
-                code_here = code_place(slot // S, slot % S, kv_head, K, H, S)
-                tl.store(codes_at(k_cache_ptr) + code_here, k_code.to(tl.uint8), slot >= 0)
-                tl.store(codes_at(v_cache_ptr) + code_here, v_code.to(tl.uint8), slot >= 0)
-            else:
-                if SCALED:
-                    k_row = scaled(k_row, k_inverse)
-                    v_row = scaled(v_row, v_inverse)
-                k_row = k_row.to(k_cache_ptr.dtype.element_ty)
-                v_row = v_row.to(v_cache_ptr.dtype.element_ty)
-                here = (slot * K + kv_head) * H + dim[None, :] + one
-            tl.store(k_cache_ptr + here, k_row, (dim < tl.where(slot >= 0, H, 0))[None, :])
-            tl.store(v_cache_ptr + here, v_row, (dim < tl.where(slot >= 0, H, 0))[None, :])
-            largest = tl.sum(q.to(tl.float32) * k_row.to(tl.float32), 1)
-            if KV_SCALES:
-                largest *= scale_of(k_code)
-            if SOFT_CAP:
-                largest = (2.0 * tl.sigmoid(2.0 * (largest * scale / soft_cap)) - 1.0) * (soft_cap * LOG2E)
-            else:
-                largest *= scale * LOG2E
-            if KV_SCALES:
-                largest += tl.log2(scale_of(v_code))
-                total += 1.0 / scale_of(v_code)
-            else:
-                total += 1.0
-            acc += v_row.to(tl.float32)
+        if not LATE:
+            q, largest, total, acc = _new_token(
+                q_ptr, kv_head, row, split, slot, stride_q, head, in_tile, dim, partner, q_weight, q_other, k_weight,
+                k_other, cos, sin, eps, scale, soft_cap, k_inverse, v_inverse, k_cache_ptr, v_cache_ptr, out_ptr,
+                K, G, H, S, GROUP, WIDTH, SOFT_CAP, NORM_Q, NORM_K, SCALED, KV_SCALES,
+            )  # fmt: skip
     else:
         q = tl.load(q_head + dim[None, :], in_tile, other=0.0)
         if SHARED > 0:  # noqa: SIM102 - known when compiling, the other only when running
@@ -215,7 +253,16 @@ def paged_attention_kernel(
         v_code_L = load_codes(v_cache_ptr, next_block, coming % S, kv_head, coming < end, K, H, S)
         coming += BLOCK_L
         next_block = tl.load(table_row + coming // S, coming < end, other=0).to(tl.int64)
-    for start in tl.range(begin, end, BLOCK_L, num_stages=STAGES):
+    # with LATE there is a turn also where nothing is cached, since the new token comes within the first
+    for start in tl.range(begin, tl.maximum(end, begin + 1) if LATE else end, BLOCK_L, num_stages=STAGES):
+        if LATE:  # noqa: SIM102 - known when compiling, the other only when running
+            if start == begin:
+                kv_own = _wait_as(kv_head) if PDL else kv_head
+                q, largest, total, acc = _new_token(
+                    q_ptr, kv_own, row, split, slot, stride_q, head, in_tile, dim, partner, q_weight, q_other, k_weight,
+                    k_other, cos, sin, eps, scale, soft_cap, k_inverse, v_inverse, k_cache_ptr, v_cache_ptr, out_ptr,
+                    K, G, H, S, GROUP, WIDTH, SOFT_CAP, NORM_Q, NORM_K, SCALED, KV_SCALES,
+                )  # fmt: skip
         token = start + tl.arange(0, BLOCK_L)
         inside = token < end
         block = tl.load(table_ptr + row * stride_table + token // S, inside, other=0).to(tl.int64)

@@ -154,8 +154,9 @@ def _launch(
     about_new = {
         "positions_ptr": context_len_R, "rotation_ptr": out_RNH, "q_norm_ptr": out_RNH, "k_norm_ptr": out_RNH,
         "slots_ptr": context_len_R, "eps": 0.0, "NEW": False, "ROTARY": 0, "INTERLEAVED": False, "NORM_Q": False,
-        "NORM_K": False, "EARLY": False, "PREFETCHED": 0,
+        "NORM_K": False, "EARLY": False, "PREFETCHED": 0, "LATE": False,
     } | (new or {})  # fmt: skip
+    about_new["LATE"] = about_new["EARLY"] and bool(sizes.get("late", 0)) and k_cache_BSKH.element_size() > 1
     if few and about_new["EARLY"]:
         about_new["PREFETCHED"] = 512  # not for many rows: their keys push each other out again (139 us instead of 102)
     paged_attention_kernel[(num_kv_heads, num_rows, splits)](

@@ -29,10 +29,11 @@ Sizes = dict[str, int]
 LAYERS = 6
 KEEP = 0.998  # of the time before, or a change is noise
 CONTEXTS = (192, 320)  # decode rows of the benchmark go from 128 to 384
-ATTENTION = (  # tokens of a tile, least piece, programs a multiprocessor, stages, warps
-    (128, 512, 1, 5, 4), (128, 512, 1, 3, 8), (128, 512, 1, 2, 8), (64, 512, 1, 5, 4), (64, 512, 1, 4, 8),
-    (64, 512, 1, 3, 4), (64, 512, 1, 6, 8), (256, 512, 1, 2, 8), (128, 128, 2, 3, 8), (64, 128, 2, 4, 8),
-    (64, 64, 4, 3, 2), (32, 512, 1, 6, 4),
+ATTENTION = (  # tokens of a tile, least piece, programs a multiprocessor, stages, warps, first tiles before the wait
+    (128, 512, 1, 5, 4, 0), (128, 512, 1, 3, 8, 0), (64, 512, 1, 5, 4, 0), (64, 512, 1, 4, 8, 0), (64, 64, 4, 3, 2, 0),
+    (128, 512, 1, 3, 8, 1), (128, 512, 1, 5, 8, 1), (128, 512, 1, 4, 4, 1), (64, 512, 1, 4, 8, 1),
+    (64, 512, 1, 6, 8, 1), (64, 512, 1, 5, 4, 1), (64, 128, 4, 4, 8, 1), (64, 128, 4, 4, 4, 1), (128, 128, 2, 3, 8, 1),
+    (64, 64, 4, 3, 4, 1), (32, 512, 1, 6, 4, 1),
 )  # fmt: skip
 FP8 = "8b-fp8"
 PRODUCTS = {  # rows, width, stages, pieces of the inputs, first weights before the wait, early
@@ -74,8 +75,8 @@ def tries_of(model: str, name: str) -> Iterator[Sizes]:
 
 def attention_tries() -> Iterator[Sizes]:
     """What attention of a few rows may take."""
-    for block_l, piece, per_sm, stages, warps in ATTENTION:
-        yield {"block_l": block_l, "min_piece": piece, "per_sm": per_sm, "stages": stages, "warps": warps}
+    for block_l, piece, per_sm, stages, warps, late in ATTENTION:
+        yield {"block_l": block_l, "min_piece": piece, "per_sm": per_sm, "stages": stages, "warps": warps, "late": late}
 
 
 def shapes_of(model: str) -> dict[str, tuple[int, int]]:

@@ -67,11 +67,13 @@ def test_decode(
     [("none", "none"), ("partial", "norms"), ("interleaved", "norms"), *(("half", x) for x in (*OPTIONS, "norms"))],
 )
 @pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size", "dtype"), [HEADS[0], *HEADS[2:4]])
+@pytest.mark.parametrize("late", [False, True])
 def test_decode_with_rotation_and_store_inside(
-    num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype, option: str, rotation: str,
+    late: bool, num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype, option: str, rotation: str,
     device: torch.device, assert_near: Near,
 ) -> None:  # fmt: skip
-    """A long row, padding, a row with only its new token, one that opens a block."""
+    """A long row, padding, a row with only its new token, one that opens a block; with the cache's first tiles asked
+    for before what the queries come from is done, too."""
     contexts = [35, 0, 1, 17] if device.type == "cpu" else [2035, 0, 1, 17, 300]
     k_cache, v_cache, table, context = paged(contexts, 16, num_kv_heads, head_size, dtype, device)
     positions = (context.long() - 1).clamp(min=0)
@@ -90,9 +92,11 @@ def test_decode_with_rotation_and_store_inside(
     want = reference.decode_attention(
         qkv.clone(), positions, rotations, *want_caches, slots, table, context, **options
     )  # fmt: skip
+    sizes = {"block_l": 64, "min_piece": 128, "per_sm": 4, "stages": 4, "warps": 4, "late": 1} if late else None
     got = paged_attention.decode_attention(
-        qkv, positions, rotations, k_cache, v_cache, slots, table, context, inputs_early=option == "none", **options
-    )
+        qkv, positions, rotations, k_cache, v_cache, slots, table, context, inputs_early=late or option == "none",
+        sizes=sizes, **options,
+    )  # fmt: skip
     assert_near(got, want)
     assert_near(k_cache, want_caches[0])
     assert torch.equal(v_cache, want_caches[1])
