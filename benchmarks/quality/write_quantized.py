@@ -2,7 +2,8 @@
 
     python benchmarks/quality/write_quantized.py argosy/default_model OUT --text docs/*.md
 
-Makes OUT/gptq, OUT/awq and OUT/packed (compressed-tensors), 4 bits with groups of `--group` inputs. The methods are
+Makes OUT/gptq, OUT/awq and OUT/packed (compressed-tensors), 4 bits with groups of `--group` inputs, OUT/gptq-8 likewise
+in 8, and OUT/int8 (compressed-tensors) and OUT/bitsandbytes, 8 bits with a scale a row. The methods are
 those of the papers in their plainest form, on the CPU and in float32: GPTQ (arXiv 2210.17323) rounds column after
 column, those of the largest inputs first, and lets the columns to come make up for each error; AWQ (arXiv 2306.00978)
 makes the inputs that matter larger before it rounds, by powers of their mean size, and what stands before them smaller.
@@ -21,8 +22,7 @@ import transformers
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-BITS, PER_WORD = 4, 8
-TOP = (1 << BITS) - 1
+BITS = 4  # of what is being written
 AWQ_ORDER = [0, 2, 4, 6, 1, 3, 5, 7]  # which of eight neighbours a word holds, from its lowest bits on
 TOKENS, WINDOW = 16384, 512  # of text that inputs are taken from
 INPUTS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_attn.o_proj",),
@@ -30,20 +30,25 @@ INPUTS = (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("self_a
 Grid = tuple[Tensor, Tensor]  # scales and zeros of some columns, [O, 1] each
 
 
+def top() -> int:
+    """The largest number."""
+    return (1 << BITS) - 1
+
+
 def grid(weight_OC: Tensor, *, symmetric: bool) -> Grid:
     """Steps that reach from the least to the largest number of each row; the zero is a whole number."""
     if symmetric:
-        scale = weight_OC.abs().amax(1, keepdim=True).clamp(min=1e-8) * 2 / TOP
+        scale = weight_OC.abs().amax(1, keepdim=True).clamp(min=1e-8) * 2 / top()
         return scale.half().float(), torch.full_like(scale, float(1 << (BITS - 1)))
     low, high = weight_OC.amin(1, keepdim=True).clamp(max=0), weight_OC.amax(1, keepdim=True).clamp(min=0)
-    scale = ((high - low) / TOP).clamp(min=1e-8).half().float()
-    return scale, (-low / scale).round().clamp(0, TOP)
+    scale = ((high - low) / top()).clamp(min=1e-8).half().float()
+    return scale, (-low / scale).round().clamp(0, top())
 
 
 def to_grid(weight_OC: Tensor, steps: Grid) -> Tensor:
-    """The nearest numbers, 0 to 15."""
+    """The nearest numbers, 0 to `top`."""
     scale, zero = steps
-    return (weight_OC / scale + zero).round().clamp(0, TOP)
+    return (weight_OC / scale + zero).round().clamp(0, top())
 
 
 class Rounded:
@@ -96,10 +101,11 @@ def gptq(weight_OI: Tensor, products_II: Tensor, group: int) -> Rounded:
 
 
 def words(numbers: Tensor, axis: int, order: list[int] | None = None) -> Tensor:
-    """int32 words of eight neighbours along `axis`, the first (or the first of `order`) in the lowest bits."""
-    eights = numbers.movedim(axis, -1).long().unflatten(-1, (-1, PER_WORD))
-    eights = eights if order is None else eights[..., order]
-    packed = sum(eights[..., place] << (BITS * place) for place in range(PER_WORD))
+    """int32 words of neighbours along `axis`, the first (or the first of `order`) in the lowest bits."""
+    per_word = 32 // BITS
+    together = numbers.movedim(axis, -1).long().unflatten(-1, (-1, per_word))
+    together = together if order is None else together[..., order]
+    packed = sum(together[..., place] << (BITS * place) for place in range(per_word))
     assert isinstance(packed, Tensor)
     return (packed & 0xFFFFFFFF).to(torch.uint32).view(torch.int32).movedim(-1, axis).contiguous()
 
@@ -125,6 +131,19 @@ def as_packed(made: Rounded) -> dict[str, Tensor]:
     return {
         "weight_packed": words(made.numbers_OI, 1), "weight_scale": made.scale_OG.bfloat16(),
         "weight_shape": torch.tensor(made.numbers_OI.shape),
+    }  # fmt: skip
+
+
+def as_int8(made: Rounded) -> dict[str, Tensor]:
+    """compressed-tensors, a scale for each row."""
+    return {"weight": (made.numbers_OI - 128).to(torch.int8), "weight_scale": made.scale_OG.bfloat16()}
+
+
+def as_bitsandbytes(made: Rounded) -> dict[str, Tensor]:
+    """With 127 steps a row, as many as its largest number."""
+    return {
+        "weight": (made.numbers_OI - 128).to(torch.int8), "SCB": made.scale_OG[:, 0] * 127,
+        "weight_format": torch.tensor(0, dtype=torch.uint8),
     }  # fmt: skip
 
 
@@ -210,11 +229,33 @@ def quantize_nearest(source: Calibrated, group: int) -> dict[str, Rounded]:
     }  # fmt: skip
 
 
+def quantize_rows(source: Calibrated, group: int) -> dict[str, Rounded]:
+    """A scale for each row; zero in the middle, and the largest number 127 steps from it."""
+    found = {}
+    for place, layer in enumerate(source.layers):
+        for name in (name for names in INPUTS for name in names):
+            weight_OI = layer.get_submodule(name).weight.data
+            made = Rounded(weight_OI, weight_OI.shape[1])
+            made.scale_OG = (weight_OI.abs().amax(1, keepdim=True).clamp(min=1e-8) / 127).bfloat16().float()
+            made.zero_OG += 128
+            made.numbers_OI = (weight_OI / made.scale_OG + 128).round().clamp(0, 255)
+            found[f"model.layers.{place}.{name}"] = made
+    return found
+
+
 def configs(group: int) -> dict[str, dict[str, object]]:
     """What `config.json` says of each."""
     weights = {"num_bits": BITS, "type": "int", "symmetric": True, "strategy": "group", "group_size": group}
+    by_row = {"num_bits": 8, "type": "int", "symmetric": True, "strategy": "channel"}
+    gptq_config = {"quant_method": "gptq", "bits": BITS, "group_size": group, "desc_act": True, "sym": True}
     return {
-        "gptq": {"quant_method": "gptq", "bits": BITS, "group_size": group, "desc_act": True, "sym": True},
+        "gptq": gptq_config,
+        "gptq-8": gptq_config,
+        "int8": {
+            "quant_method": "compressed-tensors", "format": "int-quantized", "ignore": ["lm_head"],
+            "config_groups": {"group_0": {"targets": ["Linear"], "weights": by_row, "input_activations": None}},
+        },
+        "bitsandbytes": {"quant_method": "bitsandbytes", "load_in_8bit": True, "load_in_4bit": False},
         "awq": {"quant_method": "awq", "bits": BITS, "group_size": group, "version": "gemm", "zero_point": True},
         "packed": {
             "quant_method": "compressed-tensors", "format": "pack-quantized", "ignore": ["lm_head"],
@@ -223,15 +264,19 @@ def configs(group: int) -> dict[str, dict[str, object]]:
     }  # fmt: skip
 
 
-METHODS: dict[str, tuple[Callable[[Calibrated, int], dict[str, Rounded]], Callable[[Rounded], dict[str, Tensor]]]] = {
-    "gptq": (quantize_gptq, as_gptq), "awq": (quantize_awq, as_awq), "packed": (quantize_nearest, as_packed),
+Make = Callable[[Calibrated, int], dict[str, Rounded]]
+METHODS: dict[str, tuple[int, Make, Callable[[Rounded], dict[str, Tensor]]]] = {
+    "gptq": (4, quantize_gptq, as_gptq), "awq": (4, quantize_awq, as_awq), "packed": (4, quantize_nearest, as_packed),
+    "gptq-8": (8, quantize_gptq, as_gptq), "int8": (8, quantize_rows, as_int8),
+    "bitsandbytes": (8, quantize_rows, as_bitsandbytes),
 }  # fmt: skip
 
 
 def write(folder: Path, out: Path, method: str, ids: Tensor, group: int) -> None:
     """One checkpoint: the model's own files, its weights in the format, and a config that says so."""
+    global BITS  # of all that rounds and packs
     source = Calibrated(folder, ids)
-    quantize, lay_out = METHODS[method]
+    BITS, quantize, lay_out = METHODS[method]
     made = quantize(source, group)
     tied = source.model.config.tie_word_embeddings
     stored = {
@@ -252,7 +297,7 @@ def write(folder: Path, out: Path, method: str, ids: Tensor, group: int) -> None
 
 
 def main() -> None:
-    """Write all three."""
+    """Write all that are asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("out", type=Path)
@@ -265,7 +310,7 @@ def main() -> None:
     ids = torch.tensor(found[: len(found) // WINDOW * WINDOW]).view(-1, WINDOW)
     for method in args.method:
         write(args.model, args.out / method, method, ids, args.group)
-        print(f"{args.out / method}: 4 bits, groups of {args.group}, {ids.numel()} tokens looked at", flush=True)
+        print(f"{args.out / method}: {METHODS[method][0]} bits, {ids.numel()} tokens looked at", flush=True)
 
 
 if __name__ == "__main__":
