@@ -30,7 +30,8 @@ def test_norms_come_with_the_product_before_them(
         return NormAhead(torch.full_like(residual_TD, float("nan")), squares_PT, norm_weight_D, eps)
 
     monkeypatch.setattr(UnquantizedMethod, "fuses", lambda *_: True)
-    monkeypatch.setattr(UnquantizedMethod, "finish", lambda *_: None)  # weights stay as a GPU has them
+    # weights stay as a GPU has them
+    monkeypatch.setattr(UnquantizedMethod, "finish", lambda _, layer: setattr(layer, "native", None))
     monkeypatch.setattr(norm_ahead, "between", between)
     folder = write_family(tmp_path, family)
     config = make_config(folder, cpu_offload_gb=offload_gb)
