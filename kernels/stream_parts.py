@@ -20,6 +20,7 @@ from argosy.kernels.packed_parts import (
 
 # Triton 3.9 calls them otherwise than 3.6
 wait_for_all = getattr(gl, "thread_barrier", None) or gl.barrier
+reinterpret = getattr(gl.shared_memory_descriptor, "reinterpret", None) or gl.shared_memory_descriptor._reinterpret
 copy_in = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
@@ -154,7 +155,7 @@ def bring(
         unit = gl.arange(0, UNITS, gl.SliceLayout(1, flat_in))
         at = gl.arange(0, 32, gl.SliceLayout(0, flat_in))
         columns = (unit * 32)[:, None] + (at % 8 * 4 + at // 8)[None, :]
-        to = x_smem._reinterpret(gl.int32, [TURNS, UNITS, 32], x_smem.layout)
+        to = reinterpret(x_smem, gl.int32, [TURNS, UNITS, 32], x_smem.layout)
         if NORM:
             total = gl.zeros([UNITS, 32], gl.float32, flat_in)
             for turn in gl.static_range(TURNS):
@@ -177,7 +178,7 @@ def bring(
         pair = gl.arange(0, 32, of_pair)[None, None, :]
         here = x_ptr + token * stride_x + unit * 32 + pair
         present = (token < num_tokens) & (unit >= 0) & (pair >= 0)
-        to = x_smem._reinterpret(gl.int32, [TURNS, UNITS, 8, 32], x_smem.layout)
+        to = reinterpret(x_smem, gl.int32, [TURNS, UNITS, 8, 32], x_smem.layout)
         if NORM:
             squares = gl.zeros([8], gl.float32, of_token)
             for turn in gl.static_range(TURNS):
@@ -246,9 +247,9 @@ def bring_half(
         back = ((exponent - 11) << 23).to(gl.float32, bitcast=True)
     scale = scale[None, :, None]
     if TOKENS == 1:
-        to = x_smem._reinterpret(gl.int32, [TURNS, UNITS, 32], x_smem.layout)
+        to = reinterpret(x_smem, gl.int32, [TURNS, UNITS, 32], x_smem.layout)
     else:
-        to = x_smem._reinterpret(gl.int32, [TURNS, UNITS, 8, 32], x_smem.layout)
+        to = reinterpret(x_smem, gl.int32, [TURNS, UNITS, 8, 32], x_smem.layout)
     for turn in gl.static_range(TURNS):
         one = gl.load(here + turn * SIZE, present, other=0)
         other = gl.load(here + (turn * SIZE + 8), present, other=0)

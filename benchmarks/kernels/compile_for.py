@@ -383,12 +383,30 @@ def packed_vector(report: Callable[..., None]) -> None:
             report(f"{bits} bits, a token, gated", packed_linear.linear, x, weight, gated=True, sizes=sizes)
 
 
+def packed_stream(report: Callable[..., None]) -> None:
+    """Products of 1 and 8 tokens with weights of 4 and 8 bits, whose warps stream words for themselves."""
+    for bits, half in ((4, False), (4, True), (8, False)):
+        words, pairs = packed_reference.shapes(6144, 4096, bits=bits, group=128)
+        weight = packed_reference.PackedWeight(
+            torch.zeros(words, dtype=torch.int32), torch.zeros(pairs, dtype=BF16), bits, 128, 4096, 6144
+        )
+        for tokens, split, parts in ((1, 4, 1), (8, 4, 1), (8, 2, 2)):
+            x, residual = torch.zeros(tokens, 4096, dtype=BF16), torch.zeros(tokens, 6144, dtype=BF16)
+            sizes = {"kernel": packed_linear.STREAM, "warps": 16, "split": split, "depth": 16 // bits, "parts": parts,
+                     "half": int(half), "norm": 1}  # fmt: skip
+            for norm in (None, torch.zeros(4096, dtype=BF16)):
+                if norm is None or parts == 1:
+                    name = f"{bits} bits, {tokens} tokens{', normed' * (norm is not None)}{', float16' * half}"
+                    report(name, packed_linear.linear, x, weight, norm_weight_I=norm, residual_TO=residual, sizes=sizes)
+
+
 HOPPER_SIZES = ((2, 4, 64, 132), (2, 4, 256, 0))
 PARTS = {
     "attention": attention, "alone": alone, "prompts": prompts, "linear": linear, "gate": gate, "group": group,
     "between": between,
     "ahead": ahead,
     "fp8": fp8, "experts": experts, "packed": packed, "packed_many": packed_many, "packed_vector": packed_vector,
+    "packed_stream": packed_stream,
 }  # fmt: skip
 
 

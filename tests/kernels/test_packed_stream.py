@@ -1,14 +1,21 @@
 """Products of 1 to 8 tokens with 4 or 8 bits by Hopper's kernel without meetings, against plain torch."""
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 from torch import Tensor
 
 from argosy.kernels import packed_linear, packed_reference, packed_stream, reference
 
+SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "compile_for.py"
+HAS_ASSEMBLER = (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists()
 Near = Callable[[Tensor, Tensor], None]
 SIZES = {"kernel": packed_linear.STREAM, "warps": 16, "split": 4, "depth": 4}
 
@@ -146,3 +153,17 @@ def test_inputs_must_find_room() -> None:
     assert not packed_stream.fits(weight, 8, SIZES | {"split": 8})
     assert packed_stream.fits(weight, 8, SIZES | {"split": 2, "parts": 4})
     assert not packed_stream.fits(weight, 1, SIZES | {"split": 8, "parts": 4})  # 112 blocks are no multiple of 32
+
+
+@pytest.mark.skipif(not HAS_ASSEMBLER, reason="this Triton came without NVIDIA's assembler")
+def test_it_compiles_for_a_hopper_card(tmp_path: Path) -> None:
+    """Sixteen warps find registers: of one token nothing goes to memory."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+    environment.pop("TRITON_INTERPRET", None)
+    ran = subprocess.run(
+        [sys.executable, SCRIPT, "packed_stream"], capture_output=True, text=True, env=environment, timeout=600
+    )
+    assert ran.returncode == 0, ran.stdout + ran.stderr
+    lines = [line for line in ran.stdout.splitlines() if "stream_kernel" in line]
+    assert len(lines) == 15
+    assert all(" 0 spilled" in line for line in lines if "1 tokens" in line), ran.stdout
