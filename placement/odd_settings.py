@@ -12,6 +12,7 @@ from argosy.placement.rank_memory import Serving, StageBytes
 def odd_settings(config: ServingConfig, shape: ModelShape, serving: Serving) -> Iterator[str]:
     """What each such setting comes to. Sizes of groups and stages must be settled: a planner may still choose them."""
     parallel = config.parallel
+    yield from _strangers(config, shape)
     yield from _experts(config, shape)
     yield from _slices(config)
     if not isinstance(config.offload.cpu_offload_gb, str) and config.offload.cpu_offload_gb:
@@ -19,6 +20,18 @@ def odd_settings(config: ServingConfig, shape: ModelShape, serving: Serving) -> 
             shape.num_layers, parallel.tensor_parallel_size, parallel.pipeline_parallel_size, parallel.pipeline_layers
         )
         yield from _more_than_there_is(config, StageBytes(shape, serving), plan.layer_counts)
+
+
+def _strangers(config: ServingConfig, shape: ModelShape) -> Iterator[str]:
+    if not shape.spec.source:
+        return
+    line = (
+        f"{shape.spec.architecture} runs through transformers' own modules: its steps are not recorded, so times that "
+        "are foretold for it are those of layers of ours, which it does not reach"
+    )
+    if config.parallel.tensor_parallel_size > 1:
+        line += "; its group gathers what every linear layer makes, and keeps embeddings and experts whole on each rank"
+    yield line
 
 
 def _experts(config: ServingConfig, shape: ModelShape) -> Iterator[str]:

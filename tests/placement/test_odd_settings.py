@@ -1,6 +1,9 @@
 """What is allowed and changes nothing is said in a line; what works is not."""
 
+import json
 import re
+from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 
@@ -8,6 +11,12 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.placement.model_sources import read_model_shape
 from argosy.placement.odd_settings import odd_settings
 from argosy.placement.rank_memory import Serving
+
+STRANGER = {
+    "architectures": ["ArceeForCausalLM"], "model_type": "arcee", "hidden_size": 512, "num_hidden_layers": 4,
+    "num_attention_heads": 8, "num_key_value_heads": 4, "intermediate_size": 1024, "vocab_size": 1000,
+    "max_position_embeddings": 8192, "torch_dtype": "bfloat16",
+}  # fmt: skip
 
 
 def said(model: str = "llama-3.1-8b", **settings: object) -> list[str]:
@@ -56,3 +65,13 @@ def test_what_changes_nothing_is_named_with_what_would(settings: dict[str, objec
 )
 def test_what_works_is_not_talked_about(settings: dict[str, object]) -> None:
     assert said(**settings) == []  # type: ignore[arg-type]
+
+
+@pytest.mark.skipif(find_spec("transformers") is None, reason="without transformers no such model is known")
+def test_what_is_foretold_of_models_of_transformers_is_said_to_be_too_good(tmp_path: Path) -> None:
+    """Somebody plans a model that we have no layers for; its group gathers."""
+    (tmp_path / "config.json").write_text(json.dumps(STRANGER))
+    (alone,), (grouped,) = said(str(tmp_path)), said(str(tmp_path), tensor_parallel_size=2)
+    assert re.search("ArceeForCausalLM runs through transformers' own modules: its steps are not recorded", alone)
+    assert grouped.startswith(alone)
+    assert "gathers what every linear layer makes" in grouped
