@@ -5,6 +5,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -208,3 +209,34 @@ def test_long_groups_are_cut(device: torch.device) -> None:
     assert weight.group == 128
     scale_OG, _ = packed_reference.scales_and_zeros(weight)
     assert torch.equal(scale_OG[:, 0], scale_OG[:, 2])
+
+
+def test_the_way_goes_by_tokens_and_what_was_tuned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card that nobody tuned: read once for few tokens, words to the tensor cores for some, slices of plain
+    weight above; two planes are two products, so for 8 bits earlier. A tuned way counts where this card can take it."""
+    asked: list[str] = []
+    tuned: dict[str, dict[str, int]] = {}
+
+    def pick(kernel: str, key: str, device: torch.device) -> dict[str, int] | None:
+        asked.append(key)
+        return tuned.get(key)
+
+    monkeypatch.setattr(packed_linear.tuning, "pick", pick)
+    monkeypatch.setattr(packed_linear.tuning, "device_facts", lambda device: SimpleNamespace(num_sms=132))
+    weights = {bits: make(bits, 128, 256, 32, torch.device("cpu")) for bits in (4, 8)}
+
+    def way(bits: int, tokens: int) -> int:
+        return packed_linear._sizes(weights[bits], torch.empty(tokens, 256))["kernel"]
+
+    few, many, slices = packed_linear.FEW, packed_linear.MANY, packed_linear.SLICES
+    assert [way(4, tokens) for tokens in (1, 16, 17, 256, 257, 1024)] == [few, few, many, many, slices, slices]
+    assert [way(8, tokens) for tokens in (16, 17, 128, 129)] == [few, many, many, slices]
+    asked.clear()
+    assert way(4, 1025) == slices
+    assert asked == [], "sizes are tuned for up to 1024 tokens; beyond, those of none apply"
+    assert way(4, 100) == many
+    assert asked == ["256x32x128"]
+    tuned["256x32x128"] = {"kernel": packed_linear.HOPPER}
+    assert way(4, 100) == many, "a card without that kernel"
+    tuned["256x32x128"] = {"kernel": slices}
+    assert way(4, 100) == slices
