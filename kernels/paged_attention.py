@@ -22,6 +22,7 @@ __all__ = [
     "lean_sizes",
     "paged_attention",
 ]
+MOST_KEY_BYTES = 512  # of keys that three stages of tiles of 32 have room for on any card
 EVEN_PROGRAMS = (12, 16)  # a multiprocessor, of one warp each: from there to there `even_sizes` are faster
 
 
@@ -83,6 +84,13 @@ def alone_sizes(num_rows: int, num_heads: int, k_cache_BSKH: Tensor, dtype: torc
     return sizes if warp_decode.takes(num_heads, k_cache_BSKH, dtype) else None
 
 
+def default_sizes(key_bytes: int) -> tuning.Sizes:
+    """By the bytes of a key, so that keys and values of a tile fit on chip."""
+    if key_bytes > MOST_KEY_BYTES:
+        return {"block_l": 16, "warps": 4, "stages": 2, "per_sm": 2}
+    return {"block_l": 64 if key_bytes <= 256 else 32, "warps": 4, "stages": 3, "per_sm": 2}
+
+
 def _launch(
     q_RD: Tensor,
     num_heads: int,
@@ -134,9 +142,7 @@ def _launch(
                 "block_l": 64 if width <= 128 else 32, "warps": 4 if few else 2, "stages": 3,
                 "per_sm": 2 if few else 1, "staged": 1,
             }  # fmt: skip
-    sizes = sizes or {
-        "block_l": 64 if width * q_RD.element_size() <= 256 else 32, "warps": 4, "stages": 3, "per_sm": 2,
-    }  # fmt: skip
+    sizes = sizes or default_sizes(width * q_RD.element_size())
     block_l = sizes["block_l"] if facts.slug != "interpreter" else 16
     min_piece = max(block_l, sizes.get("min_piece", 0) if facts.slug != "interpreter" else 0)
     splits = 1

@@ -245,6 +245,8 @@ def _default_sizes(width: int, mean_queries: int, group: int, dtype: torch.dtype
     if dtype == torch.float32:  # exact products have no tensor core, and tiles of twice the bytes fill shared memory
         return {"block_m": 16, "block_l": 32, "warps": 4, "stages": 1}
     rows = tuning.next_power_of_two(max(16, mean_queries * group))
+    if width > 256:  # sums of a tile of more rows fill the registers
+        return {"block_m": min(32, rows), "block_l": 16, "warps": 8, "stages": 2}
     if rows >= 128:
         return {"block_m": 128, "block_l": 64 if width <= 128 else 32, "warps": 8, "stages": 3}
     return {"block_m": max(16, rows), "block_l": 64 if width <= 128 else 32, "warps": 4, "stages": 3}

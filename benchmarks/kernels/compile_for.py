@@ -140,6 +140,26 @@ def attention(report: Callable[..., None]) -> None:
             )  # fmt: skip
 
 
+def wide(report: Callable[..., None]) -> None:
+    """Heads of 512, which models of transformers' modules have in some layers."""
+    for dtype in (BF16, torch.float32):
+        cache = torch.zeros(64, 16, 2, 512, dtype=dtype)
+        for rows in (1, 256):
+            q, lengths = torch.zeros(rows, 8, 512, dtype=dtype), torch.ones(rows, dtype=torch.int32)
+            table = torch.zeros(rows, 512, dtype=torch.int32)
+            report(
+                f"decode, {rows} rows, heads of 512, {dtype}", paged_attention.paged_attention, q, cache, cache, table,
+                lengths, scale=0.1,
+            )  # fmt: skip
+        for tokens in (8192, 40):
+            q, starts = torch.zeros(tokens, 8, 512, dtype=dtype), torch.zeros(17, dtype=torch.int32)
+            lengths, table = torch.ones(16, dtype=torch.int32), torch.zeros(16, 512, dtype=torch.int32)
+            report(
+                f"prompts, {tokens} tokens, heads of 512, {dtype}", prefill_attention.prefill_attention, q, cache,
+                cache, starts, lengths, table, scale=0.1,
+            )  # fmt: skip
+
+
 def prompts(report: Callable[..., None]) -> None:
     """Attention of prompts by Hopper's own kernel, and the plan of its tiles."""
     starts, lengths = torch.zeros(17, dtype=torch.int32), torch.ones(16, dtype=torch.int32)
@@ -402,7 +422,8 @@ def packed_stream(report: Callable[..., None]) -> None:
 
 HOPPER_SIZES = ((2, 4, 64, 132), (2, 4, 256, 0))
 PARTS = {
-    "attention": attention, "alone": alone, "prompts": prompts, "linear": linear, "gate": gate, "group": group,
+    "attention": attention, "wide": wide, "alone": alone, "prompts": prompts, "linear": linear, "gate": gate,
+    "group": group,
     "between": between,
     "ahead": ahead,
     "fp8": fp8, "experts": experts, "packed": packed, "packed_many": packed_many, "packed_vector": packed_vector,

@@ -18,7 +18,7 @@ HEADS = [
     (7, 1, 80, torch.float32),
     *(
         pytest.param(*heads, torch.bfloat16, marks=pytest.mark.gpu)
-        for heads in ((32, 8, 128), (7, 1, 80), (8, 8, 96), (16, 2, 256), (40, 1, 64), (12, 12, 64))
+        for heads in ((32, 8, 128), (7, 1, 80), (8, 8, 96), (16, 2, 256), (40, 1, 64), (12, 12, 64), (8, 2, 512))
     ),
 ]
 
