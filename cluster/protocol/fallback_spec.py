@@ -13,7 +13,7 @@ from typing import Any, Final
 from argosy.cluster.protocol.config_json import CONFIG_FILE, Reader
 from argosy.cluster.protocol.model_facts import ModelSpec
 
-ENDINGS: Final = ("ForCausalLM", "LMHeadModel")
+ENDINGS: Final = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # the last: with eyes, of which we use none
 SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "hidden_size": ("n_embd", "d_model", "dim"),
     "num_attention_heads": ("n_head", "n_heads", "num_heads"),
@@ -40,6 +40,8 @@ def falls_back(architecture: str) -> bool:
 
 def read_fallback_spec(folder: Path, config: Mapping[str, Any], architecture: str) -> ModelSpec:
     """The spec of a model that transformers is to run. Raises `WeightError` naming the key that is missing."""
+    text = config.get("text_config")
+    config = {**config, **text} if isinstance(text, dict) else config
     names = {
         key: next(other for other in others if other in config)
         for key, others in SPELLINGS.items()

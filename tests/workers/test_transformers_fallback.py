@@ -8,7 +8,7 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from family_cases import FALLBACKS, NUM_NEW, REFUSED, WHOLE_ONLY, make_checkpoint, num_layers_of
+from family_cases import FALLBACKS, NUM_NEW, REFUSED, WHOLE_ONLY, Case, make_checkpoint, num_layers_of
 from family_harness import CPU, PARTED_WAYS, WAYS, Harness, run_layouts
 
 from argosy import LLM, SamplingParams
@@ -38,6 +38,34 @@ def test_a_model_of_transformers_answers_as_there(name: str, tmp_path: Path) -> 
     assert type(harness.model) is TransformersFallback
     differences = {way: harness.largest_difference(expected, way) for way in WAYS}
     assert max(differences.values()) < CLOSE, differences
+
+
+EYES: dict[str, Any] = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16,
+    "num_key_value_heads": 2,
+}  # fmt: skip
+MORE_EYES = EYES | {
+    "vision_output_dim": 32,
+    "projector_input_dim": 32,
+    "projector_output_dim": 32,
+    "image_size": 28,
+    "patch_size": 14,
+}
+WITH_EYES = {
+    "gemma4": Case("Gemma4Config", "Gemma4ForConditionalGeneration", {
+        "text_config": FALLBACKS["gemma4"].settings, "vision_config": EYES, "audio_config": None}),
+    "llama4": Case("Llama4Config", "Llama4ForConditionalGeneration", {
+        "text_config": FALLBACKS["llama4, up to a chunk"].settings, "vision_config": MORE_EYES}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", WITH_EYES)
+def test_models_with_eyes_answer_to_text(name: str, tmp_path: Path) -> None:
+    """As these are published: the text's numbers in a config of their own, and weights of a vision tower beside."""
+    expected = make_checkpoint(tmp_path, name, case=WITH_EYES[name])
+    (rank,) = make_plan(3, 1, 1).ranks
+    harness = Harness(tmp_path, rank, init_parallel(rank, "", CPU, 1.0), max_model_len=128)
+    assert max(harness.largest_difference(expected, way) for way in WAYS) < CLOSE
 
 
 @pytest.mark.parametrize("reason", REFUSED)

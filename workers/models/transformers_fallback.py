@@ -267,8 +267,11 @@ def _read_config(spec: ModelSpec) -> Any:
     config = transformers.AutoConfig.from_pretrained(spec.source, local_files_only=True, trust_remote_code=False)
     if getattr(config, "is_encoder_decoder", False):
         raise _refused(spec, "it has an encoder")
-    kinds = set(getattr(config, "layer_types", None) or ()) - KNOWN_LAYERS
-    chunk = getattr(config, "attention_chunk_size", None)
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:  # type: ignore[attr-defined, unused-ignore]
+        raise _refused(spec, "transformers has no causal language model for its config")
+    text: Any = config.get_text_config()
+    kinds = set(getattr(text, "layer_types", None) or ()) - KNOWN_LAYERS
+    chunk = getattr(text, "attention_chunk_size", None)
     if CHUNKED in kinds and chunk:
         if spec.max_position > chunk:
             raise _refused(
