@@ -34,7 +34,17 @@ def make(bits: int, group: int, num_in: int, num_out: int, device: torch.device)
     numbers = torch.randint(0, 1 << bits, (num_out, num_in), device=device)
     scale = torch.rand(num_out, num_in // group, device=device).half() / 8 + 0.01
     zero = torch.randint(0, 1 << bits, scale.shape, device=device).half()
-    return packed_reference.pack(numbers, scale, zero, bits=bits, group=group)
+    weight = packed_reference.pack(numbers, scale, zero, bits=bits, group=group)
+    return weight._replace(
+        words_MUW=followed(weight.words_MUW, -1), pairs_MKR2=followed(weight.pairs_MKR2, float("nan"))
+    )
+
+
+def followed(tensor: Tensor, by: float) -> Tensor:
+    """The same with other numbers behind it in memory: what reads beyond the end of a weight spoils its product."""
+    wide = torch.full((tensor.numel() + 8192,), by, dtype=tensor.dtype, device=tensor.device)
+    wide[: tensor.numel()] = tensor.flatten()
+    return wide[: tensor.numel()].view(tensor.shape)
 
 
 @pytest.mark.parametrize(("bits", "group", "num_in", "num_out"), SHAPES + PACKED_ONLY)
