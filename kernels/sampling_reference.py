@@ -59,7 +59,10 @@ def sample_rows(
 
 
 def keep_threshold(scaled_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R: Tensor) -> Tensor:
-    """The smallest logit of each row that min_p, top_k and top_p keep, in this order. [R], float32."""
+    """The smallest logit of each row that min_p, top_k and top_p keep, in this order. [R], float32.
+
+    Of a row whose best logit is no finite number there are no shares to keep: top_p leaves it to who looks at its draw.
+    """
     vocabulary = scaled_RV.shape[-1]
     largest_R = scaled_RV.amax(dim=-1)
     threshold_R = largest_R + torch.log(min_p_R.clamp(min=0.0))  # log(0) = -inf keeps all
@@ -70,7 +73,7 @@ def keep_threshold(scaled_RV: Tensor, top_k_R: Tensor, top_p_R: Tensor, min_p_R:
         kth_R = scaled_RV.topk(k).values.gather(1, (top_k_R.clamp(max=k) - 1)[:, None])[:, 0]
         threshold_R = torch.where(limited_R, torch.maximum(threshold_R, kth_R), threshold_R)
     on_cpu = scaled_RV.device.type == "cpu"
-    for row in torch.where(top_p_R < 1.0)[0].tolist():
+    for row in torch.where((top_p_R < 1.0) & largest_R.isfinite())[0].tolist():
         find = _top_p_threshold_cpu if on_cpu else _top_p_threshold
         threshold_R[row] = find(scaled_RV[row], threshold_R[row], largest_R[row], float(top_p_R[row]))
     return threshold_R

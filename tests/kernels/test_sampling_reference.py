@@ -45,6 +45,20 @@ def test_equal_logits_are_kept_together() -> None:
     assert kept.tolist() == [[False, True, True, True, False]]
 
 
+@pytest.mark.parametrize("sick", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("top_p", [1.0, 0.9])
+def test_a_row_without_a_finite_best_is_drawn_from_all_the_same(sick: float, top_p: float) -> None:
+    """Its neighbours' thresholds are as ever; its own draw shows that no number was there."""
+    logits = torch.randn(3, 50)
+    logits[1] = sick
+    find = sampling_reference.keep_threshold
+    alone = find(logits[[0, 2]], torch.zeros(2).int(), torch.full((2,), top_p), torch.zeros(2))
+    beside = find(logits, torch.zeros(3).int(), torch.full((3,), top_p), torch.zeros(3))
+    assert torch.equal(beside[[0, 2]], alone)
+    (token,) = draw(logits[1:2], top_p=top_p, top_k=5).tolist()
+    assert 0 <= token < 50
+
+
 def draw(logits: Tensor, *, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, seed: int = 1) -> Tensor:
     """The same row at positions 0, 1, 2, ..."""
     rows = logits.shape[0]

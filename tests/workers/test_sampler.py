@@ -221,12 +221,19 @@ def test_logprobs_are_raw() -> None:
     assert figures[4].top_ids[1:] == [11, 4]
 
 
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_a_sick_row_fails_alone(temperature: float) -> None:
-    """A NaN or infinity in one row, or a wish that leaves nothing: that row fails, its neighbours draw as ever."""
+@pytest.mark.parametrize(
+    "wishes",
+    [{"temperature": 0.0}, {"temperature": 1.0}, {"temperature": 1.0, "top_p": 0.9},
+     {"temperature": 0.7, "top_k": 4}, {"temperature": 1.0, "min_p": 0.1},
+     {"temperature": 1.0, "top_k": 4, "top_p": 0.5, "min_p": 0.01}],
+    ids="-".join,
+)  # fmt: skip
+def test_a_sick_row_fails_alone(wishes: dict[str, float]) -> None:
+    """A NaN or infinity in one row, or a wish that leaves nothing: that row fails, its neighbours draw as ever, and
+    whatever is filtered, the rank lives."""
     torch.manual_seed(6)
-    requests = [request(h, [1], temperature=temperature, seed=h) for h in range(4)]
-    impossible = request(4, [1], temperature=temperature, allowed_token_ids=(3,), bad_word_ids=((3,),))
+    requests = [request(h, [1], seed=h, **wishes) for h in range(4)]
+    impossible = request(4, [1], allowed_token_ids=(3,), bad_word_ids=((3,),), **wishes)
     logits = torch.randn(5, VOCAB)
     healthy = Bench(*requests, impossible).sample(logits, range(5)).token_ids_S.tolist()
     logits[1, 7], logits[2, 9] = math.nan, math.inf
