@@ -340,9 +340,12 @@ def inbox_words(world: int, hidden: int) -> int:
 def suits(seen: int, hidden: int, inner: int, qkv: int, sizes: tuning.Sizes, num_programs: int) -> bool:
     """Whether these widths of a rank fit the ring, and every program has a tile of `down`."""
     slot = sizes["slot"]
-    widest = max(tuning.next_power_of_two(seen), 2 * tuning.next_power_of_two(hidden), tuning.next_power_of_two(inner))
-    shared = (sizes["stages"] * slot + tuning.next_power_of_two(hidden)) * 2 * sizes["per_sm"]
-    if widest > slot or shared > SHARED_BYTES or any(n % 16 for n in (seen, hidden, inner, qkv)):
+    widths = [tuning.next_power_of_two(seen), 2 * tuning.next_power_of_two(hidden), tuning.next_power_of_two(inner)]
+    shared = (sizes["stages"] * slot + widths[1] // 2) * 2 * sizes["per_sm"]
+    if max(widths) > slot or shared > SHARED_BYTES or any(n % 16 for n in (seen, hidden, inner, qkv)):
+        return False
+    # Words are read by one thread each: of two that read the same at two moments one may see what the other does not.
+    if min(hidden, inner) <= 128 * sizes["warps"]:
         return False
     return bool(triton.cdiv(hidden, slot // tuning.next_power_of_two(inner)) >= num_programs)
 

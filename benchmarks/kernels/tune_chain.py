@@ -34,12 +34,18 @@ from argosy.placement.process_groups import destroy_parallel, init_parallel
 SIZES: list[Sizes] = [
     {"slot": slot, "stages": stages, "warps": warps, "per_sm": per_sm, "spare": spare}
     for slot, stages, warps, per_sm, spare in (
-        (16384, 5, 8, 1, 4), (32768, 3, 8, 1, 0), (16384, 3, 8, 2, 0), (32768, 2, 8, 1, 4), (16384, 4, 8, 1, 0),
-        (16384, 6, 8, 1, 0), (32768, 3, 16, 1, 0), (16384, 6, 8, 1, 16),
+        (32768, 2, 8, 1, 4), (32768, 3, 16, 1, 0), (32768, 3, 8, 1, 0), (32768, 2, 16, 1, 4), (32768, 3, 8, 1, 4),
+        (16384, 5, 8, 1, 4), (16384, 4, 8, 1, 0), (16384, 3, 8, 2, 0),
     )
 ]  # fmt: skip
 
 LEAN = tuning.pick("paged_attention", "h128_one", torch.device("cuda", 0)) if torch.cuda.is_available() else None
+SMALL = [  # sizes of attention that leave room beside them
+    {"block_l": block_l, "warps": warps, "stages": stages, "per_sm": 1, "min_piece": min_piece}
+    for block_l, warps, stages, min_piece in (
+        (32, 4, 3, 32), (32, 2, 3, 64), (64, 4, 2, 64), (32, 2, 3, 128), (32, 1, 3, 32), (64, 4, 2, 128),
+    )
+]  # fmt: skip
 WORST = 0.01  # relative error: numbers are rounded to 16 bits on the way
 
 
@@ -86,7 +92,7 @@ def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
             others.append(
                 lambda i=num_in, o=num_out, g=gated: ops.fused_linear(rand(1, i), torch.empty(o, i).bfloat16(), gated=g)
             )
-        for sizes in (None, LEAN):
+        for sizes in (None, LEAN, *(SMALL if args.attention else ())):
             others.append(
                 lambda m=model, c=int(cards), q=shapes["qkv"][1], s=sizes: attention_of(m, c, 1, CONTEXT)(
                     rand(1, q), 0, s
@@ -233,6 +239,10 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int) -> None:
                     break
                 for steps.attention in (None, LEAN):
                     times += [round(steps.time(steps.in_chains(context), 5), 2) for context in (256, 384)]
+                for steps.attention in SMALL if args.attention else ():
+                    small = [round(steps.time(steps.in_chains(context), 5), 2) for context in (256, 384)]
+                    if tp_rank == 0:
+                        print(f"        {small} us a layer with {steps.attention}", flush=True)
                 steps.attention = None
             except Exception as problem:  # a size that does not fit is no failure of the search
                 print(f"    {name} {str(problem)[:150]}", flush=True)
@@ -269,6 +279,7 @@ def main() -> None:
     parser.add_argument("--layouts", nargs="+", default=["8b:2", "8b:4", "70b:4"])
     parser.add_argument("--over", type=int, default=2)
     parser.add_argument("--sizes", type=int, nargs="+", help="only these, by number")
+    parser.add_argument("--attention", action="store_true", help="other sizes of attention as well")
     parser.add_argument("--check", action="store_true", help="only whether the first size that fits is right")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds after which ranks end")
     parser.add_argument("--compiled", action="store_true", help="Triton's cache is full already")

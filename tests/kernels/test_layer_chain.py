@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from argosy.kernels import layer_chain
+from argosy.kernels import layer_chain, tuning
 
 HELPERS = [
     "_as_tiles", "_copy_tile", "_share", "_ask", "_each", "_multiply", "_now", "_trap_if_late",
@@ -325,3 +325,20 @@ def test_widths_that_do_not_fit_are_said_to() -> None:
     assert not layer_chain.suits(1024, 4096, 3584, 1536, sizes | {"stages": 8}, 132)
     assert not layer_chain.suits(64, 256, 512, 128, sizes, 132)
     assert not layer_chain.suits(1024, 4096, 3588, 1536, sizes, 132)
+
+
+def test_words_that_two_threads_would_read_are_not_taken() -> None:
+    """A card showed it: of two copies of a number, read at two moments, only one was waited for."""
+    sizes = {"slot": 32768, "stages": 2, "warps": 8, "per_sm": 1}
+    assert layer_chain.suits(2048, 2048, 3072, 4096, sizes, 128)
+    assert not layer_chain.suits(2048, 1024, 3072, 4096, sizes, 128)
+    assert not layer_chain.suits(2048, 4096, 2048, 4096, sizes | {"warps": 16}, 128)
+
+
+def test_measured_sizes_suit_their_widths() -> None:
+    """An entry that did not would be left aside without a word."""
+    entries = tuning._tuned("nvidia_h200")["layer_chain"]
+    assert entries
+    for key, sizes in entries.items():
+        hidden, seen, inner, _ = map(int, key.split("x"))
+        assert layer_chain.suits(seen, hidden, inner, 1536, sizes, 132 * sizes["per_sm"]), key

@@ -55,7 +55,7 @@ class AttentionShape:
     alibi_slopes_N: Tensor | None = None  # then slope * (key - query) is added
     sinks_N: Tensor | None = None  # then a logit of its own joins the softmax, without a value
     kv_scales: tuple[float, float] = (1.0, 1.0)  # the cache holds keys and values over these
-    is_packed: bool = False  # the products before and after are of weights in packed words
+    is_packed: bool = False  # few rows leave room beside them: the products around have packed words, or hold the chip
 
     @property
     def is_plain(self) -> bool:

@@ -104,14 +104,16 @@ class Attention(nn.Module):
         """`partial`, written to `out_TD`."""
         self.o_proj.part(self.attend(self.qkv_proj.product(x_TD), positions_T, ctx), out_TD)
 
-    def attend(self, qkv_TX: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
-        """From the product of q, k and v to what the heads saw, [T, N * H]."""
+    def attend(
+        self, qkv_TX: Tensor, positions_T: Tensor, ctx: ForwardContext, shape: AttentionShape | None = None
+    ) -> Tensor:
+        """From the product of q, k and v to what the heads saw, [T, N * H]. `shape`: instead of the layer's own."""
         if self._changes_qkv:
             qkv_TX = self._clip_and_norm(qkv_TX)
         kv_cache = ctx.kv_cache.layers[self.cache_index]
         table_PH = None if self.rotary is None else self.rotary.cos_sin_PH
         metadata = ctx.metadata_of(self.cache_index)
-        return ctx.backend.forward(qkv_TX, positions_T, table_PH, kv_cache, metadata, self.shape, self._norm)
+        return ctx.backend.forward(qkv_TX, positions_T, table_PH, kv_cache, metadata, shape or self.shape, self._norm)
 
     def _clip_and_norm(self, qkv_TX: Tensor) -> Tensor:
         """What no backend does."""

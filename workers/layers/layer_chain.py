@@ -5,6 +5,7 @@ the products it holds, numbers go as words with the turn they belong to through 
 D = model width, X = width of q, k and v.
 """
 
+import dataclasses
 import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
@@ -56,7 +57,10 @@ class LayerChain:
         """
         stack = list(layers)
         for number, (layer, norm) in enumerate(zip(stack, next_norms, strict=True)):
-            seen_1S = layer.attention.attend(qkv_1X, positions_1, ctx)
+            shape = layer.attention.shape
+            if self._sizes.get("lean", 0):
+                shape = dataclasses.replace(shape, is_packed=True)
+            seen_1S = layer.attention.attend(qkv_1X, positions_1, ctx, shape)
             after = stack[number + 1].attention.qkv_proj if number + 1 < len(stack) else None
             out_1X = residual_1D
             if after is not None:
