@@ -127,7 +127,8 @@ def _multiply(
     out_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, words_smem, pairs_smem, full, empty, per, total, num_blocks,
     token_tiles, num_tokens, num_outputs, stride_out,
     G: gl.constexpr, WGS: gl.constexpr, UNITS: gl.constexpr, PLANES: gl.constexpr, TILES: gl.constexpr,
-    TOKENS: gl.constexpr, STAGES: gl.constexpr, HALF_SCALES: gl.constexpr, BIAS: gl.constexpr, SHARED: gl.constexpr,
+    TOKENS: gl.constexpr, STAGES: gl.constexpr, HALF_SCALES: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr,
+    SHARED: gl.constexpr,
 ):  # fmt: skip
     T: gl.constexpr = x_smem.dtype
     FP16: gl.constexpr = x_smem.dtype == gl.float16
@@ -209,7 +210,10 @@ def _multiply(
             token = tile % token_tiles * TOKENS + gl.arange(0, TOKENS, gl.SliceLayout(0, out_in))
             to = out_ptr + (token.to(gl.int64) * stride_out)[None, :] + row[:, None]
             kept = (token < num_tokens)[None, :] & (row < num_outputs)[:, None]
-            gl.store(to, gl.convert_layout(acc.to(T), out_in), kept)
+            y = gl.convert_layout(acc.to(T), out_in)
+            if RESIDUAL:
+                y = (y.to(gl.float32) + gl.load(to, kept, other=0.0, cache_modifier=".cg").to(gl.float32)).to(T)
+            gl.store(to, y, kept)
         at += count
 
 
@@ -218,8 +222,8 @@ def hopper_kernel(
     x_desc, words_desc, pairs_desc, out_ptr, bias_ptr, part_ptr, counter_ptr, per, total, num_blocks, token_tiles,
     num_tokens, num_outputs, stride_out,
     UNITS: gl.constexpr, PLANES: gl.constexpr, HALF_SCALES: gl.constexpr, WGS: gl.constexpr, TILES: gl.constexpr,
-    TOKENS: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr, SHARED: gl.constexpr, REGISTERS: gl.constexpr,
-    FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    TOKENS: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr, RESIDUAL: gl.constexpr, SHARED: gl.constexpr,
+    REGISTERS: gl.constexpr, FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     ALL: gl.constexpr = WGS * TILES
     BYTES: gl.constexpr = PLANES * ALL * (512 + 64) + TOKENS * 128
@@ -237,12 +241,12 @@ def hopper_kernel(
             (_multiply, (
                 out_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, words_smem, pairs_smem, full, empty, per, total,
                 num_blocks, token_tiles, num_tokens, num_outputs, stride_out, 0, WGS, UNITS, PLANES, TILES, TOKENS,
-                STAGES, HALF_SCALES, BIAS, SHARED,
+                STAGES, HALF_SCALES, BIAS, RESIDUAL, SHARED,
             )),
             (_multiply, (
                 out_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, words_smem, pairs_smem, full, empty, per, total,
                 num_blocks, token_tiles, num_tokens, num_outputs, stride_out, 1, WGS, UNITS, PLANES, TILES, TOKENS,
-                STAGES, HALF_SCALES, BIAS, SHARED,
+                STAGES, HALF_SCALES, BIAS, RESIDUAL, SHARED,
             )),
             (_fetch, (
                 x_desc, words_desc, pairs_desc, x_smem, words_smem, pairs_smem, full, empty, per, total, num_blocks,
@@ -254,22 +258,22 @@ def hopper_kernel(
             (_multiply, (
                 out_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, words_smem, pairs_smem, full, empty, per, total,
                 num_blocks, token_tiles, num_tokens, num_outputs, stride_out, 0, WGS, UNITS, PLANES, TILES, TOKENS,
-                STAGES, HALF_SCALES, BIAS, SHARED,
+                STAGES, HALF_SCALES, BIAS, RESIDUAL, SHARED,
             )),
             (_multiply, (
                 out_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, words_smem, pairs_smem, full, empty, per, total,
                 num_blocks, token_tiles, num_tokens, num_outputs, stride_out, 1, WGS, UNITS, PLANES, TILES, TOKENS,
-                STAGES, HALF_SCALES, BIAS, SHARED,
+                STAGES, HALF_SCALES, BIAS, RESIDUAL, SHARED,
             )),
             (_multiply, (
                 out_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, words_smem, pairs_smem, full, empty, per, total,
                 num_blocks, token_tiles, num_tokens, num_outputs, stride_out, 2, WGS, UNITS, PLANES, TILES, TOKENS,
-                STAGES, HALF_SCALES, BIAS, SHARED,
+                STAGES, HALF_SCALES, BIAS, RESIDUAL, SHARED,
             )),
             (_multiply, (
                 out_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, words_smem, pairs_smem, full, empty, per, total,
                 num_blocks, token_tiles, num_tokens, num_outputs, stride_out, 3, WGS, UNITS, PLANES, TILES, TOKENS,
-                STAGES, HALF_SCALES, BIAS, SHARED,
+                STAGES, HALF_SCALES, BIAS, RESIDUAL, SHARED,
             )),
             (_fetch, (
                 x_desc, words_desc, pairs_desc, x_smem, words_smem, pairs_smem, full, empty, per, total, num_blocks,
@@ -315,9 +319,9 @@ def default_sizes(weight: PackedWeight, num_tokens: int, num_sms: int) -> dict[s
 
 
 def linear(
-    x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None, out_TO: Tensor, sizes: tuning.Sizes
+    x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None, residual: bool, out_TO: Tensor, sizes: tuning.Sizes
 ) -> Tensor:  # fmt: skip
-    """x W^T + bias into `out_TO`. Ask `takes` first.
+    """x W^T + bias into `out_TO`, or (`residual`) added to it. Ask `takes` first.
 
     `sizes`: wgs (2 or 4 groups of warps), tiles (4 or 8 of 16 rows, of each), tokens (of a program), stages, programs
     (0: each takes one tile of the result; else so many share all work evenly), sharing (2 programs a multiprocessor;
@@ -351,7 +355,7 @@ def linear(
         out_TO, out_TO if bias_O is None else bias_O, part, counters, per, total, blocks, token_tiles, num_tokens,
         weight.num_outputs, out_TO.stride(0),
         UNITS=units, PLANES=planes, HALF_SCALES=pairs.dtype == torch.float16, WGS=wgs, TILES=tiles, TOKENS=tokens,
-        STAGES=sizes["stages"], BIAS=bias_O is not None, SHARED=shared,
+        STAGES=sizes["stages"], BIAS=bias_O is not None, RESIDUAL=residual, SHARED=shared,
         REGISTERS=REGISTERS[share], FETCH_REGISTERS=FETCH_REGISTERS, num_warps=4, **start,
         **overlap,
     )  # fmt: skip

@@ -88,6 +88,11 @@ def _sizes(weight: PackedWeight, x_TI: Tensor) -> tuning.Sizes:
     return default_sizes(weight, num_tokens, num_sms)
 
 
+def adds(x_TI: Tensor, weight: PackedWeight) -> bool:
+    """Whether `linear` adds to a residual without a launch of its own."""
+    return x_TI.shape[0] <= MOST_FUSED or _sizes(weight, x_TI)["kernel"] != MANY
+
+
 def linear(
     x_TI: Tensor,
     weight: PackedWeight,
@@ -129,15 +134,20 @@ def linear(
         return packed_stream.linear(
             x_TI, weight, bias_O, residual_TO, gated, made_TO, sizes, norm_weight_I=norm_weight_I, eps=eps
         )
+    if sizes["kernel"] == HOPPER and not gated:
+        return packed_hopper.linear(x_TI, weight, bias_O, residual_TO is not None, made_TO, sizes)
+    slice_bytes = sizes.get("slice_mb", SLICE_BYTES >> 20) << 20
+    if sizes["kernel"] == SLICES and not gated and bias_O is None and residual_TO is not None:
+        return _by_slices(x_TI, weight, None, made_TO, slice_bytes, adds=True)
     if gated or residual_TO is not None:
         y_TO = linear(x_TI, weight, bias_O, sizes=sizes)
         y_TO = activation.silu_and_mul(y_TO) if gated else y_TO
-        return made_TO.copy_(y_TO) if residual_TO is None else made_TO.add_(y_TO)
-    if sizes["kernel"] == HOPPER:
-        return packed_hopper.linear(x_TI, weight, bias_O, made_TO, sizes)
+        if residual_TO is not None:
+            return residual_TO.add_(y_TO)
+        return y_TO if out_TO is None else out_TO.copy_(y_TO)
     if sizes["kernel"] == MANY:
         return _many(x_TI, weight, bias_O, made_TO, sizes)
-    return _by_slices(x_TI, weight, bias_O, made_TO, sizes.get("slice_mb", SLICE_BYTES >> 20) << 20)
+    return _by_slices(x_TI, weight, bias_O, made_TO, slice_bytes)
 
 
 def _layout(weight: PackedWeight) -> dict[str, int | bool]:
@@ -212,7 +222,7 @@ def unpack_rows(weight: PackedWeight, first: int, out_RI: Tensor) -> Tensor:
 
 
 def _by_slices(
-    x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None, out_TO: Tensor, slice_bytes: int
+    x_TI: Tensor, weight: PackedWeight, bias_O: Tensor | None, out_TO: Tensor, slice_bytes: int, *, adds: bool = False
 ) -> Tensor:  # fmt: skip
     num_rows, num_in = weight.num_outputs, weight.num_inputs
     rows = max(1, slice_bytes // (num_in * x_TI.element_size()) // SLICE_ROWS) * SLICE_ROWS
@@ -220,7 +230,9 @@ def _by_slices(
     for first in range(0, num_rows, rows):
         some = unpack_rows(weight, first, plain[: min(rows, num_rows - first)])
         last = first + some.shape[0]
-        if bias_O is None:
+        if adds:
+            out_TO[:, first:last].addmm_(x_TI, some.t())
+        elif bias_O is None:
             torch.mm(x_TI, some.t(), out=out_TO[:, first:last])
         else:
             torch.addmm(bias_O[first:last], x_TI, some.t(), out=out_TO[:, first:last])

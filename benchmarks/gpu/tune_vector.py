@@ -39,7 +39,7 @@ ATTENTION, ATTENTION_OF_MORE = (
         for block_l, piece, stages, warps in tried
     ]
     for tried in (
-        ((64, 64, 3, 4), (32, 64, 3, 2), (32, 32, 3, 1), (16, 16, 3, 1), (32, 32, 2, 2)),
+        ((32, 32, 3, 2), (32, 32, 3, 1), (16, 16, 3, 1), (16, 16, 5, 1), (16, 32, 4, 1)),
         ((64, 128, 3, 4), (64, 64, 3, 4), (32, 128, 3, 2), (32, 64, 3, 2)),
     )
 )  # fmt: skip
@@ -50,12 +50,10 @@ WORST = 0.2  # of the logits, beside the sizes before: the token before may be a
 
 # warps, those of a tile, blocks ahead, programs that share inputs, programs of a multiprocessor, room for how many
 STREAMS = {
-    "gate_up": ((16, 2, 2, 1, 1, 1), (8, 1, 3, 1, 1, 1), (8, 2, 2, 1, 2, 2), (8, 4, 2, 1, 2, 2), (4, 2, 2, 1, 4, 4),
-                (4, 4, 2, 1, 4, 4)),
-    "down": ((16, 8, 4, 1, 1, 1), (8, 8, 4, 1, 2, 2), (8, 8, 3, 1, 2, 2), (16, 2, 3, 4, 1, 1), (8, 2, 7, 2, 1, 1),
-             (16, 1, 4, 8, 1, 1), (8, 2, 3, 4, 2, 2)),
-    "qkv": ((16, 4, 4, 1, 1, 1), (8, 4, 4, 1, 2, 2), (4, 4, 4, 1, 4, 4), (16, 2, 4, 2, 1, 1)),
-    "o": ((16, 8, 4, 1, 1, 1), (8, 8, 4, 1, 2, 2), (8, 4, 4, 1, 1, 1), (16, 2, 4, 4, 1, 1), (4, 4, 4, 1, 4, 4)),
+    "gate_up": ((16, 2, 2, 1, 1, 1), (8, 2, 2, 1, 2, 2), (8, 2, 3, 1, 2, 2), (4, 2, 2, 1, 4, 4), (4, 4, 2, 1, 4, 4)),
+    "down": ((8, 8, 2, 1, 2, 2), (8, 8, 3, 1, 2, 2), (4, 4, 4, 1, 4, 4), (8, 2, 3, 4, 2, 2)),
+    "qkv": ((16, 4, 4, 1, 1, 1), (8, 4, 4, 1, 2, 2), (4, 4, 4, 1, 4, 4), (4, 4, 3, 1, 4, 4), (4, 2, 4, 1, 4, 4)),
+    "o": ((16, 8, 4, 1, 1, 1), (16, 8, 2, 1, 1, 1), (8, 8, 4, 1, 2, 2), (4, 4, 4, 1, 4, 4), (4, 4, 3, 1, 4, 4)),
 }  # fmt: skip
 # tiles, warps that share the inputs, wide, ahead, stages, early: of `packed_few`, for several tokens
 FEWS = (
@@ -64,10 +62,10 @@ FEWS = (
 )  # fmt: skip
 # groups of warps, tiles of each, tokens at once, places in the ring, 2 programs a multiprocessor
 HOPPERS = {
-    64: ((2, 4, 64, 8, 1), (4, 4, 64, 8, 1), (2, 8, 64, 8, 1), (2, 4, 64, 5, 1), (2, 4, 64, 7, 2)),
+    64: ((2, 4, 64, 8, 1), (2, 4, 64, 5, 1), (2, 4, 64, 7, 2), (4, 4, 64, 8, 1), (2, 8, 64, 8, 1)),
     256: ((2, 4, 256, 5, 1), (2, 8, 128, 7, 1), (2, 4, 128, 8, 1), (2, 4, 64, 8, 1), (2, 4, 64, 7, 2)),
 }
-PROGRAMS = (0, 132, 128, 96, 64)  # 0: one for each tile; else so many share all work evenly
+PROGRAMS = (0, 132, 128)  # 0: one for each tile; else so many share all work evenly
 
 
 def ways_for(name: str, shape: tuple[int, int], rows: int, bits: int) -> list[Sizes]:
@@ -76,12 +74,12 @@ def ways_for(name: str, shape: tuple[int, int], rows: int, bits: int) -> list[Si
     if rows > packed_linear.MOST_FUSED:
         weight = weights_at_nowhere(num_in, num_out, bits)
         ways = []
-        for wgs, tiles, tokens, stages, sharing in HOPPERS[rows]:
+        for wgs, tiles, tokens, stages, sharing in HOPPERS[rows][: 3 if bits == 8 else None]:
             for programs in PROGRAMS:
                 ring = {"wgs": wgs, "tiles": tiles, "tokens": tokens}
                 room = packed_hopper.RING_BYTES // sharing // packed_hopper.place_bytes(weight, ring)
                 sizes = {"kernel": HOPPER, **ring, "stages": min(stages, room), "programs": programs * sharing}
-                if sharing == 1 or (bits == 4 and room >= 4):
+                if sharing == 1 or room >= 4:
                     ways.append(sizes | ({"sharing": 2} if sharing == 2 else {}))
         return ways
     ways = [
@@ -90,7 +88,7 @@ def ways_for(name: str, shape: tuple[int, int], rows: int, bits: int) -> list[Si
         if rows == 1 and num_in // 128 % (warps * blocks) == 0
     ]
     kept = weights_at_nowhere(num_in, num_out, bits)
-    for warps, split, depth, parts, per_sm, room in STREAMS[name]:
+    for warps, split, depth, parts, per_sm, room in STREAMS[name] if rows == 1 or bits == 4 else ():
         sizes = {"kernel": STREAM, "warps": warps, "split": split, "depth": depth, "parts": parts, "per_sm": per_sm,
                  "room": room, "early": 0}  # fmt: skip
         if packed_stream.fits(kept, rows, sizes) and not (rows == 1 and parts > 1):
@@ -207,8 +205,8 @@ def rank_alone(name: str, shape: tuple[int, int], rows: int, bits: int) -> list[
 class Tuner:
     """A rank whose table of sizes is changed between recordings."""
 
-    def __init__(self, runner: Any, bits: int, rows: int):
-        self.runner, self.bits, self.rows = runner, bits, rows
+    def __init__(self, runner: Any, bits: int, rows: int, context: int):
+        self.runner, self.bits, self.rows, self.context = runner, bits, rows, context
         self.table: Any = tuning._tuned(tuning.device_facts(torch.device("cuda", 0)).slug)
         self.wanted: torch.Tensor | None = None
         self.off = 0.0
@@ -227,7 +225,7 @@ class Tuner:
             graphs.even_sizes = [size for size in graphs.even_sizes if size == rows]
             graphs.record(Recorder(self.runner.device))
             self.runner.graphs = graphs
-            self.runner.execute(start_rows(self.runner, rows, 256))
+            self.runner.execute(start_rows(self.runner, rows, self.context))
             self.runner.execute(decode(rows, 0))
             self.runner.batch.last_token_N.fill_(5)  # rounding may choose another, which proves nothing
             logits = self.runner.graphs.run(rows).float().clone()
@@ -280,6 +278,8 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=60.0, help="then what was best so far is written")
     parser.add_argument("--attention", action="store_true", help="also sizes of attention for few rows")
     parser.add_argument("--rows", type=int, default=1, choices=(1, 2, 4, 8, 64, 256))
+    parser.add_argument("--context", type=int, default=256)
+    parser.add_argument("--products", nargs="*", choices=("gate_up", "down", "qkv", "o"), help="all without")
     parser.add_argument("--best", type=int, default=3, help="sizes of each product that are tried in steps")
     parser.add_argument("--part", help=argparse.SUPPRESS)  # "i:json": compile every n-th kernel of the shapes
     args = parser.parse_args()
@@ -290,14 +290,16 @@ def main() -> int:
         return 0
     began = time.perf_counter()
     shapes = shapes_of(args.model)
+    if args.products is not None:
+        shapes = {name: shapes[name] for name in args.products}
     command = [sys.executable, __file__, "--format", args.format, "--rows", str(rows), "--part"]
     others = [
         subprocess.Popen([*command, f"{i}:{json.dumps(shapes)}"], env={**os.environ, "OMP_NUM_THREADS": "1"})
         for i in range(PROCESSES)
     ]
     quantization, config = FORMATS[args.format]
-    runner = make_runner(args.model, rows, 256, quantization=quantization, checkpoint=config)
-    tuner = Tuner(runner, bits, rows)
+    runner = make_runner(args.model, rows, args.context, quantization=quantization, checkpoint=config)
+    tuner = Tuner(runner, bits, rows, args.context)
     packed: dict[str, Sizes] = tuner.table["packed"]
     best = tuner.measure()
     print(f"as it is: {best:.4f} ms, ready after {time.perf_counter() - began:.0f} s", flush=True)

@@ -336,7 +336,8 @@ def test_few_rows_beside_packed_weights_take_little_of_a_multiprocessor(monkeypa
     sizes = paged_attention.lean_sizes(4, cache)
     assert sizes is not None
     assert sizes["block_l"] * 128 * 2 * sizes["stages"] <= 32 * 1024
-    assert paged_attention.lean_sizes(5, cache) is None
+    assert paged_attention.lean_sizes(5, cache) != sizes
+    assert paged_attention.lean_sizes(17, cache) is None
     assert paged_attention.lean_sizes(1, cache.to(torch.int8)) is None
 
 

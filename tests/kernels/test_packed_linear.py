@@ -146,6 +146,10 @@ def test_hopper_multiplies_tiles_that_are_filled_and_such_that_are_not(
             packed_linear.linear(x, weight, sizes=sizes, out_TO=out)
             assert_near(out, want.to(dtype))
         assert_near(packed_linear.linear(x, weight, bias, sizes=sizes), (want + bias.double()).to(dtype))
+        residual = torch.randn(tokens, num_out, device=device).to(dtype)
+        after = want + residual.double()
+        assert packed_linear.linear(x, weight, residual_TO=residual, sizes=sizes) is residual
+        assert_near(residual, after.to(dtype))
 
 
 @pytest.mark.skipif(not HAS_ASSEMBLER, reason="this Triton came without NVIDIA's assembler")
@@ -205,6 +209,10 @@ def test_many_tokens_go_by_slices_of_plain_weight(
     x, bias = torch.randn(6, 128, device=device).half(), torch.randn(150, device=device).half()
     sizes = {"kernel": packed_linear.SLICES, "slice_mb": 0}
     assert_near(packed_linear.linear(x, weight, bias, sizes=sizes), packed_reference.linear(x, weight, bias))
+    residual = torch.randn(6, 150, device=device).half()
+    want = packed_reference.linear(x, weight, None) + residual
+    assert packed_linear.linear(x, weight, residual_TO=residual, sizes=sizes) is residual
+    assert_near(residual, want)
 
 
 def test_inputs_are_picked_in_an_order(device: torch.device) -> None:

@@ -268,12 +268,13 @@ class IntWeightMethod:
         return self._multiply(layer, x_TI, Fusion())
 
     def fuses(self, layer: LinearLayer, x_TI: Tensor) -> bool:
-        """A few tokens on a GPU: reading the weight is all the time there is."""
+        """On a GPU, where products add to the residual for nothing; the norm of 64 rows is 2 us shorter without it."""
         if self._plain is not None:
             return self._plain.fuses(layer, x_TI)
         from argosy.kernels import packed_linear  # as above
 
-        return x_TI.is_cuda and x_TI.shape[0] <= packed_linear.MOST_FUSED
+        assert self._weight is not None
+        return x_TI.is_cuda and packed_linear.adds(x_TI, self._weight)
 
     def apply_fused(self, layer: LinearLayer, x_TI: Tensor, fusion: Fusion) -> Tensor:
         """One launch with the gate or the addition after it, and one for the norm before it, or none."""
