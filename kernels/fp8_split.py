@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import pieces, tuning
 from argosy.kernels.fp8_reference import Fp8Rows, Fp8Weight
-from argosy.kernels.gemv_parts import prefetch_rows
+from argosy.kernels.gemv_parts import let_next_start, prefetch_rows
 
 MAX_TOKENS = 256
 
@@ -25,7 +25,9 @@ def _split_kernel(
     num_tokens, num_outputs, num_inputs, piece, stride_x, stride_w, stride_out, stride_xg, stride_ws,
     TOKENS: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr, STAGES: tl.constexpr, SPLITS: tl.constexpr,
     BLOCKS: tl.constexpr, ROW_BLOCK: tl.constexpr, EVEN: tl.constexpr, BIAS: tl.constexpr,
-    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    EARLY: tl.constexpr,  # the kernel behind may start: 0 after the loop, 1 at once, 2 with the last weights
+    PDL: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     split = tl.program_id(1)
@@ -40,12 +42,16 @@ def _split_kernel(
         if PREFETCH > 0:
             prefetch_rows(w_ptr + safe_row * stride_w + begin, PREFETCH)
         gdc_wait()
-        if EARLY:
+        if EARLY == 1:
             gdc_launch_dependents()
+    last_asked, nothing = tl.maximum(end - STAGES * WIDTH, begin) // WIDTH * WIDTH, 0
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     x_here = x_ptr + safe_token[:, None] * stride_x + column[None, :]
     w_here = w_ptr + safe_row[:, None] * stride_w + column[None, :]
     for start in tl.range(begin, end, WIDTH, num_stages=STAGES):
+        if PDL and EARLY == 2:  # noqa: SIM102 - known when compiling, the other only when running
+            if start == last_asked:
+                nothing = let_next_start(nothing)
         if EVEN:
             x = tl.load(x_here + start)
             w = tl.load(w_here + start)
@@ -60,8 +66,9 @@ def _split_kernel(
             acc += tl.dot(w, tl.trans(x)) * w_scale[:, None] * x_scale[None, :]
         else:
             acc = tl.dot(w, tl.trans(x), acc)
-    if PDL and not EARLY:
+    if PDL and EARLY == 0:
         gdc_launch_dependents()
+    row += nothing
     if SPLITS > 1:
         index = tl.program_id(2) * tl.num_programs(0) + tile
         if pieces.leave(acc, part_ptr, counter_ptr, index, split, SPLITS, ROWS, TOKENS) < SPLITS - 1:
@@ -122,6 +129,6 @@ def linear(
         TOKENS=sizes["tokens"], ROWS=sizes["rows"], WIDTH=width, STAGES=sizes["stages"], SPLITS=splits,
         BLOCKS=block is not None, ROW_BLOCK=block[0] if block else 1, EVEN=num_inputs % width == 0,
         BIAS=bias_O is not None, PREFETCH=min(sizes["prefetch"], tuning.next_power_of_two(piece + 1) // 2),
-        EARLY=bool(sizes.get("early", 0)), num_warps=sizes["warps"], **tuning.overlap(device),
+        EARLY=sizes.get("early", 0), num_warps=sizes["warps"], **tuning.overlap(device),
     )  # fmt: skip
     return out

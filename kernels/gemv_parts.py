@@ -43,3 +43,12 @@ def finish(
         tl.store(residual_ptr + place, y.to(residual_ptr.dtype.element_ty), inside)
     else:
         tl.store(out_ptr + place, y.to(out_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def let_next_start(x):
+    """x; from here on the kernel behind may start. For within a loop, whose loads `gdc_launch_dependents` would keep
+    from being asked for ahead: to the compiler this is arithmetic, so its result must be used."""
+    return tl.inline_asm_elementwise(
+        "griddepcontrol.launch_dependents; mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=True, pack=1
+    )

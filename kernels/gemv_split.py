@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import pieces, tuning
-from argosy.kernels.gemv_parts import finish, prefetch_rows, weight_rows
+from argosy.kernels.gemv_parts import finish, let_next_start, prefetch_rows, weight_rows
 from argosy.kernels.norm_ahead import NormAhead
 
 MAX_TOKENS = 64
@@ -54,7 +54,9 @@ def _split_kernel(
     NORMED: tl.constexpr,  # a power of two that holds the parts of the squares of x; 0: x comes as it is
     NEXT: tl.constexpr,  # leaves the norm of what it adds to for the product behind it
     FIRST: tl.constexpr,  # whether the first weights come into registers before the wait
-    PREFETCH: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr,
+    PREFETCH: tl.constexpr,
+    EARLY: tl.constexpr,  # the kernel behind may start: 0 after the loop, 1 at once, 2 with the last weights
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """A program a tile of weight rows and a piece of the inputs; with RESIDUAL it is `out` that is added to."""
     tile, split = tl.program_id(0), tl.program_id(1)
@@ -71,15 +73,19 @@ def _split_kernel(
         if PREFETCH > 0:
             prefetch_rows(weight_ptr + row * stride_weight + begin, PREFETCH)
         gdc_wait()
-        if EARLY:
+        if EARLY == 1:
             gdc_launch_dependents()
     if NORMED > 0:  # added up behind the loop: nothing waits for them here
         part = tl.arange(0, NORMED)[:, None]
         squares = tl.load(squares_ptr + part * TOKENS + token[None, :], part < num_parts, other=0.0)
     if FIRST:
         first_x = tl.load(x_here + begin - WIDTH)
+    last_asked = tl.maximum(end - STAGES * WIDTH, begin) // WIDTH * WIDTH
     acc = tl.zeros((ROWS, TOKENS), tl.float32)
     for start in tl.range(begin, end, WIDTH, num_stages=STAGES):
+        if PDL and EARLY == 2:  # noqa: SIM102 - known when compiling, the other only when running
+            if start == last_asked:
+                tile = let_next_start(tile)
         if EVEN:
             x = tl.load(x_here + start)
             w = tl.load(w_here + start)
@@ -90,7 +96,7 @@ def _split_kernel(
         acc = tl.dot(w, tl.trans(x), acc)
     if FIRST:
         acc = tl.dot(first, tl.trans(first_x), acc)
-    if PDL and not EARLY:
+    if PDL and EARLY == 0:
         gdc_launch_dependents()
     if SPLIT:
         splits = tl.num_programs(1)
@@ -172,7 +178,7 @@ def linear(
         EVEN=num_inputs % width == 0, BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual,
         NORMED=tuning.next_power_of_two(num_parts) if num_parts else 0, NEXT=ahead is not None,
         FIRST=bool(sizes.get("first", 0)) and num_inputs % width == 0,
-        PREFETCH=prefetch if prefetch >= LEAST_PREFETCH else 0, EARLY=bool(sizes.get("early", 0)),
+        PREFETCH=prefetch if prefetch >= LEAST_PREFETCH else 0, EARLY=sizes.get("early", 0),
         num_warps=sizes["warps"], **tuning.overlap(device),
     )  # fmt: skip
     return out_TO
