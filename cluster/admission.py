@@ -63,5 +63,15 @@ def _check_params(params: TokenParams, vocab_size: int, max_logprobs: int) -> No
     if not -(2**63) <= params.seed < 2**63:
         raise InvalidRequest("seed", params.seed, "must fit 64 bits, signed")
     for field, count in (("logprobs", params.logprobs), ("prompt_logprobs", params.prompt_logprobs)):
-        if count is not None and not -1 <= count <= max_logprobs:
-            raise InvalidRequest(field, count, f"at most {max_logprobs} (the server's --max-logprobs)")
+        check_num_logprobs(field, count, vocab_size, max_logprobs)
+
+
+def check_num_logprobs(field: str, count: int | None, vocab_size: int, max_logprobs: int) -> None:
+    """So many at each position; -1: the whole vocabulary. `max_logprobs` -1: any number. Raises `InvalidRequest`."""
+    if count is None:
+        return
+    if count < -1:
+        raise InvalidRequest(field, count, "must be from 0 on, or -1: the whole vocabulary")
+    if max_logprobs != -1 and (vocab_size if count == -1 else count) > max_logprobs:
+        whole = f"; the whole vocabulary is {vocab_size}" if count == -1 else ""
+        raise InvalidRequest(field, count, f"at most {max_logprobs} (the server's --max-logprobs){whole}")

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
+from argosy.cluster.admission import check_num_logprobs
 from argosy.cluster.protocol.errors import ConfigError, ContextTooLong, InvalidRequest, WeightError
 from argosy.cluster.protocol.messages import EngineInfo
 from argosy.cluster.protocol.sampling import SamplingParams, TokenParams
@@ -63,7 +64,7 @@ class TokenParamsBuilder:
         """The numbers for the driver. The prompt was checked before."""
         room = self.info.max_model_len - num_prompt_tokens
         for name in ("logprobs", "prompt_logprobs"):
-            self._check_num_logprobs(name, getattr(params, name))
+            check_num_logprobs(name, getattr(params, name), self.info.vocab_size, self.info.max_logprobs)
         if params.min_tokens > room:
             raise InvalidRequest("min_tokens", params.min_tokens, f"this prompt leaves room for {room} tokens")
         logit_bias = tuple(sorted((params.logit_bias or {}).items()))
@@ -100,13 +101,6 @@ class TokenParamsBuilder:
             bad_word_ids=self._bad_word_ids(params.bad_words or ()),
             read_prefix_cache=params.prompt_logprobs is None and not params.skip_reading_prefix_cache,
         )
-
-    def _check_num_logprobs(self, name: str, asked: int | None) -> None:
-        most = self.info.max_logprobs
-        if asked is None or most == -1:
-            return
-        if asked == -1 or asked > most:
-            raise InvalidRequest(name, asked, f"at most {most} (the server's --max-logprobs)")
 
     def _bad_word_ids(self, words: Sequence[str]) -> tuple[tuple[int, ...], ...]:
         """Each word as it reads at the start of a line and after a space."""

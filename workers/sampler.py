@@ -20,7 +20,7 @@ from argosy.workers.logits import IntArray, LogitProcessor
 NOT_FINITE, NOTHING_ALLOWED = -1, -2  # in place of a token id
 MAX_GATHERED = 8  # batches whose columns are kept
 FAILURES = {
-    NOT_FINITE: "the model gave a logit that is not a finite number",
+    NOT_FINITE: "a logit is not a finite number: the model gave such a one, or repetition_penalty made it",
     NOTHING_ALLOWED: "no token may be drawn: allowed_token_ids, bad_words and min_tokens together leave none",
 }
 

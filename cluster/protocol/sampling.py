@@ -312,6 +312,6 @@ def _integer(name: str, value: object, low: int, high: int, *, hint: str = "") -
 def _number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
     is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
     if not is_number or not low <= value <= high or (above and value == low):  # type: ignore[operator]
-        least = f"above {low:g}" if above else f"from {low:g}" if math.isfinite(low) else "any"
+        least = f" above {low:g}" if above else f" from {low:g}" if math.isfinite(low) else ""
         most = f" to {high:g}" if math.isfinite(high) else ""
-        raise InvalidRequest(name, value, f"must be a finite number {least}{most}")
+        raise InvalidRequest(name, value, f"must be a finite number{least}{most}")

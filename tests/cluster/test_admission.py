@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from argosy.cluster.admission import check_request
+from argosy.cluster.admission import check_num_logprobs, check_request
 from argosy.cluster.protocol.errors import ContextTooLong, InvalidRequest
 from argosy.cluster.protocol.messages import GenerateRequest
 from argosy.cluster.protocol.sampling import TokenParams
@@ -69,3 +69,25 @@ def test_what_was_generated_elsewhere_counts_for_the_length() -> None:
     check([1] * 20, generated_token_ids=[[1] * 12])
     with pytest.raises(ContextTooLong):
         check([1] * 20, generated_token_ids=[[1] * 13])
+
+
+@pytest.mark.parametrize(
+    ("most", "taken", "refused"),
+    [
+        (-1, (0, 5, -1, 1000), ()),
+        (20, (0, 20), (21, -1)),
+        (100, (100, -1), (101,)),
+        (10**6, (5, -1, 1000), (10**6 + 1,)),
+    ],
+)
+def test_log_probabilities_up_to_the_server_s_bound(
+    most: int, taken: tuple[int, ...], refused: tuple[int, ...]
+) -> None:
+    """-1 asks for the whole vocabulary of 100 tokens; the server's -1 bounds nothing."""
+    for count in taken:
+        check_num_logprobs("logprobs", count, 100, most)
+    for count in refused:
+        with pytest.raises(InvalidRequest, match=f"logprobs={count}: at most {most}"):
+            check_num_logprobs("logprobs", count, 100, most)
+    with pytest.raises(InvalidRequest, match="or -1: the whole vocabulary"):
+        check_num_logprobs("logprobs", -2, 100, most)

@@ -143,3 +143,9 @@ def test_both_ends_of_a_range_are_said() -> None:
     """Half of a range is no help to whoever left it at the other end."""
     with pytest.raises(InvalidRequest, match="from -9223372036854775808 to 9223372036854775807"):
         SamplingParams(seed=2**70)
+
+
+def test_a_number_without_bounds_is_asked_for_in_whole_words() -> None:
+    """It was "must be a finite number any"."""
+    with pytest.raises(InvalidRequest, match=r"must be a finite number$"):
+        SamplingParams(logit_bias={1: math.inf})
