@@ -318,8 +318,12 @@ def main() -> int:
         tries = changes_of(packed[key], name) if key in packed else []
         if ranked[name] and packed.get(key, {}).get("kernel") not in (STREAM, HOPPER):
             tries = changes_of(ranked[name][0], name)  # what alone was not faster may be so with these
+        if rows == 1 and name in ("qkv", "gate_up"):  # with the norm another may be the fastest
+            tries += [{"half": 0, **sizes, "norm": 1} for sizes in ranked[name][:3] if sizes["kernel"] == STREAM]
         for changed in tries:
             now = {**packed[key], **changed} if packed.get(key, {}).get("kernel") == changed["kernel"] else changed
+            if now == packed.get(key):
+                continue
             best = tuner.try_all(name, packed, key, [now], best, deadline)
     if args.attention and rows <= 4:
         best = tuner.try_attention(best, deadline)
