@@ -85,7 +85,8 @@ def open_layer_chain(
 ) -> LayerChain | None:
     """For these layers, or None where one of them is of another kind or nothing was measured; alike on all ranks."""
     device = parallel.device
-    if device.type != "cuda" or dtype.itemsize != 2 or not layers or os.environ.get("ARGOSY_LAYER_CHAIN") == "0":
+    is_unwanted = os.environ.get("ARGOSY_LAYER_CHAIN") == "0"  # for who wants to measure without it
+    if device.type != "cuda" or dtype.itemsize != 2 or not layers or is_unwanted:
         return None
     if parallel.tp_size > 1 and not parallel.shares_memory:
         return None
