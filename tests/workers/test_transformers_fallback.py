@@ -99,11 +99,11 @@ def test_layouts(tmp_path: Path) -> None:
         folder = tmp_path / name.replace(" ", "")
         make_checkpoint(folder, name)
         models.append((name, str(folder), num_layers_of(name), None))
-    some = [model for model in models if model[0] in ("gpt bigcode", "glm4", "minimax m2", "nemotron", "helium")]
-    found = run_layouts({"TP2": models, "PP2": some[:2], "TP2xPP2": some, "TP4": some[:3]}, tmp_path)
+    some = [model for model in models if model[0] in ("glm4", "gpt bigcode", "minimax m2")]
+    found = run_layouts({"TP2": models, "TP2xPP2": some, "TP4": some[:2]}, tmp_path)
     for rank in found:
         assert max(rank.values()) < CLOSE, rank
-    assert len(found[0]) == (len(models) + 2 + len(some) + 3) * len(PARTED_WAYS)
+    assert len(found[0]) == (len(models) + len(some) + 2) * len(PARTED_WAYS)
 
 
 @pytest.mark.parametrize("name", WHOLE_ONLY)
