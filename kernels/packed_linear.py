@@ -55,6 +55,9 @@ def key_of(weight: PackedWeight, num_tokens: int) -> str:
 def default_sizes(weight: PackedWeight, num_tokens: int, num_sms: int) -> dict[str, int]:
     """Near what measured best on an H200 for the shapes of 8B."""
     tiles = weight.words_MUW.shape[0]
+    if num_tokens <= 8 and weight.planes == 1:
+        per_program = 2 if tiles >= MOST_TILES * num_sms else 1
+        return {"kernel": FEW, "tiles": per_program, "split": 4, "wide": 2, "ahead": 1, "stages": 3, "prefetch": 0}
     if num_tokens <= MOST_FUSED:
         per_program, split = 2 if tiles >= 8 * num_sms else 1, 4 if tiles >= 2.5 * num_sms else 8
         return {"kernel": FEW, "tiles": per_program, "split": split, "ahead": 1, "prefetch": 32}
