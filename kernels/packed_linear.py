@@ -118,9 +118,8 @@ def linear(
     assert x_TI.stride(1) == 1
     assert residual_TO is None or out_TO is None
     sizes = sizes or _sizes(weight, x_TI)
-    if norm_weight_I is not None and not (
-        sizes["kernel"] == STREAM and packed_stream.norms(norm_weight_I, x_TI, sizes)
-    ):
+    streams = sizes["kernel"] == STREAM and (not gated or can_gate(weight))
+    if norm_weight_I is not None and not (streams and packed_stream.norms(norm_weight_I, x_TI, sizes)):
         x_TI, norm_weight_I = rms_norm.rms_norm(x_TI, norm_weight_I, eps), None
     num_outputs = weight.num_outputs // 2 if gated else weight.num_outputs
     made_TO = residual_TO if out_TO is None else out_TO
@@ -133,7 +132,7 @@ def linear(
         return _few(x_TI, weight, bias_O, residual_TO, gated, made_TO, sizes)
     if sizes["kernel"] == VECTOR and (not gated or can_gate(weight)):
         return packed_vector.linear(x_TI, weight, bias_O, residual_TO, gated, made_TO, sizes)
-    if sizes["kernel"] == STREAM and (not gated or can_gate(weight)):
+    if streams:
         return packed_stream.linear(
             x_TI, weight, bias_O, residual_TO, gated, made_TO, sizes, norm_weight_I=norm_weight_I, eps=eps
         )
