@@ -7,6 +7,7 @@ from argosy.cluster.protocol.ledger import gb
 from argosy.placement.layout import Layout, Stage
 from argosy.placement.model_shape import ModelShape
 from argosy.placement.model_sources import servable_name
+from argosy.placement.plan_reasons import length_that_fits
 from argosy.placement.plan_report import Candidate, PlanReport
 from argosy.placement.rank_memory import Serving, StageBytes
 from argosy.placement.topology import ClusterTopology
@@ -117,6 +118,8 @@ def plan_lines(report: PlanReport, *, all_losers: bool = False, given: str = "")
         moe = report.model.spec.moe
         if moe is not None and moe.all2all != "auto":
             flags += f" --all2all-backend {moe.all2all}"
+    if (fitting := length_that_fits(chosen, report.serving)) is not None and "--max-model-len" not in given:
+        flags += f" --max-model-len {fitting}"  # without it the start would be refused
     yield ""
     yield f"the same by hand: argosy serve {servable_name(report.model.name)} {flags} {given}".rstrip()
 

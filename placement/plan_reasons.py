@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from typing import Final
 
 from argosy.cluster.protocol.ledger import gb, gib
+from argosy.placement.calibration import Calibration
 from argosy.placement.model_shape import ModelShape
 from argosy.placement.plan_report import Candidate, Loser, PlanOptions
 from argosy.placement.rank_memory import Serving, StageBytes
@@ -89,14 +90,29 @@ def explain_refusal(
     return "\n".join([what + ":", *(lines or ["  no layout divides the model over these devices"]), hints])
 
 
-def name_oddities(chosen: Candidate, serving: Serving, shape: ModelShape, topology: ClusterTopology) -> Iterator[str]:
-    """What its user should know of the chosen layout."""
-    yield from _host_tier(chosen, serving, topology)
+def length_that_fits(chosen: Candidate, serving: Serving) -> int | None:
+    """The longest request that every replica's cache holds, where that is less than `max_model_len`; else None."""
     num_blocks = min(replica.num_blocks for replica in chosen.replicas)
     least = serving.groups.num_tokens(num_blocks, serving.block_size)
-    if least is not None and least < serving.max_model_len:
-        yield (f"a replica's cache holds {least:,} tokens, fewer than the {serving.max_model_len:,} that "
-               "max_model_len allows one request")  # fmt: skip
+    return least if least is not None and least < serving.max_model_len else None
+
+
+def name_oddities(
+    chosen: Candidate,
+    serving: Serving,
+    shape: ModelShape,
+    topology: ClusterTopology,
+    calibration: Calibration | None = None,
+) -> Iterator[str]:
+    """What its user should know of the chosen layout. `calibration`: one that was asked for by name."""
+    yield from _host_tier(chosen, serving, topology)
+    devices = dict.fromkeys(stage.group.sheet.name for replica in chosen.replicas for stage in replica.stages)
+    if calibration is not None and calibration.device not in devices:
+        names = ", ".join(devices)
+        yield f"the calibration was measured on {calibration.device}: its ratios may be far off for {names}"
+    if (fitting := length_that_fits(chosen, serving)) is not None:
+        yield (f"a replica's cache holds {fitting:,} tokens, fewer than the {serving.max_model_len:,} that "
+               f"max_model_len allows one request: it starts with --max-model-len {fitting} or less")  # fmt: skip
     groups = [stage.group for replica in chosen.replicas for stage in replica.stages]
     spanning = any(len(group.node_ids) > 1 for group in groups)
     if spanning:

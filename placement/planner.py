@@ -63,7 +63,7 @@ def plan_cluster(
         chosen=chosen,
         losers=tuple(name_losers(chosen, ranked, candidates, options)),
         plan=_cluster_plan(shape, chosen),
-        notes=tuple(name_oddities(chosen, serving, shape, topology)),
+        notes=tuple(name_oddities(chosen, serving, shape, topology, options.calibration)),
     )
 
 

@@ -1,6 +1,7 @@
 """`argosy plan` as a user types it."""
 
 import json
+import re
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -9,6 +10,7 @@ import pytest
 
 from argosy.deploy import cli
 from argosy.deploy.plan_text import describe_topology
+from argosy.placement.calibration import FOLDER as CALIBRATIONS
 from argosy.placement.model_sources import CONFIG_FOLDER
 from argosy.placement.topology import ClusterTopology, Link, Node, NodeLink
 
@@ -172,3 +174,26 @@ def test_a_model_on_the_hub_is_planned_by_its_config_alone(
     assert asked == [("some-one/New-Model", ["config.json"])]
     code, _, told = run(capsys, "no-model", "--gpus", "1 x L4")
     assert (code, "none of the models known by name" in told) == (2, True)
+
+
+def test_the_command_that_is_said_would_start(capsys: pytest.CaptureFixture[str]) -> None:
+    """A card whose cache is shorter than the model: without a length the start would be refused."""
+    code, shown, _ = run(capsys, "llama-3.1-8b", "--gpus", "1 x L4")
+    found = re.search(r"cache holds ([\d,]+) tokens, fewer than the 131,072 .* --max-model-len (\d+) or less", shown)
+    assert code == 0
+    assert found is not None
+    assert found[1].replace(",", "") == found[2]
+    assert shown.splitlines()[-1].endswith(f" --max-model-len {found[2]}")
+    for length, is_noted in ((8192, False), (100_000, True)):
+        _, shown, _ = run(capsys, "llama-3.1-8b", "--gpus", "1 x L4", "--max-model-len", str(length))
+        assert ("fewer than" in shown) == is_noted
+        assert shown.splitlines()[-1].count("--max-model-len") == 1
+
+
+def test_ratios_of_another_device_are_noted(capsys: pytest.CaptureFixture[str]) -> None:
+    """A file that `argosy bench --calibration` made on a laptop says little of a card."""
+    file = CALIBRATIONS / "nvidia_h200.json"
+    shown = run(capsys, "llama-3.1-8b", "--gpus", "1 x H200", "--calibration", str(file))[1]
+    assert "was measured on" not in shown
+    shown = run(capsys, "llama-3.1-8b", "--gpus", "1 x L4", "--calibration", str(file))[1]
+    assert "note: the calibration was measured on H200: its ratios may be far off for L4" in shown
