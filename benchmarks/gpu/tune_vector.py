@@ -35,12 +35,12 @@ WAYS = [(8, 2), (8, 1), (16, 2)]  # warps, blocks of each, of `packed_vector`
 # tokens at once, of a piece at least, stages, warps: what holds less shared memory begins while the product before runs
 ATTENTION, ATTENTION_OF_MORE = (
     [
-        {"block_l": block_l, "min_piece": piece, "per_sm": 1, "stages": stages, "warps": warps}
-        for block_l, piece, stages, warps in tried
+        {"block_l": block_l, "min_piece": piece, "stages": 3, "warps": warps, "per_sm": per_sm, "late": late}
+        for block_l, piece, warps, per_sm, late in tried
     ]
     for tried in (
-        ((32, 32, 3, 2), (32, 32, 3, 1), (16, 16, 3, 1), (16, 16, 5, 1), (16, 32, 4, 1)),
-        ((64, 128, 3, 4), (64, 64, 3, 4), (32, 128, 3, 2), (32, 64, 3, 2)),
+        ((16, 16, 1, 1, 1), (16, 16, 1, 4, 0), (32, 32, 1, 4, 0), (32, 32, 1, 1, 0), (32, 32, 2, 1, 0), (64, 64, 4, 1, 0)),
+        ((64, 128, 4, 1, 0), (64, 64, 4, 1, 0), (32, 128, 2, 1, 0), (32, 64, 2, 1, 0)),
     )
 )  # fmt: skip
 KEEP = 0.998  # of the time before, or a change is noise

@@ -414,10 +414,9 @@ def packed_stream(report: Callable[..., None]) -> None:
             x, residual = torch.zeros(tokens, 4096, dtype=BF16), torch.zeros(tokens, 6144, dtype=BF16)
             sizes = {"kernel": packed_linear.STREAM, "warps": 16, "split": split, "depth": 16 // bits, "parts": parts,
                      "half": int(half), "norm": 1}  # fmt: skip
-            for norm in (None, torch.zeros(4096, dtype=BF16)):
-                if norm is None or parts == 1:
-                    name = f"{bits} bits, {tokens} tokens{', normed' * (norm is not None)}{', float16' * half}"
-                    report(name, packed_linear.linear, x, weight, norm_weight_I=norm, residual_TO=residual, sizes=sizes)
+            norm = torch.zeros(4096, dtype=BF16) if parts == 1 and half else None
+            name = f"{bits} bits, {tokens} tokens{', normed' * (norm is not None)}{', float16' * half}"
+            report(name, packed_linear.linear, x, weight, norm_weight_I=norm, residual_TO=residual, sizes=sizes)
 
 
 HOPPER_SIZES = ((2, 4, 64, 132), (2, 4, 256, 0))
