@@ -18,7 +18,8 @@ The file includes itself once a number type: NUMBER with READ and WRITE to and f
 #define PAIRS 64 /* queries taken together: four vectors */
 #define KEYS 64  /* keys taken together */
 #define MOST_HEAD 256
-#define MOST_GROUP 16 /* query heads that a decode row takes at once */
+#define MOST_GROUP 16 /* query heads of a key/value head that a decode row takes at once */
+#define STATE 4096    /* numbers of all its query heads together: MOST_GROUP * MOST_HEAD */
 #define INLINE static inline __attribute__((always_inline))
 
 typedef float Vector __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
@@ -280,64 +281,109 @@ INLINE void NAME(find)(const Attention *a, const void *cache, int64_t row, int64
     }
 }
 
-/* One token of one row, `count` query heads of a key/value head: from each key a dot product. */
-INLINE void NAME(attend_one)(const Attention *a, int64_t row, int64_t token, int64_t kv_head, int64_t first_head,
-                             int64_t count, const int64_t size) {
-    const NUMBER *q = (const NUMBER *)a->qkv_TD + (token * (a->num_heads + 2 * a->num_kv_heads) + first_head) * size;
-    NUMBER *out = (NUMBER *)a->out_TD + (token * a->num_heads + first_head) * size;
-    float queries[MOST_GROUP][MOST_HEAD], sums[MOST_GROUP][MOST_HEAD], logits[MOST_GROUP][KEYS];
-    float most[MOST_GROUP], total[MOST_GROUP], copied[KEYS * MOST_HEAD];
+/* Where the keys and values [first, first + count) of a row begin, as numbers from the cache's first */
+INLINE void NAME(place)(const Attention *a, int64_t row, int64_t first, int64_t count, int64_t *places) {
+    const int32_t *blocks = a->table_RB + row * a->table_stride;
+    int64_t block = first / a->block_size, within = first - block * a->block_size;
+    int64_t step = a->num_kv_heads * a->head_size, at = (blocks[block] * a->block_size + within) * step;
+    for (int64_t j = 0; j < count; j++, at += step) {
+        if (within++ == a->block_size) {
+            within = 1;
+            at = blocks[++block] * a->block_size * step;
+        }
+        places[j] = at;
+    }
+}
+
+/* One head's key and value at a place */
+INLINE void NAME(ask)(const Attention *a, int64_t place, const int64_t size) {
+    const char *k = (const char *)((const NUMBER *)a->k_cache + place), *v = (const char *)((const NUMBER *)a->v_cache + place);
+    for (int64_t line = 0; line < size * (int64_t)sizeof(NUMBER); line += 64) {
+        __builtin_prefetch(k + line, 0, 2);
+        __builtin_prefetch(v + line, 0, 2);
+    }
+}
+
+/* The first key that the last token of a row sees */
+INLINE int64_t NAME(begin)(const Attention *a, int64_t length) {
+    return a->window && length > a->window ? length - a->window : 0;
+}
+
+/* One token of one row, `count` query heads from `g` on of each key/value head of [kv_head, kv_end): from each key a dot
+product. While some keys are at work the next ones are asked for, at last those of `next_row`: blocks lie anywhere. */
+INLINE void NAME(attend_one)(const Attention *a, int64_t row, int64_t token, int64_t kv_head, int64_t kv_end, int64_t g,
+                             int64_t count, const int64_t size, int64_t next_row) {
+    int64_t group = a->num_heads / a->num_kv_heads;
+    const NUMBER *q = (const NUMBER *)a->qkv_TD + token * (a->num_heads + 2 * a->num_kv_heads) * size;
+    NUMBER *out = (NUMBER *)a->out_TD + token * a->num_heads * size;
+    float queries[STATE], sums[STATE], most[STATE / LANES], total[STATE / LANES], logits[KEYS], copied[KEYS * MOST_HEAD];
     const float *rows[KEYS];
-    for (int64_t g = 0; g < count; g++) {
-        most[g] = -3.0e38f;
-        total[g] = 0.0f;
+    int64_t num_heads = (kv_end - kv_head) * count;
+    for (int64_t n = 0; n < num_heads; n++) {
+        int64_t head = (kv_head + n / count) * group + g + n % count;
+        most[n] = -3.0e38f;
+        total[n] = 0.0f;
         for (int64_t i = 0; i < size; i++) {
-            queries[g][i] = READ(q[g * size + i]) * a->scale;
-            sums[g][i] = 0.0f;
+            queries[n * size + i] = READ(q[head * size + i]) * a->scale;
+            sums[n * size + i] = 0.0f;
         }
     }
     int64_t length = a->lengths_R[row] - (a->starts_R1[row + 1] - 1 - token); /* the token's own key is its last */
-    int64_t begin = a->window && length > a->window ? length - a->window : 0;
-    for (int64_t first = begin; first < length; first += KEYS) {
+    int64_t ahead[KEYS], num_ahead;
+    for (int64_t first = NAME(begin)(a, length); first < length; first += KEYS) {
         int64_t num = length - first < KEYS ? length - first : KEYS;
-        NAME(find)(a, a->k_cache, row, first, num, kv_head, size, rows, copied);
-        for (int64_t g = 0; g < count; g++)
-            for (int64_t j = 0; j < num; j++) {
-                Vector sum = *(const Vector *)queries[g] * *(const Vector *)rows[j];
-                for (int64_t i = LANES; i < size; i += LANES)
-                    sum += *(const Vector *)(queries[g] + i) * *(const Vector *)(rows[j] + i);
-                logits[g][j] = add_lanes(sum);
-            }
-        for (int64_t g = 0; g < count; g++) {
-            float highest = most[g], sum = 0.0f;
-#pragma omp simd reduction(max : highest)
-            for (int64_t j = 0; j < num; j++) highest = logits[g][j] > highest ? logits[g][j] : highest;
-            float fade = exponential(most[g] - highest);
-            most[g] = highest;
-#pragma omp simd reduction(+ : sum)
-            for (int64_t j = 0; j < num; j++) {
-                logits[g][j] = exponential(logits[g][j] - highest);
-                sum += logits[g][j];
-            }
-            total[g] = total[g] * fade + sum;
-            for (int64_t i = 0; i < size; i++) sums[g][i] *= fade;
+        int64_t from = first + KEYS, of_row = row, until = length;
+        if (from >= length) { /* its last keys: on with the next row */
+            of_row = next_row;
+            until = next_row < 0 ? 0 : a->lengths_R[next_row];
+            from = NAME(begin)(a, until);
         }
-        NAME(find)(a, a->v_cache, row, first, num, kv_head, size, rows, copied);
-        for (int64_t g = 0; g < count; g++)
-            for (int64_t i = 0; i < size; i += LANES) {
-                Vector even = *(Vector *)(sums[g] + i), odd = {};
-                int64_t j = 0;
-                for (; j + 2 <= num; j += 2) {
-                    even += logits[g][j] * *(const Vector *)(rows[j] + i);
-                    odd += logits[g][j + 1] * *(const Vector *)(rows[j + 1] + i);
+        num_ahead = until - from < KEYS ? until - from : KEYS;
+        if (num_ahead > 0) NAME(place)(a, of_row, from, num_ahead, ahead);
+        for (int64_t n = 0; n < num_heads; n += count) {
+            float weights[MOST_GROUP][KEYS];
+            NAME(find)(a, a->k_cache, row, first, num, kv_head + n / count, size, rows, copied);
+            for (int64_t c = 0; c < count; c++) {
+                const float *query = queries + (n + c) * size;
+                for (int64_t j = 0; j < num; j++) {
+                    if (!c && j < num_ahead) NAME(ask)(a, ahead[j] + (kv_head + n / count) * size, size);
+                    Vector sum = *(const Vector *)query * *(const Vector *)rows[j];
+                    for (int64_t i = LANES; i < size; i += LANES)
+                        sum += *(const Vector *)(query + i) * *(const Vector *)(rows[j] + i);
+                    logits[j] = add_lanes(sum);
                 }
-                if (j < num) even += logits[g][j] * *(const Vector *)(rows[j] + i);
-                *(Vector *)(sums[g] + i) = even + odd;
+                float highest = most[n + c], sum = 0.0f;
+#pragma omp simd reduction(max : highest)
+                for (int64_t j = 0; j < num; j++) highest = logits[j] > highest ? logits[j] : highest;
+                float fade = exponential(most[n + c] - highest);
+                most[n + c] = highest;
+#pragma omp simd reduction(+ : sum)
+                for (int64_t j = 0; j < num; j++) {
+                    weights[c][j] = exponential(logits[j] - highest);
+                    sum += weights[c][j];
+                }
+                total[n + c] = total[n + c] * fade + sum;
+                for (int64_t i = 0; i < size; i++) sums[(n + c) * size + i] *= fade;
             }
+            NAME(find)(a, a->v_cache, row, first, num, kv_head + n / count, size, rows, copied);
+            for (int64_t c = 0; c < count; c++)
+                for (int64_t i = 0; i < size; i += LANES) {
+                    float *sum = sums + (n + c) * size + i;
+                    Vector even = *(Vector *)sum, odd = {};
+                    int64_t j = 0;
+                    for (; j + 2 <= num; j += 2) {
+                        even += weights[c][j] * *(const Vector *)(rows[j] + i);
+                        odd += weights[c][j + 1] * *(const Vector *)(rows[j + 1] + i);
+                    }
+                    if (j < num) even += weights[c][j] * *(const Vector *)(rows[j] + i);
+                    *(Vector *)sum = even + odd;
+                }
+        }
     }
-    for (int64_t g = 0; g < count; g++) {
-        float scale = 1.0f / total[g];
-        for (int64_t i = 0; i < size; i++) out[g * size + i] = WRITE(sums[g][i] * scale);
+    for (int64_t n = 0; n < num_heads; n++) {
+        int64_t head = (kv_head + n / count) * group + g + n % count;
+        float scale = 1.0f / total[n];
+        for (int64_t i = 0; i < size; i++) out[head * size + i] = WRITE(sums[n * size + i] * scale);
     }
 }
 
@@ -443,15 +489,19 @@ static void NAME(attend_queries)(const Attention *a, int64_t row, int64_t first,
         NAME(attend_many)(a, row, first, last, kv_head, 1);
 }
 
-static void NAME(attend_token)(const Attention *a, int64_t row, int64_t token, int64_t kv_head) {
+static void NAME(attend_token)(const Attention *a, int64_t row, int64_t token, int64_t kv_head, int64_t kv_end,
+                               int64_t next_row) {
     int64_t group = a->num_heads / a->num_kv_heads;
     for (int64_t g = 0; g < group; g += MOST_GROUP) {
-        int64_t count = group - g < MOST_GROUP ? group - g : MOST_GROUP, head = kv_head * group + g;
-        switch (a->head_size) { /* sizes that the compiler knows are unrolled */
-            case 32: NAME(attend_one)(a, row, token, kv_head, head, count, 32); break;
-            case 64: NAME(attend_one)(a, row, token, kv_head, head, count, 64); break;
-            case 128: NAME(attend_one)(a, row, token, kv_head, head, count, 128); break;
-            default: NAME(attend_one)(a, row, token, kv_head, head, count, a->head_size);
+        int64_t count = group - g < MOST_GROUP ? group - g : MOST_GROUP, at_once = STATE / (count * a->head_size);
+        for (int64_t from = kv_head; from < kv_end; from += at_once) {
+            int64_t to = from + at_once < kv_end ? from + at_once : kv_end;
+            switch (a->head_size) { /* sizes that the compiler knows are unrolled */
+                case 32: NAME(attend_one)(a, row, token, from, to, g, count, 32, next_row); break;
+                case 64: NAME(attend_one)(a, row, token, from, to, g, count, 64, next_row); break;
+                case 128: NAME(attend_one)(a, row, token, from, to, g, count, 128, next_row); break;
+                default: NAME(attend_one)(a, row, token, from, to, g, count, a->head_size, next_row);
+            }
         }
     }
 }
@@ -470,6 +520,7 @@ void NAME(attend)(const Attention *a) {
             runs[at][0] = (int32_t)r;
             runs[at++][1] = (int32_t)(a->starts_R1[r] + n * at_once);
         }
+    int64_t parts = num_runs < 4 * a->num_threads ? a->num_kv_heads : 1, heads = a->num_kv_heads / parts;
 #pragma omp parallel num_threads(a->num_threads) if (a->num_threads > 1)
     {
 #pragma omp for schedule(static)
@@ -477,19 +528,20 @@ void NAME(attend)(const Attention *a) {
             NAME(take_in)(a, t);
             if (t >= covered) memset((NUMBER *)a->out_TD + t * width, 0, width * sizeof(NUMBER));
         }
-#pragma omp for schedule(dynamic, 2)
-        for (int64_t piece = 0; piece < num_runs * a->num_kv_heads; piece++) {
-            int64_t row = runs[piece / a->num_kv_heads][0], first = runs[piece / a->num_kv_heads][1];
-            int64_t kv_head = piece % a->num_kv_heads, end = a->starts_R1[row + 1];
-            int64_t last = first + at_once < end ? first + at_once : end;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t piece = 0; piece < num_runs * parts; piece++) {
+            int64_t row = runs[piece / parts][0], first = runs[piece / parts][1], end = a->starts_R1[row + 1];
+            int64_t kv_head = piece % parts * heads, kv_end = kv_head + heads;
+            int64_t last = first + at_once < end ? first + at_once : end, after = piece + a->num_threads * parts;
+            int64_t next = after < num_runs * parts ? runs[after / parts][0] : -1;
             if (a->lengths_R[row] == 0) {
                 for (int64_t t = first; t < last; t++)
                     memset((NUMBER *)a->out_TD + t * width + kv_head * group * a->head_size, 0,
-                           group * a->head_size * sizeof(NUMBER));
+                           heads * group * a->head_size * sizeof(NUMBER));
             } else if (last - first == 1)
-                NAME(attend_token)(a, row, first, kv_head);
+                NAME(attend_token)(a, row, first, kv_head, kv_end, next);
             else
-                NAME(attend_queries)(a, row, first, last, kv_head);
+                for (; kv_head < kv_end; kv_head++) NAME(attend_queries)(a, row, first, last, kv_head);
         }
     }
 }
