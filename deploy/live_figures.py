@@ -73,7 +73,7 @@ class LiveFigures:
         if self._is_away:
             return None
         self._is_away = True
-        return "the engine does not answer; it is started again, and requests wait for it"
+        return "the engine does not answer: requests wait until it is started again"
 
 
 @contextlib.contextmanager

@@ -213,3 +213,9 @@ def _confine_to_loopback(confined: bool) -> None:
 def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
+
+
+def has_live_nodes() -> bool:
+    """Whether the cluster that this process is connected to has a node that lives."""
+    nodes: Any = ray.nodes  # Ray gives it no types
+    return any(node["Alive"] for node in nodes())

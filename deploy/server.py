@@ -10,7 +10,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Final
@@ -24,6 +24,7 @@ from argosy.deploy.doctor import is_port_free
 from argosy.deploy.http_auth import ApiKeys
 from argosy.deploy.live_figures import watching
 from argosy.deploy.model_folder import load_tokenizer, localize
+from argosy.deploy.node_watch import NodeWatch
 from argosy.deploy.owned_folder import make_owned_folder
 from argosy.deploy.progress import StartProgress
 from argosy.deploy.token_params import read_generation_config
@@ -183,9 +184,14 @@ class _StopSignals:
         """Whether somebody asked to stop."""
         return self._asked_at is not None
 
-    def wait(self) -> None:
-        """Until somebody asks to stop."""
+    def wait(self, is_lost: Callable[[], bool] = lambda: False) -> None:
+        """Until somebody asks to stop. Raises `ClusterError` once there is nothing left to serve with."""
         while not self.is_set:
+            if is_lost():
+                raise ClusterError(
+                    "Ray lost all of its nodes: its raylet was killed, maybe for want of memory, and nothing can be "
+                    "started there again; start the server anew"
+                )
             time.sleep(_POLL_SECONDS)
 
     def install(self) -> None:
@@ -243,6 +249,7 @@ def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, sto
     from ray.exceptions import RayError
 
     from argosy.deploy.doors import serve_runs
+    from argosy.deploy.ray_session import has_live_nodes
     from argosy.deploy.serve_app import application
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
@@ -265,8 +272,9 @@ def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, sto
         progress.close()
         with contextlib.suppress(BrokenPipeError):  # nobody reads it; clients may still come
             print(ready_block(config, engine, progress.seconds), flush=True)
-        with watching(engine.address, engine.secret, is_on=not config.server.disable_log_stats):
-            stop.wait()
+        is_on = not config.server.disable_log_stats
+        with watching(engine.address, engine.secret, is_on=is_on), NodeWatch(has_live_nodes) as nodes:
+            stop.wait(lambda: nodes.is_lost)
         if config.server.drain_seconds > 0:
             asyncio.run(drain(engine.address, engine.secret, config.server.drain_seconds))
     finally:
