@@ -14,9 +14,7 @@ program waits for all words of a product by reading them: no flag, no fence, no 
 All programs must be on the card at once: they are no more than fit. Nobody overwrites what is still read: a launch
 begins when the one before is over on its own card, and a peer's words of the next turn come only after its `down`
 heard from all programs here, so each has at least one tile of `down`. Numbers of a turn are alike on all ranks, bit by
-bit. Memory of words begins as zeros, and turns count from 1. Written in Triton's lower language (Gluon).
-
-Words of an inbox, int32: of o [WORLD, hidden], then of down [WORLD, hidden].
+bit. Words, [WORLD, hidden] of o and then of down, begin as zeros; turns count from 1. In Triton's lower language.
 """
 
 import triton
@@ -27,11 +25,10 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
-from argosy.kernels.gemv_ahead import copy_in
+from argosy.kernels.gemv_ahead import _each, copy_in
 
 RENAMED = gl.constexpr(not hasattr(gl.shared_memory_descriptor, "_reinterpret"))  # in Triton 3.7
 TO_ALL, GATED, PLAIN = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
-PATIENCE_NS = gl.constexpr(120_000_000_000)
 RUNS_HERE = triton.__version__.startswith(tuning.GLUON_VERSIONS)
 SHARED_BYTES = 220 * 1024  # of a multiprocessor, less what sums take
 
@@ -61,20 +58,20 @@ def _as_tiles(ring, PARTS: gl.constexpr, STAGES: gl.constexpr, ROWS: gl.constexp
 @gluon.jit
 def _copy_tile(
     ring, slot, weight_ptr, tile, OUTPUTS: gl.constexpr, INPUTS: gl.constexpr, SLOT: gl.constexpr,
-    STAGES: gl.constexpr, PARTS: gl.constexpr, NUM_WARPS: gl.constexpr,
+    STAGES: gl.constexpr, PARTS: gl.constexpr, NUM_WARPS: gl.constexpr, CUT: gl.constexpr,
 ):  # fmt: skip
     """Ask for the weights of a tile: of its outputs' rows, or of their gate rows and up rows."""
     WIDTH: gl.constexpr = power_of_two(INPUTS)
-    ROWS: gl.constexpr = SLOT // WIDTH // PARTS
+    ROWS: gl.constexpr = SLOT // WIDTH // (PARTS * CUT)
     layout: gl.constexpr = tile_layout(ROWS, WIDTH, NUM_WARPS)
-    tiles = _as_tiles(ring, PARTS, STAGES, ROWS, WIDTH)
+    tiles = _as_tiles(ring, PARTS * CUT, STAGES, ROWS, WIDTH)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     output = gl.minimum(tile * ROWS + row, OUTPUTS - 1).to(gl.int64)
     here = weight_ptr + output[:, None] * INPUTS + column[None, :]
     inside = (row >= 0)[:, None] & (column < INPUTS)[None, :]
     for part in gl.static_range(PARTS):
-        copy_in(tiles.index(slot * PARTS + part), here + part * OUTPUTS * INPUTS, mask=inside)
+        copy_in(tiles.index(slot * PARTS * CUT + part), here + part * OUTPUTS * INPUTS, mask=inside)
 
 
 @gluon.jit
@@ -89,7 +86,8 @@ def _share(tile_count: gl.constexpr, before: gl.constexpr, PROGRAMS: gl.constexp
 def _ask(
     ring, number, o_ptr, gate_up_ptr, down_ptr, qkv_ptr,
     SEEN: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr,
-    SLOT: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, NUM_WARPS: gl.constexpr, FROM: gl.constexpr,
+    SLOT: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, NUM_WARPS: gl.constexpr, CUT: gl.constexpr,
+    FROM: gl.constexpr,
 ):  # fmt: skip
     """Ask for this program's tile `number`, counted through all products, of those from FROM on; always one group."""
     T: gl.constexpr = count_tiles(HIDDEN, SEEN, SLOT, 1)
@@ -102,21 +100,21 @@ def _ask(
     after_u = num_o + num_u
     after_d = after_u + num_d
     if FROM <= 0 and number < num_o:
-        _copy_tile(ring, slot, o_ptr, first_o + number * PROGRAMS, HIDDEN, SEEN, SLOT, STAGES, 1, NUM_WARPS)
+        _copy_tile(ring, slot, o_ptr, first_o + number * PROGRAMS, HIDDEN, SEEN, SLOT, STAGES, 1, NUM_WARPS, 1)
     if FROM <= 1:  # noqa: SIM102 - known when compiling, the other only when running
         if (number >= num_o) & (number < after_u):
             tile = first_u + (number - num_o) * PROGRAMS
-            _copy_tile(ring, slot, gate_up_ptr, tile, INNER, HIDDEN, SLOT, STAGES, 2, NUM_WARPS)
+            _copy_tile(ring, slot, gate_up_ptr, tile, INNER, HIDDEN, SLOT, STAGES, 2, NUM_WARPS, 1)
     if FROM <= 2:  # noqa: SIM102
         if (number >= after_u) & (number < after_d):
             tile = first_d + (number - after_u) * PROGRAMS
-            _copy_tile(ring, slot, down_ptr, tile, HIDDEN, INNER, SLOT, STAGES, 1, NUM_WARPS)
+            _copy_tile(ring, slot, down_ptr, tile, HIDDEN, INNER, SLOT, STAGES, 1, NUM_WARPS, 1)
     if QKV > 0:
-        Q: gl.constexpr = count_tiles(QKV, HIDDEN, SLOT, 1)
+        Q: gl.constexpr = count_tiles(QKV, HIDDEN, SLOT, CUT)
         first_q, num_q = _share(Q, T + U + D, PROGRAMS)
         if (number >= after_d) & (number < after_d + num_q):
             tile = first_q + (number - after_d) * PROGRAMS
-            _copy_tile(ring, slot, qkv_ptr, tile, QKV, HIDDEN, SLOT, STAGES, 1, NUM_WARPS)
+            _copy_tile(ring, slot, qkv_ptr, tile, QKV, HIDDEN, SLOT, STAGES, 1, NUM_WARPS, CUT)
     async_copy.commit_group()
 
 
@@ -128,32 +126,29 @@ def count_tiles(outputs, inputs, slot, parts):
 
 
 @gluon.jit
-def _each(gate, up, other_gate, other_up):
-    return gate + other_gate, up + other_up
-
-
-@gluon.jit
 def _multiply(
     ring, x, began, first, count, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, bases_ptr, out_ptr, inbox, stamp,
     OUTPUTS: gl.constexpr, INPUTS: gl.constexpr, PARTS: gl.constexpr, KIND: gl.constexpr, BIAS: gl.constexpr,
     WORLD: gl.constexpr, SEEN: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr,
-    SLOT: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, NUM_WARPS: gl.constexpr, FROM: gl.constexpr,
+    SLOT: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, NUM_WARPS: gl.constexpr, CUT: gl.constexpr,
+    FROM: gl.constexpr,
 ):  # fmt: skip
     """This program's tiles of one product, which are those from `began` on of all of its own. x: float32 [INPUTS]."""
     WIDTH: gl.constexpr = power_of_two(INPUTS)
-    ROWS: gl.constexpr = SLOT // WIDTH // PARTS
+    PLACES: gl.constexpr = PARTS * CUT if FROM == 3 else PARTS  # in one of the ring
+    ROWS: gl.constexpr = SLOT // WIDTH // PLACES
     layout: gl.constexpr = tile_layout(ROWS, WIDTH, NUM_WARPS)
     one_each: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])  # outputs side by side in one store
-    tiles = _as_tiles(ring, PARTS, STAGES, ROWS, WIDTH)
+    tiles = _as_tiles(ring, PLACES, STAGES, ROWS, WIDTH)
     for i in range(count):
         _ask(
             ring, began + i + STAGES - 1, o_ptr, gate_up_ptr, down_ptr, qkv_ptr,
-            SEEN, HIDDEN, INNER, QKV, SLOT, STAGES, PROGRAMS, NUM_WARPS, FROM,
+            SEEN, HIDDEN, INNER, QKV, SLOT, STAGES, PROGRAMS, NUM_WARPS, CUT, FROM,
         )  # fmt: skip
         output = (first + i * PROGRAMS) * ROWS + gl.arange(0, ROWS, one_each)
         there = output < OUTPUTS
         async_copy.wait_group(STAGES - 1)
-        slot = (began + i) % STAGES * PARTS
+        slot = (began + i) % STAGES * PLACES
         y = tiles.index(slot).load(layout).to(gl.float32) * x[None, :]
         if KIND == GATED:  # both at once: warps wait for each other in every sum
             up = tiles.index(slot + 1).load(layout).to(gl.float32) * x[None, :]
@@ -219,8 +214,7 @@ def _receive(
     WAIT: gl.constexpr,
 ):  # fmt: skip
     """The sum of what all senders wrote in this turn."""
-    if WAIT:
-        # a few words first, of the tiles dealt last: to read all again and again would hold up the weights
+    if WAIT:  # a few words first, of the tiles dealt last: to read all again and again would hold up the weights
         began = _now(stamp)
         probe = SIZE - 1 - gl.arange(0, 32 * NUM_WARPS, gl.BlockedLayout([1], [32], [NUM_WARPS], [0]))
         _, late = _look(box_ptr, probe, stamp, SIZE, SENDERS, DTYPE)
@@ -241,9 +235,10 @@ def _chain_kernel(
     bases_ptr, inner_ptr, counter_ptr, inbox, rank, eps, next_eps,
     SEEN: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr, BIAS: gl.constexpr,
     NORM: gl.constexpr, WORLD: gl.constexpr, SLOT: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
-    WAIT: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
+    CUT: gl.constexpr, WAIT: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """QKV 0: no product at the end; then NORM says whether the residual comes out normed."""
+    """QKV 0: no product at the end; then NORM says whether the residual comes out normed. CUT: into how many parts q, k
+    and v's tiles are cut, which are too few to be dealt evenly."""
     DTYPE: gl.constexpr = o_ptr.dtype.element_ty
     WIDTH: gl.constexpr = power_of_two(HIDDEN)
     flat: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, [1, 0])
@@ -259,7 +254,7 @@ def _chain_kernel(
     for stage in range(STAGES - 1):
         _ask(
             ring, stage, o_ptr, gate_up_ptr, down_ptr, qkv_ptr,
-            SEEN, HIDDEN, INNER, QKV, SLOT, STAGES, PROGRAMS, num_warps, 0,
+            SEEN, HIDDEN, INNER, QKV, SLOT, STAGES, PROGRAMS, num_warps, CUT, 0,
         )  # fmt: skip
     # o
     o_layout: gl.constexpr = tile_layout(SLOT // power_of_two(SEEN), power_of_two(SEEN), num_warps)
@@ -272,7 +267,7 @@ def _chain_kernel(
     _multiply(
         ring, x, 0, first_o, num_o, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, bases_ptr, inner_ptr,
         inbox + rank * HIDDEN, stamp, HIDDEN, SEEN, 1, TO_ALL, False,
-        WORLD, SEEN, HIDDEN, INNER, QKV, SLOT, STAGES, PROGRAMS, num_warps, 0,
+        WORLD, SEEN, HIDDEN, INNER, QKV, SLOT, STAGES, PROGRAMS, num_warps, CUT, 0,
     )  # fmt: skip
     # gate and up
     layout: gl.constexpr = tile_layout(SLOT // WIDTH // 2, WIDTH, num_warps)
@@ -288,7 +283,7 @@ def _chain_kernel(
     _multiply(
         ring, x, num_o, first_u, num_u, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, bases_ptr, inner_ptr,
         inbox, stamp, INNER, HIDDEN, 2, GATED, False,
-        WORLD, SEEN, HIDDEN, INNER, QKV, SLOT, STAGES, PROGRAMS, num_warps, 1,
+        WORLD, SEEN, HIDDEN, INNER, QKV, SLOT, STAGES, PROGRAMS, num_warps, CUT, 1,
     )  # fmt: skip
     # down
     d_layout: gl.constexpr = tile_layout(SLOT // power_of_two(INNER), power_of_two(INNER), num_warps)
@@ -297,7 +292,7 @@ def _chain_kernel(
     _multiply(
         ring, x, num_o + num_u, first_d, num_d, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, bases_ptr, inner_ptr,
         inbox + (WORLD + rank) * HIDDEN, stamp, HIDDEN, INNER, 1, TO_ALL, False,
-        WORLD, SEEN, HIDDEN, INNER, QKV, SLOT, STAGES, PROGRAMS, num_warps, 2,
+        WORLD, SEEN, HIDDEN, INNER, QKV, SLOT, STAGES, PROGRAMS, num_warps, CUT, 2,
     )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -314,12 +309,12 @@ def _chain_kernel(
         gl.store(residual_ptr + column, r, mask=inside & (program == 0))
         x = r.to(gl.float32)
         x = (x * (1.0 / gl.sqrt(gl.sum(x * x, 0) / HIDDEN + next_eps)) * norm).to(DTYPE).to(gl.float32)
-        Q: gl.constexpr = count_tiles(QKV, HIDDEN, SLOT, 1)
+        Q: gl.constexpr = count_tiles(QKV, HIDDEN, SLOT, CUT)
         first_q, num_q = _share(Q, T + U + D, PROGRAMS)
         _multiply(
             ring, x, num_o + num_u + num_d, first_q, num_q, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, bases_ptr,
             out_ptr, inbox, stamp, QKV, HIDDEN, 1, PLAIN, BIAS,
-            WORLD, SEEN, HIDDEN, INNER, QKV, SLOT, STAGES, PROGRAMS, num_warps, 3,
+            WORLD, SEEN, HIDDEN, INNER, QKV, SLOT, STAGES, PROGRAMS, num_warps, CUT, 3,
         )  # fmt: skip
     elif program == 0:
         held = kept.load(gl.SliceLayout(0, layout)).to(gl.float32)
@@ -338,7 +333,7 @@ def inbox_words(world: int, hidden: int) -> int:
 
 
 def suits(seen: int, hidden: int, inner: int, qkv: int, sizes: tuning.Sizes, num_programs: int) -> bool:
-    """Whether these widths of a rank fit the ring, and every program has a tile of `down`."""
+    """Whether these widths fit the ring, and every program has a tile of `down`."""
     slot = sizes["slot"]
     widths = [tuning.next_power_of_two(seen), 2 * tuning.next_power_of_two(hidden), tuning.next_power_of_two(inner)]
     shared = (sizes["stages"] * slot + widths[1] // 2) * 2 * sizes["per_sm"]
@@ -373,7 +368,8 @@ def chain(
     int64, the addresses of the ranks' shared buffers, where `inbox_words` begin at byte `inbox_at`; `inner_I`: int32,
     `counters`: int32 [programs], this rank's own. All of these three zero at first and used by nothing else. `sizes`:
     numbers of a place of the ring (`slot`), places (`stages`), `warps`, programs a multiprocessor (`per_sm`),
-    multiprocessors left to others (`spare`). `wait` false: all words are known to be there (tests).
+    multiprocessors left to others (`spare`), tiles of q, k and v that a place would hold (`cut`, 1 by default). `wait`
+    false: all words are known to be there (tests).
     """
     o_DS, gate_up_UD, down_DI, qkv_XD = weights
     hidden, seen = o_DS.shape
@@ -392,8 +388,8 @@ def chain(
         seen_1S, o_DS, gate_up_UD, down_DI, o_DS if qkv_XD is None else qkv_XD, o_DS if bias_Q is None else bias_Q,
         norm_D, next_norm_D, residual_1D, out_1X, bases_W, inner_I, counters, inbox_at // 4, rank, eps, next_eps,
         SEEN=seen, HIDDEN=hidden, INNER=inner, QKV=qkv, BIAS=bias_Q is not None, NORM=norms[1] is not None, WORLD=world,
-        SLOT=sizes["slot"], STAGES=sizes["stages"], PROGRAMS=num_programs, WAIT=wait, num_warps=sizes["warps"],
-        **tuning.overlap(seen_1S.device),
+        SLOT=sizes["slot"], STAGES=sizes["stages"], PROGRAMS=num_programs, CUT=sizes.get("cut", 1), WAIT=wait,
+        num_warps=sizes["warps"], **tuning.overlap(seen_1S.device),
     )  # fmt: skip
     return out_1X
 

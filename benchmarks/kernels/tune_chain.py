@@ -38,6 +38,7 @@ SIZES: list[Sizes] = [
         (16384, 5, 8, 1, 4), (16384, 4, 8, 1, 0), (16384, 3, 8, 2, 0),
     )
 ]  # fmt: skip
+SIZES += [sizes | {"cut": 2} for sizes in SIZES[:2]]  # places 8 and 9
 
 LEAN = tuning.pick("paged_attention", "h128_one", torch.device("cuda", 0)) if torch.cuda.is_available() else None
 SMALL = [  # sizes of attention that leave room beside them

@@ -273,8 +273,8 @@ def test_ranks_say_what_the_layers_mean(
                         Pointer(rank.residual), Pointer(rank.outs[at]), Addresses([one.words for one in ranks]),
                         Pointer(rank.inner), Pointer(rank.counters), 16, number, EPS, EPS,
                         SEEN=seen, HIDDEN=hidden, INNER=inner, QKV=0 if last else qkv, BIAS=bias and not last,
-                        NORM=normed, WORLD=world, SLOT=slot, STAGES=stages, PROGRAMS=programs, WAIT=True, PDL=False,
-                        num_warps=4,
+                        NORM=normed, WORLD=world, SLOT=slot, STAGES=stages, PROGRAMS=programs,
+                        CUT=1 + normed, WAIT=True, PDL=False, num_warps=4,
                     )  # fmt: skip
                 except Exception as problem:
                     problems.append(problem)
