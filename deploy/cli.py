@@ -325,7 +325,7 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     engine.add_argument("--gpu-memory-utilization", type=float, help="as of 'argosy serve'")
     engine.add_argument("--kv-cache-memory-bytes", type=int, help="as of 'argosy serve'")
     engine.add_argument("--usable-memory", type=int, metavar="BYTES", help="of each card, for everything")
-    engine.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs")
+    engine.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs; on CPUs no compiled steps")
     engine.add_argument("--cpu-threads", type=int, help="threads of each rank and of the peer (default: all cores)")
 
 

@@ -107,7 +107,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("cpu-threads", "int", "threads of each rank on a CPU (default: cores divided by ranks)"),
         Flag("enable-expert-parallel", "switch", "whole experts on each rank of a group, not a part of each"),
         Flag("all2all-backend", "text", "how tokens reach whole experts: sum, all_to_all, or auto, the faster one"),
-        Flag("enforce-eager", "switch", "no CUDA graphs"),
+        Flag("enforce-eager", "switch", "no CUDA graphs; on CPUs no compiled steps"),
         Flag("start-deadline-seconds", "float", "longest that a start may take"),
         Flag("step-deadline-seconds", "float", "longest that one step may take before its rank counts as lost"),
     ),
