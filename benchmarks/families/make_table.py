@@ -1,14 +1,17 @@
-"""Compare every family in every layout with transformers and write what was found into docs/models.md.
+"""Run the tests of all families in every layout, and write what they found beside transformers into docs/models.md.
 
     python benchmarks/families/make_table.py            # some minutes on two cores
 
-The cases and the comparison are those of `tests/workers/test_model_families.py`: tiny random configs, float32, greedy,
-whole prompts, chunks of five, preempted and computed anew, swapped, three answers to one prompt. One rank has a column
-for each of these; over several ranks a cell is the worst of the last three, which begin in chunks. A cell is the
-largest difference of any logit before any token; a token that differs makes it "differs".
+The tests are `tests/workers/test_model_families.py` and `test_transformers_fallback.py`: tiny random configs, float32,
+greedy, whole prompts, chunks of five, preempted and computed anew, swapped, three answers to one prompt. One rank has a
+column for each of these; over several ranks a cell is the worst of the last three, which begin in chunks. A cell is the
+largest difference of any logit before any token. Where a test fails nothing is written.
 """
 
+import json
+import os
 import platform
+import subprocess
 import sys
 import tempfile
 import time
@@ -18,11 +21,11 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "workers"))
-from family_cases import CASES, FALLBACKS, WHOLE_ONLY, make_checkpoint, num_layers_of  # noqa: E402
-from family_harness import CPU, LAYOUTS, WAYS, Harness, run_layouts  # noqa: E402
+from family_cases import CASES, FALLBACKS  # noqa: E402
+from family_harness import FOUND, WAYS  # noqa: E402
 
-from argosy.placement.plan import make_plan  # noqa: E402
-from argosy.placement.process_groups import init_parallel  # noqa: E402
+TESTS = ("tests/workers/test_model_families.py", "tests/workers/test_transformers_fallback.py")
+CHOSEN = "one_rank_equals or a_layout_equals or answers_as_there or test_layouts"
 
 PAGE = ROOT / "docs" / "models.md"
 START, END = "<!-- table: made by benchmarks/families/make_table.py -->", "<!-- end of table -->"
@@ -63,27 +66,15 @@ def main() -> int:
 
 
 def measure(folder: Path) -> dict[tuple[str, str], float]:
-    """(case, way on one rank, or layout of several) -> the largest difference."""
-    started = time.perf_counter()
+    """(case, way on one rank, or layout of several) -> the largest difference that its test found."""
+    started, notes = time.perf_counter(), folder / "found.jsonl"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *TESTS, "-k", CHOSEN]
+    subprocess.run(command, cwd=ROOT, env={**os.environ, FOUND: str(notes)}, check=True)
     found: dict[tuple[str, str], float] = {}
-    models: dict[str, list[tuple[str, str, int, int | None]]] = {layout: [] for layout in LAYOUTS}
-    for number, name in enumerate([*CASES, *FALLBACKS]):
-        path = folder / str(number)
-        expected = make_checkpoint(path, name)
-        case, layers = (CASES | FALLBACKS)[name], num_layers_of(name)
-        rank = make_plan(layers, 1, 1).ranks[0]
-        harness = Harness(path, rank, init_parallel(rank, "", CPU, 1.0), max_model_len=case.max_model_len)
-        found |= {(name, way): harness.largest_difference(expected, way) for way in WAYS}
-        for layout in ("TP2",) if name in WHOLE_ONLY else ("TP2", "PP2", "TP2xPP2"):
-            models[layout].append((name, str(path), layers, case.max_model_len))
-        for layout in ("EP2", "A2A2", "A2A4") if harness.spec.moe is not None else ():
-            models[layout].append((name, str(path), layers, case.max_model_len))
-    print(f"one rank: {time.perf_counter() - started:.0f} s", file=sys.stderr)
-    for rank_found in run_layouts(models, folder, deadline_seconds=900.0):
-        for key, difference in rank_found.items():
-            name, layout, _ = key.split("|")
-            found[name, layout] = max(found.get((name, layout), 0.0), difference)
-    print(f"all: {time.perf_counter() - started:.0f} s", file=sys.stderr)
+    for line in notes.read_text(encoding="utf-8").splitlines():
+        name, column, difference = json.loads(line)
+        found[name, column] = max(found.get((name, column), 0.0), difference)
+    print(f"{time.perf_counter() - started:.0f} s", file=sys.stderr)
     return found
 
 
