@@ -127,11 +127,19 @@ class Events:
 
 
 def http_options(url: str, api_key: str | None, timeout_seconds: float) -> dict[str, Any]:
-    """How to reach a server, for either of the clients."""
+    """How to reach a server, for either of the clients. Raises `ConfigError` for what can't be one."""
+    if api_key and not (api_key.isascii() and api_key.isprintable()):
+        raise errors.ConfigError("api_key: may only have letters of ASCII, in one line")
     headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
     url = url if "://" in url else f"http://{url}"  # as curl reads "localhost:8000"
     # A local server is never behind the proxy that the environment names for the rest of the world.
-    is_local = httpx.URL(url).host in ("127.0.0.1", "localhost", "::1")
+    try:
+        parts = httpx.URL(url)
+    except httpx.InvalidURL as error:
+        raise errors.ConfigError(f"url={url!r}: must be such as http://127.0.0.1:8000 ({error})") from error
+    if parts.scheme not in ("http", "https") or not parts.host:
+        raise errors.ConfigError(f"url={url!r}: must be such as http://127.0.0.1:8000")
+    is_local = parts.host in ("127.0.0.1", "localhost", "::1")
     base_url = url.rstrip("/").removesuffix("/v1")
     timeout = httpx.Timeout(timeout_seconds, connect=min(10.0, timeout_seconds))
     return {"base_url": base_url, "headers": headers, "timeout": timeout, "trust_env": not is_local}

@@ -223,3 +223,20 @@ def test_a_program_that_waits_for_its_server_says_that_it_does(
         client.job("batch_1", outage_seconds=0.6)
     (record,) = [record for record in caplog.records if record.name.endswith("jobs_client")]
     assert "Trying again for up to 1 s" in record.getMessage()
+
+
+@pytest.mark.parametrize("url", ["http://[::1", "ftp://server", "http://", "http://a:b:c", "http://host:port"])
+def test_an_address_that_can_be_none_is_told_at_once(url: str) -> None:
+    """As a mistake in what was written, not as a server that is not running."""
+    for kind in (Client, AsyncClient):
+        with pytest.raises(errors.ConfigError, match=r"must be such as http://127\.0\.0\.1:8000") as caught:
+            kind(url)
+        assert repr(url) in str(caught.value)
+
+
+def test_a_key_that_no_header_can_hold_is_told_without_showing_it() -> None:
+    """Pasted with a line's end, or in another alphabet."""
+    for key in ("secret\n", "\u043a\u043b\u044e\u0447"):
+        with pytest.raises(errors.ConfigError, match="api_key: may only have letters of ASCII") as caught:
+            Client("http://127.0.0.1:1", api_key=key)
+        assert key.strip() not in str(caught.value)
