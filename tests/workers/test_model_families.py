@@ -75,6 +75,8 @@ def test_one_rank_equals_transformers(name: str, folders: dict[str, tuple[Path, 
     rank = make_plan(num_layers_of(name), 1, 1).ranks[0]
     harness = Harness(folder, rank, init_parallel(rank, "", CPU, 1.0), max_model_len=CASES[name].max_model_len)
     differences = {way: harness.largest_difference(expected, way) for way in WAYS}
+    for way, difference in differences.items():
+        note(name, way, difference)
     assert max(differences.values()) < CLOSE, differences
     assert harness.num_parameters == harness.spec.num_parameters
 
