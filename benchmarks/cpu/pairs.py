@@ -5,7 +5,7 @@
 
 `torch` is this engine with `enforce_eager` (torch's own operations), `compiled` as it comes, `vllm` a process of an
 environment of its own, stopped while it is not its turn: its idle threads would keep the cores. One JSON line for each
-workload and engine: tokens a second of each turn, and for ours the least CPU microseconds a token of all its processes together.
+workload and engine: tokens a second of each turn, and for ours the least CPU microseconds a token, over all processes.
 """
 
 import argparse
