@@ -60,6 +60,18 @@ _USAGE = {
     "batch": ["FILE", "--output", "FILE"],
     "jobs": ["[list|show|wait|results|cancel|resume]", "[JOB]"],
 }
+# commands of vLLM's, and how to have the same here
+_MEANT = {
+    "collect-env": "'argosy doctor' says what this machine has",
+    "run-batch": "'argosy batch FILE --output FILE' does that",
+    "calibrate": "'argosy bench --calibration FILE' does that",
+}
+_BENCHES = {
+    "serve": "'argosy bench --url http://127.0.0.1:8000'",
+    "throughput": "'argosy bench --workload fixed512x256'",
+    "latency": "'argosy bench --workload decode1'",
+    "startup": "'argosy bench --cold-start'",
+}
 _KEY_NAMES = ("ARGOSY_API_KEY", "VLLM_API_KEY")  # the second so that a server of vLLM can be replaced as it stands
 
 
@@ -164,12 +176,28 @@ def serving_config(words: Sequence[str], args: argparse.Namespace) -> ServingCon
     return config
 
 
+def _with_dashes(word: str) -> str:
+    """A flag as we write it; vLLM takes --max_model_len as well."""
+    name, equals, value = word.partition("=")
+    return name.replace("_", "-") + equals + value if word.startswith("--") else word
+
+
+def _refuse_other_command(words: Sequence[str]) -> None:
+    """Raise `ConfigError` with what was meant: a command of vLLM's by its name here, or the nearest of ours."""
+    meant = _MEANT.get(words[0])
+    if meant is None:
+        near = get_close_matches(words[0], _USAGE, n=1)
+        meant = f"did you mean 'argosy {near[0]}'?" if near else "'argosy --help' lists the commands"
+    raise ConfigError(f"there is no command {words[0]!r}; {meant}")
+
+
 def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
+    words = [_with_dashes(word) for word in words]
     kept, _ = settings.take_ignored(words) if words[:1] == ["serve"] else (words, [])
     if words and not words[0].startswith("-") and words[0] not in _USAGE:
-        near = get_close_matches(words[0], _USAGE, n=1)
-        hint = f"did you mean 'argosy {near[0]}'?" if near else "'argosy --help' lists the commands"
-        raise ConfigError(f"there is no command {words[0]!r}; {hint}")
+        _refuse_other_command(words)
+    if words[:1] == ["bench"] and words[1:2] and words[1] in _BENCHES:
+        raise ConfigError(f"'argosy bench' has no part {words[1]!r}: use {_BENCHES[words[1]]}")
     args, rest = parser.parse_known_args(kept)
     if args.command is None:
         parser.print_help()

@@ -20,7 +20,7 @@ import yaml
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError
 from argosy.deploy import device_defaults
-from argosy.deploy.names_of_vllm import IGNORED, IGNORED_SWITCHES, check_harmless, refuse_not_yet
+from argosy.deploy.names_of_vllm import IGNORED, IGNORED_SWITCHES, NOT_YET, check_harmless, refuse_not_yet
 from argosy.deploy.setting_values import KV_OFFLOADING, clean_value, swap_of_each_rank
 
 
@@ -244,6 +244,12 @@ def take_ignored(words: Sequence[str]) -> tuple[list[str], list[str]]:
     kept, ignored, is_value = [], [], False
     for place, word in enumerate(words):
         name = word.lstrip("-").split("=")[0].replace("-", "_").removeprefix("no_")
+        if word.startswith("-O"):  # vLLM's levels of compilation: -O3, -O 3
+            ignored.append("optimization_level")
+            is_value = word == "-O"
+            continue
+        if word.startswith("--no-") and name in NOT_YET:
+            continue  # turned off
         if word.startswith("--") and name in IGNORED:
             ignored.append(name)
             check_harmless(name, word.partition("=")[2] or "".join(words[place + 1 : place + 2]))

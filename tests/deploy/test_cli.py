@@ -65,3 +65,33 @@ def test_a_terminal_without_the_letters_of_a_bar_gets_question_marks(
     assert "output tokens/s" in text
     assert ("\u2588" in text) == (encoding == "utf-8")
     assert ("???" in text) == (encoding != "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["collect-env"], "'argosy doctor' says what this machine has"),
+        (["calibrate"], "'argosy bench --calibration FILE'"),
+        (["run-batch", "-i", "a"], "'argosy batch FILE --output FILE'"),
+        (["serv"], "did you mean 'argosy serve'?"),
+        (["bench", "serve"], "use 'argosy bench --url http://127.0.0.1:8000'"),
+        (["bench", "latency", "--model", "m"], "use 'argosy bench --workload decode1'"),
+    ],
+)
+def test_commands_of_vllm_lead_to_ours(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """The nearest by letters may be another thing: 'collect-env' was answered with 'complete'."""
+    assert cli.main(words) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_flags_are_read_as_vllm_reads_them(capsys: pytest.CaptureFixture[str]) -> None:
+    """Underscores, levels of compilation, and switches of what we lack that are turned off."""
+    words = ["serve", "some/model", "--max_model_len=32k", "--gpu_memory_utilization", "0.5", "-O3", "--no-enable-lora"]
+    parser = cli.build_parser()
+    kept, ignored = cli.settings.take_ignored([cli._with_dashes(word) for word in words])
+    args = parser.parse_args(kept)
+    assert (args.max_model_len, args.gpu_memory_utilization) == ("32k", "0.5")
+    assert ignored == ["optimization_level"]
+    assert cli.settings.take_ignored(["serve", "-O", "2", "m"]) == (["serve", "m"], ["optimization_level"])
+    assert cli.main(["serve", "--port_=3"]) == 2
+    assert "unknown flag --port-" in capsys.readouterr().err
