@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("-pp", "--pipeline-parallel-size", type=int, default=1)
     parser.add_argument(
         "--ways", nargs="+", default=["0", "1"],
-        help="ARGOSY_LAYER_CHAIN of each run, the first is what others are compared with; 0x2: two of a kind at a time, "
+        help="ARGOSY_LAYER_CHAIN of each run, others are compared with the first; 0x2: two of a kind at a time, "
         "which other kernels multiply",
     )  # fmt: skip
     args = parser.parse_args()
