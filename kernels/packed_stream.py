@@ -3,8 +3,8 @@
 Meaning: `packed_reference.linear`. A program brings its inputs to shared memory once, for all tiles of 16 rows that it
 has; TILES tiles stand side by side, and SPLIT warps share the inputs of each. A warp takes words from memory right into
 the registers that the tensor cores read, DEPTH blocks of 128 inputs ahead, the first of them while the kernel before
-still runs. Warps meet twice: when the inputs are there, and to add up at the end. (BASE + zero) times the sum of a
-block's inputs goes off its product, by a product with ones.
+still runs. Warps meet twice: when the inputs are there (normed on the way, if asked for), and to add up at the end.
+(BASE + zero) times the sum of a block's inputs goes off its product, by a product with ones.
 
 `packed_few` fetches several tokens anew for every 32 rows, which at 8 tokens is as much as the weight itself. Where
 inputs don't fit into shared memory, or would be too much for every program, PARTS programs share them; the one that is
@@ -260,7 +260,8 @@ def linear(
     `sizes`: warps (4, 8 or 16), split (of them that share a tile's inputs), depth (blocks a warp asks for ahead), parts
     (programs that share a tile's inputs; 1 without), per_sm (programs of a multiprocessor; 1 without), room (for how
     many programs there must be registers; `per_sm` without), early (when the successor may start: 0 when all is
-    multiplied, 1 when its own predecessor is done, 2 at once).
+    multiplied, 1 when its own predecessor is done, 2 at once), half (4 bits by float16, see `bring_half`), norm (make the
+    norm of the inputs as well, where `norms` finds it can).
     """
     words, pairs, num_tokens = weight.words_MUW, weight.pairs_MKR2, x_TI.shape[0]
     split, parts, tokens = sizes["split"], sizes.get("parts", 1), 1 if num_tokens == 1 else MOST_TOKENS
