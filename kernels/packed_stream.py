@@ -260,8 +260,8 @@ def linear(
     `sizes`: warps (4, 8 or 16), split (of them that share a tile's inputs), depth (blocks a warp asks for ahead), parts
     (programs that share a tile's inputs; 1 without), per_sm (programs of a multiprocessor; 1 without), room (for how
     many programs there must be registers; `per_sm` without), early (when the successor may start: 0 when all is
-    multiplied, 1 when its own predecessor is done, 2 at once), half (4 bits by float16, see `bring_half`), norm (make the
-    norm of the inputs as well, where `norms` finds it can).
+    multiplied, 1 when its own predecessor is done, 2 at once), half (4 bits by float16, see `bring_half`), norm (make
+    the norm of the inputs as well, where `norms` finds it can).
     """
     words, pairs, num_tokens = weight.words_MUW, weight.pairs_MKR2, x_TI.shape[0]
     split, parts, tokens = sizes["split"], sizes.get("parts", 1), 1 if num_tokens == 1 else MOST_TOKENS
