@@ -7,7 +7,7 @@ from argosy.cluster.clock import Clock
 from argosy.cluster.metrics import Metrics
 from argosy.cluster.protocol.errors import InvariantBroken, RequestError, ServingError
 from argosy.cluster.protocol.messages import ModelRunnerOutput, TokenDelta, TokenLogprobs
-from argosy.cluster.protocol.sampling import FinishReason
+from argosy.cluster.protocol.sampling import NOTHING_ALLOWED, FinishReason
 from argosy.cluster.request import WATCH_ALL, Request, RequestStatus
 from argosy.cluster.step import Step
 
@@ -18,7 +18,10 @@ class RowFailed(RequestError):
     """A rank could not compute this request's row; the others of the step went well."""
 
     code = "row_failed"
-    http_status = 500
+
+    def __init__(self, why: str):
+        super().__init__(why)
+        self.http_status = 400 if why == NOTHING_ALLOWED else 500  # the request's own wishes, or what the model gave
 
 
 class EndRequest(Protocol):

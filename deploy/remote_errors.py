@@ -9,6 +9,7 @@ from argosy.cluster.protocol.errors import (
     InvalidRequest,
     Overloaded,
     RequestAborted,
+    RequestError,
     RequestLost,
     ServingError,
 )
@@ -56,6 +57,10 @@ class _ToldLost(_Told, RequestLost):
     pass
 
 
+class _ToldRow(_Told, RequestError):
+    """Of one request alone: its reason names nothing of the machines, and is for its owner."""
+
+
 _TOLD: Mapping[str, type[Any]] = {
     "invalid_request_error": _ToldInvalid,
     "context_length_exceeded": _ToldContextTooLong,
@@ -63,6 +68,7 @@ _TOLD: Mapping[str, type[Any]] = {
     "deadline_exceeded": _ToldDeadline,
     "aborted": _ToldAborted,
     "request_lost": _ToldLost,
+    "row_failed": _ToldRow,
 }
 
 

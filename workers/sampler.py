@@ -13,6 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from argosy.cluster.protocol import sampling
 from argosy.cluster.protocol.messages import NewRequest, TokenLogprobs
 from argosy.kernels import step_ops
 from argosy.workers.logits import IntArray, LogitProcessor
@@ -21,7 +22,7 @@ NOT_FINITE, NOTHING_ALLOWED = -1, -2  # in place of a token id
 MAX_GATHERED = 8  # batches whose columns are kept
 FAILURES = {
     NOT_FINITE: "a logit is not a finite number: the model gave such a one, or repetition_penalty made it",
-    NOTHING_ALLOWED: "no token may be drawn: allowed_token_ids, bad_words and min_tokens together leave none",
+    NOTHING_ALLOWED: sampling.NOTHING_ALLOWED,
 }
 
 

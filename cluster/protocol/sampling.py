@@ -23,6 +23,8 @@ MAX_TOKEN_LIST = 4096
 MIN_TEMPERATURE = 0.01  # below it, logits / temperature overflows in half precision
 
 
+NOTHING_ALLOWED: Final = "no token may be drawn: allowed_token_ids, bad_words and min_tokens together leave none"
+"""A rank's word for wishes of one request that contradict each other."""
 _NOT_YET: Final[Mapping[str, object]] = {
     "structured_outputs": None,
     "thinking_token_budget": None,

@@ -6,7 +6,7 @@ from argosy.cluster.clock import ManualClock
 from argosy.cluster.metrics import Metrics
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.messages import GenerateRequest, ModelRunnerOutput, SchedulerOutput, TokenDelta
-from argosy.cluster.protocol.sampling import FinishReason, TokenParams
+from argosy.cluster.protocol.sampling import NOTHING_ALLOWED, FinishReason, TokenParams
 from argosy.cluster.request import Request, RequestStatus, make_requests
 from argosy.cluster.scheduler import Scheduler
 
@@ -264,6 +264,16 @@ def test_a_row_that_failed_costs_only_its_own_request() -> None:
         (None, "", ""),
     ]
     assert second.status is RequestStatus.RUNNING
+
+
+def test_wishes_that_leave_no_token_are_the_caller_s_mistake() -> None:
+    """400 for what the request asked, 500 for what the model gave."""
+    for why, status in ((NOTHING_ALLOWED, 400), ("logits are not finite", 500)):
+        desk = Desk()
+        desk.add(3)
+        desk.answer(desk.schedule(), -1, failed=[(0, why)])
+        (delta,) = desk.deltas
+        assert (delta.error_code, delta.error_message, delta.error_status) == ("row_failed", why, status)
 
 
 def test_without_chunked_prefill_a_prompt_waits_until_it_fits_a_step() -> None:
