@@ -128,7 +128,7 @@ class TransformersFallback(nn.Module):
             if hasattr(module, "layer_idx"):
                 module.argosy_bridge = self._bridge
         head = copy.copy(self.inner)
-        trunk = _trunk_of(self.inner)
+        trunk = _trunk_of(self.spec, self.inner)
         head._modules = {**self.inner._modules, trunk: self._given}
         self._trunk = (getattr(self.inner, trunk),)  # the same
         self._head = (head,)  # in a tuple: its modules are counted where they live
@@ -283,9 +283,12 @@ def _read_config(spec: ModelSpec) -> Any:
     return config
 
 
-def _trunk_of(model: Any) -> str:
+def _trunk_of(spec: ModelSpec, model: Any) -> str:
     """The name of the part that has the layers; some models have another than they say."""
-    return next(name for name in (model.base_model_prefix, "model", "transformer") if name in model._modules)
+    for name in (model.base_model_prefix, "model", "transformer"):
+        if name in model._modules:
+            return str(name)
+    raise _refused(spec, "which of its parts has the layers is not to be seen")
 
 
 def _refused(spec: ModelSpec, reason: str) -> UnsupportedModel:
