@@ -14,7 +14,7 @@ from rig import InProcessRank, Run, answers, greedy, make_config, transformers_g
 from test_parallel_ranks import prompts
 
 from argosy.kernels import ops
-from argosy.workers.layers.layer_chain import LayerChain, open_layer_chain
+from argosy.workers.layers.layer_chain import LayerChain, is_wanted, open_layer_chain
 from argosy.workers.quantization.base import UnquantizedMethod
 
 
@@ -67,3 +67,12 @@ def test_only_measured_layers_of_plain_weights_have_one() -> None:
     parallel: Any = SimpleNamespace(device=torch.device("cpu"), tp_size=1)
     layers: Any = [object()]
     assert open_layer_chain(parallel, layers, width=4096, dtype=torch.bfloat16) is None
+
+
+def test_groups_that_were_compared_with_nothing_yet_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Unless somebody asks for it, to compare them."""
+    monkeypatch.delenv("ARGOSY_LAYER_CHAIN", raising=False)
+    assert [is_wanted(num_ranks) for num_ranks in (1, 2, 4)] == [True, True, False]
+    for asked, wanted in (("0", False), ("1", True)):
+        monkeypatch.setenv("ARGOSY_LAYER_CHAIN", asked)
+        assert [is_wanted(num_ranks) for num_ranks in (1, 2, 4)] == [wanted] * 3

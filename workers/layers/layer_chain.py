@@ -23,6 +23,9 @@ if TYPE_CHECKING:  # it imports this file
     from argosy.workers.models.decoder import DecoderLayer
 
 
+COMPARED_RANKS = 2  # of a group on cards; over four the engine ran it, and nothing said yet that it is right
+
+
 class LayerChain:
     """The words of one rank, and the launches. All ranks of the group make the same calls in the same order."""
 
@@ -80,13 +83,18 @@ class LayerChain:
         return qkv_1X
 
 
+def is_wanted(num_ranks: int) -> bool:
+    """For a group of so many; ARGOSY_LAYER_CHAIN says 0 or 1 for who wants to measure without it or beyond that."""
+    asked = os.environ.get("ARGOSY_LAYER_CHAIN")
+    return num_ranks <= COMPARED_RANKS if asked is None else asked != "0"
+
+
 def open_layer_chain(
     parallel: ParallelContext, layers: "Sequence[DecoderLayer]", *, width: int, dtype: torch.dtype
 ) -> LayerChain | None:
     """For these layers, or None where one of them is of another kind or nothing was measured; alike on all ranks."""
     device = parallel.device
-    is_unwanted = os.environ.get("ARGOSY_LAYER_CHAIN") == "0"  # for who wants to measure without it
-    if device.type != "cuda" or dtype.itemsize != 2 or not layers or is_unwanted:
+    if device.type != "cuda" or dtype.itemsize != 2 or not layers or not is_wanted(parallel.tp_size):
         return None
     if parallel.tp_size > 1 and not parallel.shares_memory:
         return None
