@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from argosy.workers.layers.group_sum import NUM_PARTS, GroupSum
-from argosy.workers.models.group_forward import LEAST_OVERLAP_TOKENS, least_overlapped
+from argosy.workers.models.group_forward import LEAST_OVERLAP_TOKENS, GroupForward, least_overlapped
 
 LLAMA_8B = 436_207_616  # bytes of a layer's weights, over all ranks
 LLAMA_70B = 1_711_276_032
@@ -52,3 +52,30 @@ def test_the_way_of_a_sum_follows_from_its_bytes(
     assert "scatter" not in sums.way_of(64, whole=True)
     parts = (NUM_PARTS + 1) * 4096 * width * dtype.itemsize
     assert (asked_bytes[0] - parts > 4 << 20) == sums.pushes == ("push" in ways.values())
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2])
+def test_one_token_alone_goes_through_a_launch_a_layer(num_tokens: int) -> None:
+    """Its words have room for a single row, so two rows go by sums as ever."""
+    went: list[str] = []
+
+    def through(*_: object) -> torch.Tensor:
+        went.append("chain")
+        return torch.zeros(num_tokens, 8)
+
+    def part(x_TD: torch.Tensor, *_: object) -> None:
+        went.append(f"part of {len(x_TD)}")
+
+    def add_norm(which: int, residual_TD: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
+        return residual_TD
+
+    stage: Any = object.__new__(GroupForward)
+    attention = SimpleNamespace(qkv_proj=SimpleNamespace(product=lambda x_TD: x_TD), part=part)
+    layer: Any = SimpleNamespace(
+        input_norm=torch.clone, attention=attention, mlp=SimpleNamespace(part=part), mlp_norm=None
+    )
+    stage.sums = SimpleNamespace(part=lambda *_: None, add_norm=add_norm)
+    stage._chain, stage._embed, stage._copies = SimpleNamespace(through=through), None, None
+    stage._layers, stage._in_turn, stage._norms = [layer], lambda: [layer], [None, None]
+    stage(None, torch.zeros(num_tokens, 8), torch.zeros(num_tokens), SimpleNamespace(asked_rows_S=None))
+    assert went == (["chain"] if num_tokens == 1 else ["part of 2", "part of 2"])

@@ -43,6 +43,15 @@ def test_a_compiled_product_keeps_one_copy_of_its_weight(dtype: torch.dtype) -> 
             torch.testing.assert_close(UnquantizedMethod().apply(layer, x), F.linear(x, weight), rtol=1e-2, atol=1e-2)
 
 
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_is_compiled_where_there_is_a_compiler(dtype: torch.dtype) -> None:
+    """Else a rank would be right and half as fast, and nothing would say so."""
+    if cpu_steps.open_cpu_steps(dtype) is None:
+        pytest.skip("this processor has no code for the type")
+    assert type(cpu_backend(nn.ModuleList(), dtype, False)) is NativeBackend
+
+
 @pytest.mark.parametrize(("dtype", "eager"), [(torch.float32, True), (torch.float16, False)])
 def test_enforce_eager_and_float16_are_torch_alone(dtype: torch.dtype, eager: bool) -> None:
     """So a doubt about compiled code is settled by a flag."""
