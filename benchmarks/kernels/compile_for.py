@@ -6,18 +6,14 @@ shared memory are printed, so that a change can be read before it is measured. S
 """
 
 import argparse
-import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
-import triton
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver, jit
+
+sys.path.insert(0, str(Path(__file__).parent))  # not searched under PYTHONSAFEPATH
+from compile_only import COMPILED, SHARED_BYTES, describe, prepare
 
 from argosy.kernels import (
     fp8_gemm,
@@ -54,58 +50,6 @@ from argosy.kernels.fp8_reference import E4M3, Fp8Rows, Fp8Weight, Rounding
 
 BF16 = torch.bfloat16
 CPU = torch.device("cpu")
-SHARED_BYTES = 232448  # of a multiprocessor of an H100 or H200
-FACTS = tuning.DeviceFacts("nvidia_h200", 132, overlaps=True, knows_ptx=True)
-COMPILED: list[Any] = []
-
-
-class _NoDriver:
-    """What Triton asks its driver before a launch."""
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int | None = None) -> int:
-        return 0
-
-
-def _compile_only(kernel: Any, grid: object) -> Callable[..., Any]:
-    def run(*args: object, **options: object) -> Any:
-        compiled = kernel.run(*args, grid=grid, warmup=True, **options)
-        COMPILED.append(compiled)
-        return compiled
-
-    return run
-
-
-def prepare() -> None:
-    """From now on launches compile. CPU tensors stand for the card's."""
-    driver.set_active(_NoDriver())  # type: ignore[arg-type]
-    jit.JITFunction.__getitem__ = _compile_only
-    tuning.device_facts = lambda device: FACTS  # type: ignore[assignment]
-    tuning.counters = lambda device: torch.zeros(tuning.MAX_COUNTERS, dtype=torch.int32)  # type: ignore[assignment]
-
-
-def describe(kernel: Any) -> str:
-    """Registers and spilled bytes of a thread, shared bytes of a program."""
-    folder, told = Path(triton.__file__).parent / "backends" / "nvidia" / "bin", ""
-    with tempfile.TemporaryDirectory() as scratch:
-        source, output = Path(scratch, "kernel.ptx"), Path(scratch, "out")
-        source.write_text(kernel.asm["ptx"])
-        for name in ("ptxas", "ptxas-blackwell"):  # the second is newer, and some releases write for it
-            command = [folder / name, "-v", "--gpu-name=sm_90a", source, "-o", output]
-            if (folder / name).exists() and "registers" not in told:
-                ran = subprocess.run(command, capture_output=True, text=True)
-                told = ran.stdout + ran.stderr
-    registers, spilled = re.search(r"Used (\d+) registers", told), re.search(r"(\d+) bytes spill stores", told)
-    waits = " SERIALIZED" if "are serialized" in told else ""  # products that wait for each other
-    return (
-        f"{registers.group(1) if registers else '?':>4} registers {spilled.group(1) if spilled else '?':>5} spilled "
-        f"{kernel.metadata.shared:>7} shared  {kernel.name}{waits}"
-    )
 
 
 def attention(report: Callable[..., None]) -> None:
@@ -334,7 +278,6 @@ def experts(report: Callable[..., None]) -> None:
         x = torch.zeros(tokens, 1024, dtype=BF16)
         choice = ids[:1].expand(tokens, 8), chosen_weights[:1].expand(tokens, 8)
         report(f"a layer of experts, {tokens} tokens", moe_gemm.experts, x, gate_up, down, *choice)
-    sys.path.insert(0, str(Path(__file__).parent))  # not searched under PYTHONSAFEPATH
     from tune_moe import INT_TILES
 
     x = torch.zeros(4, 4096, dtype=BF16)
@@ -422,11 +365,8 @@ def packed_stream(report: Callable[..., None]) -> None:
 HOPPER_SIZES = ((2, 4, 64, 132), (2, 4, 256, 0))
 PARTS = {
     "attention": attention, "wide": wide, "alone": alone, "prompts": prompts, "linear": linear, "gate": gate,
-    "group": group,
-    "between": between,
-    "ahead": ahead,
-    "fp8": fp8, "experts": experts, "packed": packed, "packed_many": packed_many, "packed_vector": packed_vector,
-    "packed_stream": packed_stream,
+    "group": group, "between": between, "ahead": ahead, "fp8": fp8, "experts": experts, "packed": packed,
+    "packed_many": packed_many, "packed_vector": packed_vector, "packed_stream": packed_stream,
 }  # fmt: skip
 
 
