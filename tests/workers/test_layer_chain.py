@@ -72,7 +72,7 @@ def test_only_measured_layers_of_plain_weights_have_one() -> None:
 def test_groups_that_were_compared_with_nothing_yet_do_without(monkeypatch: pytest.MonkeyPatch) -> None:
     """Unless somebody asks for it, to compare them."""
     monkeypatch.delenv("ARGOSY_LAYER_CHAIN", raising=False)
-    assert [is_wanted(num_ranks) for num_ranks in (1, 2, 4)] == [True, True, False]
+    assert [is_wanted(num_ranks) for num_ranks in (1, 2, 4, 8)] == [True, True, True, False]
     for asked, wanted in (("0", False), ("1", True)):
         monkeypatch.setenv("ARGOSY_LAYER_CHAIN", asked)
-        assert [is_wanted(num_ranks) for num_ranks in (1, 2, 4)] == [wanted] * 3
+        assert [is_wanted(num_ranks) for num_ranks in (1, 2, 4, 8)] == [wanted] * 4

@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # it imports this file
     from argosy.workers.models.decoder import DecoderLayer
 
 
-COMPARED_RANKS = 2  # of a group on cards; over four the engine ran it, and nothing said yet that it is right
+COMPARED_RANKS = 4  # of a group on cards: what `tune_chain.py --check` and `check_chain.py` were run over
 
 
 class LayerChain:
