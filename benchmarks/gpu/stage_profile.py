@@ -1,20 +1,21 @@
-"""How much of the time the stages of a pipeline compute, from each card's own clock, while many requests are served.
+"""How much of the time the stages of a pipeline compute, and why they don't, while many requests are served.
 
-    python benchmarks/gpu/stage_profile.py --model 8b -tp 2 -pp 2 --workload fixed512x256
+    python benchmarks/gpu/stage_profile.py --model 8b -tp 2 -pp 2 --windows fixed512x256:6+20,200+80 prompts512:6+20
 
-The workload twice: the first run warms up, in the second each rank profiles the steps of some windows (first step and
-number of steps; by default one while prompts are computed and one while all requests decode). Starting and stopping
-the profiler holds ranks up, so a pipeline fills anew and drains there: `EDGE` of a window is left out at either end,
-and shares are those of the time between. A stage that waits for its neighbour runs NCCL's receive kernel, which is
-counted as waiting; sums over a tensor-parallel group count as work. The profiler itself costs some microseconds a
-kernel. One JSON line a rank and window; with `--host` also what the host did: for each step when it got the message
-and when it had told the card everything, in milliseconds from the window's first message, and the CUDA calls that
-took it longest.
+Each workload is run for warm-up, with `--timed` again for its figure, and once profiled: each rank profiles the steps
+of some windows (first step and number of steps), from its card's own clock. `fixed512x256` computes prompts beside
+rows that decode first, and then decodes 256 rows a step; `prompts512` is 512 prompts of 512 tokens and nothing else.
+Starting and stopping the profiler holds ranks up, so a pipeline fills anew and drains there: the edges of a window are
+left out (`stage_gaps`, which says what idle time is for). The profiler itself costs some microseconds a kernel.
+
+One JSON line a rank and window; with `--host` also what the host did: for each step when it got the message and when it
+had told the card everything, in milliseconds from the window's first message, and the CUDA calls that took it longest.
 """
 
 import argparse
 import json
 import os
+import statistics
 import sys
 import tempfile
 import time
@@ -23,6 +24,7 @@ from typing import Any
 
 import torch
 from bench_gpu import COMMON, SHAPES
+from stage_gaps import shares
 from torch.profiler import ProfilerActivity, profile
 
 from argosy.cluster.protocol.messages import SchedulerOutput
@@ -30,36 +32,7 @@ from argosy.deploy import bench_engine, launch, workload
 from argosy.deploy.offline import LLM
 from argosy.workers import worker, worker_main
 
-WAITING = "SendRecv"  # in the names of NCCL's kernels between stages
-EDGE = 0.2
-
-
-def shares(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """From a trace's device events: milliseconds from the first to the last one without the edges, and how they were
-    spent."""
-    first, last = min(e["ts"] for e in events), max(e["ts"] + e["dur"] for e in events)
-    first, last = first + EDGE * (last - first), last - EDGE * (last - first)
-    cut = ((max(first, e["ts"]), min(last, e["ts"] + e["dur"]), e["name"]) for e in events)
-    work = sorted(one for one in cut if one[0] < one[1])
-    span, busy, waiting, ended = last - first, 0.0, 0.0, first
-    for start, end, name in work:
-        if WAITING in name:
-            waiting += end - start
-        else:
-            busy += max(0.0, end - max(start, ended))
-            ended = max(ended, end)
-    by_name: dict[str, float] = {}
-    for start, end, name in work:
-        by_name[name[:60]] = by_name.get(name[:60], 0.0) + end - start
-    top = sorted(by_name.items(), key=lambda item: -item[1])[:8]
-    return {
-        "span_ms": round(span / 1e3, 2),
-        "busy": round(busy / span, 4),
-        "idle": round(1 - busy / span, 4),
-        "send_receive": round(waiting / span, 4),
-        "kernels": len(work),
-        "share": {name: round(us / span, 4) for name, us in top},
-    }
+PROMPTS = "prompts512"
 
 
 def slowest_calls(events: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -75,28 +48,32 @@ def slowest_calls(events: list[dict[str, Any]]) -> dict[str, list[float]]:
 
 
 class StageWorker(worker.Worker):
-    """Profiles the windows that ARGOSY_STAGES names: {"file", "skip": steps before the second run, "windows"}."""
+    """Profiles the windows that ARGOSY_STAGES names: {"file", "marker", "windows": {workload: [[first, steps], ...]}}.
+
+    While the marker is there it names the workload whose steps are to be counted, from its first new request on.
+    """
 
     def __init__(self, *args: Any):
         super().__init__(*args)
         job = json.loads(os.environ["ARGOSY_STAGES"])
-        self._file, self._windows = f"{job['file']}.{self.rank.global_rank}", [tuple(w) for w in job["windows"]]
-        self._marker, self._count = Path(job["marker"]), -1
+        self._file, self._windows = f"{job['file']}.{self.rank.global_rank}", job["windows"]
+        self._marker, self._workload, self._count = Path(job["marker"]), "", -1
         self._profile: profile | None = None
         self._tokens = self._rows = 0
-        self._is_warm, self._steps = False, list[tuple[float, float]]()
+        self._is_warm, self._steps = False, list[tuple[int, int]]()  # of the window: nanoseconds since 1970
 
     def _step(self, output: SchedulerOutput) -> None:
         if not self._is_warm:  # the first start of the profiler takes a second
             self._is_warm = True
             with profile(activities=[ProfilerActivity.CUDA]):
                 torch.cuda.synchronize()
-        if self._count < 0 and output.new_requests and self._marker.exists():
-            self._count = 0
+        if output.new_requests and self._marker.exists() and self._marker.read_text() != self._workload:
+            self._workload, self._count = self._marker.read_text(), 0
         elif self._count >= 0:
             self._count += 1
-        for first, steps in self._windows:
+        for first, steps in self._windows.get(self._workload, ()):
             if self._count == first:
+                torch.cuda.synchronize()  # what runs in the window is of its steps
                 self._profile = profile(activities=[ProfilerActivity.CUDA])
                 self._profile.__enter__()
                 self._tokens = self._rows = 0
@@ -108,37 +85,59 @@ class StageWorker(worker.Worker):
                 self._profile = None
         self._tokens += output.num_scheduled_tokens
         self._rows += len(output.rows)
-        began = time.monotonic()
+        began = time.time_ns()
         super()._step(output)
-        self._steps.append((began, time.monotonic()))
+        self._steps.append((began, time.time_ns()))
 
     def _write(self, found: profile, first: int, steps: int) -> None:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder, "trace.json")
             found.export_chrome_trace(str(path))
-            events = json.loads(path.read_text())["traceEvents"]
-        work = [e for e in events if e.get("cat") in ("kernel", "gpu_memcpy", "gpu_memset")]
-        row = {"rank": self.rank.global_rank, "stage": self.rank.pp_rank, "first": first, "steps": steps}
+            trace = json.loads(path.read_text())
+        events, base = trace["traceEvents"], trace.get("baseTimeNanoseconds", 0)
+        row = {"workload": self._workload, "rank": self.rank.global_rank, "stage": self.rank.pp_rank}
+        row["layers"] = self.rank.last_layer - self.rank.first_layer
+        row |= {"first": first, "steps": steps}
         row |= {"tokens_a_step": self._tokens // steps, "rows_a_step": self._rows // steps}
-        row |= shares(work)
+        host = [((began - base) / 1e3, (queued - base) / 1e3) for began, queued in self._steps]
+        row |= shares(events, host, steps)
+        row["host_ms_a_step"] = round(statistics.median(queued - began for began, queued in host) / 1e3, 3)
         if os.environ.get("ARGOSY_STAGES_HOST"):
-            row["clock"] = round(self._steps[0][0], 4)
-            row["host_ms"] = [tuple(round(1e3 * (t - self._steps[0][0]), 1) for t in step) for step in self._steps]
+            row["host_ms"] = [tuple(round((t - host[0][0]) / 1e3, 1) for t in step) for step in host]
             row["calls"] = slowest_calls(events)
         with open(self._file, "a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
+
+
+def make(name: str, vocab: int, salt: int) -> workload.Workload:
+    """One of the named workloads, or 512 prompts of which one token each is asked."""
+    if name == PROMPTS:
+        return workload.fixed(512, 512, 1, vocab=vocab, seed=9, salt=salt)
+    return workload.make(name, vocab=vocab, salt=salt)
+
+
+def parse_windows(text: str) -> tuple[str, list[tuple[int, int]]]:
+    """WORKLOAD:FIRST+STEPS,FIRST+STEPS"""
+    name, _, windows = text.partition(":")
+    pairs = [tuple(map(int, window.split("+"))) for window in windows.split(",")]
+    if any(len(pair) != 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not WORKLOAD:FIRST+STEPS,FIRST+STEPS")
+    return name, [(first, steps) for first, steps in pairs]
 
 
 def main() -> int:
     """Run, print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(SHAPES), default="8b")
-    parser.add_argument("--workload", default="fixed512x256")
     parser.add_argument("-tp", "--tensor-parallel-size", type=int, default=1)
     parser.add_argument("-pp", "--pipeline-parallel-size", type=int, default=2)
     parser.add_argument("--pipeline-layers", type=int, nargs="+", default=[])
     parser.add_argument("--max-num-seqs", type=int, default=512)
-    parser.add_argument("--windows", nargs="+", default=["6+20", "200+80"], help="first step + number of steps")
+    parser.add_argument("--windows", nargs="+", type=parse_windows, metavar="WORKLOAD:FIRST+STEPS,...",
+                        default=[("fixed512x256", [(6, 20), (200, 80)]), (PROMPTS, [(6, 20)])])  # fmt: skip
+    parser.add_argument(
+        "--timed", type=int, default=0, help="runs of each workload without the profiler, for its figure"
+    )
     parser.add_argument("--host", action="store_true", help="also what the hosts did")
     args = parser.parse_args()
     if args.host:
@@ -146,12 +145,13 @@ def main() -> int:
     here = str(Path(__file__).resolve().parent)
     os.environ["PYTHONPATH"] = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
     launch.launch_engine.__kwdefaults__["rank_module"] = "stage_profile"
-    windows = [tuple(map(int, window.split("+"))) for window in args.windows]
+    vocab = SHAPES[args.model]["vocab_size"]
     with tempfile.TemporaryDirectory(prefix="argosy-stages-") as parent:
         folder = Path(parent, "model")
         folder.mkdir()
         (folder / "config.json").write_text(json.dumps({**COMMON, **SHAPES[args.model]}))
-        job = {"file": f"{parent}/profile", "marker": f"{parent}/second-run", "windows": windows}
+        marker = Path(parent, "counted")
+        job = {"file": f"{parent}/profile", "marker": str(marker), "windows": dict(args.windows)}
         os.environ["ARGOSY_STAGES"] = json.dumps(job)
         with LLM(
             str(folder), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16",
@@ -160,13 +160,37 @@ def main() -> int:
             max_num_seqs=args.max_num_seqs, max_num_batched_tokens=8192, max_model_len=4096,
             max_cuda_graph_batch=args.max_num_seqs,
         ) as llm:  # fmt: skip
-            for salt in (1, 2):
-                vocab = SHAPES[args.model]["vocab_size"]
-                bench_engine.run(llm, workload.make(args.workload, vocab=vocab, salt=salt))
-                Path(job["marker"]).touch()
-        for file in sorted(Path(parent).glob("profile.*")):
-            print(file.read_text(), end="", flush=True)
+            about = {"model": args.model, "asked_layers": args.pipeline_layers}
+            about["layout"] = f"TP{args.tensor_parallel_size}xPP{args.pipeline_parallel_size}"
+            if torch.cuda.is_available():
+                about["device"] = torch.cuda.get_device_name()
+            for name, _ in args.windows:
+                bench_engine.run(llm, make(name, vocab, 1))
+                for repeat in range(args.timed):
+                    print(
+                        json.dumps({**about, "workload": name, **timed(llm, make(name, vocab, 10 + repeat))}),
+                        flush=True,
+                    )
+                marker.write_text(name)
+                bench_engine.run(llm, make(name, vocab, 2))
+                marker.unlink()
+                for file in sorted(Path(parent).glob("profile.*")):
+                    for line in file.read_text().splitlines():
+                        print(json.dumps({**about, **json.loads(line)}), flush=True)
+                    file.unlink()
     return 0
+
+
+def timed(llm: LLM, requests: workload.Workload) -> dict[str, float]:
+    """Output tokens a second of all together, and milliseconds from token to token of the median request."""
+    seconds, outputs = bench_engine.run(llm, requests)
+    times = [o.metrics for o in outputs if o.metrics is not None and o.metrics.num_generation_tokens > 1]
+    gaps = [(t.last_token_ts - t.first_token_ts) / (t.num_generation_tokens - 1) for t in times]
+    return {
+        "tokens_per_second": round(sum(r.max_tokens for r in requests) / seconds, 1),
+        "prompt_tokens_per_second": round(sum(len(r.prompt) for r in requests) / seconds, 1),
+        "ms_per_token": round(1e3 * statistics.median(gaps), 4) if gaps else 0.0,
+    }
 
 
 if __name__ == "__main__":
