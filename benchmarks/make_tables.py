@@ -21,7 +21,7 @@ from argosy.deploy import bench_suite, bench_table
 from argosy.placement.calibration import default_calibration
 
 HERE = Path(__file__).resolve().parent
-PROFILED_CONTEXT = 458  # tokens: `idle_profile.py` has prompts of 128 and profiles steps 300 to 360
+PROFILED_CONTEXT = 458  # tokens of rows that do not say it: prompts of 128, steps 300 to 360
 Row = dict[str, Any]
 
 
@@ -120,7 +120,8 @@ def made_table() -> str:
         if made is None or not layout.endswith("PP1"):
             continue
         name, _, quantization = model.partition(" ")
-        seconds = limits.step_seconds(limits.costs_of(name, quantization == "fp8"), batch, PROFILED_CONTEXT)
+        context = row.get("context", PROFILED_CONTEXT)
+        seconds = limits.step_seconds(limits.costs_of(name, quantization == "fp8"), batch, context)
         products, attention = (1e6 * part / int(layout[2 : layout.index("x")]) for part in seconds)
         cells = [f"{model} {layout}", str(batch), f"{row['step_us']:,.0f}", f"{made.get('products', 0.0):,.0f}"]
         cells += [f"{products:,.0f}", f"{made.get('attention', 0.0):,.0f}", f"{attention:,.0f}"]
