@@ -2,7 +2,7 @@
 
 Meaning: `fp8_reference.linear`. cuBLAS takes scales by row of both sides, and on Hopper by block. `_gemm_kernel` takes
 what cuBLAS does not: other blocks, widths that 16 does not divide. Scales by block change along the inputs, so that it
-rescales sums on the way, one group of columns after the other. Few tokens are the affair of `fp8_split`.
+rescales sums on the way, one group of columns after the other. Few tokens are the affair of `fp8_split` and `fp8_ring`.
 """
 
 from functools import cache
@@ -14,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from argosy.kernels import fp8_split, tuning
+from argosy.kernels import fp8_ring, fp8_split, tuning
 from argosy.kernels.fp8_reference import Fp8Rows, Fp8Weight
 
 
@@ -188,7 +188,7 @@ def rescaled_linear(rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dty
 
 
 # as `kernel` in the tuned sizes counts them; the first two take what `library_takes`
-LIBRARY, RESCALED, TILES, SPLIT = range(4)
+LIBRARY, RESCALED, TILES, SPLIT, RING = range(5)
 MAX_SPLIT_TOKENS, MAX_RESCALED_TOKENS = 64, 384  # where nothing was measured
 
 
@@ -199,9 +199,18 @@ def _default_kernel(num_tokens: int, blocks: bool) -> int:
 
 
 def linear(
-    rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dtype: torch.dtype, sizes: tuning.Sizes | None = None
+    rows: Fp8Rows,
+    weight: Fp8Weight,
+    bias_O: Tensor | None,
+    dtype: torch.dtype,
+    sizes: tuning.Sizes | None = None,
+    *,
+    pieces: bool = False,
 ) -> Tensor:
-    """x W^T + bias by whichever was measured to be fastest. `sizes` overrides that, for the tuner itself."""
+    """x W^T + bias by whichever was measured to be fastest. `sizes` overrides that, for the tuner itself.
+
+    `pieces`: it may come as the pieces of a sum, float32 [P, T, O], which `fp8_quantize.quantize` adds up.
+    """
     num_tokens = rows.shape[0]
     num_outputs, num_inputs = weight.values_OI.shape
     blocks = weight.block is not None
@@ -211,6 +220,10 @@ def linear(
     kernel = sizes["kernel"] if sizes else _default_kernel(num_tokens, blocks)
     if kernel in (LIBRARY, RESCALED) and not library_takes(rows, weight, dtype):
         kernel, sizes = SPLIT if num_tokens <= MAX_SPLIT_TOKENS else TILES, None
+    if kernel == RING:
+        if sizes is not None and fp8_ring.takes(rows, weight, dtype):
+            return fp8_ring.linear(rows, weight, bias_O, dtype, sizes, pieces=pieces)
+        kernel, sizes = SPLIT, None
     if kernel == LIBRARY:
         return library_linear(rows, weight, bias_O, dtype)
     if kernel == RESCALED:

@@ -49,12 +49,15 @@ def gate_and_quantize(x_TX: Tensor, rounding: Rounding, *, gelu: bool = False) -
     return fp8_reference.gate_and_quantize(x_TX, rounding, gelu=gelu)
 
 
-def linear(rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """x W^T + bias of rounded activations. [T, O] in `dtype`."""
+def linear(
+    rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dtype: torch.dtype, *, pieces: bool = False
+) -> Tensor:
+    """x W^T + bias of rounded activations. [T, O] in `dtype`; with `pieces`, for `norm_and_quantize` to add to a
+    residual, also float32 [P, T, O], the pieces of a sum."""
     if rows.is_cuda:
         from argosy.kernels import fp8_gemm
 
-        return fp8_gemm.linear(rows, weight, bias_O, dtype)
+        return fp8_gemm.linear(rows, weight, bias_O, dtype, pieces=pieces)
     return fp8_reference.linear(rows, weight, bias_O, dtype)
 
 

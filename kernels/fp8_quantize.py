@@ -13,12 +13,16 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from argosy.kernels import tuning
 from argosy.kernels.fp8_reference import E4M3, Fp8Rows, Rounding
 
+FEW_TOKENS = 16  # whose sizes are chosen within a decode step
+
 
 @triton.jit(do_not_specialize=["stride_scale"])
 def _quantize_kernel(
     x_ptr, residual_ptr, norm_ptr, static_ptr, out_ptr, scale_ptr, stride_x, stride_residual, stride_scale, eps,
-    WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr, ADD: tl.constexpr,
-    GATE: tl.constexpr, GELU: tl.constexpr, STATIC: tl.constexpr, PDL: tl.constexpr,
+    stride_piece,
+    PIECES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr,
+    ADD: tl.constexpr, GATE: tl.constexpr, GELU: tl.constexpr, STATIC: tl.constexpr, EARLY: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     column = tl.arange(0, BLOCK)
@@ -26,9 +30,16 @@ def _quantize_kernel(
     if NORM:
         weight = tl.load(norm_ptr + column, inside, other=0.0).to(tl.float32)  # no kernel writes it: before the wait
     if PDL:
+        if EARLY:
+            gdc_launch_dependents()
         gdc_wait()
-        gdc_launch_dependents()
+        if not EARLY:
+            gdc_launch_dependents()
     x = tl.load(x_ptr + row * stride_x + column, inside, other=0.0).to(tl.float32)
+    if PIECES > 1:  # of a sum, whose rounding is that of the product it comes from
+        for piece in tl.static_range(1, PIECES):
+            x += tl.load(x_ptr + piece * stride_piece + row * stride_x + column, inside, other=0.0)
+        x = x.to(residual_ptr.dtype.element_ty).to(tl.float32)
     if ADD:
         here = residual_ptr + row * stride_residual + column
         total = (x + tl.load(here, inside, other=0.0).to(tl.float32)).to(residual_ptr.dtype.element_ty)
@@ -70,13 +81,18 @@ def quantize(
     residual_TI: Tensor | None = None,
     gate: str | None = None,
 ) -> Fp8Rows:
-    """One launch. `gate`: "silu" or "gelu" for x = [gate | up], half as wide afterwards. Rows of x have unit stride."""
-    num_tokens, width = x_TI.shape
+    """One launch. `gate`: "silu" or "gelu" for x = [gate | up], half as wide afterwards. Rows of x have unit stride.
+
+    Where it is added to a residual, x may be float32 pieces of a sum, [P, T, I], as `fp8_ring.linear` leaves them.
+    """
+    num_tokens, width = x_TI.shape[-2:]
+    num_pieces = x_TI.shape[0] if x_TI.dim() == 3 else 1
     width = width // 2 if gate else width
     group = 0 if rounding.scale is not None else rounding.group
-    assert x_TI.stride(1) == 1
+    assert x_TI.stride(-1) == 1
+    assert num_pieces == 1 or (residual_TI is not None and not gate)
     assert not group or group & (group - 1) == 0
-    assert residual_TI is None or (residual_TI.shape == x_TI.shape and residual_TI.stride(1) == 1)
+    assert residual_TI is None or (residual_TI.shape == x_TI.shape[-2:] and residual_TI.stride(1) == 1)
     device = x_TI.device
     out = torch.empty((num_tokens, width), dtype=E4M3, device=device)
     num_groups = -(-width // group) if group else 1
@@ -84,13 +100,16 @@ def quantize(
     if num_tokens:
         block = max(tuning.next_power_of_two(width), group)
         most = 32 if num_tokens <= 2 * tuning.device_facts(device).num_sms else 16  # latency is all there is
+        sizes = tuning.pick("fp8_quantize", f"{width}x{FEW_TOKENS}", device) if num_tokens <= FEW_TOKENS else None
+        sizes = sizes or {"warps": most, "early": 0}
         residual = x_TI if residual_TI is None else residual_TI
         _quantize_kernel[(num_tokens,)](
             x_TI, residual, x_TI if norm_weight_I is None else norm_weight_I,
             scale_GT if rounding.scale is None else rounding.scale, out, scale_GT,
-            x_TI.stride(0), residual.stride(0), num_tokens, eps,
-            WIDTH=width, BLOCK=block, GROUP=group, NORM=norm_weight_I is not None, ADD=residual_TI is not None,
+            x_TI.stride(-2), residual.stride(0), num_tokens, eps, x_TI.stride(0),
+            PIECES=num_pieces, WIDTH=width, BLOCK=block, GROUP=group, NORM=norm_weight_I is not None,
+            ADD=residual_TI is not None,
             GATE=gate is not None, GELU=gate == "gelu", STATIC=rounding.scale is not None,
-            num_warps=min(most, max(1, block // 512)), **tuning.overlap(device),
+            EARLY=bool(sizes["early"]), num_warps=min(sizes["warps"], max(1, block // 512)), **tuning.overlap(device),
         )  # fmt: skip
     return Fp8Rows(out, scale_GT.t(), group)

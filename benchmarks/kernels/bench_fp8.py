@@ -168,8 +168,8 @@ class Fp8Step:
         packed = sum(w.values_OI.numel() for layer in self.weights for w in layer)
         self.bytes = packed + 2 * self.head.numel()
 
-    def of(self, rows: int, context: int = 256) -> Callable[[], Tensor]:
-        """A step of `rows` rows, ready to be captured."""
+    def of(self, rows: int, context: int = 256, *, rounded: bool | None = None) -> Callable[[], Tensor]:
+        """A step of `rows` rows, ready to be captured. `rounded`: activations, too; without, from two rows on."""
         per_row = 512 // 16
         caches = [[rand(rows * per_row, 16, self.kv_heads, 128) for _ in range(2)] for _ in range(self.layers)]
         blocks_RB = torch.arange(rows * per_row, device="cuda").view(rows, per_row).int()
@@ -202,14 +202,14 @@ class Fp8Step:
                 else:
                     x = fp8_ops.norm_and_quantize(delta, self.norm, 1e-6, rounding, h)
                 seen = attend(fp8_ops.linear(x, qkv_w, None, BF16), cache)
-                delta = fp8_ops.linear(fp8_ops.quantize_rows(seen, rounding), o_w, None, BF16)
+                delta = fp8_ops.linear(fp8_ops.quantize_rows(seen, rounding), o_w, None, BF16, pieces=True)
                 x = fp8_ops.norm_and_quantize(delta, self.norm, 1e-6, rounding, h)
                 act = fp8_ops.gate_and_quantize(fp8_ops.linear(x, gate_up_w, None, BF16), rounding)
-                delta = fp8_ops.linear(act, down_w, None, BF16)
+                delta = fp8_ops.linear(act, down_w, None, BF16, pieces=down_w is not self.weights[-1][-1])
             x = ops.add_rms_norm(delta, h, self.norm, 1e-6)[0]
-            return step_ops.argmax_rows(F.linear(x, self.head))
+            return step_ops.argmax_rows(ops.measured_linear(x, self.head))
 
-        return one if rows == 1 else several
+        return several if (rows > 1 if rounded is None else rounded) else one
 
 
 def step(report: Report) -> None:

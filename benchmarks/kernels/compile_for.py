@@ -20,6 +20,7 @@ from argosy.kernels import (
     fp8_gemv,
     fp8_quantize,
     fp8_reference,
+    fp8_ring,
     fp8_split,
     gemv,
     gemv_ahead,
@@ -247,8 +248,11 @@ def _product(
     """In pieces and in tiles by rule, and as measured."""
     report(f"{name}, pieces", fp8_split.linear, rows, weight, None, BF16)
     report(f"{name}, tiles", fp8_gemm.triton_linear, rows, weight, None, BF16)
+    ring = {"rows": 64, "width": 256, "stages": 6, "programs": 0, "pieces": 2}
+    if rows.shape[0] <= fp8_ring.MAX_TOKENS and not weight.block:
+        report(f"{name}, ring", fp8_ring.linear, rows, weight, None, BF16, ring, pieces=True)
     if sizes and sizes["kernel"] in (fp8_gemm.TILES, fp8_gemm.SPLIT):
-        run = fp8_split.linear if sizes["kernel"] == fp8_gemm.SPLIT else fp8_gemm.triton_linear
+        run = {fp8_gemm.SPLIT: fp8_split.linear, fp8_gemm.RING: fp8_ring.linear}.get(sizes["kernel"], TILES)
         report(f"{name}, tuned", run, rows, weight, None, BF16, sizes)
 
 

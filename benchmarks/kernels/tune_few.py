@@ -47,8 +47,17 @@ PRODUCTS = {  # rows, width, stages, pieces of the inputs, first weights before 
         "qkv": ((64, 128, 6, 1, 0),), "o": ((64, 128, 4, 4, 1), (64, 128, 6, 4, 0)), "gate_up": ((64, 128, 6, 1, 0),),
         "down": ((64, 128, 6, 4, 0), (64, 256, 3, 4, 1)),
     },
-    FP8: {"qkv": (), "o": (), "gate_up": (), "down": ()},  # as tuned
+    FP8: {"qkv": (), "o": (), "gate_up": (), "down": ()},  # as tuned, and RINGS
 }  # fmt: skip
+RINGS = {  # of e4m3: rows, width, stages, programs, pieces
+    "qkv": ((64, 256, 6, 0, 1), (64, 256, 6, 132, 1), (128, 128, 6, 132, 1), (64, 256, 12, 132, 1),
+            (64, 256, 6, 0, 2)),
+    "o": ((64, 256, 6, 0, 2), (64, 256, 6, 0, 4), (64, 128, 12, 0, 2), (64, 256, 6, 132, 1), (128, 128, 6, 0, 4)),
+    "gate_up": ((64, 256, 6, 0, 1), (128, 256, 3, 0, 1), (128, 128, 6, 0, 1), (64, 256, 6, 132, 1),
+                (64, 256, 12, 132, 1), (64, 256, 6, 264, 1)),
+    "down": ((64, 256, 6, 0, 2), (64, 256, 6, 0, 4), (64, 256, 12, 0, 2), (64, 256, 6, 132, 1), (128, 256, 3, 0, 4)),
+}  # fmt: skip
+ROUNDINGS = tuple({"warps": warps, "early": early} for warps in (8, 16, 32) for early in (0, 1))
 
 
 def tries_of(model: str, name: str, num_in: int, num_out: int) -> Iterator[Sizes]:
@@ -57,6 +66,10 @@ def tries_of(model: str, name: str, num_in: int, num_out: int) -> Iterator[Sizes
         tuned = tuning.pick("fp8_gemm", f"{num_in}x{num_out}x16", torch.device("cuda", 0))
         for early in (0, 1, 2):
             yield {**(tuned or {}), "early": early}
+        for height, width, stages, programs, pieces in RINGS[name]:
+            for early in (2, 0, 1):
+                yield {"kernel": fp8_gemm.RING, "rows": height, "width": width, "stages": stages,
+                       "programs": programs, "pieces": pieces, "early": early}  # fmt: skip
     for height, width, stages, splits, first in PRODUCTS[model][name]:
         for early in (0, 1, 2):
             sizes = {"kernel": gemv.SPLIT, "rows": height, "width": width, "stages": stages, "warps": 4,
@@ -92,7 +105,8 @@ def compile_part(index: int, of: int, model: str, rows: int, *, only: bool) -> N
     def product(name: str, num_in: int, num_out: int, sizes: Sizes) -> None:
         if model == FP8:
             weight = random_weight(num_out, num_in)
-            fp8_gemm.linear(fp8_quantize.quantize(rand(rows, num_in), Rounding()), weight, None, x.dtype, sizes)
+            rounded = fp8_quantize.quantize(rand(rows, num_in), Rounding())
+            fp8_gemm.linear(rounded, weight, None, x.dtype, sizes, pieces=name in ("o", "down"))
             return
         plain = torch.zeros(num_out, num_in, device="cuda", dtype=torch.bfloat16)
         if name in ("o", "down"):
@@ -113,6 +127,18 @@ def compile_part(index: int, of: int, model: str, rows: int, *, only: bool) -> N
             sizes=sizes, **more,
         )  # fmt: skip
 
+    if model == FP8 and not only:
+        calls += [lambda s=sizes, p=pieces: roundings(s, p) for sizes in ROUNDINGS for pieces in (1, 2, 4)]
+
+    def roundings(sizes: Sizes, pieces: int) -> None:
+        tuning.pick = lambda kernel, key, device: sizes  # type: ignore[assignment]
+        delta = torch.zeros(pieces, rows, hidden, device="cuda") if pieces > 1 else rand(rows, hidden)
+        fp8_quantize.quantize(delta, Rounding(), norm_weight_I=norm, residual_TI=x)
+        if pieces == 1:
+            fp8_quantize.quantize(x, Rounding(), norm_weight_I=norm)
+            fp8_quantize.quantize(x, Rounding())
+            fp8_quantize.quantize(rand(rows, 28672), Rounding(), gate="silu")
+
     for number, call in enumerate(calls):
         if number % of == index:
             try:
@@ -128,12 +154,13 @@ class Chain:
     def __init__(self, model: str, rows: int):
         hidden, _, *rest = STEPS[model.partition("-")[0]]
         self.step: Any = (Fp8Step if model == FP8 else Step)(hidden, LAYERS, *rest)
-        self.runs = [self.step.of(rows, context) for context in CONTEXTS]
+        more = {"rounded": True} if model == FP8 else {}
+        self.runs = [self.step.of(rows, context, **more) for context in CONTEXTS]
 
-    def record(self) -> list[torch.cuda.CUDAGraph]:
+    def record(self, runs: list[Callable[[], object]] | None = None) -> list[torch.cuda.CUDAGraph]:
         """One recording for each context."""
         made = []
-        for run in self.runs:
+        for run in runs or self.runs:
             run()
             torch.cuda.synchronize()
             graph = torch.cuda.CUDAGraph()
@@ -186,6 +213,32 @@ def choose(chain: Chain, entries: dict[str, Sizes], key: str, name: str, tries: 
         entries[key] = offered[best]
 
 
+def begin_with_rings(chain: Chain, table: dict[str, dict[str, Sizes]]) -> None:
+    """All products of e4m3 by rings at once, which gain by what their neighbours leave: the best start stays."""
+    before, tuned = chain.record(), {key: dict(table[key]) for key in ("fp8_gemm", "fp8_quantize")}
+    offered, recordings = [tuned], [before]
+    for early in (2, 1, 0):
+        for rounding in ROUNDINGS:
+            for name, (num_in, num_out) in shapes_of(FP8).items():
+                height, width, stages, programs, pieces = RINGS[name][0]
+                table["fp8_gemm"][f"{num_in}x{num_out}x16"] = {
+                    "kernel": fp8_gemm.RING, "rows": height, "width": width, "stages": stages, "programs": programs,
+                    "pieces": pieces, "early": early,
+                }  # fmt: skip
+                table["fp8_quantize"][f"{num_in}x16"] = dict(rounding)
+            offered.append({key: dict(table[key]) for key in tuned})
+            recordings.append(chain.record())
+    times = compare(recordings)
+    for made, of_one in zip(offered, times, strict=True):
+        told = made["fp8_gemm"]["4096x28672x16"]
+        print(
+            f"    all {of_one[0]:.1f} {of_one[1]:.1f} {short(told)} {made['fp8_quantize'].get('4096x16')}", flush=True
+        )
+    for key, entries in offered[min(range(len(times)), key=lambda i: sum(times[i]))].items():
+        table[key].clear()
+        table[key].update(entries)
+
+
 def main() -> int:
     """Compile, then compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -216,6 +269,10 @@ def main() -> int:
     for name, shape in () if args.attention else shapes_of(args.model).items():
         key = f"{shape[0]}x{shape[1]}x16"
         slots.append((table[kernel], key, name, list(tries_of(args.model, name, *shape))))
+    if args.model == FP8:
+        for width in () if args.attention else sorted({shape[0] for shape in shapes_of(FP8).values()}):
+            slots.append((table.setdefault("fp8_quantize", {}), f"{width}x16", f"rounding {width}", list(ROUNDINGS)))
+        begin_with_rings(chain, table)
     for turn in range(2):
         for slot in slots if turn else (*slots[1:3], *slots[:1], *slots[3:]):
             if time.perf_counter() - began < args.seconds:
@@ -223,6 +280,9 @@ def main() -> int:
         Path(args.out).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
     alike = (chain.runs[0]() == first_tokens).float().mean()
     before, after = compare([first, chain.record()])
+    if args.model == FP8 and args.rows == 1:
+        plain = compare([chain.record([chain.step.of(1, context) for context in CONTEXTS])])[0]
+        print(f"one row in 16 bits: {plain} us", flush=True)
     print(f"{args.model} {args.rows} rows, contexts {CONTEXTS}: {before} -> {after} us of {LAYERS} layers and a head; "
           f"tokens alike: {alike:.2f}; {time.perf_counter() - began:.1f} s", flush=True)  # fmt: skip
     return 0
