@@ -245,15 +245,15 @@ def fp8(report: Callable[..., None]) -> None:
 def _product(
     report: Callable[..., None], name: str, rows: Fp8Rows, weight: Fp8Weight, sizes: tuning.Sizes | None
 ) -> None:
-    """In pieces and in tiles by rule, and as measured."""
+    """In pieces, in tiles and by a ring, by rule, and as measured."""
     report(f"{name}, pieces", fp8_split.linear, rows, weight, None, BF16)
     report(f"{name}, tiles", fp8_gemm.triton_linear, rows, weight, None, BF16)
     ring = {"rows": 64, "width": 256, "stages": 6, "programs": 0, "pieces": 2}
     if rows.shape[0] <= fp8_ring.MAX_TOKENS and not weight.block:
         report(f"{name}, ring", fp8_ring.linear, rows, weight, None, BF16, ring, pieces=True)
-    if sizes and sizes["kernel"] in (fp8_gemm.TILES, fp8_gemm.SPLIT):
-        run = {fp8_gemm.SPLIT: fp8_split.linear, fp8_gemm.RING: fp8_ring.linear}.get(sizes["kernel"], TILES)
-        report(f"{name}, tuned", run, rows, weight, None, BF16, sizes)
+    runs = {fp8_gemm.SPLIT: fp8_split.linear, fp8_gemm.TILES: fp8_gemm.triton_linear, fp8_gemm.RING: fp8_ring.linear}
+    if sizes and sizes["kernel"] in runs:
+        report(f"{name}, tuned", runs[sizes["kernel"]], rows, weight, None, BF16, sizes)
 
 
 PROMPT_SIZES = ((128, 2, 200, 104), (64, 4, 216, 72))  # as tuned

@@ -23,6 +23,7 @@ import torch
 from bench_fp8 import Fp8Step, random_weight
 from bench_kernels import STEPS, Step, rand
 from few_sizes import short
+from timing import Report
 
 from argosy.kernels import fp8_gemm, fp8_quantize, gemv, gemv_split, paged_attention, tuning
 from argosy.kernels.fp8_reference import Rounding
@@ -269,8 +270,8 @@ def main() -> int:
     for name, shape in () if args.attention else shapes_of(args.model).items():
         key = f"{shape[0]}x{shape[1]}x16"
         slots.append((table[kernel], key, name, list(tries_of(args.model, name, *shape))))
-    if args.model == FP8:
-        for width in () if args.attention else sorted({shape[0] for shape in shapes_of(FP8).values()}):
+    if args.model == FP8 and not args.attention:
+        for width in sorted({shape[0] for shape in shapes_of(FP8).values()}):
             slots.append((table.setdefault("fp8_quantize", {}), f"{width}x16", f"rounding {width}", list(ROUNDINGS)))
         begin_with_rings(chain, table)
     for turn in range(2):
@@ -285,6 +286,7 @@ def main() -> int:
         print(f"one row in 16 bits: {plain} us", flush=True)
     print(f"{args.model} {args.rows} rows, contexts {CONTEXTS}: {before} -> {after} us of {LAYERS} layers and a head; "
           f"tokens alike: {alike:.2f}; {time.perf_counter() - began:.1f} s", flush=True)  # fmt: skip
+    Report(None).profile("the step that came out", chain.runs[1])
     return 0
 
 
