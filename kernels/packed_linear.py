@@ -1,7 +1,6 @@
 """Products with weights of 4 or 8 bits, by the number of tokens. Meaning: `packed_reference.linear`.
 
-    1              `packed_vector` on Hopper, where the weight has few rows
-    1 to 8         `packed_stream` on Hopper, where that was measured to be faster
+    1              `packed_vector` on Hopper, where the weight has few rows; `packed_stream` where that was faster
     1 to 16        `packed_few`: bound by reading the weight; both with gate, bias and residual in one launch
     to some 100    `packed_hopper`, elsewhere `packed_many`: 16 bits are made on the way to the tensor cores
     more           the weight becomes 16 bits in memory, a slice at a time, and cuBLAS multiplies

@@ -51,13 +51,13 @@ PROCESSES = 14
 WORST = 0.2  # of the logits, beside the sizes before: the token before may be another one
 
 
-# warps, those of a tile, blocks ahead, programs that share inputs, programs of a multiprocessor, room for how many
+# warps, those of a tile, blocks ahead, programs of a multiprocessor
 STREAMS = {
-    "gate_up": ((16, 2, 2, 1, 1, 1), (8, 2, 2, 1, 2, 2), (8, 2, 3, 1, 2, 2), (4, 2, 2, 1, 4, 4), (4, 4, 2, 1, 4, 4)),
-    "down": ((8, 8, 2, 1, 2, 2), (8, 8, 3, 1, 2, 2), (4, 4, 4, 1, 4, 4), (8, 2, 3, 4, 2, 2)),
-    "qkv": ((16, 4, 4, 1, 1, 1), (8, 4, 4, 1, 2, 2), (4, 4, 4, 1, 4, 4), (4, 4, 3, 1, 4, 4), (4, 2, 4, 1, 4, 4)),
-    "o": ((16, 8, 4, 1, 1, 1), (16, 8, 2, 1, 1, 1), (8, 8, 4, 1, 2, 2), (4, 4, 4, 1, 4, 4), (4, 4, 3, 1, 4, 4)),
-}  # fmt: skip
+    "gate_up": ((16, 2, 2, 1), (8, 2, 2, 2), (8, 2, 3, 2), (4, 2, 2, 4), (4, 4, 2, 4)),
+    "down": ((8, 8, 2, 2), (8, 8, 3, 2), (4, 4, 4, 4)),
+    "qkv": ((16, 4, 4, 1), (8, 4, 4, 2), (4, 4, 4, 4), (4, 4, 3, 4), (4, 2, 4, 4)),
+    "o": ((16, 8, 4, 1), (16, 8, 2, 1), (8, 8, 4, 2), (4, 4, 4, 4), (4, 4, 3, 4)),
+}
 # tiles, warps that share the inputs, wide, ahead, stages, early: of `packed_few`, for several tokens
 FEWS = (
     (2, 4, 1, 0, 4, 0), (2, 4, 1, 0, 3, 0), (2, 4, 2, 1, 3, 0), (2, 8, 1, 1, 3, 0), (2, 8, 1, 0, 4, 0),
@@ -91,11 +91,10 @@ def ways_for(name: str, shape: tuple[int, int], rows: int, bits: int) -> list[Si
         if rows == 1 and num_in // 128 % (warps * blocks) == 0
     ]
     kept = weights_at_nowhere(num_in, num_out, bits)
-    for warps, split, depth, parts, per_sm, room in STREAMS[name] if rows == 1 or bits == 4 else ():
-        sizes = {"kernel": STREAM, "warps": warps, "split": split, "depth": depth, "parts": parts, "per_sm": per_sm,
-                 "room": room, "early": 0}  # fmt: skip
-        if packed_stream.fits(kept, rows, sizes) and not (rows == 1 and parts > 1):
-            ways += [sizes, {**sizes, "half": 1}] if bits == 4 else [sizes]
+    for warps, split, depth, per_sm in STREAMS[name] if rows == 1 and bits == 4 else ():
+        sizes = {"kernel": STREAM, "warps": warps, "split": split, "depth": depth, "per_sm": per_sm, "early": 0}
+        if packed_stream.fits(kept, sizes):
+            ways += [sizes, {**sizes, "half": 1}]
     for tiles, split, wide, ahead, stages, early in FEWS if rows > 1 else ():
         if (tiles > 1 or name != "gate_up") and not (bits == 8 and tiles * wide > 2):
             ways.append({"kernel": FEW, "tiles": tiles, "split": split, "wide": wide, "ahead": ahead, "stages": stages,
@@ -108,7 +107,7 @@ def changes_of(sizes: Sizes, name: str) -> list[Sizes]:
     if sizes["kernel"] == HOPPER:
         return [{**sizes, "late": 1 - sizes.get("late", 0)}]
     if sizes["kernel"] == STREAM:
-        normed = [{**sizes, "norm": 1}] if name in ("qkv", "gate_up") and sizes.get("parts", 1) == 1 else []
+        normed = [{**sizes, "norm": 1}] if name in ("qkv", "gate_up") else []
         return [*normed, {**sizes, "early": 1}]
     return []
 

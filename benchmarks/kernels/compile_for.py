@@ -351,19 +351,17 @@ def packed_vector(report: Callable[..., None]) -> None:
 
 
 def packed_stream(report: Callable[..., None]) -> None:
-    """Products of 1 and 8 tokens with weights of 4 and 8 bits, whose warps stream words for themselves."""
-    for bits, half in ((4, False), (4, True), (8, False)):
-        words, pairs = packed_reference.shapes(6144, 4096, bits=bits, group=128)
-        weight = packed_reference.PackedWeight(
-            torch.zeros(words, dtype=torch.int32), torch.zeros(pairs, dtype=BF16), bits, 128, 4096, 6144
-        )
-        for tokens, split, parts in ((1, 4, 1), (8, 4, 1), (8, 2, 2)):
-            x, residual = torch.zeros(tokens, 4096, dtype=BF16), torch.zeros(tokens, 6144, dtype=BF16)
-            sizes = {"kernel": packed_linear.STREAM, "warps": 16, "split": split, "depth": 16 // bits, "parts": parts,
-                     "half": int(half), "norm": 1}  # fmt: skip
-            norm = torch.zeros(4096, dtype=BF16) if parts == 1 and half else None
-            name = f"{bits} bits, {tokens} tokens{', normed' * (norm is not None)}{', float16' * half}"
-            report(name, packed_linear.linear, x, weight, norm_weight_I=norm, residual_TO=residual, sizes=sizes)
+    """Products of one token with weights of 4 bits, whose warps stream words for themselves."""
+    words, pairs = packed_reference.shapes(6144, 4096, bits=4, group=128)
+    weight = packed_reference.PackedWeight(
+        torch.zeros(words, dtype=torch.int32), torch.zeros(pairs, dtype=BF16), 4, 128, 4096, 6144
+    )
+    for half, is_normed in ((0, False), (0, True), (1, False), (1, True)):
+        x, residual = torch.zeros(1, 4096, dtype=BF16), torch.zeros(1, 6144, dtype=BF16)
+        sizes = {"kernel": packed_linear.STREAM, "warps": 16, "split": 4, "depth": 4, "half": half, "norm": 1}
+        norm = torch.zeros(4096, dtype=BF16) if is_normed else None
+        name = f"4 bits, a token{', normed' * is_normed}{', float16' * half}"
+        report(name, packed_linear.linear, x, weight, norm_weight_I=norm, residual_TO=residual, sizes=sizes)
 
 
 HOPPER_SIZES = ((2, 4, 64, 132), (2, 4, 256, 0))

@@ -4,7 +4,10 @@ The interpreter is chosen when a kernel file is imported, so its switch is set h
 no tensor core product of bf16; kernels with one are tested in float16 and float32 there, and in bf16 on the card.
 """
 
+import importlib.util
 import os
+import subprocess
+import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+COMPILE_FOR = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "compile_for.py"
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -39,6 +43,26 @@ def device() -> torch.device:
 def fresh_numbers(request: pytest.FixtureRequest) -> None:
     """Other inputs for every test, the same in every run."""
     torch.manual_seed(zlib.crc32(request.node.name.encode()))
+
+
+@pytest.fixture
+def compiled_for_hopper(tmp_path: Path) -> Callable[[str], list[str]]:
+    """Compiles a part of `compile_for.py`: a line for each kernel with registers, spilled and shared bytes, name."""
+    triton = importlib.util.find_spec("triton")
+    assert triton is not None
+    assert triton.origin is not None
+    if not (Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "ptxas").exists():
+        pytest.skip("this Triton came without NVIDIA's assembler")
+
+    def compiled(part: str) -> list[str]:
+        environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
+        environment.pop("TRITON_INTERPRET", None)
+        command = [sys.executable, str(COMPILE_FOR), part]
+        ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        return [line for line in ran.stdout.splitlines() if "registers" in line]
+
+    return compiled
 
 
 @pytest.fixture

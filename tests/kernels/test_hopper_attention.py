@@ -1,8 +1,6 @@
 """Prompts on Hopper: equal to the reference on ugly rows, and chosen only where it was measured and can be had."""
 
-import os
 import random
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -20,8 +17,7 @@ from argosy.kernels import kv_scales, prefill_attention, reference, tuning
 from argosy.kernels.prompt_tiles import plan_tiles
 
 Near = Callable[[Tensor, Tensor], None]
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "compile_for.py"
-HAS_ASSEMBLER = (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists()
+Compiled = Callable[[str], list[str]]
 SIZES = [(128, 2, 200, 104), (64, 4, 216, 72)]
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
@@ -140,15 +136,8 @@ def test_it_is_not_chosen_where_nobody_measured_it(device: torch.device) -> None
     assert prefill_attention._hopper_sizes(q, cache, "long") is None
 
 
-@pytest.mark.skipif(not HAS_ASSEMBLER, reason="this Triton came without NVIDIA's assembler")
-def test_it_compiles_for_a_hopper_card_and_fits(tmp_path: Path) -> None:
+def test_it_compiles_for_a_hopper_card_and_fits(compiled_for_hopper: Compiled) -> None:
     """With tensor core products that don't wait for each other, and few registers spilled."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    ran = subprocess.run(
-        [sys.executable, SCRIPT, "prompts"], capture_output=True, text=True, env=environment, timeout=600
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    spilled = [int(line.split()[2]) for line in ran.stdout.splitlines() if "registers" in line]
+    spilled = [int(line.split()[2]) for line in compiled_for_hopper("prompts")]
     assert spilled
     assert max(spilled) < 256

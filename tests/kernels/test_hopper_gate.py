@@ -1,21 +1,15 @@
 """The gate inside a product of many tokens: equal to the reference on ugly shapes, chosen only where measured."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from argosy.kernels import ops, reference, tuning
 
 Near = Callable[[Tensor, Tensor], None]
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "compile_for.py"
-HAS_ASSEMBLER = (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists()
+Compiled = Callable[[str], list[str]]
 IS_HOPPER = torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 hopper_only = pytest.mark.skipif(not IS_HOPPER, reason="needs capability 9.0")
 
@@ -63,13 +57,8 @@ def test_nothing_was_measured_for_an_unknown_device() -> None:
     assert not tuning.knows("hopper_gate", torch.device("cpu"))
 
 
-@pytest.mark.skipif(not HAS_ASSEMBLER, reason="this Triton came without NVIDIA's assembler")
-def test_it_compiles_for_a_hopper_card_and_fits(tmp_path: Path) -> None:
+def test_it_compiles_for_a_hopper_card_and_fits(compiled_for_hopper: Compiled) -> None:
     """No registers spilled, and the ring fits on chip."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    ran = subprocess.run([sys.executable, SCRIPT, "gate"], capture_output=True, text=True, env=environment, timeout=600)
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    lines = [line for line in ran.stdout.splitlines() if "registers" in line]
+    lines = compiled_for_hopper("gate")
     assert len(lines) == 2
-    assert all(" 0 spilled" in line for line in lines), ran.stdout
+    assert all(" 0 spilled" in line for line in lines), lines

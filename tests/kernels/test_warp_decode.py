@@ -1,21 +1,15 @@
 """Decode over caches in 8 bits, a warp a piece: equal to the reference on a card; compiles for one without."""
 
-import os
-import subprocess
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
-import triton
 from torch import Tensor
 
 from argosy.kernels import kv_scales, reference, tuning
 
 Near = Callable[[Tensor, Tensor], None]
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "compile_for.py"
-HAS_ASSEMBLER = (Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas").exists()
+Compiled = Callable[[str], list[str]]
 CAN_RUN = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (8, 9)
 
 
@@ -64,16 +58,9 @@ def test_rows_of_any_length_are_those_of_the_reference(
     assert not tuning.counters(q.device).any()
 
 
-@pytest.mark.skipif(not HAS_ASSEMBLER, reason="this Triton came without NVIDIA's assembler")
-def test_it_compiles_into_registers_alone(tmp_path: Path) -> None:
+def test_it_compiles_into_registers_alone(compiled_for_hopper: Compiled) -> None:
     """No numbers go through shared memory, and none are spilled."""
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
-    environment.pop("TRITON_INTERPRET", None)
-    ran = subprocess.run(
-        [sys.executable, SCRIPT, "alone"], capture_output=True, text=True, env=environment, timeout=600
-    )
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    lines = [line.split() for line in ran.stdout.splitlines() if "registers" in line]
+    lines = [line.split() for line in compiled_for_hopper("alone")]
     assert len(lines) == 3
     for registers, _, spilled, _, shared, *_ in lines:
         assert int(registers) <= 168
