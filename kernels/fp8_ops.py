@@ -9,8 +9,9 @@ from torch import Tensor
 from argosy.kernels import fp8_reference, ops
 from argosy.kernels.fp8_reference import Fp8Rows, Fp8Weight, Rounding
 
-# Up to so many, activations stay in 16 bits. On an H200, 8 tokens took 31 us of 4096 x 6144 so, where weights become
-# 16 bits in registers, and 10 rounded, where they go to the tensor cores as they are.
+# Up to so many, activations stay in 16 bits, but where rounding them was measured to be faster. On an H200, 8 tokens
+# took 31 us of 4096 x 6144 so, where weights become 16 bits in registers, and 10 rounded, where they go to the tensor
+# cores as they are.
 FEW_TOKENS = 1
 MOST_TOKENS = 16  # that the fused kernel takes, for checkpoints whose activations are not to be rounded
 
@@ -61,9 +62,15 @@ def linear(
     return fp8_reference.linear(rows, weight, bias_O, dtype)
 
 
-def is_few(x_TX: Tensor) -> bool:
-    """Whether these are few enough rows to stay in 16 bits."""
-    return x_TX.shape[0] <= FEW_TOKENS and x_TX.element_size() == 2
+def is_few(x_TX: Tensor, weight: Fp8Weight) -> bool:
+    """Whether inputs of this weight, as many as the rows of x, are few enough to stay in 16 bits."""
+    if x_TX.shape[0] > FEW_TOKENS or x_TX.element_size() != 2:
+        return False
+    if not x_TX.is_cuda:
+        return True
+    from argosy.kernels import fp8_gemv
+
+    return not fp8_gemv.prefers_library(x_TX.shape[0], weight)
 
 
 def keeps_16_bits(x_TI: Tensor, weight: Fp8Weight, most: int = FEW_TOKENS) -> bool:
@@ -72,7 +79,8 @@ def keeps_16_bits(x_TI: Tensor, weight: Fp8Weight, most: int = FEW_TOKENS) -> bo
         return False
     from argosy.kernels import fp8_gemv
 
-    return fp8_gemv.suits(x_TI, weight)
+    rounds = most <= FEW_TOKENS and fp8_gemv.prefers_library(x_TI.shape[0], weight)
+    return not rounds and fp8_gemv.suits(x_TI, weight)
 
 
 def fused_linear(

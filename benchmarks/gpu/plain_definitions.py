@@ -68,8 +68,8 @@ def plain_fp8(
     x: Tensor, weight: Any, bias: Tensor | None = None, *, rounding: Any = None, norm_weight_I: Tensor | None = None,
     eps: float = 1e-6, residual_TO: Tensor | None = None, gated: bool = False, out_TO: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`fp8_ops.fused_linear` by definition; more than one row is rounded."""
-    if rounding is None or len(x) <= fp8_ops.FEW_TOKENS:
+    """`fp8_ops.fused_linear` by definition; rows are rounded where they are on the card."""
+    if rounding is None or fp8_ops.is_few(x, weight):
         made = fp8_reference.fused_linear(x, weight, bias, norm_weight_I=norm_weight_I, eps=eps, gated=gated)
     else:
         x = x if norm_weight_I is None else reference.rms_norm(x, norm_weight_I, eps)

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.kernels import fp8_gemm, fp8_ring, tuning
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.attention.base import AttentionMetadata
@@ -129,3 +130,30 @@ def test_the_card_and_the_cpu_agree(
         assert error < 0.08, f"step {step}: {error:.3f}"
     # rows with the same prompt say the same, alone or together
     assert float((got[1] - got[2][:1]).norm() / got[2][:1].norm()) < 0.08
+
+
+@torch.inference_mode()
+def test_products_by_the_ring_that_leave_pieces_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With every size that may be measured: one token rounded as more are, sums left to the rounding behind them."""
+    ring = {"kernel": fp8_gemm.RING, "rows": 64, "width": 128, "stages": 4, "programs": 0, "pieces": 2, "early": 2}
+    measured = {"fp8_gemm": ring, "fp8_gemv": {"library": 1}, "fp8_quantize": {"warps": 4, "early": 1}}
+    device, kv_dtype = torch.device("cuda"), torch.bfloat16
+    folder = write(tmp_path, None)
+    plain = logits(folder, "fp8", device, kv_dtype)
+    made = []
+
+    def linear(*args: Any, **options: Any) -> Tensor:
+        made.append(fp8_ring_linear(*args, **options))
+        return made[-1]
+
+    fp8_ring_linear = fp8_ring.linear
+    monkeypatch.setattr(fp8_ring, "linear", linear)
+    monkeypatch.setattr(tuning, "pick", lambda kernel, key, device: measured.get(kernel))
+    monkeypatch.setattr(Fp8Method, "rounds_on_cpu", True)
+    got = logits(folder, "fp8", device, kv_dtype)
+    want = logits(folder, "fp8", torch.device("cpu"), kv_dtype)
+    assert {tuple(y.shape) for y in made if y.dim() == 3} == {(2, 1, 256), (2, BATCH, 256)}
+    for a, b, c in zip(got, want, plain, strict=True):
+        assert float((a - b).norm() / b.norm()) < 0.08
+        assert float((a - c).norm() / c.norm()) < 0.08
+    assert float((got[1] - got[2][:1]).norm() / got[2][:1].norm()) < 0.03

@@ -15,6 +15,7 @@ from argosy.kernels.fp8_reference import Fp8Rows, Rounding
 from argosy.kernels.norm_ahead import NormAhead
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.quantization.base import Cut, Fusion, LinearLayer, LinearMethod
+from argosy.workers.quantization.fp8 import Fp8Method
 
 ALL = slice(None)
 
@@ -193,6 +194,12 @@ class RowParallelLinear(ParallelLinear):
     def forward(self, x_TI: Tensor | Fp8Rows) -> Tensor:
         """x W^T summed over the group, + bias."""
         return self.parallel.all_reduce(self.method.apply(self, x_TI))
+
+    def pieces(self, x_TI: Tensor | Fp8Rows) -> Tensor:
+        """The same for `RMSNorm.add_rounded` to add to a residual: maybe float32 [P, T, O], the pieces of a sum."""
+        if self.parallel.tp_size == 1 and isinstance(self.method, Fp8Method):
+            return self.method.apply(self, x_TI, pieces=True)
+        return self(x_TI)  # type: ignore[no-any-return]
 
 
 class ReplicatedLinear(ParallelLinear):

@@ -70,13 +70,12 @@ class GatedMLP(nn.Module):
         self.down_proj.part(self.inner(x_TD), out_TD)
         return None
 
-    def forward(self, x_TD: Tensor | Fp8Rows) -> Tensor:
-        """[T, D]."""
+    def forward(self, x_TD: Tensor | Fp8Rows, *, pieces: bool = False) -> Tensor:
+        """[T, D]; with `pieces` as `RowParallelLinear.pieces` leaves it."""
         both_TX = self.gate_up_proj(x_TD)
         rounding = self.down_proj.rounding(both_TX) if self.is_silu else None
-        if rounding is not None:
-            return self.down_proj(fp8_ops.gate_and_quantize(both_TX, rounding))  # type: ignore[no-any-return]
-        return self.down_proj(self._gate(both_TX))  # type: ignore[no-any-return]
+        inner_TX = self._gate(both_TX) if rounding is None else fp8_ops.gate_and_quantize(both_TX, rounding)
+        return self.down_proj.pieces(inner_TX) if pieces else self.down_proj(inner_TX)
 
 
 class DecoderLayer(nn.Module):
@@ -109,27 +108,28 @@ class DecoderLayer(nn.Module):
         positions_T: Tensor,
         ctx: ForwardContext,
         rows_S: Tensor | None,
+        following: "DecoderLayer | None" = None,
     ) -> tuple[Tensor, Tensor]:
         """What is still to be added, and the residual to add it to: of `rows_S` alone, where nobody asks for others.
 
-        All tokens leave their keys and values in the cache.
-        """
+        All tokens leave their keys and values in the cache. Where `following` rounds what it adds, that may come in
+        pieces (`RowParallelLinear.pieces`)."""
         norm, attention, mlp = self.input_norm, self.attention, self.mlp
         rounding = attention.qkv_proj.rounding(residual_TD)
         if delta_TD is None:
             x_TD = norm.rounded(residual_TD, rounding)
         else:
             x_TD = norm.add_rounded(delta_TD, residual_TD, rounding)
-        if rows_S is None:
-            delta_TD = attention(x_TD, positions_T, ctx)
-        else:
-            seen_TX = attention.attend(attention.qkv_proj(x_TD), positions_T, ctx)
-            residual_TD = residual_TD[rows_S]
+        seen_TX = attention.attend(attention.qkv_proj(x_TD), positions_T, ctx)
+        if rows_S is not None:
+            seen_TX, residual_TD = seen_TX[rows_S], residual_TD[rows_S]
             if residual_TD.shape[0] == 0:
                 return residual_TD, residual_TD
-            delta_TD = attention.o_proj(seen_TX[rows_S])
-        x_TD = self.mlp_norm.add_rounded(delta_TD, residual_TD, mlp.gate_up_proj.rounding(residual_TD))
-        return mlp(x_TD), residual_TD
+        rounding = mlp.gate_up_proj.rounding(residual_TD)
+        delta_TD = attention.o_proj(seen_TX) if rounding is None else attention.o_proj.pieces(seen_TX)
+        x_TD = self.mlp_norm.add_rounded(delta_TD, residual_TD, rounding)
+        in_pieces = following is not None and following.attention.qkv_proj.rounding(residual_TD) is not None
+        return mlp(x_TD, pieces=in_pieces), residual_TD
 
     def forward_fused(
         self,
@@ -257,13 +257,13 @@ class Decoder(nn.Module):
         normed: NormAhead | None = None
         for number, layer in enumerate(self.in_turn(), start=1):
             rows_S = ctx.asked_rows_S if number == last else None
+            following = self._stack[number] if number < len(self._stack) and self.offload is None else None
             if fuses:
-                following = self._stack[number] if number < len(self._stack) and self.offload is None else None
                 residual_TD, normed = layer.forward_fused(
                     residual_TD, positions_T, ctx, rows_S, normed=normed, following=following
                 )
             else:
-                delta_TD, residual_TD = layer.forward_rows(delta_TD, residual_TD, positions_T, ctx, rows_S)
+                delta_TD, residual_TD = layer.forward_rows(delta_TD, residual_TD, positions_T, ctx, rows_S, following)
         if residual_TD.shape[0] == 0:
             return residual_TD
         if delta_TD is None:

@@ -5,8 +5,9 @@ every cut is a cut of rows. Blocks that a cut goes through keep their scale on b
 (where a part begins inside a block) or by narrower columns (where its inputs do), with the same meaning number by
 number. What is rounded here takes its scales from the whole tensor, so that every layout has the same weights.
 
-On a GPU one token is multiplied in 16 bits, more are rounded, too. On a CPU the weight is made plain again:
-e4m3 saves the file's bytes and the rounding is that of the checkpoint, the arithmetic is that of the model's numbers.
+On a GPU one token is multiplied in 16 bits, but where rounding it was measured to be faster; more are rounded, too. On
+a CPU the weight is made plain again: e4m3 saves the file's bytes and the rounding is that of the checkpoint, the
+arithmetic is that of the model's numbers.
 
 T = tokens, I = inputs, O = outputs, both of this rank.
 """
@@ -170,12 +171,12 @@ class Fp8Method:
 
     def rounding(self, layer: LinearLayer, x_TX: Tensor) -> Rounding | None:
         """How `apply` would round inputs as many as the rows of `x_TX`: whoever makes them may round them at once."""
-        if self._weight is None or self._rounding is None or fp8_ops.is_few(x_TX):
+        if self._weight is None or self._rounding is None or fp8_ops.is_few(x_TX, self._weight):
             return None
         return self._rounding
 
-    def apply(self, layer: LinearLayer, x_TI: Tensor | Fp8Rows) -> Tensor:
-        """x W^T + bias; inputs may come rounded."""
+    def apply(self, layer: LinearLayer, x_TI: Tensor | Fp8Rows, *, pieces: bool = False) -> Tensor:
+        """x W^T + bias; inputs may come rounded. `pieces`: it may be left as those of a sum (`fp8_ops.linear`)."""
         if self._plain is not None:
             assert isinstance(x_TI, Tensor)
             if self.rounds_on_cpu and self._rounding is not None:
@@ -183,12 +184,13 @@ class Fp8Method:
             return self._plain.apply(layer, x_TI)
         assert self._weight is not None
         if not isinstance(x_TI, Tensor):
-            return fp8_ops.linear(x_TI, self._weight, layer.bias, self._dtype)
+            return fp8_ops.linear(x_TI, self._weight, layer.bias, self._dtype, pieces=pieces)
         if fp8_ops.keeps_16_bits(x_TI, self._weight, self._most_fused()):
             return fp8_ops.fused_linear(x_TI, self._weight, layer.bias, rounding=self._rounding)
         if self._rounding is None:
             return F.linear(x_TI, fp8_reference.dequantize_weight(self._weight, x_TI.dtype), layer.bias)
-        return fp8_ops.linear(fp8_ops.quantize_rows(x_TI, self._rounding), self._weight, layer.bias, x_TI.dtype)
+        rows = fp8_ops.quantize_rows(x_TI, self._rounding)
+        return fp8_ops.linear(rows, self._weight, layer.bias, x_TI.dtype, pieces=pieces)
 
     def fuses(self, layer: LinearLayer, x_TI: Tensor) -> bool:
         """A few tokens on a GPU, in 16 bits."""
