@@ -223,7 +223,7 @@ def linear(
     if kernel == RING:
         if sizes is not None and fp8_ring.takes(rows, weight, dtype):
             return fp8_ring.linear(rows, weight, bias_O, dtype, sizes, pieces=pieces)
-        kernel, sizes = SPLIT, None
+        kernel, sizes = _default_kernel(num_tokens, blocks), None
     if kernel == LIBRARY:
         return library_linear(rows, weight, bias_O, dtype)
     if kernel == RESCALED:
