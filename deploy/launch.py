@@ -68,6 +68,11 @@ class Engine:
         """Whether our own Ray cluster ends by itself: then it can't be asked for anything."""
         return self._session is not None and self._session.is_ending
 
+    def abandon_ray(self) -> None:
+        """Our own Ray cluster has lost a part that it can't be without: see `RaySession.abandon`."""
+        if self._session is not None and self._session.is_own:
+            self._session.abandon()
+
     def close(self, drain_seconds: float = 0.0) -> None:
         """Let what runs end for at most so long, then stop everything. May be called twice."""
         if self._closed:

@@ -4,12 +4,14 @@ Ours has its own temporary folder and free ports, listens on loopback, has no da
 with this process, however that ends (Ray's processes share its fate).
 """
 
+import atexit
 import contextlib
 import importlib
 import logging
 import os
 import shutil
 import socket
+import sys
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +33,7 @@ _OWN_CLUSTER: Final = {
 _REACH_SECONDS: Final = 3.0
 _PREFIX: Final = "argosy-ray-"
 _MOST_FOLDER_BYTES: Final = 38  # Ray adds 68: .../session_<date>_<pid>/sockets/plasma_store
+_VITAL: Final = {"raylet": "raylet", "gcs_server": "GCS"}  # Ray's names for kinds of its processes, and everybody's
 _AUTH: Final = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
 
@@ -125,6 +128,19 @@ class RaySession:
             raise ClusterError(f"a local Ray cluster could not be started: {_one_line(error)}") from error
         return session
 
+    def abandon(self) -> None:
+        """End our own cluster, which has lost its raylet or its GCS, and have this process exit with 1 when it ends.
+
+        Ray's own way says goodbye to them first and, where nobody hears it, ends the process on the spot: without a
+        word of what happened, and with the session's folder left. `close` is still to be called.
+        """
+        assert self.is_own
+        self._connected = False
+        node: Any = ray._private.worker._global_node
+        node.kill_all_processes(check_alive=False, allow_graceful=False)
+        atexit.unregister(ray.shutdown)
+        atexit.register(_exit_before_ray)
+
     def close(self) -> None:
         """Leave, and end the cluster if it is ours. May be called twice."""
         if self._connected:
@@ -213,6 +229,20 @@ def _confine_to_loopback(confined: bool) -> None:
 def _one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].strip() if lines else type(error).__name__
+
+
+def lost_part() -> str:
+    """Which process of a cluster that this process started has died without which it can't go on; else nothing."""
+    node: Any = ray._private.worker._global_node
+    died = {kind for kind, _ in node.dead_processes()} if node is not None else set()
+    return next((name for kind, name in _VITAL.items() if kind in died), "")
+
+
+def _exit_before_ray() -> None:
+    """What Ray's library does after the interpreter's end is to crash, where nobody said goodbye to its cluster."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def has_live_nodes() -> bool:

@@ -38,6 +38,7 @@ _POLL_SECONDS: Final = 0.1
 _RANKS_SHOWN: Final = 8
 _SAME_SIGNAL_SECONDS: Final = 0.3  # apart, two signals are two wishes
 _LAST_BYTES_SECONDS: Final = 0.3  # from the driver's last token to the client's socket, through the doors
+_WITHOUT_GCS_SECONDS: Final = 45.0  # after 60 s Ray ends every process that can't reach it
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: the terminal or its ssh has gone
 
 
@@ -184,15 +185,13 @@ class _StopSignals:
         """Whether somebody asked to stop."""
         return self._asked_at is not None
 
-    def wait(self, is_lost: Callable[[], bool] = lambda: False) -> None:
-        """Until somebody asks to stop. Raises `ClusterError` once there is nothing left to serve with."""
+    def wait(self, lost: Callable[[], str] = lambda: "") -> str:
+        """Until somebody asks to stop, or nothing can be served any more: then what was lost, as `lost` said it."""
         while not self.is_set:
-            if is_lost():
-                raise ClusterError(
-                    "Ray lost all of its nodes: its raylet was killed, maybe for want of memory, and nothing can be "
-                    "started there again; start the server anew"
-                )
+            if (what := lost()) and not self.is_set:  # a signal to the whole group ends Ray's processes as well
+                return what
             time.sleep(_POLL_SECONDS)
+        return ""
 
     def install(self) -> None:
         """Be the one who hears of signals, whoever was so before."""
@@ -249,12 +248,12 @@ def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, sto
     from ray.exceptions import RayError
 
     from argosy.deploy.doors import serve_runs
-    from argosy.deploy.ray_session import has_live_nodes
+    from argosy.deploy.ray_session import has_live_nodes, lost_part
     from argosy.deploy.serve_app import application
 
     logging.getLogger("ray.serve").setLevel(logging.WARNING)
     progress("opening the doors", 0.0)
-    was_there = serve_runs()
+    was_there, lost = serve_runs(), ""
     try:
         try:
             host = haproxy.listen_at(doors, config.server.host)
@@ -274,14 +273,21 @@ def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, sto
             print(ready_block(config, engine, progress.seconds), flush=True)
         is_on = not config.server.disable_log_stats
         with watching(engine.address, engine.secret, is_on=is_on), NodeWatch(has_live_nodes) as nodes:
-            stop.wait(lambda: nodes.is_lost)
-        if config.server.drain_seconds > 0:
-            asyncio.run(drain(engine.address, engine.secret, config.server.drain_seconds))
+            lost = stop.wait(lambda: "last node" if nodes.is_lost else lost_part())
+        if config.server.drain_seconds > 0 and lost in ("", "GCS"):  # without a raylet all actors end
+            seconds = min(config.server.drain_seconds, _WITHOUT_GCS_SECONDS) if lost else config.server.drain_seconds
+            asyncio.run(drain(engine.address, engine.secret, seconds))
+        if lost:
+            engine.abandon_ray()
+            raise ClusterError(
+                f"Ray lost its {lost}: killed, maybe for want of memory, or with an agent of Ray's that it shares its "
+                "fate with, and nothing can be started there again; start the server anew"
+            )
     finally:
         _hush_ray()
         if was_there:
             serve.delete(engine.name)  # others of this cluster go on
-        elif not engine.is_ending:
+        elif not (lost or engine.is_ending):
             serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
 
 

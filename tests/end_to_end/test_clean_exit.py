@@ -79,3 +79,33 @@ def test_whoever_is_stopped_leaves_no_process_no_file_and_no_shared_memory(
         if owner.poll() is None:
             os.killpg(owner.pid, signal.SIGKILL)
             owner.wait()
+
+
+RAYLET_KILLED = """
+import os, signal, sys, time
+from argosy.deploy.ray_session import RaySession, lost_part
+
+import ray
+
+session = RaySession.open(None, num_cpus=1)
+assert lost_part() == ""
+(raylet,) = ray._private.worker._global_node.all_processes["raylet"]
+os.kill(raylet.process.pid, signal.SIGKILL)
+while not lost_part():
+    time.sleep(0.05)
+print("lost its", lost_part())
+session.abandon()
+session.close()
+print("said so")
+"""
+
+
+@pytest.mark.timeout(120)
+def test_whoever_loses_the_raylet_can_still_say_so_and_clear_up(short_tmp: str) -> None:
+    """A killed agent of Ray's takes its raylet along, and Ray's goodbye to that ended the process without a word."""
+    environment = {**os.environ, "TMPDIR": short_tmp, "PYTHONSAFEPATH": "1"}
+    owner = subprocess.run(
+        [sys.executable, "-c", RAYLET_KILLED], stdout=subprocess.PIPE, env=environment, timeout=100, check=False
+    )
+    assert owner.stdout.decode().splitlines()[-2:] == ["lost its raylet", "said so"]  # before it, what Ray says
+    assert owner.returncode == 1
