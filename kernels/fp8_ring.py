@@ -152,7 +152,7 @@ def _multiply(
         at += count
 
 
-@gluon.jit(do_not_specialize=["num_tokens", "per", "total"])
+@gluon.jit(do_not_specialize=["per", "total", "num_blocks", "num_tokens", "num_outputs", "stride_out"])
 def ring_kernel(
     x_desc, w_desc, out_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, part_ptr, counter_ptr, per, total, num_blocks,
     num_tokens, num_outputs, stride_out,
