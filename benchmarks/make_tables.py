@@ -1,7 +1,7 @@
-"""Writes the tables of benchmarks/README.md anew from the JSON lines in benchmarks/results.
+"""Writes the tables of both READMEs and the picture docs/h200.svg anew from the JSON lines in benchmarks/results.
 
     python benchmarks/make_tables.py            rewrites what stands between the marks `table: NAME` and `end`
-    python benchmarks/make_tables.py --check    changes nothing; exit code 1 when the page is out of date
+    python benchmarks/make_tables.py --check    changes nothing; exit code 1 when a page is out of date
 
 The newest line of each row counts; the suite leaves out lines with a note: they tried what is not the default.
 Figures of a GPU are taken from lines that name that GPU.
@@ -15,12 +15,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import limits  # beside this script
+import front_page  # beside this script, as is the next
+import limits
 
 from argosy.deploy import bench_suite, bench_table
 from argosy.placement.calibration import default_calibration
 
 HERE = Path(__file__).resolve().parent
+PAGES = (HERE / "README.md", HERE.parent / "README.md")
+PICTURE = HERE.parent / "docs" / "h200.svg"
 PROFILED_CONTEXT = 458  # tokens of rows that do not say it: prompts of 128, steps 300 to 360
 Row = dict[str, Any]
 
@@ -31,10 +34,15 @@ def rows_of(device: str) -> list[Row]:
     return [row for row in rows if any(device in gpu for gpu in row.get("gpus") or ())]
 
 
+def suite_rows(name: str) -> tuple[bench_table.Suite, list[Row]]:
+    """A suite, and all lines of its device that measured the default."""
+    suite = bench_table.read_suite(name)
+    return suite, [row for row in rows_of(suite.device) if not row.get("note")]
+
+
 def suite_table(name: str) -> str:
     """The suite's rows with ours, then the pair of layouts whose memory decides."""
-    suite = bench_table.read_suite(name)
-    rows = [row for row in rows_of(suite.device) if not row.get("note")]
+    suite, rows = suite_rows(name)
     text = bench_table.markdown(rows, suite)
     pairs = [row for row in rows if row["workload"] == bench_suite.SUPER_LINEAR]
     if pairs and suite.super_linear is not None:
@@ -44,8 +52,8 @@ def suite_table(name: str) -> str:
 
 def limits_table() -> str:
     """How far the suite's rows and their goals are from what the card can do at most."""
-    suite = bench_table.read_suite("h200")
-    newest = {(row["group"], row["workload"]): row for row in rows_of(suite.device) if not row.get("note")}
+    suite, rows = suite_rows("h200")
+    newest = {(row["group"], row["workload"]): row for row in rows}
     lines = [
         "| model, layout | workload | the card's limit | argosy | of it | goal | of it |",
         "|---|---|---|---|---|---|---|",
@@ -156,7 +164,20 @@ def memory_table() -> str:
     return blocks_table(read_cases(path), default_calibration("H200")) if path.exists() else ""
 
 
+def ratios_table() -> str:
+    """The front page's."""
+    suite, rows = suite_rows("h200")
+    return front_page.ratios_table(rows, suite)
+
+
+def picture() -> str:
+    """All rows beside vLLM's."""
+    suite, rows = suite_rows("h200")
+    return front_page.picture(rows, suite)
+
+
 TABLES: dict[str, Callable[[], str]] = {
+    "ratios": ratios_table,
     "h200": lambda: suite_table("h200"),
     "limits": limits_table,
     "doors": doors_table,
@@ -182,12 +203,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
-    path = HERE / "README.md"
-    page = path.read_text(encoding="utf-8")
-    filled = fill(page)
+    made = {path: fill(path.read_text(encoding="utf-8")) for path in PAGES} | {PICTURE: picture()}
     if args.check:
-        return int(filled != page)
-    path.write_text(filled, encoding="utf-8")
+        return int(any(not path.exists() or path.read_text(encoding="utf-8") != text for path, text in made.items()))
+    for path, text in made.items():
+        path.write_text(text, encoding="utf-8")
     return 0
 
 
