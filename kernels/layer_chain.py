@@ -203,7 +203,7 @@ def _look(box_ptr, column, stamp, SIZE: gl.constexpr, SENDERS: gl.constexpr, DTY
     for sender in gl.static_range(SENDERS):  # in the same order on all ranks: the same bits
         word = gl.load(box_ptr + sender * SIZE + column, mask=inside, other=0, volatile=True)
         wrong = wrong | gl.where(inside, word ^ stamp, 0)
-        total = (word & 0xFFFF).to(gl.int16).to(DTYPE, bitcast=True).to(gl.float32)
+        total += (word & 0xFFFF).to(gl.int16).to(DTYPE, bitcast=True).to(gl.float32)
     late = gl.max(((wrong & -65536) != 0).to(gl.int32), 0)
     return total, late
 
