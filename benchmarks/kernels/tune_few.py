@@ -36,7 +36,8 @@ ROUNDS = 15
 CONTEXTS = (192, 320)  # decode rows of the benchmark go from 128 to 384
 ATTENTION = (  # tokens of a tile, least piece, programs a multiprocessor, stages, warps, first tiles before the wait
     (128, 512, 1, 5, 4, 0), (64, 64, 4, 3, 2, 0), (128, 512, 1, 3, 8, 1), (128, 512, 1, 5, 8, 1),
-    (128, 512, 1, 4, 4, 1), (64, 512, 1, 4, 8, 1), (64, 512, 1, 6, 8, 1),
+    (128, 512, 1, 4, 4, 1), (64, 512, 1, 4, 8, 1), (64, 512, 1, 6, 8, 1), (16, 16, 1, 3, 1, 0), (32, 32, 1, 3, 1, 0),
+    (64, 128, 1, 3, 4, 0), (64, 512, 1, 3, 4, 1),
 )  # fmt: skip
 FP8 = "8b-fp8"
 PRODUCTS = {  # rows, width, stages, pieces of the inputs, first weights before the wait
