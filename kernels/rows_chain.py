@@ -1,0 +1,473 @@
+"""All of a layer behind its attention for up to eight tokens, and the next layer's q, k and v, in one launch.
+
+Meaning, `sum` over the ranks of a group (of one rank too):
+
+    residual += sum(o seen);  inner = gate(norm(residual) gate_up);  residual += sum(down inner)
+    out = norm(residual) qkv of the next layer, if there is one
+
+As in `layer_chain` programs stay, one a multiprocessor, and walk over tiles of four products through one ring in shared
+memory that is asked for far ahead, since weights depend on nobody. Tiles are 16 weight rows, which the tensor cores
+multiply with eight tokens at once, each warp a part of the columns; the tokens stay in registers. What is added up has
+owners: a program sums a few columns of all ranks' words (a number of 16 bits and the turn it belongs to, written over
+the link), and gives what it made, times the norm's weight, to all programs of its card, with what its columns add to
+the squares; products of a norm are scaled behind. Numbers that stay on the card are where nobody has written as long as
+all their bits are ones, which no result has; there are two places for each, and a launch empties the one that the next
+one uses.
+
+Why nobody overwrites what is still read: see `layer_chain`; what stays on the card is read in one launch alone. All
+programs must be on the card at once. Numbers of a turn are alike on all ranks, bit by bit. Written in Gluon.
+"""
+
+import torch
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from argosy.kernels import tuning
+from argosy.kernels.gemv_ahead import copy_in
+from argosy.kernels.layer_chain import SHARED_BYTES, _now, _share, _trap_if_late, power_of_two, programs_of
+
+TOKENS = 8  # at most
+ROWS = gl.constexpr(16)  # of a tile
+TO_ALL, GATED, PLAIN = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
+
+
+@gluon.constexpr_function
+def sums_layout(num_warps):
+    """A warp a part of the columns: [warps, 16 weight rows, 8 tokens]."""
+    return gl.NVMMADistributedLayout([2, 0], [num_warps, 1, 1], [1, 16, 8])
+
+
+@gluon.constexpr_function
+def tokens_layout(num_warps, each):
+    """[warps, columns, 8 tokens] as the tensor cores' right side, `each` columns side by side in a thread."""
+    return gl.DotOperandLayout(1, sums_layout(num_warps), each)
+
+
+@gluon.constexpr_function
+def ceil_of(a, b):
+    """a / b, rounded up."""
+    return (a + b - 1) // b
+
+
+@gluon.constexpr_function
+def owned(hidden, programs, num_warps):
+    """Columns of a sum that one program adds up; each number by one thread."""
+    return max(4 * num_warps, power_of_two(ceil_of(hidden, programs)))
+
+
+@gluon.jit
+def _copy_part(
+    ring, slot, weight_ptr, tile, part, INPUTS: gl.constexpr, GATE: gl.constexpr, EACH: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
+):  # fmt: skip
+    """Ask for the weights of a part of a tile's columns. GATE: 0, or the rows before those of `up`."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 256 // EACH, EACH // 8], [NUM_WARPS, 1, 1], [2, 1, 0])
+    piece = gl.arange(0, NUM_WARPS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    row = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    column = gl.arange(0, EACH, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    column = (part * NUM_WARPS + piece) * EACH + column
+    HALF: gl.constexpr = ROWS // 2
+    row = tile * HALF + row % HALF + row // HALF * GATE if GATE > 0 else tile * ROWS + row
+    here = weight_ptr + row.to(gl.int64) * INPUTS + column
+    if INPUTS % (NUM_WARPS * EACH) == 0:
+        copy_in(ring.index(slot), here)
+    else:
+        copy_in(ring.index(slot), here, mask=(column < INPUTS) & (row >= 0))
+
+
+@gluon.jit
+def _ask(
+    ring, number, o_ptr, gate_up_ptr, down_ptr, qkv_ptr,
+    SEEN: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr, EACH: gl.constexpr,
+    STAGES: gl.constexpr, PROGRAMS: gl.constexpr, NUM_WARPS: gl.constexpr, FROM: gl.constexpr,
+):  # fmt: skip
+    """Ask for this program's part `number`, counted through all products, of those from FROM on; always one group."""
+    WIDTH: gl.constexpr = EACH * NUM_WARPS
+    T: gl.constexpr = HIDDEN // ROWS
+    U: gl.constexpr = INNER * 2 // ROWS
+    IN_S: gl.constexpr = ceil_of(SEEN, WIDTH)
+    IN_H: gl.constexpr = ceil_of(HIDDEN, WIDTH)
+    IN_I: gl.constexpr = ceil_of(INNER, WIDTH)
+    first_o, num_o = _share(T, 0, PROGRAMS)
+    first_u, num_u = _share(U, T, PROGRAMS)
+    first_d, num_d = _share(T, T + U, PROGRAMS)
+    slot = number % STAGES
+    after_o = num_o * IN_S
+    after_u = after_o + num_u * IN_H
+    after_d = after_u + num_d * IN_I
+    if FROM <= 0 and number < after_o:
+        tile = first_o + number // IN_S * PROGRAMS
+        _copy_part(ring, slot, o_ptr, tile, number % IN_S, SEEN, 0, EACH, NUM_WARPS)
+    if FROM <= 1:  # noqa: SIM102 - known when compiling, the other only when running
+        if (number >= after_o) & (number < after_u):
+            at = number - after_o
+            tile = first_u + at // IN_H * PROGRAMS
+            _copy_part(ring, slot, gate_up_ptr, tile, at % IN_H, HIDDEN, INNER, EACH, NUM_WARPS)
+    if FROM <= 2:  # noqa: SIM102
+        if (number >= after_u) & (number < after_d):
+            at = number - after_u
+            tile = first_d + at // IN_I * PROGRAMS
+            _copy_part(ring, slot, down_ptr, tile, at % IN_I, INNER, 0, EACH, NUM_WARPS)
+    if QKV > 0:
+        first_q, num_q = _share(QKV // ROWS, T + U + T, PROGRAMS)
+        if (number >= after_d) & (number < after_d + num_q * IN_H):
+            at = number - after_d
+            tile = first_q + at // IN_H * PROGRAMS
+            _copy_part(ring, slot, qkv_ptr, tile, at % IN_H, HIDDEN, 0, EACH, NUM_WARPS)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def _multiply(
+    ring, xs, scale, began, first, count, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, bases_ptr, out_ptr, inbox,
+    stamp, num_tokens,
+    INPUTS: gl.constexpr, KIND: gl.constexpr, BIAS: gl.constexpr,
+    WORLD: gl.constexpr, SEEN: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr,
+    EACH: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, NUM_WARPS: gl.constexpr, WORDS: gl.constexpr,
+    FROM: gl.constexpr,
+):  # fmt: skip
+    """This program's tiles of one product, whose parts are those from `began` on of all of its own. xs: for each part
+    of the columns a tensor [warps, columns, 8]."""
+    PARTS: gl.constexpr = ceil_of(INPUTS, EACH * NUM_WARPS)
+    sums_in: gl.constexpr = sums_layout(NUM_WARPS)
+    rows_in: gl.constexpr = gl.DotOperandLayout(0, sums_in, WORDS)
+    made_in: gl.constexpr = gl.SliceLayout(0, sums_in)
+    row = gl.arange(0, ROWS, gl.SliceLayout(1, made_in))
+    token = gl.arange(0, 8, gl.SliceLayout(0, made_in))
+    for i in range(count):
+        acc = gl.zeros([NUM_WARPS, ROWS, 8], gl.float32, sums_in)
+        for part in gl.static_range(PARTS):
+            number = began + i * PARTS + part
+            _ask(
+                ring, number + STAGES - 1, o_ptr, gate_up_ptr, down_ptr, qkv_ptr,
+                SEEN, HIDDEN, INNER, QKV, EACH, STAGES, PROGRAMS, NUM_WARPS, FROM,
+            )  # fmt: skip
+            async_copy.wait_group(STAGES - 1)
+            acc = mma_v2(ring.index(number % STAGES).load(rows_in), xs[part], acc)
+        y = gl.sum(acc, 0)
+        tile = first + i * PROGRAMS
+        if KIND == GATED:
+            y = y * scale[None, :]
+            gate, up = gl.split(gl.permute(gl.reshape(y, [2, ROWS // 2, 8]), [1, 2, 0]))
+            inner = gate / (1.0 + gl.exp2(gate * -1.4426950408889634)) * up
+            inner_in: gl.constexpr = inner.type.layout
+            column = tile * (ROWS // 2) + gl.arange(0, ROWS // 2, gl.SliceLayout(1, inner_in))[:, None]
+            one = gl.arange(0, 8, gl.SliceLayout(0, inner_in))[None, :]
+            bits = inner.to(ring.dtype).to(gl.int16, bitcast=True)
+            gl.store(out_ptr + one * INNER + column, bits, mask=(one < num_tokens) & (column >= 0))
+        else:
+            output = (tile * ROWS + row)[:, None]
+            there = (token < num_tokens)[None, :] & (output >= 0)
+            if KIND == PLAIN:
+                y = y * scale[None, :]
+                if BIAS:
+                    y += gl.load(bias_ptr + tile * ROWS + row).to(gl.float32)[:, None]
+                gl.store(out_ptr + token[None, :] * QKV + output, y.to(ring.dtype), mask=there)
+            else:
+                word = y.to(ring.dtype).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF | stamp
+                for peer in gl.static_range(WORLD):
+                    base = gl.multiple_of(gl.load(bases_ptr + peer).to(gl.pointer_type(gl.int32)), 64) + inbox
+                    gl.store(base + output * 8 + token[None, :], word, mask=there)
+
+
+@gluon.jit
+def _look(box_ptr, place, inside, stamp, SIZE: gl.constexpr, WORLD: gl.constexpr, DTYPE: gl.constexpr):
+    """(sum of what all ranks wrote, float32; whether any word is of another turn)."""
+    wrong = place * 0
+    total = wrong.to(gl.float32)
+    for sender in gl.static_range(WORLD):  # in the same order on all ranks: the same bits
+        word = gl.load(box_ptr + sender * SIZE + place, mask=inside, other=0, volatile=True)
+        wrong = wrong | gl.where(inside, word ^ stamp, 0)
+        total += (word & 0xFFFF).to(gl.int16).to(DTYPE, bitcast=True).to(gl.float32)
+    return total, gl.max(gl.max(((wrong & -65536) != 0).to(gl.int32), 0), 0)
+
+
+@gluon.jit
+def _own(
+    box_ptr, residual_ptr, norm_ptr, made_ptr, squares_ptr, stamp, num_tokens,
+    HIDDEN: gl.constexpr, OWN: gl.constexpr, WORLD: gl.constexpr, DTYPE: gl.constexpr, NORM: gl.constexpr,
+    NUM_WARPS: gl.constexpr, WAIT: gl.constexpr,
+):  # fmt: skip
+    """Add up this program's columns, if it has any: into the residual and, times the norm's weight, for all programs
+    here. NORM 0: nobody reads them here."""
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [NUM_WARPS, 1], [1, 0])
+    program = gl.program_id(0)
+    if program * OWN < HIDDEN:
+        column = program * OWN + gl.arange(0, OWN, gl.SliceLayout(1, layout))[:, None]
+        token = gl.arange(0, 8, gl.SliceLayout(0, layout))[None, :]
+        inside = (column < HIDDEN) & (token < num_tokens)
+        place = token * HIDDEN + column
+        before = gl.load(residual_ptr + place, mask=inside, other=0.0).to(gl.float32)
+        norm = gl.load(norm_ptr + column + token * 0, mask=inside, other=0.0).to(gl.float32)
+        began = _now(stamp)
+        total, late = _look(box_ptr, column * 8 + token, inside, stamp, HIDDEN * 8, WORLD, DTYPE)
+        if WAIT:
+            while late > 0:
+                total, late = _look(box_ptr, column * 8 + token, inside, stamp, HIDDEN * 8, WORLD, DTYPE)
+                _trap_if_late(began)
+        r = (total + before).to(DTYPE)
+        if NORM:
+            x = r.to(gl.float32)
+            gl.store(made_ptr + place, (x * norm).to(DTYPE).to(gl.int16, bitcast=True), mask=inside)
+            square = gl.sum(gl.where(inside, x * x, 0.0), 0)
+            one = gl.arange(0, 8, gl.SliceLayout(0, layout))
+            gl.store(squares_ptr + program * 8 + one, square.to(gl.int32, bitcast=True), mask=one < num_tokens)
+        gl.store(residual_ptr + place, r, mask=inside)
+
+
+@gluon.jit
+def _look_at_squares(squares_ptr, num_tokens, OWNERS: gl.constexpr, NUM_WARPS: gl.constexpr):
+    layout: gl.constexpr = gl.BlockedLayout([1, 1], [4, 8], [NUM_WARPS, 1], [1, 0])
+    owner = gl.arange(0, power_of_two(OWNERS), gl.SliceLayout(1, layout))[:, None]
+    token = gl.arange(0, 8, gl.SliceLayout(0, layout))[None, :]
+    inside = (owner < OWNERS) & (token < num_tokens)
+    word = gl.load(squares_ptr + owner * 8 + token, mask=inside, other=0, volatile=True)
+    return gl.sum(word.to(gl.float32, bitcast=True), 0), gl.max(gl.max((word == -1).to(gl.int32), 0), 0)
+
+
+@gluon.jit
+def _scale_of(
+    squares_ptr, num_tokens, eps, HIDDEN: gl.constexpr, OWNERS: gl.constexpr, NUM_WARPS: gl.constexpr,
+    WAIT: gl.constexpr,
+):  # fmt: skip
+    """What the norm divides each token by, float32 [8], once all owners said their squares."""
+    began = _now(num_tokens)
+    total, late = _look_at_squares(squares_ptr, num_tokens, OWNERS, NUM_WARPS)
+    if WAIT:
+        while late > 0:
+            total, late = _look_at_squares(squares_ptr, num_tokens, OWNERS, NUM_WARPS)
+            _trap_if_late(began)
+    return gl.convert_layout(
+        1.0 / gl.sqrt(total / HIDDEN + eps), gl.SliceLayout(0, gl.SliceLayout(0, sums_layout(NUM_WARPS)))
+    )
+
+
+@gluon.jit
+def _larger(a, b):
+    """Of two and two numbers of 16 bits without a sign."""
+    return gl.inline_asm_elementwise("max.u16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=gl.int16, is_pure=True, pack=2)
+
+
+@gluon.jit
+def _read(
+    box_ptr, num_tokens, INPUTS: gl.constexpr, EACH: gl.constexpr, NUM_WARPS: gl.constexpr, WORDS: gl.constexpr,
+    FRESH: gl.constexpr,
+):  # fmt: skip
+    """(tokens [8, INPUTS], 16-bit words, as a tuple of what each part multiplies; whether one is not there yet)."""
+    layout: gl.constexpr = tokens_layout(NUM_WARPS, WORDS)
+    PARTS: gl.constexpr = ceil_of(INPUTS, EACH * NUM_WARPS)
+    piece = gl.arange(0, NUM_WARPS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    column = gl.arange(0, EACH, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    token = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
+    most = ((piece + column + token) * 0).to(gl.int16)
+    xs = ()
+    for part in gl.static_range(PARTS):
+        at = (part * NUM_WARPS + piece) * EACH + column
+        inside = (at < INPUTS) & (token < num_tokens)
+        word = gl.load(box_ptr + token * INPUTS + at, mask=inside, other=0, volatile=FRESH)
+        if FRESH:
+            most = _larger(most, word)
+        xs += (word,)
+    late = 0
+    if FRESH:
+        late = gl.max(gl.reshape((most == -1).to(gl.int32), [NUM_WARPS * EACH * 8]), 0)
+    return xs, late
+
+
+@gluon.jit
+def _as_numbers(words, DTYPE: gl.constexpr, PARTS: gl.constexpr):
+    xs = ()
+    for part in gl.static_range(PARTS):
+        xs += (words[part].to(DTYPE, bitcast=True),)
+    return xs
+
+
+@gluon.jit
+def _receive(
+    box_ptr, num_tokens, INPUTS: gl.constexpr, EACH: gl.constexpr, NUM_WARPS: gl.constexpr, WORDS: gl.constexpr,
+    DTYPE: gl.constexpr, PROBE: gl.constexpr, WAIT: gl.constexpr,
+):  # fmt: skip
+    """The tokens that programs here left, once all are there. PROBE: of every so many columns one is looked at first:
+    to read all again and again would hold up the weights."""
+    began = _now(num_tokens)
+    if WAIT and PROBE > 0:
+        layout: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])
+        COUNT: gl.constexpr = INPUTS // PROBE
+        probe = gl.arange(0, power_of_two(COUNT), layout)
+        late = 1
+        while late > 0:
+            word = gl.load(box_ptr + probe * PROBE, mask=probe < COUNT, other=0, volatile=True)
+            late = gl.max((word == -1).to(gl.int32), 0)
+            _trap_if_late(began)
+    words, late = _read(box_ptr, num_tokens, INPUTS, EACH, NUM_WARPS, WORDS, True)
+    if WAIT:
+        while late > 0:
+            words, late = _read(box_ptr, num_tokens, INPUTS, EACH, NUM_WARPS, WORDS, True)
+            _trap_if_late(began)
+    return _as_numbers(words, DTYPE, ceil_of(INPUTS, EACH * NUM_WARPS))
+
+
+@gluon.jit(do_not_specialize=["rank", "num_tokens"])
+def _rows_kernel(
+    seen_ptr, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, norm_ptr, next_norm_ptr, residual_ptr, out_ptr,
+    bases_ptr, boxes_ptr, counter_ptr, inbox, rank, num_tokens, eps, next_eps,
+    SEEN: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr, BIAS: gl.constexpr,
+    WORLD: gl.constexpr, EACH: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, WORDS: gl.constexpr,
+    WAIT: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """QKV 0: nothing but the residual comes out."""
+    DTYPE: gl.constexpr = o_ptr.dtype.element_ty
+    WIDTH: gl.constexpr = EACH * num_warps
+    OWN: gl.constexpr = owned(HIDDEN, PROGRAMS, num_warps)
+    OWNERS: gl.constexpr = ceil_of(HIDDEN, OWN)
+    T: gl.constexpr = HIDDEN // ROWS
+    U: gl.constexpr = INNER * 2 // ROWS
+    swizzled: gl.constexpr = gl.SwizzledSharedLayout(8 if WORDS == 2 else 32, 1, 8 if WORDS == 2 else 2, [2, 1, 0])
+    ring = gl.allocate_shared_memory(DTYPE, [STAGES, num_warps, ROWS, EACH], swizzled)
+    program = gl.program_id(0)
+    first_o, num_o = _share(T, 0, PROGRAMS)
+    first_u, num_u = _share(U, T, PROGRAMS)
+    first_d, num_d = _share(T, T + U, PROGRAMS)
+    for stage in range(STAGES - 1):
+        _ask(
+            ring, stage, o_ptr, gate_up_ptr, down_ptr, qkv_ptr,
+            SEEN, HIDDEN, INNER, QKV, EACH, STAGES, PROGRAMS, num_warps, 0,
+        )  # fmt: skip
+    if PDL:
+        gdc_wait()
+    turn = gl.load(counter_ptr + program) + 1
+    stamp = turn << 16
+    # on this card: what `o` made, what `down` made, what the gate made, and squares of the first two
+    BOX: gl.constexpr = 8 * (2 * HIDDEN + INNER) + 2 * 16 * OWNERS  # of 16 bits
+    o_made = gl.multiple_of(boxes_ptr + (turn & 1) * BOX, 16)
+    down_made = o_made + 8 * HIDDEN
+    inner_made = o_made + 16 * HIDDEN
+    o_squares = (inner_made + 8 * INNER).to(gl.pointer_type(gl.int32))
+    down_squares = o_squares + 8 * OWNERS
+    # o
+    words, _ = _read(seen_ptr.to(gl.pointer_type(gl.int16)), num_tokens, SEEN, EACH, num_warps, WORDS, False)
+    xs = _as_numbers(words, DTYPE, ceil_of(SEEN, WIDTH))
+    _multiply(
+        ring, xs, num_tokens, 0, first_o, num_o, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, bases_ptr, out_ptr,
+        inbox + rank * (HIDDEN * 8), stamp, num_tokens, SEEN, TO_ALL, False,
+        WORLD, SEEN, HIDDEN, INNER, QKV, EACH, STAGES, PROGRAMS, num_warps, WORDS, 0,
+    )  # fmt: skip
+    # the next launch's places
+    flat: gl.constexpr = gl.BlockedLayout([4], [32], [num_warps], [0])
+    others = (boxes_ptr + ((turn + 1) & 1) * BOX).to(gl.pointer_type(gl.int32))
+    for start in range(program * (128 * num_warps), BOX // 2, PROGRAMS * (128 * num_warps)):
+        place = start + gl.arange(0, 128 * num_warps, flat)
+        gl.store(others + place, place * 0 - 1, mask=place < BOX // 2)
+    # gate and up
+    own_box = gl.multiple_of(gl.load(bases_ptr + rank).to(gl.pointer_type(gl.int32)), 64) + inbox
+    _own(
+        own_box, residual_ptr, norm_ptr, o_made, o_squares, stamp, num_tokens,
+        HIDDEN, OWN, WORLD, DTYPE, True, num_warps, WAIT,
+    )  # fmt: skip
+    scale = _scale_of(o_squares, num_tokens, eps, HIDDEN, OWNERS, num_warps, WAIT)
+    normed = _receive(o_made, num_tokens, HIDDEN, EACH, num_warps, WORDS, DTYPE, 0, WAIT)
+    began_u = num_o * ceil_of(SEEN, WIDTH)
+    _multiply(
+        ring, normed, scale, began_u, first_u, num_u, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, bases_ptr,
+        inner_made, inbox, stamp, num_tokens, HIDDEN, GATED, False,
+        WORLD, SEEN, HIDDEN, INNER, QKV, EACH, STAGES, PROGRAMS, num_warps, WORDS, 1,
+    )  # fmt: skip
+    # down
+    inner = _receive(inner_made, num_tokens, INNER, EACH, num_warps, WORDS, DTYPE, ROWS // 2, WAIT)
+    began_d = began_u + num_u * ceil_of(HIDDEN, WIDTH)
+    _multiply(
+        ring, inner, num_tokens, began_d, first_d, num_d, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, bases_ptr,
+        out_ptr, inbox + (WORLD + rank) * (HIDDEN * 8), stamp, num_tokens, INNER, TO_ALL, False,
+        WORLD, SEEN, HIDDEN, INNER, QKV, EACH, STAGES, PROGRAMS, num_warps, WORDS, 2,
+    )  # fmt: skip
+    if PDL:
+        gdc_launch_dependents()
+    gl.store(counter_ptr + program, turn)
+    # the next layer's q, k and v
+    _own(
+        own_box + WORLD * HIDDEN * 8, residual_ptr, next_norm_ptr, down_made, down_squares, stamp, num_tokens,
+        HIDDEN, OWN, WORLD, DTYPE, QKV > 0, num_warps, WAIT,
+    )  # fmt: skip
+    if QKV > 0:
+        first_q, num_q = _share(QKV // ROWS, T + U + T, PROGRAMS)
+        if num_q > 0:
+            next_scale = _scale_of(down_squares, num_tokens, next_eps, HIDDEN, OWNERS, num_warps, WAIT)
+            after = _receive(down_made, num_tokens, HIDDEN, EACH, num_warps, WORDS, DTYPE, 0, WAIT)
+            began_q = began_d + num_d * ceil_of(INNER, WIDTH)
+            _multiply(
+                ring, after, next_scale, began_q, first_q, num_q, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr,
+                bases_ptr, out_ptr, inbox, stamp, num_tokens, HIDDEN, PLAIN, BIAS,
+                WORLD, SEEN, HIDDEN, INNER, QKV, EACH, STAGES, PROGRAMS, num_warps, WORDS, 3,
+            )  # fmt: skip
+
+
+def inbox_words(world: int, hidden: int) -> int:
+    """Of 4 bytes, of one inbox."""
+    return 2 * world * hidden * TOKENS
+
+
+def box_words(hidden: int, inner: int) -> int:
+    """Of 4 bytes, of what programs of a card leave to each other; at first all bits are ones."""
+    return TOKENS * (2 * hidden + inner) + 2 * 16 * (hidden // 32)
+
+
+def suits(seen: int, hidden: int, inner: int, qkv: int, sizes: tuning.Sizes, num_programs: int) -> bool:
+    """Whether these widths fit the ring, and every program has a tile of `down`."""
+    place = sizes["warps"] * 16 * sizes["each"] * 2
+    if sizes["stages"] * place + 8192 > SHARED_BYTES or any(n % 128 for n in (seen, hidden, inner, qkv)):
+        return False
+    if hidden > 64 * num_programs * sizes["warps"] or hidden < 32 * 4 * sizes["warps"]:
+        return False
+    return hidden // 16 >= num_programs
+
+
+def chain(
+    seen_TS: Tensor,
+    weights: tuple[Tensor, Tensor, Tensor, Tensor | None],
+    norms: tuple[tuple[Tensor, float], tuple[Tensor, float] | None],
+    bias_Q: Tensor | None,
+    residual_TD: Tensor,
+    out_TX: Tensor | None,
+    bases_W: Tensor,
+    boxes: Tensor,
+    counters: Tensor,
+    rank: int,
+    sizes: tuning.Sizes,
+    *,
+    inbox_at: int,
+    wait: bool = True,
+) -> None:
+    """One layer for at most 8 tokens, from behind its attention, into `out_TX`; `residual_TD` is updated in place.
+
+    `weights`: of o [hidden, S], gate and up [2 I, hidden], down [hidden, I], and of the next layer's q, k and v [X,
+    hidden] or None. `norms`: (weight, epsilon) before gate and up, and before q, k and v. `bases_W`: int64, the
+    addresses of the ranks' shared buffers, where `inbox_words`, zero at first, begin at byte `inbox_at`; `boxes`:
+    int32, twice `box_words`, ones at first, `counters`: int32 [programs], zero at first, this rank's own. `sizes`:
+    columns of a warp in a place of the ring (`each`), places (`stages`), `warps`, multiprocessors left to others
+    (`spare`), columns side by side in a register of the tensor cores (`words`: 2 or 8). `wait` false: all words are
+    known to be there (tests).
+    """
+    o_DS, gate_up_UD, down_DI, qkv_XD = weights
+    hidden, seen = o_DS.shape
+    inner = down_DI.shape[1]
+    qkv = 0 if qkv_XD is None else qkv_XD.shape[0]
+    num_tokens, world = seen_TS.shape[0], bases_W.shape[0]
+    num_programs = programs_of(seen_TS, sizes)
+    assert num_tokens <= TOKENS
+    assert suits(seen, hidden, inner, qkv, sizes, num_programs)
+    assert all(w is None or w.is_contiguous() for w in (*weights, seen_TS, residual_TD, out_TX))
+    assert gate_up_UD.shape == (2 * inner, hidden)
+    assert counters.shape[0] >= num_programs
+    assert boxes.shape[0] >= 2 * box_words(hidden, inner)
+    (norm_D, eps), (next_norm_D, next_eps) = norms[0], norms[1] or norms[0]
+    _rows_kernel[(num_programs,)](
+        seen_TS, o_DS, gate_up_UD, down_DI, o_DS if qkv_XD is None else qkv_XD, o_DS if bias_Q is None else bias_Q,
+        norm_D, next_norm_D, residual_TD, o_DS if out_TX is None else out_TX, bases_W, boxes.view(dtype=torch.int16),
+        counters, inbox_at // 4, rank, num_tokens, eps, next_eps,
+        SEEN=seen, HIDDEN=hidden, INNER=inner, QKV=qkv, BIAS=bias_Q is not None, WORLD=world,
+        EACH=sizes["each"], STAGES=sizes["stages"], PROGRAMS=num_programs, WORDS=sizes["words"], WAIT=wait,
+        num_warps=sizes["warps"], **tuning.overlap(seen_TS.device),
+    )  # fmt: skip
