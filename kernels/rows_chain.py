@@ -270,7 +270,7 @@ def _read(
         word = gl.load(box_ptr + token * INPUTS + at, mask=inside, other=0, volatile=FRESH)
         if FRESH:
             most = _larger(most, word)
-        xs += (word,)
+        xs += (word,)  # type: ignore[assignment]
     late = 0
     if FRESH:
         late = gl.max(gl.reshape((most == -1).to(gl.int32), [NUM_WARPS * EACH * 8]), 0)
@@ -281,7 +281,7 @@ def _read(
 def _as_numbers(words, DTYPE: gl.constexpr, PARTS: gl.constexpr):
     xs = ()
     for part in gl.static_range(PARTS):
-        xs += (words[part].to(DTYPE, bitcast=True),)
+        xs += (words[part].to(DTYPE, bitcast=True),)  # type: ignore[assignment]
     return xs
 
 

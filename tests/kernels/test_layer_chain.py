@@ -170,9 +170,7 @@ class Language(threading.local):
         if mask is None:
             pointer.memory[pointer.places] = value
             return
-        values, inside, there = (
-            one.ravel() for one in np.broadcast_arrays(value.array, mask.array, pointer.places)
-        )
+        values, inside, there = (one.ravel() for one in np.broadcast_arrays(value.array, mask.array, pointer.places))
         for place in np.random.default_rng().permutation(np.flatnonzero(inside)):
             pointer.memory[there[place]] = values[place]
 

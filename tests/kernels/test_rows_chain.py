@@ -6,14 +6,13 @@ other here with different numbers of tokens.
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
-from test_layer_chain import EPS, FIRST_TURN, Addresses, Language, Numbers, Pointer, Rank, _run_all
+from test_layer_chain import EPS, Addresses, Language, Numbers, Pointer, Rank, _run_all
 
 from argosy.kernels import layer_chain, rows_chain
 
@@ -44,7 +43,9 @@ class Wide(Language):
 
 def _times(rows: Any, tokens: Any, acc: Any) -> Numbers:
     assert not np.isnan(tokens.array).any()
-    return Numbers(acc.array + np.einsum("pri,pit->prt", rows.array.astype(np.float32), tokens.array.astype(np.float32)))
+    return Numbers(
+        acc.array + np.einsum("pri,pit->prt", rows.array.astype(np.float32), tokens.array.astype(np.float32))
+    )
 
 
 def _larger(a: Any, b: Any) -> Numbers:
@@ -134,6 +135,7 @@ def test_ranks_say_what_the_layers_mean(
     _run_all(run_rank, world, problems)
     assert problems == []
     for at, residual in enumerate(starts):
+
         def of(weight: Any, x: Any) -> Any:
             return (x.astype(np.float32) @ weight.astype(np.float32).T).astype(np.float32)
 

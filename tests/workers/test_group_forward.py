@@ -75,7 +75,8 @@ def test_one_token_alone_goes_through_a_launch_a_layer(num_tokens: int) -> None:
         input_norm=torch.clone, attention=attention, mlp=SimpleNamespace(part=part), mlp_norm=None
     )
     stage.sums = SimpleNamespace(part=lambda *_: None, add_norm=add_norm)
-    stage._chain, stage._embed, stage._copies = SimpleNamespace(through=through), None, None
+    chain = SimpleNamespace(through=through, takes=lambda count: count == 1)
+    stage._chains, stage._embed, stage._copies = [chain], None, None
     stage._layers, stage._in_turn, stage._norms = [layer], lambda: [layer], [None, None]
     stage(None, torch.zeros(num_tokens, 8), torch.zeros(num_tokens), SimpleNamespace(asked_rows_S=None))
     assert went == (["chain"] if num_tokens == 1 else ["part of 2", "part of 2"])

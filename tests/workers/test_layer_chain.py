@@ -51,7 +51,7 @@ def test_one_token_goes_through_the_chain(family: str, tmp_path: Path, monkeypat
     through = object.__new__(LayerChain)
     through._kernels, through._rank, through._sizes = SimpleNamespace(chain=chain), 0, {}  # type: ignore[assignment]
     through._bases_W = through._inner_I = through._counters = torch.zeros(0)
-    rank.runner.model._chain = through
+    rank.runner.model._chains = [through]
     run = Run(rank, config, 128)
     requests = [run.add(greedy(prompt, 3 + n, stream_id=n))[0] for n, prompt in enumerate(prompts())]
     run.finish()

@@ -14,7 +14,7 @@ from torch import Tensor
 from argosy.kernels import tuning
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.forward_context import ForwardContext
-from argosy.workers.layers.layer_chain import are_plain, is_wanted
+from argosy.workers.layers.layer_chain import LayerChain, are_plain, open_layer_chain
 from argosy.workers.layers.norm import RMSNorm
 
 if TYPE_CHECKING:  # it imports this file
@@ -87,11 +87,14 @@ class RowsChain:
         return residual_TD if last is None else last(residual_TD)
 
 
+Chain = LayerChain | RowsChain
+
+
 def open_rows_chain(
     parallel: ParallelContext, layers: "Sequence[DecoderLayer]", *, width: int, dtype: torch.dtype
 ) -> RowsChain | None:
     """For these layers, or None where one of them is of another kind or nothing was measured; alike on all ranks."""
-    if not are_plain(parallel, layers, dtype) or not is_wanted():
+    if not are_plain(parallel, layers, dtype):
         return None
     first = layers[0]
     seen, inner = first.attention.o_proj.share, first.mlp.down_proj.share
@@ -105,3 +108,11 @@ def open_rows_chain(
     if not layer_chain.RUNS_HERE or not rows_chain.suits(seen, width, inner, qkv, sizes, programs):
         return None
     return RowsChain(parallel, sizes, width=width, inner=inner)
+
+
+def open_chains(
+    parallel: ParallelContext, layers: "Sequence[DecoderLayer]", width: int, dtype: torch.dtype
+) -> list[Chain]:
+    """All there are for these layers, what takes more tokens first. Collective over a group."""
+    opened = [opens(parallel, layers, width=width, dtype=dtype) for opens in (open_rows_chain, open_layer_chain)]
+    return [chain for chain in opened if chain is not None]

@@ -25,10 +25,10 @@ from argosy.workers.layers.activation import GATED_ACTIVATIONS
 from argosy.workers.layers.attention import Attention
 from argosy.workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from argosy.workers.layers.group_sum import open_group_copies, open_group_sum
-from argosy.workers.layers.layer_chain import LayerChain, open_layer_chain
 from argosy.workers.layers.linear import MergedColumnParallelLinear, ParallelLinear, RowParallelLinear
 from argosy.workers.layers.norm import RMSNorm
 from argosy.workers.layers.rotary import RotaryEmbedding
+from argosy.workers.layers.rows_chain import Chain, open_chains
 from argosy.workers.loading.names import LLAMA_NAMES, NameTable
 from argosy.workers.models.group_forward import HALF_MULTIPLE, GroupForward
 from argosy.workers.quantization.base import Cut, Fusion, LinearMethod, linear_method_for
@@ -202,7 +202,7 @@ class Decoder(nn.Module):
             )
         self._stack = [layer for layer in self.layers.values() if isinstance(layer, DecoderLayer)]
         self._group: GroupForward | None = None
-        self._chain: LayerChain | None = None
+        self._chains: list[Chain] = []
         self.offload: WeightOffload | None = None
 
     def open_group_sum(self, max_tokens: int, max_rows: int) -> None:
@@ -213,7 +213,7 @@ class Decoder(nn.Module):
             return
         width = self.spec.hidden_size
         if self.parallel.tp_size == 1:
-            self._chain = self._open_chain()
+            self._chains = self._open_chains()
         sums = open_group_sum(
             self.parallel, max_tokens=max_tokens, width=width, max_rows=max_rows, dtype=self.dtype
         )  # fmt: skip
@@ -221,14 +221,13 @@ class Decoder(nn.Module):
             copies = open_group_copies(self.parallel, sums, max_rows=max_tokens // 2 + HALF_MULTIPLE)
             self._group = GroupForward(
                 self._stack, self.embed, self.norm, sums, copies, width=width, dtype=self.dtype, device=self.device,
-                in_turn=self.in_turn, chain=self._open_chain(),
+                in_turn=self.in_turn, chains=self._open_chains(),
             )  # fmt: skip
 
-    def _open_chain(self) -> LayerChain | None:
+    def _open_chains(self) -> list[Chain]:
         """Not with weights that come through the link: they are asked for long before their turn."""
-        if self.offload is not None:
-            return None
-        return open_layer_chain(self.parallel, self._stack, width=self.spec.hidden_size, dtype=self.dtype)
+        plain = self.offload is None
+        return open_chains(self.parallel, self._stack, self.spec.hidden_size, self.dtype) if plain else []
 
     def forward(
         self, token_ids_T: Tensor | None, hidden_TD: Tensor | None, positions_T: Tensor, ctx: ForwardContext
@@ -245,11 +244,12 @@ class Decoder(nn.Module):
         else:
             assert hidden_TD is not None
             residual_TD = hidden_TD
-        if self._chain is not None and len(residual_TD) == 1 and ctx.asked_rows_S is None:
-            norm = self._stack[0].input_norm
-            qkv_1X = self._stack[0].attention.qkv_proj.fused(residual_TD, Fusion(norm.weight, norm.eps))
-            norms = [*(layer.input_norm for layer in self._stack[1:]), self.norm]
-            return self._chain.through(self._stack, norms, qkv_1X, residual_TD, positions_T, ctx)
+        for chain in self._chains if ctx.asked_rows_S is None else ():
+            if chain.takes(len(residual_TD)):
+                norm = self._stack[0].input_norm
+                qkv_TX = self._stack[0].attention.qkv_proj.fused(residual_TD, Fusion(norm.weight, norm.eps))
+                norms = [*(layer.input_norm for layer in self._stack[1:]), self.norm]
+                return chain.through(self._stack, norms, qkv_TX, residual_TD, positions_T, ctx)
         # the last layer of all leaves out the tokens whose state nobody asks for, once their keys are in the cache
         last = len(self._stack) if self.norm is not None else 0
         fuses = self._fuses(residual_TD)

@@ -18,8 +18,8 @@ from torch import Tensor
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.layers.embedding import VocabParallelEmbedding
 from argosy.workers.layers.group_sum import EMBEDDED, GroupCopies, GroupSum
-from argosy.workers.layers.layer_chain import LayerChain
 from argosy.workers.layers.norm import RMSNorm
+from argosy.workers.layers.rows_chain import Chain
 
 if TYPE_CHECKING:  # it imports this file
     from argosy.workers.models.decoder import DecoderLayer
@@ -58,11 +58,11 @@ class GroupForward:
         dtype: torch.dtype,
         device: torch.device,
         in_turn: "Callable[[], Iterable[DecoderLayer]]",
-        chain: LayerChain | None = None,
+        chains: Sequence[Chain] = (),
     ):
-        """`in_turn`: the same layers, each with its weights on the device while a loop's body runs. `chain`: for one
-        token, where all weights stay."""
-        self.sums, self._in_turn, self._chain = sums, in_turn, chain
+        """`in_turn`: the same layers, each with its weights on the device while a loop's body runs. `chains`: for a few
+        tokens, where all weights stay."""
+        self.sums, self._in_turn, self._chains = sums, in_turn, chains
         self._layers, self._embed = layers, embed
         self._norms: list[RMSNorm | None] = [*(layer.input_norm for layer in layers), norm]
         self._width, self._dtype, self._device = width, dtype, device
@@ -85,14 +85,16 @@ class GroupForward:
             assert token_ids_T is not None
             num_tokens = token_ids_T.shape[0]
             residual_TD = torch.empty((num_tokens, self._width), dtype=self._dtype, device=self._device)
+            whole = self.overlaps(num_tokens) or any(chain.takes(num_tokens) for chain in self._chains)
             self._embed.part(token_ids_T, sums.part(EMBEDDED, num_tokens))
-            x_TD = sums.add_norm(EMBEDDED, residual_TD, self._norms[0], add=False, whole=self.overlaps(num_tokens))
+            x_TD = sums.add_norm(EMBEDDED, residual_TD, self._norms[0], add=False, whole=whole)
         else:
             assert hidden_TD is not None
             residual_TD, x_TD = hidden_TD, self._layers[0].input_norm(hidden_TD)
-        if self._chain is not None and len(x_TD) == 1:
-            qkv_1X = self._layers[0].attention.qkv_proj.product(x_TD)
-            return self._chain.through(self._layers, self._norms[1:], qkv_1X, residual_TD, positions_T, ctx)
+        for chain in self._chains:
+            if chain.takes(len(x_TD)):
+                qkv_TX = self._layers[0].attention.qkv_proj.product(x_TD)
+                return chain.through(self._layers, self._norms[1:], qkv_TX, residual_TD, positions_T, ctx)
         if self._copies is not None and self.overlaps(len(x_TD)):
             return self._overlapped(self._copies, x_TD, residual_TD, positions_T, ctx)
         for layer, next_norm in zip(self._in_turn(), self._norms[1:], strict=True):
