@@ -12,6 +12,7 @@ import msgspec
 
 from argosy.deploy import preflight
 from argosy.deploy.preflight import Inspection
+from argosy.deploy.preflight_model import Wish
 from argosy.deploy.ray_session import RaySession
 from argosy.placement import ray_cluster
 from argosy.placement.preflight_facts import NodeFacts
@@ -26,7 +27,7 @@ def main(*, address: str, model: str | None, with_sums: bool, as_json: bool) -> 
     began = time.monotonic()
     session = RaySession.open(address, num_cpus=1)
     try:
-        inspection = preflight.inspect_cluster(folder=model or "", tell=lambda text: _say(f"{text} ..."))
+        inspection = preflight.inspect_cluster(wish=Wish(model or ""), tell=lambda text: _say(f"{text} ..."))
         sums = _sums(inspection) if with_sums and len(inspection.nodes) > 1 else []
         offers = ray_cluster.offers()
     finally:

@@ -14,7 +14,7 @@ import msgspec
 import ray
 
 from argosy.cluster.protocol.config import ServingConfig
-from argosy.deploy.preflight_model import examine_model
+from argosy.deploy.preflight_model import Wish, examine_model
 from argosy.placement.network import choose_interface
 from argosy.placement.preflight_facts import NodeFacts, gather_facts
 from argosy.placement.preflight_links import LinkFacts, LinkServer, call_link, rounds_of_pairs
@@ -27,6 +27,7 @@ _ROUND_SECONDS: Final = 6.0
 _LINKS_SECONDS: Final = 8.0  # for all rounds; what is not reached by then stays untried
 _MIB: Final = 2**20
 _NOTHING: Final = Wanted()
+_NO_MODEL: Final = Wish()
 
 
 class Inspection(msgspec.Struct, frozen=True, kw_only=True):
@@ -85,12 +86,9 @@ class Probe:
     def __init__(self) -> None:
         self._server: LinkServer | None = None
 
-    def facts(self, address: str, folder: str, with_weights: bool) -> bytes:
+    def facts(self, address: str, wish: Wish) -> bytes:
         """`NodeFacts` as JSON."""
-        facts = gather_facts(address)
-        if folder:
-            facts = msgspec.structs.replace(facts, model=examine_model(folder, with_weights=with_weights))
-        return msgspec.json.encode(facts)
+        return msgspec.json.encode(_facts(address, wish))
 
     def listen(self, address: str, secret: str) -> int:
         """Open a port for calls of the others; its number."""
@@ -118,26 +116,23 @@ class Probe:
 
 def inspect_cluster(
     *,
-    folder: str = "",
-    with_weights: bool = True,
+    wish: Wish = _NO_MODEL,
     wanted: Wanted = _NOTHING,
     tell: Callable[[str], None] = lambda text: None,
 ) -> Inspection:
-    """Look at all nodes of the cluster that this process is connected to; `folder` is a model's, on each of them.
+    """Look at all nodes of the cluster that this process is connected to, and at the model on each of them.
 
     `wanted`: what ranks will ask of a node; what Ray says of nodes is filled in here.
     """
     began = time.monotonic()
-    if here := _only_node(folder, with_weights, wanted):
+    if here := _only_node(wish, wanted):
         return here
     alive = _own_first(_ray_nodes(), ray.get_runtime_context().get_node_id())
     addresses = {node_id: str(node["NodeManagerAddress"]) for node_id, node in alive.items()}
     ray_gpus = {node_id: float(node["Resources"].get("GPU", 0.0)) for node_id, node in alive.items()}
     with _probes(list(alive)) as probes:
         tell(f"looking at {len(alive)} node{'s' if len(alive) > 1 else ''}")
-        asked = {
-            node_id: probe.facts.remote(addresses[node_id], folder, with_weights) for node_id, probe in probes.items()
-        }
+        asked = {node_id: probe.facts.remote(addresses[node_id], wish) for node_id, probe in probes.items()}
         answers = _gather(asked, FACTS_SECONDS)
         nodes = {node_id: msgspec.json.decode(answer, type=NodeFacts) for node_id, answer in answers.items()}
         links: list[LinkFacts] = []
@@ -164,16 +159,20 @@ def _own_first(nodes: Sequence[Mapping[str, Any]], own: str) -> dict[str, Mappin
     return {node["NodeID"]: node for node in alive}
 
 
-def _only_node(folder: str, with_weights: bool, wanted: Wanted) -> Inspection | None:
+def _facts(address: str, wish: Wish) -> NodeFacts:
+    """Of this node."""
+    facts = gather_facts(address)
+    return msgspec.structs.replace(facts, model=examine_model(wish)) if wish.folder else facts
+
+
+def _only_node(wish: Wish, wanted: Wanted) -> Inspection | None:
     """The inspection of a cluster that is this machine alone: no process has to be started for it."""
     began = time.monotonic()
     alive = [node for node in _ray_nodes() if node["Alive"]]
     own: str = ray.get_runtime_context().get_node_id()
     if len(alive) != 1 or alive[0]["NodeID"] != own:
         return None
-    facts = gather_facts(str(alive[0]["NodeManagerAddress"]))
-    if folder:
-        facts = msgspec.structs.replace(facts, model=examine_model(folder, with_weights=with_weights))
+    facts = _facts(str(alive[0]["NodeManagerAddress"]), wish)
     wanted = msgspec.structs.replace(wanted, ray_gpus={own: float(alive[0]["Resources"].get("GPU", 0.0))})
     return Inspection(
         nodes={own: facts}, wanted=wanted, ray_memory=_memory_of(alive), seconds=round(time.monotonic() - began, 2)
@@ -182,12 +181,8 @@ def _only_node(folder: str, with_weights: bool, wanted: Wanted) -> Inspection | 
 
 def inspect_for(config: ServingConfig, tell: Callable[[str], None]) -> Inspection:
     """For a model that is about to be served."""
-    return inspect_cluster(
-        folder=config.model.model,
-        with_weights=config.model.load_format != "dummy",
-        wanted=wanted_by(config),
-        tell=tell,
-    )
+    wish = Wish(config.model.model, config.model.load_format != "dummy", config.model.hf_overrides)
+    return inspect_cluster(wish=wish, wanted=wanted_by(config), tell=tell)
 
 
 def wanted_by(config: ServingConfig) -> Wanted:

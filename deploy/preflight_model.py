@@ -1,9 +1,8 @@
 """A model folder as one node sees it: sound or not, and marks by which nodes compare. Reads headers and samples."""
 
 import hashlib
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from argosy.cluster.protocol.errors import WeightError
 from argosy.cluster.protocol.model_spec import read_model_spec
@@ -15,20 +14,29 @@ _SAMPLES: Final = 3  # beginning, middle and end: a copy that broke off or mixed
 _TEXTS: Final = ("*.json", "*.jinja", "*.model")
 
 
-def examine_model(folder: str, *, with_weights: bool = True, overrides: Mapping[str, Any] | None = None) -> ModelFacts:
-    """What is in the folder. `with_weights` is False where random ones are served (load_format dummy)."""
+class Wish(NamedTuple):
+    """A model's folder, of each node, and how it is served."""
+
+    folder: str = ""  # none is looked at
+    with_weights: bool = True  # False where random ones are served (load_format dummy)
+    overrides: dict[str, Any] | None = None  # of keys of config.json
+
+
+def examine_model(wish: Wish) -> ModelFacts:
+    """What is in the folder, on this node."""
+    folder = wish.folder
     path = Path(folder)
     if not path.is_dir():
         return ModelFacts(folder=folder, problem=f"has no model folder {folder}")
     try:
-        read_model_spec(path, dict(overrides) if overrides else None)
-        num_bytes = Checkpoint.open(path).num_bytes if with_weights else 0
+        read_model_spec(path, wish.overrides)
+        num_bytes = Checkpoint.open(path).num_bytes if wish.with_weights else 0
     except WeightError as error:
         return ModelFacts(folder=folder, problem=f"model folder {folder}: {error}")
     except OSError as error:
         return ModelFacts(folder=folder, problem=f"model folder {folder}: {error.strerror or error}")
     marks = {file.name: _mark(file) for pattern in _TEXTS for file in path.glob(pattern)}
-    if with_weights:
+    if wish.with_weights:
         marks |= {file.name: _mark_of_weights(file) for file in path.glob("*.safetensors")}
     return ModelFacts(folder=folder, num_bytes=num_bytes, marks=dict(sorted(marks.items())))
 
