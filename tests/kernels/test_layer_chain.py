@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from argosy.kernels import layer_chain, tuning
 
@@ -147,6 +148,7 @@ class Language(threading.local):
     def begin(self, program: int, lands_at_once: bool) -> None:
         self.program, self.lands_at_once = program, lands_at_once
         self.open: list[Callable[[], None]] = []
+        self.asked: list[Any] = []  # places that the open group writes
         self.groups: list[list[Callable[[], None]]] = []
 
     def program_id(self, axis: int) -> int:
@@ -178,6 +180,9 @@ class Language(threading.local):
         inside, places = np.broadcast_arrays(mask.array, pointer.places)
         assert there.array.shape == inside.shape
 
+        assert not any(np.shares_memory(there.array, other) for other in self.asked), "two tiles in one place"
+        self.asked.append(there.array)
+
         def land() -> None:
             there.array[...] = np.where(inside, pointer.memory[np.where(inside, places, 0)], 0)
 
@@ -185,7 +190,7 @@ class Language(threading.local):
 
     def commit_group(self) -> None:
         self.groups.append(self.open)
-        self.open = []
+        self.open, self.asked = [], []
         if self.lands_at_once:
             self.wait_group(0, keep=True)
 
@@ -237,7 +242,10 @@ class Rank:
              "qkv": some(qkv, hidden), "bias": some(qkv), "seen": 4 * some(seen)}
             for _ in range(layers)
         ]  # fmt: skip
-        self.words, self.inner = np.zeros(16 + 2 * world * hidden, np.int32), np.zeros(inner, np.int32)
+        self.words, self.inner = (
+            np.zeros(16 + layer_chain.inbox_words(world, hidden), np.int32),
+            np.zeros(inner, np.int32),
+        )
         self.counters = np.full(programs, FIRST_TURN, np.int32)
         self.residual = np.zeros(hidden, np.float16)
         self.outs = [np.full(qkv if at + 1 < layers else hidden, np.nan, np.float16) for at in range(layers)]
@@ -250,6 +258,7 @@ class Rank:
         (2, 3, (32, 64, 48, 80), 128, 4, True, True),  # widths that fill no tile, tiles that are not dealt evenly
         (2, 4, (16, 64, 112, 48), 256, 7, False, False),  # a ring that holds more than a product
         (4, 3, (16, 96, 48, 32), 256, 2, False, True),
+        (1, 2, (16, 48, 32, 32), 1024, 2, False, True),  # more rows in a tile than outputs are left
     ],
 )
 def test_ranks_say_what_the_layers_mean(
@@ -311,6 +320,34 @@ def test_ranks_say_what_the_layers_mean(
         np.testing.assert_array_equal(rank.residual, ranks[0].residual)  # bit by bit
 
 
+def test_words_that_come_after_those_looked_at_first_are_waited_for(language: Language) -> None:
+    """Some words are read again and again; when they have come, others of the same turn may still be under way."""
+    size, senders, stamp = 160, 2, 5 << 16
+    language.begin(0, lands_at_once=True)
+    numbers = np.random.default_rng(3).standard_normal((senders, size)).astype(np.float16)
+    came = numbers.view(np.uint16).astype(np.int32) | stamp
+    words = np.zeros((senders, size), np.int32)
+    arrive = [slice(size - 32, size), slice(40, size), slice(0, size)]  # the tiles dealt last, and not in order
+    seen: list[int] = []
+    load = language.load
+
+    def load_late(pointer: Any, mask: Any = None, other: float = 0, volatile: bool = False) -> Any:
+        if volatile:
+            seen.append(np.size(pointer.places))
+            turn = len(seen) // (3 * senders)
+            if len(seen) % (3 * senders) == 0 and turn <= len(arrive):
+                words[:, arrive[turn - 1]] = came[:, arrive[turn - 1]]
+        return load(pointer, mask, other=other, volatile=volatile)
+
+    language.load = load_late  # type: ignore[method-assign]
+    found = layer_chain._receive(
+        Pointer(words.ravel()), language.arange(0, 256, None), stamp, size, senders, np.float16, 1, True
+    )
+    np.testing.assert_allclose(found.array[:size], numbers.astype(np.float32).sum(0), rtol=1e-6)
+    assert seen[0] == 32
+    assert seen[-1] == 256
+
+
 def _run_all(run: Callable[[int], None], count: int, problems: list[object]) -> None:
     threads = [threading.Thread(target=run, args=(number,), daemon=True) for number in range(count)]
     for thread in threads:
@@ -332,6 +369,9 @@ def test_widths_that_do_not_fit_are_said_to() -> None:
     assert not layer_chain.suits(1024, 4096, 3584, 1536, sizes | {"stages": 8}, 132)
     assert not layer_chain.suits(64, 256, 512, 128, sizes, 132)
     assert not layer_chain.suits(1024, 4096, 3588, 1536, sizes, 132)
+    few = sizes | {"slot": 65536, "stages": 1}  # 64 tiles of 32 rows
+    assert layer_chain.suits(1024, 2048, 2048, 1536, few, 64)
+    assert not layer_chain.suits(1024, 2048, 2048, 1536, few, 65)
 
 
 def test_words_that_two_threads_would_read_are_not_taken() -> None:
@@ -340,6 +380,50 @@ def test_words_that_two_threads_would_read_are_not_taken() -> None:
     assert layer_chain.suits(2048, 2048, 3072, 4096, sizes, 128)
     assert not layer_chain.suits(2048, 1024, 3072, 4096, sizes, 128)
     assert not layer_chain.suits(2048, 4096, 2048, 4096, sizes | {"warps": 16}, 128)
+
+
+@pytest.mark.parametrize(("ends", "biased"), [("product", True), ("product", False), ("norm", False), ("", False)])
+def test_the_launcher_says_what_it_was_given(monkeypatch: pytest.MonkeyPatch, ends: str, biased: bool) -> None:
+    """Each norm with its own epsilon, what comes behind, and as many programs as fit beside what others need."""
+    launches: list[tuple[Any, tuple[Any, ...], dict[str, Any]]] = []
+
+    class Kernel:
+        def __getitem__(self, grid: Any) -> Callable[..., None]:
+            return lambda *values, **sizes: launches.append((grid, values, sizes))
+
+    monkeypatch.setattr(layer_chain, "_chain_kernel", Kernel())
+    monkeypatch.setattr(layer_chain.tuning, "device_facts", lambda _: SimpleNamespace(num_sms=7))
+    monkeypatch.setattr(layer_chain.tuning, "overlap", lambda _: {})
+    hidden, seen, inner, qkv, world = 256, 128, 512, 384, 2
+    sizes = {"slot": 2048, "stages": 3, "warps": 1, "per_sm": 2, "spare": 1, "cut": 2}
+    weights = [torch.zeros(shape) for shape in ((hidden, seen), (2 * inner, hidden), (hidden, inner), (qkv, hidden))]
+    norms = [(torch.full((hidden,), float(n)), 0.1 + n) for n in range(2)]
+    bias, residual, out = torch.zeros(qkv), torch.zeros(1, hidden), torch.zeros(1, qkv)
+    bases, counters, own = torch.zeros(world, dtype=torch.int64), torch.zeros(14), torch.zeros(inner)
+    seen_1S = torch.zeros(1, seen)
+    has_product = ends == "product"
+    told = layer_chain.chain(
+        seen_1S, (*weights[:3], weights[3] if has_product else None), (norms[0], norms[1] if ends else None),
+        bias if biased else None, residual, out, bases, own, counters, 1, sizes, inbox_at=64,
+    )  # fmt: skip
+    assert told is out
+    ((grid, values, named),) = launches
+    assert grid == (12,)
+    seen_at, o_at, up_at, down_at, qkv_at, bias_at, norm_at, next_at, *rest = values
+    assert (seen_at is seen_1S, o_at is weights[0], up_at is weights[1], down_at is weights[2]) == (True,) * 4
+    assert norm_at is norms[0][0]
+    assert all(a is b for a, b in zip(rest[:5], (residual, out, bases, own, counters), strict=True))
+    assert rest[5:8] == [16, 1, 0.1]
+    if has_product:
+        assert qkv_at is weights[3]
+    if biased:
+        assert bias_at is bias
+    if ends:
+        assert next_at is norms[1][0]
+        assert rest[8] == 1.1
+    widths = {"SEEN": seen, "HIDDEN": hidden, "INNER": inner, "QKV": qkv if has_product else 0, "WORLD": world}
+    ring = {"SLOT": 2048, "STAGES": 3, "PROGRAMS": 12, "CUT": 2, "num_warps": 1, "WAIT": True}
+    assert named == {**widths, **ring, "BIAS": biased, "NORM": bool(ends)}
 
 
 def test_measured_sizes_suit_their_widths() -> None:
