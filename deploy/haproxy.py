@@ -50,6 +50,9 @@ for file; do
     http-request del-header serve- -m beg\
     http-request del-header x-request-id unless { req.fhdr(x-request-id) -m reg ^[!-~]*$ }\
     http-request del-header traceparent unless { req.fhdr(traceparent) -m reg ^[!-~]*$ }\
+    option http-buffer-request\
+    acl makes_nothing path /v1/completions /v1/chat/completions /tokenize /detokenize\
+    http-request disable-l7-retry if { method POST } !makes_nothing\
     http-request return status 404 if { path -i /-/routes }' \
       -e '/^backend default_backend/,/^backend [^d]/s|http-request return status 404 .*|@NOTHING_HERE@|' "$file" ;;
   esac
@@ -113,11 +116,18 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(first + _HTTP_PORTS + _GRPC_PORTS + 1),
         "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
         "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
-        # a client that breaks off is no reason to take the only replica out
-        "RAY_SERVE_HAPROXY_OBSERVE_MARK_DOWN_ENABLED": "0",
+        # a door that refuses connections twice is out until it answers again; meanwhile Serve's own proxy, which waits
+        # for a new one, takes what comes
+        "RAY_SERVE_HAPROXY_OBSERVE_MARK_DOWN_ENABLED": "1",
+        "RAY_SERVE_HAPROXY_OBSERVE_ERROR_LIMIT": "2",
         # Serve looks every ten seconds, and three times, before it starts a front anew that died: half a minute of
         # refused connections
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        # what a killed door had not begun to answer is asked of another, or of its next life; only paths that make
+        # nothing (see the script), and bodies that fit into a buffer. A second between tries at one address.
+        "RAY_SERVE_HAPROXY_RETRY_ON": "conn-failure empty-response",
+        "RAY_SERVE_HAPROXY_RETRIES": "6",
+        "RAY_SERVE_HAPROXY_TUNE_BUFSIZE": str(64 * 1024),
         # `argosy serve` drains at the driver, which knows when the last request has ended; Serve would wait 30 s more
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "0",
         # at each change of what stands behind it, also soon after the start, its old process ends what it carries;

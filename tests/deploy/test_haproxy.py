@@ -1,11 +1,17 @@
 """What Ray leaves open in HAProxy's configuration is closed before HAProxy reads it."""
 
+import http.client
 import importlib.util
 import json
 import os
+import socket
 import subprocess
 import sys
 import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -129,3 +135,79 @@ def test_two_servers_never_share_a_port_for_their_replicas(folder: Path) -> None
         [sys.executable, "-P", "-c", f"{program}; haproxy.reserve_ports()"], capture_output=True, text=True, check=False
     )
     assert "no range of ports is free" in told.stderr
+
+
+@contextmanager
+def door_that_dies_once() -> Iterator[tuple[int, list[str]]]:
+    """Its port, and the first line of each request that it read; the first of each path it leaves without an answer."""
+    read: list[str] = []
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def answer() -> None:
+            while True:
+                try:
+                    connection = listener.accept()[0]
+                except OSError:
+                    return
+                with connection:
+                    got = b""
+                    while not got.endswith(b"}"):
+                        got += connection.recv(65536)
+                    read.append(got.split(b"\r\n")[0].decode())
+                    if read.count(read[-1]) > 1:
+                        connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 2\r\nConnection: close\r\n\r\nok")
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        try:
+            yield listener.getsockname()[1], read
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join(10)
+
+
+@pytest.mark.skipif(haproxy.find() is None, reason="Ray Serve has no HAProxy for this machine")
+def test_an_answer_whose_door_was_killed_is_computed_anew(tmp_path: Path) -> None:
+    """Clients send head and body apart: what HAProxy passed on before it had both could not be sent again."""
+    settings = haproxy.environment(tmp_path)
+    port, config = haproxy._free_port(), tmp_path / "haproxy.cfg"
+    with door_that_dies_once() as (door, read):
+        config.write_text(f"""global
+    tune.bufsize {settings["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"]}
+defaults
+    mode http
+    timeout connect 5s
+    timeout client 20s
+    timeout server 20s
+    option redispatch 1
+    retry-on {settings["RAY_SERVE_HAPROXY_RETRY_ON"]}
+    retries {settings["RAY_SERVE_HAPROXY_RETRIES"]}
+frontend http_frontend
+    bind 127.0.0.1:{port}
+    default_backend default_backend
+backend default_backend
+    server door 127.0.0.1:{door}
+""")
+        front = subprocess.Popen([settings["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)])
+        try:
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                with socket.socket() as probe:
+                    if probe.connect_ex(("127.0.0.1", port)) == 0:
+                        break
+                time.sleep(0.02)
+            statuses = {}
+            for path in ("/v1/completions", "/v1/files"):
+                client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+                client.putrequest("POST", path)
+                client.putheader("Content-Length", "40002")
+                client.endheaders()
+                time.sleep(0.1)
+                client.send(b"{" + b" " * 40_000 + b"}")
+                statuses[path] = client.getresponse().status
+                client.close()
+        finally:
+            front.kill()
+            front.wait()
+    assert statuses == {"/v1/completions": 200, "/v1/files": 502}
+    assert [line.split()[1] for line in read] == ["/v1/completions"] * 2 + ["/v1/files"]
