@@ -164,26 +164,52 @@ def test_its_words_have_room_for_all_ranks(monkeypatch: pytest.MonkeyPatch, num_
 
 
 @pytest.mark.parametrize("lean", [0, 1])
-def test_attention_is_packed_where_the_card_likes_it(lean: int) -> None:
-    """So that what is behind it finds room beside it."""
-    seen: list[bool] = []
+def test_each_launch_gets_what_is_its_own(lean: int) -> None:
+    """A layer's weights, the next one's q, k and v with their biases, both norms; attention is packed where the card
+    likes it, so that what is behind it finds room beside it."""
+    packed: list[bool] = []
+    launches: list[tuple[Any, ...]] = []
 
     def attend(qkv_1X: Tensor, positions_1: Tensor, ctx: object, shape: Any) -> Tensor:
-        seen.append(shape.is_packed)
+        packed.append(shape.is_packed)
         return qkv_1X
 
-    layer = _layer()
-    layer.attention.attend, layer.attention.shape = attend, _Shape()
-    layer.mlp_norm = SimpleNamespace(weight=None, eps=1e-6)
-    for product in (layer.attention.o_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):
-        product.weight = torch.zeros(1)
+    def chain(*values: Any, inbox_at: int) -> Tensor:
+        launches.append(values)
+        return torch.as_tensor(values[5])
+
+    layers = [_layer(), _layer()]
+    for number, layer in enumerate(layers):
+        layer.attention.attend, layer.attention.shape = attend, _Shape()
+        layer.mlp_norm = SimpleNamespace(weight=f"norm {number}", eps=1 + number)
+        for place in ("attention.qkv_proj", "attention.o_proj", "mlp.gate_up_proj", "mlp.down_proj"):
+            part, name = place.split(".")
+            getattr(getattr(layer, part), name).weight = f"{name} {number}"
+        layer.attention.qkv_proj.bias = f"bias {number}"
+    behind: Any = [SimpleNamespace(weight="behind 0", eps=3), SimpleNamespace(weight="behind 1", eps=4)]
     through = object.__new__(LayerChain)
-    through._kernels = SimpleNamespace(chain=lambda *values, **_: values[5])  # type: ignore[assignment]
-    through._rank, through._sizes = 0, {"lean": lean}
-    through._bases_W = through._inner_I = through._counters = torch.zeros(0)
+    through._kernels, through._rank = SimpleNamespace(chain=chain), 2  # type: ignore[assignment]
+    through._sizes, through._bases_W = {"lean": lean}, torch.zeros(1)
+    through._inner_I, through._counters = torch.zeros(2), torch.zeros(3)
     context: Any = None
-    through.through([layer], [None], torch.zeros(1, 8), torch.zeros(1, 8), torch.zeros(1), context)
-    assert seen == [bool(lean)]
+    residual_1D = torch.zeros(1, 8)
+    through.through(layers, behind, torch.zeros(1, 8), residual_1D, torch.zeros(1), context)
+    assert packed == [bool(lean)] * 2
+    first, second = launches
+    assert first[1] == ("o_proj 0", "gate_up_proj 0", "down_proj 0", "qkv_proj 1")
+    assert second[1] == ("o_proj 1", "gate_up_proj 1", "down_proj 1", None)
+    assert [launch[2] for launch in launches] == [
+        (("norm 0", 1), ("behind 0", 3)), (("norm 1", 2), ("behind 1", 4))
+    ]  # fmt: skip
+    assert (first[3], second[3]) == ("bias 1", None)
+    assert (first[5].shape, second[5].shape) == ((1, 1536), (1, 8))
+    for launch in launches:
+        assert launch[4] is residual_1D
+        assert launch[5] is not residual_1D
+        assert launch[6] is through._bases_W
+        assert launch[7] is through._inner_I
+        assert launch[8] is through._counters
+        assert launch[9:] == (2, through._sizes)
 
 
 @dataclass(frozen=True)
