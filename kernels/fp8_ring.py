@@ -33,7 +33,7 @@ RUNS_HERE = triton.__version__.startswith(tuning.GLUON_VERSIONS)
 
 
 @gluon.jit
-def _next(slot, phase, STAGES: gl.constexpr):
+def next_place(slot, phase, STAGES: gl.constexpr):
     """The next place of the ring, and its phase."""
     slot += 1
     wraps = slot == STAGES
@@ -84,7 +84,7 @@ def _fetch(
         wraps = column >= columns
         row = gl.where(wraps, row + ROWS, row)
         column = gl.where(wraps, 0, column)
-        slot, phase = _next(slot, phase, STAGES)
+        slot, phase = next_place(slot, phase, STAGES)
     if PDL and EARLY == 2:
         gdc_launch_dependents()
 
@@ -121,7 +121,7 @@ def _multiply(
             acc = warpgroup_mma(w_smem.index(slot), x_smem.index(slot).permute((1, 0)), acc, is_async=True)
             acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(slot))
-            slot, phase = _next(slot, phase, STAGES)
+            slot, phase = next_place(slot, phase, STAGES)
         whole = (count == num_blocks) | PIECES
         if SHARED and count < num_blocks:
             place = row[:, None] * TOKENS + token[None, :]
@@ -180,21 +180,21 @@ def ring_kernel(
 
 
 @cache
-def _is_hopper(device: torch.device) -> bool:
-    return torch.version.cuda is not None and torch.cuda.get_device_capability(device) == (9, 0)
+def is_hopper(device: torch.device) -> bool:
+    """Whether this is a card with warp groups' products, and a Triton whose lower language is known."""
+    return RUNS_HERE and torch.version.cuda is not None and torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def takes(rows: Fp8Rows, weight: Fp8Weight, dtype: torch.dtype) -> bool:
     """Whether these can be multiplied here: a few tokens, scales by row, addresses that the copy engine can fetch."""
     x_TI, w_OI = rows.values_TI, weight.values_OI
     return (
-        RUNS_HERE
-        and x_TI.is_cuda
+        x_TI.is_cuda
         and 0 < x_TI.shape[0] <= MAX_TOKENS
         and weight.block is None
         and dtype in (torch.bfloat16, torch.float16)
         and all(v.stride(1) == 1 and v.stride(0) % 16 == 0 and v.data_ptr() % 16 == 0 for v in (x_TI, w_OI))
-        and _is_hopper(x_TI.device)
+        and is_hopper(x_TI.device)
     )
 
 

@@ -15,7 +15,18 @@ from bench_kernels import LINEARS, STEPS, rand
 from timing import Report, copies_for, microseconds
 from torch import Tensor
 
-from argosy.kernels import activation, fp8_gemm, fp8_gemv, fp8_ops, fp8_quantize, fp8_reference, ops, rms_norm, step_ops
+from argosy.kernels import (
+    activation,
+    fp8_gemm,
+    fp8_gemv,
+    fp8_one,
+    fp8_ops,
+    fp8_quantize,
+    fp8_reference,
+    ops,
+    rms_norm,
+    step_ops,
+)
 from argosy.kernels.fp8_reference import Fp8Rows, Fp8Weight, Rounding
 
 BF16 = torch.bfloat16
@@ -165,6 +176,7 @@ class Fp8Step:
         ]
         self.head, self.embedding, self.norm = rand(vocabulary, hidden) / 64, rand(vocabulary, hidden), rand(hidden)
         self.rotations = torch.randn(8192, 128, device="cuda")
+        self.ones: dict[str, dict[str, int]] = {}  # sizes of `fp8_one` by product, for one row of it
         packed = sum(w.values_OI.numel() for layer in self.weights for w in layer)
         self.bytes = packed + 2 * self.head.numel()
 
@@ -209,6 +221,24 @@ class Fp8Step:
             x = ops.add_rms_norm(delta, h, self.norm, 1e-6)[0]
             return step_ops.argmax_rows(ops.measured_linear(x, self.head))
 
+        def alone() -> Tensor:
+            h, parts = F.embedding(tokens, self.embedding), None
+            normed = (self.norm, 1e-6)
+            for (qkv_w, o_w, gate_up_w, down_w), cache in zip(self.weights, caches, strict=True):
+                kept = None if parts is None else torch.empty_like(h)
+                qkv = fp8_one.linear(h, qkv_w, None, self.ones["qkv"], norm=normed, parts_P1I=parts, kept_1I=kept)
+                h = h if kept is None else kept
+                parts = fp8_one.linear(attend(qkv, cache), o_w, None, self.ones["o"])
+                kept = torch.empty_like(h)
+                act = fp8_one.linear(
+                    h, gate_up_w, None, self.ones["gate_up"], norm=normed, parts_P1I=parts, kept_1I=kept, gated=True
+                )  # fmt: skip
+                h, parts = kept, fp8_one.linear(act, down_w, None, self.ones["down"])
+            x = ops.add_rms_norm(parts.sum(0).to(BF16), h, self.norm, 1e-6)[0]
+            return step_ops.argmax_rows(ops.measured_linear(x, self.head))
+
+        if self.ones:
+            return alone
         return several if (rows > 1 if rounded is None else rounded) else one
 
 
