@@ -11,6 +11,7 @@ import argparse
 import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,28 @@ def picture() -> str:
     return front_page.picture(rows, suite)
 
 
+def tests_table() -> str:
+    """The tests with the marker gpu as `gpu/run_tests.py` found them, by file."""
+    path = HERE / "results" / "gpu_tests_h200.jsonl"
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
+    verdicts = ("passed", "failed", "skipped", "not_run")
+    sums: dict[str, Counter[str]] = {}
+    dates: dict[str, str] = {}
+    for row in rows:
+        file = row["test"].split("::")[0]
+        sums.setdefault(file, Counter()).update({verdict: row[verdict] for verdict in verdicts})
+        dates[file] = max(row["date"], dates.get(file, ""))
+    total: Counter[str] = sum(sums.values(), Counter())
+    lines = [
+        f"| {len(rows)} functions in {len(sums)} files | passed | failed | skipped | not run | last run |",
+        "|---|---|---|---|---|---|",
+    ]
+    for file, found in [*sorted(sums.items()), ("all", total)]:
+        cells = [f"`{file}`" if "/" in file else file, *(f"{found[verdict]:,}" for verdict in verdicts)]
+        lines.append("| " + " | ".join([*cells, dates.get(file, max(dates.values(), default=""))]) + " |")
+    return "\n".join(lines)
+
+
 TABLES: dict[str, Callable[[], str]] = {
     "ratios": ratios_table,
     "h200": lambda: suite_table("h200"),
@@ -186,6 +209,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layouts": layouts_table,
     "forecasts": forecasts_table,
     "memory": memory_table,
+    "tests": tests_table,
 }
 
 

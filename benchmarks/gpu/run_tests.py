@@ -46,22 +46,25 @@ BUSY = 1.2  # processes a core: some of them wait for a card or for each other
 GRACE = 8.0  # seconds in which pytest says what failed after it was interrupted
 
 
-def collect(paths: list[str]) -> list[str]:
-    """Ids of all tests with the marker, folders beside each other. Raises `SystemExit` where pytest can't collect."""
-    folders = [
-        str(inner.relative_to(ROOT)) for inner in sorted((ROOT / "tests").iterdir()) if list(inner.glob("test_*.py"))
-    ]
-    several = [inner for path in paths for inner in (folders if path.rstrip("/") == "tests" else [path])]
+def collect(paths: list[str]) -> tuple[list[str], list[str]]:
+    """(ids of all tests with the marker, what pytest could not collect), files beside each other."""
+    marked = [str(file.relative_to(ROOT)) for file in sorted((ROOT / "tests").rglob("test_*.py")) if _is_marked(file)]
+    several = [inner for path in paths for inner in (marked if path.rstrip("/") == "tests" else [path])]
 
-    def ask(path: str) -> list[str]:
+    def ask(path: str) -> tuple[list[str], list[str]]:
         command = [*PYTEST, "--collect-only", "-q", path]
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
-        if found.returncode not in (0, 5):
-            raise SystemExit(found.stdout[-2000:] + found.stderr[-2000:])
-        return [line for line in found.stdout.splitlines() if line.startswith("tests/") and "::" in line]
+        lines = found.stdout.splitlines()
+        errors = [] if found.returncode in (0, 5) else [path, *lines[-20:], found.stderr[-2000:]]
+        return [line for line in lines if line.startswith("tests/") and "::" in line], errors
 
-    with concurrent.futures.ThreadPoolExecutor(len(several)) as pool:
-        return [one for ids in pool.map(ask, several) for one in ids]
+    with concurrent.futures.ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        answers = list(pool.map(ask, several))
+    return [one for ids, _ in answers for one in ids], [line for _, errors in answers for line in errors]
+
+
+def _is_marked(file: Path) -> bool:
+    return "kernels" in file.parts or "mark.gpu" in file.read_text(encoding="utf-8")  # see tests/kernels/conftest.py
 
 
 def function_of(test: str) -> str:
@@ -282,8 +285,10 @@ def main() -> int:
             ids += Path(path[1:]).read_text().splitlines()
         elif "::" in path:
             ids.append(path)
-    ids += collect(folders) if folders else []
+    found, errors = collect(folders) if folders else ([], [])
+    ids += found
     if not ids:
+        print("\n".join(errors))
         raise SystemExit(f"no test with the marker gpu in {args.paths}")
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     cards = named.split(",") if named else [str(card) for card in range(torch.cuda.device_count())] or ["0"]
@@ -291,7 +296,7 @@ def main() -> int:
     parts = cut(ids, expected_seconds(RECORDED), args.part)
     print(f"{len(ids)} tests in {len(parts)} parts, {host.num_cores} cores, after {time.monotonic() - began:.0f} s")
     host.run(parts)
-    for text in host.errors:
+    for text in (*host.errors, *errors):
         print(text, flush=True)
     bad = [one for one in ids if host.verdicts.get(one) not in ("PASSED", "SKIPPED")]
     not_run: collections.Counter[str] = collections.Counter()
@@ -315,7 +320,7 @@ def main() -> int:
     total = collections.Counter(host.verdicts.get(one, "not run").lower() for one in ids)
     said = ", ".join(f"{number} {verdict}" for verdict, number in total.items())
     print(f"{len(ids)} tests on {len(cards)} cards in {time.monotonic() - began:.0f} s: {said}")
-    return min(len(bad), 1)
+    return min(len(bad) + len(errors), 1)
 
 
 if __name__ == "__main__":
