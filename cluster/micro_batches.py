@@ -5,7 +5,8 @@
 
 A request that decodes is in every `num_stages`th step: sooner, stage 0 would wait for its token; later, the weights
 would be read for smaller groups. Prompts are cut so that neighbouring steps carry the same share of them: a step of
-8000 tokens between steps of 30 leaves every other stage idle.
+8000 tokens between steps of 30 leaves every other stage idle. Where many decode, a place that becomes free is taken at
+once, so prompts come one by one: cut into smaller pieces, they go beside the rows of several steps in a row.
 """
 
 from collections.abc import Sequence
@@ -15,6 +16,11 @@ from argosy.cluster.request import Request
 
 MIN_PIECE: Final = 512
 """Prompt tokens that aren't cut further: so many cost a stage little more than reading its weights does."""
+SMALL_PIECE: Final = 128
+"""The same beside rows that decode, for whose tokens the weights are read anyway."""
+SMALL_PIECE_ROWS: Final = (8, 64)
+"""Rows of a step beside which pieces are so small: with fewer of them a prompt's own wait counts more, and beside more
+no step with prompts is recorded, which costs the host as much for a small one as for a large one."""
 PIECES_PER_STAGE: Final = 2
 """With c pieces over p stages a prompt takes (c + p - 1) / (c p) of its time on one: 75 % with 2 on 2, 62 % with 4."""
 
@@ -48,14 +54,16 @@ class MicroBatches:
             idle = _first_of(idle, cut, share - sooner)
         return idle
 
-    def prompt_budget(self, num_prompt_tokens: int) -> int:
-        """How many tokens of prompts the step may take, of so many that wait (more than all stages' share may be cut
-        off). The same for all steps until the waiting ones are through."""
+    def prompt_budget(self, num_prompt_tokens: int, num_decoding: int) -> int:
+        """How many tokens the step may take for prompts, of so many that could be computed now (more than all stages'
+        share may be cut off), with so many requests that decode. Not fewer until these are through."""
         if not num_prompt_tokens:
             self._piece = 0
             return self._max_tokens
         piece = -(-num_prompt_tokens // (self.num_stages * PIECES_PER_STAGE))
-        self._piece = min(max(self._piece, piece, MIN_PIECE), self._max_tokens)
+        fewest, most = SMALL_PIECE_ROWS
+        is_small = fewest <= -(-num_decoding // self.num_stages) <= most
+        self._piece = min(max(self._piece, piece, SMALL_PIECE if is_small else MIN_PIECE), self._max_tokens)
         return self._piece
 
     @property

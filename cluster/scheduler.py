@@ -52,7 +52,8 @@ class Scheduler(Residents):
         draft = Draft(self._max_tokens)
         self._advance_decodes(draft)
         if self._shares is not None and self._chunked and (self._running.prefilling or self.queue or self.host.loading):
-            draft.budget = min(draft.budget, self._shares.prompt_budget(self._num_waiting_tokens(self._shares)))
+            waiting, decoding = self._num_waiting_tokens(self._shares), len(self._running.decoding)
+            draft.budget = min(draft.budget, self._shares.prompt_budget(waiting, decoding))
         if self._running.prefilling:
             self._advance_prefills(draft)
         if self.host.loading:  # before new ones, and after: what was just asked for may be there already
@@ -102,9 +103,9 @@ class Scheduler(Residents):
         return shares.take(self._running.decoding, self._next_step_id, self._applied_step_id, has_prompts=has_prompts)
 
     def _num_waiting_tokens(self, shares: MicroBatches) -> int:
-        """Tokens of prompts that are still to be computed, counted no further than it matters."""
+        """Tokens of prompts that have a place or find one, counted no further than it matters."""
         begun = sum(request.num_uncomputed_tokens for request in self._running.prefilling)
-        return begun + self.queue.num_uncomputed_tokens(shares.most_tokens - begun)
+        return begun + self.queue.num_uncomputed_tokens(shares.most_tokens - begun, self._running.num_free)
 
     def _advance_prefills(self, draft: Draft) -> None:
         """Further chunks for those that have begun. In order, so that who is preempted was not counted in yet."""

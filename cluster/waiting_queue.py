@@ -45,14 +45,18 @@ class WaitingQueue:
             self._heap = [entry for entry in self._heap if entry[3].is_queued]
             heapq.heapify(self._heap)
 
-    def num_uncomputed_tokens(self, most: int) -> int:
-        """Tokens that those who wait have to compute, as far as is known; stops counting at `most`."""
+    def num_uncomputed_tokens(self, most: int, num_places: int) -> int:
+        """Tokens that so many of those who wait have to compute, as far as is known; stops counting at `most`.
+
+        Which ones is not looked up in order: the next one, and others near the head.
+        """
         total = 0
         for *_, request in self._heap:
+            if total >= most or num_places <= 0:
+                break
             if request.is_queued:
                 total += request.num_uncomputed_tokens
-                if total >= most:
-                    break
+                num_places -= 1
         return total
 
     def __len__(self) -> int:

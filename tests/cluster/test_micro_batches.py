@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from argosy.cluster.micro_batches import MIN_PIECE, MicroBatches
+from argosy.cluster.micro_batches import MIN_PIECE, SMALL_PIECE, SMALL_PIECE_ROWS, MicroBatches
 from argosy.cluster.protocol.messages import GenerateRequest
 from argosy.cluster.protocol.sampling import TokenParams
 from argosy.cluster.request import Request
@@ -86,7 +86,18 @@ def test_without_asynchronous_scheduling_the_driver_knows_each_token_first() -> 
 def test_pieces_of_prompts_stay_the_same_size_until_all_are_through() -> None:
     """They don't shrink with what is left, and grow when more comes; what a step holds is the limit."""
     shares = MicroBatches(2, 8192, is_async=True)
-    assert [shares.prompt_budget(left) for left in (8000, 6000, 4000, 2000)] == [2000] * 4
-    assert shares.prompt_budget(100_000) == 8192
-    assert shares.prompt_budget(0) == 8192
-    assert shares.prompt_budget(600) == MIN_PIECE
+    assert [shares.prompt_budget(left, 0) for left in (8000, 6000, 4000, 2000)] == [2000] * 4
+    assert shares.prompt_budget(100_000, 0) == 8192
+    assert shares.prompt_budget(0, 0) == 8192
+    assert shares.prompt_budget(600, 0) == MIN_PIECE
+
+
+def test_beside_many_rows_pieces_are_small_and_beside_more_than_are_recorded_they_are_not() -> None:
+    """600 tokens where two stages have 4, 32 and 400 requests that decode between them."""
+    shares, pieces = MicroBatches(2, 8192, is_async=True), []
+    for num_decoding in (4, 32, 400):
+        pieces.append(shares.prompt_budget(600, num_decoding))
+        shares.prompt_budget(0, num_decoding)
+    assert pieces == [MIN_PIECE, 150, MIN_PIECE]
+    assert shares.prompt_budget(100, 32) == SMALL_PIECE
+    assert shares.prompt_budget(100, 2 * SMALL_PIECE_ROWS[1]) == SMALL_PIECE

@@ -252,6 +252,25 @@ def test_prompts_are_spread_evenly_over_the_steps_that_stages_work_on() -> None:
     assert max(desk.schedule().num_tokens or [1]) == 500
 
 
+def test_where_all_places_are_taken_a_prompt_goes_beside_the_rows_of_several_steps() -> None:
+    """Forty places, forty that decode, three that wait. One of the forty ends: what could be computed now is one prompt
+    of 300, and it is spread over three steps, whatever else waits for a place."""
+    desk = Desk(pipeline_parallel_size=2, max_num_seqs=40, max_num_batched_tokens=8192, num_blocks=8192)
+    desk.add(8, max_tokens=2)
+    for _ in range(39):
+        desk.add(8)
+    desk.step()
+    for _ in range(3):
+        desk.add(300)
+    while len(desk.scheduler.queue) == 3:
+        output = desk.step()
+    sizes = [output.num_scheduled_tokens - len(output.rows) + 1]
+    while sizes[-1]:
+        output = desk.step()
+        sizes.append(sum(count for count in output.num_tokens if count > 1))
+    assert sizes[:4] == [128, 128, 44, 0]
+
+
 def test_a_row_that_failed_costs_only_its_own_request() -> None:
     """A rank saw numbers that are none in one row."""
     desk = Desk()

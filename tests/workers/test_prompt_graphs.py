@@ -29,7 +29,9 @@ from rig import (
 )
 from test_kv_groups import CASES
 
+from argosy.cluster.micro_batches import SMALL_PIECE, SMALL_PIECE_ROWS
 from argosy.cluster.protocol.messages import SchedulerOutput
+from argosy.placement.step_memory import PROMPT_DECODES, PROMPT_SIZES
 from argosy.workers.attention.base import AttentionMetadata, AttentionShape
 from argosy.workers.attention.torch_backend import TorchBackend
 from argosy.workers.attention.triton_backend import TritonBackend
@@ -213,6 +215,12 @@ def test_the_smallest_recording_is_taken(folders: dict[str, Path]) -> None:
     assert kind_of(25, 0, 1) == kind_of(32, 2, 16) == (32, 2)
     assert kind_of(20, 3, 1) == (32, 6)
     assert kind_of(33, 0, 1) is kind_of(32, 7, 1) is kind_of(24, 0, 17) is None
+
+
+def test_the_scheduler_cuts_small_pieces_beside_as_many_rows_as_are_recorded() -> None:
+    """It can't ask the ranks' rooms, so the number stands in both."""
+    assert SMALL_PIECE_ROWS[1] == PROMPT_DECODES[-1]
+    assert SMALL_PIECE + SMALL_PIECE_ROWS[1] <= PROMPT_SIZES[-1]
 
 
 def test_decode_rows_with_long_contexts_are_taken_first(folders: dict[str, Path]) -> None:
