@@ -175,6 +175,43 @@ def test_on_a_device_rows_that_decode_beside_a_prompt_are_ordered_by_length() ->
     assert metadata.context_len_R.tolist() == list(lengths)
 
 
+def test_on_a_device_a_token_comes_from_where_it_is_known() -> None:
+    """The first row's next token was sampled and never left the device; the other one's is the last of its prompt."""
+    batch = make_batch()
+    batch.lives_on_device = True
+    for staging in batch._staging:
+        staging.is_shared = False
+    new = [NewRequest(0, [11, 12, 13], 3, 0, [0], PARAMS), NewRequest(1, [21, 22, 23], 3, 0, [1], PARAMS)]
+    first = SchedulerOutput(step_id=0, epoch=0, rows=[0, 1], num_tokens=[3, 2], partial=[1], new_requests=new)
+    batch.apply(first)
+    inputs = batch.build(first)
+    batch.advance(inputs)
+    batch.append_sampled_device(inputs, torch.tensor([77]))
+    start_R = np.array([3, 2])
+    known_R = batch.known_tokens(np.array([0, 1]), start_R)
+    assert known_R is not None
+    assert known_R.tolist() == [-1, 23]
+    assert batch.known_tokens(np.array([0]), start_R[:1]) is None
+    second = SchedulerOutput(step_id=1, epoch=0, rows=[0, 1])
+    batch.apply(second)
+    inputs = batch.build(second)
+    assert inputs.token_ids_T.tolist() == [77, 23]
+    assert inputs.positions_T.tolist() == [3, 2]
+
+
+def test_rows_of_a_step_that_was_built_elsewhere_are_others() -> None:
+    """Recorded steps in between: the same requests again, but not what was gathered of them."""
+    batch = make_batch()
+    batch.apply(SchedulerOutput(step_id=0, epoch=0, rows=[], new_requests=[NewRequest(0, [1], 1, 0, [0], PARAMS)]))
+    steps = [SchedulerOutput(step_id=1 + step, epoch=0, rows=[0]) for step in range(3)]
+    same = []
+    for output in steps:
+        same.append(batch.build(output).same_rows)
+        if output.step_id == 2:
+            batch.forget_rows()
+    assert same == [False, True, False]
+
+
 def test_an_id_outside_of_the_vocabulary_costs_only_its_own_request() -> None:
     """The doors refuse it; should one come through, the embedding must not be asked for it."""
     batch = make_batch()
