@@ -63,7 +63,6 @@ class HttpApp:
         gateway: Gateway,
         server: ServerConfig,
         *,
-        public_metrics: bool = False,
         door: str = "",
         sends_ids: bool = True,
     ):
@@ -83,7 +82,7 @@ class HttpApp:
             "/health": Route("health", ask=self._health, public=True),
             "/ping": Route("ping", ask=self._health, work=None, public=True),
             "/version": Route("version", ask=self._version),
-            "/metrics": Route("metrics", ask=self._metrics, public=public_metrics),
+            "/metrics": Route("metrics", ask=self._metrics),
         }
         self._one_model = Route("model", ask=self._one)
         self.jobs = self._open_jobs(server.job_dir)
@@ -275,15 +274,13 @@ class _EngineFigures:
         return self._last
 
 
-def build_http_app(
-    gateway: Gateway, server: ServerConfig, *, public_metrics: bool = False, door: str = "", sends_ids: bool = True
-) -> App:
+def build_http_app(gateway: Gateway, server: ServerConfig, *, door: str = "", sends_ids: bool = True) -> App:
     """The application with the limits in front of it, ready for uvicorn or Ray Serve. `door`: of several, its name.
 
     Without `sends_ids` answers carry no x-request-id: Ray Serve adds it, and clients read two as "id, id".
     """
     return LimitsMiddleware(
-        HttpApp(gateway, server, public_metrics=public_metrics, door=door, sends_ids=sends_ids),
+        HttpApp(gateway, server, door=door, sends_ids=sends_ids),
         max_body_bytes=server.max_body_bytes,
         max_upload_bytes=server.max_upload_bytes,
         upload_path=FILES,

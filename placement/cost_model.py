@@ -51,7 +51,6 @@ class StageCost:
         last_layer: int,
         group_link: Link,
         offloaded_bytes: int = 0,
-        host_link_sharers: int = 1,
     ):
         shape, spec, serving = sizes.shape, sizes.shape.spec, sizes.serving
         self.calibration, self.num_layers, self.tp_size = calibration, last_layer - first_layer, tp_size
@@ -112,7 +111,7 @@ class StageCost:
         self._row_seconds = calibration.row_us * _US * self.num_layers / shape.num_layers
         self._recorded = serving.prompt_sizes(spec, tp_size) if calibration.records_graphs else []
         self._eager_seconds = self.num_layers * calibration.eager_layer_us * _US + self.overhead_seconds
-        host_rate = sheet.pcie_gbytes_per_second * 1e9 * calibration.host_link_efficiency / host_link_sharers
+        host_rate = sheet.pcie_gbytes_per_second * 1e9 * calibration.host_link_efficiency
         self._offload_seconds = offloaded_bytes / host_rate
 
     def seconds(self, load: StepLoad) -> float:

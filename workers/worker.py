@@ -179,7 +179,6 @@ class Worker:
     def _start(self, message: StartWorker) -> None:
         self.epoch = message.epoch
         self._clock.skip()
-        started = time.monotonic()
         device = choose_device(self.config.parallel.device, self.rank)
         set_up_device(device, _num_threads(self.config, self.rank))
         if device.type == "cuda":
@@ -247,7 +246,6 @@ class Worker:
                 activation_bytes=self.ledger.activation_bytes,
                 device=describe_device(device),
                 node=self.boot.node,
-                load_seconds=time.monotonic() - started,
                 ledger=self.ledger.entries(),
                 num_host_blocks=num_host_blocks,
                 kv_windows=self.runner.kv_groups.windows,
@@ -257,7 +255,6 @@ class Worker:
     def _allocate(self, message: AllocateCache) -> None:
         assert self.runner is not None
         self._clock.skip()
-        started = time.monotonic()
         utilization = self.config.cache.gpu_memory_utilization
         lower = f"lower --gpu-memory-utilization from {utilization:g} to {max(utilization - 0.05, 0.05):.2f}"
         with explain_out_of_memory(f"allocating {message.num_blocks} KV blocks", lower):
@@ -292,7 +289,6 @@ class Worker:
             WorkerReady(
                 global_rank=self.rank.global_rank,
                 epoch=self.epoch,
-                warm_up_seconds=time.monotonic() - started,
                 ledger=self.ledger.entries(),
                 phases=dict(self._clock.phases),
                 swap_seconds=(*swap_seconds, token_seconds),

@@ -85,11 +85,10 @@ class ZeroCostRank:
                     activation_bytes=0,
                     device="cpu",
                     node=os.uname().nodename,
-                    load_seconds=0.0,
                 )
             )
         elif isinstance(message, AllocateCache):
-            self.channel.send(WorkerReady(global_rank=me, epoch=self.epoch, warm_up_seconds=0.0))
+            self.channel.send(WorkerReady(global_rank=me, epoch=self.epoch))
         elif isinstance(message, Ping):
             self.channel.send(Pong(global_rank=me, nonce=message.nonce, step_id=self.last_step_id))
 

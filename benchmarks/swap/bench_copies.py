@@ -24,8 +24,6 @@ from argosy.kernels import ops
 from argosy.workers.host_memory import pinned_bytes
 from argosy.workers.host_pool import HostPool, make_host_pool
 
-Pairs = list[tuple[int, int]]
-
 
 def timed(device: torch.device, run: Callable[[], object], repeats: int) -> float:
     """The least seconds of some calls, to their very end."""

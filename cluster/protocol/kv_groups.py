@@ -65,9 +65,9 @@ class KVGroups(msgspec.Struct, frozen=True):
             most = min(most + chunks, num_sequences * self.num_groups * -(-num_tokens // block_size))
         return most
 
-    def num_tokens(self, num_blocks: int, block_size: int, chunk: int = 1) -> int | None:
+    def num_tokens(self, num_blocks: int, block_size: int) -> int | None:
         """The longest sequence that so many blocks hold; None: any, since all layers have windows."""
-        windowed = [window_blocks(window, block_size, chunk) for window in self.windows if window]
+        windowed = [window_blocks(window, block_size) for window in self.windows if window]
         num_full = self.num_groups - len(windowed)
         if not num_full and sum(windowed) <= num_blocks:
             return None

@@ -211,7 +211,6 @@ class WorkerReport(_Message, frozen=True):
     activation_bytes: int
     device: str
     node: str
-    load_seconds: float
     ledger: dict[str, int] = {}
     kv_windows: tuple[int, ...] = (0,)  # see `kv_groups.KVGroups`
     num_host_blocks: int = 0  # how many `swap_space` holds on this rank
@@ -229,7 +228,6 @@ class WorkerReady(_Message, frozen=True):
 
     global_rank: int
     epoch: int
-    warm_up_seconds: float
     ledger: dict[str, int] = {}
     phases: dict[str, float] = {}  # seconds of each part of the start, from the start of its process
     # with a host pool, measured on this rank: seconds of one block out, of one in, and to compute one prompt token

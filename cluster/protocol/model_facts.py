@@ -80,7 +80,6 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     sliding_window: int | None = None
     windowed_layers: tuple[bool, ...] = ()  # one for each layer; empty: all, if there is a window
     dtype: str = "float32"  # of the checkpoint
-    bos_token_id: int | None = None
     eos_token_ids: tuple[int, ...] = ()
     # what families other than Llama's differ in
     norm: str = "rms"  # "rms", "rms_plus_one" (1 + w), "layer", "layer_no_bias"

@@ -89,7 +89,7 @@ def read_model_spec(
     if rotated % 2:
         raise read.wrong("head_dim", rotated, "must be even: rotations take pairs")
     rope, local_rope = read_ropes(read, max_position=max_position, head_size=rotated)
-    eos, bos = _special_ids(folder, read, vocab_size)
+    eos = _end_ids(folder, read, vocab_size)
     facts: dict[str, Any] = {
         "architecture": architecture,
         "num_layers": num_layers,
@@ -112,7 +112,6 @@ def read_model_spec(
         "windowed_layers": windowed,
         "local_rope": local_rope if window is not None else None,
         "dtype": _dtype(read),
-        "bos_token_id": bos,
         "eos_token_ids": eos,
         "quantization": choose_quantization(config, quantization),
     }
@@ -174,8 +173,7 @@ def _fallback(folder: Path, config: dict[str, Any], architecture: str, quantizat
         )
     spec = read_fallback_spec(folder, config, architecture)
     read = Reader(CONFIG_FILE, config)
-    eos, bos = _special_ids(folder, read, spec.vocab_size)
-    return msgspec.structs.replace(spec, dtype=_dtype(read), eos_token_ids=eos, bos_token_id=bos)
+    return msgspec.structs.replace(spec, dtype=_dtype(read), eos_token_ids=_end_ids(folder, read, spec.vocab_size))
 
 
 def _activation(read: Reader) -> str:
@@ -220,20 +218,17 @@ def _windows(read: Reader, family: Family, num_layers: int) -> tuple[int | None,
     return window, ()
 
 
-def _special_ids(folder: Path, read: Reader, vocab_size: int) -> tuple[tuple[int, ...], int | None]:
-    """End and begin tokens: of `generation_config.json` where it names them, else of `config.json`."""
+def _end_ids(folder: Path, read: Reader, vocab_size: int) -> tuple[int, ...]:
+    """Tokens that end an answer: of `generation_config.json` where it names them, else of `config.json`."""
     path = folder / "generation_config.json"
     sources = [Reader(path.name, read_json(path))] if path.exists() else []
     sources.append(read)
-    eos: tuple[int, ...] = ()
-    bos: int | None = None
     for source in sources:
-        if not eos and (given := source.get("eos_token_id")) is not None:
+        if (given := source.get("eos_token_id")) is not None:
             ids = given if isinstance(given, list) else [given]
             for token_id in ids:
                 if not isinstance(token_id, int) or isinstance(token_id, bool) or token_id < 0:
                     raise source.wrong("eos_token_id", given, "must be a token id or a list of them")
-            eos = tuple(token_id for token_id in dict.fromkeys(ids) if token_id < vocab_size)
-        if bos is None and source.get("bos_token_id") is not None:
-            bos = source.integer("bos_token_id", 0)
-    return eos, bos
+            if found := tuple(token_id for token_id in dict.fromkeys(ids) if token_id < vocab_size):
+                return found
+    return ()

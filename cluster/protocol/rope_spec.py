@@ -34,7 +34,6 @@ class RopeSpec(msgspec.Struct, frozen=True, kw_only=True):
     interleaved: bool = False  # pairs are (0, 1), (2, 3) ..; else (i, i + rotary_size / 2)
     short_scales: tuple[float, ...] = ()  # longrope: what each pair's frequency is divided by
     long_scales: tuple[float, ...] = ()  # longrope: the same when more than `original_max_position` is served
-    scale_all: float = 0.0  # deepseek's yarn: `mscale_all_dim`, which scales the attention instead
 
 
 def read_ropes(read: Reader, *, max_position: int, head_size: int) -> tuple[RopeSpec, RopeSpec | None]:
@@ -107,7 +106,6 @@ def _read_rope(read: Reader, values: Mapping[str, Any], prefix: str, max_positio
             beta_slow=inner.number("beta_slow", 0.0, 1e6, default=1.0),
             truncate=inner.boolean("truncate", True),
             attention_factor=_yarn_attention_factor(inner, factor),
-            scale_all=inner.number("mscale_all_dim", -1e-9, 1e3, default=0.0),
         )
     return msgspec.structs.replace(rope, factor=factor)
 

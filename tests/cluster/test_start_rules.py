@@ -22,7 +22,7 @@ def report(num_blocks: int, *, rank: int = 0, total_gib: int = 100, num_host_blo
     """A rank with so many blocks of 4 MiB."""
     return WorkerReport(
         global_rank=rank, epoch=0, num_blocks=num_blocks, block_bytes=4 << 20, free_bytes=num_blocks * (4 << 20),
-        weight_bytes=15 * GIB, activation_bytes=GIB, device="a card", node="", load_seconds=1.0,
+        weight_bytes=15 * GIB, activation_bytes=GIB, device="a card", node="",
         ledger={"total": total_gib * GIB} if total_gib else {}, num_host_blocks=num_host_blocks,
     )  # fmt: skip
 
@@ -67,7 +67,7 @@ def test_the_host_tier_is_as_large_as_the_poorest_rank_s() -> None:
 
 def test_the_slowest_rank_says_what_a_swap_costs() -> None:
     ready = [
-        WorkerReady(global_rank=rank, epoch=0, warm_up_seconds=1.0, swap_seconds=seconds)
+        WorkerReady(global_rank=rank, epoch=0, swap_seconds=seconds)
         for rank, seconds in enumerate([(0.001, 0.004, 0.01), (0.003, 0.002, 0.02)])
     ]
     costs = swap_costs([report(300), report(300, rank=1)], ready, 900)
