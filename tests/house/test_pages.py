@@ -44,3 +44,10 @@ def test_what_is_slower_is_said_on_the_front_page(front_page: ModuleType) -> Non
     )
     assert "2 reach the goals" in table
     assert front_page.picture(rows, suite).count("times</text>") == 3  # nothing bounds a start
+
+
+def test_a_decision_has_a_number_of_its_own() -> None:
+    """Two people append at the same time, and "see 671" means either."""
+    numbers = re.findall(r"^## (\d+)\.", (ROOT / "DECISIONS.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert len(numbers) > 100
+    assert [number for number in dict.fromkeys(numbers) if numbers.count(number) > 1] == []
