@@ -16,6 +16,7 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, ServingError, WeightError
 from argosy.deploy import batch_command, jobs_cli, plan_command, settings, simulate_command
 from argosy.deploy.jobs_folder import choose_job_dir
+from argosy.deploy.names_of_vllm import IGNORED
 
 _SERVE_EXAMPLES = """\
 examples:
@@ -182,6 +183,17 @@ def _with_dashes(word: str) -> str:
     return name.replace("_", "-") + equals + value if word.startswith("--") else word
 
 
+def _model_first(words: list[str]) -> list[str]:
+    """`--model M` as the place where these commands take it."""
+    if words[:1] and words[0] in ("doctor", "plan", "simulate"):
+        for place, word in enumerate(words):
+            if word == "--model" and words[place + 1 : place + 2]:
+                return [words[0], words[place + 1], *words[1:place], *words[place + 2 :]]
+            if word.startswith("--model="):
+                return [words[0], word.partition("=")[2], *words[1:place], *words[place + 1 :]]
+    return words
+
+
 def _refuse_other_command(words: Sequence[str]) -> None:
     """Raise `ConfigError` with what was meant: a command of vLLM's by its name here, or the nearest of ours."""
     meant = _MEANT.get(words[0])
@@ -192,7 +204,7 @@ def _refuse_other_command(words: Sequence[str]) -> None:
 
 
 def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
-    words = [_with_dashes(word) for word in words]
+    words = _model_first([_with_dashes(word) for word in words])
     kept, _ = settings.take_ignored(words) if words[:1] == ["serve"] else (words, [])
     if words and not words[0].startswith("-") and words[0] not in _USAGE:
         _refuse_other_command(words)
@@ -203,7 +215,9 @@ def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
         parser.print_help()
         return 0
     if rest:
-        settings.refuse_unknown(rest, known_flags=flags_of(parser, args.command))
+        taken = IGNORED if args.command == "serve" else ()
+        names = [*flags_of(parser, args.command), *(f"--{name.replace('_', '-')}" for name in sorted(taken))]
+        settings.refuse_unknown(rest, known_flags=names)
     settings.take_hub_token(getattr(args, "hf_token", ""), on_command_line=True)
     match args.command:
         case "serve":

@@ -84,7 +84,7 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-pp", "--pipeline-parallel-size", type=int, help="default: the planner chooses")
     parser.add_argument("--stage-memory-gb", metavar="[A,B]",
                         help="GiB that each rank of a stage may use, such as [0,40]; 0: what there is")  # fmt: skip
-    parser.add_argument("--replicas", type=int, help="default: as many as fit")
+    parser.add_argument("--replicas", "-dp", "--data-parallel-size", type=int, help="default: as many as fit")
     parser.add_argument("-q", "--quantization", choices=tuple(FORMATS), help="default: as the checkpoint is stored")
     parser.add_argument("--cpu-offload-gb", "--offload-gb", metavar="GIB",
                         help="GiB of each GPU's weights in the host's memory; auto: what is needed to fit")  # fmt: skip

@@ -272,8 +272,9 @@ def refuse_unknown(rest: Sequence[str], known_flags: Iterable[str] = ()) -> None
             raise ConfigError(f"unexpected argument {word!r}; the model comes first, then flags")
         name = word.split("=")[0]
         refuse_not_yet(name, name.lstrip("-").replace("-", "_"))
-        flags = [*known_flags, *(f"--{ignored.replace('_', '-')}" for ignored in sorted(IGNORED))]
-        near = get_close_matches(name, flags, n=1)
+        if name == "--dry-run":
+            raise ConfigError("unknown flag --dry-run: 'argosy plan MODEL' says what would be chosen, and why")
+        near = get_close_matches(name, [*known_flags], n=1)
         raise ConfigError(f"unknown flag {name}" + (f"; did you mean {near[0]}?" if near else ""))
 
 

@@ -75,6 +75,7 @@ def test_a_terminal_without_the_letters_of_a_bar_gets_question_marks(
         (["run-batch", "-i", "a"], "'argosy batch FILE --output FILE'"),
         (["serv"], "did you mean 'argosy serve'?"),
         (["bench", "serve"], "use 'argosy bench --url http://127.0.0.1:8000'"),
+        (["serve", "--dry-run"], "'argosy plan MODEL' says what would be chosen"),
         (["bench", "latency", "--model", "m"], "use 'argosy bench --workload decode1'"),
     ],
 )
@@ -95,3 +96,15 @@ def test_flags_are_read_as_vllm_reads_them(capsys: pytest.CaptureFixture[str]) -
     assert cli.settings.take_ignored(["serve", "-O", "2", "m"]) == (["serve", "m"], ["optimization_level"])
     assert cli.main(["serve", "--port_=3"]) == 2
     assert "unknown flag --port-" in capsys.readouterr().err
+
+
+def test_planning_takes_the_words_of_serving(capsys: pytest.CaptureFixture[str]) -> None:
+    """`--model` and `-dp` were unknown flags there, and the nearest that was named is one of 'serve'."""
+    shown = []
+    for words in (["llama-3.1-8b", "--replicas", "2"], ["--model", "llama-3.1-8b", "-dp", "2"]):
+        assert cli.main(["plan", *words, "--gpus", "8 x H100"]) == 0
+        shown.append(capsys.readouterr().out)
+    assert shown[0] == shown[1]
+    assert "plan: 2 x " in shown[0]
+    assert cli.main(["plan", "m", "--model-imp=m"]) == 2
+    assert "--model-impl" not in capsys.readouterr().err  # of 'serve'

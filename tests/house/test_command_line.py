@@ -43,20 +43,20 @@ EXPECTED = {
     "doctor": "--json --no-all-reduce --port --ray-address",
     "plan": """
         --activation-offload-gb --activation-slice-tokens --all --all2all-backend --block-size --calibration --cluster
-        --concurrency --cpu-offload-gb --dtype --enable-expert-parallel --gpu-memory-utilization --gpus --input-len
-        --json --kv-cache-dtype --kv-cache-memory-bytes --max-model-len --max-num-batched-tokens --max-num-seqs
-        --max-tpot-ms --max-ttft-ms --network --nodes --objective --offload-gb --output-len --pipeline-parallel-size
-        --price --quantization --ray-address --replicas --stage-memory-gb --svg --swap-space --tensor-parallel-size
-        -pp -q -tp
+        --concurrency --cpu-offload-gb --data-parallel-size --dtype --enable-expert-parallel --gpu-memory-utilization
+        --gpus --input-len --json --kv-cache-dtype --kv-cache-memory-bytes --max-model-len --max-num-batched-tokens
+        --max-num-seqs --max-tpot-ms --max-ttft-ms --network --nodes --objective --offload-gb --output-len
+        --pipeline-parallel-size --price --quantization --ray-address --replicas --stage-memory-gb --svg --swap-space
+        --tensor-parallel-size -dp -pp -q -tp
     """,
     "simulate": """
         --activation-offload-gb --activation-slice-tokens --all2all-backend --arrivals --block-size --burst-size
-        --calibration --cluster --cpu-offload-gb --dtype --enable-expert-parallel --gpu-memory-utilization --gpus
-        --input-len --json --kv-cache-dtype --kv-cache-memory-bytes --lengths --max-model-len --max-num-batched-tokens
-        --max-num-seqs --network --nodes --offload-gb --output-len --pipeline-parallel-size --prefix-len --prefixes
-        --quantization --rate --ray-address --replicas --requests --seed --slo-tpot-ms --slo-ttft-ms --stage-memory-gb
-        --step-by-step
-        --svg --swap-space --tensor-parallel-size --trace --workload -pp -q -tp
+        --calibration --cluster --cpu-offload-gb --data-parallel-size --dtype --enable-expert-parallel
+        --gpu-memory-utilization --gpus --input-len --json --kv-cache-dtype --kv-cache-memory-bytes --lengths
+        --max-model-len --max-num-batched-tokens --max-num-seqs --network --nodes --offload-gb --output-len
+        --pipeline-parallel-size --prefix-len --prefixes --quantization --rate --ray-address --replicas --requests
+        --seed --slo-tpot-ms --slo-ttft-ms --stage-memory-gb --step-by-step --svg --swap-space --tensor-parallel-size
+        --trace --workload -dp -pp -q -tp
     """,
     "bench": """
         --api-key --backend --calibration --cards --cold-start --concurrency --cpu-threads --dtype --enforce-eager
