@@ -11,7 +11,6 @@ Each rank has one buffer that all others can address: the counters of all wires,
 receives.
 """
 
-import ctypes
 import logging
 import os
 import socket
@@ -56,16 +55,8 @@ class DriverCommands(StreamFlags):
     def __init__(self) -> None:
         try:
             super().__init__()
-            self._copy = ctypes.CDLL("libcuda.so.1").cuMemcpyDtoDAsync_v2
         except (OSError, AttributeError) as error:
             raise RuntimeError(f"the driver can't: {error}") from error
-        self._copy.argtypes = (ctypes.c_uint64, ctypes.c_uint64, ctypes.c_size_t, ctypes.c_void_p)
-        self._copy.restype = ctypes.c_int
-
-    def copy(self, stream: Any, target: int, source: int, num_bytes: int) -> None:
-        """Move bytes between cards, or on one."""
-        if status := self._copy(target, source, num_bytes, stream.cuda_stream):
-            raise RuntimeError(f"the CUDA driver refused to copy in a stream: CUresult {status}")
 
 
 class CardWire:

@@ -14,7 +14,7 @@ from argosy.placement.calibration import Calibration
 from argosy.placement.data_sheets import DataSheet
 from argosy.placement.expert_traffic import exchange_numbers, least_tokens
 from argosy.placement.rank_memory import StageBytes
-from argosy.placement.step_memory import PROMPT_DECODES
+from argosy.placement.step_memory import LONG_UNIT, PROMPT_DECODES
 from argosy.placement.topology import Link
 
 _US: Final = 1e-6
@@ -156,9 +156,11 @@ class StageCost:
 
     def _recorded_tokens(self, load: StepLoad) -> int:
         """Tokens that a recorded step with these prompts computes, padding included; 0: it is not recorded."""
-        if not load.prefill_tokens or load.num_decodes > PROMPT_DECODES[-1]:
+        if not load.prefill_tokens:
             return 0
-        return next((size for size in self._recorded if size >= load.num_tokens), 0)
+        least = max(load.num_tokens, LONG_UNIT if load.num_decodes > PROMPT_DECODES[-1] else 0)
+        size = next((size for size in self._recorded if size >= least), 0)
+        return size if size - load.num_tokens < LONG_UNIT else 0
 
     def _chain_seconds(self, longest: int, num_rows: int) -> float:
         """The longest context, in windowed layers what they see of it."""

@@ -118,7 +118,8 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
         if self.graph_rows == 0:
             return []
         return prompt_sizes(
-            spec, tp_size=tp_size, max_tokens=self.max_num_batched_tokens, slice_tokens=self.slice_tokens
+            spec, tp_size=tp_size, max_tokens=self.max_num_batched_tokens, slice_tokens=self.slice_tokens,
+            dtype_bytes=self.dtype_bytes,
         )  # fmt: skip
 
     def blocks_of(self, num_tokens: int) -> int:

@@ -14,6 +14,7 @@ GRAPH_SCRATCH_BYTES: Final = 2**26  # partial sums of attention and products
 GRAPHS_A_SIZE: Final = 2  # a step and its draw
 KERNELS_A_LAYER: Final = 8
 KERNELS_A_PROMPT_LAYER: Final = 11
+KERNELS_A_LONG_LAYER: Final = 64  # in halves, with flags and copies
 SHARED_UNIT: Final = 2 * 2**20  # in which the driver hands out memory that other cards can address
 SUM_FLAGS: Final = 32 * 2**10  # at the start of a group's buffer
 SUM_PARTS: Final = 4  # of a largest step's hidden states: three products and a result
@@ -27,8 +28,15 @@ WIRE_SLOTS: Final = 2  # for hidden states, on a stage's wire
 PROMPT_SIZES: Final = (32, 64, 128, 192, 256, 384, 512)  # tokens of recorded steps with prompts
 PROMPT_DECODES: Final = (8, 64)  # places for decode rows in them
 PROMPT_ROWS: Final = 16  # and for prompts
+LONG_UNIT: Final = 1024  # longer ones have multiples of it, places for all decode rows
+LONG_ROWS: Final = 64  # and for so many prompts
 EAGER_SECONDS_A_LAYER: Final = 0.2e-3  # of the host, to launch a layer of a step with prompts
+# the same over a group of which each rank has so many peers, in halves whose sums are copied (`GroupForward`)
+HALVES_SECONDS_A_LAYER: Final = 0.7e-3
+PEER_SECONDS_A_LAYER: Final = 0.45e-3
+SLOW_HOST: Final = 1.5  # times as long: a host that is busy, or old
 PRODUCTS_PER_SECOND: Final = 600e12  # as prompts reach them
+SUMS_PER_SECOND: Final = 0.64e12  # bytes of hidden states over a group, times ranks
 
 
 def ladder(max_rows: int) -> list[int]:
@@ -38,12 +46,15 @@ def ladder(max_rows: int) -> list[int]:
     return [*below, max_rows]
 
 
-def prompt_sizes(spec: ModelSpec, *, tp_size: int, max_tokens: int, slice_tokens: int | None = None) -> list[int]:
+def prompt_sizes(
+    spec: ModelSpec, *, tp_size: int, max_tokens: int, dtype_bytes: int = 2, slice_tokens: int | None = None
+) -> list[int]:
     """Tokens of the recorded steps with prompts, for steps of at most so many, those of more than a slice cut.
 
     Padding may go beyond that where there is no group, whose buffers are as large as its longest step. Only where the
     card has less to do than the host has to launch: above, launches hide behind products, and padding costs what it
-    adds to them. Latent attention reads lengths on the host, so there is none for it.
+    adds to them. A full step is recorded as well where a slow host would be waited for. Latent attention reads lengths
+    on the host, so there is none for it.
     """
     if spec.mla is not None:
         return []
@@ -52,18 +63,37 @@ def prompt_sizes(spec: ModelSpec, *, tp_size: int, max_tokens: int, slice_tokens
         inner = spec.moe.top_k * spec.moe.intermediate_size + spec.moe.shared_size
     numbers = (2 * spec.num_heads + 2 * spec.num_kv_heads) * spec.head_size * spec.hidden_size
     numbers += 3 * spec.hidden_size * inner
-    most = EAGER_SECONDS_A_LAYER * PRODUCTS_PER_SECOND * tp_size / (2 * numbers)
+    products = 2 * numbers / PRODUCTS_PER_SECOND / tp_size  # seconds of a token
+    most = EAGER_SECONDS_A_LAYER / products
     longest = max_tokens
     if tp_size == 1:
         longest = next((size for size in PROMPT_SIZES if size >= max_tokens), PROMPT_SIZES[-1])
-    return [size for size in PROMPT_SIZES if size <= min(most, longest, slice_tokens or longest)]
+    short = [size for size in PROMPT_SIZES if size <= min(most, longest, slice_tokens or longest)]
+    if spec.moe is not None:
+        return short
+    if tp_size > 1:
+        sums = 2 * spec.hidden_size * dtype_bytes * tp_size / SUMS_PER_SECOND
+        most = (HALVES_SECONDS_A_LAYER + PEER_SECONDS_A_LAYER * (tp_size - 1)) / (products + sums)
+    full = min(max_tokens, slice_tokens or max_tokens) // LONG_UNIT * LONG_UNIT
+    long = list(range(LONG_UNIT, min(full, int(most)) + 1, LONG_UNIT))
+    if tp_size > 1 and full not in long and LONG_UNIT <= full <= SLOW_HOST * most:
+        long.append(full)
+    return [*short, *long]
+
+
+def prompt_places(num_tokens: int) -> int:
+    """For prompts, in recorded steps of so many tokens."""
+    return PROMPT_ROWS if num_tokens < LONG_UNIT else LONG_ROWS
 
 
 def prompt_kinds(sizes: Sequence[int], max_rows: int) -> list[tuple[int, int]]:
     """(tokens, places for decode rows) of the recorded steps with prompts. Few places for decode rows where there are
     few: attention cuts contexts into pieces by how many rows there may be."""
-    decodes = sorted({min(places, max_rows) for places in PROMPT_DECODES})
-    return [(size, places) for size in sizes for places in decodes if places + PROMPT_ROWS < size]
+    kinds = []
+    for size in sizes:
+        places = {min(each, max_rows) for each in PROMPT_DECODES} if size < LONG_UNIT else {min(max_rows, size // 2)}
+        kinds += [(size, each) for each in sorted(places) if each + prompt_places(size) < size]
+    return kinds
 
 
 def even_ladder(max_rows: int, spec: ModelSpec, tp_size: int) -> list[int]:
@@ -93,7 +123,8 @@ def prompt_graph_bytes(
     if not kinds:
         return 0
     states = max(tokens for tokens, _ in kinds) * _state_numbers(spec, tp_size) * dtype_bytes
-    return states + len(kinds) * KERNELS_A_PROMPT_LAYER * (num_layers + 1) * GRAPH_BYTES_A_KERNEL
+    kernels = sum(KERNELS_A_PROMPT_LAYER if tokens < LONG_UNIT else KERNELS_A_LONG_LAYER for tokens, _ in kinds)
+    return states + kernels * (num_layers + 1) * GRAPH_BYTES_A_KERNEL
 
 
 def _state_numbers(spec: ModelSpec, tp_size: int) -> int:

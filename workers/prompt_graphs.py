@@ -23,13 +23,14 @@ import torch
 from torch import Tensor
 
 from argosy.cluster.protocol.messages import SchedulerOutput
-from argosy.placement.step_memory import PROMPT_ROWS
+from argosy.placement.step_memory import LONG_UNIT, prompt_places
 from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.input_batch import InputBatch
 from argosy.workers.recording import Graph, Recorder, borrow
 from argosy.workers.step_inputs import IntArray, Staging, StepInputs
 
 NUM_STAGING_BUFFERS = 3  # steps whose copy to the device may be under way at once, at least
+MOST_TABLE_ENTRIES = 1 << 20  # of a step's block tables, for each group of layers: longer ones go to eager steps
 Kind = tuple[int, int]  # tokens, places for decode rows
 
 
@@ -99,7 +100,7 @@ class PromptGraphs:
         self.is_first_stage, self.is_last_stage, self.max_model_len = is_first_stage, is_last_stage, max_model_len
         self._most_tokens = max(tokens for tokens, _ in kinds)
         self._most_decodes = max(decodes for _, decodes in kinds)
-        self._num_rows = self._most_decodes + PROMPT_ROWS
+        self._num_rows = self._most_decodes + max(prompt_places(tokens) for tokens, _ in kinds)
         shape = (0 if is_first_stage else self._most_tokens, hidden_size)
         self._hidden_TD = torch.zeros(shape, dtype=dtype, device=batch.device)
         self._staging = self._make_staging()
@@ -115,7 +116,8 @@ class PromptGraphs:
         """On the device all have the same memory: a step's copy comes behind the replay that reads the one before."""
         batch, num_rows, device = self.batch, self._num_rows, self.batch.device
         capacity = 8 * ((2 + batch.num_groups) * self._most_tokens + 4 * num_rows)
-        capacity += 4 * (4 * num_rows + batch.num_groups * num_rows * batch.max_blocks) + 1024
+        self._most_entries = batch.num_groups * min(num_rows * batch.max_blocks, MOST_TABLE_ENTRIES)
+        capacity += 4 * (4 * num_rows + self._most_entries) + 1024
         if device.type == "cpu":
             return [Staging(capacity, device)]
         twin = torch.zeros(capacity, dtype=torch.uint8, device=device)
@@ -153,12 +155,13 @@ class PromptGraphs:
     def _metadata(self, kind: Kind, table_RGB: Tensor) -> AttentionMetadata:
         num_tokens, num_decodes = kind
         fixed, first = self._fixed, self._most_decodes - num_decodes
+        last = self._most_decodes + prompt_places(num_tokens)
         metadata, *others = [
             AttentionMetadata(
-                num_rows=num_decodes + PROMPT_ROWS,
+                num_rows=num_decodes + prompt_places(num_tokens),
                 num_decode_rows=num_decodes,
-                query_start_R1=fixed.starts_R1[first:],
-                context_len_R=fixed.context_R[first:],
+                query_start_R1=fixed.starts_R1[first : last + 1],
+                context_len_R=fixed.context_R[first:last],
                 block_table_RB=table_RGB[:, group],
                 slot_mapping_T=fixed.slots_GT[group, :num_tokens],
                 max_query_len=num_tokens,
@@ -175,7 +178,8 @@ class PromptGraphs:
         """What is recorded, from what the host sent to hidden states: of the rows that sample on the last stage."""
         num_tokens, num_decodes = kind
         fixed, batch, first = self._fixed, self.batch, self._most_decodes - num_decodes
-        metadata = self._metadata(kind, self.tables.block_table_NGB[fixed.handles_R[first:]])
+        rows = slice(first, self._most_decodes + prompt_places(num_tokens))
+        metadata = self._metadata(kind, self.tables.block_table_NGB[fixed.handles_R[rows]])
         tokens_T = hidden_TD = asked_S = None
         if self.is_first_stage:
             tokens_T = fixed.tokens_T[:num_tokens]
@@ -185,7 +189,7 @@ class PromptGraphs:
         else:
             hidden_TD = self._hidden_TD[:num_tokens]
         if self.is_last_stage:
-            asked_S = fixed.hidden_rows_R[: num_decodes + PROMPT_ROWS]
+            asked_S = fixed.hidden_rows_R[: num_decodes + prompt_places(num_tokens)]
         made_XD = self.forward(tokens_T, hidden_TD, fixed.positions_T[:num_tokens], metadata, asked_S)
         if asked_S is not None and made_XD.shape[0] == num_tokens:  # more than may be asked for: it gave all of them
             return made_XD[asked_S]
@@ -200,13 +204,21 @@ class PromptGraphs:
         is_longer = num_tokens_R > 1
         num_decodes = int(is_longer.argmax()) if is_longer.any() else num_rows
         kind = self.kind_of(int(num_tokens_R.sum()), num_decodes, num_rows - num_decodes)
-        return None if kind is None else (self._send(output, num_tokens_R, num_decodes, kind), kind)
+        if kind is None:
+            return None
+        handles_R = self.batch.handles_of(output.rows)
+        end_R = self.batch.num_computed_N[handles_R] + num_tokens_R
+        if self.batch.num_groups * num_rows * -(-int(end_R.max()) // self.batch.block_size) > self._most_entries:
+            return None
+        return self._send(output, num_tokens_R, num_decodes, kind), kind
 
     def kind_of(self, num_tokens: int, num_decodes: int, num_prompts: int) -> Kind | None:
-        """The smallest recorded step for so many tokens of so many rows; None: there is none."""
-        if num_prompts > PROMPT_ROWS:
-            return None
-        return next((kind for kind in self.kinds if kind[0] >= num_tokens and kind[1] >= num_decodes), None)
+        """The smallest recorded step for so many tokens of so many rows; None: there is none, or far too large."""
+        for kind in self.kinds:
+            size, decodes = kind
+            if size >= num_tokens and decodes >= num_decodes and prompt_places(size) >= num_prompts:
+                return kind if size - num_tokens < LONG_UNIT else None
+        return None
 
     def _send(self, output: SchedulerOutput, num_tokens_R: IntArray, num_decodes: int, kind: Kind) -> StepInputs:
         batch, num_groups = self.batch, self.batch.num_groups

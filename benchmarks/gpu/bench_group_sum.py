@@ -3,7 +3,7 @@
     python benchmarks/gpu/bench_group_sum.py --cards 2 --width 4096
 
 Checks the result against NCCL first, over many random steps, then times both inside CUDA graphs, as a decode step runs
-them. JSON lines: microseconds each.
+them; before that sums by copies and flags, queued one by one and recorded. JSON lines: microseconds each.
 """
 
 import argparse
@@ -22,7 +22,7 @@ from torch import Tensor
 from argosy.kernels import group_push, ops
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
-from argosy.workers.layers.group_sum import GroupSum, open_group_sum
+from argosy.workers.layers.group_sum import GroupSum, open_group_copies, open_group_sum
 from argosy.workers.layers.norm import RMSNorm
 
 REPEATS = 64  # in a graph, as many as a model of 32 layers has
@@ -70,6 +70,62 @@ def check(parallel: ParallelContext, sums: GroupSum, norm: RMSNorm, width: int, 
             dist.all_reduce(seen, op=dist.ReduceOp.MAX, group=parallel.tp_group)
             assert torch.equal(seen, ids), f"step {step}: ranks chose differently"
     return worst
+
+
+def check_copies(parallel: ParallelContext, sums: GroupSum, norm: RMSNorm, width: int) -> dict[str, object]:
+    """Sums by copies in halves, queued one by one and by a graph, against NCCL: errors, microseconds of host and card.
+
+    Random parts come anew before each of twenty rounds; a round sums both halves eight times, the parts in turn.
+    """
+    num, device = sums.max_tokens - 100, parallel.device
+    copies = open_group_copies(parallel, sums, max_rows=sums.max_tokens // 2 + 128)
+    assert copies is not None, "this driver has no flags in streams"
+    found: dict[str, object] = {"check": "copies", "cards": sums.num_ranks, "tokens": num, "recorded": copies.in_graphs}
+    halves = (slice(0, sums.max_tokens // 2), slice(sums.max_tokens // 2, num))
+    stream = torch.cuda.Stream(device)
+    residual_TD = torch.zeros(num, width, dtype=torch.bfloat16, device=device)
+    rows_T = torch.arange(num, device=device)
+
+    def round_of_sums() -> None:
+        for turn in range(16):
+            copies.sum_rows(stream, turn // 2 % 2, residual_TD, halves[turn % 2], norm)
+
+    with torch.cuda.stream(stream):
+        graph = torch.cuda.CUDAGraph() if copies.in_graphs else None
+        round_of_sums()
+        if graph is not None:
+            torch.cuda.synchronize(device)
+            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+                round_of_sums()
+        for way, run in (("queued", round_of_sums), ("by_graph", graph.replay if graph is not None else None)):
+            if run is None:
+                continue
+            worst, spent, host = 0.0, 0.0, 0.0
+            for step in range(20):
+                torch.manual_seed(step * 8 + parallel.rank.tp_rank)
+                parts = [torch.randn(num, width, dtype=torch.bfloat16, device=device) for _ in range(2)]
+                for which, part_TD in enumerate(parts):
+                    sums.part(which, num).copy_(part_TD)
+                residual_TD.zero_()
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                torch.cuda.synchronize(device)
+                dist.barrier(parallel.tp_group)
+                began = time.perf_counter()
+                start.record(stream)
+                run()
+                end.record(stream)
+                host += time.perf_counter() - began
+                torch.cuda.synchronize(device)
+                spent += start.elapsed_time(end)
+                total_TD = 4 * (parts[0].float() + parts[1].float())
+                dist.all_reduce(total_TD, group=parallel.tp_group)
+                owned_T = copies.owns(rows_T, halves)
+                off = (residual_TD.float() - total_TD)[owned_T].norm() / total_TD[owned_T].norm()
+                want_TD = ops.rms_norm(total_TD, norm.weight, norm.eps).float()
+                off_normed = (sums.shared(num).float() - want_TD).norm() / want_TD.norm()
+                worst = max(worst, float(off), float(off_normed))
+            found[way] = {"error": worst, "us": round(1e3 * spent / 320, 1), "host_us": round(1e6 * host / 320, 1)}
+    return found
 
 
 def timed(parallel: ParallelContext, run: object) -> float:
@@ -120,6 +176,9 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int) -> None:
     worst = check(parallel, sums, norm, args.width, args.max_tokens)
     if tp_rank == 0:
         print(json.dumps({"check": "group_sum", "cards": args.cards, "largest_relative_error": worst}), flush=True)
+    copied = check_copies(parallel, sums, norm, args.width)
+    if tp_rank == 0:
+        print(json.dumps(copied), flush=True)
     for num in args.tokens:
         part_TD = torch.zeros(num, args.width, dtype=torch.bfloat16, device=device)
         residual_TD = torch.zeros_like(part_TD)

@@ -2,11 +2,13 @@
 
     python benchmarks/gpu/check_prompt_steps.py --layout 2x1 1x2
 
-Tensor x pipeline parallel; exit code 1 on a difference. No reference by transformers: `check_gpu.py` has one.
+Tensor x pipeline parallel; exit code 1 on a difference. No reference by transformers: `check_gpu.py` has one. `--long`:
+prompts of up to 520 tokens in steps of up to 2048, over a group in halves whose sums are copied.
 """
 
 import argparse
 import json
+import os
 import random
 import sys
 import tempfile
@@ -29,9 +31,14 @@ def main() -> int:
     parser.add_argument("--layout", nargs="+", default=["1x1"])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--long", action="store_true")
     args = parser.parse_args()
     rng, failures = random.Random(7), 0
-    prompts = [[rng.randrange(3, 1000) for _ in range(n)] for n in (1, 5, 16, 17, 33, 64, 100, 130, 40, 25, 90, 7)]
+    lengths = [1, 5, 16, 17, 33, 64, 100, 130, 40, 25, 90, 7]
+    if args.long:
+        lengths = [4 * length for length in lengths * 8]
+        os.environ["ARGOSY_OVERLAP_TOKENS"] = "1024"  # so small a model would not go in halves
+    prompts = [[rng.randrange(3, 1000) for _ in range(length)] for length in lengths]
     params = SamplingParams(temperature=0.0, max_tokens=16, ignore_eos=True, detokenize=False)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps({**COMMON, **SHAPE}))
@@ -41,8 +48,8 @@ def main() -> int:
             for eager in (False, True):
                 with LLM(
                     folder, load_format="dummy", skip_tokenizer_init=True, dtype=args.dtype, enforce_eager=eager,
-                    tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size, max_num_seqs=8, max_model_len=512,
-                    max_num_batched_tokens=64, gpu_memory_utilization=0.2, device=args.device,
+                    tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size, max_num_seqs=96 if args.long else 8,
+                    max_model_len=1024, max_num_batched_tokens=2048 if args.long else 64, gpu_memory_utilization=0.2, device=args.device,
                     distributed_executor_backend="local",
                 ) as llm:  # fmt: skip
                     outputs = llm.generate(prompts, params, use_tqdm=False)

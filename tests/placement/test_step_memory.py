@@ -7,13 +7,13 @@ from argosy.placement.model_sources import read_model_shape
 from argosy.placement.step_memory import (
     GRAPH_BYTES_A_KERNEL,
     KERNELS_A_LAYER,
-    PROMPT_ROWS,
     PROMPT_SIZES,
     attention_bytes,
     decode_bytes,
     graph_bytes,
     prompt_graph_bytes,
     prompt_kinds,
+    prompt_places,
     prompt_sizes,
 )
 
@@ -26,11 +26,22 @@ def sizes_of(spec: ModelSpec, tp_size: int = 1, max_tokens: int = 8192, slice_to
 
 def test_larger_models_record_fewer_tokens() -> None:
     """Up to where the card has as much to do as the host has to launch; a rank of several has less of each layer."""
-    assert sizes_of(SMALL) == list(PROMPT_SIZES)
+    assert sizes_of(SMALL) == [*PROMPT_SIZES, 1024, 2048, 3072]
     assert sizes_of(MIDDLE) == [32, 64, 128, 192, 256]
     assert sizes_of(LARGE) == [32, 64]
-    assert sizes_of(MIDDLE, tp_size=2) == list(PROMPT_SIZES)
-    assert sizes_of(LARGE, tp_size=4) == [32, 64, 128, 192, 256]
+    assert sizes_of(MIDDLE, tp_size=2) == [*PROMPT_SIZES, 1024, 2048]
+    assert sizes_of(LARGE, tp_size=4)[:5] == [32, 64, 128, 192, 256]
+
+
+def test_a_group_records_long_steps_that_its_hosts_would_be_late_with() -> None:
+    """Over four cards a full step of 8B keeps them for 55 ms, and a host takes 65 to 95 to queue it in halves; two
+    cards are busy for longer than their hosts, as one is, and as four are with 70B."""
+    assert sizes_of(MIDDLE, tp_size=4) == [*PROMPT_SIZES, *range(1024, 7169, 1024), 8192]
+    assert max(sizes_of(MIDDLE, tp_size=4, max_tokens=16384)) < 8192
+    assert max(sizes_of(MIDDLE, tp_size=4, max_tokens=2047)) == 1024
+    assert max(sizes_of(MIDDLE, tp_size=2)) < 4096
+    assert max(sizes_of(LARGE, tp_size=4)) < 4096
+    assert max(sizes_of(MIDDLE, tp_size=4, slice_tokens=3000)) == 2048
 
 
 def test_no_step_is_padded_beyond_what_may_be_there() -> None:
@@ -44,12 +55,13 @@ def test_no_step_is_padded_beyond_what_may_be_there() -> None:
 @pytest.mark.parametrize("max_rows", [1, 8, 20, 256])
 def test_there_are_always_more_tokens_than_places_for_rows(max_rows: int) -> None:
     """What a model gives tells by its number of rows whether it left out who does not sample."""
-    kinds = prompt_kinds(PROMPT_SIZES, max_rows)
-    assert {size for size, _ in kinds} == set(PROMPT_SIZES)
-    assert all(decodes + PROMPT_ROWS < size and decodes <= max_rows for size, decodes in kinds)
+    kinds = prompt_kinds([*PROMPT_SIZES, 1024, 8192], max_rows)
+    assert {size for size, _ in kinds} == {*PROMPT_SIZES, 1024, 8192}
+    assert all(decodes + prompt_places(size) < size and decodes <= max_rows for size, decodes in kinds)
     assert len(kinds) == len(set(kinds))
     if max_rows == 256:
         assert [kind for kind in kinds if kind[0] in (64, 128)] == [(64, 8), (128, 8), (128, 64)]
+    assert [decodes for size, decodes in kinds if size >= 1024] == [min(max_rows, 512), max_rows]
 
 
 def test_latent_attention_records_none_and_needs_no_memory_for_it() -> None:

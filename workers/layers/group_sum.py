@@ -144,26 +144,28 @@ class GroupCopies:
     """Sums of many rows on a stream of their own, by copy engines and flags: products keep all multiprocessors.
 
     Each rank copies its share of the rows from all peers, sums, adds and norms them in a launch, and the others copy
-    the result. The residual of a row is kept up to date by its owner alone.
+    the result. The residual of a row is kept up to date by its owner alone. A sum tells the driver the same each time,
+    in nine calls over four cards, so that graphs may repeat it.
     """
 
-    def __init__(self, sums: GroupSum, flags: StreamFlags, *, max_rows: int):
-        self._sums, self._flags = sums, flags
+    def __init__(self, sums: GroupSum, flags: StreamFlags, *, max_rows: int, in_graphs: bool = False):
+        """`in_graphs`: steps with such sums may be recorded."""
+        self._sums, self._flags, self.in_graphs = sums, flags, in_graphs
         self._rank, self._world = sums._rank, sums._world
         self._peers = [(self._rank + n) % self._world for n in range(1, self._world)]  # each asks another one first
-        bytes_of = {peer: sums._buffer.of_rank(peer) for peer in self._peers}
-        self._parts = {
-            peer: [
-                sums._view(sums._kernels.FLAG_BYTES + which * sums._part_bytes, sums.max_tokens, of)
-                for which in range(NUM_PARTS)
-            ]
-            for peer, of in bytes_of.items()
-        }
-        self._shared = {peer: sums._view(sums._shared_bytes, sums.max_tokens, of) for peer, of in bytes_of.items()}
+        self._bases = sums._buffer.pointers
+        self._row_bytes = sums._width * sums._dtype.itemsize
         share = -(-max_rows // self._world)
         local = sums._buffer.local
         self._staged_PSD = torch.empty((self._world - 1, share, sums._width), dtype=sums._dtype, device=local.device)
-        self._turn = 0
+        # parts are there; what each rank made of its rows is there
+        self._meetings = [
+            flags.meeting(
+                [self._flag(peer, what, self._rank) for peer in self._peers],
+                [self._flag(self._rank, what, peer) for peer in self._peers],
+            )
+            for what in range(2)
+        ]
 
     def sum_rows(
         self, stream: "torch.cuda.Stream", which: int, residual_TD: Tensor, rows: slice, norm: RMSNorm | None
@@ -172,25 +174,29 @@ class GroupCopies:
 
         `stream` must be current, and must have waited for this rank's part.
         """
-        self._turn += 1
-        sums, count = self._sums, rows.stop - rows.start
-        share = -(-count // self._world)
+        sums, flags = self._sums, self._flags
+        share = -(-(rows.stop - rows.start) // self._world)
         own = self._share(rows, share, self._rank)
-        self._tell(stream, 0)
-        staged_PSD = self._staged_PSD[:, : own.stop - own.start]
-        for place, peer in enumerate(self._peers):
-            self._await(stream, 0, peer)
-            staged_PSD[place].copy_(self._parts[peer][which][own])
+        count, at = own.stop - own.start, sums._kernels.FLAG_BYTES + which * sums._part_bytes
+        flags.meet(stream, self._meetings[0])
+        staged_PSD = self._staged_PSD[:, :count]
+        if count:
+            at += own.start * self._row_bytes
+            target, each = self._staged_PSD.data_ptr(), self._staged_PSD.stride(0) * sums._dtype.itemsize
+            for place, peer in enumerate(self._peers):
+                flags.copy(stream, target + place * each, self._bases[peer] + at, count * self._row_bytes)
         num_tokens = residual_TD.shape[0]
         sums._kernels.add_staged_norm(
             sums.part(which, num_tokens)[own], staged_PSD, residual_TD[own], None if norm is None else norm.weight,
             0.0 if norm is None else norm.eps, sums.shared(num_tokens)[own],
         )  # fmt: skip
-        self._tell(stream, 1)
+        flags.meet(stream, self._meetings[1])
         for peer in self._peers:
             theirs = self._share(rows, share, peer)
-            self._await(stream, 1, peer)
-            sums.shared(num_tokens)[theirs].copy_(self._shared[peer][theirs])
+            at = sums._shared_bytes + theirs.start * self._row_bytes
+            if theirs.stop > theirs.start:
+                num_bytes = (theirs.stop - theirs.start) * self._row_bytes
+                flags.copy(stream, self._bases[self._rank] + at, self._bases[peer] + at, num_bytes)
 
     def owns(self, rows_S: Tensor, parts: Sequence[slice]) -> Tensor:
         """Of which rows this rank's residual is up to date after sums of these parts of the tokens."""
@@ -204,24 +210,19 @@ class GroupCopies:
         first = min(rows.start + rank * share, rows.stop)
         return slice(first, min(first + share, rows.stop))
 
-    def _tell(self, stream: "torch.cuda.Stream", what: int) -> None:
-        for peer in self._peers:
-            self._flags.write(stream, self._flag(peer, what, self._rank), self._turn)
-
-    def _await(self, stream: "torch.cuda.Stream", what: int, peer: int) -> None:
-        self._flags.wait(stream, self._flag(self._rank, what, peer), self._turn)
-
     def _flag(self, of: int, what: int, by: int) -> int:
-        return self._sums._buffer.pointers[of] + self._sums._flag_bytes + 4 * (what * self._world + by)
+        return self._bases[of] + self._sums._flag_bytes + 4 * (what * self._world + by)
 
 
 def open_group_copies(parallel: ParallelContext, sums: GroupSum, *, max_rows: int) -> GroupCopies | None:
     """Sums by copy engines, or None where the driver has no flags in streams; the same answer on all ranks."""
     flags = open_stream_flags(parallel.device)
-    agreed = parallel.all_reduce(torch.tensor([float(flags is not None)] * 64, device=parallel.device))
+    in_graphs = flags is not None and flags.can_be_recorded(parallel.device)
+    answers = torch.tensor([float(flags is not None)] * 32 + [float(in_graphs)] * 32, device=parallel.device)
+    agreed = parallel.all_reduce(answers)
     if flags is None or float(agreed[0]) < parallel.tp_size:
         return None
-    return GroupCopies(sums, flags, max_rows=max_rows)
+    return GroupCopies(sums, flags, max_rows=max_rows, in_graphs=float(agreed[-1]) >= parallel.tp_size)
 
 
 def open_group_sum(

@@ -273,9 +273,9 @@ class Decoder(nn.Module):
     def records_prompts(self, num_tokens: int) -> bool:
         """Whether a step of so many tokens, prompts among them, may be recorded; the same on all ranks of a group.
 
-        Not with weights that come through the link, or halves that wait for each other's flags.
+        Not with weights that come through the link, or halves whose flags the driver can't record.
         """
-        return self.offload is None and (self._group is None or not self._group.overlaps(num_tokens))
+        return self.offload is None and (self._group is None or self._group.records(num_tokens))
 
     def enter(self, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
         """From tokens to what the first layer gets, [T, D]."""

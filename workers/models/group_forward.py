@@ -108,6 +108,10 @@ class GroupForward:
         """Whether a step of so many tokens goes in halves."""
         return self._copies is not None and num_tokens >= self._overlap_tokens
 
+    def records(self, num_tokens: int) -> bool:
+        """Whether a step of so many tokens may be recorded; the same on all ranks."""
+        return not self.overlaps(num_tokens) or (self._copies is not None and self._copies.in_graphs)
+
     def _overlapped(
         self, copies: GroupCopies, x_TD: Tensor, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext
     ) -> Tensor:
