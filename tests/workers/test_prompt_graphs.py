@@ -32,6 +32,7 @@ from test_kv_groups import CASES
 from argosy.cluster.micro_batches import SMALL_PIECE, SMALL_PIECE_ROWS
 from argosy.cluster.protocol.messages import SchedulerOutput
 from argosy.placement.step_memory import PROMPT_DECODES, PROMPT_SIZES
+from argosy.workers import prompt_graphs
 from argosy.workers.attention.base import AttentionMetadata, AttentionShape
 from argosy.workers.attention.torch_backend import TorchBackend
 from argosy.workers.attention.triton_backend import TritonBackend
@@ -221,6 +222,37 @@ def test_the_scheduler_cuts_small_pieces_beside_as_many_rows_as_are_recorded() -
     """It can't ask the ranks' rooms, so the number stands in both."""
     assert SMALL_PIECE_ROWS[1] == PROMPT_DECODES[-1]
     assert SMALL_PIECE + SMALL_PIECE_ROWS[1] <= PROMPT_SIZES[-1]
+
+
+def test_long_steps_have_room_for_more_prompts_and_are_not_padded_by_far(folders: dict[str, Path]) -> None:
+    """Twenty prompts at once find no place in small recordings; a step that would be mostly padding runs eagerly."""
+    config = make_config(folders["llama"], max_num_batched_tokens=1024, max_num_seqs=24)
+    prompts = prompts_of(random.Random(4)) * 2
+    ranks = Recorded(config, 200, [(24, 2), (1024, 24), (3072, 24)])
+    run = Run(ranks, config, 200)
+    requests = [run.add(greedy(prompt, 4, stream_id=number))[0] for number, prompt in enumerate(prompts)]
+    run.finish()
+    assert answers(requests) == transformers_greedy(folders["llama"], prompts, 4)
+    assert (1024, 24) in ranks.kinds
+    graphs = ranks.runner.graphs
+    assert graphs is not None
+    assert graphs.prompts is not None
+    kind_of = graphs.prompts.kind_of
+    assert kind_of(100, 0, 17) == kind_of(100, 3, 1) == kind_of(1000, 24, 64) == (1024, 24)
+    assert kind_of(2049, 0, 1) == (3072, 24)
+    assert kind_of(1000, 0, 65) is kind_of(1025, 0, 1) is kind_of(2048, 0, 1) is kind_of(1000, 25, 1) is None
+
+
+def test_tables_too_long_for_the_room_go_to_eager_steps(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows by blocks of a step's longest context: room for all that could be would be larger than the model."""
+    monkeypatch.setattr(prompt_graphs, "MOST_TABLE_ENTRIES", 12)
+    config = make_config(folders["llama"], max_num_batched_tokens=24)
+    prompts = prompts_of(random.Random(5))
+    ranks = Recorded(config, 128)
+    assert run_all(ranks, config, prompts) == run_all(InProcessRank(config, 128), config, prompts)
+    assert {kind is None for kind in ranks.kinds} == {True, False}
 
 
 def test_decode_rows_with_long_contexts_are_taken_first(folders: dict[str, Path]) -> None:
