@@ -48,9 +48,9 @@ def main() -> int:
             for eager in (False, True):
                 with LLM(
                     folder, load_format="dummy", skip_tokenizer_init=True, dtype=args.dtype, enforce_eager=eager,
-                    tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size, max_num_seqs=96 if args.long else 8,
-                    max_model_len=1024, max_num_batched_tokens=2048 if args.long else 64, gpu_memory_utilization=0.2, device=args.device,
-                    distributed_executor_backend="local",
+                    tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size, device=args.device,
+                    max_num_seqs=96 if args.long else 8, max_num_batched_tokens=2048 if args.long else 64,
+                    max_model_len=1024, gpu_memory_utilization=0.2, distributed_executor_backend="local",
                 ) as llm:  # fmt: skip
                     outputs = llm.generate(prompts, params, use_tqdm=False)
                     said.append([list(output.outputs[0].token_ids) for output in outputs])
