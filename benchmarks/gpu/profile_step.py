@@ -21,7 +21,7 @@ from argosy.cluster.protocol.messages import NewRequest, SchedulerOutput
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.cluster.protocol.sampling import TokenParams
 from argosy.placement.plan import make_plan
-from argosy.placement.process_groups import init_parallel
+from argosy.placement.process_groups import ParallelContext, init_parallel
 from argosy.workers.device import set_up_device
 from argosy.workers.model_runner import ModelRunner
 
@@ -33,10 +33,11 @@ def make_runner(
     *,
     quantization: str | None = None,
     checkpoint: dict[str, object] | None = None,
+    parallel: ParallelContext | None = None,
 ) -> ModelRunner:
     """A rank with random weights and room for the largest batch at this context.
 
-    `checkpoint`: what else its config.json would say, such as a `quantization_config`.
+    `checkpoint`: what else its config.json would say, such as a `quantization_config`. `parallel`: of one of several.
     """
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, "config.json").write_text(json.dumps({**COMMON, **SHAPES[model], **(checkpoint or {})}))
@@ -45,9 +46,11 @@ def make_runner(
              "max_num_batched_tokens": 8192, "max_cuda_graph_batch": max_num_seqs}
         )  # fmt: skip
         spec = read_model_spec(folder, None, quantization)
-        device = torch.device("cuda", 0)
-        set_up_device(device, 4)
-        parallel = init_parallel(make_plan(spec.num_layers, 1, 1).ranks[0], "127.0.0.1:0", device, 60.0)
+        if parallel is None:
+            device = torch.device("cuda", 0)
+            set_up_device(device, 4)
+            parallel = init_parallel(make_plan(spec.num_layers, 1, 1).ranks[0], "127.0.0.1:0", device, 60.0)
+        device = parallel.device
         runner = ModelRunner(config, spec, parallel, device=device, dtype=torch.bfloat16, cache_dtype=torch.bfloat16)
         runner.load(Path(folder), None)
     runner.allocate(max_num_seqs * (context // 16 + 4))
