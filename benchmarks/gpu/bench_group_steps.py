@@ -78,7 +78,7 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int) -> None:
         row: dict[str, object] = {"model": args.model, "cards": args.cards, "tokens": num_tokens}
         drawn: dict[str, list[int]] = {}
         for way, least in (("halves", 0), ("whole", NEVER)):
-            group._overlap_tokens = least
+            group._overlap_tokens = group._recorded_tokens = least
             runner.graphs = None
             row[way], drawn[way] = measure(runner, num_tokens, args.repeats)
             if least == 0 and not group._copies.in_graphs:

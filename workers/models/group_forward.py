@@ -31,6 +31,7 @@ LEAST_OVERLAP_TOKENS = 1024  # from so many on, halves are large enough to keep 
 HOST_SECONDS_A_LAYER = 1.15e-3
 PRODUCT_BYTES_PER_SECOND = 650e12  # of weights, times tokens: 16-bit weights at 650 TFLOP/s
 SUM_BYTES_PER_SECOND = 0.64e12  # of a sum over the group, times ranks
+LEAST_RECORDED_TOKENS = 2048  # in halves where the step is recorded and costs the host nothing
 HALF_MULTIPLE = 128  # the rows of a product's tile
 
 
@@ -69,6 +70,7 @@ class GroupForward:
         self._copies = copies
         layer_bytes = sum(weight.numel() * weight.element_size() for weight in layers[0].parameters())
         self._overlap_tokens = least_overlapped(layer_bytes, width * dtype.itemsize, sums.num_ranks)
+        self._recorded_tokens = min(self._overlap_tokens, LEAST_RECORDED_TOKENS)
         # of high priority: its short kernels go between two products, not behind all that are queued
         make_stream: Any = torch.cuda.Stream  # torch gives these no types
         make_event: Any = torch.cuda.Event
@@ -85,7 +87,7 @@ class GroupForward:
             assert token_ids_T is not None
             num_tokens = token_ids_T.shape[0]
             residual_TD = torch.empty((num_tokens, self._width), dtype=self._dtype, device=self._device)
-            whole = self.overlaps(num_tokens) or any(chain.takes(num_tokens) for chain in self._chains)
+            whole = self._overlaps(num_tokens, ctx) or any(chain.takes(num_tokens) for chain in self._chains)
             self._embed.part(token_ids_T, sums.part(EMBEDDED, num_tokens))
             x_TD = sums.add_norm(EMBEDDED, residual_TD, self._norms[0], add=False, whole=whole)
         else:
@@ -95,7 +97,7 @@ class GroupForward:
             if chain.takes(len(x_TD)):
                 qkv_TX = self._layers[0].attention.qkv_proj.product(x_TD)
                 return chain.through(self._layers, self._norms[1:], qkv_TX, residual_TD, positions_T, ctx)
-        if self._copies is not None and self.overlaps(len(x_TD)):
+        if self._copies is not None and self._overlaps(len(x_TD), ctx):
             return self._overlapped(self._copies, x_TD, residual_TD, positions_T, ctx)
         for layer, next_norm in zip(self._in_turn(), self._norms[1:], strict=True):
             layer.attention.part(x_TD, positions_T, ctx, sums.part(0, len(x_TD)))
@@ -104,13 +106,16 @@ class GroupForward:
             x_TD = sums.add_norm(1, residual_TD, next_norm, asked=asked)
         return x_TD
 
-    def overlaps(self, num_tokens: int) -> bool:
+    def _overlaps(self, num_tokens: int, ctx: ForwardContext) -> bool:
         """Whether a step of so many tokens goes in halves."""
-        return self._copies is not None and num_tokens >= self._overlap_tokens
+        if self._copies is None:
+            return False
+        recorded = self._copies.in_graphs and ctx.metadata.is_padded
+        return num_tokens >= (self._recorded_tokens if recorded else self._overlap_tokens)
 
     def records(self, num_tokens: int) -> bool:
         """Whether a step of so many tokens may be recorded; the same on all ranks."""
-        return not self.overlaps(num_tokens) or (self._copies is not None and self._copies.in_graphs)
+        return self._copies is None or self._copies.in_graphs or num_tokens < self._overlap_tokens
 
     def _overlapped(
         self, copies: GroupCopies, x_TD: Tensor, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext
