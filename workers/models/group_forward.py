@@ -31,8 +31,8 @@ LEAST_OVERLAP_TOKENS = 1024  # from so many on, halves are large enough to keep 
 HOST_SECONDS_A_LAYER = 1.15e-3
 PRODUCT_BYTES_PER_SECOND = 650e12  # of weights, times tokens: 16-bit weights at 650 TFLOP/s
 SUM_BYTES_PER_SECOND = 0.64e12  # of a sum over the group, times ranks
-# In halves where the step is recorded and costs the host nothing: 8B over four H200, 4096 tokens 35.1 ms in one piece and
-# 33.0 in halves, 2048 tokens 18.6 and 20.4, 8192 65.3 and 56.1.
+# From so many on where the step is recorded, which costs the host nothing: 8B over four H200, in one piece and in
+# halves, 2048 tokens 18.6 and 20.4 ms, 4096 tokens 35.1 and 33.0, 8192 tokens 65.3 and 56.1.
 LEAST_RECORDED_TOKENS = 4096
 HALF_MULTIPLE = 128  # the rows of a product's tile
 
