@@ -46,6 +46,7 @@ CPU_CACHE_FRACTION = 0.3  # and never more than this part of what is available
 CPU_PROMPT_TOKENS = 32  # a CPU has no compilation to warm up, only thread pools and allocators
 CPU_ROWS = 8
 WARM_UP_CONTEXT = 2048
+MOST_SHARE = 0.98  # of a card that advice asks for: the rest is fragments and what others take
 MIN_SLACK = 2**28  # beside the cache: what a later step's fragments and lazily loaded kernels may take
 
 
@@ -139,7 +140,7 @@ def check_weights_fit(runner: ModelRunner, ledger: MemoryLedger, count: int = 0)
     share = (needed + now.used + MIN_SLACK) / now.total + 0.05
     if now.used > 0.2 * now.total:
         advice = f"{gib(now.used)} are taken already (nvidia-smi shows by whom): free them, or use {spread}"
-    elif share < 1.0:
+    elif share < MOST_SHARE:
         advice = f"use --gpu-memory-utilization {share:.2f} or more, or {spread}"
     else:
         advice = f"use {spread}"

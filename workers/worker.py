@@ -61,6 +61,7 @@ from argosy.workers.memory import (
     prompt_shape,
     warm_up_shapes,
 )
+from argosy.workers.memory_advice import check_cache_fits, less_cache
 from argosy.workers.model_runner import ModelRunner
 from argosy.workers.start_clock import StartClock
 
@@ -234,6 +235,7 @@ class Worker:
             num_ranks = num_ranks_here(self.runner, of_all_replicas=is_auto)
             num_host_blocks = choose_num_host_blocks(self.config, self.runner.block_bytes, num_ranks)
         measured = measure_num_blocks(self.runner, self.ledger)
+        check_cache_fits(self.runner, self.ledger, measured)
         self._clock.mark("measuring memory")
         self.channel.send(
             WorkerReport(
@@ -255,8 +257,7 @@ class Worker:
     def _allocate(self, message: AllocateCache) -> None:
         assert self.runner is not None
         self._clock.skip()
-        utilization = self.config.cache.gpu_memory_utilization
-        lower = f"lower --gpu-memory-utilization from {utilization:g} to {max(utilization - 0.05, 0.05):.2f}"
+        lower = less_cache(self.config)
         with explain_out_of_memory(f"allocating {message.num_blocks} KV blocks", lower):
             self.runner.allocate(message.num_blocks)
         self._clock.mark("KV cache")

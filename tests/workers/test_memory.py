@@ -27,6 +27,7 @@ from argosy.placement.topology import Gpu
 from argosy.workers import memory
 from argosy.workers.device import MemoryReading
 from argosy.workers.memory import MemoryLedger, measure_num_blocks, warm_up_shapes
+from argosy.workers.memory_advice import check_cache_fits, less_cache
 
 GIB = 2**30
 BLOCK_BYTES = 2 * 4 * 4 * 4 * 2 * 4  # k and v, layers, slots, heads, size, float32
@@ -203,10 +204,51 @@ def test_weights_that_do_not_fit_are_told_before_any_is_loaded(tmp_path: Path, m
     for total, used, advice in (
         (2 * needed, 0, "--gpu-memory-utilization 0.55"),
         (needed, 0, "--tensor-parallel-size 4"),
+        (int(1.06 * needed), 0, "card's .*; use --tensor-parallel-size 4"),  # 0.99 of it would be asked for
         (3 * needed, needed, "taken already"),
     ):
         with pytest.raises(PlacementImpossible, match=advice):
             memory.check_weights_fit(runner, MemoryLedger(meter=FakeCard(total=total, used=used)))
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ({"kv_cache_memory_bytes": 200 * GIB, "num_gpu_blocks_override": None}, "--kv-cache-memory-bytes 79GiB or less"),
+        ({"num_gpu_blocks_override": 80 * GIB // BLOCK_BYTES + 1}, rf"override {80 * GIB // BLOCK_BYTES} or less"),
+        ({"num_gpu_blocks_override": 80 * GIB // BLOCK_BYTES}, None),
+        ({"num_gpu_blocks_override": None, "gpu_memory_utilization": 1.0}, None),
+    ],
+)  # fmt: skip
+def test_a_cache_that_was_asked_for_and_has_no_room_names_one_that_has(
+    tmp_path: Path, given: dict[str, Any], told: str | None
+) -> None:
+    """100 GiB: 4 are others', 10 tensors', a step needs 6. The share has no say in it, so it is no advice."""
+    card = FakeCard(used=14 * GIB, step_bytes=6 * GIB)
+    card.move(allocated=10 * GIB, reserved=10 * GIB)
+    runner = InProcessRank(oracle_config(tmp_path, **given), 4).runner
+    assert runner.block_bytes == BLOCK_BYTES
+    ledger = MemoryLedger(meter=card)
+    memory.measure_num_blocks(runner, ledger)
+    cache = runner.config.cache
+    num_blocks = cache.num_gpu_blocks_override or (cache.kv_cache_memory_bytes or ledger.room_bytes) // BLOCK_BYTES
+    if told is None:
+        check_cache_fits(runner, ledger, num_blocks)
+        return
+    if "GiB" in told:
+        card.move(allocated=1, used=1)  # rounds down
+    with pytest.raises(PlacementImpossible, match=told):
+        check_cache_fits(runner, ledger, num_blocks)
+
+
+def test_the_setting_that_decides_the_cache_is_the_one_to_lower(tmp_path: Path) -> None:
+    """Should an allocation fail after all."""
+    for given, told in (
+        ({"num_gpu_blocks_override": 9}, "--num-gpu-blocks-override from 9"),
+        ({"num_gpu_blocks_override": None, "kv_cache_memory_bytes": 5}, "--kv-cache-memory-bytes from 5"),
+        ({"num_gpu_blocks_override": None}, "--gpu-memory-utilization from 0.92 to 0.87"),
+    ):
+        assert told in less_cache(oracle_config(tmp_path, **given))
 
 
 def test_an_allocation_that_fails_names_what_to_change() -> None:
