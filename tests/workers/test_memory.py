@@ -214,7 +214,7 @@ def test_weights_that_do_not_fit_are_told_before_any_is_loaded(tmp_path: Path, m
 @pytest.mark.parametrize(
     ("given", "told"),
     [
-        ({"kv_cache_memory_bytes": 200 * GIB, "num_gpu_blocks_override": None}, "--kv-cache-memory-bytes 79GiB or less"),
+        ({"kv_cache_memory_bytes": 200 * GIB, "num_gpu_blocks_override": None}, "cache-memory-bytes 79GiB or less"),
         ({"num_gpu_blocks_override": 80 * GIB // BLOCK_BYTES + 1}, rf"override {80 * GIB // BLOCK_BYTES} or less"),
         ({"num_gpu_blocks_override": 80 * GIB // BLOCK_BYTES}, None),
         ({"num_gpu_blocks_override": None, "gpu_memory_utilization": 1.0}, None),

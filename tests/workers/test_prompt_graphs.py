@@ -36,6 +36,7 @@ from argosy.workers import prompt_graphs
 from argosy.workers.attention.base import AttentionMetadata, AttentionShape
 from argosy.workers.attention.torch_backend import TorchBackend
 from argosy.workers.attention.triton_backend import TritonBackend
+from argosy.workers.input_batch import InputBatch
 from argosy.workers.prompt_graphs import Kind
 from argosy.workers.step_recording import make_graphs
 
@@ -94,6 +95,8 @@ class Recorded(InProcessRank):
         super().__init__(config, num_blocks)
         runner = self.runner
         runner.backend, runner.batch.lives_on_device = Forgetful(), True
+        for staging in runner.batch._staging:
+            staging.is_shared = False  # steps that are not recorded say which rows they have, as on a card
         self.recorder = FakeRecorder()
         with torch.inference_mode():
             runner.graphs = make_graphs(runner, 8, kinds)
@@ -111,9 +114,22 @@ class Recorded(InProcessRank):
         def noted(output: SchedulerOutput) -> Any:
             begun = begin(output)
             self.kinds.append(None if begun is None else begun[1])
+            if begun is not None:
+                self._check_places(len(output.rows), sum(output.num_tokens) or len(output.rows))
             return begun
 
         prompts.begin = noted  # type: ignore[method-assign]
+
+    def _check_places(self, num_rows: int, num_tokens: int) -> None:
+        """Places where no row is have no tokens and no context, whatever stood there in the step before."""
+        assert self.runner.graphs is not None
+        assert self.runner.graphs.prompts is not None
+        fixed = self.runner.graphs.prompts._fixed
+        counts_R = fixed.starts_R1.diff()
+        assert int((fixed.context_R > 0).sum()) == num_rows
+        assert counts_R.min() >= 0
+        assert int(counts_R.sum()) == num_tokens
+        assert not counts_R[fixed.context_R == 0].any()
 
 
 @pytest.fixture(scope="module")
@@ -216,6 +232,43 @@ def test_the_smallest_recording_is_taken(folders: dict[str, Path]) -> None:
     assert kind_of(25, 0, 1) == kind_of(32, 2, 16) == (32, 2)
     assert kind_of(20, 3, 1) == (32, 6)
     assert kind_of(33, 0, 1) is kind_of(32, 7, 1) is kind_of(24, 0, 17) is None
+
+
+def test_the_buffer_holds_the_largest_step() -> None:
+    """Tokens and rows of the largest recording, each with as many blocks as a request may have."""
+    for length, entries in ((60, 1 << 20), (4000, 1 << 20), (4000, 700)):
+        batch = InputBatch(
+            max_num_seqs=64, max_model_len=length, max_num_batched_tokens=64, block_size=4, vocab_size=100,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(prompt_graphs, "MOST_TABLE_ENTRIES", entries)
+            nobody: Any = None
+            graphs = prompt_graphs.PromptGraphs(
+                batch, nobody, nobody, KINDS, max_model_len=length, hidden_size=8, dtype=torch.float32,
+                is_first_stage=True, is_last_stage=True,
+            )  # fmt: skip
+        (staging,) = graphs._staging
+        staging.begin()
+        assert all(part.size for part in graphs._take(staging))
+        rows, table = graphs._num_rows, min(graphs._num_rows * batch.max_blocks, entries)
+        for count, is_long in ((rows, True), (rows, True), (rows, False), (table, False)):
+            assert staging.take(count, is_long).shape == (count,)
+
+
+def test_steps_whose_block_tables_have_no_room_run_eagerly(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Long contexts beside a prompt: they are found out before anything is written."""
+    monkeypatch.setattr(prompt_graphs, "MOST_TABLE_ENTRIES", 12)
+    prompts = prompts_of(random.Random(3))
+    config = make_config(folders["llama"], max_num_batched_tokens=40)
+    ranks = Recorded(config, 128)
+    want = [ids[: 6 + number % 5] for number, ids in enumerate(transformers_greedy(folders["llama"], prompts, 10))]
+    assert run_all(ranks, config, prompts) == want
+    small = [kind for kind in ranks.kinds if kind is not None]
+    assert small
+    assert len(small) < len(ranks.kinds) - 3
 
 
 def test_the_scheduler_cuts_small_pieces_beside_as_many_rows_as_are_recorded() -> None:
