@@ -6,9 +6,11 @@ a rank may do at the same time: whatever touches one place must be in order by t
 """
 
 import contextlib
+import ctypes
 import sys
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,23 +97,38 @@ class Halves(Ranks):
             if forward._copies is None:
                 self.all_made.wait(DEADLINE_SECONDS)  # all buffers exist
                 forward._copies = self._copies(rank, forward.sums)
-            context: Any = SimpleNamespace(asked_rows_S=self.asked_rows_S)
+            context: Any = SimpleNamespace(
+                asked_rows_S=self.asked_rows_S, metadata=SimpleNamespace(is_padded=False)
+            )  # fmt: skip
             return forward(token_ids_T, hidden_TD, positions_T, context)
 
         return begin
 
     def _buffer(self, rank: int, num_bytes: int) -> Any:
         buffer = super()._buffer(rank, num_bytes)
-        buffer.of_rank = lambda peer: self.buffers[peer]
-        buffer.pointers = [2**40 * (peer + 1) for peer in range(self.num_ranks)]
+        buffer.pointers = [0] * self.num_ranks  # until all buffers exist
         return buffer
 
     def _copies(self, rank: int, sums: GroupSum) -> GroupCopies:
         waits = self.meetings
+
+        def is_up(address: int) -> bool:
+            return waits.values.get(address, 0) == 1
+
+        def meet(stream: object, meeting: tuple[list[int], list[int]]) -> None:
+            tell, hear = meeting
+            for address in tell:
+                assert not waits.values.get(address), "a flag that is up tells nothing"
+                waits.tell(address, 1)
+            for address in hear:
+                waits.wait(rank, partial(is_up, address))
+                waits.tell(address, 0)
+
         flags: Any = SimpleNamespace(
-            write=lambda stream, address, value: waits.tell(address, value),
-            wait=lambda stream, address, value: waits.wait(rank, lambda: waits.values.get(address, 0) >= value),
+            meeting=lambda tell, hear: (tell, hear), meet=meet,
+            copy=lambda stream, target, source, num_bytes: ctypes.memmove(target, source, num_bytes),
         )  # fmt: skip
+        sums._buffer.pointers[:] = [buffer.data_ptr() for buffer in self.buffers if buffer is not None]
         sums._kernels.add_staged_norm = _add_staged_norm  # type: ignore[method-assign]
         return GroupCopies(sums, flags, max_rows=self.max_tokens)
 
