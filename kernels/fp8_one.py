@@ -30,7 +30,7 @@ from argosy.kernels.stream_parts import reinterpret
 
 ROWS = gl.constexpr(64)
 TOKENS = gl.constexpr(8)
-MOST_OWN = 4096  # inputs of a program, of 8 bytes each
+MOST_OWN = 8192  # inputs of a program, of 8 bytes each
 
 
 @gluon.jit
@@ -209,19 +209,18 @@ def one_kernel(
     ], [1], [32])  # fmt: skip
 
 
-def takes(x_1I: Tensor, weight: Fp8Weight, sizes: tuning.Sizes) -> bool:
-    """Whether one token of this can be multiplied here: scales by row, and inputs of whole places for each piece."""
-    w_OI, num_inputs = weight.values_OI, x_1I.shape[1]
+def takes(weight: Fp8Weight, sizes: tuning.Sizes) -> bool:
+    """Whether one token can be multiplied so: scales by row, and inputs of whole places of the ring for each piece."""
+    w_OI, pieces = weight.values_OI, sizes["pieces"]
     return (
-        x_1I.is_cuda
-        and x_1I.shape[0] == 1
-        and x_1I.element_size() == 2
+        w_OI.is_cuda
         and weight.block is None
-        and num_inputs % (sizes["width"] * sizes["pieces"]) == 0
-        and num_inputs // sizes["pieces"] <= MOST_OWN
+        and w_OI.shape[1] % (sizes["width"] * pieces) == 0
+        and w_OI.shape[1] // pieces <= MOST_OWN
+        and w_OI.shape[0] % 128 == 0
         and w_OI.stride(1) == 1
         and w_OI.data_ptr() % 16 == 0
-        and is_hopper(x_1I.device)
+        and is_hopper(w_OI.device)
     )
 
 

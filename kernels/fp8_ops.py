@@ -62,6 +62,15 @@ def linear(
     return fp8_reference.linear(rows, weight, bias_O, dtype)
 
 
+def gated_linear(rows: Fp8Rows, weight: Fp8Weight, bias_O: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """silu(gate) times up of x W^T + bias = [gate | up] in one launch; None where two were measured to be better."""
+    if not rows.is_cuda:
+        return None
+    from argosy.kernels import fp8_gemm
+
+    return fp8_gemm.gated_linear(rows, weight, bias_O, dtype)
+
+
 def is_few(x_TX: Tensor, weight: Fp8Weight) -> bool:
     """Whether inputs of this weight, as many as the rows of x, are few enough to stay in 16 bits."""
     if x_TX.shape[0] > FEW_TOKENS or x_TX.element_size() != 2:

@@ -42,9 +42,9 @@ def next_place(slot, phase, STAGES: gl.constexpr):
 
 @gluon.jit
 def _fetch(
-    x_desc, w_desc, x_smem, w_smem, full, empty, per, total, num_blocks,
-    ROWS: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, BYTES: gl.constexpr, EARLY: gl.constexpr,
-    PDL: gl.constexpr,
+    x_desc, w_desc, x_smem, w_smem, full, empty, per, total, num_blocks, num_outputs,
+    ROWS: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr, BYTES: gl.constexpr,
+    EARLY: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     """EARLY: the kernel behind may start 0 with this one's tokens, 1 at once, 2 with the last weights."""
     begin = gl.program_id(0) * per
@@ -59,7 +59,8 @@ def _fetch(
     column = first_block * WIDTH
     for n in range(ready):
         mbarrier.expect(full.index(n), BYTES)
-        copy_in(w_desc, [row, column], full.index(n), w_smem.index(n))
+        for half in gl.static_range(HALVES):
+            copy_in(w_desc, [row + half * num_outputs, column], full.index(n), w_smem.index(n * HALVES + half))
         column += WIDTH
         wraps = column >= columns
         row = gl.where(wraps, row + ROWS, row)
@@ -78,7 +79,8 @@ def _fetch(
     for _ in range(end - begin - ready):
         mbarrier.wait(empty.index(slot), phase)
         mbarrier.expect(full.index(slot), BYTES)
-        copy_in(w_desc, [row, column], full.index(slot), w_smem.index(slot))
+        for half in gl.static_range(HALVES):
+            copy_in(w_desc, [row + half * num_outputs, column], full.index(slot), w_smem.index(slot * HALVES + half))
         copy_in(x_desc, [0, column], full.index(slot), x_smem.index(slot))
         column += WIDTH
         wraps = column >= columns
@@ -94,7 +96,7 @@ def _multiply(
     out_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, w_smem, full, empty, per, total,
     num_blocks, num_tokens, num_outputs, stride_out,
     ROWS: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr, SHARED: gl.constexpr,
-    PIECES: gl.constexpr, PDL: gl.constexpr,
+    PIECES: gl.constexpr, HALVES: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     AT_ONCE: gl.constexpr = 4
     acc_in: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TOKENS, 32])
@@ -116,10 +118,16 @@ def _multiply(
         safe = gl.minimum(here, num_outputs - 1)
         w_scale = gl.load(w_scale_ptr + safe)
         acc = gl.zeros([ROWS, TOKENS], gl.float32, acc_in)
+        up = gl.zeros([ROWS, TOKENS], gl.float32, acc_in)
         for _ in range(count):
             mbarrier.wait(full.index(slot), phase)
-            acc = warpgroup_mma(w_smem.index(slot), x_smem.index(slot).permute((1, 0)), acc, is_async=True)
-            acc = warpgroup_mma_wait(0, deps=[acc])
+            x = x_smem.index(slot).permute((1, 0))
+            acc = warpgroup_mma(w_smem.index(slot * HALVES), x, acc, is_async=True)
+            if HALVES == 2:
+                up = warpgroup_mma(w_smem.index(slot * HALVES + 1), x, up, is_async=True)
+                acc, up = warpgroup_mma_wait(0, deps=[acc, up])
+            else:
+                acc = warpgroup_mma_wait(0, deps=[acc])
             mbarrier.arrive(empty.index(slot))
             slot, phase = next_place(slot, phase, STAGES)
         whole = (count == num_blocks) | PIECES
@@ -144,6 +152,11 @@ def _multiply(
             y = acc * w_scale[:, None] * x_scale[None, :]
             if BIAS:
                 y += gl.load(bias_ptr + safe).to(gl.float32)[:, None]
+            if HALVES == 2:
+                other = up * gl.load(w_scale_ptr + num_outputs + safe)[:, None] * x_scale[None, :]
+                if BIAS:
+                    other += gl.load(bias_ptr + num_outputs + safe).to(gl.float32)[:, None]
+                y = y / (1.0 + gl.exp(-y)) * other
             to = out_ptr + (token.to(gl.int64) * stride_out)[None, :] + here[:, None]
             if PIECES:
                 to += (at - tile * num_blocks) // per * num_tokens * stride_out
@@ -157,11 +170,12 @@ def ring_kernel(
     x_desc, w_desc, out_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, part_ptr, counter_ptr, per, total, num_blocks,
     num_tokens, num_outputs, stride_out,
     ROWS: gl.constexpr, WIDTH: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr, BIAS: gl.constexpr,
-    SHARED: gl.constexpr, PIECES: gl.constexpr, EARLY: gl.constexpr, FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
+    SHARED: gl.constexpr, PIECES: gl.constexpr, HALVES: gl.constexpr, EARLY: gl.constexpr,
+    FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
-    BYTES: gl.constexpr = (ROWS + TOKENS) * WIDTH
+    BYTES: gl.constexpr = (HALVES * ROWS + TOKENS) * WIDTH
     x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TOKENS, WIDTH], x_desc.layout)
-    w_smem = gl.allocate_shared_memory(w_desc.dtype, [STAGES, ROWS, WIDTH], w_desc.layout)
+    w_smem = gl.allocate_shared_memory(w_desc.dtype, [STAGES * HALVES, ROWS, WIDTH], w_desc.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(STAGES):
@@ -171,10 +185,11 @@ def ring_kernel(
         (_multiply, (
             out_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, w_smem, full, empty, per, total,
             num_blocks, num_tokens, num_outputs, stride_out, ROWS, TOKENS, STAGES, BIAS, SHARED,
-            PIECES, PDL,
+            PIECES, HALVES, PDL,
         )),
         (_fetch, (
-            x_desc, w_desc, x_smem, w_smem, full, empty, per, total, num_blocks, ROWS, WIDTH, STAGES, BYTES, EARLY, PDL,
+            x_desc, w_desc, x_smem, w_smem, full, empty, per, total, num_blocks, num_outputs, ROWS, WIDTH, STAGES,
+            HALVES, BYTES, EARLY, PDL,
         )),
     ], [1], [FETCH_REGISTERS])  # fmt: skip
 
@@ -206,8 +221,9 @@ def linear(
     sizes: tuning.Sizes,
     *,
     pieces: bool = False,
+    gated: bool = False,
 ) -> Tensor:
-    """x W^T + bias. Ask `takes` first.
+    """x W^T + bias, and with `gated` silu(gate) times up of [gate | up]. Ask `takes` first.
 
     `sizes`: rows (64 or 128) and width (128 or 256) of a place in the ring, stages, programs (0: each takes one tile;
     else so many share all work evenly), early (when the kernel behind may start, `_fetch`), pieces: into how many the
@@ -215,19 +231,19 @@ def linear(
     """
     x_TI, w_OI = rows.values_TI, weight.values_OI
     num_tokens, num_inputs = x_TI.shape
-    num_outputs = w_OI.shape[0]
-    height, width = sizes["rows"], sizes["width"]
+    halves, height, width = 1 + gated, sizes["rows"], sizes["width"]
+    num_outputs = w_OI.shape[0] // halves
     tokens = -(-num_tokens // 8) * 8
     blocks, tiles = triton.cdiv(num_inputs, width), triton.cdiv(num_outputs, height)
     total = tiles * blocks
-    count = sizes.get("pieces", 1)
+    count = 1 if gated else sizes.get("pieces", 1)
     if count > 1 and blocks % count == 0:
         per = blocks // count
     else:
-        per = triton.cdiv(total, sizes["programs"]) if sizes["programs"] else blocks
+        per = triton.cdiv(total, sizes["programs"]) if sizes["programs"] and not gated else blocks
     if tiles > tuning.MAX_COUNTERS:
         per = blocks
-    pieces = pieces and bias_O is None and count > 1 and blocks % per == 0
+    pieces = pieces and bias_O is None and per < blocks and blocks % per == 0
     programs = triton.cdiv(total, per)
     shared = per % blocks != 0 and not pieces
     if pieces:
@@ -238,7 +254,7 @@ def linear(
     if shared:
         part = torch.empty(programs * 2 * height * tokens, dtype=torch.float32, device=x_TI.device)
         counters = tuning.counters(x_TI.device)
-    stages = min(sizes["stages"], RING_BYTES // ((height + tokens) * width))
+    stages = min(sizes["stages"], RING_BYTES // ((halves * height + tokens) * width))
     layout = gl.NVMMASharedLayout(128, 8, 2)
     ring_kernel[(programs,)](
         TensorDescriptor.from_tensor(x_TI, [tokens, width], layout),
@@ -246,7 +262,7 @@ def linear(
         out, rows.scale_TG, weight.scale, out if bias_O is None else bias_O, part, counters, per, total, blocks,
         num_tokens, num_outputs, out.stride(-2),
         ROWS=height, WIDTH=width, TOKENS=tokens, STAGES=stages, BIAS=bias_O is not None, SHARED=shared,
-        PIECES=pieces, EARLY=sizes.get("early", 0), FETCH_REGISTERS=32, num_warps=4,
+        PIECES=pieces, HALVES=halves, EARLY=sizes.get("early", 0), FETCH_REGISTERS=32, num_warps=4,
         maxnreg=sizes.get("registers", 80), **tuning.overlap(x_TI.device),
     )  # fmt: skip
     return out

@@ -8,6 +8,7 @@ attention over e4m3 and over 16 bits), step (all kernels of a decode step).
 # ruff: noqa: B023 - every closure here is called within the turn of the loop that made it
 import argparse
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -176,7 +177,7 @@ class Fp8Step:
         ]
         self.head, self.embedding, self.norm = rand(vocabulary, hidden) / 64, rand(vocabulary, hidden), rand(hidden)
         self.rotations = torch.randn(8192, 128, device="cuda")
-        self.ones: dict[str, dict[str, int]] = {}  # sizes of `fp8_one` by product, for one row of it
+        self.ones: dict[str, Any] = {}  # sizes of `fp8_one` by product, for one row of it
         packed = sum(w.values_OI.numel() for layer in self.weights for w in layer)
         self.bytes = packed + 2 * self.head.numel()
 
@@ -190,6 +191,7 @@ class Fp8Step:
         slots = blocks_RB[:, (context - 1) // 16].long() * 16 + (context - 1) % 16
         tokens = torch.arange(rows, device="cuda")
         options = {"num_heads": self.heads, "scale": 0.1, "max_context": 8192, "inputs_early": True}
+        options["lean"] = bool(self.ones.get("lean"))
         rounding = Rounding()
 
         def attend(qkv: Tensor, cache: list[Tensor]) -> Tensor:
@@ -216,7 +218,11 @@ class Fp8Step:
                 seen = attend(fp8_ops.linear(x, qkv_w, None, BF16), cache)
                 delta = fp8_ops.linear(fp8_ops.quantize_rows(seen, rounding), o_w, None, BF16, pieces=True)
                 x = fp8_ops.norm_and_quantize(delta, self.norm, 1e-6, rounding, h)
-                act = fp8_ops.gate_and_quantize(fp8_ops.linear(x, gate_up_w, None, BF16), rounding)
+                inner = fp8_ops.gated_linear(x, gate_up_w, None, BF16)
+                if inner is None:
+                    act = fp8_ops.gate_and_quantize(fp8_ops.linear(x, gate_up_w, None, BF16), rounding)
+                else:
+                    act = fp8_ops.quantize_rows(inner, rounding)
                 delta = fp8_ops.linear(act, down_w, None, BF16, pieces=down_w is not self.weights[-1][-1])
             x = ops.add_rms_norm(delta, h, self.norm, 1e-6)[0]
             return step_ops.argmax_rows(ops.measured_linear(x, self.head))

@@ -51,15 +51,15 @@ PRODUCTS = {  # rows, width, stages, pieces of the inputs, first weights before 
     },
     FP8: {"qkv": (), "o": (), "gate_up": (), "down": ()},  # as tuned, and RINGS
 }  # fmt: skip
-RINGS = {  # of e4m3: rows, width, stages, programs, pieces
-    "qkv": ((64, 256, 6, 0, 1), (64, 256, 6, 132, 1), (128, 128, 6, 132, 1), (64, 256, 12, 132, 1),
-            (64, 256, 6, 0, 2)),
-    "o": ((64, 256, 6, 0, 2), (64, 256, 6, 0, 4), (64, 128, 12, 0, 2), (64, 256, 6, 132, 1), (128, 128, 6, 0, 4)),
-    "gate_up": ((64, 256, 6, 0, 1), (128, 256, 3, 0, 1), (128, 128, 6, 0, 1), (64, 256, 6, 132, 1),
-                (64, 256, 12, 132, 1), (64, 256, 6, 264, 1)),
-    "down": ((64, 256, 6, 0, 2), (64, 256, 6, 0, 4), (64, 256, 12, 0, 2), (64, 256, 6, 132, 1), (128, 256, 3, 0, 4)),
+RINGS = {  # of e4m3: rows, width, stages, programs, pieces, gated; what was best first
+    "qkv": ((64, 256, 6, 0, 1, 0), (64, 256, 12, 0, 1, 0), (64, 256, 9, 0, 1, 0), (64, 256, 6, 132, 1, 0)),
+    "o": ((64, 256, 6, 0, 2, 0), (64, 256, 8, 0, 2, 0), (64, 256, 6, 0, 1, 0), (64, 256, 12, 0, 1, 0),
+          (128, 256, 6, 0, 4, 0)),
+    "gate_up": ((64, 256, 6, 0, 1, 0), (64, 256, 3, 0, 1, 1), (64, 128, 6, 0, 1, 1), (64, 256, 6, 0, 1, 1),
+                (128, 128, 3, 0, 1, 1), (128, 256, 3, 0, 1, 0)),
+    "down": ((64, 256, 12, 0, 2, 0), (64, 256, 6, 0, 2, 0), (64, 256, 9, 0, 2, 0), (128, 256, 6, 0, 4, 0)),
 }  # fmt: skip
-ROUNDINGS = tuple({"warps": warps, "early": early} for warps in (8, 16, 32) for early in (0, 1))
+ROUNDINGS = tuple({"warps": warps, "early": early} for warps in (16, 32) for early in (0, 1))
 
 
 def tries_of(model: str, name: str, num_in: int, num_out: int) -> Iterator[Sizes]:
@@ -68,10 +68,10 @@ def tries_of(model: str, name: str, num_in: int, num_out: int) -> Iterator[Sizes
         tuned = tuning.pick("fp8_gemm", f"{num_in}x{num_out}x16", torch.device("cuda", 0))
         for early in (0, 1, 2):
             yield {**(tuned or {}), "early": early}
-        for height, width, stages, programs, pieces in RINGS[name]:
+        for height, width, stages, programs, pieces, gated in RINGS[name]:
             for early in (2, 0, 1):
                 yield {"kernel": fp8_gemm.RING, "rows": height, "width": width, "stages": stages,
-                       "programs": programs, "pieces": pieces, "early": early}  # fmt: skip
+                       "programs": programs, "pieces": pieces, "early": early, "gated": gated}  # fmt: skip
     for height, width, stages, splits, first in PRODUCTS[model][name]:
         for early in (0, 1, 2):
             sizes = {"kernel": gemv.SPLIT, "rows": height, "width": width, "stages": stages, "warps": 4,
@@ -108,7 +108,8 @@ def compile_part(index: int, of: int, model: str, rows: int, *, only: bool) -> N
         if model == FP8:
             weight = random_weight(num_out, num_in)
             rounded = fp8_quantize.quantize(rand(rows, num_in), Rounding())
-            fp8_gemm.linear(rounded, weight, None, x.dtype, sizes, pieces=name in ("o", "down"))
+            if fp8_gemm.gated_linear(rounded, weight, None, x.dtype, sizes) is None:
+                fp8_gemm.linear(rounded, weight, None, x.dtype, sizes, pieces=name in ("o", "down"))
             return
         plain = torch.zeros(num_out, num_in, device="cuda", dtype=torch.bfloat16)
         if name in ("o", "down"):
@@ -140,6 +141,7 @@ def compile_part(index: int, of: int, model: str, rows: int, *, only: bool) -> N
             fp8_quantize.quantize(x, Rounding(), norm_weight_I=norm)
             fp8_quantize.quantize(x, Rounding())
             fp8_quantize.quantize(rand(rows, 28672), Rounding(), gate="silu")
+            fp8_quantize.quantize(rand(rows, 14336), Rounding())
 
     for number, call in enumerate(calls):
         if number % of == index:
@@ -219,13 +221,13 @@ def begin_with_rings(chain: Chain, table: dict[str, dict[str, Sizes]]) -> None:
     """All products of e4m3 by rings at once, which gain by what their neighbours leave: the best start stays."""
     before, tuned = chain.record(), {key: dict(table[key]) for key in ("fp8_gemm", "fp8_quantize")}
     offered, recordings = [tuned], [before]
-    for early in (2, 1, 0):
+    for early, gates in ((2, 0), (1, 0), (2, 1), (1, 1), (0, 1)):
         for rounding in ROUNDINGS:
             for name, (num_in, num_out) in shapes_of(FP8).items():
-                height, width, stages, programs, pieces = RINGS[name][0]
+                height, width, stages, programs, pieces, gated = RINGS[name][gates if name == "gate_up" else 0]
                 table["fp8_gemm"][f"{num_in}x{num_out}x16"] = {
                     "kernel": fp8_gemm.RING, "rows": height, "width": width, "stages": stages, "programs": programs,
-                    "pieces": pieces, "early": early,
+                    "pieces": pieces, "early": early, "gated": gated,
                 }  # fmt: skip
                 table["fp8_quantize"][f"{num_in}x16"] = dict(rounding)
             offered.append({key: dict(table[key]) for key in tuned})

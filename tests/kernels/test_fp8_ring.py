@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from argosy.kernels import fp8_gemm, fp8_ops, fp8_quantize, fp8_reference, fp8_ring, tuning
@@ -60,6 +61,26 @@ def test_pieces_are_added_to_the_residual_as_their_sum_would_be(device: torch.de
     assert torch.equal(residual, others)
     assert torch.equal(got.values_TI.float(), want.values_TI.float())
     assert torch.equal(got.scale_TG, want.scale_TG)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("rows", [64, 128])
+@pytest.mark.parametrize(("num_inputs", "inner"), [(4096, 1536), (272, 128), (1040, 640)])
+def test_a_gate_comes_with_its_product(
+    num_inputs: int, inner: int, rows: int, device: torch.device, assert_near: Near
+) -> None:
+    """Gate and up of the same outputs by the same program; a tile of both kinds of rows is refused."""
+    weight = fp8_reference.quantize_weight(torch.randn(2 * inner, num_inputs, device=device) / 16)
+    sizes = {"kernel": fp8_gemm.RING, **SIZES[0], "rows": rows, "stages": 3, "gated": 1}
+    for num_tokens, bias in ((1, None), (8, torch.randn(2 * inner, device=device).bfloat16()), (11, None)):
+        x = fp8_quantize.quantize(torch.randn(num_tokens, num_inputs, device=device).bfloat16(), Rounding())
+        gate, up = fp8_reference.linear(x, weight, bias, torch.float32).chunk(2, dim=1)
+        got = fp8_gemm.gated_linear(x, weight, bias, torch.bfloat16, sizes)
+        assert got is not None
+        assert_near(got, F.silu(gate) * up)
+    narrow = fp8_reference.quantize_weight(torch.randn(2 * 96, num_inputs, device=device))
+    assert fp8_gemm.gated_linear(x, narrow, None, torch.bfloat16, sizes) is None
+    assert fp8_gemm.gated_linear(x, weight, None, torch.bfloat16, {**sizes, "gated": 0}) is None
 
 
 @pytest.mark.gpu

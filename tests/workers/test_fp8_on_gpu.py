@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from argosy.cluster.protocol.model_spec import read_model_spec
-from argosy.kernels import fp8_gemm, fp8_ring, tuning
+from argosy.kernels import fp8_gemm, fp8_one, fp8_ring, tuning
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.attention.base import AttentionMetadata
@@ -83,13 +83,17 @@ def write(folder: Path, changes: dict[str, Any] | None) -> Path:
     return folder
 
 
-def logits(folder: Path, quantization: str | None, device: torch.device, kv_dtype: torch.dtype) -> list[Tensor]:
+def logits(
+    folder: Path, quantization: str | None, device: torch.device, kv_dtype: torch.dtype, *, opens: bool = False
+) -> list[Tensor]:
     """After a prompt, after a step of one token, and after a step of a token for each of five rows with that prompt."""
     spec = read_model_spec(folder, None, quantization)
     rank = make_plan(spec.num_layers, 1, 1).ranks[0]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = build_model(spec, rank, ParallelContext(rank, device, 1.0), dtype, device)
     load_weights(model, folder, spec, rank)
+    if opens:
+        model.open_group_sum(64, 8)
     backend = TritonBackend() if device.type == "cuda" else TorchBackend()
     cache = KVCache.allocate(spec, rank, BATCH * 4, 16, kv_dtype, device)
     ids = torch.randint(0, 512, (PROMPT + 1,), generator=torch.Generator().manual_seed(2)).tolist()
@@ -135,7 +139,8 @@ def test_the_card_and_the_cpu_agree(
 @torch.inference_mode()
 def test_products_by_the_ring_that_leave_pieces_say_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """With every size that may be measured: one token rounded as more are, sums left to the rounding behind them."""
-    ring = {"kernel": fp8_gemm.RING, "rows": 64, "width": 128, "stages": 4, "programs": 0, "pieces": 2, "early": 2}
+    ring = {"kernel": fp8_gemm.RING, "rows": 64, "width": 128, "stages": 4, "programs": 0, "pieces": 2, "early": 2,
+            "gated": 1}  # fmt: skip
     measured = {"fp8_gemm": ring, "fp8_gemv": {"library": 1}, "fp8_quantize": {"warps": 4, "early": 1}}
     device, kv_dtype = torch.device("cuda"), torch.bfloat16
     folder = write(tmp_path, None)
@@ -156,4 +161,32 @@ def test_products_by_the_ring_that_leave_pieces_say_the_same(tmp_path: Path, mon
     for a, b, c in zip(got, want, plain, strict=True):
         assert float((a - b).norm() / b.norm()) < 0.08
         assert float((a - c).norm() / c.norm()) < 0.08
+    assert float((got[1] - got[2][:1]).norm() / got[2][:1].norm()) < 0.03
+
+
+@torch.inference_mode()
+def test_one_token_in_five_launches_a_layer_says_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product rounds its token for itself and leaves its pieces to the next one."""
+    one = {"width": 128, "stages": 3, "pieces": 1, "programs": 0, "early": 2}
+    measured = {"256x512": one, "256x256": one | {"pieces": 2}, "256x1280": one, "640x256": one | {"pieces": 5}}
+
+    def pick(kernel: str, key: str, device: torch.device) -> dict[str, int] | None:
+        return {"library": 1} if kernel == "fp8_gemv" else measured.get(key) if kernel == "fp8_one" else None
+
+    monkeypatch.setattr(tuning, "pick", pick)
+    monkeypatch.setattr(Fp8Method, "rounds_on_cpu", True)
+    made = []
+
+    def linear(*args: Any, **options: Any) -> Tensor:
+        made.append(launch(*args, **options))
+        return made[-1]
+
+    launch = fp8_one.linear
+    monkeypatch.setattr(fp8_one, "linear", linear)
+    folder = write(tmp_path, None)
+    got = logits(folder, "fp8", torch.device("cuda"), torch.bfloat16, opens=True)
+    want = logits(folder, "fp8", torch.device("cpu"), torch.bfloat16)
+    assert len(made) == 3 * 4 - 1  # of one step; the first q, k and v come before
+    for a, b in zip(got, want, strict=True):
+        assert float((a - b).norm() / b.norm()) < 0.08
     assert float((got[1] - got[2][:1]).norm() / got[2][:1].norm()) < 0.03

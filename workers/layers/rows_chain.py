@@ -14,6 +14,7 @@ from torch import Tensor
 from argosy.kernels import tuning
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.forward_context import ForwardContext
+from argosy.workers.layers.fp8_one_token import Fp8OneToken, open_fp8_one_token
 from argosy.workers.layers.layer_chain import LayerChain, are_plain, open_layer_chain
 from argosy.workers.layers.norm import RMSNorm
 
@@ -87,7 +88,7 @@ class RowsChain:
         return residual_TD if last is None else last(residual_TD)
 
 
-Chain = LayerChain | RowsChain
+Chain = LayerChain | RowsChain | Fp8OneToken
 
 
 def open_rows_chain(
@@ -114,5 +115,6 @@ def open_chains(
     parallel: ParallelContext, layers: "Sequence[DecoderLayer]", width: int, dtype: torch.dtype
 ) -> list[Chain]:
     """All there are for these layers, what takes more tokens first. Collective over a group."""
-    opened = [opens(parallel, layers, width=width, dtype=dtype) for opens in (open_rows_chain, open_layer_chain)]
+    kinds = (open_rows_chain, open_layer_chain, open_fp8_one_token)
+    opened = [opens(parallel, layers, width=width, dtype=dtype) for opens in kinds]
     return [chain for chain in opened if chain is not None]

@@ -51,10 +51,9 @@ class GatedMLP(nn.Module):
 
     def inner(self, x_TD: Tensor) -> Tensor:
         """act(gate(x)) * up(x), this rank's share."""
-        gate_up = self.gate_up_proj
-        if self.is_silu and gate_up.method.fuses(gate_up, x_TD):
-            return gate_up.fused(x_TD, Fusion(gated=True))
-        return self._gate(gate_up(x_TD))
+        if self.is_silu and self.gate_up_proj.method.fuses(self.gate_up_proj, x_TD):
+            return self.gate_up_proj.fused(x_TD, Fusion(gated=True))
+        return self._gate(self.gate_up_proj(x_TD))
 
     def _gate(self, both_TX: Tensor) -> Tensor:
         if self.native is not None and self.is_silu and self.native.takes(both_TX):
@@ -72,9 +71,11 @@ class GatedMLP(nn.Module):
 
     def forward(self, x_TD: Tensor | Fp8Rows, *, pieces: bool = False) -> Tensor:
         """[T, D]; with `pieces` as `RowParallelLinear.pieces` leaves it."""
-        both_TX = self.gate_up_proj(x_TD)
-        rounding = self.down_proj.rounding(both_TX) if self.is_silu else None
-        inner_TX = self._gate(both_TX) if rounding is None else fp8_ops.gate_and_quantize(both_TX, rounding)
+        inner_TX: Tensor | Fp8Rows | None = self.gate_up_proj.gated(x_TD) if self.is_silu else None
+        if inner_TX is None:
+            both_TX = self.gate_up_proj(x_TD)
+            rounding = self.down_proj.rounding(both_TX) if self.is_silu else None
+            inner_TX = self._gate(both_TX) if rounding is None else fp8_ops.gate_and_quantize(both_TX, rounding)
         return self.down_proj.pieces(inner_TX) if pieces else self.down_proj(inner_TX)
 
 
@@ -214,9 +215,8 @@ class Decoder(nn.Module):
         width = self.spec.hidden_size
         if self.parallel.tp_size == 1:
             self._chains = self._open_chains()
-        sums = open_group_sum(
-            self.parallel, max_tokens=max_tokens, width=width, max_rows=max_rows, dtype=self.dtype
-        )  # fmt: skip
+        options = {"max_tokens": max_tokens, "width": width, "max_rows": max_rows}
+        sums = open_group_sum(self.parallel, **options, dtype=self.dtype)
         if sums is not None:
             copies = open_group_copies(self.parallel, sums, max_rows=max_tokens // 2 + HALF_MULTIPLE)
             self._group = GroupForward(

@@ -169,6 +169,18 @@ class Fp8Method:
 
     # ---------------------------------------------------------------------------------------------------- multiplying
 
+    @property
+    def stored(self) -> Fp8Weight | None:
+        """The weight as it is multiplied; None once it is plain again."""
+        return self._weight
+
+    @property
+    def rounds_by_row(self) -> bool:
+        """Whether it is multiplied with inputs that are rounded with a scale for each token."""
+        if self._weight is None or self._weight.block is not None or self._rounding is None:
+            return False
+        return self._rounding.scale is None
+
     def rounding(self, layer: LinearLayer, x_TX: Tensor) -> Rounding | None:
         """How `apply` would round inputs as many as the rows of `x_TX`: whoever makes them may round them at once."""
         if self._weight is None or self._rounding is None or fp8_ops.is_few(x_TX, self._weight):
@@ -191,6 +203,11 @@ class Fp8Method:
             return F.linear(x_TI, fp8_reference.dequantize_weight(self._weight, x_TI.dtype), layer.bias)
         rows = fp8_ops.quantize_rows(x_TI, self._rounding)
         return fp8_ops.linear(rows, self._weight, layer.bias, x_TI.dtype, pieces=pieces)
+
+    def gated(self, layer: LinearLayer, x_TI: Fp8Rows) -> Tensor | None:
+        """silu(gate) times up of `apply`'s [gate | up], where one launch is better for both."""
+        assert self._weight is not None
+        return fp8_ops.gated_linear(x_TI, self._weight, layer.bias, self._dtype)
 
     def fuses(self, layer: LinearLayer, x_TI: Tensor) -> bool:
         """A few tokens on a GPU, in 16 bits."""

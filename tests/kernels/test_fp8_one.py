@@ -1,0 +1,87 @@
+"""One token with e4m3 weights in a launch of its own, against its meaning in plain torch: on a card."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from argosy.kernels import fp8_one, fp8_reference
+from argosy.kernels.fp8_reference import Rounding
+
+Near = Callable[[Tensor, Tensor], None]
+CASES = (  # inputs, weight rows, gated, pieces, added, width, programs
+    (4096, 6144, False, 1, 0, 256, 0),
+    (4096, 6144, False, 1, 4, 256, 5),
+    (4096, 28672, True, 1, 2, 128, 132),
+    (4096, 4096, False, 2, 0, 256, 0),
+    (14336, 4096, False, 4, 0, 256, 0),
+    (14336, 4096, False, 2, 0, 256, 0),
+    (512, 200, False, 2, 0, 128, 3),
+    (768, 384, True, 1, 1, 128, 0),
+    (3072, 128, False, 3, 0, 256, 1),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("early", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_product_that_rounds_is_what_it_means(
+    case: tuple[int, int, bool, int, int, int, int], early: int, device: torch.device, assert_near: Near
+) -> None:
+    """With the norm of a residual and what is added to it, which is kept; with pieces that are left; with a gate."""
+    num_inputs, num_rows, gated, pieces, added, width, programs = case
+    sizes = {"width": width, "stages": 3, "pieces": pieces, "programs": programs, "early": early}
+    weight = fp8_reference.quantize_weight(torch.randn(num_rows, num_inputs, device=device) / 64)
+    x = torch.randn(1, num_inputs, device=device).bfloat16()
+    norm = torch.randn(num_inputs, device=device).bfloat16() if pieces == 1 else None
+    bias = torch.randn(num_rows, device=device).bfloat16() if pieces == 1 else None
+    parts = torch.randn(added, 1, num_inputs, device=device) if added else None
+    kept = torch.zeros_like(x) if added else None
+    for _ in range(2):
+        got = fp8_one.linear(
+            x, weight, bias, sizes, norm=None if norm is None else (norm, 1e-5), parts_P1I=parts, kept_1I=kept,
+            gated=gated,
+        )  # fmt: skip
+    total = x.clone()
+    if parts is not None and kept is not None:
+        total += parts.sum(0).bfloat16()
+        assert_near(kept, total)
+        total = kept  # its last bits hang on the order of a sum
+    if norm is None:
+        rows = fp8_reference.quantize_rows(total, Rounding())
+    else:
+        rows = fp8_reference.norm_and_quantize(total, norm, 1e-5, Rounding())
+    want = fp8_reference.linear(rows, weight, bias, torch.float32)
+    if gated:
+        gate, up = want.chunk(2, dim=1)
+        want = F.silu(gate) * up
+    assert got.shape == ((pieces, 1, num_rows) if pieces > 1 else want.shape)
+    assert_near(got.sum(0).bfloat16() if pieces > 1 else got, want)
+
+
+def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pieces of whole places, no more inputs than there is room for; nothing on a CPU."""
+    weight = fp8_reference.quantize_weight(torch.randn(128, 512))
+    assert not fp8_one.takes(weight, {"width": 256, "pieces": 1})
+
+    class OnCard:
+        is_cuda, device = True, torch.device("cuda")
+
+        def __init__(self, *shape: int):
+            self.shape = shape
+
+        def stride(self, axis: int) -> int:
+            return self.shape[1] if axis == 0 else 1
+
+        def data_ptr(self) -> int:
+            return 256
+
+    monkeypatch.setattr(fp8_one, "is_hopper", lambda device: True)
+    for shape, width, pieces, fits in (
+        ((128, 512), 256, 2, True), ((128, 512), 256, 4, False), ((200, 512), 256, 1, False),
+        ((4096, 14336), 256, 2, True), ((4096, 14336), 256, 1, False),
+    ):  # fmt: skip
+        found = fp8_one.takes(weight._replace(values_OI=OnCard(*shape)), {"width": width, "pieces": pieces})  # type: ignore[arg-type]
+        assert found == fits, (shape, width, pieces)
