@@ -212,6 +212,21 @@ def test_a_layout_says_what_one_card_says(
     assert distance(scores, exact) < 1.5 * distance(theirs, exact) + 0.01
 
 
+@pytest.mark.parametrize(("family", "tp", "pp"), LAYOUTS[:4])
+def test_a_layout_over_nccl_alone_says_what_transformers_says(
+    family: str, tp: int, pp: int, folders: dict[str, Path], prompts: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As between cards that can't address each other: its sums, gathers and hand-overs inside recorded steps."""
+    monkeypatch.setenv("ARGOSY_DISABLE_SYMMETRIC_MEMORY", "1")
+    sizes = {"tensor_parallel_size": tp, "pipeline_parallel_size": pp}
+    with engine(folders[family], dtype="float32", **sizes) as llm:
+        tokens, scores = answer(llm, prompts)
+    sequences = [[*prompt, *new] for prompt, new in zip(prompts, tokens, strict=True)]
+    exact, best = score(folders[family], sequences, torch.float32)
+    assert distance(scores, exact) < 1e-3
+    assert regret_of(exact, best) < 1e-3
+
+
 @pytest.mark.parametrize("kind", ["int8", "fp8_scaled"])
 def test_a_cache_in_8_bits_changes_little(kind: str, folders: dict[str, Path], prompts: list[list[int]]) -> None:
     """Recorded steps, steps of pieces of prompts, eager steps: the log probabilities of one text, near to those over
