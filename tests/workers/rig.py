@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections import deque
@@ -274,6 +275,16 @@ class RemoteRanks:
         self._send(StopWorker())
         for channel in self.channels.values():
             channel.close()
+
+
+def start(
+    hosts: RankHosts, config: ServingConfig, num_blocks: int, folder: Path, num_host_blocks: int = 0
+) -> RemoteRanks:
+    """A group of ranks in the layout of the config, which meet where nobody listens now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        rendezvous = f"127.0.0.1:{probe.getsockname()[1]}"
+    return RemoteRanks(hosts, config, num_blocks, folder, rendezvous, num_host_blocks)
 
 
 def greedy(prompt: Sequence[int], num_tokens: int, *, stream_id: int = 0, n: int = 1, **params: Any) -> GenerateRequest:

@@ -1,9 +1,7 @@
 """Models whose layers have sliding windows, past several of them: the tokens of transformers, and no block too many."""
 
 import random
-import socket
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,9 +9,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
 from family_cases import GEMMA, SMALL, VOCAB, YARN, Case, make_checkpoint
-from rig import InProcessRank, RankHosts, RemoteRanks, Run, answers, greedy, make_config
+from rig import InProcessRank, RankHosts, Run, answers, greedy, make_config, start
 
-from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.kv_groups import KVGroups
 
 NUM_TOKENS = 20
@@ -179,14 +176,6 @@ def test_a_prompt_longer_than_the_pool_passes_through_a_model_of_windows(
     assert ask_all(run) == expected
 
 
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankHosts]:
-    """The processes, for all layouts."""
-    made = RankHosts(4, tmp_path_factory.mktemp("hosts"))
-    yield made
-    made.close()
-
-
 @pytest.mark.parametrize(("name", "layout"), [(name, "TP2xPP2") for name in CASES] + PARTS)
 def test_every_layout_says_what_transformers_says(
     name: str, layout: str, families: dict[str, tuple[Path, list[list[int]]]], hosts: RankHosts, tmp_path: Path
@@ -195,7 +184,7 @@ def test_every_layout_says_what_transformers_says(
     folder, expected = families[name]
     tp_size, pp_size = LAYOUTS[layout]
     config = make_config(folder, tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size)
-    ranks = _start(hosts, config, 256, tmp_path, NUM_HOST_BLOCKS)
+    ranks = start(hosts, config, 256, tmp_path, NUM_HOST_BLOCKS)
     run = Run(ranks, config, 256)
     assert {KVGroups(report.kv_windows) for report in ranks.reports} == {run.groups}
     assert ask_all(run) == expected
@@ -207,12 +196,3 @@ def test_every_layout_says_what_transformers_says(
         assert ask_all(tight, preempts=True) == expected
         assert bool(tight.metrics.swap_blocks["in"]) == bool(num_host_blocks)
     ranks.stop()
-
-
-def _start(
-    hosts: RankHosts, config: ServingConfig, num_blocks: int, folder: Path, num_host_blocks: int = 0
-) -> RemoteRanks:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return RemoteRanks(hosts, config, num_blocks, folder, f"127.0.0.1:{port}", num_host_blocks)

@@ -2,7 +2,6 @@
 
 import random
 import sys
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,8 +13,8 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from family_cases import make_checkpoint
-from rig import InProcessRank, RankHosts, Run, answers, greedy, make_config, transformers_greedy, write_family
-from test_parallel_ranks import LAYOUTS, prompts, start
+from rig import InProcessRank, RankHosts, Run, answers, greedy, make_config, start, transformers_greedy, write_family
+from test_parallel_ranks import LAYOUTS, prompts
 
 from argosy.cluster.protocol.errors import ConfigError, PlacementImpossible
 from argosy.workers import host_memory
@@ -33,14 +32,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int
     """A folder of four layers, and what transformers says."""
     folder = write_family(tmp_path_factory.mktemp("long"), "llama")
     return folder, transformers_greedy(folder, prompts(), NUM_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankHosts]:
-    """Four processes."""
-    made = RankHosts(4, tmp_path_factory.mktemp("hosts"))
-    yield made
-    made.close()
 
 
 def run_all(ranks: Any, config: Any, asked: list[list[int]], num_tokens: int = NUM_TOKENS) -> list[list[int]]:

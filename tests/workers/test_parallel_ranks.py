@@ -2,10 +2,8 @@
 
 import random
 import select
-import socket
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -17,18 +15,17 @@ from rig import (
     VOCAB,
     InProcessRank,
     RankHosts,
-    RemoteRanks,
     Run,
     answers,
     greedy,
     make_config,
     oracle_config,
+    start,
     transformers_greedy,
     write_family,
 )
 
 from argosy.cluster.oracle import oracle_continuation, oracle_next_token
-from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ChannelClosed
 from argosy.cluster.protocol.messages import NewRequest, Ping, Pong, SchedulerOutput, WorkerError
 from argosy.cluster.protocol.sampling import TokenParams
@@ -37,14 +34,6 @@ NUM_TOKENS = 10
 NUM_HOST_BLOCKS = 100
 LAYOUTS = {"TP2": (2, 1), "PP2": (1, 2), "TP2xPP2": (2, 2), "PP3": (1, 3)}  # PP3: stages of 1, 2 and 1 layers
 FAMILY_LAYOUTS = [(family, layout) for family in FAMILIES for layout in LAYOUTS if layout != "PP3" or family == "llama"]
-
-
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankHosts]:
-    """The processes, for all tests of this file."""
-    made = RankHosts(4, tmp_path_factory.mktemp("hosts"))
-    yield made
-    made.close()
 
 
 @pytest.fixture(scope="module")
@@ -60,16 +49,6 @@ def prompts() -> list[list[int]]:
     rng = random.Random(9)
     made = [[rng.randrange(VOCAB) for _ in range(length)] for length in (2, 5, 16, 33)]
     return [*made, [*made[-1][:17], 1, 2]]
-
-
-def start(
-    hosts: RankHosts, config: ServingConfig, num_blocks: int, folder: Path, num_host_blocks: int = 0
-) -> RemoteRanks:
-    """A group of ranks in the layout of the config."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    return RemoteRanks(hosts, config, num_blocks, folder, f"127.0.0.1:{port}", num_host_blocks)
 
 
 @pytest.mark.parametrize(("family", "layout"), FAMILY_LAYOUTS)

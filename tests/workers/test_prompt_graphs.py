@@ -1,7 +1,6 @@
 """Recorded steps with prompts, without a card: a replay does again what was recorded, over the same buffers."""
 
 import random
-import socket
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,11 +18,11 @@ from rig import (
     InProcessRank,
     RankHosts,
     Ranks,
-    RemoteRanks,
     Run,
     answers,
     greedy,
     make_config,
+    start,
     transformers_greedy,
     write_family,
 )
@@ -391,11 +390,8 @@ def test_several_ranks_replay_the_same_steps(
     config = make_config(
         folders["llama"], max_num_batched_tokens=40, tensor_parallel_size=tp_size, pipeline_parallel_size=pp_size
     )
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        rendezvous = f"127.0.0.1:{probe.getsockname()[1]}"
     before = [log.read_text().count("replayed") for log in hosts.logs]
-    ranks = RemoteRanks(hosts, config, 128, tmp_path, rendezvous)
+    ranks = start(hosts, config, 128, tmp_path)
     try:
         assert run_all(ranks, config, prompts) == want
     finally:

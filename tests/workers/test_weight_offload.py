@@ -1,7 +1,6 @@
 """Layers whose weights live in the host's memory: the same tokens in every layout, and which bytes lie where."""
 
 import sys
-from collections.abc import Iterator
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,10 +19,11 @@ from rig import (
     greedy,
     make_config,
     oracle_config,
+    start,
     transformers_greedy,
     write_family,
 )
-from test_parallel_ranks import LAYOUTS, prompts, start
+from test_parallel_ranks import LAYOUTS, prompts
 
 from argosy.cluster.protocol.errors import ConfigError, PlacementImpossible
 from argosy.cluster.protocol.model_spec import read_model_spec
@@ -58,14 +58,6 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[list[int
     """A folder of four layers, and what transformers says."""
     folder = write_family(tmp_path_factory.mktemp("offload"), "llama")
     return folder, transformers_greedy(folder, prompts(), NUM_TOKENS)
-
-
-@pytest.fixture(scope="module")
-def hosts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RankHosts]:
-    """Four processes."""
-    made = RankHosts(4, tmp_path_factory.mktemp("hosts"))
-    yield made
-    made.close()
 
 
 def layers_gib(count: float) -> float:
