@@ -58,7 +58,7 @@ class Scheduler(Residents):
             self._advance_prefills(draft)
         if self.host.loading:  # before new ones, and after: what was just asked for may be there already
             self._resume_loaded(draft)
-        if self.queue:
+        if self.queue and not self._holds_back():
             self._admit(draft)
         if self.host.loading:
             self._resume_loaded(draft)
@@ -106,6 +106,14 @@ class Scheduler(Residents):
         """Tokens of prompts that have a place or find one, counted no further than it matters."""
         begun = sum(request.num_uncomputed_tokens for request in self._running.prefilling)
         return begun + self.queue.num_uncomputed_tokens(shares.most_tokens - begun, self._running.num_free)
+
+    def _holds_back(self) -> bool:
+        """Whether those who find a place had better wait for more of them."""
+        shares, num_free = self._shares, self._running.num_free
+        if shares is None or not num_free or self._running.prefilling:
+            return False
+        waiting = self.queue.num_uncomputed_tokens(shares.most_tokens, num_free)
+        return shares.holds(waiting, len(self._running.decoding), is_full=len(self.queue) > num_free)
 
     def _advance_prefills(self, draft: Draft) -> None:
         """Further chunks for those that have begun. In order, so that who is preempted was not counted in yet."""

@@ -1,11 +1,12 @@
 """Prompts that come one by one beside rows that decode, over pipeline stages: how large their pieces had better be.
 
-    python benchmarks/gpu/bench_pieces.py --model 8b -tp 2 -pp 2 --max-num-seqs 128 --pieces as-ever 128x2 64x4
+    python benchmarks/gpu/bench_pieces.py --model 8b -tp 2 -pp 2 --max-num-seqs 128 --pieces as-ever now 64x4
 
 One engine whose places are all taken: more requests with the lengths of a chat's (`chat1000`) than it has places for,
-so that a new one begins whenever one ends. Each of `--pieces` is the least number of tokens, and how many pieces a
-stage has of what waits (`cluster/micro_batches.py`); `as-ever` counts all that wait, not only those that find a place,
-as it once was. All of them in turn, and again in the opposite order. One JSON line each.
+so that a new one begins whenever one ends. Each of `--pieces` is the least number of tokens beside few rows, and how
+many pieces a stage has of what waits (`cluster/micro_batches.py`); `now` is what the scheduler does, `as-ever` what it
+once did: it counted all that wait, not only those that find a place, and nobody waited for others. All of them in turn,
+and again in the opposite order. One JSON line each.
 """
 
 import argparse
@@ -21,19 +22,22 @@ from bench_gpu import COMMON, SHAPES
 from argosy.deploy import bench_engine, workload
 from argosy.deploy.offline import LLM
 
-AS_EVER = "as-ever"
+AS_EVER, NOW = "as-ever", "now"
 # Python runs it in each process of the engine; the driver's looks at the file before each step with prompts
 HOOK = """
 import os
 from argosy.cluster import micro_batches, waiting_queue
 _count, _budget = waiting_queue.WaitingQueue.num_uncomputed_tokens, micro_batches.MicroBatches.prompt_budget
+NAMES = ("SMALL_PIECE", "PIECES_PER_STAGE", "LARGE_STEP", "MOST_HELD_STEPS")
+_now = [getattr(micro_batches, name) for name in NAMES]
 _places = [False]
 def budget(self, num_prompt_tokens, num_decoding):
     with open(os.environ["ARGOSY_PIECES"]) as file:
         pieces = file.read().strip()
     _places[0] = pieces == "as-ever"
-    least, a_stage = (512, 2) if _places[0] else map(int, pieces.split("x"))
-    micro_batches.SMALL_PIECE, micro_batches.PIECES_PER_STAGE = least, a_stage
+    least = [] if pieces == "now" else [512, 2, 0, 0] if _places[0] else list(map(int, pieces.split("x")))
+    for name, value in zip(NAMES, least + _now[len(least):]):
+        setattr(micro_batches, name, value)
     return _budget(self, num_prompt_tokens, num_decoding)
 def count(self, most, num_places):
     return _count(self, most, 1 << 30 if _places[0] else num_places)
@@ -50,7 +54,7 @@ def main() -> int:
     parser.add_argument("--pipeline-layers", type=int, nargs="+", default=[])
     parser.add_argument("--max-num-seqs", type=int, default=128)
     parser.add_argument("--requests", type=int, default=500)
-    parser.add_argument("--pieces", nargs="+", default=[AS_EVER, "128x2", "64x4"])
+    parser.add_argument("--pieces", nargs="+", default=[AS_EVER, NOW, "64x4"])
     args = parser.parse_args()
     vocab = SHAPES[args.model]["vocab_size"]
     with tempfile.TemporaryDirectory(prefix="argosy-pieces-") as folder:

@@ -4,7 +4,14 @@ import random
 
 import pytest
 
-from argosy.cluster.micro_batches import MIN_PIECE, SMALL_PIECE, SMALL_PIECE_ROWS, MicroBatches
+from argosy.cluster.micro_batches import (
+    LARGE_STEP,
+    MIN_PIECE,
+    MOST_HELD_STEPS,
+    SMALL_PIECE,
+    SMALL_PIECE_ROWS,
+    MicroBatches,
+)
 from argosy.cluster.protocol.messages import GenerateRequest
 from argosy.cluster.protocol.sampling import TokenParams
 from argosy.cluster.request import Request
@@ -92,12 +99,28 @@ def test_pieces_of_prompts_stay_the_same_size_until_all_are_through() -> None:
     assert shares.prompt_budget(600, 0) == MIN_PIECE
 
 
-def test_beside_many_rows_pieces_are_small_and_beside_more_than_are_recorded_they_are_not() -> None:
-    """600 tokens where two stages have 4, 32 and 400 requests that decode between them."""
+def test_beside_many_rows_pieces_are_small_and_beside_more_than_are_recorded_they_fill_a_step() -> None:
+    """600 tokens where two stages have 4, 32 and 400 requests that decode between them: such a step had better be full,
+    whatever it holds."""
     shares, pieces = MicroBatches(2, 8192, is_async=True), []
     for num_decoding in (4, 32, 400):
         pieces.append(shares.prompt_budget(600, num_decoding))
         shares.prompt_budget(0, num_decoding)
-    assert pieces == [MIN_PIECE, 150, MIN_PIECE]
+    assert pieces == [MIN_PIECE, 150, LARGE_STEP - 200]
     assert shares.prompt_budget(100, 32) == SMALL_PIECE
     assert shares.prompt_budget(100, 2 * SMALL_PIECE_ROWS[1]) == SMALL_PIECE
+
+
+def test_prompts_wait_for_each_other_only_where_others_wait_for_a_place() -> None:
+    """Two stages of 100 rows each take 924 tokens of prompts beside them in a step."""
+    shares = MicroBatches(2, 8192, is_async=True)
+    assert not shares.holds(300, 200, is_full=False)
+    assert not shares.holds(300, 2 * SMALL_PIECE_ROWS[1], is_full=True)
+    assert [shares.holds(tokens, 200, is_full=True) for tokens in (300, 1847, 1848, 300)] == [True, True, False, True]
+
+
+def test_nobody_is_held_back_for_long() -> None:
+    """Nobody else ends for a while; then the next ones wait anew."""
+    shares = MicroBatches(2, 8192, is_async=True)
+    held = [shares.holds(300, 200, is_full=True) for _ in range(2 * MOST_HELD_STEPS + 2)]
+    assert held == ([True] * MOST_HELD_STEPS + [False]) * 2

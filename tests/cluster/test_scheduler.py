@@ -271,6 +271,26 @@ def test_where_all_places_are_taken_a_prompt_goes_beside_the_rows_of_several_ste
     assert sizes[:4] == [128, 128, 44, 0]
 
 
+def test_where_many_decode_a_prompt_waits_a_few_steps_for_others() -> None:
+    """160 places, all taken, and more who wait: one that finds a place begins when the stages have rows enough to fill
+    their steps with, or after eight steps. Without anybody behind it, it begins at once."""
+    for num_waiting, num_held in ((3, 8), (1, 0)):
+        desk = Desk(pipeline_parallel_size=2, max_num_seqs=160, max_num_batched_tokens=8192, num_blocks=8192)
+        desk.add(8, max_tokens=20)
+        for _ in range(159):
+            desk.add(8, max_tokens=90)
+        while desk.scheduler.queue:
+            desk.step()
+        for _ in range(num_waiting):
+            desk.add(300)
+        while desk.scheduler.num_running == 160:
+            desk.step()
+        held = 0
+        while len(desk.scheduler.queue) == num_waiting:
+            held += max(desk.step().num_tokens or [1]) == 1
+        assert held == num_held
+
+
 def test_a_row_that_failed_costs_only_its_own_request() -> None:
     """A rank saw numbers that are none in one row."""
     desk = Desk()
