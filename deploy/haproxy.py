@@ -8,9 +8,11 @@ own figures on every network, tells everybody which applications run, and lets h
 choose a replica, or be answered with 500 when they are no text. And it looks for replicas of its own node on loopback,
 while they listen where users are to reach them: with any address but 0.0.0.0 it never finds them. Files and ports are
 settings; the rest is mended by a small script that stands in for the program, changes the configuration before HAProxy
-reads it, and sees to it that HAProxy does not outlive Ray.
+reads it, and sees to it that HAProxy does not outlive Ray. One that starts after another was killed takes the last
+one's doors until Ray says which they are, and the socket that `argosy serve` keeps.
 """
 
+import contextlib
 import json
 import random
 import re
@@ -19,6 +21,7 @@ from pathlib import Path
 from typing import Final
 
 from argosy.cluster.protocol.errors import ConfigError
+from argosy.deploy import door_keeper
 
 # HAProxy takes 97 bytes for a socket's path, and Ray puts a folder of 56 letters above its name of one letter
 MOST_FOLDER_BYTES: Final = 97 - len("/") - 56 - len("/a")
@@ -36,11 +39,14 @@ _STARTING: Final = {
 }
 _SCRIPT: Final = r"""#!/bin/sh
 # Stands in for HAProxy; see argosy/deploy/haproxy.py.
-host=$(cat "${0%/*}/host" 2>/dev/null) || host=127.0.0.1
+folder=${0%/*}
+host=$(cat "$folder/host" 2>/dev/null) || host=127.0.0.1
+door="$host:\2"
+[ -S "$folder/@ASK@" ] && door=fd@@FD@
 for file; do
   case $file in *.cfg)
     sed -i \
-      -e "/^frontend http_frontend/,/^backend/s/^\( *bind \)127\.0\.0\.1:/\1$host:/" \
+      -e "/^frontend http_frontend/,/^backend/s/^\( *bind \)127\.0\.0\.1:\([0-9]*\)/\1$door/" \
       -e 's/^\( *bind \)\*\{0,1\}:\([0-9]\)/\1127.0.0.1:\2/' \
       -e '/^frontend http_frontend/a\    timeout http-request 30s\
     http-request del-header x-request-timeout-seconds\
@@ -54,13 +60,18 @@ for file; do
     acl makes_nothing path /v1/completions /v1/chat/completions /tokenize /detokenize\
     http-request disable-l7-retry if { method POST } !makes_nothing\
     http-request return status 404 if { path -i /-/routes }' \
-      -e '/^backend default_backend/,/^backend [^d]/s|http-request return status 404 .*|@NOTHING_HERE@|' "$file" ;;
+      -e '/^backend default_backend/,/^backend [^d]/s|http-request return status 404 .*|@NOTHING_HERE@|' "$file"
+    if grep -q '^backend http-' "$file"; then
+      cp "$file" "$folder/last"
+    elif [ "$door" = fd@@FD@ ] && [ -f "$folder/last" ]; then
+      case " $* " in *" -sf "*) ;; *) cp "$folder/last" "$file" ;; esac
+    fi ;;
   esac
 done
-if command -v setpriv >/dev/null 2>&1; then
-  exec setpriv --pdeathsig KILL "@HAPROXY@" "$@"
-fi
-exec "@HAPROXY@" "$@"
+set -- "@HAPROXY@" "$@"
+setpriv=$(command -v setpriv) && set -- "$setpriv" --pdeathsig KILL "$@"
+[ -S "$folder/@ASK@" ] && exec @TAKE@ "$@"
+exec "$@"
 """
 
 
@@ -81,6 +92,13 @@ def _refusal() -> str:
     return rule.replace("\\", r"\\")
 
 
+def keeps_door(folder: Path, host: str, port: int) -> contextlib.AbstractContextManager[object]:
+    """Holds the door's socket for every HAProxy of that folder; nothing where there is none, or no port was named."""
+    if not (folder / "haproxy").is_file() or not port:
+        return contextlib.nullcontext()
+    return door_keeper.DoorKeeper(folder, host, port)
+
+
 def listen_at(folder: Path, host: str) -> str:
     """Have HAProxy of that folder listen at `host`; what to tell Serve, whose replicas then stay on loopback."""
     if not (folder / "haproxy").is_file():
@@ -98,7 +116,11 @@ def environment(folder: Path) -> dict[str, str]:
         return {}
     first = reserve_ports()
     script = folder / "haproxy"
-    script.write_text(_SCRIPT.replace(_REAL, real).replace(_NOTHING_HERE, _refusal()), encoding="utf-8")
+    words = {_REAL: real, _NOTHING_HERE: _refusal(), "@ASK@": door_keeper.ASK, "@FD@": str(door_keeper.DESCRIPTOR)}
+    text = _SCRIPT.replace("@TAKE@", door_keeper.command("$folder"))
+    for name, word in words.items():
+        text = text.replace(name, word)
+    script.write_text(text, encoding="utf-8")
     script.chmod(0o700)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",

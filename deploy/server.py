@@ -61,7 +61,10 @@ def run(config: ServingConfig, *, api_keys: tuple[str, ...] = ()) -> int:
             stop.install()  # Ray puts its own handler for SIGTERM in place when it starts
             try:
                 if not stop.is_set:
-                    _serve(config, engine, progress, stop, _doors_folder(config, folder))
+                    doors = _doors_folder(config, folder)
+                    host, port = config.server.host, config.server.port
+                    with haproxy.keeps_door(doors, host, port) if doors == folder else contextlib.nullcontext():
+                        _serve(config, engine, progress, stop, doors)
             finally:
                 engine.close()
     with contextlib.suppress(OSError):

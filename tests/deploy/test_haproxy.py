@@ -166,29 +166,39 @@ def door_that_dies_once() -> Iterator[tuple[int, list[str]]]:
             thread.join(10)
 
 
+DEFAULTS = """    timeout connect 5s
+    timeout client 20s
+    timeout server 20s"""
+
+
+def front_of(folder: Path, settings: dict[str, str], text: str) -> "subprocess.Popen[bytes]":
+    """HAProxy as Ray starts it, with that configuration."""
+    config = folder / "haproxy.cfg"
+    config.write_text(text)
+    return subprocess.Popen([settings["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)])
+
+
 @pytest.mark.skipif(haproxy.find() is None, reason="Ray Serve has no HAProxy for this machine")
 def test_an_answer_whose_door_was_killed_is_computed_anew(tmp_path: Path) -> None:
     """Clients send head and body apart: what HAProxy passed on before it had both could not be sent again."""
     settings = haproxy.environment(tmp_path)
-    port, config = haproxy._free_port(), tmp_path / "haproxy.cfg"
+    port = haproxy._free_port()
     with door_that_dies_once() as (door, read):
-        config.write_text(f"""global
+        text = f"""global
     tune.bufsize {settings["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"]}
 defaults
     mode http
-    timeout connect 5s
-    timeout client 20s
-    timeout server 20s
     option redispatch 1
     retry-on {settings["RAY_SERVE_HAPROXY_RETRY_ON"]}
     retries {settings["RAY_SERVE_HAPROXY_RETRIES"]}
+{DEFAULTS}
 frontend http_frontend
     bind 127.0.0.1:{port}
     default_backend default_backend
 backend default_backend
     server door 127.0.0.1:{door}
-""")
-        front = subprocess.Popen([settings["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)])
+"""
+        front = front_of(tmp_path, settings, text)
         try:
             deadline = time.monotonic() + 30
             while time.monotonic() < deadline:
@@ -211,3 +221,36 @@ backend default_backend
             front.wait()
     assert statuses == {"/v1/completions": 200, "/v1/files": 502}
     assert [line.split()[1] for line in read] == ["/v1/completions"] * 2 + ["/v1/files"]
+
+
+@pytest.mark.skipif(haproxy.find() is None, reason="Ray Serve has no HAProxy for this machine")
+def test_who_comes_while_the_front_is_dead_waits_for_its_next_life() -> None:
+    """Connections were refused for seconds. Ray starts a front with no doors, and tells it later which there are."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name, door_that_dies_once() as (door, read):
+        folder, port = Path(name), haproxy._free_port()
+        settings = haproxy.environment(folder)
+        empty = f"""defaults
+    mode http
+{DEFAULTS}
+frontend http_frontend
+    bind 127.0.0.1:{port}
+    default_backend default_backend
+backend default_backend
+    http-request return status 404
+"""
+        full = empty.replace("default_backend default_backend", "default_backend http-doors")
+        with haproxy.keeps_door(folder, "127.0.0.1", port):
+            for text in (full + f"backend http-doors\n    server door 127.0.0.1:{door}\n", empty):
+                client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
+                client.request("POST", "/v1/files", b"{}")  # before there is a front
+                front = front_of(folder, settings, text)
+                try:
+                    status = client.getresponse().status
+                finally:
+                    front.kill()
+                    front.wait()
+                    client.close()
+        assert (status, len(read)) == (200, 2)  # the second life asked the first one's door, which answers then
+        assert not (folder / "l").exists()
+        with pytest.raises(ConnectionRefusedError):
+            socket.create_connection(("127.0.0.1", port))
