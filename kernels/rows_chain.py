@@ -30,6 +30,7 @@ from argosy.kernels.gemv_ahead import copy_in
 from argosy.kernels.layer_chain import SHARED_BYTES, _now, _share, _trap_if_late, power_of_two, programs_of
 
 TOKENS = 8  # at most
+MOST_INPUTS = 8192  # of 8 tokens, in half of a multiprocessor's registers
 ROWS = gl.constexpr(16)  # of a tile
 TO_ALL, GATED, PLAIN = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 
@@ -60,8 +61,8 @@ def owned(hidden, programs, num_warps):
 
 @gluon.jit
 def _copy_part(
-    ring, slot, weight_ptr, tile, part, INPUTS: gl.constexpr, GATE: gl.constexpr, EACH: gl.constexpr,
-    NUM_WARPS: gl.constexpr,
+    ring, slot, weight_ptr, tile, part, INPUTS: gl.constexpr, STRIDE: gl.constexpr, GATE: gl.constexpr,
+    EACH: gl.constexpr, NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
     """Ask for the weights of a part of a tile's columns. GATE: 0, or the rows before those of `up`."""
     layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 256 // EACH, EACH // 8], [NUM_WARPS, 1, 1], [2, 1, 0])
@@ -71,7 +72,7 @@ def _copy_part(
     column = (part * NUM_WARPS + piece) * EACH + column
     HALF: gl.constexpr = ROWS // 2
     row = tile * HALF + row % HALF + row // HALF * GATE if GATE > 0 else tile * ROWS + row
-    here = weight_ptr + row.to(gl.int64) * INPUTS + column
+    here = weight_ptr + row.to(gl.int64) * STRIDE + column
     if INPUTS % (NUM_WARPS * EACH) == 0:
         copy_in(ring.index(slot), here)
     else:
@@ -81,8 +82,8 @@ def _copy_part(
 @gluon.jit
 def _ask(
     ring, number, o_ptr, gate_up_ptr, down_ptr, qkv_ptr,
-    SEEN: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr, EACH: gl.constexpr,
-    STAGES: gl.constexpr, PROGRAMS: gl.constexpr, NUM_WARPS: gl.constexpr, FROM: gl.constexpr,
+    SEEN: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr, HALVES: gl.constexpr,
+    EACH: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, NUM_WARPS: gl.constexpr, FROM: gl.constexpr,
 ):  # fmt: skip
     """Ask for this program's part `number`, counted through all products, of those from FROM on; always one group."""
     WIDTH: gl.constexpr = EACH * NUM_WARPS
@@ -90,33 +91,37 @@ def _ask(
     U: gl.constexpr = INNER * 2 // ROWS
     IN_S: gl.constexpr = ceil_of(SEEN, WIDTH)
     IN_H: gl.constexpr = ceil_of(HIDDEN, WIDTH)
-    IN_I: gl.constexpr = ceil_of(INNER, WIDTH)
+    IN_I: gl.constexpr = ceil_of(INNER // HALVES, WIDTH)
     first_o, num_o = _share(T, 0, PROGRAMS)
     first_u, num_u = _share(U, T, PROGRAMS)
     first_d, num_d = _share(T, T + U, PROGRAMS)
     slot = number % STAGES
     after_o = num_o * IN_S
     after_u = after_o + num_u * IN_H
-    after_d = after_u + num_d * IN_I
+    half_d = num_d * IN_I
+    after_d = after_u + HALVES * half_d
     if FROM <= 0 and number < after_o:
         tile = first_o + number // IN_S * PROGRAMS
-        _copy_part(ring, slot, o_ptr, tile, number % IN_S, SEEN, 0, EACH, NUM_WARPS)
+        _copy_part(ring, slot, o_ptr, tile, number % IN_S, SEEN, SEEN, 0, EACH, NUM_WARPS)
     if FROM <= 1:  # noqa: SIM102 - known when compiling, the other only when running
         if (number >= after_o) & (number < after_u):
             at = number - after_o
             tile = first_u + at // IN_H * PROGRAMS
-            _copy_part(ring, slot, gate_up_ptr, tile, at % IN_H, HIDDEN, INNER, EACH, NUM_WARPS)
+            _copy_part(ring, slot, gate_up_ptr, tile, at % IN_H, HIDDEN, HIDDEN, INNER, EACH, NUM_WARPS)
     if FROM <= 2:  # noqa: SIM102
         if (number >= after_u) & (number < after_d):
             at = number - after_u
+            half = at // half_d if HALVES == 2 else 0
+            at -= half * half_d
             tile = first_d + at // IN_I * PROGRAMS
-            _copy_part(ring, slot, down_ptr, tile, at % IN_I, INNER, 0, EACH, NUM_WARPS)
+            here = down_ptr + half * (INNER // HALVES)
+            _copy_part(ring, slot, here, tile, at % IN_I, INNER // HALVES, INNER, 0, EACH, NUM_WARPS)
     if QKV > 0:
         first_q, num_q = _share(QKV // ROWS, T + U + T, PROGRAMS)
         if (number >= after_d) & (number < after_d + num_q * IN_H):
             at = number - after_d
             tile = first_q + at // IN_H * PROGRAMS
-            _copy_part(ring, slot, qkv_ptr, tile, at % IN_H, HIDDEN, 0, EACH, NUM_WARPS)
+            _copy_part(ring, slot, qkv_ptr, tile, at % IN_H, HIDDEN, HIDDEN, 0, EACH, NUM_WARPS)
     async_copy.commit_group()
 
 
@@ -126,8 +131,8 @@ def _multiply(
     stamp, num_tokens,
     INPUTS: gl.constexpr, KIND: gl.constexpr, BIAS: gl.constexpr,
     WORLD: gl.constexpr, SEEN: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr,
-    EACH: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, NUM_WARPS: gl.constexpr, WORDS: gl.constexpr,
-    FROM: gl.constexpr,
+    HALVES: gl.constexpr, EACH: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, NUM_WARPS: gl.constexpr,
+    WORDS: gl.constexpr, FROM: gl.constexpr,
 ):  # fmt: skip
     """This program's tiles of one product, whose parts are those from `began` on of all of its own. xs: for each part
     of the columns a tensor [warps, columns, 8]."""
@@ -143,7 +148,7 @@ def _multiply(
             number = began + i * PARTS + part
             _ask(
                 ring, number + STAGES - 1, o_ptr, gate_up_ptr, down_ptr, qkv_ptr,
-                SEEN, HIDDEN, INNER, QKV, EACH, STAGES, PROGRAMS, NUM_WARPS, FROM,
+                SEEN, HIDDEN, INNER, QKV, HALVES, EACH, STAGES, PROGRAMS, NUM_WARPS, FROM,
             )  # fmt: skip
             async_copy.wait_group(STAGES - 1)
             acc = mma_v2(ring.index(number % STAGES).load(rows_in), xs[part], acc)
@@ -174,11 +179,11 @@ def _multiply(
 
 
 @gluon.jit
-def _look(box_ptr, place, inside, stamp, SIZE: gl.constexpr, WORLD: gl.constexpr, DTYPE: gl.constexpr):
-    """(sum of what all ranks wrote, float32; whether any word is of another turn)."""
+def _look(box_ptr, place, inside, stamp, SIZE: gl.constexpr, SENDERS: gl.constexpr, DTYPE: gl.constexpr):
+    """(sum of what all senders wrote, float32; whether any word is of another turn)."""
     wrong = place * 0
     total = wrong.to(gl.float32)
-    for sender in gl.static_range(WORLD):  # in the same order on all ranks: the same bits
+    for sender in gl.static_range(SENDERS):  # in the same order on all ranks: the same bits
         word = gl.load(box_ptr + sender * SIZE + place, mask=inside, other=0, volatile=True)
         wrong = wrong | gl.where(inside, word ^ stamp, 0)
         total += (word & 0xFFFF).to(gl.int16).to(DTYPE, bitcast=True).to(gl.float32)
@@ -188,7 +193,7 @@ def _look(box_ptr, place, inside, stamp, SIZE: gl.constexpr, WORLD: gl.constexpr
 @gluon.jit
 def _own(
     box_ptr, residual_ptr, norm_ptr, made_ptr, squares_ptr, stamp, num_tokens,
-    HIDDEN: gl.constexpr, OWN: gl.constexpr, WORLD: gl.constexpr, DTYPE: gl.constexpr, NORM: gl.constexpr,
+    HIDDEN: gl.constexpr, OWN: gl.constexpr, SENDERS: gl.constexpr, DTYPE: gl.constexpr, NORM: gl.constexpr,
     NUM_WARPS: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
     """Add up this program's columns, if it has any: into the residual and, times the norm's weight, for all programs
@@ -203,10 +208,10 @@ def _own(
         before = gl.load(residual_ptr + place, mask=inside, other=0.0).to(gl.float32)
         norm = gl.load(norm_ptr + column + token * 0, mask=inside, other=0.0).to(gl.float32)
         began = _now(stamp)
-        total, late = _look(box_ptr, column * 8 + token, inside, stamp, HIDDEN * 8, WORLD, DTYPE)
+        total, late = _look(box_ptr, column * 8 + token, inside, stamp, HIDDEN * 8, SENDERS, DTYPE)
         if WAIT:
             while late > 0:
-                total, late = _look(box_ptr, column * 8 + token, inside, stamp, HIDDEN * 8, WORLD, DTYPE)
+                total, late = _look(box_ptr, column * 8 + token, inside, stamp, HIDDEN * 8, SENDERS, DTYPE)
                 _trap_if_late(began)
         r = (total + before).to(DTYPE)
         if NORM:
@@ -253,8 +258,8 @@ def _larger(a, b):
 
 @gluon.jit
 def _read(
-    box_ptr, num_tokens, INPUTS: gl.constexpr, EACH: gl.constexpr, NUM_WARPS: gl.constexpr, WORDS: gl.constexpr,
-    FRESH: gl.constexpr,
+    box_ptr, num_tokens, INPUTS: gl.constexpr, STRIDE: gl.constexpr, EACH: gl.constexpr, NUM_WARPS: gl.constexpr,
+    WORDS: gl.constexpr, FRESH: gl.constexpr,
 ):  # fmt: skip
     """(tokens [8, INPUTS], 16-bit words, as a tuple of what each part multiplies; whether one is not there yet)."""
     layout: gl.constexpr = tokens_layout(NUM_WARPS, WORDS)
@@ -267,7 +272,7 @@ def _read(
     for part in gl.static_range(PARTS):
         at = (part * NUM_WARPS + piece) * EACH + column
         inside = (at < INPUTS) & (token < num_tokens)
-        word = gl.load(box_ptr + token * INPUTS + at, mask=inside, other=0, volatile=FRESH)
+        word = gl.load(box_ptr + token * STRIDE + at, mask=inside, other=0, volatile=FRESH)
         if FRESH:
             most = _larger(most, word)
         xs += (word,)  # type: ignore[assignment]
@@ -287,8 +292,8 @@ def _as_numbers(words, DTYPE: gl.constexpr, PARTS: gl.constexpr):
 
 @gluon.jit
 def _receive(
-    box_ptr, num_tokens, INPUTS: gl.constexpr, EACH: gl.constexpr, NUM_WARPS: gl.constexpr, WORDS: gl.constexpr,
-    DTYPE: gl.constexpr, PROBE: gl.constexpr, WAIT: gl.constexpr,
+    box_ptr, num_tokens, INPUTS: gl.constexpr, STRIDE: gl.constexpr, EACH: gl.constexpr, NUM_WARPS: gl.constexpr,
+    WORDS: gl.constexpr, DTYPE: gl.constexpr, PROBE: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
     """The tokens that programs here left, once all are there. PROBE: of every so many columns one is looked at first:
     to read all again and again would hold up the weights."""
@@ -302,10 +307,10 @@ def _receive(
             word = gl.load(box_ptr + probe * PROBE, mask=probe < COUNT, other=0, volatile=True)
             late = gl.max((word == -1).to(gl.int32), 0)
             _trap_if_late(began)
-    words, late = _read(box_ptr, num_tokens, INPUTS, EACH, NUM_WARPS, WORDS, True)
+    words, late = _read(box_ptr, num_tokens, INPUTS, STRIDE, EACH, NUM_WARPS, WORDS, True)
     if WAIT:
         while late > 0:
-            words, late = _read(box_ptr, num_tokens, INPUTS, EACH, NUM_WARPS, WORDS, True)
+            words, late = _read(box_ptr, num_tokens, INPUTS, STRIDE, EACH, NUM_WARPS, WORDS, True)
             _trap_if_late(began)
     return _as_numbers(words, DTYPE, ceil_of(INPUTS, EACH * NUM_WARPS))
 
@@ -315,10 +320,10 @@ def _rows_kernel(
     seen_ptr, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, norm_ptr, next_norm_ptr, residual_ptr, out_ptr,
     bases_ptr, boxes_ptr, counter_ptr, inbox, rank, num_tokens, eps, next_eps,
     SEEN: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr, BIAS: gl.constexpr,
-    WORLD: gl.constexpr, EACH: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, WORDS: gl.constexpr,
-    WAIT: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
+    WORLD: gl.constexpr, HALVES: gl.constexpr, EACH: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+    WORDS: gl.constexpr, WAIT: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """QKV 0: nothing but the residual comes out."""
+    """QKV 0: nothing but the residual comes out. HALVES: of down's inputs, 2 where registers hold no more."""
     DTYPE: gl.constexpr = o_ptr.dtype.element_ty
     WIDTH: gl.constexpr = EACH * num_warps
     OWN: gl.constexpr = owned(HIDDEN, PROGRAMS, num_warps)
@@ -334,7 +339,7 @@ def _rows_kernel(
     for stage in range(STAGES - 1):
         _ask(
             ring, stage, o_ptr, gate_up_ptr, down_ptr, qkv_ptr,
-            SEEN, HIDDEN, INNER, QKV, EACH, STAGES, PROGRAMS, num_warps, 0,
+            SEEN, HIDDEN, INNER, QKV, HALVES, EACH, STAGES, PROGRAMS, num_warps, 0,
         )  # fmt: skip
     if PDL:
         gdc_wait()
@@ -348,12 +353,12 @@ def _rows_kernel(
     o_squares = (inner_made + 8 * INNER).to(gl.pointer_type(gl.int32))
     down_squares = o_squares + 8 * OWNERS
     # o
-    words, _ = _read(seen_ptr.to(gl.pointer_type(gl.int16)), num_tokens, SEEN, EACH, num_warps, WORDS, False)
+    words, _ = _read(seen_ptr.to(gl.pointer_type(gl.int16)), num_tokens, SEEN, SEEN, EACH, num_warps, WORDS, False)
     xs = _as_numbers(words, DTYPE, ceil_of(SEEN, WIDTH))
     _multiply(
         ring, xs, num_tokens, 0, first_o, num_o, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, bases_ptr, out_ptr,
         inbox + rank * (HIDDEN * 8), stamp, num_tokens, SEEN, TO_ALL, False,
-        WORLD, SEEN, HIDDEN, INNER, QKV, EACH, STAGES, PROGRAMS, num_warps, WORDS, 0,
+        WORLD, SEEN, HIDDEN, INNER, QKV, HALVES, EACH, STAGES, PROGRAMS, num_warps, WORDS, 0,
     )  # fmt: skip
     # the next launch's places
     flat: gl.constexpr = gl.BlockedLayout([4], [32], [num_warps], [0])
@@ -368,60 +373,70 @@ def _rows_kernel(
         HIDDEN, OWN, WORLD, DTYPE, True, num_warps, WAIT,
     )  # fmt: skip
     scale = _scale_of(o_squares, num_tokens, eps, HIDDEN, OWNERS, num_warps, WAIT)
-    normed = _receive(o_made, num_tokens, HIDDEN, EACH, num_warps, WORDS, DTYPE, 0, WAIT)
+    normed = _receive(o_made, num_tokens, HIDDEN, HIDDEN, EACH, num_warps, WORDS, DTYPE, 0, WAIT)
     began_u = num_o * ceil_of(SEEN, WIDTH)
     _multiply(
         ring, normed, scale, began_u, first_u, num_u, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, bases_ptr,
         inner_made, inbox, stamp, num_tokens, HIDDEN, GATED, False,
-        WORLD, SEEN, HIDDEN, INNER, QKV, EACH, STAGES, PROGRAMS, num_warps, WORDS, 1,
+        WORLD, SEEN, HIDDEN, INNER, QKV, HALVES, EACH, STAGES, PROGRAMS, num_warps, WORDS, 1,
     )  # fmt: skip
     # down
-    inner = _receive(inner_made, num_tokens, INNER, EACH, num_warps, WORDS, DTYPE, ROWS // 2, WAIT)
     began_d = began_u + num_u * ceil_of(HIDDEN, WIDTH)
-    _multiply(
-        ring, inner, num_tokens, began_d, first_d, num_d, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, bases_ptr,
-        out_ptr, inbox + (WORLD + rank) * (HIDDEN * 8), stamp, num_tokens, INNER, TO_ALL, False,
-        WORLD, SEEN, HIDDEN, INNER, QKV, EACH, STAGES, PROGRAMS, num_warps, WORDS, 2,
-    )  # fmt: skip
+    PART: gl.constexpr = INNER // HALVES
+    for half in gl.static_range(HALVES):
+        inner = _receive(
+            inner_made + half * PART, num_tokens, PART, INNER, EACH, num_warps, WORDS, DTYPE, ROWS // 2, WAIT
+        )  # fmt: skip
+        _multiply(
+            ring, inner, num_tokens, began_d + half * num_d * ceil_of(PART, WIDTH), first_d, num_d, o_ptr, gate_up_ptr,
+            down_ptr, qkv_ptr, bias_ptr, bases_ptr, out_ptr, inbox + (WORLD + rank * HALVES + half) * (HIDDEN * 8),
+            stamp, num_tokens, PART, TO_ALL, False,
+            WORLD, SEEN, HIDDEN, INNER, QKV, HALVES, EACH, STAGES, PROGRAMS, num_warps, WORDS, 2,
+        )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
     gl.store(counter_ptr + program, turn)
     # the next layer's q, k and v
     _own(
         own_box + WORLD * HIDDEN * 8, residual_ptr, next_norm_ptr, down_made, down_squares, stamp, num_tokens,
-        HIDDEN, OWN, WORLD, DTYPE, QKV > 0, num_warps, WAIT,
+        HIDDEN, OWN, WORLD * HALVES, DTYPE, QKV > 0, num_warps, WAIT,
     )  # fmt: skip
     if QKV > 0:
         first_q, num_q = _share(QKV // ROWS, T + U + T, PROGRAMS)
         if num_q > 0:
             next_scale = _scale_of(down_squares, num_tokens, next_eps, HIDDEN, OWNERS, num_warps, WAIT)
-            after = _receive(down_made, num_tokens, HIDDEN, EACH, num_warps, WORDS, DTYPE, 0, WAIT)
-            began_q = began_d + num_d * ceil_of(INNER, WIDTH)
+            after = _receive(down_made, num_tokens, HIDDEN, HIDDEN, EACH, num_warps, WORDS, DTYPE, 0, WAIT)
+            began_q = began_d + HALVES * num_d * ceil_of(PART, WIDTH)
             _multiply(
                 ring, after, next_scale, began_q, first_q, num_q, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr,
                 bases_ptr, out_ptr, inbox, stamp, num_tokens, HIDDEN, PLAIN, BIAS,
-                WORLD, SEEN, HIDDEN, INNER, QKV, EACH, STAGES, PROGRAMS, num_warps, WORDS, 3,
+                WORLD, SEEN, HIDDEN, INNER, QKV, HALVES, EACH, STAGES, PROGRAMS, num_warps, WORDS, 3,
             )  # fmt: skip
 
 
 def inbox_words(world: int, hidden: int) -> int:
     """Of 4 bytes, of one inbox."""
-    return 2 * world * hidden * TOKENS
+    return 3 * world * hidden * TOKENS
 
 
 def box_words(hidden: int, inner: int) -> int:
     """Of 4 bytes, of what programs of a card leave to each other; at first all bits are ones."""
-    return TOKENS * (2 * hidden + inner) + 2 * 16 * (hidden // 32)
+    return TOKENS * (hidden + inner // 2) + 2 * TOKENS * (hidden // 16)
 
 
-def suits(seen: int, hidden: int, inner: int, qkv: int, sizes: tuning.Sizes, num_programs: int) -> bool:
-    """Whether these widths fit the ring, and every program has a tile of `down`."""
+def halves_of(inner: int) -> int:
+    """Into how many parts down's inputs go."""
+    return 1 if inner <= MOST_INPUTS else 2
+
+
+def suits(seen: int, hidden: int, inner: int, qkv: int, world: int, sizes: tuning.Sizes, num_programs: int) -> bool:
+    """Whether these widths fit the ring and the registers, and over a group every program has a tile of `down`."""
     place = sizes["warps"] * 16 * sizes["each"] * 2
     if sizes["stages"] * place + 8192 > SHARED_BYTES or any(n % 128 for n in (seen, hidden, inner, qkv)):
         return False
-    if hidden > 64 * num_programs * sizes["warps"] or hidden < 32 * 4 * sizes["warps"]:
+    if max(seen, hidden, inner // halves_of(inner)) > MOST_INPUTS or hidden < 128 * sizes["warps"]:
         return False
-    return hidden // 16 >= num_programs
+    return world == 1 or hidden // 16 >= num_programs
 
 
 def chain(
@@ -457,7 +472,7 @@ def chain(
     num_tokens, world = seen_TS.shape[0], bases_W.shape[0]
     num_programs = programs_of(seen_TS, sizes)
     assert num_tokens <= TOKENS
-    assert suits(seen, hidden, inner, qkv, sizes, num_programs)
+    assert suits(seen, hidden, inner, qkv, world, sizes, num_programs)
     assert all(w is None or w.is_contiguous() for w in (*weights, seen_TS, residual_TD, out_TX))
     assert gate_up_UD.shape == (2 * inner, hidden)
     assert counters.shape[0] >= num_programs
@@ -467,7 +482,7 @@ def chain(
         seen_TS, o_DS, gate_up_UD, down_DI, o_DS if qkv_XD is None else qkv_XD, o_DS if bias_Q is None else bias_Q,
         norm_D, next_norm_D, residual_TD, o_DS if out_TX is None else out_TX, bases_W, boxes.view(dtype=torch.int16),
         counters, inbox_at // 4, rank, num_tokens, eps, next_eps,
-        SEEN=seen, HIDDEN=hidden, INNER=inner, QKV=qkv, BIAS=bias_Q is not None, WORLD=world,
+        SEEN=seen, HIDDEN=hidden, INNER=inner, QKV=qkv, BIAS=bias_Q is not None, WORLD=world, HALVES=halves_of(inner),
         EACH=sizes["each"], STAGES=sizes["stages"], PROGRAMS=num_programs, WORDS=sizes["words"], WAIT=wait,
         num_warps=sizes["warps"], **tuning.overlap(seen_TS.device),
     )  # fmt: skip

@@ -58,12 +58,12 @@ class Words:
         self.counters = torch.zeros(1024, dtype=torch.int32, device=device)
 
 
-def fits(sizes: Sizes, model: str, cards: int) -> bool:
+def fits(sizes: Sizes, model: str, cards: int, over: int) -> bool:
     """Whether this layout takes these sizes."""
     shapes = shapes_of(model, cards)
     hidden, seen, inner, qkv = MODELS[model][0], shapes["o"][0], shapes["down"][0], shapes["qkv"][1]
     programs = layer_chain.programs_of(torch.empty(0, device="cuda"), sizes)
-    return rows_chain.suits(seen, hidden, inner, qkv, sizes, programs)
+    return rows_chain.suits(seen, hidden, inner, qkv, over, sizes, programs)
 
 
 def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
@@ -76,7 +76,7 @@ def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
         for sizes in SIZES
         for model, cards in layouts
         for last in (False, True)
-        if fits(sizes, model, cards)
+        if fits(sizes, model, cards, args.over)
     ]
     # without a launch: alone they would wait for ever
     type(rows_chain._rows_kernel).__getitem__ = lambda kernel, grid: functools.partial(
@@ -203,7 +203,7 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int) -> None:
         steps = Steps(parallel, model, int(cards), 8)
         found: dict[str, object] = {}
         for sizes in SIZES:
-            if not fits(sizes, model, int(cards)):
+            if not fits(sizes, model, int(cards), args.over):
                 continue
             steps.sizes = sizes
             name = "/".join(f"{key[:2]}{value}" for key, value in sizes.items())

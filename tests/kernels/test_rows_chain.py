@@ -81,17 +81,17 @@ def _norm(x: Any, weight: Any) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize(
-    ("world", "programs", "widths", "warps", "each", "stages", "bias", "counts"),
+    ("world", "programs", "widths", "warps", "each", "stages", "halves", "bias", "counts"),
     [
-        (1, 2, (32, 64, 48, 32), 2, 16, 3, False, (8, 8, 8)),
-        (2, 3, (64, 96, 80, 48), 2, 16, 4, True, (3, 8, 1)),  # parts that are not filled, tiles not dealt evenly
-        (2, 4, (32, 64, 112, 48), 2, 32, 7, False, (1, 2, 7)),  # a ring that holds more than a product
-        (4, 3, (32, 96, 48, 32), 4, 16, 2, False, (5, 5, 2)),
+        (1, 2, (32, 64, 48, 32), 2, 16, 3, 2, False, (8, 8, 8)),
+        (2, 3, (64, 96, 80, 48), 2, 16, 4, 1, True, (3, 8, 1)),  # parts that are not filled, tiles not dealt evenly
+        (2, 4, (32, 64, 96, 48), 2, 32, 7, 2, False, (1, 2, 7)),  # a ring that holds more than a product
+        (4, 3, (32, 96, 48, 32), 4, 16, 2, 1, False, (5, 5, 2)),
     ],
 )
 def test_ranks_say_what_the_layers_mean(
     language: Wide, world: int, programs: int, widths: tuple[int, int, int, int], warps: int, each: int, stages: int,
-    bias: bool, counts: tuple[int, ...],
+    halves: int, bias: bool, counts: tuple[int, ...],
 ) -> None:  # fmt: skip
     """Three launches of different numbers of tokens, the last one with nothing behind it, across the end of turns."""
     seen, hidden, inner, qkv = widths
@@ -101,7 +101,7 @@ def test_ranks_say_what_the_layers_mean(
     starts = [random.standard_normal((count, hidden)).astype(np.float16) for count in counts]
     for number, rank in enumerate(ranks):
         own = np.random.default_rng(100 + number)
-        rank.words = np.zeros(16 + 16 * world * hidden, np.int32)
+        rank.words = np.zeros(16 + rows_chain.inbox_words(world, hidden), np.int32)
         rank.boxes = np.full(4 * rows_chain.box_words(hidden, inner) + 4096, -1, np.int16)
         rank.residuals = [start.copy() for start in starts]
         rank.seens = [(2 * own.standard_normal((count, seen))).astype(np.float16) for count in counts]
@@ -123,8 +123,8 @@ def test_ranks_say_what_the_layers_mean(
                         Pointer(rank.outs[at].reshape(-1)), Addresses([one.words for one in ranks]),
                         Pointer(rank.boxes), Pointer(rank.counters), 16, number, counts[at], EPS, EPS,
                         SEEN=seen, HIDDEN=hidden, INNER=inner, QKV=0 if last else qkv, BIAS=bias and not last,
-                        WORLD=world, EACH=each, STAGES=stages, PROGRAMS=programs, WORDS=8, WAIT=True, PDL=False,
-                        num_warps=warps,
+                        WORLD=world, HALVES=halves, EACH=each, STAGES=stages, PROGRAMS=programs, WORDS=8, WAIT=True,
+                        PDL=False, num_warps=warps,
                     )  # fmt: skip
                 except Exception as problem:
                     problems.append(problem)
@@ -146,7 +146,8 @@ def test_ranks_say_what_the_layers_mean(
         for rank in ranks:
             gate, up = np.split(of(rank.layers[at]["gate_up"], x) * scale, 2, axis=1)
             middle = (gate / (1 + np.exp(-gate)) * up).astype(np.float16)
-            parts.append(of(rank.layers[at]["down"], middle).astype(np.float16).astype(np.float32))
+            pieces = zip(np.split(rank.layers[at]["down"], halves, 1), np.split(middle, halves, 1), strict=True)
+            parts += [of(weight, some).astype(np.float16).astype(np.float32) for weight, some in pieces]
         after = (after + sum(parts)).astype(np.float16)
         x, scale = _norm(after, norms[at, 1])
         for rank in ranks:

@@ -106,7 +106,7 @@ def open_rows_chain(
 
     programs = (tuning.device_facts(parallel.device).num_sms - sizes.get("spare", 0)) * sizes["per_sm"]
     qkv = first.attention.qkv_proj.num_out_own
-    if not layer_chain.RUNS_HERE or not rows_chain.suits(seen, width, inner, qkv, sizes, programs):
+    if not layer_chain.RUNS_HERE or not rows_chain.suits(seen, width, inner, qkv, parallel.tp_size, sizes, programs):
         return None
     return RowsChain(parallel, sizes, width=width, inner=inner)
 
