@@ -22,16 +22,19 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
-from argosy.kernels.gemv_ahead import copy_in
-from argosy.kernels.layer_chain import SHARED_BYTES, _now, _share, _trap_if_late, power_of_two, programs_of
+from argosy.kernels.layer_chain import RENAMED, SHARED_BYTES, _now, _share, _trap_if_late, power_of_two, programs_of
+from argosy.kernels.packed_hopper import copy_in
 
 TOKENS = 8  # at most
 MOST_INPUTS = 8192  # of 8 tokens, in half of a multiprocessor's registers
 ROWS = gl.constexpr(16)  # of a tile
+COLUMNS = gl.constexpr(64)  # of a block: 128 bytes, as the copy engine interleaves them
 TO_ALL, GATED, PLAIN = gl.constexpr(0), gl.constexpr(1), gl.constexpr(2)
 
 
@@ -60,98 +63,97 @@ def owned(hidden, programs, num_warps):
 
 
 @gluon.jit
-def _copy_part(
-    ring, slot, weight_ptr, tile, part, INPUTS: gl.constexpr, STRIDE: gl.constexpr, GATE: gl.constexpr,
-    EACH: gl.constexpr, NUM_WARPS: gl.constexpr,
-):  # fmt: skip
-    """Ask for the weights of a part of a tile's columns. GATE: 0, or the rows before those of `up`."""
-    layout: gl.constexpr = gl.BlockedLayout([1, 1, 8], [1, 256 // EACH, EACH // 8], [NUM_WARPS, 1, 1], [2, 1, 0])
-    piece = gl.arange(0, NUM_WARPS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
-    row = gl.arange(0, ROWS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
-    column = gl.arange(0, EACH, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    column = (part * NUM_WARPS + piece) * EACH + column
-    HALF: gl.constexpr = ROWS // 2
-    row = tile * HALF + row % HALF + row // HALF * GATE if GATE > 0 else tile * ROWS + row
-    here = weight_ptr + row.to(gl.int64) * STRIDE + column
-    if INPUTS % (NUM_WARPS * EACH) == 0:
-        copy_in(ring.index(slot), here)
+def _as_tiles(ring, COUNT: gl.constexpr, PAIRS: gl.constexpr):
+    """The same memory, block by block, each 16 rows or two times 8."""
+    shape: gl.constexpr = [COUNT, 2, ROWS // 2, COLUMNS] if PAIRS else [COUNT, ROWS, COLUMNS]
+    layout: gl.constexpr = gl.NVMMASharedLayout(128, 16, 3 if PAIRS else 2)
+    if RENAMED:
+        return ring.reinterpret(ring.dtype, shape, layout)
     else:
-        copy_in(ring.index(slot), here, mask=(column < INPUTS) & (row >= 0))
+        return ring._reinterpret(ring.dtype, shape, layout)
 
 
 @gluon.jit
-def _ask(
-    ring, number, o_ptr, gate_up_ptr, down_ptr, qkv_ptr,
-    SEEN: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr, HALVES: gl.constexpr,
-    EACH: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, NUM_WARPS: gl.constexpr, FROM: gl.constexpr,
+def _fetch_product(
+    desc, tiles, full, empty, began, first, count, offset,
+    INPUTS: gl.constexpr, GATE: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
 ):  # fmt: skip
-    """Ask for this program's part `number`, counted through all products, of those from FROM on; always one group."""
-    WIDTH: gl.constexpr = EACH * NUM_WARPS
+    """Ask for the weights of this program's tiles of one product, part by part, as places of the ring become free."""
+    PARTS: gl.constexpr = ceil_of(INPUTS, BLOCKS * COLUMNS)
+    for i in range(count):
+        tile = first + i * PROGRAMS
+        for part in range(PARTS):
+            number = began + i * PARTS + part
+            slot = number % STAGES
+            turn = number // STAGES
+            if turn > 0:
+                mbarrier.wait(empty.index(slot), (turn - 1) & 1)
+            here = full.index(slot)
+            mbarrier.expect(here, BLOCKS * ROWS * COLUMNS * 2)
+            for block in gl.static_range(BLOCKS):
+                column = offset + (part * BLOCKS + block) * COLUMNS
+                if GATE:
+                    copy_in(desc, [0, tile * (ROWS // 2), column], here, tiles.index(slot * BLOCKS + block))
+                else:
+                    copy_in(desc, [tile * ROWS, column], here, tiles.index(slot * BLOCKS + block))
+
+
+@gluon.jit
+def _fetch(
+    o_desc, gate_up_desc, down_desc, qkv_desc, ring, full, empty,
+    SEEN: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr, HALVES: gl.constexpr,
+    BLOCKS: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+):  # fmt: skip
+    """All weights of this program, one product behind the other: they depend on nobody."""
+    WIDTH: gl.constexpr = BLOCKS * COLUMNS
     T: gl.constexpr = HIDDEN // ROWS
     U: gl.constexpr = INNER * 2 // ROWS
-    IN_S: gl.constexpr = ceil_of(SEEN, WIDTH)
-    IN_H: gl.constexpr = ceil_of(HIDDEN, WIDTH)
-    IN_I: gl.constexpr = ceil_of(INNER // HALVES, WIDTH)
     first_o, num_o = _share(T, 0, PROGRAMS)
     first_u, num_u = _share(U, T, PROGRAMS)
     first_d, num_d = _share(T, T + U, PROGRAMS)
-    slot = number % STAGES
-    after_o = num_o * IN_S
-    after_u = after_o + num_u * IN_H
-    half_d = num_d * IN_I
-    after_d = after_u + HALVES * half_d
-    if FROM <= 0 and number < after_o:
-        tile = first_o + number // IN_S * PROGRAMS
-        _copy_part(ring, slot, o_ptr, tile, number % IN_S, SEEN, SEEN, 0, EACH, NUM_WARPS)
-    if FROM <= 1:  # noqa: SIM102 - known when compiling, the other only when running
-        if (number >= after_o) & (number < after_u):
-            at = number - after_o
-            tile = first_u + at // IN_H * PROGRAMS
-            _copy_part(ring, slot, gate_up_ptr, tile, at % IN_H, HIDDEN, HIDDEN, INNER, EACH, NUM_WARPS)
-    if FROM <= 2:  # noqa: SIM102
-        if (number >= after_u) & (number < after_d):
-            at = number - after_u
-            half = at // half_d if HALVES == 2 else 0
-            at -= half * half_d
-            tile = first_d + at // IN_I * PROGRAMS
-            here = down_ptr + half * (INNER // HALVES)
-            _copy_part(ring, slot, here, tile, at % IN_I, INNER // HALVES, INNER, 0, EACH, NUM_WARPS)
+    plain = _as_tiles(ring, STAGES * BLOCKS, False)
+    pairs = _as_tiles(ring, STAGES * BLOCKS, True)
+    _fetch_product(o_desc, plain, full, empty, 0, first_o, num_o, 0, SEEN, False, BLOCKS, STAGES, PROGRAMS)
+    began = num_o * ceil_of(SEEN, WIDTH)
+    _fetch_product(gate_up_desc, pairs, full, empty, began, first_u, num_u, 0, HIDDEN, True, BLOCKS, STAGES, PROGRAMS)
+    began_d = began + num_u * ceil_of(HIDDEN, WIDTH)
+    PART: gl.constexpr = INNER // HALVES
+    for half in gl.static_range(HALVES):
+        _fetch_product(
+            down_desc, plain, full, empty, began_d + half * num_d * ceil_of(PART, WIDTH), first_d, num_d, half * PART,
+            PART, False, BLOCKS, STAGES, PROGRAMS,
+        )  # fmt: skip
     if QKV > 0:
         first_q, num_q = _share(QKV // ROWS, T + U + T, PROGRAMS)
-        if (number >= after_d) & (number < after_d + num_q * IN_H):
-            at = number - after_d
-            tile = first_q + at // IN_H * PROGRAMS
-            _copy_part(ring, slot, qkv_ptr, tile, at % IN_H, HIDDEN, HIDDEN, 0, EACH, NUM_WARPS)
-    async_copy.commit_group()
+        began_q = began_d + HALVES * num_d * ceil_of(PART, WIDTH)
+        _fetch_product(
+            qkv_desc, plain, full, empty, began_q, first_q, num_q, 0, HIDDEN, False, BLOCKS, STAGES, PROGRAMS
+        )
 
 
 @gluon.jit
 def _multiply(
-    ring, xs, scale, began, first, count, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, bases_ptr, out_ptr, inbox,
-    stamp, num_tokens,
-    INPUTS: gl.constexpr, KIND: gl.constexpr, BIAS: gl.constexpr,
-    WORLD: gl.constexpr, SEEN: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr,
-    HALVES: gl.constexpr, EACH: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, NUM_WARPS: gl.constexpr,
-    WORDS: gl.constexpr, FROM: gl.constexpr,
+    ring, full, empty, xs, scale, began, first, count, bias_ptr, peers, out_ptr, inbox, stamp, num_tokens,
+    INPUTS: gl.constexpr, KIND: gl.constexpr, BIAS: gl.constexpr, WORLD: gl.constexpr, INNER: gl.constexpr,
+    QKV: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr, NUM_WARPS: gl.constexpr,
+    WORDS: gl.constexpr,
 ):  # fmt: skip
     """This program's tiles of one product, whose parts are those from `began` on of all of its own. xs: for each part
     of the columns a tensor [warps, columns, 8]."""
-    PARTS: gl.constexpr = ceil_of(INPUTS, EACH * NUM_WARPS)
+    PARTS: gl.constexpr = ceil_of(INPUTS, BLOCKS * COLUMNS)
     sums_in: gl.constexpr = sums_layout(NUM_WARPS)
     rows_in: gl.constexpr = gl.DotOperandLayout(0, sums_in, WORDS)
     made_in: gl.constexpr = gl.SliceLayout(0, sums_in)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, made_in))
     token = gl.arange(0, 8, gl.SliceLayout(0, made_in))
     for i in range(count):
-        acc = gl.zeros([NUM_WARPS, ROWS, 8], gl.float32, sums_in)
+        acc = gl.zeros([BLOCKS, ROWS, 8], gl.float32, sums_in)
         for part in gl.static_range(PARTS):
             number = began + i * PARTS + part
-            _ask(
-                ring, number + STAGES - 1, o_ptr, gate_up_ptr, down_ptr, qkv_ptr,
-                SEEN, HIDDEN, INNER, QKV, HALVES, EACH, STAGES, PROGRAMS, NUM_WARPS, FROM,
-            )  # fmt: skip
-            async_copy.wait_group(STAGES - 1)
-            acc = mma_v2(ring.index(number % STAGES).load(rows_in), xs[part], acc)
+            slot = number % STAGES
+            mbarrier.wait(full.index(slot), (number // STAGES) & 1)
+            acc = mma_v2(ring.index(slot).load(rows_in), xs[part], acc)
+            mbarrier.arrive(empty.index(slot))
         y = gl.sum(acc, 0)
         tile = first + i * PROGRAMS
         if KIND == GATED:
@@ -174,8 +176,7 @@ def _multiply(
             else:
                 word = y.to(ring.dtype).to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF | stamp
                 for peer in gl.static_range(WORLD):
-                    base = gl.multiple_of(gl.load(bases_ptr + peer).to(gl.pointer_type(gl.int32)), 64) + inbox
-                    gl.store(base + output * 8 + token[None, :], word, mask=there)
+                    gl.store(peers[peer] + inbox + output * 8 + token[None, :], word, mask=there)
 
 
 @gluon.jit
@@ -258,19 +259,19 @@ def _larger(a, b):
 
 @gluon.jit
 def _read(
-    box_ptr, num_tokens, INPUTS: gl.constexpr, STRIDE: gl.constexpr, EACH: gl.constexpr, NUM_WARPS: gl.constexpr,
+    box_ptr, num_tokens, INPUTS: gl.constexpr, STRIDE: gl.constexpr, BLOCKS: gl.constexpr, NUM_WARPS: gl.constexpr,
     WORDS: gl.constexpr, FRESH: gl.constexpr,
 ):  # fmt: skip
     """(tokens [8, INPUTS], 16-bit words, as a tuple of what each part multiplies; whether one is not there yet)."""
     layout: gl.constexpr = tokens_layout(NUM_WARPS, WORDS)
-    PARTS: gl.constexpr = ceil_of(INPUTS, EACH * NUM_WARPS)
-    piece = gl.arange(0, NUM_WARPS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
-    column = gl.arange(0, EACH, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
+    PARTS: gl.constexpr = ceil_of(INPUTS, BLOCKS * COLUMNS)
+    block = gl.arange(0, BLOCKS, gl.SliceLayout(1, gl.SliceLayout(2, layout)))[:, None, None]
+    column = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, layout)))[None, :, None]
     token = gl.arange(0, 8, gl.SliceLayout(0, gl.SliceLayout(1, layout)))[None, None, :]
-    most = ((piece + column + token) * 0).to(gl.int16)
+    most = ((block + column + token) * 0).to(gl.int16)
     xs = ()
     for part in gl.static_range(PARTS):
-        at = (part * NUM_WARPS + piece) * EACH + column
+        at = (part * BLOCKS + block) * COLUMNS + column
         inside = (at < INPUTS) & (token < num_tokens)
         word = gl.load(box_ptr + token * STRIDE + at, mask=inside, other=0, volatile=FRESH)
         if FRESH:
@@ -278,7 +279,7 @@ def _read(
         xs += (word,)  # type: ignore[assignment]
     late = 0
     if FRESH:
-        late = gl.max(gl.reshape((most == -1).to(gl.int32), [NUM_WARPS * EACH * 8]), 0)
+        late = gl.max(gl.reshape((most == -1).to(gl.int32), [BLOCKS * COLUMNS * 8]), 0)
     return xs, late
 
 
@@ -292,7 +293,7 @@ def _as_numbers(words, DTYPE: gl.constexpr, PARTS: gl.constexpr):
 
 @gluon.jit
 def _receive(
-    box_ptr, num_tokens, INPUTS: gl.constexpr, STRIDE: gl.constexpr, EACH: gl.constexpr, NUM_WARPS: gl.constexpr,
+    box_ptr, num_tokens, INPUTS: gl.constexpr, STRIDE: gl.constexpr, BLOCKS: gl.constexpr, NUM_WARPS: gl.constexpr,
     WORDS: gl.constexpr, DTYPE: gl.constexpr, PROBE: gl.constexpr, WAIT: gl.constexpr,
 ):  # fmt: skip
     """The tokens that programs here left, once all are there. PROBE: of every so many columns one is looked at first:
@@ -307,40 +308,38 @@ def _receive(
             word = gl.load(box_ptr + probe * PROBE, mask=probe < COUNT, other=0, volatile=True)
             late = gl.max((word == -1).to(gl.int32), 0)
             _trap_if_late(began)
-    words, late = _read(box_ptr, num_tokens, INPUTS, STRIDE, EACH, NUM_WARPS, WORDS, True)
+    words, late = _read(box_ptr, num_tokens, INPUTS, STRIDE, BLOCKS, NUM_WARPS, WORDS, True)
     if WAIT:
         while late > 0:
-            words, late = _read(box_ptr, num_tokens, INPUTS, STRIDE, EACH, NUM_WARPS, WORDS, True)
+            words, late = _read(box_ptr, num_tokens, INPUTS, STRIDE, BLOCKS, NUM_WARPS, WORDS, True)
             _trap_if_late(began)
-    return _as_numbers(words, DTYPE, ceil_of(INPUTS, EACH * NUM_WARPS))
+    return _as_numbers(words, DTYPE, ceil_of(INPUTS, BLOCKS * COLUMNS))
 
 
-@gluon.jit(do_not_specialize=["rank", "num_tokens"])
-def _rows_kernel(
-    seen_ptr, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, norm_ptr, next_norm_ptr, residual_ptr, out_ptr,
-    bases_ptr, boxes_ptr, counter_ptr, inbox, rank, num_tokens, eps, next_eps,
+@gluon.jit
+def _work(
+    seen_ptr, bias_ptr, norm_ptr, next_norm_ptr, residual_ptr, out_ptr, bases_ptr, boxes_ptr, counter_ptr, inbox, rank,
+    num_tokens, eps, next_eps, ring, full, empty,
     SEEN: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr, BIAS: gl.constexpr,
-    WORLD: gl.constexpr, HALVES: gl.constexpr, EACH: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
-    WORDS: gl.constexpr, WAIT: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
+    WORLD: gl.constexpr, HALVES: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+    WORDS: gl.constexpr, WAIT: gl.constexpr, PDL: gl.constexpr, NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
-    """QKV 0: nothing but the residual comes out. HALVES: of down's inputs, 2 where registers hold no more."""
-    DTYPE: gl.constexpr = o_ptr.dtype.element_ty
-    WIDTH: gl.constexpr = EACH * num_warps
-    OWN: gl.constexpr = owned(HIDDEN, PROGRAMS, num_warps)
+    """All that is done with the weights."""
+    DTYPE: gl.constexpr = ring.dtype
+    WIDTH: gl.constexpr = BLOCKS * COLUMNS
+    OWN: gl.constexpr = owned(HIDDEN, PROGRAMS, NUM_WARPS)
     OWNERS: gl.constexpr = ceil_of(HIDDEN, OWN)
     T: gl.constexpr = HIDDEN // ROWS
     U: gl.constexpr = INNER * 2 // ROWS
-    swizzled: gl.constexpr = gl.SwizzledSharedLayout(8 if WORDS == 2 else 32, 1, 8 if WORDS == 2 else 2, [2, 1, 0])
-    ring = gl.allocate_shared_memory(DTYPE, [STAGES, num_warps, ROWS, EACH], swizzled)
+    PART: gl.constexpr = INNER // HALVES
     program = gl.program_id(0)
     first_o, num_o = _share(T, 0, PROGRAMS)
     first_u, num_u = _share(U, T, PROGRAMS)
     first_d, num_d = _share(T, T + U, PROGRAMS)
-    for stage in range(STAGES - 1):
-        _ask(
-            ring, stage, o_ptr, gate_up_ptr, down_ptr, qkv_ptr,
-            SEEN, HIDDEN, INNER, QKV, HALVES, EACH, STAGES, PROGRAMS, num_warps, 0,
-        )  # fmt: skip
+    peers = ()
+    for peer in gl.static_range(WORLD):
+        peers += (gl.multiple_of(gl.load(bases_ptr + peer).to(gl.pointer_type(gl.int32)), 64),)  # type: ignore[assignment]
+    own_box = gl.multiple_of(gl.load(bases_ptr + rank).to(gl.pointer_type(gl.int32)), 64) + inbox
     if PDL:
         gdc_wait()
     turn = gl.load(counter_ptr + program) + 1
@@ -353,45 +352,40 @@ def _rows_kernel(
     o_squares = (inner_made + 8 * INNER).to(gl.pointer_type(gl.int32))
     down_squares = o_squares + 8 * OWNERS
     # o
-    words, _ = _read(seen_ptr.to(gl.pointer_type(gl.int16)), num_tokens, SEEN, SEEN, EACH, num_warps, WORDS, False)
+    words, _ = _read(seen_ptr.to(gl.pointer_type(gl.int16)), num_tokens, SEEN, SEEN, BLOCKS, NUM_WARPS, WORDS, False)
     xs = _as_numbers(words, DTYPE, ceil_of(SEEN, WIDTH))
     _multiply(
-        ring, xs, num_tokens, 0, first_o, num_o, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, bases_ptr, out_ptr,
-        inbox + rank * (HIDDEN * 8), stamp, num_tokens, SEEN, TO_ALL, False,
-        WORLD, SEEN, HIDDEN, INNER, QKV, HALVES, EACH, STAGES, PROGRAMS, num_warps, WORDS, 0,
+        ring, full, empty, xs, num_tokens, 0, first_o, num_o, bias_ptr, peers, out_ptr, inbox + rank * (HIDDEN * 8),
+        stamp, num_tokens, SEEN, TO_ALL, False, WORLD, INNER, QKV, BLOCKS, STAGES, PROGRAMS, NUM_WARPS, WORDS,
     )  # fmt: skip
     # the next launch's places
-    flat: gl.constexpr = gl.BlockedLayout([4], [32], [num_warps], [0])
+    flat: gl.constexpr = gl.BlockedLayout([4], [32], [NUM_WARPS], [0])
     others = (boxes_ptr + ((turn + 1) & 1) * BOX).to(gl.pointer_type(gl.int32))
-    for start in range(program * (128 * num_warps), BOX // 2, PROGRAMS * (128 * num_warps)):
-        place = start + gl.arange(0, 128 * num_warps, flat)
+    for start in range(program * (128 * NUM_WARPS), BOX // 2, PROGRAMS * (128 * NUM_WARPS)):
+        place = start + gl.arange(0, 128 * NUM_WARPS, flat)
         gl.store(others + place, place * 0 - 1, mask=place < BOX // 2)
     # gate and up
-    own_box = gl.multiple_of(gl.load(bases_ptr + rank).to(gl.pointer_type(gl.int32)), 64) + inbox
     _own(
         own_box, residual_ptr, norm_ptr, o_made, o_squares, stamp, num_tokens,
-        HIDDEN, OWN, WORLD, DTYPE, True, num_warps, WAIT,
+        HIDDEN, OWN, WORLD, DTYPE, True, NUM_WARPS, WAIT,
     )  # fmt: skip
-    scale = _scale_of(o_squares, num_tokens, eps, HIDDEN, OWNERS, num_warps, WAIT)
-    normed = _receive(o_made, num_tokens, HIDDEN, HIDDEN, EACH, num_warps, WORDS, DTYPE, 0, WAIT)
+    scale = _scale_of(o_squares, num_tokens, eps, HIDDEN, OWNERS, NUM_WARPS, WAIT)
+    normed = _receive(o_made, num_tokens, HIDDEN, HIDDEN, BLOCKS, NUM_WARPS, WORDS, DTYPE, 0, WAIT)
     began_u = num_o * ceil_of(SEEN, WIDTH)
     _multiply(
-        ring, normed, scale, began_u, first_u, num_u, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr, bases_ptr,
-        inner_made, inbox, stamp, num_tokens, HIDDEN, GATED, False,
-        WORLD, SEEN, HIDDEN, INNER, QKV, HALVES, EACH, STAGES, PROGRAMS, num_warps, WORDS, 1,
+        ring, full, empty, normed, scale, began_u, first_u, num_u, bias_ptr, peers, inner_made, inbox, stamp,
+        num_tokens, HIDDEN, GATED, False, WORLD, INNER, QKV, BLOCKS, STAGES, PROGRAMS, NUM_WARPS, WORDS,
     )  # fmt: skip
     # down
     began_d = began_u + num_u * ceil_of(HIDDEN, WIDTH)
-    PART: gl.constexpr = INNER // HALVES
     for half in gl.static_range(HALVES):
         inner = _receive(
-            inner_made + half * PART, num_tokens, PART, INNER, EACH, num_warps, WORDS, DTYPE, ROWS // 2, WAIT
+            inner_made + half * PART, num_tokens, PART, INNER, BLOCKS, NUM_WARPS, WORDS, DTYPE, ROWS // 2, WAIT
         )  # fmt: skip
         _multiply(
-            ring, inner, num_tokens, began_d + half * num_d * ceil_of(PART, WIDTH), first_d, num_d, o_ptr, gate_up_ptr,
-            down_ptr, qkv_ptr, bias_ptr, bases_ptr, out_ptr, inbox + (WORLD + rank * HALVES + half) * (HIDDEN * 8),
-            stamp, num_tokens, PART, TO_ALL, False,
-            WORLD, SEEN, HIDDEN, INNER, QKV, HALVES, EACH, STAGES, PROGRAMS, num_warps, WORDS, 2,
+            ring, full, empty, inner, num_tokens, began_d + half * num_d * ceil_of(PART, WIDTH), first_d, num_d,
+            bias_ptr, peers, out_ptr, inbox + (WORLD + rank * HALVES + half) * (HIDDEN * 8), stamp, num_tokens,
+            PART, TO_ALL, False, WORLD, INNER, QKV, BLOCKS, STAGES, PROGRAMS, NUM_WARPS, WORDS,
         )  # fmt: skip
     if PDL:
         gdc_launch_dependents()
@@ -399,19 +393,49 @@ def _rows_kernel(
     # the next layer's q, k and v
     _own(
         own_box + WORLD * HIDDEN * 8, residual_ptr, next_norm_ptr, down_made, down_squares, stamp, num_tokens,
-        HIDDEN, OWN, WORLD * HALVES, DTYPE, QKV > 0, num_warps, WAIT,
+        HIDDEN, OWN, WORLD * HALVES, DTYPE, QKV > 0, NUM_WARPS, WAIT,
     )  # fmt: skip
     if QKV > 0:
         first_q, num_q = _share(QKV // ROWS, T + U + T, PROGRAMS)
         if num_q > 0:
-            next_scale = _scale_of(down_squares, num_tokens, next_eps, HIDDEN, OWNERS, num_warps, WAIT)
-            after = _receive(down_made, num_tokens, HIDDEN, HIDDEN, EACH, num_warps, WORDS, DTYPE, 0, WAIT)
+            next_scale = _scale_of(down_squares, num_tokens, next_eps, HIDDEN, OWNERS, NUM_WARPS, WAIT)
+            after = _receive(down_made, num_tokens, HIDDEN, HIDDEN, BLOCKS, NUM_WARPS, WORDS, DTYPE, 0, WAIT)
             began_q = began_d + HALVES * num_d * ceil_of(PART, WIDTH)
             _multiply(
-                ring, after, next_scale, began_q, first_q, num_q, o_ptr, gate_up_ptr, down_ptr, qkv_ptr, bias_ptr,
-                bases_ptr, out_ptr, inbox, stamp, num_tokens, HIDDEN, PLAIN, BIAS,
-                WORLD, SEEN, HIDDEN, INNER, QKV, HALVES, EACH, STAGES, PROGRAMS, num_warps, WORDS, 3,
+                ring, full, empty, after, next_scale, began_q, first_q, num_q, bias_ptr, peers, out_ptr, inbox, stamp,
+                num_tokens, HIDDEN, PLAIN, BIAS, WORLD, INNER, QKV, BLOCKS, STAGES, PROGRAMS, NUM_WARPS, WORDS,
             )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["rank", "num_tokens"])
+def _rows_kernel(
+    seen_ptr, o_desc, gate_up_desc, down_desc, qkv_desc, bias_ptr, norm_ptr, next_norm_ptr, residual_ptr, out_ptr,
+    bases_ptr, boxes_ptr, counter_ptr, inbox, rank, num_tokens, eps, next_eps,
+    SEEN: gl.constexpr, HIDDEN: gl.constexpr, INNER: gl.constexpr, QKV: gl.constexpr, BIAS: gl.constexpr,
+    WORLD: gl.constexpr, HALVES: gl.constexpr, BLOCKS: gl.constexpr, STAGES: gl.constexpr, PROGRAMS: gl.constexpr,
+    WORDS: gl.constexpr, WAIT: gl.constexpr, PDL: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """QKV 0: nothing but the residual comes out. HALVES: of down's inputs, 2 where registers hold no more. BLOCKS: of
+    64 columns of 16 weight rows, in a place of the ring."""
+    ring = gl.allocate_shared_memory(
+        o_desc.dtype, [STAGES, BLOCKS, ROWS, COLUMNS], gl.NVMMASharedLayout(128, 16, 3)
+    )  # fmt: skip
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    gl.warp_specialize([
+        (_work, (
+            seen_ptr, bias_ptr, norm_ptr, next_norm_ptr, residual_ptr, out_ptr, bases_ptr, boxes_ptr, counter_ptr,
+            inbox, rank, num_tokens, eps, next_eps, ring, full, empty, SEEN, HIDDEN, INNER, QKV, BIAS, WORLD, HALVES,
+            BLOCKS, STAGES, PROGRAMS, WORDS, WAIT, PDL, num_warps,
+        )),
+        (_fetch, (
+            o_desc, gate_up_desc, down_desc, qkv_desc, ring, full, empty, SEEN, HIDDEN, INNER, QKV, HALVES, BLOCKS,
+            STAGES, PROGRAMS,
+        )),
+    ], [1], [32])  # fmt: skip
 
 
 def inbox_words(world: int, hidden: int) -> int:
@@ -431,7 +455,7 @@ def halves_of(inner: int) -> int:
 
 def suits(seen: int, hidden: int, inner: int, qkv: int, world: int, sizes: tuning.Sizes, num_programs: int) -> bool:
     """Whether these widths fit the ring and the registers, and over a group every program has a tile of `down`."""
-    place = sizes["warps"] * 16 * sizes["each"] * 2
+    place = sizes["blocks"] * 16 * 64 * 2
     if sizes["stages"] * place + 8192 > SHARED_BYTES or any(n % 128 for n in (seen, hidden, inner, qkv)):
         return False
     if max(seen, hidden, inner // halves_of(inner)) > MOST_INPUTS or hidden < 128 * sizes["warps"]:
@@ -461,7 +485,7 @@ def chain(
     hidden] or None. `norms`: (weight, epsilon) before gate and up, and before q, k and v. `bases_W`: int64, the
     addresses of the ranks' shared buffers, where `inbox_words`, zero at first, begin at byte `inbox_at`; `boxes`:
     int32, twice `box_words`, ones at first, `counters`: int32 [programs], zero at first, this rank's own. `sizes`:
-    columns of a warp in a place of the ring (`each`), places (`stages`), `warps`, multiprocessors left to others
+    blocks of 64 columns in a place of the ring (`blocks`), places (`stages`), `warps`, multiprocessors left to others
     (`spare`), columns side by side in a register of the tensor cores (`words`: 2 or 8). `wait` false: all words are
     known to be there (tests).
     """
@@ -478,11 +502,16 @@ def chain(
     assert counters.shape[0] >= num_programs
     assert boxes.shape[0] >= 2 * box_words(hidden, inner)
     (norm_D, eps), (next_norm_D, next_eps) = norms[0], norms[1] or norms[0]
+    tile, pair = [16, 64], [2, 8, 64]
+    flat, deep = gl.NVMMASharedLayout(128, 16, 2), gl.NVMMASharedLayout(128, 16, 3)
+    o_desc = TensorDescriptor.from_tensor(o_DS, tile, flat)
     _rows_kernel[(num_programs,)](
-        seen_TS, o_DS, gate_up_UD, down_DI, o_DS if qkv_XD is None else qkv_XD, o_DS if bias_Q is None else bias_Q,
-        norm_D, next_norm_D, residual_TD, o_DS if out_TX is None else out_TX, bases_W, boxes.view(dtype=torch.int16),
-        counters, inbox_at // 4, rank, num_tokens, eps, next_eps,
+        seen_TS, o_desc, TensorDescriptor.from_tensor(gate_up_UD.view(2, inner, hidden), pair, deep),
+        TensorDescriptor.from_tensor(down_DI, tile, flat),
+        o_desc if qkv_XD is None else TensorDescriptor.from_tensor(qkv_XD, tile, flat),
+        norm_D if bias_Q is None else bias_Q, norm_D, next_norm_D, residual_TD, norm_D if out_TX is None else out_TX,
+        bases_W, boxes.view(dtype=torch.int16), counters, inbox_at // 4, rank, num_tokens, eps, next_eps,
         SEEN=seen, HIDDEN=hidden, INNER=inner, QKV=qkv, BIAS=bias_Q is not None, WORLD=world, HALVES=halves_of(inner),
-        EACH=sizes["each"], STAGES=sizes["stages"], PROGRAMS=num_programs, WORDS=sizes["words"], WAIT=wait,
+        BLOCKS=sizes["blocks"], STAGES=sizes["stages"], PROGRAMS=num_programs, WORDS=sizes["words"], WAIT=wait,
         num_warps=sizes["warps"], **tuning.overlap(seen_TS.device),
     )  # fmt: skip

@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from bench_kernels import rand
 from few_sizes import MODELS, Sizes, shapes_of
 from torch import Tensor
-from tune_chain import LEAN
+from tune_chain import LEAN, SMALL
 from tune_chain import Steps as OneToken
 from tune_group import LAYERS, Chain, attention_of
 
@@ -33,10 +33,10 @@ from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import destroy_parallel, init_parallel
 
 SIZES: list[Sizes] = [
-    {"warps": warps, "each": each, "stages": stages, "per_sm": 1, "spare": spare, "words": words}
-    for warps, each, stages, spare, words in (
-        (8, 128, 6, 0, 8), (8, 128, 6, 0, 2), (16, 64, 6, 0, 8), (8, 128, 6, 4, 8), (8, 64, 12, 0, 8),
-        (8, 256, 3, 0, 8), (16, 64, 6, 4, 8), (8, 128, 4, 0, 8), (8, 32, 24, 0, 8), (16, 128, 3, 0, 8),
+    {"warps": warps, "blocks": blocks, "stages": stages, "per_sm": 1, "spare": spare, "words": words}
+    for warps, blocks, stages, spare, words in (
+        (8, 16, 6, 0, 8), (8, 16, 6, 0, 2), (8, 8, 12, 0, 8), (8, 16, 4, 0, 8), (8, 16, 6, 4, 8), (4, 16, 6, 0, 8),
+        (8, 32, 3, 0, 8), (16, 16, 6, 0, 8), (8, 16, 5, 0, 8), (8, 8, 10, 0, 8),
     )
 ]  # fmt: skip
 CONTEXTS = (256, 384)
@@ -78,6 +78,9 @@ def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
         for last in (False, True)
         if fits(sizes, model, cards, args.over)
     ]
+    others = [(model, cards, sizes) for model, cards in layouts for sizes in (None, LEAN, *SMALL) if args.attention]
+    for model, cards, sizes in others[of - 1 - index :: of]:
+        attention_of(model, cards, 8, CONTEXTS[0])(rand(8, shapes_of(model, cards)["qkv"][1]), 0, sizes)
     # without a launch: alone they would wait for ever
     type(rows_chain._rows_kernel).__getitem__ = lambda kernel, grid: functools.partial(
         kernel.run, grid=grid, warmup=True
@@ -191,6 +194,8 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int) -> None:
     torch.cuda.set_device(device)
     torch.set_default_device(device)
     torch.manual_seed(tp_rank)
+    if args.sizes:  # a spawned process reads this file anew
+        SIZES[:] = [SIZES[number] for number in args.sizes]
     parallel = init_parallel(make_plan(1, args.over, 1).ranks[tp_rank], f"127.0.0.1:{port}", device, 120.0)
     began = time.perf_counter()
 
@@ -220,6 +225,9 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int) -> None:
                 times: list[float] = []
                 for steps.attention in (None, LEAN):
                     times += [round(steps.time(steps.in_chains(rows, context), 5), 2) for context in CONTEXTS]
+                for steps.attention in SMALL if args.attention else ():
+                    small = [round(steps.time(steps.in_chains(rows, context), 5), 2) for context in CONTEXTS]
+                    say(f"        {small} {rows} tokens with {steps.attention}")
                 steps.attention = None
                 found[f"{name}, {rows}"] = times
                 say(f"    {times} {rows} tokens, {name}")
@@ -260,6 +268,7 @@ def main() -> None:
     parser.add_argument("--over", type=int, default=4)
     parser.add_argument("--rows", type=int, nargs="+", default=[8, 1])
     parser.add_argument("--sizes", type=int, nargs="+", help="only these, by number")
+    parser.add_argument("--attention", action="store_true", help="other sizes of attention as well")
     parser.add_argument("--check", action="store_true", help="only whether the first size that fits is right")
     parser.add_argument("--limit", type=float, default=300.0, help="seconds after which ranks end")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": be one of the compiling processes
