@@ -177,10 +177,11 @@ def test_ranks_say_what_the_layers_mean(
                         Pointer(rank.seens[at].ravel()), layer["o"], gate_up, layer["down"], layer["qkv"],
                         Pointer(layer["bias"]), Pointer(norms[at, 0]), Pointer(norms[at, 1]),
                         Pointer(rank.residuals[at].reshape(-1)), Pointer(rank.outs[at].reshape(-1)),
-                        Addresses([one.words for one in ranks]), Pointer(rank.boxes), Pointer(rank.counters), 16, number, counts[at], EPS, EPS,
+                        Addresses([one.words for one in ranks]), Pointer(rank.boxes), Pointer(rank.counters), 16,
+                        number, counts[at], EPS, EPS,
                         SEEN=seen, HIDDEN=hidden, INNER=inner, QKV=0 if last else qkv, BIAS=bias and not last,
-                        WORLD=world, HALVES=halves, BLOCKS=blocks, STAGES=stages, PROGRAMS=programs, WORDS=8, WAIT=True,
-                        PDL=False, num_warps=warps,
+                        WORLD=world, HALVES=halves, BLOCKS=blocks, STAGES=stages, PROGRAMS=programs, WORDS=8,
+                        WAIT=True, PDL=False, num_warps=warps,
                     )  # fmt: skip
                 except Exception as problem:
                     problems.append(problem)
