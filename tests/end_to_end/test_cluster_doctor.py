@@ -12,6 +12,7 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.deploy import cli, doctor_cluster, preflight
 from argosy.deploy.cluster_layout import choose_layout, free_part
 from argosy.deploy.live_cluster import named_by_address
+from argosy.deploy.preflight_model import Wish
 from argosy.deploy.ray_session import RaySession
 from argosy.placement import ray_cluster
 from argosy.placement.topology import ClusterTopology, Link, Node, NodeLink
@@ -85,7 +86,7 @@ def test_a_probe_answers_as_an_actor_on_its_node_and_goes(ray_session: RaySessio
         port = ray.get(probe.listen.remote("127.0.0.1", "s" * 32), timeout=30.0)
         link = json.loads(ray.get(probe.call.remote("a", "b", "127.0.0.1", port, "s" * 32), timeout=30.0))
         assert link.get("problem", "") == ""
-        facts = json.loads(ray.get(probe.facts.remote("127.0.0.1", "", False), timeout=30.0))
+        facts = json.loads(ray.get(probe.facts.remote("127.0.0.1", Wish()), timeout=30.0))
         assert facts["address"] == "127.0.0.1"
     with pytest.raises(ray.exceptions.RayActorError):
         ray.get(probe.listen.remote("127.0.0.1", "s" * 32), timeout=30.0)
