@@ -68,7 +68,12 @@ def first_card() -> str:
 
 def read_gpus() -> list[str]:
     """Name, memory and driver of each NVIDIA card; empty where there is none or no driver."""
-    query = ["nvidia-smi", "--query-gpu=name,memory.total,driver_version", "--format=csv,noheader"]
+    return ask_driver("name,memory.total,driver_version")
+
+
+def ask_driver(columns: str, *, units: bool = True) -> list[str]:
+    """A line for each NVIDIA card with these columns of `nvidia-smi --help-query-gpu`; empty where nobody answers."""
+    query = ["nvidia-smi", f"--query-gpu={columns}", f"--format=csv,noheader{'' if units else ',nounits'}"]
     try:
         answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,13 +1,12 @@
 """The devices that the stages of a pipeline get on this machine, found without torch: for a split by their room."""
 
 import os
-import subprocess
 from collections.abc import Sequence
 
 import psutil
 
 from argosy.cluster.protocol.config import ServingConfig
-from argosy.deploy.device_defaults import first_card
+from argosy.deploy.device_defaults import ask_driver, first_card
 from argosy.placement.topology import Gpu
 
 _MIB = 2**20
@@ -44,13 +43,8 @@ def visible(cards: Sequence[Gpu], setting: str | None) -> list[Gpu]:
 
 def read_cards() -> list[Gpu]:
     """The NVIDIA cards of this machine as the driver has them now; empty where it can't be asked."""
-    query = ["nvidia-smi", "--query-gpu=index,name,memory.total,memory.used,uuid", "--format=csv,noheader,nounits"]
-    try:
-        answer = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-    except (OSError, subprocess.TimeoutExpired):
-        return []
     cards = []
-    for line in answer.stdout.splitlines() if answer.returncode == 0 else ():
+    for line in ask_driver("index,name,memory.total,memory.used,uuid", units=False):
         fields = [field.strip() for field in line.split(",")]
         if len(fields) == 5 and all(fields[at].isdigit() for at in (0, 2, 3)):
             total, used = int(fields[2]) * _MIB, int(fields[3]) * _MIB

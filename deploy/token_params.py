@@ -1,12 +1,12 @@
 """From `SamplingParams` (text allowed) to `TokenParams` (numbers only), and the one check of token ids from outside."""
 
-import json
 import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Final
 
 from argosy.cluster.admission import check_num_logprobs
+from argosy.cluster.protocol.config_json import read_json
 from argosy.cluster.protocol.errors import ConfigError, ContextTooLong, InvalidRequest, WeightError
 from argosy.cluster.protocol.messages import EngineInfo
 from argosy.cluster.protocol.sampling import SamplingParams, TokenParams
@@ -132,12 +132,7 @@ def read_generation_config(folder: str | Path, choice: str = "auto") -> dict[str
         if choice == "auto":
             return {}
         raise ConfigError(f"generation_config={choice!r}: must be 'auto', 'vllm', or a folder with {path.name}")
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightError(path.name, "", f"can't be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise WeightError(path.name, "", "must hold one JSON object")
+    value = read_json(path)
     for key in _GENERATION_DEFAULTS:
         number = value.get(key)
         if number is not None and (isinstance(number, bool) or not isinstance(number, int | float)):

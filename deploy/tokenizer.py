@@ -17,6 +17,7 @@ from typing import Any, Final
 import tokenizers
 from tokenizers import AddedToken
 
+from argosy.cluster.protocol.config_json import read_json
 from argosy.cluster.protocol.errors import InvalidRequest, WeightError
 from argosy.deploy.chat_template import ChatTemplate, load_chat_template
 from argosy.deploy.settings import TOKENIZER_FILES
@@ -76,7 +77,7 @@ class Tokenizer:
     def load(cls, folder: str | Path, *, chat_template: str | None = None) -> "Tokenizer":
         """Read a model folder. `chat_template` overrides the folder's: a path, or the template itself."""
         folder = Path(folder)
-        settings = _read_json(folder / "tokenizer_config.json")
+        settings = _read_if_there(folder / "tokenizer_config.json")
         file = folder / "tokenizer.json"
         if file.is_file():
             try:
@@ -85,7 +86,7 @@ class Tokenizer:
                 raise WeightError(file.name, "", f"can't be read: {error}") from error
         else:
             backend = _backend_from_transformers(folder)
-        special_tokens = _special_token_texts(settings, _read_json(folder / "special_tokens_map.json"))
+        special_tokens = _special_token_texts(settings, _read_if_there(folder / "special_tokens_map.json"))
         _register_special_tokens(backend, settings, special_tokens)
         template = load_chat_template(folder, settings, special_tokens, chat_template)
         return cls(backend, special_tokens=special_tokens, chat_template=template)
@@ -215,16 +216,8 @@ def _byte_characters() -> dict[str, int]:
 _BYTE_OF_CHARACTER: Final = _byte_characters()
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        raise WeightError(path.name, "", f"can't be read as JSON: {error}") from error
-    if not isinstance(value, dict):
-        raise WeightError(path.name, "", "must hold one JSON object")
-    return value
+def _read_if_there(path: Path) -> dict[str, Any]:
+    return read_json(path) if path.is_file() else {}
 
 
 def _text_of_token(value: object) -> str | None:

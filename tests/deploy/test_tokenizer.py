@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,6 +15,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 import argosy
 from argosy.cluster.protocol.errors import ConfigError, InvalidRequest, WeightError
+from argosy.deploy.token_params import read_generation_config
 from argosy.deploy.tokenizer import Tokenizer
 
 DEFAULT_MODEL = Path(argosy.__file__).parent / "default_model"
@@ -250,3 +252,16 @@ def test_a_folder_without_tokenizer_json_goes_through_transformers(tmp_path: Pat
     (old / "config.json").write_text('{"model_type": "gpt2"}')
     text = "the quick brown fox"
     assert Tokenizer.load(old).encode(text) == Tokenizer.load(source).encode(text)
+
+
+@pytest.mark.parametrize("text", ['{"a":' + "[" * 100_000 + "]" * 100_000 + "}", "[]", "{", "{\xff}"])
+def test_a_file_of_the_folder_that_is_no_object_is_named(text: str, tmp_path: Path) -> None:
+    """A download that broke off, or somebody's joke: brackets without end."""
+    folder = tmp_path / "model"
+    shutil.copytree(DEFAULT_MODEL, folder)
+    (folder / "tokenizer_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(WeightError, match=r"tokenizer_config\.json"):
+        Tokenizer.load(str(folder))
+    (tmp_path / "generation_config.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(WeightError, match=r"generation_config\.json"):
+        read_generation_config(tmp_path)
