@@ -17,6 +17,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from argosy.cluster.protocol.config_json import read_json
 from argosy.cluster.protocol.errors import ConfigError, InvalidRequest, WeightError
 
 MAX_TEMPLATE_KWARGS = 32
@@ -122,11 +123,15 @@ def load_chat_template(
         return ChatTemplate({"default": _override_text(override)}, special_tokens, origin="--chat-template")
     jinja_file = folder / "chat_template.jinja"
     if jinja_file.is_file():
-        return ChatTemplate({"default": jinja_file.read_text("utf-8")}, special_tokens, origin=jinja_file.name)
+        try:
+            text = jinja_file.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise WeightError(jinja_file.name, "", f"can't be read: {error}") from error
+        return ChatTemplate({"default": text}, special_tokens, origin=jinja_file.name)
     given, origin = settings.get("chat_template"), "tokenizer_config.json"
     json_file = folder / "chat_template.json"
     if given is None and json_file.is_file():
-        given, origin = json.loads(json_file.read_text("utf-8")).get("chat_template"), json_file.name
+        given, origin = read_json(json_file).get("chat_template"), json_file.name
     if given is None:
         return None
     if isinstance(given, str):

@@ -262,6 +262,13 @@ def test_a_file_of_the_folder_that_is_no_object_is_named(text: str, tmp_path: Pa
     (folder / "tokenizer_config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(WeightError, match=r"tokenizer_config\.json"):
         Tokenizer.load(str(folder))
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "chat_template.json").write_bytes(text.encode("latin-1"))
+    with pytest.raises(WeightError, match=r"chat_template\.json"):
+        Tokenizer.load(str(folder))
+    (folder / "chat_template.jinja").write_bytes(b"{{ messages }}\xff")
+    with pytest.raises(WeightError, match=r"chat_template\.jinja"):
+        Tokenizer.load(str(folder))
     (tmp_path / "generation_config.json").write_bytes(text.encode("latin-1"))
     with pytest.raises(WeightError, match=r"generation_config\.json"):
         read_generation_config(tmp_path)
