@@ -175,12 +175,9 @@ def reserve_ports() -> int:
         except OSError:
             holder.close()
             continue
-        _held.append(holder)
+        holder.detach()  # left open on purpose; a socket object would be warned of when the process ends
         return sign + 1
     raise ConfigError(f"no range of ports is free from {_PORT_RANGES[0]} to {_PORT_RANGES[1]}; stop other servers")
-
-
-_held: list[socket.socket] = []
 
 
 def _free_port() -> int:
