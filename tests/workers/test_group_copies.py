@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from argosy.kernels import group_sum
+from argosy.workers.layers import group_sum as group_sum_of_ranks
 from argosy.workers.layers.group_sum import GroupCopies, GroupSum
 
 WIDTH, TOKENS, MIDDLE = 4, 22, 12
@@ -129,3 +130,23 @@ def test_flags_that_are_lowered_again_order_all_sums(world: int, seed: int) -> N
     assert torch.equal(torch.stack(owned).sum(0), torch.ones(TOKENS, dtype=torch.long))
     for rank, owned_T in zip(ranks, owned, strict=True):
         assert torch.equal(rank.residual_TD[owned_T], total[owned_T])
+
+
+@pytest.mark.parametrize(("with_flags", "that_record"), [(4, 4), (4, 3), (3, 3)])
+def test_a_group_does_what_all_of_its_ranks_can(
+    monkeypatch: pytest.MonkeyPatch, with_flags: int, that_record: int
+) -> None:
+    """Drivers that differ: one rank that recorded a sum alone, or copied it, would be waited for by nobody."""
+    flags: Any = SimpleNamespace(can_be_recorded=lambda device: True, meeting=lambda tell, hear: ())
+    monkeypatch.setattr(group_sum_of_ranks, "open_stream_flags", lambda device: flags)
+
+    def all_reduce(answers: Tensor) -> Tensor:
+        assert answers.tolist() == [1.0] * 64  # this rank can do both
+        return torch.tensor([float(with_flags)] * 32 + [float(that_record)] * 32)
+
+    parallel: Any = SimpleNamespace(device=torch.device("cpu"), tp_size=4, all_reduce=all_reduce)
+    buffer = SimpleNamespace(pointers=[0] * 4, local=torch.zeros(1))
+    sums: Any = SimpleNamespace(_rank=0, _world=4, _buffer=buffer, _width=8, _dtype=torch.float32, _flag_bytes=0)
+    copies = group_sum_of_ranks.open_group_copies(parallel, sums, max_rows=8)
+    assert (copies is None) == (with_flags < 4)
+    assert copies is None or copies.in_graphs == (that_record == 4)
