@@ -34,7 +34,8 @@ EAGER_SECONDS_A_LAYER: Final = 0.2e-3  # of the host, to launch a layer of a ste
 # the same over a group of which each rank has so many peers, in halves whose sums are copied (`GroupForward`)
 HALVES_SECONDS_A_LAYER: Final = 0.7e-3
 PEER_SECONDS_A_LAYER: Final = 0.45e-3
-SLOW_HOST: Final = 1.5  # times as long: a host that is busy, or old
+# times as long on a host that is busy, or old: in halves; kernel by kernel (25 ms for a full step of 0.6B's 28 layers)
+SLOW_HOST: Final = (1.5, 2.5)
 PRODUCTS_PER_SECOND: Final = 600e12  # as prompts reach them
 SUMS_PER_SECOND: Final = 0.64e12  # bytes of hidden states over a group, times ranks
 
@@ -71,12 +72,13 @@ def prompt_sizes(
     short = [size for size in PROMPT_SIZES if size <= min(most, longest, slice_tokens or longest)]
     if spec.moe is not None:
         return short
+    slow_host = SLOW_HOST[tp_size == 1]
     if tp_size > 1:
         sums = 2 * spec.hidden_size * dtype_bytes * tp_size / SUMS_PER_SECOND
         most = (HALVES_SECONDS_A_LAYER + PEER_SECONDS_A_LAYER * (tp_size - 1)) / (products + sums)
     full = min(max_tokens, slice_tokens or max_tokens) // LONG_UNIT * LONG_UNIT
     long = list(range(LONG_UNIT, min(full, int(most)) + 1, LONG_UNIT))
-    if tp_size > 1 and full not in long and LONG_UNIT <= full <= SLOW_HOST * most:
+    if full not in long and LONG_UNIT <= full <= slow_host * most:
         long.append(full)
     return [*short, *long]
 
