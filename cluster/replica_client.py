@@ -200,6 +200,11 @@ class ReplicaClient:
         for replica in self._replicas:
             await replica.client.close()
 
+    def give_up(self) -> None:
+        """Nobody starts a driver any more that is gone, or goes: whoever waits for one ends as lost."""
+        self._patience_seconds = 0.0
+        self._came_back.set()
+
     async def look(self) -> None:
         """Hear how each is, and connect again to those that went: a driver comes back at the same door."""
         await asyncio.gather(*map(self._look_at, self._replicas))

@@ -57,6 +57,7 @@ class Engine:
         self.config = config  # with "auto" and None worked out
         self.name = name
         self._driver, self._session, self._folders = driver, session, folders
+        self.has_lost_ray = False  # `close` then abandons our own Ray cluster instead of taking leave of it
         self._closed = False
 
     def status(self) -> DriverStatus:
@@ -68,6 +69,14 @@ class Engine:
         """Whether our own Ray cluster ends by itself: then it can't be asked for anything."""
         return self._session is not None and self._session.is_ending
 
+    def lost_part(self) -> str:
+        """Which part of our own Ray cluster has died without which nothing is started again; else nothing."""
+        if self._session is None or not self._session.is_own:
+            return ""
+        from argosy.deploy.ray_session import lost_part  # Ray: only where it runs
+
+        return lost_part()
+
     def abandon_ray(self) -> None:
         """Our own Ray cluster has lost a part that it can't be without: see `RaySession.abandon`."""
         if self._session is not None and self._session.is_own:
@@ -78,6 +87,8 @@ class Engine:
         if self._closed:
             return
         self._closed = True
+        if self.has_lost_ray:
+            self.abandon_ray()
         _tear_down(self._driver, self._session, self._folders, drain_seconds)
 
     def __enter__(self) -> "Engine":

@@ -21,9 +21,16 @@ import msgspec
 from tqdm import tqdm
 
 from argosy.cluster.protocol.config import ServingConfig
-from argosy.cluster.protocol.errors import ChannelClosed, ConfigError, InvalidRequest, RequestAborted
+from argosy.cluster.protocol.errors import (
+    ChannelClosed,
+    ClusterError,
+    ConfigError,
+    InvalidRequest,
+    RequestAborted,
+    ServingError,
+)
 from argosy.cluster.protocol.sampling import SamplingParams
-from argosy.cluster.replica_client import connect_engine
+from argosy.cluster.replica_client import ReplicaClient, connect_engine
 from argosy.deploy import prompts as forms
 from argosy.deploy import settings
 from argosy.deploy.gateway import Gateway, PreparedRequest
@@ -48,6 +55,7 @@ _BACKENDS: Final[Mapping[object, Literal["ray", "local"]]] = {
 _ONE_DAY_SECONDS: Final = 86_400.0  # a batch may take long; a server's ten minutes for a request would cut it off
 _CONNECT_SECONDS: Final = 30.0
 _CALL_OFF_SECONDS: Final = 5.0
+_LOOK_SECONDS: Final = 1.0
 
 
 class Metric(msgspec.Struct, frozen=True):
@@ -251,7 +259,23 @@ class LLM:
             raise ChannelClosed("this LLM was closed; make a new one")
 
     def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        return self._loop.run(work)
+        try:
+            return self._loop.run(work, self._look)
+        except ServingError as error:
+            if not self._engine.has_lost_ray:
+                raise
+            raise ClusterError(
+                "Ray lost its raylet: killed, maybe for want of memory, or with an agent of Ray's that it shares its "
+                "fate with; make another LLM in another process"
+            ) from error
+
+    def _look(self) -> None:
+        """Once a second while something runs: without a raylet no driver is started again, and waiting is in vain."""
+        if not self._engine.has_lost_ray and self._engine.lost_part() == "raylet":
+            self._engine.has_lost_ray = True
+            client = self._gateway.client
+            if isinstance(client, ReplicaClient):
+                self._loop.loop.call_soon_threadsafe(client.give_up)
 
     async def _prepare(self, checks: Iterable[Coroutine[Any, Any, PreparedRequest]]) -> list[PreparedRequest]:
         waiting = list(checks)
@@ -296,10 +320,12 @@ class _LoopThread:
         self._thread = threading.Thread(target=self.loop.run_forever, name="argosy-llm", daemon=True)
         self._thread.start()
 
-    def run(self, work: Coroutine[Any, Any, T]) -> T:
-        """Wait for `work`; Ctrl-C calls it off. One error out of a group of tasks is raised as itself."""
+    def run(self, work: Coroutine[Any, Any, T], look: Callable[[], None] = lambda: None) -> T:
+        """Wait for `work`, looking round each second; Ctrl-C calls it off. Of a group's errors one is raised."""
         future = asyncio.run_coroutine_threadsafe(work, self.loop)
         try:
+            while not concurrent.futures.wait([future], timeout=_LOOK_SECONDS).done:
+                look()
             return future.result()
         except BaseExceptionGroup as group:
             raise _first(group) from None

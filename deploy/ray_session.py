@@ -43,6 +43,7 @@ class RaySession:
     def __init__(self, *, folder: str = "", connected: bool = False, environment: dict[str, str | None] | None = None):
         self._folder, self._connected = folder, connected
         self._environment = environment or {}
+        self._abandoned = False
 
     @property
     def is_own(self) -> bool:
@@ -57,7 +58,7 @@ class RaySession:
         the cluster answers nothing any more, which takes Ray a minute to notice, and only has to be ended.
         """
         node: Any = ray._private.worker._global_node
-        return self.is_own and (node is None or bool(node.dead_processes()))
+        return self.is_own and (self._abandoned or node is None or bool(node.dead_processes()))
 
     @property
     def folder(self) -> str:
@@ -135,7 +136,7 @@ class RaySession:
         word of what happened, and with the session's folder left. `close` is still to be called.
         """
         assert self.is_own
-        self._connected = False
+        self._connected, self._abandoned = False, True
         node: Any = ray._private.worker._global_node
         node.kill_all_processes(check_alive=False, allow_graceful=False)
         atexit.unregister(ray.shutdown)

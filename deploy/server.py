@@ -281,7 +281,7 @@ def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, sto
             seconds = min(config.server.drain_seconds, _WITHOUT_GCS_SECONDS) if lost else config.server.drain_seconds
             asyncio.run(drain(engine.address, engine.secret, seconds))
         if lost:
-            engine.abandon_ray()
+            engine.has_lost_ray = True
             raise ClusterError(
                 f"Ray lost its {lost}: killed, maybe for want of memory, or with an agent of Ray's that it shares its "
                 "fate with, and nothing can be started there again; start the server anew"

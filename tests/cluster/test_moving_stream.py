@@ -172,6 +172,25 @@ def test_a_wait_without_a_replica_has_an_end(make_driver: Callable[[str], Runnin
     as_edge(drivers, body, patience=1.5)
 
 
+def test_who_learns_that_no_driver_comes_back_waits_no_longer(make_driver: Callable[[str], Running]) -> None:
+    """The cluster that would start one has ended. Patience was for ten minutes."""
+    drivers = [make_driver("a")]
+
+    async def body(client: ReplicaClient) -> None:
+        stream = client.submit(PROMPT, TokenParams(max_tokens=1500))
+        begun = await some(stream, 1)
+        await asyncio.to_thread(drivers[0].stop)
+        ending = asyncio.create_task(rest(stream))
+        await asyncio.sleep(0.05)
+        client.give_up()
+        async with asyncio.timeout(60):
+            last = (begun + await ending)[-1]
+        assert (last.finish_reason, last.error_code) == (FinishReason.ERROR, "channel_closed")
+        assert client.closed
+
+    as_edge(drivers, body, patience=600.0)
+
+
 def test_a_replica_that_says_it_gave_up_is_left_at_once(make_driver: Callable[[str], Running]) -> None:
     """Its connection still stands for a moment; what it worked on goes on elsewhere, and nothing new is sent there."""
     drivers = [make_driver("a"), make_driver("b")]

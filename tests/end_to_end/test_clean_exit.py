@@ -109,3 +109,34 @@ def test_whoever_loses_the_raylet_can_still_say_so_and_clear_up(short_tmp: str) 
     )
     assert owner.stdout.decode().splitlines()[-2:] == ["lost its raylet", "said so"]  # before it, what Ray says
     assert owner.returncode == 1
+
+
+AGENT_KILLED = """
+import os, signal, psutil
+from argosy import LLM, SamplingParams
+from argosy.cluster.protocol.errors import ClusterError
+
+with LLM(max_model_len=256) as llm:
+    tree = psutil.Process().children(recursive=True)
+    (agent,) = [one for one in tree if "ray::RuntimeEnvAgent" in " ".join(one.cmdline())]
+    agent.send_signal(signal.SIGKILL)
+    psutil.wait_procs([one for one in tree if "ray::DriverActor" in " ".join(one.cmdline())], timeout=60)
+    try:
+        llm.generate("x" * 20, SamplingParams(max_tokens=200, ignore_eos=True), use_tqdm=False)
+    except ClusterError as error:
+        print(error)
+print("closed")
+"""
+
+
+@pytest.mark.timeout(180)
+def test_a_script_whose_ray_lost_an_agent_hears_of_it(short_tmp: str) -> None:
+    """The raylet ends with its agent, and the driver with it, which nobody starts again: it waited ten minutes."""
+    environment = {**os.environ, "TMPDIR": short_tmp, "PYTHONSAFEPATH": "1"}
+    owner = subprocess.run(
+        [sys.executable, "-c", AGENT_KILLED], stdout=subprocess.PIPE, env=environment, timeout=160, check=False
+    )
+    lost, closed = owner.stdout.decode().splitlines()[-2:]
+    assert lost.startswith("Ray lost its raylet")
+    assert closed == "closed"
+    assert owner.returncode == 1
