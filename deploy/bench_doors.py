@@ -20,10 +20,10 @@ from argosy.deploy import bench_engine, bench_http, bench_models, bench_table, s
 from argosy.deploy.bench_engine import Row
 from argosy.deploy.bench_load import Timing, ask_gateway, run_clients
 from argosy.deploy.gateway import Gateway
-from argosy.deploy.local_launch import free_port
 from argosy.deploy.model_folder import load_tokenizer, localize
 from argosy.deploy.progress import StartProgress
 from argosy.deploy.workload import Workload
+from argosy.placement.ports import free_port
 
 _CONCURRENCY: Final = (1, 32, 256)
 _REQUESTS_A_CLIENT: Final = 4

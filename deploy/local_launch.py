@@ -10,7 +10,6 @@ import logging
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from argosy.cluster.protocol.messages import EngineInfo
 from argosy.cluster.rank_processes import RankDoor
 from argosy.deploy.owned_folder import short_temp_folder
 from argosy.placement.plan import PlacementPlan
+from argosy.placement.ports import free_port
 
 RANK_MODULE: Final = "argosy.workers.worker_main"
 _EXIT_SECONDS: Final = 20.0
@@ -190,14 +190,6 @@ def start_process(
             env={**os.environ, "PYTHONSAFEPATH": "1", "PYTHONUNBUFFERED": "1"},
             start_new_session=own_session,
         )
-
-
-def free_port(host: str) -> int:
-    """A port that was free a moment ago."""
-    with socket.socket() as sock:
-        sock.bind((host, 0))
-        port: int = sock.getsockname()[1]
-        return port
 
 
 def last_line(log: Path) -> str:

@@ -5,7 +5,6 @@ A probe is an actor that takes no CPU. All have a deadline; a node that does not
 
 import contextlib
 import secrets
-import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final
@@ -16,6 +15,7 @@ import ray
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.deploy.preflight_model import Wish, examine_model
 from argosy.placement.network import choose_interface
+from argosy.placement.ports import free_port
 from argosy.placement.preflight_facts import NodeFacts, gather_facts
 from argosy.placement.preflight_links import LinkFacts, LinkServer, call_link, rounds_of_pairs
 from argosy.placement.preflight_rules import Fault, Wanted, judge
@@ -97,9 +97,7 @@ class Probe:
 
     def free_port(self, address: str) -> int:
         """One that was free a moment ago."""
-        with socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-            port: int = probe.getsockname()[1]
-            return port
+        return free_port(address)
 
     def call(self, caller: str, callee: str, address: str, port: int, secret: str) -> bytes:
         """`LinkFacts` as JSON."""

@@ -23,12 +23,12 @@ from argosy.cluster.protocol.messages import EngineInfo
 from argosy.cluster.rank_processes import RankDoor, RankHandles
 from argosy.deploy import preflight
 from argosy.deploy.cluster_layout import choose_layout
-from argosy.deploy.local_launch import free_port
 from argosy.deploy.owned_folder import short_temp_folder
 from argosy.deploy.promised_nodes import wait_for_nodes
 from argosy.deploy.ray_session import RaySession
 from argosy.placement import ray_cluster
 from argosy.placement.plan import PlacementPlan, RankInfo
+from argosy.placement.ports import free_port
 from argosy.placement.seating import StageRoom
 from argosy.workers.worker_actor import WorkerActor, encode_boot
 

@@ -4,12 +4,13 @@ Nothing here imports torch; the process that owns the GPU does so in `run`, by n
 """
 
 import os
-import socket
 from importlib import import_module
 from typing import Any
 
 import msgspec
 import ray
+
+from argosy.placement.ports import free_port
 
 
 class WorkerActor:
@@ -24,10 +25,7 @@ class WorkerActor:
     @ray.method(concurrency_group="control")
     def free_port(self, host: str) -> int:
         """A port of this node that was free a moment ago."""
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as sock:
-            sock.bind((host, 0))
-            port: int = sock.getsockname()[1]
-            return port
+        return free_port(host)
 
     def run(self, module: str, boot: bytes) -> int:
         """Be the rank that `boot` (JSON of a `WorkerBoot`) says, until the driver stops it or goes away."""

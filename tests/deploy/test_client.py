@@ -12,7 +12,7 @@ from argosy.cluster.protocol import errors
 from argosy.deploy import cli, jobs_cli, jobs_client
 from argosy.deploy import client as client_module
 from argosy.deploy.client import RemoteError, ServerUnreachable, StreamBroken
-from argosy.deploy.local_launch import free_port
+from argosy.placement.ports import free_port
 
 Handler = Callable[[httpx.Request], httpx.Response]
 

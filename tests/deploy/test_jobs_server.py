@@ -21,7 +21,7 @@ import pytest
 from argosy import Client
 from argosy.deploy import cli
 from argosy.deploy.client import RemoteError
-from argosy.deploy.local_launch import free_port
+from argosy.placement.ports import free_port
 
 HERE = Path(__file__).parent
 SECRET = "xylophone-73-quicksilver"

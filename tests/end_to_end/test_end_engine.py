@@ -11,8 +11,8 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ClusterError
 from argosy.deploy import doors, end_engine
 from argosy.deploy.launch import launch_engine
-from argosy.deploy.local_launch import free_port
 from argosy.deploy.ray_session import RaySession
+from argosy.placement.ports import free_port
 
 
 def test_a_left_engine_is_listed_and_ended(

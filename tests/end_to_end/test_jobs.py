@@ -13,7 +13,7 @@ import pytest
 
 from argosy import Client, Job
 from argosy.cluster.oracle import oracle_continuation, write_oracle_model
-from argosy.deploy.local_launch import free_port
+from argosy.placement.ports import free_port
 
 START_SECONDS = 240
 NUM_ITEMS, NUM_TOKENS, VOCAB_SIZE = 200, 100, 997

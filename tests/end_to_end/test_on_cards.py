@@ -36,8 +36,8 @@ from test_on_gpu import (
 
 from argosy import LLM, SamplingParams
 from argosy.deploy import bench_models
-from argosy.deploy.local_launch import free_port
 from argosy.deploy.ray_session import RaySession
+from argosy.placement.ports import free_port
 
 pytestmark = [
     pytest.mark.gpu,

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from argosy.deploy.local_launch import free_port
+from argosy.placement.ports import free_port
 
 CANARY = "xylophone-73-quicksilver"
 KEY = "sk-canary-of-the-key-41"

@@ -179,7 +179,8 @@ def test_prefill(
     q = fused[:, : num_heads * head_size].view(-1, num_heads, head_size)
     sizes = {"block_m": 16, "block_l": 16, "warps": 4, "stages": 1} if device.type == "cpu" else None
     options = chosen(option, num_heads, device)
-    want = reference.prefill_attention(q, k_cache, v_cache, query_start, context, table, scale=0.2, **options)
+    exact = [x.float() for x in (q, k_cache, v_cache)]  # in 16 bits torch rounds the logits, too
+    want = reference.prefill_attention(*exact, query_start, context, table, scale=0.2, **options)
     got = prefill_attention.prefill_attention(
         q, k_cache, v_cache, query_start, context, table, scale=0.2, sizes=sizes, **options
     )
@@ -201,7 +202,8 @@ def test_prompts_between_tokens_that_are_none_of_theirs(
     last = int(query_start[-1])
     q = torch.randn(last + 40, num_heads, head_size, device=device).to(dtype)
     options = chosen(option, num_heads, device)
-    want = reference.prefill_attention(q, k_cache, v_cache, query_start, context, table, scale=0.2, **options)
+    exact = [x.float() for x in (q, k_cache, v_cache)]  # in 16 bits torch rounds the logits, too
+    want = reference.prefill_attention(*exact, query_start, context, table, scale=0.2, **options)
     out = torch.full_like(q, 7.0)
     got = prefill_attention.prefill_attention(
         q, k_cache, v_cache, query_start, context, table, scale=0.2, out_TNH=out, num_queries=last + 40, **options
