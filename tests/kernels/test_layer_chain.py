@@ -39,10 +39,6 @@ class Numbers:
     def __getitem__(self, place: Any) -> "Numbers":
         return Numbers(self.array[place])
 
-    @property
-    def type(self) -> Any:
-        return SimpleNamespace(layout=None)
-
 
 def _operator(name: str) -> Callable[[Numbers, Any], Any]:
     def apply(self: Numbers, other: Any) -> Any:
@@ -70,9 +66,6 @@ for _name in [
     "gt",
     "ge",
     "ne",
-    "eq",
-    "mod",
-    "floordiv",
 ]:
     setattr(Numbers, f"__{_name}__", _operator(f"__{_name}__"))
 
@@ -89,8 +82,7 @@ class Pointer:
     __radd__ = __add__
 
     def to(self, dtype: Any) -> "Pointer":
-        wider = np.dtype(dtype).itemsize // self.memory.itemsize
-        return Pointer(self.memory.view(dtype), self.places // wider) if wider else self
+        return self
 
     @property
     def dtype(self) -> Any:
@@ -172,9 +164,10 @@ class Language(threading.local):
         if mask is None:
             pointer.memory[pointer.places] = value
             return
-        values, inside, there = (one.ravel() for one in np.broadcast_arrays(value.array, mask.array, pointer.places))
-        for place in np.random.default_rng().permutation(np.flatnonzero(inside)):
-            pointer.memory[there[place]] = values[place]
+        values = np.broadcast_to(value.array, np.shape(pointer.places))
+        places = np.flatnonzero(np.broadcast_to(mask.array, np.shape(pointer.places)))
+        for place in np.random.default_rng().permutation(places):
+            pointer.memory[pointer.places[place]] = values[place]
 
     def copy_in(self, there: Shared, pointer: Pointer, mask: Numbers) -> None:
         inside, places = np.broadcast_arrays(mask.array, pointer.places)

@@ -46,7 +46,7 @@ class LayerChain:
         self._counters = torch.zeros(programs, dtype=torch.int32, device=device)
 
     def takes(self, num_tokens: int) -> bool:
-        """Whether so many tokens go through it."""
+        """One, and no more."""
         return num_tokens == 1
 
     def through(
@@ -93,29 +93,22 @@ def is_wanted(num_ranks: int) -> bool:
     return num_ranks <= COMPARED_RANKS if asked is None else asked != "0"
 
 
-def are_plain(parallel: ParallelContext, layers: "Sequence[DecoderLayer]", dtype: torch.dtype) -> bool:
-    """Whether these are what the launch computes, on cards that it can be launched on; alike on all ranks."""
-    if parallel.device.type != "cuda" or dtype.itemsize != 2 or not layers or not is_wanted(parallel.tp_size):
-        return False
-    if parallel.tp_size > 1 and not parallel.shares_memory:
-        return False
-    for layer in layers:
-        attention, mlp = layer.attention, layer.mlp
-        products = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
-        if not mlp.is_silu or any(type(product.method) is not UnquantizedMethod for product in products):
-            return False
-        if any(product.has_bias for product in products[1:]):
-            return False
-    return True
-
-
 def open_layer_chain(
     parallel: ParallelContext, layers: "Sequence[DecoderLayer]", *, width: int, dtype: torch.dtype
 ) -> LayerChain | None:
     """For these layers, or None where one of them is of another kind or nothing was measured; alike on all ranks."""
-    if not are_plain(parallel, layers, dtype):
-        return None
     device = parallel.device
+    if device.type != "cuda" or dtype.itemsize != 2 or not layers or not is_wanted(parallel.tp_size):
+        return None
+    if parallel.tp_size > 1 and not parallel.shares_memory:
+        return None
+    for layer in layers:
+        attention, mlp = layer.attention, layer.mlp
+        products = (attention.qkv_proj, attention.o_proj, mlp.gate_up_proj, mlp.down_proj)
+        if not mlp.is_silu or any(type(product.method) is not UnquantizedMethod for product in products):
+            return None
+        if any(product.has_bias for product in products[1:]):
+            return None
     first = layers[0]
     seen, inner = first.attention.o_proj.share, first.mlp.down_proj.share
     sizes = tuning.pick("layer_chain", f"{width}x{seen}x{inner}x{parallel.tp_size}", device)

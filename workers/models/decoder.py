@@ -23,12 +23,12 @@ from argosy.placement.process_groups import ParallelContext
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.layers.activation import GATED_ACTIVATIONS
 from argosy.workers.layers.attention import Attention
+from argosy.workers.layers.chains import Chain, open_chains
 from argosy.workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
 from argosy.workers.layers.group_sum import open_group_copies, open_group_sum
 from argosy.workers.layers.linear import MergedColumnParallelLinear, ParallelLinear, RowParallelLinear
 from argosy.workers.layers.norm import RMSNorm
 from argosy.workers.layers.rotary import RotaryEmbedding
-from argosy.workers.layers.rows_chain import Chain, open_chains
 from argosy.workers.loading.names import LLAMA_NAMES, NameTable
 from argosy.workers.models.group_forward import HALF_MULTIPLE, GroupForward
 from argosy.workers.quantization.base import Cut, Fusion, LinearMethod, linear_method_for

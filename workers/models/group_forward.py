@@ -16,10 +16,10 @@ import torch
 from torch import Tensor
 
 from argosy.workers.forward_context import ForwardContext
+from argosy.workers.layers.chains import Chain
 from argosy.workers.layers.embedding import VocabParallelEmbedding
 from argosy.workers.layers.group_sum import EMBEDDED, GroupCopies, GroupSum
 from argosy.workers.layers.norm import RMSNorm
-from argosy.workers.layers.rows_chain import Chain
 
 if TYPE_CHECKING:  # it imports this file
     from argosy.workers.models.decoder import DecoderLayer
@@ -89,7 +89,7 @@ class GroupForward:
             assert token_ids_T is not None
             num_tokens = token_ids_T.shape[0]
             residual_TD = torch.empty((num_tokens, self._width), dtype=self._dtype, device=self._device)
-            whole = self._overlaps(num_tokens, ctx) or any(chain.takes(num_tokens) for chain in self._chains)
+            whole = self._overlaps(num_tokens, ctx)
             self._embed.part(token_ids_T, sums.part(EMBEDDED, num_tokens))
             x_TD = sums.add_norm(EMBEDDED, residual_TD, self._norms[0], add=False, whole=whole)
         else:
