@@ -117,9 +117,9 @@ def make(name: str, vocab: int, salt: int) -> workload.Workload:
 
 
 def parse_windows(text: str) -> tuple[str, list[tuple[int, int]]]:
-    """WORKLOAD:FIRST+STEPS,FIRST+STEPS"""
+    """WORKLOAD:FIRST+STEPS,FIRST+STEPS, or WORKLOAD alone: not profiled."""
     name, _, windows = text.partition(":")
-    pairs = [tuple(map(int, window.split("+"))) for window in windows.split(",")]
+    pairs = [tuple(map(int, window.split("+"))) for window in windows.split(",") if window]
     if any(len(pair) != 2 for pair in pairs):
         raise argparse.ArgumentTypeError(f"{text!r} is not WORKLOAD:FIRST+STEPS,FIRST+STEPS")
     return name, [(first, steps) for first, steps in pairs]
@@ -164,13 +164,15 @@ def main() -> int:
             about["layout"] = f"TP{args.tensor_parallel_size}xPP{args.pipeline_parallel_size}"
             if torch.cuda.is_available():
                 about["device"] = torch.cuda.get_device_name()
-            for name, _ in args.windows:
+            for name, windows in args.windows:
                 bench_engine.run(llm, make(name, vocab, 1))
                 for repeat in range(args.timed):
                     print(
                         json.dumps({**about, "workload": name, **timed(llm, make(name, vocab, 10 + repeat))}),
                         flush=True,
                     )
+                if not windows:
+                    continue
                 marker.write_text(name)
                 bench_engine.run(llm, make(name, vocab, 2))
                 marker.unlink()
