@@ -72,6 +72,7 @@ def engine(monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
         return client
 
     fake = SimpleNamespace(name="", address="", secret="", info=INFO, close=lambda: closed.append(True), client=client)
+    fake.has_lost_ray, fake.lost_part = False, lambda: ""
     fake.closed = closed
     monkeypatch.setattr(offline, "connect_engine", connect)
     monkeypatch.setattr(launch, "launch_engine", lambda config, **options: fake)
