@@ -215,6 +215,8 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int) -> None:
     torch.cuda.set_device(device)
     torch.set_default_device(device)
     torch.manual_seed(tp_rank)
+    if args.sizes:  # a spawned process reads this file anew
+        SIZES[:] = [SIZES[number] for number in args.sizes]
     parallel = init_parallel(make_plan(1, args.over, 1).ranks[tp_rank], f"127.0.0.1:{port}", device, 120.0)
     began = time.perf_counter()
     for layout in args.layouts:
