@@ -178,7 +178,7 @@ def picture() -> str:
 
 
 def tests_table() -> str:
-    """The tests with the marker gpu as `gpu/run_tests.py` found them, by file."""
+    """The tests with the marker gpu as `gpu/run_tests.py` found them: by folder, and files where not all went well."""
     path = HERE / "results" / "gpu_tests_h200.jsonl"
     rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
     verdicts = ("passed", "failed", "skipped", "not_run")
@@ -186,16 +186,18 @@ def tests_table() -> str:
     dates: dict[str, str] = {}
     for row in rows:
         file = row["test"].split("::")[0]
-        sums.setdefault(file, Counter()).update({verdict: row[verdict] for verdict in verdicts})
-        dates[file] = max(row["date"], dates.get(file, ""))
-    total: Counter[str] = sum(sums.values(), Counter())
-    lines = [
-        f"| {len(rows)} functions in {len(sums)} files | passed | failed | skipped | not run | last run |",
-        "|---|---|---|---|---|---|",
-    ]
-    for file, found in [*sorted(sums.items()), ("all", total)]:
-        cells = [f"`{file}`" if "/" in file else file, *(f"{found[verdict]:,}" for verdict in verdicts)]
-        lines.append("| " + " | ".join([*cells, dates.get(file, max(dates.values(), default=""))]) + " |")
+        for name in (file, file.rpartition("/")[0], "all"):
+            sums.setdefault(name, Counter()).update({verdict: row[verdict] for verdict in verdicts})
+            dates[name] = max(row["date"], dates.get(name, ""))
+    lines = ["| tests on cards | passed | failed | skipped | not run | last run |", "|---|---|---|---|---|---|"]
+    for name, found in sorted(sums.items(), key=lambda item: (item[0] == "all", item[0])):
+        if not name.endswith(".py") or found["failed"] or found["not_run"]:
+            cells = [
+                f"`{name}`" if "/" in name else name,
+                *(f"{found[verdict]:,}" for verdict in verdicts),
+                dates[name],
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
