@@ -160,10 +160,12 @@ class Chain:
         self.step: Any = (Fp8Step if model == FP8 else Step)(hidden, LAYERS, *rest)
         more = {"rounded": True} if model == FP8 else {}
         self.runs = [self.step.of(rows, context, **more) for context in CONTEXTS]
+        self.recorded: list[Callable[[], object]] = []  # whose tensors recordings read
 
     def record(self, runs: list[Callable[[], object]] | None = None) -> list[torch.cuda.CUDAGraph]:
         """One recording for each context."""
         made = []
+        self.recorded += runs or []
         for run in runs or self.runs:
             run()
             torch.cuda.synchronize()

@@ -23,7 +23,7 @@ FIRST: dict[str, Sizes] = {  # what was best before
     "attention": {"lean": 0, "late": 0},
 }  # fmt: skip
 CHANGES: dict[str, tuple[Sizes, ...]] = {
-    "down": ({"pieces": 2, "stages": 8}, {"pieces": 2, "stages": 9, "early": 2}, {"early": 2}),
+    "down": ({"pieces": 2, "stages": 10}, {"pieces": 2, "stages": 8}, {"pieces": 2, "stages": 10, "early": 2}),
     "attention": ({"lean": 1}, {"late": 1}),
     "o": ({"stages": 11}, {"stages": 8}, {"early": 2}, {"pieces": 2}),
     "gate_up": ({"stages": 6, "programs": 132}, {"stages": 6}, {"width": 128, "stages": 4}, {"early": 2}),
