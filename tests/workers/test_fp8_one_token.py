@@ -17,6 +17,7 @@ from test_parallel_ranks import prompts
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.kernels import fp8_one, fp8_ops, fp8_reference, ops, tuning
 from argosy.kernels.fp8_reference import Fp8Weight, Rounding
+from argosy.workers.layers.attention import Attention
 from argosy.workers.layers.fp8_one_token import Fp8OneToken, open_fp8_one_token
 
 ONE = {"pieces": 1}
@@ -60,6 +61,14 @@ def test_one_token_says_what_it_says_among_others(family: str, tmp_path: Path, m
     config = make_config(folder, quantization="fp8")
     said: list[list[list[int]]] = []
     made: list[bool] = []
+    packed: list[bool] = []
+    attend = Attention.attend
+
+    def seen(self: Attention, qkv: Tensor, positions: Tensor, ctx: Any, shape: Any = None) -> Tensor:
+        packed.append((shape or self.shape).is_packed)
+        return attend(self, qkv, positions, ctx, shape)
+
+    monkeypatch.setattr(Attention, "attend", seen)
 
     def first(
         x: Tensor, weight: Fp8Weight, bias: Tensor | None, *, norm_weight_I: Tensor, eps: float, **_: Any
@@ -78,13 +87,14 @@ def test_one_token_says_what_it_says_among_others(family: str, tmp_path: Path, m
         if opens:
             through = object.__new__(Fp8OneToken)
             through._kernels = SimpleNamespace(linear=linear)  # type: ignore[assignment]
-            through._sizes = [ONE, {"pieces": 2}, ONE, ONE]
+            through._sizes = [{**ONE, "lean": 1}, {"pieces": 2}, ONE, ONE]
             rank.runner.model._chains = [through]
         run = Run(rank, config, 128)
         requests = [run.add(greedy(prompt, 3 + n, stream_id=n))[0] for n, prompt in enumerate(prompts())]
         run.finish()
         said.append(answers(requests))
     assert said[0] == said[1]
+    assert packed.count(True) == made.count(True)  # attention of those steps by small programs
     layers = rank.runner.spec.num_layers
     assert made.count(True) % layers == 0
     assert len(made) == made.count(True) // layers * (4 * layers - 1)
