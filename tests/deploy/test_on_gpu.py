@@ -46,21 +46,31 @@ def used_mib() -> list[int]:
     return [int(line) for line in subprocess.run(query, capture_output=True, text=True, check=True).stdout.split()]
 
 
-@pytest.fixture(scope="module")
-def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A random model of every family in bfloat16, saved by transformers."""
-    import transformers
+class Folders(dict[str, Path]):
+    """A random model of each family in bfloat16, saved by transformers when it is first asked for."""
 
-    parent = tmp_path_factory.mktemp("families")
-    for number, (family, (name, extra)) in enumerate(FAMILIES.items()):
-        torch.manual_seed(number)
+    def __init__(self, parent: Path):
+        super().__init__()
+        self._parent = parent
+
+    def __missing__(self, family: str) -> Path:
+        import transformers
+
+        name, extra = FAMILIES[family]
+        torch.manual_seed(list(FAMILIES).index(family))
         config = getattr(transformers, f"{name}Config")(**{**SHAPE, **WIDE, **extra, "head_dim": 64})
         model = getattr(transformers, f"{name}ForCausalLM")(config).to(torch.bfloat16)
         for module_name, parameter in model.named_parameters():
             if parameter.ndim == 1:  # norms and biases that do something
                 torch.nn.init.normal_(parameter, mean=1.0 if "norm" in module_name else 0.0, std=0.2)
-        model.save_pretrained(parent / family)
-    return {family: parent / family for family in FAMILIES}
+        self[family] = self._parent / family
+        model.save_pretrained(self[family])
+        return self[family]
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    return Folders(tmp_path_factory.mktemp("families"))
 
 
 @pytest.fixture(scope="module")
