@@ -33,6 +33,7 @@ from argosy.workers.models.registry import build_model
 from argosy.workers.native_steps import cpu_backend
 
 CPU = torch.device("cpu")
+DEADLINE_SECONDS = 240.0  # of all layouts, on a machine that does other things
 BLOCK_SIZE, NUM_BLOCKS = 4, 96
 LAYOUTS = {"TP1": (1, 1), "TP2": (2, 1), "PP2": (1, 2), "TP4": (4, 1), "TP2xPP2": (2, 2), "EP2": (2, 1)}
 LAYOUTS |= {"EP4": (4, 1), "A2A2": (2, 1), "A2A4": (4, 1), "A2A2xPP2": (2, 2)}  # whole experts; tokens exchanged
@@ -301,7 +302,8 @@ def run_rank(job: dict[str, Any], index: int) -> None:
             continue
         ranks: dict[int, RankInfo] = {}
         first = make_plan(2, tp_size, pp_size).ranks[index]
-        parallel = init_parallel(first, run["rendezvous"], CPU, 60.0)
+        # those that the layouts before had no part for wait here until the others are done with them
+        parallel = init_parallel(first, run["rendezvous"], CPU, DEADLINE_SECONDS)
         for name, folder, num_layers, max_model_len in run["models"]:
             if num_layers not in ranks:
                 ranks[num_layers] = make_plan(num_layers, tp_size, pp_size).ranks[index]
@@ -319,7 +321,10 @@ def run_rank(job: dict[str, Any], index: int) -> None:
 
 
 def run_layouts(
-    models: dict[str, list[tuple[str, str, int, int | None]]], folder: Path, *, deadline_seconds: float = 240.0
+    models: dict[str, list[tuple[str, str, int, int | None]]],
+    folder: Path,
+    *,
+    deadline_seconds: float = DEADLINE_SECONDS,
 ) -> list[dict[str, float]]:
     """Run layout -> [(name, folder, layers, longest)] in four processes. What each rank found, by "name|layout|way"."""
     layouts = {
