@@ -19,7 +19,7 @@ import msgspec
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-from argosy.cluster.driver_loop import DriverLoop, DriverStatus
+from argosy.cluster.driver_loop import DriverLoop, DriverStatus, settle_garbage
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ChannelClosed, ConfigError
 from argosy.cluster.protocol.messages import EngineInfo
@@ -60,6 +60,7 @@ class DriverActor:
             tcp_port=self.boot.tcp_port,
         )
         self._is_stopping = False
+        settle_garbage()
         self._thread = threading.Thread(target=self._run, name="driver-loop", daemon=True)
         self._thread.start()
 

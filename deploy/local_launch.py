@@ -20,7 +20,7 @@ from typing import IO, Final
 
 import msgspec
 
-from argosy.cluster.driver_loop import DriverLoop, DriverStatus
+from argosy.cluster.driver_loop import DriverLoop, DriverStatus, settle_garbage
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ChannelClosed, PlacementImpossible
 from argosy.cluster.protocol.messages import EngineInfo
@@ -214,6 +214,7 @@ def main() -> int:
     boot = msgspec.json.decode(commands.readline(), type=LocalBoot)
     ranks = LocalRanks(boot.config, boot.plan, log_folder=boot.folder, rank_module=boot.rank_module)
     loop = DriverLoop(boot.config, ranks, info=boot.info, folder=boot.folder, secret=boot.secret)
+    settle_garbage()
     thread = threading.Thread(target=loop.run, name="driver-loop")
     thread.start()
     try:

@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import gc
 import threading
 import time
 from collections.abc import Callable, Coroutine, Iterator
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 
 from argosy.cluster.driver_client import DriverClient, TokenStream
-from argosy.cluster.driver_loop import MAX_EDGE_PENDING_BYTES, DriverLoop
+from argosy.cluster.driver_loop import MAX_EDGE_PENDING_BYTES, DriverLoop, settle_garbage
 from argosy.cluster.protocol.channel import Channel, encode_frame, open_socket
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ChannelClosed, ConfigError, StartupTimeout
@@ -365,3 +366,29 @@ def test_the_beat_goes_on_while_idle(running: Running) -> None:
     while running.loop.status().state != "ready" and time.monotonic() < deadline:
         time.sleep(0.01)
     assert running.loop.status().seconds_since_beat < 2.0
+
+
+def test_a_burst_of_requests_does_not_make_a_driver_look_at_all_its_objects() -> None:
+    """So much is made, and kept, that Python looks at everything; a driver's process has other things to do."""
+    looks: list[int] = []
+    many = len(gc.get_objects()) // 2 + 60_000
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        if phase == "stop":
+            looks.append(info["generation"])
+
+    before = gc.get_threshold()
+    try:
+        for settles in (False, True):
+            gc.collect()
+            if settles:
+                settle_garbage()
+            looks.clear()
+            gc.callbacks.append(note)
+            kept = [[place] for place in range(many)]
+            gc.callbacks.remove(note)
+            assert len(kept) == many
+            assert (2 in looks) is not settles
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*before)
