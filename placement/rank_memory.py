@@ -119,7 +119,7 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
             return []
         return prompt_sizes(
             spec, tp_size=tp_size, max_tokens=self.max_num_batched_tokens, slice_tokens=self.slice_tokens,
-            dtype_bytes=self.dtype_bytes,
+            dtype_bytes=self.dtype_bytes, kv_dtype_bytes=self.kv_dtype_bytes,
         )  # fmt: skip
 
     def blocks_of(self, num_tokens: int) -> int:

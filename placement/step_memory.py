@@ -49,14 +49,20 @@ def ladder(max_rows: int) -> list[int]:
 
 
 def prompt_sizes(
-    spec: ModelSpec, *, tp_size: int, max_tokens: int, dtype_bytes: int = 2, slice_tokens: int | None = None
+    spec: ModelSpec,
+    *,
+    tp_size: int,
+    max_tokens: int,
+    dtype_bytes: int = 2,
+    kv_dtype_bytes: int = 2,
+    slice_tokens: int | None = None,
 ) -> list[int]:
     """Tokens of the recorded steps with prompts, for steps of at most so many, those of more than a slice cut.
 
     Padding may go beyond that where there is no group, whose buffers are as large as its longest step. Only where the
     card has less to do than the host has to launch: above, launches hide behind products, and padding costs what it
     adds to them. A full step is recorded as well where a slow host would be waited for. Latent attention reads lengths
-    on the host, so there is none for it.
+    on the host, so there is none for it; so do long steps over keys of 8 bits, which they unpack where that pays.
     """
     if spec.mla is not None:
         return []
@@ -71,7 +77,7 @@ def prompt_sizes(
     if tp_size == 1:
         longest = next((size for size in PROMPT_SIZES if size >= max_tokens), PROMPT_SIZES[-1])
     short = [size for size in PROMPT_SIZES if size <= min(most, longest, slice_tokens or longest)]
-    if spec.moe is not None:
+    if spec.moe is not None or kv_dtype_bytes == 1:
         return short
     slow_host = SLOW_HOST[tp_size == 1]
     if tp_size > 1:

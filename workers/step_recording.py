@@ -37,6 +37,7 @@ def recorded_prompts(runner: "ModelRunner") -> list[Kind]:
     sizes = prompt_sizes(
         runner.spec, tp_size=runner.rank.tp_size, max_tokens=runner.config.scheduler.max_num_batched_tokens,
         slice_tokens=None if long_steps is None else long_steps.slice_tokens, dtype_bytes=runner.dtype.itemsize,
+        kv_dtype_bytes=runner.cache_dtype.itemsize,
     )  # fmt: skip
     records = getattr(runner.model, "records_prompts", None)
     return prompt_kinds([size for size in sizes if records is not None and records(size)], decodes[-1])

@@ -43,6 +43,7 @@ def test_a_group_records_long_steps_that_its_hosts_would_be_late_with() -> None:
     assert max(sizes_of(MIDDLE, tp_size=2)) == 8192
     assert max(sizes_of(LARGE, tp_size=4)) < 4096
     assert max(sizes_of(MIDDLE, tp_size=4, slice_tokens=3000)) == 2048
+    assert prompt_sizes(MIDDLE, tp_size=4, max_tokens=8192, kv_dtype_bytes=1) == list(PROMPT_SIZES)
 
 
 def test_no_step_is_padded_beyond_what_may_be_there() -> None:

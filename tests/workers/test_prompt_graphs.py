@@ -295,6 +295,27 @@ def test_long_steps_have_room_for_more_prompts_and_are_not_padded_by_far(folders
     assert kind_of(1000, 0, 65) is kind_of(1025, 0, 1) is kind_of(2048, 0, 1) is kind_of(1000, 25, 1) is None
 
 
+def test_a_long_context_beside_long_prompts_goes_to_an_eager_step(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be one program's work where others have long ended; beside a few rows contexts are cut into pieces."""
+    monkeypatch.setattr(prompt_graphs, "MOST_DECODE_CONTEXT", 40)
+    config = make_config(folders["llama"], max_num_batched_tokens=1024, max_num_seqs=24)
+    rng = random.Random(6)
+    long, *others = [[rng.randrange(100) for _ in range(length)] for length in (45, 30, 28, 20)]
+    ranks = Recorded(config, 200, [(24, 2), (1024, 24)])
+    run = Run(ranks, config, 200)
+    requests = run.add(greedy(long, 12, stream_id=0))
+    for number, prompt in enumerate(others, start=1):
+        run.step()
+        run.step()
+        requests += run.add(greedy(prompt, 12, stream_id=number))
+    run.finish()
+    assert answers(requests) == [ids[:12] for ids in transformers_greedy(folders["llama"], [long, *others], 12)]
+    kinds = [kind for kind in ranks.kinds if kind != (24, 2)]
+    assert kinds[:3] == [(1024, 24), None, None], "its own prompt, and the two behind it"
+
+
 def test_tables_too_long_for_the_room_go_to_eager_steps(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
