@@ -5,6 +5,7 @@ none of these, and Serve obeys some headers that a stranger may send: those neve
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any, Final, TypeAlias
@@ -25,6 +26,8 @@ MAX_BODY_CHUNKS: Final = 65_536
 _LEAST_CHUNK_BYTES: Final = 1024  # of a large upload on average: a packet holds more
 BODY_SECONDS: Final = 30.0  # for the whole body, and
 BODY_BYTES_PER_SECOND: Final = 1024  # one second more for each so many bytes that did arrive
+_MOST_DISCARDED_BYTES: Final = 64 * 1024 * 1024  # of a body that is too large, and
+_DISCARD_SECONDS: Final = 5.0
 _FORBIDDEN_HEADERS: Final = frozenset(
     {b"x-request-timeout-seconds", b"x-request-disconnect-disabled", b"x-session-id"}  # the last one chooses a replica
 )
@@ -57,7 +60,11 @@ class LimitsMiddleware:
         max_bytes = self._max_upload_bytes if is_upload else self._max_body_bytes
         try:
             headers = check_head(scope, max_bytes)
-        except (HttpRefusal, PayloadTooLarge) as error:
+        except PayloadTooLarge as error:
+            await _discard_body(scope, receive)
+            await refuse(error, send)
+            return
+        except HttpRefusal as error:
             await refuse(error, send)
             return
         body = _LimitedBody(receive, max_bytes, self._body_seconds)
@@ -87,6 +94,21 @@ def check_head(scope: Scope, max_body_bytes: int) -> list[tuple[bytes, bytes]]:
         and not name.startswith(_FORBIDDEN_PREFIXES)
         and (value.isascii() or name not in _TEXT_HEADERS)
     ]
+
+
+async def _discard_body(scope: Scope, receive: Receive) -> None:
+    """Read what is on its way and drop it, within bounds.
+
+    Whoever still sends when the connection is closed hears that it broke, not what we answered, and tries again.
+    """
+    headers = dict(scope["headers"])
+    declared = headers.get(b"content-length", b"")[:20]
+    if not declared.isdigit() or int(declared) > _MOST_DISCARDED_BYTES or b"expect" in headers:  # who asks first, waits
+        return
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_DISCARD_SECONDS):
+            while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
+                pass
 
 
 class _LimitedBody:
