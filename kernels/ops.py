@@ -297,6 +297,7 @@ def decode_attention(
     order_R: Tensor | None = None,
     even: bool = False,
     lean: bool = False,
+    rings: bool = False,
 ) -> Tensor:
     """A decode step from the fused projection to the heads' outputs: `rope_and_store`, then `paged_attention`.
 
@@ -309,15 +310,17 @@ def decode_attention(
     positions, slots, table, lengths and the cache's older tokens were written before that one, and may be read while it
     still runs. True for any layer of a captured step. `order_R`: as in `paged_attention`. `even`: contexts are about
     equally long, which another division of the work may suit (`step_ops.even_pays`); it changes no result. Nor does
-    `lean`: the products around are of packed weights, beside which few rows do better by small programs.
+    `lean`: the products around are of packed weights, beside which few rows do better by small programs; or `rings`:
+    they bring their weights before they wait (`fp8_one`).
     """
     if qkv_RD.is_cuda:
         from argosy.kernels import paged_attention as kernel
 
         num_groups = qkv_RD.shape[0] * k_cache_BSKH.shape[2]
         sizes = None
-        if (even or lean) and shared_len_R is None:
-            sizes = (kernel.even_sizes if even else kernel.lean_sizes)(len(qkv_RD), k_cache_BSKH)
+        if (even or lean or rings) and shared_len_R is None:
+            found = kernel.even_sizes if even else kernel.lean_sizes if lean else kernel.ring_sizes
+            sizes = found(len(qkv_RD), k_cache_BSKH)
         plain = sliding_window is None and soft_cap is None and alibi_slopes_N is None and sinks_N is None
         apart = sizes is None and (shared_len_R is not None or not kernel.fusing_pays(num_groups, qkv_RD.device))
         if apart or (plain and kernel.alone_sizes(len(qkv_RD), num_heads, k_cache_BSKH, qkv_RD.dtype) is not None):

@@ -21,6 +21,7 @@ __all__ = [
     "fusing_pays",
     "lean_sizes",
     "paged_attention",
+    "ring_sizes",
 ]
 MOST_KEY_BYTES = 512  # of keys that three stages of tiles of 32 have room for on any card
 EVEN_PROGRAMS = (12, 16)  # a multiprocessor, of one warp each: from there to there `even_sizes` are faster
@@ -67,6 +68,14 @@ def lean_sizes(num_rows: int, k_cache_BSKH: Tensor) -> tuning.Sizes | None:
         return None
     kind = "one" if groups <= num_sms // 4 else "lean"
     return tuning.pick("paged_attention", f"h{k_cache_BSKH.shape[3]}_{kind}", device)
+
+
+def ring_sizes(num_rows: int, k_cache_BSKH: Tensor) -> tuning.Sizes | None:
+    """Sizes for a row or a few between products that bring their weights before they wait."""
+    device = k_cache_BSKH.device
+    if k_cache_BSKH.element_size() != 2 or num_rows * k_cache_BSKH.shape[2] > tuning.device_facts(device).num_sms // 4:
+        return None
+    return tuning.pick("paged_attention", f"h{k_cache_BSKH.shape[3]}_few_rings", device)
 
 
 def alone_sizes(num_rows: int, num_heads: int, k_cache_BSKH: Tensor, dtype: torch.dtype) -> tuning.Sizes | None:

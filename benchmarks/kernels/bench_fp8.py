@@ -191,7 +191,7 @@ class Fp8Step:
         slots = blocks_RB[:, (context - 1) // 16].long() * 16 + (context - 1) % 16
         tokens = torch.arange(rows, device="cuda")
         options = {"num_heads": self.heads, "scale": 0.1, "max_context": 8192, "inputs_early": True}
-        options["lean"] = bool(self.ones.get("lean"))
+        options["rings"] = bool(self.ones)
         rounding = Rounding()
 
         def attend(qkv: Tensor, cache: list[Tensor]) -> Tensor:

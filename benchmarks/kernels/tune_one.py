@@ -18,18 +18,20 @@ from argosy.kernels import tuning
 
 Sizes = dict[str, int]
 RING = {"width": 256, "stages": 5, "pieces": 1, "programs": 0, "early": 1}
+LATE = {"block_l": 128, "min_piece": 512, "per_sm": 1, "stages": 4, "warps": 4, "late": 1}
+EARLY = LATE | {"stages": 5, "late": 0}
+SMALL = {"block_l": 16, "min_piece": 16, "per_sm": 1, "stages": 3, "warps": 1, "late": 0}
 FIRST: dict[str, Sizes] = {  # what was best before
     "qkv": RING | {"stages": 11}, "o": RING, "gate_up": RING | {"stages": 2}, "down": RING | {"pieces": 4},
-    "attention": {"lean": 0, "late": 0},
+    "attention": LATE,
 }  # fmt: skip
 CHANGES: dict[str, tuple[Sizes, ...]] = {
     "down": ({"pieces": 2, "stages": 10}, {"pieces": 2, "stages": 8}, {"pieces": 2, "stages": 10, "early": 2}),
-    "attention": ({"lean": 1}, {"late": 1}),
+    "attention": (EARLY, SMALL),
     "o": ({"stages": 11}, {"stages": 8}, {"early": 2}, {"pieces": 2}),
     "gate_up": ({"stages": 6, "programs": 132}, {"stages": 6}, {"width": 128, "stages": 4}, {"early": 2}),
     "qkv": ({"stages": 9}, {"stages": 5}, {"early": 2}),
 }
-LATE = {"block_l": 128, "min_piece": 512, "per_sm": 1, "stages": 4, "warps": 4, "late": 1}
 
 
 def main() -> None:
@@ -43,12 +45,12 @@ def main() -> None:
     sizes = dict(FIRST)
 
     def pick(kernel: str, key: str, device: torch.device) -> tuning.Sizes | None:
-        return LATE if key == "h128_few" and sizes["attention"]["late"] else picked(kernel, key, device)
+        return sizes["attention"] if key == "h128_few_rings" else picked(kernel, key, device)
 
     picked, tuning.pick = tuning.pick, pick
 
     def record() -> list[torch.cuda.CUDAGraph]:
-        chain.step.ones = sizes | sizes["attention"]
+        chain.step.ones = sizes
         return chain.record([chain.step.of(1, context) for context in CONTEXTS])
 
     best = record()

@@ -1,13 +1,14 @@
 """One token with e4m3 weights in a launch of its own, against its meaning in plain torch: on a card."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argosy.kernels import fp8_one, fp8_reference
+from argosy.kernels import fp8_one, fp8_reference, paged_attention
 from argosy.kernels.fp8_reference import Rounding
 
 Near = Callable[[Tensor, Tensor], None]
@@ -85,3 +86,13 @@ def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     ):  # fmt: skip
         found = fp8_one.takes(weight._replace(values_OI=OnCard(*shape)), {"width": width, "pieces": pieces})  # type: ignore[arg-type]
         assert found == fits, (shape, width, pieces)
+
+
+def test_attention_beside_it_has_sizes_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For a few groups over a cache of 16 bits."""
+    monkeypatch.setattr(paged_attention.tuning, "pick", lambda kernel, key, device: (kernel, key))
+    monkeypatch.setattr(paged_attention.tuning, "device_facts", lambda device: SimpleNamespace(num_sms=132))
+    cache = torch.zeros(1, 16, 8, 128, dtype=torch.bfloat16)
+    assert paged_attention.ring_sizes(1, cache) == ("paged_attention", "h128_few_rings")
+    assert paged_attention.ring_sizes(5, cache) is None
+    assert paged_attention.ring_sizes(1, cache.to(torch.float8_e4m3fn)) is None

@@ -61,11 +61,11 @@ def test_one_token_says_what_it_says_among_others(family: str, tmp_path: Path, m
     config = make_config(folder, quantization="fp8")
     said: list[list[list[int]]] = []
     made: list[bool] = []
-    packed: list[bool] = []
+    beside: list[bool] = []
     attend = Attention.attend
 
     def seen(self: Attention, qkv: Tensor, positions: Tensor, ctx: Any, shape: Any = None) -> Tensor:
-        packed.append((shape or self.shape).is_packed)
+        beside.append((shape or self.shape).beside_rings)
         return attend(self, qkv, positions, ctx, shape)
 
     monkeypatch.setattr(Attention, "attend", seen)
@@ -87,14 +87,14 @@ def test_one_token_says_what_it_says_among_others(family: str, tmp_path: Path, m
         if opens:
             through = object.__new__(Fp8OneToken)
             through._kernels = SimpleNamespace(linear=linear)  # type: ignore[assignment]
-            through._sizes = [{**ONE, "lean": 1}, {"pieces": 2}, ONE, ONE]
+            through._sizes = [ONE, {"pieces": 2}, ONE, ONE]
             rank.runner.model._chains = [through]
         run = Run(rank, config, 128)
         requests = [run.add(greedy(prompt, 3 + n, stream_id=n))[0] for n, prompt in enumerate(prompts())]
         run.finish()
         said.append(answers(requests))
     assert said[0] == said[1]
-    assert packed.count(True) == made.count(True)  # attention of those steps by small programs
+    assert beside.count(True) == made.count(True)  # attention of those steps by sizes of its own
     layers = rank.runner.spec.num_layers
     assert made.count(True) % layers == 0
     assert len(made) == made.count(True) // layers * (4 * layers - 1)

@@ -56,6 +56,7 @@ class AttentionShape:
     sinks_N: Tensor | None = None  # then a logit of its own joins the softmax, without a value
     kv_scales: tuple[float, float] = (1.0, 1.0)  # the cache holds keys and values over these
     is_packed: bool = False  # few rows leave room beside them: the products around have packed words, or hold the chip
+    beside_rings: bool = False  # the products around bring their weights before they wait
 
     @property
     def is_plain(self) -> bool:

@@ -53,6 +53,7 @@ class TritonBackend:
             order_R=metadata.order_R,
             even=metadata.even,
             lean=shape.is_packed,
+            rings=shape.beside_rings,
         ).flatten(1)
 
     def rotate_and_store(

@@ -25,8 +25,7 @@ if TYPE_CHECKING:  # it imports this file
 
 
 class Fp8OneToken:
-    """The sizes of a layer's products: q, k and v (`lean`: attention behind it by small programs, as between packed
-    weights); o; gate and up; down."""
+    """The sizes of a layer's products: q, k and v; o; gate and up; down."""
 
     def __init__(self, sizes: Sequence[tuning.Sizes]):
         from argosy.kernels import fp8_one  # Triton, which a CPU host has no need of
@@ -61,9 +60,7 @@ class Fp8OneToken:
                     norm=(norm.weight, norm.eps), parts_P1I=parts_P1D, kept_1I=made_1D,
                 )  # fmt: skip
                 residual_1D = made_1D
-            shape = attention.shape
-            if qkv.get("lean", 0):
-                shape = dataclasses.replace(shape, is_packed=True)
+            shape = dataclasses.replace(attention.shape, beside_rings=True)
             seen_1X = attention.attend(qkv_1X, positions_1, ctx, shape)
             parts_P1D = linear(seen_1X, weight_of(attention.o_proj), None, o).view(-1, *residual_1D.shape)
             made_1D, norm = torch.empty_like(residual_1D), layer.mlp_norm
