@@ -42,6 +42,7 @@ def test_each_operation_has_its_meaning_in_the_reference() -> None:
             "out_RNH",
             "out_TNH",
             "out_TO",
+            "rings",
             "scratch",
             "shared_len_R",
         }  # say how, not what
