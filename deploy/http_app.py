@@ -6,7 +6,7 @@ needs one too. Handlers raise our typed errors and know no status codes.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, Final, NamedTuple, TypeAlias
 from urllib.parse import unquote
@@ -40,6 +40,20 @@ FILES: Final = "/v1/files"
 BATCHES: Final = "/v1/batches"
 HEALTH_SECONDS: Final = 1.0  # how old the engine's figures may be that health is judged by
 HEALTH_DEADLINE_SECONDS: Final = 3.0
+_NOT_YET: Final = {  # paths of OpenAI's and vLLM's, and what they are for
+    "/embeddings": "embeddings",
+    "/responses": "responses of OpenAI's newer kind",
+    "/messages": "messages of Anthropic's kind",
+    "/score": "scores",
+    "/rerank": "rankings",
+    "/pooling": "poolings",
+    "/classify": "classes",
+    "/images/generations": "images",
+    "/audio/transcriptions": "transcriptions",
+    "/audio/speech": "voices",
+    "/moderations": "moderations",
+    "/load_lora_adapter": "LoRA adapters",
+}
 
 Ask: TypeAlias = Callable[[HttpRequest, Responder], Awaitable[None]]
 Work: TypeAlias = Callable[[Gateway, Mapping[str, Any], HttpRequest, Responder], Awaitable[None]]
@@ -53,6 +67,14 @@ class Route(NamedTuple):
     work: Work | None = None
     public: bool = False
     act: Ask | None = None  # looks at the method itself
+
+
+def _nothing_at(path: str, known: Iterable[str]) -> str:
+    """What is wrong with a path: what we lack is not a slip of the pen, and a base URL with one /v1 too few is."""
+    if what := _NOT_YET.get(path.removeprefix("/v1")):
+        return f"{what} are not served yet; this server continues texts (/v1/completions, /v1/chat/completions)"
+    near = [one for one in (f"/v1{path}", path.removeprefix("/v1")) if one in known]
+    return f"there is nothing at this path; {f'did you mean {near[0]}?' if near else 'see /v1/models and the README'}"
 
 
 class HttpApp:
@@ -123,7 +145,7 @@ class HttpApp:
         if route is None or not route.public:
             request.tenant = self._keys.tenant_of(request.headers.get(b"authorization"))
         if route is None:
-            raise HttpRefusal(404, "not_found", "there is nothing at this path; see /v1/models and the README")
+            raise HttpRefusal(404, "not_found", _nothing_at(request.path, self.routes))
         ask, work = route.ask, route.work
         if route.act is not None:
             await route.act(request, responder)

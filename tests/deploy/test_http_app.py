@@ -151,6 +151,22 @@ def test_models_version_and_ids() -> None:
         assert len(call(app, "GET", "/v1/models", headers={"x-request-id": bad}).headers["x-request-id"]) == 32
 
 
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [
+        ("/v1/embeddings", "embeddings are not served yet; this server continues texts"),
+        ("/v1/chat/completion", "there is nothing at this path; see /v1/models"),
+        ("/chat/completions", "did you mean /v1/chat/completions?"),
+        ("/v1/tokenize", "did you mean /tokenize?"),
+    ],
+)
+def test_a_path_that_is_none_leads_to_what_was_meant(path: str, said: str) -> None:
+    """A base URL without its /v1 is the commonest slip of all; what we lack is no slip."""
+    answer = call(app_of(), "POST", path, json={"model": "x", "input": "a"})
+    assert answer.status_code == 404
+    assert said in answer.json()["error"]["message"]
+
+
 def test_health_follows_the_engine_and_costs_it_little() -> None:
     """A load balancer asks often; the driver is asked once a second. Not healthy, silent, gone: 503 each."""
     client = ScriptedClient()
