@@ -214,7 +214,7 @@ def _rank_memory(port: int) -> Iterator[Finding]:
 
 
 def _model(model: str | None) -> Finding:
-    """The config is read and the files are counted; weights are checked by the server when it loads them."""
+    """What `argosy serve` would refuse: config, headers of the weights, tokenizer and chat template are read."""
     try:
         folder = Path(model or settings.default_model()).expanduser()
         if not folder.is_dir():
@@ -230,10 +230,27 @@ def _model(model: str | None) -> Finding:
     if not any((folder / name).is_file() for name in settings.TOKENIZER_FILES):
         fix = "fetch tokenizer.json as well, or name the folder of a tokenizer with 'argosy serve --tokenizer'"
         return Finding("model", "fail", f"{folder} has no tokenizer", fix)
+    if problem := _unreadable(folder):
+        return Finding("model", "fail", problem, "fetch or copy that file again, or mend it")
     found = f"{folder.name}: {spec.architecture}, {spec.num_layers} layers, {gib(weights, 2)} of weights"
     if weights > psutil.virtual_memory().available and not read_gpus():
         return Finding("model", "warn", found, "the weights don't fit this machine's free memory")
     return Finding("model", "ok", found)
+
+
+def _unreadable(folder: Path) -> str:
+    """What is wrong with the weights' files or the tokenizer; nothing where what reads them is not installed."""
+    try:
+        from argosy.deploy.tokenizer import Tokenizer
+        from argosy.workers.loading.checkpoint import Checkpoint  # torch
+    except ImportError:
+        return ""
+    try:
+        Checkpoint.open(folder)
+        Tokenizer.load(str(folder))
+    except ServingError as error:
+        return str(error)
+    return ""
 
 
 def _version(name: str) -> str | None:

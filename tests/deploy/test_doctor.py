@@ -72,6 +72,26 @@ def test_a_folder_without_a_tokenizer_fails(capsys: pytest.CaptureFixture[str], 
     assert "has no tokenizer" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("model.safetensors", b"\x10", "model.safetensors"),
+        ("chat_template.jinja", b"{{ messages", "is not a template that can be compiled"),
+        ("tokenizer.json", b"{}", "tokenizer.json"),
+    ],
+)
+def test_what_serve_would_refuse_is_no_ok(
+    name: str, content: bytes, said: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """A folder whose weights were cut off, or whose chat template had a mistake, was 'ok' until it was served."""
+    folder = tmp_path / "model"
+    shutil.copytree(default_model(), folder)
+    (folder / name).write_bytes(content)
+    assert cli.main(["doctor", str(folder)]) == 1
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("fail  model")]
+    assert said in line
+
+
 def test_the_last_line_is_true_where_the_port_is_taken() -> None:
     """As it stands 'argosy serve' would end at once there; one warning is no plural."""
     taken = Finding("port 8000", "warn", "taken", "argosy serve --port 8001")
