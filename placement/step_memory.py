@@ -34,9 +34,8 @@ EAGER_SECONDS_A_LAYER: Final = 0.2e-3  # of the host, to launch a layer of a ste
 # the same over a group of which each rank has so many peers, in halves whose sums are copied (`GroupForward`)
 HALVES_SECONDS_A_LAYER: Final = 0.7e-3
 PEER_SECONDS_A_LAYER: Final = 0.45e-3
-# times as long on a host that is busy, or old: in halves (8B over two stages of two cards: 3.2 ms a layer where four
-# ranks share a host); kernel by kernel (25 ms for a full step of 0.6B's 28 layers)
-SLOW_HOST: Final = (3.0, 2.5)
+# times as long on a host that is busy, or old: in halves; kernel by kernel (25 ms for a full step of 0.6B's 28 layers)
+SLOW_HOST: Final = (1.5, 2.5)
 PRODUCTS_PER_SECOND: Final = 600e12  # as prompts reach them
 SUMS_PER_SECOND: Final = 0.64e12  # bytes of hidden states over a group, times ranks
 

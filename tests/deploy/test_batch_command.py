@@ -27,13 +27,14 @@ def test_killed_in_the_middle_and_run_again(tmp_path: Path) -> None:
                 break
         first.send_signal(signal.SIGKILL)
     assert not out.exists()
+    time.sleep(1.2)  # answers say whole seconds
     began = time.time()
     again = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
     assert again.returncode == 0, again.stderr
     rows = [json.loads(text) for text in out.read_text().splitlines()]
     assert [row["custom_id"] for row in rows] == [f"item-{n}" for n in range(1, 61)]
     created = [row["response"]["body"]["created"] for row in rows]
-    assert min(created) < began - 0.5, "nothing of the first run was kept"
+    assert min(created) < began - 1, "nothing of the first run was kept"
     assert sorted(found.name for found in tmp_path.iterdir()) == ["in.jsonl", "out.jsonl"]
 
 

@@ -29,18 +29,17 @@ def test_larger_models_record_fewer_tokens() -> None:
     assert sizes_of(SMALL) == [*PROMPT_SIZES, 1024, 2048, 3072, 8192]
     assert sizes_of(MIDDLE) == [32, 64, 128, 192, 256]
     assert sizes_of(LARGE) == [32, 64]
-    assert sizes_of(MIDDLE, tp_size=2) == [*PROMPT_SIZES, 1024, 2048, 8192]
+    assert sizes_of(MIDDLE, tp_size=2) == [*PROMPT_SIZES, 1024, 2048]
     assert sizes_of(LARGE, tp_size=4)[:5] == [32, 64, 128, 192, 256]
 
 
 def test_a_group_records_long_steps_that_its_hosts_would_be_late_with() -> None:
-    """Over four cards a full step of 8B keeps them for 55 ms, and a host takes 65 to 95 to queue it in halves; half of
-    it over two cards, a stage, for 46 ms, and a host of four such ranks 50 to 60. One card is busy for longer than its
-    host, and so are four with 70B, or with two full steps in one."""
+    """Over four cards a full step of 8B keeps them for 55 ms, and a host takes 65 to 95 to queue it in halves; two
+    cards are busy for longer than their hosts, as one is, and as four are with 70B."""
     assert sizes_of(MIDDLE, tp_size=4) == [*PROMPT_SIZES, *range(1024, 7169, 1024), 8192]
-    assert max(sizes_of(MIDDLE, tp_size=4, max_tokens=32768)) < 8192
+    assert max(sizes_of(MIDDLE, tp_size=4, max_tokens=16384)) < 8192
     assert max(sizes_of(MIDDLE, tp_size=4, max_tokens=2047)) == 1024
-    assert max(sizes_of(MIDDLE, tp_size=2)) == 8192
+    assert max(sizes_of(MIDDLE, tp_size=2)) < 4096
     assert max(sizes_of(LARGE, tp_size=4)) < 4096
     assert max(sizes_of(MIDDLE, tp_size=4, slice_tokens=3000)) == 2048
     assert prompt_sizes(MIDDLE, tp_size=4, max_tokens=8192, kv_dtype_bytes=1) == list(PROMPT_SIZES)
