@@ -34,8 +34,8 @@ EAGER_SECONDS_A_LAYER: Final = 0.2e-3  # of the host, to launch a layer of a ste
 # the same over a group of which each rank has so many peers, in halves whose sums are copied (`GroupForward`)
 HALVES_SECONDS_A_LAYER: Final = 0.7e-3
 PEER_SECONDS_A_LAYER: Final = 0.45e-3
-# times as long on a host that is busy, or old: in halves; kernel by kernel (25 ms for a full step of 0.6B's 28 layers)
-SLOW_HOST: Final = (1.5, 2.5)
+SLOW_HOST_HALVES: Final = 1.5  # times as long on a host that is busy, or old
+SLOW_HOST_KERNELS: Final = 2.5  # the same where there are no halves: 25 ms for a full step of 0.6B's 28 layers
 PRODUCTS_PER_SECOND: Final = 600e12  # as prompts reach them
 SUMS_PER_SECOND: Final = 0.64e12  # bytes of hidden states over a group, times ranks
 
@@ -78,8 +78,9 @@ def prompt_sizes(
     short = [size for size in PROMPT_SIZES if size <= min(most, longest, slice_tokens or longest)]
     if spec.moe is not None or kv_dtype_bytes == 1:
         return short
-    slow_host = SLOW_HOST[tp_size == 1]
+    slow_host = SLOW_HOST_KERNELS
     if tp_size > 1:
+        slow_host = SLOW_HOST_HALVES
         sums = 2 * spec.hidden_size * dtype_bytes * tp_size / SUMS_PER_SECOND
         most = (HALVES_SECONDS_A_LAYER + PEER_SECONDS_A_LAYER * (tp_size - 1)) / (products + sums)
     full = min(max_tokens, slice_tokens or max_tokens) // LONG_UNIT * LONG_UNIT

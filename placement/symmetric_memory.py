@@ -40,11 +40,6 @@ class SymmetricBuffer:
         self.addresses_W = torch.tensor(self.pointers, dtype=torch.int64, device=device)
         dist.barrier(group)  # all have zeroed theirs before anyone writes
 
-    def of_rank(self, rank: int) -> Tensor:
-        """The bytes of another rank."""
-        found: Tensor = self._handle.get_buffer(rank, (self.local.numel(),), torch.uint8)
-        return found
-
 
 class SymmetricAllReduce:
     """One shared buffer a group. All ranks call it with the same shapes, in the same order, on one stream."""

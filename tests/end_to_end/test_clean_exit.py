@@ -103,12 +103,7 @@ print("said so")
 @pytest.mark.timeout(120)
 def test_whoever_loses_the_raylet_can_still_say_so_and_clear_up(short_tmp: str) -> None:
     """A killed agent of Ray's takes its raylet along, and Ray's goodbye to that ended the process without a word."""
-    environment = {**os.environ, "TMPDIR": short_tmp, "PYTHONSAFEPATH": "1"}
-    owner = subprocess.run(
-        [sys.executable, "-c", RAYLET_KILLED], stdout=subprocess.PIPE, env=environment, timeout=100, check=False
-    )
-    assert owner.stdout.decode().splitlines()[-2:] == ["lost its raylet", "said so"]  # before it, what Ray says
-    assert owner.returncode == 1
+    assert _last_words(RAYLET_KILLED, short_tmp) == ["lost its raylet", "said so"]
 
 
 AGENT_KILLED = """
@@ -140,11 +135,16 @@ print("closed")
 @pytest.mark.timeout(180)
 def test_a_script_whose_ray_lost_an_agent_hears_of_it(short_tmp: str) -> None:
     """The raylet ends with its agent, and the driver with it, which nobody starts again: it waited ten minutes."""
-    environment = {**os.environ, "TMPDIR": short_tmp, "PYTHONSAFEPATH": "1"}
+    lost, closed = _last_words(AGENT_KILLED, short_tmp)
+    assert lost.startswith("Ray lost its raylet")
+    assert closed == "closed"
+
+
+def _last_words(script: str, folder: str) -> list[str]:
+    """The last two lines of a script that ends with 1, but for what Ray says."""
+    environment = {**os.environ, "TMPDIR": folder, "PYTHONSAFEPATH": "1"}
     owner = subprocess.run(
-        [sys.executable, "-c", AGENT_KILLED], stdout=subprocess.PIPE, env=environment, timeout=160, check=False
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, env=environment, timeout=100, check=False
     )
-    said = [line for line in owner.stdout.decode().splitlines() if "(raylet)" not in line]
-    assert said[-2].startswith("Ray lost its raylet")
-    assert said[-1] == "closed"
     assert owner.returncode == 1
+    return [line for line in owner.stdout.decode().splitlines() if "(raylet)" not in line][-2:]

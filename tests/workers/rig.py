@@ -1,6 +1,5 @@
 """What the tests of this room share: tiny models, ranks in this process or in others, and the real scheduler's loop."""
 
-import json
 import os
 import socket
 import subprocess
@@ -37,7 +36,7 @@ from argosy.cluster.protocol.sampling import FinishReason, TokenParams
 from argosy.cluster.protocol.swap import SwapCosts
 from argosy.cluster.request import Request, make_requests
 from argosy.cluster.scheduler import Scheduler
-from argosy.placement.plan import PlacementPlan, RankInfo, make_plan
+from argosy.placement.plan import PlacementPlan, make_plan
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.host_pool import make_host_pool
 from argosy.workers.memory import MemoryLedger, choose_num_offloaded
@@ -362,11 +361,6 @@ def be_ranks() -> None:
     for line in sys.stdin.buffer:
         status = run_worker(msgspec.json.decode(line, type=WorkerBoot))
         print(f"ended with {status}", flush=True)
-
-
-def rank_info(**changes: Any) -> RankInfo:
-    """The only rank there is."""
-    return RankInfo(**{**json.loads(msgspec.json.encode(make_plan(4, 1, 1).ranks[0])), **changes})
 
 
 if __name__ == "__main__":

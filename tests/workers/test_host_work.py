@@ -1,40 +1,32 @@
 """What the host does for a recorded decode step does not grow with the rows: the card must never wait for it."""
 
-import importlib.util
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+from scripts import load_script
 
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "cpu" / "host_work.py"
 ROWS = (1, 8, 64)
 
 
 @pytest.fixture(scope="module")
-def bench() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("host_work", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+def bench() -> Any:
+    return load_script("cpu/host_work.py")
 
 
 @pytest.fixture(scope="module")
-def runner(bench: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Any:
+def runner(bench: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     folder, options = bench.make_folder("tiny", tmp_path_factory.mktemp("model"))
     return bench.make_runner(str(folder), options, max(ROWS))
 
 
-def test_a_step_makes_as_many_calls_for_many_rows_as_for_one(bench: ModuleType, runner: Any) -> None:
+def test_a_step_makes_as_many_calls_for_many_rows_as_for_one(bench: Any, runner: Any) -> None:
     """Calls of functions are counted, not seconds: a loop over rows would show whatever else the machine does."""
     counts = [bench.measure(runner, num_rows, 2)["calls"] for num_rows in ROWS]
     assert counts[0] < 200
     assert max(counts) - min(counts) <= 2, counts
 
 
-def test_a_row_that_opens_a_block_costs_a_few_calls(bench: ModuleType, runner: Any) -> None:
+def test_a_row_that_opens_a_block_costs_a_few_calls(bench: Any, runner: Any) -> None:
     """One row in sixteen does, on an average step."""
     steps = bench.Steps(runner, 64)
     counts = {}

@@ -1,25 +1,15 @@
 """How `benchmarks/gpu/run_tests.py` shares tests out over cards, without any card."""
 
-import importlib.util
-import sys
 import time
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu" / "run_tests.py"
+from scripts import load_script
 
 
 @pytest.fixture(scope="module")
 def run_tests() -> Any:
-    spec = importlib.util.spec_from_file_location("run_gpu_tests", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # its dataclasses look themselves up
-    spec.loader.exec_module(module)
-    return module
+    return load_script("gpu/run_tests.py")
 
 
 LAYOUT = "tests/deploy/test_on_gpu.py::test_a_layout_says_what_one_card_says"

@@ -1,21 +1,9 @@
 """What a card waits for between kernels, found in a trace (`benchmarks/gpu/stage_gaps.py`)."""
 
-import importlib.util
-from pathlib import Path
 from typing import Any
 
 import pytest
-
-SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu" / "stage_gaps.py"
-
-
-def _script() -> Any:
-    spec = importlib.util.spec_from_file_location("stage_gaps", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from scripts import load_script
 
 
 def _ran(ts: float, dur: float, name: str, correlation: int = 0, cat: str = "kernel") -> dict[str, Any]:
@@ -34,7 +22,7 @@ def _called(ts: float, correlation: int) -> dict[str, Any]:
 
 def test_each_gap_is_put_down_to_what_ended_it() -> None:
     """Three steps: the second is queued late and its word came late, the third waits for the stage before it."""
-    script = _script()
+    script = load_script("gpu/stage_gaps.py")
     events = [
         _called(0.0, 1), _ran(10.0, 90.0, "product", 1),
         _called(1.0, 2), _ran(102.0, 98.0, "product", 2),  # at once behind the first
@@ -54,7 +42,7 @@ def test_each_gap_is_put_down_to_what_ended_it() -> None:
 
 def test_a_receive_that_is_a_kernel_is_time_that_the_other_stage_took() -> None:
     """NCCL waits inside of a kernel, beside which others may run."""
-    script = _script()
+    script = load_script("gpu/stage_gaps.py")
     events = [
         _called(0.0, 1), _ran(0.0, 100.0, "product", 1),
         _called(1.0, 2), _ran(50.0, 150.0, "ncclDevKernel_SendRecv", 2),
@@ -67,7 +55,7 @@ def test_a_receive_that_is_a_kernel_is_time_that_the_other_stage_took() -> None:
 
 def test_shares_leave_out_the_edges_of_a_window() -> None:
     """Ten steps of 90 us in 100: a pipeline that fills for a long time before the first one changes nothing."""
-    script = _script()
+    script = load_script("gpu/stage_gaps.py")
     events, steps = [], []
     for step in range(10):
         begin = 100.0 * step

@@ -134,10 +134,9 @@ class GroupSum:
             place_bytes=self._choice_bytes, max_rows=self._max_rows,
         )  # fmt: skip
 
-    def _view(self, at: int, num_tokens: int, of: Tensor | None = None) -> Tensor:
+    def _view(self, at: int, num_tokens: int) -> Tensor:
         size = num_tokens * self._width * self._dtype.itemsize
-        buffer = self._buffer.local if of is None else of
-        return buffer[at : at + size].view(self._dtype).view(num_tokens, self._width)
+        return self._buffer.local[at : at + size].view(self._dtype).view(num_tokens, self._width)
 
 
 class GroupCopies:
