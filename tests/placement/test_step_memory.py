@@ -2,11 +2,13 @@
 
 import pytest
 
+from argosy.cluster.micro_batches import SMALL_PIECE, SMALL_PIECE_ROWS
 from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.placement.model_sources import read_model_shape
 from argosy.placement.step_memory import (
     GRAPH_BYTES_A_KERNEL,
     KERNELS_A_LAYER,
+    PROMPT_DECODES,
     PROMPT_SIZES,
     attention_bytes,
     decode_bytes,
@@ -100,3 +102,9 @@ def test_only_the_last_stage_makes_logits() -> None:
     for tp_size in (1, 4):
         of = {last: decode_bytes(MIDDLE, 64, tp_size=tp_size, is_last=last, dtype_bytes=2) for last in (False, True)}
         assert of[True] - of[False] == 64 * MIDDLE.vocab_size * 2
+
+
+def test_the_scheduler_cuts_small_pieces_beside_as_many_rows_as_are_recorded() -> None:
+    """It can't ask the ranks' rooms, so the number stands in both."""
+    assert SMALL_PIECE_ROWS[1] == PROMPT_DECODES[-1]
+    assert SMALL_PIECE + SMALL_PIECE_ROWS[1] <= PROMPT_SIZES[-1]
