@@ -35,13 +35,14 @@ from argosy.deploy import bench_models, settings, workload
 from argosy.deploy.bench_load import Timing, ask_gateway, run_clients
 from argosy.deploy.gateway import Gateway
 from argosy.deploy.launch import Engine, launch_engine
+from argosy.deploy.owned_folder import short_temp_folder
 
 
 @contextmanager
 def raylets(num_nodes: int, cards: Sequence[str], device: str) -> Iterator[str]:
     """A Ray cluster whose nodes have so many of the cards each; its address."""
     share = len(cards) // num_nodes
-    with tempfile.TemporaryDirectory(prefix="mt-", dir="/tmp") as folder:
+    with tempfile.TemporaryDirectory(prefix="mt-", dir=short_temp_folder(20)) as folder:
         os.environ["RAY_TMPDIR"] = folder  # nothing of it where other clusters of this machine look
         Path(folder, "ray").mkdir()
         cluster = Cluster(shutdown_at_exit=True)

@@ -18,6 +18,7 @@ import pytest
 
 from argosy.cluster.protocol.errors import ConfigError
 from argosy.deploy import haproxy, server
+from argosy.deploy.owned_folder import short_temp_folder
 
 AS_RAY_WRITES_IT = """frontend prometheus
     bind :9101
@@ -226,7 +227,7 @@ backend default_backend
 @pytest.mark.skipif(haproxy.find() is None, reason="Ray Serve has no HAProxy for this machine")
 def test_who_comes_while_the_front_is_dead_waits_for_its_next_life() -> None:
     """Connections were refused for seconds. Ray starts a front with no doors, and tells it later which there are."""
-    with tempfile.TemporaryDirectory(dir="/tmp") as name, door_that_dies_once() as (door, read):
+    with tempfile.TemporaryDirectory(dir=short_temp_folder(20)) as name, door_that_dies_once() as (door, read):
         folder, port = Path(name), haproxy._free_port()
         settings = haproxy.environment(folder)
         empty = f"""defaults

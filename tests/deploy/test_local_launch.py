@@ -18,6 +18,7 @@ from argosy.cluster.protocol.errors import ConfigError, ServingError, WeightErro
 from argosy.cluster.protocol.sampling import FinishReason, TokenParams
 from argosy.deploy.launch import Engine, launch_engine
 from argosy.deploy.local_launch import LocalCommand
+from argosy.deploy.owned_folder import short_temp_folder
 from argosy.workers.zero_cost_rank import expected_token
 
 ZERO_COST = "argosy.workers.zero_cost_rank"
@@ -32,7 +33,7 @@ def settings(**more: object) -> ServingConfig:
 @pytest.fixture(autouse=True)
 def _leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """After each test: no process of ours, no file in the temporary folder, no shared memory."""
-    short = tempfile.mkdtemp(prefix="t", dir="/tmp")  # a socket's path has to be short
+    short = tempfile.mkdtemp(prefix="t", dir=short_temp_folder(20))
     monkeypatch.setattr(tempfile, "tempdir", short)
     shared, before = set(os.listdir("/dev/shm")), set(psutil.Process().children(recursive=True))
     yield

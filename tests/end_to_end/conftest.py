@@ -10,6 +10,7 @@ import pytest
 
 from argosy.cluster.oracle import write_oracle_model
 from argosy.cluster.protocol.config import ServingConfig
+from argosy.deploy.owned_folder import short_temp_folder
 from argosy.deploy.ray_session import RaySession
 
 
@@ -37,10 +38,16 @@ def oracle_settings(tmp_path: Path) -> Callable[..., ServingConfig]:
 
 
 @pytest.fixture
-def private_tmp(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Where engines of this test put their folders; they must leave it empty."""
-    folder = tempfile.mkdtemp(prefix="t", dir="/tmp")  # short: a socket's path has at most 107 bytes
-    monkeypatch.setattr(tempfile, "tempdir", folder)
+def short_tmp() -> Iterator[str]:
+    """A folder whose path leaves room for a socket's; what the test starts must leave it empty."""
+    folder = tempfile.mkdtemp(prefix="t", dir=short_temp_folder(20))
     yield folder
     assert os.listdir(folder) == []
     os.rmdir(folder)
+
+
+@pytest.fixture
+def private_tmp(short_tmp: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where engines of this process put their folders."""
+    monkeypatch.setattr(tempfile, "tempdir", short_tmp)
+    return short_tmp

@@ -4,8 +4,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -28,14 +26,6 @@ try:
 except KeyboardInterrupt:
     sys.exit(130)
 """
-
-
-@pytest.fixture
-def short_tmp() -> Iterator[str]:
-    folder = tempfile.mkdtemp(prefix="t", dir="/tmp")  # a socket's path has at most 107 bytes
-    yield folder
-    assert os.listdir(folder) == []
-    os.rmdir(folder)
 
 
 @pytest.mark.parametrize(

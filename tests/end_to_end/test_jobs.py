@@ -13,6 +13,7 @@ import pytest
 
 from argosy import Client, Job
 from argosy.cluster.oracle import oracle_continuation, write_oracle_model
+from argosy.deploy.owned_folder import short_temp_folder
 from argosy.placement.ports import free_port
 
 START_SECONDS = 240
@@ -65,7 +66,7 @@ class Server:
 
 @pytest.fixture
 def short_tmp() -> Iterator[str]:
-    folder = tempfile.mkdtemp(prefix="j", dir="/tmp")  # a socket's path has at most 107 bytes
+    folder = tempfile.mkdtemp(prefix="j", dir=short_temp_folder(20))
     yield folder
     subprocess.run(["rm", "-rf", folder, f"{folder}.err"], check=True)
 

@@ -36,6 +36,7 @@ from test_on_gpu import (
 
 from argosy import LLM, SamplingParams
 from argosy.deploy import bench_models
+from argosy.deploy.owned_folder import short_temp_folder
 from argosy.deploy.ray_session import RaySession
 from argosy.placement.ports import free_port
 
@@ -74,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def short_tmp(monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    folder = tempfile.mkdtemp(prefix="t", dir="/tmp")  # a socket's path has at most 107 bytes
+    folder = tempfile.mkdtemp(prefix="t", dir=short_temp_folder(20))
     monkeypatch.setattr(tempfile, "tempdir", folder)
     yield folder
     shutil.rmtree(folder)

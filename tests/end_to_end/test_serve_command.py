@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -14,21 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import psutil
-import pytest
 
 from argosy.placement.ports import free_port
 
 CANARY = "xylophone-73-quicksilver"
 KEY = "sk-canary-of-the-key-41"
 START_SECONDS = 240
-
-
-@pytest.fixture
-def short_tmp() -> Iterator[str]:
-    folder = tempfile.mkdtemp(prefix="t", dir="/tmp")  # a socket's path has at most 107 bytes
-    yield folder
-    assert os.listdir(folder) == []
-    os.rmdir(folder)
 
 
 def ask(url: str, body: Any = None, key: str = KEY, more: dict[str, str] | None = None) -> tuple[int, str]:

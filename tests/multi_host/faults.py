@@ -20,11 +20,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from hosts import HOME, Host, Hosts, kept_folders, missing_here, usual_path
+from hosts import HOME, TEMP, Host, Hosts, kept_folders, missing_here, usual_path
 
 ROOT = Path(__file__).resolve().parents[2]
 MODEL = ROOT / "argosy" / "default_model"
 PACKAGES = Path(sys.prefix) / "lib" / f"python{sys.version_info[0]}.{sys.version_info[1]}" / "site-packages"
+RAY_TEMP = f"{TEMP}/of-ray"  # TMPDIR of Ray there
 MOST_SECONDS = 10.0
 CARD = "0, GPU-{host}, NVIDIA H100 80GB HBM3, 81559, 4, 580.82, 16, 16, 0, Default, Disabled"
 SMI = f"#!/bin/sh\n[ -f {HOME}/smi-fails ] && echo 'Unable to determine the device handle: GPU is lost' && exit 15\n"
@@ -86,6 +87,7 @@ def faults(first: Host) -> list[Injected]:
     shifted = "import time\n_now = time.time\ntime.time = lambda: _now() + 90.0\n"
     raylet = "$(pgrep -o raylet)"
     cut = f"cp {weights} ~/weights; truncate -s -5000 {weights}"
+    unmount = f"umount -l {RAY_TEMP}"
     back = f"cp ~/weights {weights}"
     serve = f"argosy serve --device cpu --port 8123 --cpu-threads 1 {MODEL}"
     return [
@@ -144,10 +146,8 @@ def faults(first: Host) -> list[Injected]:
             f"mount -o remount,{fill} /dev/shm",
             "mount -o remount,size=2g /dev/shm",
         ),
-        Injected("temp-full", "a full disk", "mount -t tmpfs -o size=64m tmpfs /tmp/t", "umount -l /tmp/t"),
-        Injected(
-            "temp-unwritable", "a disk mounted read-only", "mount -t tmpfs -o ro tmpfs /tmp/t", "umount -l /tmp/t"
-        ),
+        Injected("temp-full", "a full disk", f"mount -t tmpfs -o size=64m tmpfs {RAY_TEMP}", unmount),
+        Injected("temp-unwritable", "a disk mounted read-only", f"mount -t tmpfs -o ro tmpfs {RAY_TEMP}", unmount),
         Injected(
             "open-files",
             "512 open files",
@@ -225,7 +225,7 @@ def faults(first: Host) -> list[Injected]:
 def start_ray(host: Host, head: Host, more: str = "") -> None:
     """Ray on one host, with ports that a firewall can know."""
     role = "--head --port=6379 --include-dashboard=false" if host is head else f"--address={head.address}:6379"
-    command = "mkdir -p /tmp/t; RAY_TMPDIR=/tmp TMPDIR=/tmp/t RAY_health_check_failure_threshold=20 "
+    command = f"mkdir -p {RAY_TEMP}; RAY_TMPDIR={TEMP} TMPDIR={RAY_TEMP} RAY_health_check_failure_threshold=20 "
     command += f"{more} python -m argosy.deploy.ray_node "
     command += f"start {role} --node-ip-address={host.address} {RAY_PORTS} --num-cpus=2 --num-gpus=1 "
     command += "--object-store-memory=80000000 --disable-usage-stats"
@@ -278,7 +278,7 @@ def try_fault(fault: Injected, head: Host, odd: Host) -> dict[str, Any]:
     finally:
         odd.enter(fault.undo, check=False)
         odd.enter("pkill -f 'ray::IDLE'", check=False)
-    line = line.replace(str(ROOT), "...")
+    line = line.replace(str(ROOT), "...").replace(RAY_TEMP, "$TMPDIR")
     return {"check": fault.check, "fault": fault.what, "named": named, "seconds": round(seconds, 1), "line": line}
 
 

@@ -26,6 +26,7 @@ from typing import Any
 
 BASE = Path("/run/argosy-hosts")
 HOME = "/root"  # of who logs in: namespaces take root
+TEMP = "/tmp"  # each host has its own, as it has its own home
 FIRST_HOST_NUMBER = 10
 NEEDED = ("ip", "unshare", "nsenter", "ssh", "sshd", "ssh-keygen", "rsync", "mount")
 _UP_SECONDS = 20.0
@@ -190,7 +191,7 @@ def _gateway(host: Host) -> str:
 def kept_folders(*more: str) -> list[str]:
     """What this Python needs and a host would not see: it has a /tmp and a /root of its own."""
     needed = {str(Path(__file__).resolve().parents[2]), sys.prefix, sys.base_prefix, *more}
-    return sorted(name for name in needed if name.startswith(("/tmp/", f"{HOME}/")))
+    return sorted(name for name in needed if name.startswith((f"{TEMP}/", f"{HOME}/")))
 
 
 def usual_path() -> str:
@@ -208,13 +209,13 @@ def _init_script(host: Host, keep: list[str], copies: list[str]) -> str:
         lines.append(f"mount -t overlay overlay -o {options} {folder}")
     for folder in keep:
         place = folder.replace(f"{HOME}/", str(host.folder / "home") + "/", 1) if folder.startswith(f"{HOME}/") else ""
-        place = place or folder.replace("/tmp/", f"{host.folder}/tmp/", 1)
+        place = place or folder.replace(f"{TEMP}/", f"{host.folder}/tmp/", 1)
         lines += [f"mkdir -p {shlex.quote(place)}", f"mount --rbind {shlex.quote(folder)} {shlex.quote(place)}"]
     lines += [
         f"mount --bind {host.folder}/hosts /etc/hosts",
         f"mount --bind {host.folder}/resolv.conf /etc/resolv.conf",
         "mount -t tmpfs -o mode=1777,size=2g tmpfs /dev/shm",
-        f"mount --rbind {host.folder}/tmp /tmp",
+        f"mount --rbind {host.folder}/tmp {TEMP}",
         f"mount --rbind {host.folder}/home {HOME}",
         f"export HOME={HOME}; cd /; set +e",
         f"/usr/sbin/sshd -D -e -f {host.folder}/sshd_config 2>{host.folder}/sshd.log &",

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from hosts import Host, Hosts, kept_folders, missing_here, usual_path
+from hosts import TEMP, Host, Hosts, kept_folders, missing_here, usual_path
 
 ROOT = Path(__file__).resolve().parents[2]
 READY = b"Argosy is ready"
@@ -173,7 +173,7 @@ def main() -> int:
         print(f"can't be run here: {why}", file=sys.stderr)
         return 2
     hosts, timer, result = Hosts(f"up{os.getpid()}"), Timer(), {}
-    with tempfile.TemporaryDirectory(prefix="ru", dir="/tmp") as name:
+    with tempfile.TemporaryDirectory(prefix="ru", dir=TEMP) as name:
         folder, log = Path(name), Path(name) / "log"
         environment = environment_of(folder)
         try:
