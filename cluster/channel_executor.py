@@ -12,6 +12,7 @@ driver's thread; the callable, which may take seconds, runs in a thread of its o
 """
 
 import contextlib
+import functools
 import logging
 import os
 import secrets
@@ -157,7 +158,7 @@ class ChannelExecutor:
         if self.status != "stopped":
             self.status = "stopping"
             for connection in self._fan_out:
-                with contextlib.suppress(ChannelClosed):
+                with contextlib.suppress(ChannelClosed):  # gone already
                     connection.send(StopWorker())
             deadline = self.clock.now() + _STOP_SECONDS
             while self._ranks and (left := deadline - self.clock.now()) > 0.0:
@@ -210,10 +211,10 @@ class ChannelExecutor:
         if self._tcp_host:
             self._listeners.append(Listener.bind(format_tcp(self._tcp_host, 0)))
         for listener in self._listeners:
-            self.poller.register(listener.fileno(), lambda _, listener=listener: self._on_connect(listener))  # type: ignore[misc]
+            self.poller.register(listener.fileno(), functools.partial(self._on_connect, listener))
 
-    def _on_connect(self, listener: Listener) -> None:
-        with contextlib.suppress(OSError):
+    def _on_connect(self, listener: Listener, _mask: int) -> None:
+        with contextlib.suppress(OSError):  # gone before it was greeted
             connection = Connection(
                 listener.accept(0.0), Hello, max_frame_bytes=MAX_HELLO_BYTES, max_pending_bytes=_MAX_PENDING_BYTES
             )

@@ -119,6 +119,6 @@ class Connection:
 
     def close(self) -> None:
         """End the connection. May be called twice."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the other end was first
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()

@@ -141,7 +141,7 @@ class DriverHandle:
 
     def stop(self, drain_seconds: float = 0.0) -> None:
         """Stop driver and ranks. May be called twice."""
-        with contextlib.suppress(ChannelClosed):
+        with contextlib.suppress(ChannelClosed):  # cut off: nothing to ask
             reference = self._actor.stop.remote(drain_seconds)
             deadline = time.monotonic() + drain_seconds + _EXIT_SECONDS + _ANSWER_SECONDS
             while time.monotonic() < deadline and not self.is_cut_off():
@@ -150,11 +150,11 @@ class DriverHandle:
                     break
         if self.is_cut_off():
             return  # it ends with its cluster
-        with contextlib.suppress(ray.exceptions.RayError):
+        with contextlib.suppress(ray.exceptions.RayError):  # dead already
             ray.kill(self._actor, no_restart=True)
         deadline = time.monotonic() + _EXIT_SECONDS
         while time.monotonic() < deadline:  # the name is free again once Ray has noticed
-            with contextlib.suppress(ray.exceptions.RayError):
+            with contextlib.suppress(ray.exceptions.RayError):  # no answer: look again
                 if not any(row["name"] == self.name for row in ray.util.list_named_actors(all_namespaces=True)):
                     break
             time.sleep(0.02)
@@ -176,7 +176,7 @@ def _node_address() -> str:
 def _make_private(folder: str) -> None:
     """A folder that is ours alone; refuses one that somebody else put there."""
     os.makedirs(os.path.dirname(folder), exist_ok=True)  # on a node whose Ray keeps its files elsewhere
-    with contextlib.suppress(FileExistsError):
+    with contextlib.suppress(FileExistsError):  # looked at below
         os.mkdir(folder, 0o700)
     found = os.lstat(folder)
     if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid() or stat.S_IMODE(found.st_mode) & 0o077:

@@ -202,7 +202,7 @@ class DriverLoop:
     # ------------------------------------------------------------------------------------------------- the edges
 
     def _on_connect(self) -> None:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # gone before it was greeted
             connection = Connection(
                 self._listener.accept(0.0),
                 Hello,

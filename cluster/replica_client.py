@@ -152,7 +152,7 @@ class ReplicaClient:
             self._num_waiting += 1
             began = asyncio.get_running_loop().time()
             try:
-                with contextlib.suppress(TimeoutError):
+                with contextlib.suppress(TimeoutError):  # nobody came back: the caller sees
                     async with asyncio.timeout(left):
                         await self._came_back.wait()
             finally:
@@ -195,7 +195,7 @@ class ReplicaClient:
         self._came_back.set()
         if self._watch is not None:
             self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
+            with contextlib.suppress(asyncio.CancelledError):  # called off by us
                 await self._watch
         for replica in self._replicas:
             await replica.client.close()
@@ -232,7 +232,7 @@ class ReplicaClient:
             replica.is_healthy = False
 
     async def _reopen(self, replica: KnownReplica) -> None:
-        with contextlib.suppress(ServingError, OSError):
+        with contextlib.suppress(ServingError, OSError):  # still away: looked for again
             client = await DriverClient.connect(replica.address, self._secret, timeout_seconds=_ANSWER_SECONDS)
             if self._is_closing:
                 await client.close()

@@ -105,7 +105,7 @@ async def _discard_body(scope: Scope, receive: Receive) -> None:
     declared = headers.get(b"content-length", b"")[:20]
     if not declared.isdigit() or int(declared) > _MOST_DISCARDED_BYTES or b"expect" in headers:  # who asks first, waits
         return
-    with contextlib.suppress(TimeoutError):
+    with contextlib.suppress(TimeoutError):  # so much is enough
         async with asyncio.timeout(_DISCARD_SECONDS):
             while (message := await receive())["type"] == "http.request" and message.get("more_body", False):
                 pass

@@ -105,7 +105,7 @@ class JobFolder:
         try:
             # SQLite gives its log the mode of the database, and the database that of the umask: so make it first, once:
             # closing a file drops all locks that this process has on it, also those of another connection
-            with contextlib.suppress(FileExistsError):
+            with contextlib.suppress(FileExistsError):  # made before
                 os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
             db = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
             db.row_factory = sqlite3.Row

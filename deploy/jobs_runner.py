@@ -90,7 +90,7 @@ class JobRunner:
     async def pause(self, seconds: float) -> None:
         """Sleep, or until somebody wakes us."""
         wake = self._wake
-        with contextlib.suppress(TimeoutError):
+        with contextlib.suppress(TimeoutError):  # nobody woke us
             async with asyncio.timeout(seconds):
                 await wake.wait()
 

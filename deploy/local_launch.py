@@ -153,18 +153,18 @@ class LocalDriver:
 
     def stop(self, drain_seconds: float = 0.0) -> None:
         """Stop driver and ranks and remove what they used. May be called twice."""
-        with contextlib.suppress(ChannelClosed), self._lock:
+        with contextlib.suppress(ChannelClosed), self._lock:  # ended already
             self._write(LocalCommand(stop=True, drain_seconds=drain_seconds))
         assert self._process.stdin is not None
         assert self._process.stdout is not None
         try:
             self._process.wait(timeout=drain_seconds + _EXIT_SECONDS)
         except subprocess.TimeoutExpired:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # ended meanwhile
                 os.killpg(self._process.pid, signal.SIGKILL)  # its own session: the driver and its ranks, nobody else
             self._process.wait(timeout=_EXIT_SECONDS)
         for pipe in (self._process.stdin, self._process.stdout):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # broken already
                 pipe.close()
         shutil.rmtree(self.folder, ignore_errors=True)
 

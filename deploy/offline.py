@@ -339,7 +339,7 @@ class _LoopThread:
         """Call off what still runs, and end the loop and the thread."""
         if self._thread.is_alive():
             calling_off = asyncio.run_coroutine_threadsafe(_call_off_tasks(), self.loop)
-            with contextlib.suppress(concurrent.futures.TimeoutError):
+            with contextlib.suppress(concurrent.futures.TimeoutError):  # they end with the thread
                 calling_off.result(timeout=2 * _CALL_OFF_SECONDS)
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join(timeout=10.0)

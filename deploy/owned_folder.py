@@ -36,11 +36,11 @@ def short_temp_folder(most_bytes: int) -> str:
 
 def _remove_abandoned(parent: str, prefix: str) -> None:
     for folder in Path(parent).glob(f"{prefix}*"):
-        with contextlib.suppress(OSError, ValueError):
+        with contextlib.suppress(OSError, ValueError):  # removed by another meanwhile, or not ours
             if folder.lstat().st_uid != os.getuid():
                 continue
             pid, created = (folder / _OWNER).read_text().split()
-            with contextlib.suppress(psutil.NoSuchProcess):
+            with contextlib.suppress(psutil.NoSuchProcess):  # abandoned
                 if psutil.Process(int(pid)).create_time() == float(created):
                     continue
             shutil.rmtree(folder, ignore_errors=True)

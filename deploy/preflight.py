@@ -245,7 +245,7 @@ def _probes(node_ids: Sequence[str]) -> Iterator[dict[str, Any]]:
         yield made
     finally:
         for probe in made.values():
-            with contextlib.suppress(ray.exceptions.RayError):
+            with contextlib.suppress(ray.exceptions.RayError):  # dead already
                 ray.kill(probe, no_restart=True)
 
 
@@ -257,7 +257,7 @@ def _gather(asked: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     found = {}
     for key, reference in asked.items():
         if reference in done:
-            with contextlib.suppress(ray.exceptions.RayError):
+            with contextlib.suppress(ray.exceptions.RayError):  # no answer: not among the found
                 found[key] = ray.get(reference, timeout=1.0)
     return found
 

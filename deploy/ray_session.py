@@ -214,7 +214,7 @@ def _write_token(folder: Path) -> Path:
 
 def _forget_cached_auth() -> None:
     """Ray reads mode and token once, possibly when it was imported; make it read again."""
-    with contextlib.suppress(ImportError, AttributeError):
+    with contextlib.suppress(ImportError, AttributeError):  # a Ray that keeps neither
         raylet: Any = ray._raylet
         raylet.Config.initialize("")
         raylet.AuthenticationTokenLoader.instance().reset_cache()
@@ -222,7 +222,7 @@ def _forget_cached_auth() -> None:
 
 def _confine_to_loopback(confined: bool) -> None:
     """The switch above, for this process, which may have imported Ray before it was set."""
-    with contextlib.suppress(ImportError, AttributeError):
+    with contextlib.suppress(ImportError, AttributeError):  # a Ray without the switch
         constants: Any = ray._private.ray_constants
         constants.ENABLE_RAY_CLUSTER = not confined
 

@@ -55,7 +55,7 @@ def confine_replica() -> None:
     When its class stands, Serve opens a port for them on every network of the machine and unpickles what comes; a token
     is all that guards it. Where Ray has other code in that place nothing is changed.
     """
-    with contextlib.suppress(ImportError, AttributeError):
+    with contextlib.suppress(ImportError, AttributeError):  # other code there
         from ray.serve._private import replica
 
         module: Any = replica

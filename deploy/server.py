@@ -67,7 +67,7 @@ def run(config: ServingConfig, *, api_keys: tuple[str, ...] = ()) -> int:
                         _serve(config, engine, progress, stop, doors)
             finally:
                 engine.close()
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # the terminal is gone
         print("Stopped.", file=sys.stderr, flush=True)
     return 0
 

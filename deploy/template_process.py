@@ -89,7 +89,7 @@ class TemplateProcess:
     async def _end(self) -> None:
         process, self._process = self._process, None
         if process is not None:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # ended already
                 process.kill()
             await process.wait()
 

@@ -105,7 +105,7 @@ def _ask(
         if (number >= num_o) & (number < after_u):
             tile = first_u + (number - num_o) * PROGRAMS
             _copy_tile(ring, slot, gate_up_ptr, tile, INNER, HIDDEN, SLOT, STAGES, 2, NUM_WARPS, 1)
-    if FROM <= 2:  # noqa: SIM102
+    if FROM <= 2:  # noqa: SIM102  # as above
         if (number >= after_u) & (number < after_d):
             tile = first_d + (number - after_u) * PROGRAMS
             _copy_tile(ring, slot, down_ptr, tile, HIDDEN, INNER, SLOT, STAGES, 1, NUM_WARPS, 1)

@@ -61,7 +61,7 @@ def choose_experts(
     scores_TE = logits_TE.sigmoid() if scoring == "sigmoid" else logits_TE.softmax(-1)
     choice_TE = scores_TE if correction_E is None else scores_TE + correction_E
     if top_groups < num_groups:
-        grouped_TGE = choice_TE.unflatten(-1, (num_groups, -1))  # type: ignore[no-untyped-call, unused-ignore]
+        grouped_TGE = choice_TE.unflatten(-1, (num_groups, -1))  # type: ignore[no-untyped-call, unused-ignore]  # torch's own
         best = grouped_TGE.topk(2, -1)[0].sum(-1) if group_score == "top2" else grouped_TGE.amax(-1)
         kept_TG = torch.zeros_like(best).scatter_(1, best.topk(top_groups, -1)[1], 1.0)
         dropped_TE = kept_TG.repeat_interleave(choice_TE.shape[-1] // num_groups, -1) == 0

@@ -58,7 +58,7 @@ def _load_or_make(source: Path, compiler: str, flags: list[str]) -> ctypes.CDLL:
             return _make(source, compiler, flags, Path(once) / f"{name}.so")
     library = folder / f"{source.stem}-{name}.so"
     if library.is_file():
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # cut off, or of another machine: made again
             return ctypes.CDLL(str(library))
     return _make(source, compiler, flags, library)
 
@@ -79,7 +79,7 @@ def _make(source: Path, compiler: str, flags: list[str], library: Path) -> ctype
         return loaded
     finally:
         for left in (made, f"{made}.o"):
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # moved, or never made
                 os.unlink(left)
 
 

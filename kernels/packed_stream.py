@@ -69,9 +69,9 @@ def stream_kernel(
         up_pairs += num_tiles.to(gl.int64) * (BLOCKS * 16)
     ring = ()
     for ahead in gl.static_range(AHEAD):
-        ring = ring + (ask(words_ptrs, pairs_ptrs, ahead, there, has_pairs, SPLIT),)  # type: ignore[assignment]  # noqa: RUF005
+        ring = ring + (ask(words_ptrs, pairs_ptrs, ahead, there, has_pairs, SPLIT),)  # type: ignore[assignment]  # noqa: RUF005  # Gluon unpacks no tuples
         if GATED:
-            ring = ring + (ask(up_words, up_pairs, ahead, there, has_pairs, SPLIT),)  # type: ignore[assignment]  # noqa: RUF005
+            ring = ring + (ask(up_words, up_pairs, ahead, there, has_pairs, SPLIT),)  # type: ignore[assignment]  # noqa: RUF005  # Gluon unpacks no tuples
     if PDL:
         gdc_wait()
         if EARLY == 1:
@@ -127,12 +127,12 @@ def _step(
     sums = add(sums, ring[0], xa, xb, total, based, is_lower, W, FP16, HALF, HALF_SCALES, lanes_in)
     ring = ring[1:]
     if ASKS:
-        ring = ring + (ask(words_ptrs, pairs_ptrs, step + AHEAD, there, has_pairs, SPLIT),)  # noqa: RUF005
+        ring = ring + (ask(words_ptrs, pairs_ptrs, step + AHEAD, there, has_pairs, SPLIT),)  # noqa: RUF005  # Gluon unpacks no tuples
     if GATED:
         up_sums = add(up_sums, ring[0], xa, xb, total, based, is_lower, W, FP16, HALF, HALF_SCALES, lanes_in)
         ring = ring[1:]
         if ASKS:
-            ring = ring + (ask(up_words, up_pairs, step + AHEAD, there, has_pairs, SPLIT),)  # noqa: RUF005
+            ring = ring + (ask(up_words, up_pairs, step + AHEAD, there, has_pairs, SPLIT),)  # noqa: RUF005  # Gluon unpacks no tuples
     return ring, sums, up_sums
 
 

@@ -157,7 +157,7 @@ def visible_gpus(gpus: tuple[GpuFacts, ...], visible: str) -> tuple[GpuFacts, ..
 
 
 def _topology_matrix() -> str:
-    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # no such tool
         command = ["nvidia-smi", "topo", "-m"]
         return subprocess.run(command, capture_output=True, text=True, timeout=_SMI_SECONDS, check=False).stdout
     return ""
@@ -210,7 +210,7 @@ def _number(text: str) -> int:
 def _packages() -> dict[str, str]:
     found = {}
     for name in (*PACKAGES, *NCCL_PACKAGES):
-        with contextlib.suppress(metadata.PackageNotFoundError):
+        with contextlib.suppress(metadata.PackageNotFoundError):  # not installed: left out
             found[name] = metadata.version(name)
     return {name: version for name, version in found.items() if version}
 
@@ -219,13 +219,13 @@ def _seconds_for_own_name() -> float:
     """How long the resolver takes for the node's own name: gloo and torch ask it, and wait for dead servers."""
     words = [sys.executable, "-I", "-c", "import socket; socket.getaddrinfo(socket.gethostname(), None)"]
     began = time.monotonic()
-    with contextlib.suppress(subprocess.TimeoutExpired, OSError):
+    with contextlib.suppress(subprocess.TimeoutExpired, OSError):  # the time is the answer
         subprocess.run(words, capture_output=True, timeout=_NAME_SECONDS, check=False)
     return round(time.monotonic() - began, 3)
 
 
 def _free_bytes(folder: str) -> int:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # no such folder
         return shutil.disk_usage(folder).free
     return 0
 
@@ -239,6 +239,6 @@ def _is_writable(folder: str) -> bool:
 
 
 def _read(path: str) -> str:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError):  # no such file
         return Path(path).read_text().strip()
     return ""

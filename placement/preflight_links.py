@@ -49,7 +49,7 @@ class LinkServer:
 
     def close(self) -> None:
         """Take no more calls."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # nobody waits
             self._socket.shutdown(socket.SHUT_RDWR)  # wakes the thread that waits in accept
         self._socket.close()
 
@@ -62,7 +62,7 @@ class LinkServer:
             threading.Thread(target=self._answer, args=(call,), daemon=True).start()
 
     def _answer(self, call: socket.socket) -> None:
-        with call, contextlib.suppress(OSError):
+        with call, contextlib.suppress(OSError):  # a caller that hung up
             call.settimeout(_ANSWER_SECONDS)
             call.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if not hmac.compare_digest(_receive(call, len(self._secret)), self._secret):

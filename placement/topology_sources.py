@@ -254,10 +254,9 @@ def _list(value: object, where: str) -> list[Any]:
 
 
 def _number(value: object, where: str, low: float, high: float) -> float:
-    ok = isinstance(value, int | float) and not isinstance(value, bool)
-    if not ok or not low <= float(value) <= high:  # type: ignore[arg-type]  # a number: checked before
-        raise ConfigError(f"{where}={value!r}: must be a number from {low:g} to {high:g}")
-    return float(value)  # type: ignore[arg-type]
+    if isinstance(value, int | float) and not isinstance(value, bool) and low <= value <= high:
+        return float(value)
+    raise ConfigError(f"{where}={value!r}: must be a number from {low:g} to {high:g}")
 
 
 def _natural(name: str) -> list[tuple[int, int, str]]:

@@ -335,7 +335,7 @@ class Worker:
             code, text = "out_of_memory", f"out of the host's memory; {fix} ({_first_line(error)})"
         else:
             code, text = "worker_failed", f"{type(error).__name__}: {_first_line(error)}"
-        with contextlib.suppress(ServingError, OSError):
+        with contextlib.suppress(ServingError, OSError):  # nobody listens any more
             self.channel.send(
                 WorkerError(
                     global_rank=self.rank.global_rank, epoch=self.epoch, code=code, message=" ".join(text.split())

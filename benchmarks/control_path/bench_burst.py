@@ -80,7 +80,7 @@ def main() -> None:
     parser.add_argument("--prefix", type=int, default=0, help="tokens that all prompts begin with")
     parser.add_argument("--repeat", type=int, default=5)
     arguments = parser.parse_args()
-    launch.launch_engine = functools.partial(  # type: ignore[assignment]
+    launch.launch_engine = functools.partial(  # type: ignore[assignment]  # ranks that cost nothing
         launch.launch_engine, rank_module="argosy.workers.zero_cost_rank"
     )
     most = max(arguments.requests)

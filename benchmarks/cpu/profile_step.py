@@ -80,8 +80,8 @@ def measure(runner: ModelRunner, next_step: Callable[[int], SchedulerOutput], co
 
         return call
 
-    runner.batch.build, kept_build = marked(runner.batch.build), runner.batch.build  # type: ignore[assignment]
-    runner._forward, kept_forward = marked(runner._forward), runner._forward  # type: ignore[assignment]
+    runner.batch.build, kept_build = marked(runner.batch.build), runner.batch.build  # type: ignore[assignment]  # the same call, watched
+    runner._forward, kept_forward = marked(runner._forward), runner._forward  # type: ignore[assignment]  # the same call, watched
     rows, wall = [], []
     faults_before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     try:
@@ -97,7 +97,7 @@ def measure(runner: ModelRunner, next_step: Callable[[int], SchedulerOutput], co
             wall.append(time.perf_counter() - began)
             rows.append((marks[0] - started, marks[1] - marks[0], drawn - marks[1], ended - drawn, ended - started))
     finally:
-        runner.batch.build, runner._forward = kept_build, kept_forward  # type: ignore[method-assign]
+        runner.batch.build, runner._forward = kept_build, kept_forward  # type: ignore[method-assign]  # put back
     columns = zip(*rows, strict=True)
     found = {name: round(1e6 * min(column), 1) for name, column in zip((*PARTS, "cpu"), columns, strict=True)}
     faults = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - faults_before

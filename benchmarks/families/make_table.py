@@ -21,8 +21,8 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "workers"))
-from family_cases import CASES, FALLBACKS  # noqa: E402
-from family_harness import FOUND, WAYS  # noqa: E402
+from family_cases import CASES, FALLBACKS  # noqa: E402  # after the path is set
+from family_harness import FOUND, WAYS  # noqa: E402  # after the path is set
 
 TESTS = ("tests/workers/test_model_families.py", "tests/workers/test_transformers_fallback.py")
 CHOSEN = "one_rank_equals or a_layout_equals or answers_as_there or test_layouts"

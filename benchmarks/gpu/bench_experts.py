@@ -45,7 +45,7 @@ class Cards:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         self.parallel, self.slice = parallel, Slice(spec, dtype, device, BLOCKS, parallel)
         if device.type == "cpu":
-            self.slice.backend = TorchBackend()  # type: ignore[assignment]
+            self.slice.backend = TorchBackend()  # type: ignore[assignment]  # the CPU's own
         for name, parameter in self.slice.model.named_parameters():  # what all ranks have must be the same
             generator = torch.Generator(device).manual_seed(zlib.crc32(name.encode()))
             is_norm = parameter.ndim == 1 and "norm" in name
@@ -90,7 +90,7 @@ class Cards:
             if record:
                 with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
                     run()
-                replay = graph.replay  # type: ignore[assignment]
+                replay = graph.replay  # type: ignore[assignment]  # what is timed
             times = []
             for _ in range(5):
                 torch.cuda.synchronize(device)

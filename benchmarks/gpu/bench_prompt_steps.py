@@ -94,7 +94,7 @@ def answers(runner: ModelRunner, max_tokens: int, seed: int) -> list[list[int]]:
     config = runner.config
     scheduler = Scheduler(config, MonotonicClock(), Metrics())
     scheduler._max_tokens = max_tokens  # chunks of other sizes, on the same rank
-    scheduler.begin_epoch(0, runner.kv_cache.tensors[0].shape[0], runner.kv_groups)  # type: ignore[union-attr]
+    scheduler.begin_epoch(0, runner.kv_cache.tensors[0].shape[0], runner.kv_groups)  # type: ignore[union-attr]  # measured before
     runner.execute(SchedulerOutput(step_id=-1, epoch=0, rows=[], finished=sorted(runner.batch.active)))
     requests, waiting, outcomes = [], [], []
     for number in range(30):

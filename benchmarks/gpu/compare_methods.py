@@ -47,15 +47,15 @@ def measure(name: str, model: str, batches: list[int], context: int, top: int) -
         runner.execute(start_rows(runner, batch, context))
         for step in range(3):
             runner.execute(decode(batch, step))
-        replay_ms, _ = timed(lambda batch=batch: graphs.run(batch), 20)  # type: ignore[misc]
-        step_ms, _ = timed(lambda batch=batch: runner.execute(decode(batch, 9)), 20)  # type: ignore[misc]
+        replay_ms, _ = timed(lambda batch=batch: graphs.run(batch), 20)  # type: ignore[misc]  # bound now
+        step_ms, _ = timed(lambda batch=batch: runner.execute(decode(batch, 9)), 20)  # type: ignore[misc]  # bound now
         row = {"format": name, "model": model, "batch": batch, "context": context, "step_ms": round(step_ms, 4),
                "replay_ms": round(replay_ms, 4), "weight_bytes": weights,
                "device": torch.cuda.get_device_name()}  # fmt: skip
         print(json.dumps(row), flush=True)
         if top:
-            show(lambda batch=batch: graphs.run(batch), top)  # type: ignore[misc]
-            timeline(lambda batch=batch: graphs.run(batch))  # type: ignore[misc]
+            show(lambda batch=batch: graphs.run(batch), top)  # type: ignore[misc]  # bound now
+            timeline(lambda batch=batch: graphs.run(batch))  # type: ignore[misc]  # bound now
 
 
 def main() -> int:

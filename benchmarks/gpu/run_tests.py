@@ -231,7 +231,7 @@ class Host:
 
 
 def _kill_group(group: int) -> None:
-    with contextlib.suppress(ProcessLookupError, PermissionError):
+    with contextlib.suppress(ProcessLookupError, PermissionError):  # gone, or not ours
         os.killpg(group, signal.SIGKILL)
 
 

@@ -189,9 +189,9 @@ def rank_alone(name: str, shape: tuple[int, int], rows: int, bits: int) -> list[
                 float((fresh(run_as_in_a_layer, name, x, weights[0], sizes).double() - right).norm() / right.norm())
                 for _ in range(3)
             )
-            calls = [lambda w=w, s=sizes: run_as_in_a_layer(name, x, w, s) for w in weights]  # type: ignore[misc]
+            calls = [lambda w=w, s=sizes: run_as_in_a_layer(name, x, w, s) for w in weights]  # type: ignore[misc]  # bound now
             us = microseconds(calls, launches=max(len(weights), 24), replays=3)[0]
-        except Exception as error:
+        except Exception as error:  # sizes that the card refuses are named and left out
             print("   skipped", sizes, str(error)[:100], flush=True)
             continue
         is_right = off < 2 * LARGEST_ERROR
@@ -232,7 +232,7 @@ class Tuner:
             self.runner.batch.last_token_N.fill_(5)  # rounding may choose another, which proves nothing
             logits = self.runner.graphs.run(rows).float().clone()
             torch.cuda.synchronize()
-        except Exception as error:
+        except Exception as error:  # sizes that the card refuses are named and left out
             print("   skipped:", str(error)[:100], flush=True)
             return float("inf")
         if self.wanted is None:
@@ -305,7 +305,7 @@ def main() -> int:
     packed: dict[str, Sizes] = tuner.table["packed"]
     best = tuner.measure()
     print(f"as it is: {best:.4f} ms, ready after {time.perf_counter() - began:.0f} s", flush=True)
-    timeline(lambda: runner.graphs.run(rows))  # type: ignore[union-attr]
+    timeline(lambda: runner.graphs.run(rows))  # type: ignore[union-attr]  # recorded before
     for other in others:
         other.wait()
     print(f"compiled after {time.perf_counter() - began:.0f} s", flush=True)
@@ -331,7 +331,7 @@ def main() -> int:
         best = tuner.try_attention(best, deadline)
     tuner.measure()
     print(f"all: {best:.4f} ms", flush=True)
-    timeline(lambda: runner.graphs.run(rows))  # type: ignore[union-attr]
+    timeline(lambda: runner.graphs.run(rows))  # type: ignore[union-attr]  # recorded before
     chosen = {key: packed[key] for key in map(tuner.key, shapes.values()) if key in packed}
     print(json.dumps(chosen), flush=True)
     if args.out:

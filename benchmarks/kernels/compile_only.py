@@ -43,10 +43,10 @@ def _compile_only(kernel: Any, grid: object) -> Callable[..., Any]:
 
 def prepare() -> None:
     """From now on launches compile. CPU tensors stand for the card's."""
-    driver.set_active(_NoDriver())  # type: ignore[arg-type]
+    driver.set_active(_NoDriver())  # type: ignore[arg-type]  # a stand-in
     jit.JITFunction.__getitem__ = _compile_only
-    tuning.device_facts = lambda device: FACTS  # type: ignore[assignment]
-    tuning.counters = lambda device: torch.zeros(tuning.MAX_COUNTERS, dtype=torch.int32)  # type: ignore[assignment]
+    tuning.device_facts = lambda device: FACTS  # type: ignore[assignment]  # of the card that is not here
+    tuning.counters = lambda device: torch.zeros(tuning.MAX_COUNTERS, dtype=torch.int32)  # type: ignore[assignment]  # of the card that is not here
 
 
 def describe(kernel: Any) -> str:

@@ -56,7 +56,7 @@ class Words:
     def __init__(self, parallel: object, world: int, hidden: int, inner: int, device: torch.device):
         num_bytes = layer_chain.inbox_words(world, hidden) * 4
         if world > 1:
-            self.buffer = parallel.shared_buffer(num_bytes)  # type: ignore[attr-defined]
+            self.buffer = parallel.shared_buffer(num_bytes)  # type: ignore[attr-defined]  # a group has one
             self.bases = self.buffer.addresses_W
         else:
             self.buffer = torch.zeros(num_bytes, dtype=torch.uint8, device=device)

@@ -134,7 +134,7 @@ def compile_part(index: int, of: int, model: str, rows: int, *, only: bool) -> N
         calls += [lambda s=sizes, p=pieces: roundings(s, p) for sizes in ROUNDINGS for pieces in (1, 2, 4)]
 
     def roundings(sizes: Sizes, pieces: int) -> None:
-        tuning.pick = lambda kernel, key, device: sizes  # type: ignore[assignment]
+        tuning.pick = lambda kernel, key, device: sizes  # type: ignore[assignment]  # the sizes under trial
         delta = torch.zeros(pieces, rows, hidden, device="cuda") if pieces > 1 else rand(rows, hidden)
         fp8_quantize.quantize(delta, Rounding(), norm_weight_I=norm, residual_TI=x)
         if pieces == 1:
@@ -262,7 +262,7 @@ def main() -> int:
     began, workers = time.perf_counter(), min(20, os.cpu_count() or 1)
     others = [subprocess.Popen([sys.executable, *sys.argv, "--compile-part", f"{i}/{workers}"]) for i in range(workers)]
     table = json.loads(Path(args.out).read_text())
-    tuning.pick = lambda kernel, key, device: table.get(kernel, {}).get(key)  # type: ignore[assignment]
+    tuning.pick = lambda kernel, key, device: table.get(kernel, {}).get(key)  # type: ignore[assignment]  # the sizes under trial
     chain = Chain(args.model, args.rows)
     for other in others:
         other.wait()

@@ -162,7 +162,7 @@ SEVERAL: tuple[Sizes, ...] = (
 
 def tune_step(table: dict[str, dict[str, Sizes]], rows_asked: Sequence[int] = (1, 8, 64)) -> None:
     """Choose by the time of six layers of the 8b shape, where neighbours share the card."""
-    tuning.pick = lambda kernel, key, device: table.get(kernel, {}).get(key)  # type: ignore[assignment]
+    tuning.pick = lambda kernel, key, device: table.get(kernel, {}).get(key)  # type: ignore[assignment]  # the sizes under trial
     hidden, _, *shape = STEPS["8b"]
     chain = Fp8Step(hidden, 6, *shape)
     for rows in rows_asked:

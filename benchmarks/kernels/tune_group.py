@@ -322,7 +322,7 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int, folder: str)
     for rows in args.rows:
         num_in, num_out, _ = shapes["head"]
         table[f"{num_in}x{num_out}x{gemv.bucket(rows)}"] = ranked[f"head {rows}"][0]
-    tuning.pick = lambda kernel, key, device: table.get(key) if kernel == "gemv" else PICK(kernel, key, device)  # type: ignore[assignment]
+    tuning.pick = lambda kernel, key, device: table.get(key) if kernel == "gemv" else PICK(kernel, key, device)  # type: ignore[assignment]  # the sizes under trial
     chain = Chain(parallel, args.model, args.cards, max(args.rows))
     for rows in args.rows:
         chain.way = ""

@@ -197,7 +197,7 @@ def tune_prefill(part: Part) -> Mapping[str, Sizes]:
                                     continue
                                 sizes = {"block_m": block_m, "block_l": block_l, "warps": warps, "stages": stages,
                                          "one_loop": one_loop}  # fmt: skip
-                                call = lambda s=sizes: prefill_attention.prefill_attention(  # noqa: E731
+                                call = lambda s=sizes: prefill_attention.prefill_attention(  # noqa: E731  # bound to these sizes
                                     q, *caches, starts, lengths, table, scale=0.1, sizes=s
                                 )  # fmt: skip
                                 try:
@@ -223,7 +223,7 @@ def tune_step(table: Table) -> None:
 
     A kernel that is fast alone may hold what its neighbour needs, or keep nothing for it to overlap with.
     """
-    tuning.pick = lambda kernel, key, device: table.get(kernel, {}).get(key)  # type: ignore[assignment]
+    tuning.pick = lambda kernel, key, device: table.get(kernel, {}).get(key)  # type: ignore[assignment]  # the sizes under trial
     for name, (hidden, _, *shape) in STEPS.items():
         chain = Step(hidden, 6, *shape)
         for rows in (1, 8):

@@ -177,7 +177,7 @@ def random_int_experts(
     return IntExpertWeight(packed, order)
 
 
-def timed(x, weight, places, of_block, choices, shared, scale, tile, way) -> float:  # type: ignore[no-untyped-def]
+def timed(x, weight, places, of_block, choices, shared, scale, tile, way) -> float:  # type: ignore[no-untyped-def]  # tensors and sizes
     """Seconds of one product, the median of five times ten in a recorded graph."""
 
     def run() -> None:

@@ -130,13 +130,13 @@ def measured(
                 float((packed_linear.linear(x, weights[0], sizes=sizes).double() - want).norm() / want.norm())
                 for _ in range(3)
             ]
-        except Exception as error:
+        except Exception as error:  # sizes that the card refuses are named and left out
             print("skipped", sizes, str(error)[:60], file=sys.stderr)
             continue
         if not max(errors) < LARGEST_ERROR:
             print("WRONG", name, tokens, sizes, errors, flush=True)
             continue
-        calls = [lambda w=w, s=sizes: packed_linear.linear(x, w, sizes=s) for w in weights]  # type: ignore[misc]
+        calls = [lambda w=w, s=sizes: packed_linear.linear(x, w, sizes=s) for w in weights]  # type: ignore[misc]  # bound now
         is_fused = sizes["kernel"] in (FEW, VECTOR) or name == "qkv"
         unfused = UNFUSED_US if tokens <= packed_linear.MOST_FUSED and not is_fused else 0.0
         found.append((unfused + microseconds(calls, launches=max(len(weights), 24), replays=3)[0], sizes, max(errors)))
@@ -184,7 +184,7 @@ def main() -> None:
                 tops[tokens] = [sizes for _, sizes, _ in found[:3]]
                 us, sizes, error = found[0]
                 x = torch.randn(tokens, num_in, device="cuda").bfloat16()
-                by_library = microseconds([lambda w=w: F.linear(x, w) for w in plain], launches=24, replays=3)[0]  # type: ignore[misc]  # noqa: B023
+                by_library = microseconds([lambda w=w: F.linear(x, w) for w in plain], launches=24, replays=3)[0]  # type: ignore[misc]  # noqa: B023  # called at once
                 for same in (tokens, *(other for other, like in SAME.items() if like == tokens)):
                     tuned[packed_linear.key_of(weights[0], same)] = sizes
                 layers[tokens][0] += us

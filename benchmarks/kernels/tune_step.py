@@ -117,7 +117,7 @@ def rank_alone(rows: int, shape: Shape, best: int) -> list[Sizes]:
         try:
             calls = [call_of(shape, x, w, sizes) for w in weights]
             times[json.dumps(sizes)] = microseconds(calls, launches=max(len(calls), 20), replays=3)[0]
-        except Exception as error:
+        except Exception as error:  # sizes that the card refuses are named and left out
             print("skipped", sizes, str(error)[:80], flush=True)
     ranked = sorted(times, key=times.__getitem__)
     shown = "  ".join(f"{times[r]:.1f} {short(json.loads(r))}" for r in ranked[:3])
@@ -182,7 +182,7 @@ def main() -> int:
     shapes = shapes_of(args.model)
     ranked = {f"{s[0]} {rows}": rank_alone(rows, s, args.best) for rows in args.rows for s in shapes}
     torch.cuda.empty_cache()
-    tuning.pick = lambda kernel, key, device: table.get(kernel, {}).get(key)  # type: ignore[assignment]
+    tuning.pick = lambda kernel, key, device: table.get(kernel, {}).get(key)  # type: ignore[assignment]  # the sizes under trial
     hidden, _, *rest = STEPS[args.model]
     chain = Step(hidden, LAYERS, *rest)
     for rows in args.rows:

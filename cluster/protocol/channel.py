@@ -204,7 +204,7 @@ class Channel:
 
     def close(self) -> None:
         """End the connection; a thread that waits in `recv` gets `ChannelClosed`. May be called twice."""
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # the other end was first
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
@@ -224,7 +224,7 @@ class Listener:
             if len(target.encode()) > MAX_UNIX_PATH_BYTES:
                 raise ConfigError(f"the socket path {target!r} is too long; set TMPDIR to a shorter folder")
             sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-            with contextlib.suppress(FileNotFoundError):
+            with contextlib.suppress(FileNotFoundError):  # the usual case
                 os.unlink(target)  # left by a predecessor that was killed; the folder is private to one engine
             sock.bind(target)
             os.chmod(target, 0o600)
@@ -259,7 +259,7 @@ class Listener:
         self._socket.close()
         kind, target = parse_address(self.address)
         if kind == "unix":
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # removed with its folder
                 os.unlink(str(target))
 
 

@@ -50,7 +50,7 @@ class RelayChannel(Channel):
         self._listener.close()
         for neighbour in list(self._neighbours.values()):
             neighbour.close()
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError):  # others still use it
             self._folder.rmdir()
 
     def _accept(self) -> None:
@@ -76,7 +76,7 @@ class RelayChannel(Channel):
             neighbour.close()
             self._neighbours.pop(global_rank, None)
             if global_rank >= 0 and not self._closing.is_set():
-                with contextlib.suppress(ChannelClosed):
+                with contextlib.suppress(ChannelClosed):  # the driver is gone, too
                     self.send(WorkerError(global_rank=global_rank, epoch=-1, code="worker_lost", message=str(error)))
 
 
@@ -85,7 +85,7 @@ def _whole(frame: memoryview) -> bytes:
 
 
 def _make_private(folder: Path) -> None:
-    with contextlib.suppress(FileExistsError):
+    with contextlib.suppress(FileExistsError):  # looked at below
         folder.mkdir(mode=0o700)
     found = folder.lstat()
     if found.st_uid != os.getuid() or found.st_mode & 0o170077 != 0o040000:

@@ -9,7 +9,7 @@ import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from enum import IntEnum, StrEnum
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 import msgspec
 
@@ -297,8 +297,12 @@ def _unknown_name(name: str, known: Sequence[str]) -> str:
     return f"there is no such field; did you mean {near[0]!r}?" if near else "there is no such field; leave it out"
 
 
-def _is_int(value: object) -> bool:
+def _is_int(value: object) -> TypeGuard[int]:
     return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _is_list(value: object) -> bool:
@@ -306,14 +310,13 @@ def _is_list(value: object) -> bool:
 
 
 def _integer(name: str, value: object, low: int, high: int, *, hint: str = "") -> None:
-    if not _is_int(value) or not low <= value <= high:  # type: ignore[operator]  # _is_int has just said so
+    if not _is_int(value) or not low <= value <= high:
         bound = f"must be an integer from {low}" + ("" if high == 2**31 - 1 else f" to {high}")
         raise InvalidRequest(name, value, f"{bound}; {hint}" if hint else bound)
 
 
 def _number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
-    is_number = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not is_number or not low <= value <= high or (above and value == low):  # type: ignore[operator]
+    if not _is_finite(value) or not low <= value <= high or (above and value == low):
         least = f" above {low:g}" if above else f" from {low:g}" if math.isfinite(low) else ""
         most = f" to {high:g}" if math.isfinite(high) else ""
         raise InvalidRequest(name, value, f"must be a finite number{least}{most}")

@@ -103,7 +103,7 @@ def start(poller: Poller, tmp_path: Path) -> Iterator[Start]:
             config=settings,
             start_ranks=ranks,
             poller=poller,
-            clock=clock or MonotonicClock(),  # type: ignore[arg-type]
+            clock=clock or MonotonicClock(),  # type: ignore[arg-type]  # or a test's
             folder=str(tmp_path),
         )
         made.append(executor)

@@ -35,7 +35,7 @@ def written_by(body: Callable[[DriverClient], None], passes: int = 1) -> list[li
 
     async def main() -> list[bytes]:
         client, transport = DriverClient(), Written()
-        client._transport = transport  # type: ignore[assignment]
+        client._transport = transport  # type: ignore[assignment]  # a stand-in
         for _ in range(passes):
             body(client)
             await asyncio.sleep(0)
@@ -123,7 +123,7 @@ def test_each_of_several_replicas_gets_a_burst_of_its_own() -> None:
     async def main() -> list[list[str]]:
         clients, transports = [DriverClient(), DriverClient()], [Written(), Written()]
         for client, transport in zip(clients, transports, strict=True):
-            client._transport, client.info = transport, INFO  # type: ignore[assignment]
+            client._transport, client.info = transport, INFO  # type: ignore[assignment]  # a stand-in
         edge = ReplicaClient(clients, ["unix:0", "unix:1"])
         for _ in range(6):
             edge.submit([1, 2, 3], TokenParams(max_tokens=2))
@@ -139,7 +139,7 @@ def test_a_connection_that_breaks_before_the_flush_ends_its_streams() -> None:
 
     async def main() -> None:
         client, transport = DriverClient(), Written()
-        client._transport = transport  # type: ignore[assignment]
+        client._transport = transport  # type: ignore[assignment]  # a stand-in
         streams = [submit(client) for _ in range(3)]
         written = len(transport.pieces)
         client.connection_lost("it broke")

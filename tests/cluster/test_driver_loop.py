@@ -59,7 +59,7 @@ class ThreadRanks:
             self.rows.append(len(output.rows))
             return step(output)
 
-        rank.step = noted  # type: ignore[method-assign]
+        rank.step = noted  # type: ignore[method-assign]  # the same, noted
         thread = threading.Thread(target=rank.serve)
         thread.start()
         self.channels.append(channel)

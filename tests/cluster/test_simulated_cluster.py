@@ -5,6 +5,7 @@ import random
 import pytest
 
 from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.request import Request
 from argosy.cluster.routing import ReplicaLoad, choose_replica
 from argosy.cluster.simulated_cluster import Arrival, SimulatedCluster
 from argosy.cluster.simulated_replica import SimulatedReplica, StepSize
@@ -61,18 +62,18 @@ def test_a_prefix_draws_those_that_are_sent_together_with_it() -> None:
 class AskingAll(SimulatedCluster):
     """Asks `choose_replica` about every replica, as a router would that can afford it."""
 
-    def _choose(self, request: object, prefix: int) -> int:
+    def _choose(self, request: Request, prefix: int) -> int:
         loads = [
             ReplicaLoad(
                 replica_id=place,
                 num_waiting=replica.num_waiting,
                 num_running=replica.num_running,
                 kv_usage=replica.kv_usage,
-                num_cached_tokens=replica.cached_tokens(request) if prefix >= 0 else 0,  # type: ignore[arg-type]
+                num_cached_tokens=replica.cached_tokens(request) if prefix >= 0 else 0,
             )
             for place, replica in enumerate(self.replicas)
         ]
-        chosen = choose_replica(loads, num_prompt_tokens=request.num_prompt_tokens)  # type: ignore[attr-defined]
+        chosen = choose_replica(loads, num_prompt_tokens=request.num_prompt_tokens)
         assert chosen is not None
         return chosen
 

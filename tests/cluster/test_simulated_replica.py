@@ -1,6 +1,7 @@
 """One replica in virtual time: the real scheduler's life with a price list, and leaps that change nothing."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -142,8 +143,13 @@ def test_leaping_gives_what_stepping_gives(
 ) -> None:
     """To the bit: every time, every sample, every count, whatever comes when; blocks named or hashed."""
     ordered = sorted(arrivals, key=lambda one: one.seconds)
-    given = {"num_blocks": num_blocks, "async_scheduling": async_scheduling, "replicas": replicas, "policy": policy}
-    leapt, stepped = (simulate(ordered, leaps=leaps, **given) for leaps in (True, False))  # type: ignore[arg-type]
+    given: Any = {
+        "num_blocks": num_blocks,
+        "async_scheduling": async_scheduling,
+        "replicas": replicas,
+        "policy": policy,
+    }
+    leapt, stepped = (simulate(ordered, leaps=leaps, **given) for leaps in (True, False))
     assert facts(leapt) == facts(stepped)
 
 

@@ -9,7 +9,9 @@ from argosy.cluster.stage_clock import StageClock, StepSize
 PARAMS = TokenParams(max_tokens=9)
 
 
-def step(step_id: int, *rows: int, new: int = 0, num_tokens: tuple[int, ...] = (), partial: tuple[int, ...] = ()):  # type: ignore[no-untyped-def]
+def step(
+    step_id: int, *rows: int, new: int = 0, num_tokens: tuple[int, ...] = (), partial: tuple[int, ...] = ()
+) -> SchedulerOutput:
     """A step of these rows, which are new with prompts of so many tokens."""
     requests = [NewRequest(row, [1] * new, new, 0, [], PARAMS) for row in rows] if new else []
     return SchedulerOutput(
@@ -31,7 +33,7 @@ def test_stages_work_side_by_side_and_a_row_waits_for_its_token() -> None:
 def test_pieces_of_a_prompt_follow_each_other_without_a_token() -> None:
     """Only the last one samples; sizes are counted."""
     sizes: list[StepSize] = []
-    clock = StageClock(1, lambda stage, size: sizes.append(size) or 1.0)  # type: ignore[func-returns-value]
+    clock = StageClock(1, lambda stage, size: sizes.append(size) or 1.0)  # type: ignore[func-returns-value]  # append gives None
     clock.run(step(0, 3, new=10, num_tokens=(6,), partial=(0,)), now=1.0)
     assert clock.run(step(1, 3, num_tokens=(4,)), now=1.0) == 3.0
     assert sizes == [StepSize(6, 1, 0, 6), StepSize(4, 1, 1, 10)]

@@ -61,7 +61,7 @@ def test_a_whole_answer_with_all_that_users_of_vllm_expect() -> None:
     assert [(a.index, a.text, a.token_ids, a.finish_reason) for a in output.outputs] == [
         (index, " there is", words, "length") for index in range(2)
     ]
-    position = output.outputs[0].logprobs[0]  # type: ignore[index]
+    position = output.outputs[0].logprobs[0]  # type: ignore[index]  # asked for
     assert position[words[0]] == (-1.0, 2, TOKENIZER.decode([words[0]]))
     assert position[words[0] + 1].rank == 1
     assert output.outputs[0].cumulative_logprob == -1.0 * len(words)
@@ -129,7 +129,7 @@ def test_what_can_be_refused_is_refused_before_the_driver_hears_of_it(
     client = ScriptedClient()
     with pytest.raises(error) as caught:
         complete(client, prompt, **params)
-    assert caught.value.param == param  # type: ignore[attr-defined]
+    assert caught.value.param == param  # type: ignore[attr-defined]  # each of `error` has it
     assert client.submitted == []
 
 
@@ -216,8 +216,8 @@ def test_an_error_of_the_driver_is_raised_as_the_class_that_the_driver_raised(
 
     with pytest.raises(kind, match="as it was said") as caught:
         complete(ScriptedClient(script))
-    assert caught.value.http_status == status  # type: ignore[attr-defined]
-    assert caught.value.retry_after_seconds == 7  # type: ignore[attr-defined]
+    assert caught.value.http_status == status  # type: ignore[attr-defined]  # each of `error` has it
+    assert caught.value.retry_after_seconds == 7  # type: ignore[attr-defined]  # each of `error` has it
 
 
 def test_one_failed_answer_of_several_ends_the_others() -> None:

@@ -231,7 +231,7 @@ def test_without_a_key_every_route_but_health_is_closed(keys_file: str) -> None:
         assert (answer.status_code, answer.headers["www-authenticate"]) == (401, "Bearer")
         assert answer.json()["error"]["code"] == "invalid_api_key"
         assert "secret" not in answer.text
-    for given in (b"Bearer secret-one", b"bearer secret-one", b"Bearer secret-two-\xc3\xa9"):  # type: ignore[assignment]
+    for given in (b"Bearer secret-one", b"bearer secret-one", b"Bearer secret-two-\xc3\xa9"):  # type: ignore[assignment]  # bytes now
         assert call(app, "GET", "/v1/models", headers={b"authorization": given}).status_code == 200
 
 

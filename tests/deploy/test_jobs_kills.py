@@ -97,7 +97,7 @@ def run_and_die(path: Path, story: Callable[[Journal], None], at_statement: int)
             journal.db.set_trace_callback(count)
             story(journal)
             os._exit(0)
-        except BaseException:
+        except BaseException:  # the status says it
             os._exit(1)
     status = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert status in (0, 9), status

@@ -313,7 +313,7 @@ def test_kill_9_of_the_server_at_random_moments_leaves_one_line_for_each_item(tm
                 server.start()
                 job.refresh()
                 after = max((seq for seq, _ in seen.values()), default=0)
-                with contextlib.suppress(TimeoutError):
+                with contextlib.suppress(TimeoutError):  # the next round has the rest
                     for result in job.results(after=after, timeout_seconds=0.2):
                         assert result.line not in seen
                         seen[result.line] = (result.seq, result.raw)

@@ -46,7 +46,7 @@ def _leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
 def rank_processes(engine: Engine) -> list[psutil.Process]:
     """The ranks, by age."""
-    driver = psutil.Process(engine._driver.pid)  # type: ignore[attr-defined]
+    driver = psutil.Process(engine._driver.pid)  # type: ignore[attr-defined]  # a process here
     return sorted(driver.children(), key=lambda process: process.create_time())
 
 
@@ -128,7 +128,7 @@ def test_a_killed_driver_takes_its_ranks_along_and_edges_hear_of_it() -> None:
     async def body(client: DriverClient) -> None:
         streams = [client.submit([first, 1], TokenParams(max_tokens=NUM_TOKENS)) for first in range(32)]
         await anext(streams[0])
-        os.kill(engine._driver.pid, signal.SIGKILL)  # type: ignore[attr-defined]
+        os.kill(engine._driver.pid, signal.SIGKILL)  # type: ignore[attr-defined]  # a process here
         reasons = [(await tokens_of(stream))[1] for stream in streams]
         assert reasons[-1] is FinishReason.LOST  # the first may have been over already
 
@@ -141,8 +141,8 @@ def test_a_killed_driver_takes_its_ranks_along_and_edges_hear_of_it() -> None:
 def test_the_driver_ends_with_its_owner() -> None:
     """A notebook's kernel is killed: its end of the pipe closes, and the driver stops by itself."""
     engine = launch_engine(settings(), backend="local", rank_module=ZERO_COST)
-    processes = [psutil.Process(engine._driver.pid), *rank_processes(engine)]  # type: ignore[attr-defined]
-    engine._driver._process.stdin.close()  # type: ignore[attr-defined]
+    processes = [psutil.Process(engine._driver.pid), *rank_processes(engine)]  # type: ignore[attr-defined]  # a process here
+    engine._driver._process.stdin.close()  # type: ignore[attr-defined]  # a process here
     assert psutil.wait_procs(processes, timeout=15.0)[1] == []
     engine.close()
 

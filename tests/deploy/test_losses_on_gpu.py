@@ -53,7 +53,7 @@ def test_a_rank_that_is_lost_costs_a_pause_and_no_token(tp: int, pp: int, how: s
     with engine(folders["llama"], dtype="float32", max_model_len=512, **sizes) as llm:
         running = llm._engine
         before = sorted(
-            psutil.Process(running._driver.pid).children(),  # type: ignore[attr-defined]
+            psutil.Process(running._driver.pid).children(),  # type: ignore[attr-defined]  # a process here
             key=lambda process: process.create_time(),
         )
         assert len(before) == tp * pp

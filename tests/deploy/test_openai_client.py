@@ -59,7 +59,7 @@ class InProcessClient(DriverClient):
                 self.driver.on_executor_event(event)
             for _, message in self.driver.take_outbox():
                 self.on_message(self._to_edge.decode(msgspec.msgpack.encode(message)))
-            with contextlib.suppress(TimeoutError):
+            with contextlib.suppress(TimeoutError):  # looks again
                 await asyncio.wait_for(self.wake.wait(), 0.001)
             self.wake.clear()
 
@@ -271,11 +271,11 @@ def test_a_flood_of_tiny_chunks_is_answered_and_cut_off(server: Server) -> None:
     head += b"Transfer-Encoding: chunked\r\n\r\n"
     answer = b""
     with socket.create_connection((host, int(port)), timeout=60) as flood:
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError):  # refused: looked at below
             flood.sendall(head)
             while True:
                 flood.sendall(b"1\r\n \r\n" * 1000)
-        with contextlib.suppress(ConnectionError):
+        with contextlib.suppress(ConnectionError):  # refused: looked at below
             while piece := flood.recv(65536):
                 answer += piece
     assert not answer or b" 413 " in answer.splitlines()[0]  # a reset may overtake the answer

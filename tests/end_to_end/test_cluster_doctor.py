@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import pytest
@@ -24,8 +25,8 @@ def test_a_sound_node_and_a_model_that_was_cut_off(
     ray_session: RaySession, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """The same look as before a start, for people and for programs."""
-    ask = {"address": "of this test", "with_sums": False}
-    doctor_cluster.main(model=str(MODEL), as_json=False, **ask)  # type: ignore[arg-type]  # one dict for both
+    ask: Any = {"address": "of this test", "with_sums": False}
+    doctor_cluster.main(model=str(MODEL), as_json=False, **ask)
     shown = capsys.readouterr().out
     assert "127.0.0.1 has" in shown
     assert "1 nodes looked at" in shown
@@ -33,7 +34,7 @@ def test_a_sound_node_and_a_model_that_was_cut_off(
     broken = Path(shutil.copytree(MODEL, tmp_path / "model"))
     with (broken / "model.safetensors").open("r+b") as weights:
         weights.truncate(100_000)
-    assert doctor_cluster.main(model=str(broken), as_json=True, **ask) == 1  # type: ignore[arg-type]
+    assert doctor_cluster.main(model=str(broken), as_json=True, **ask) == 1
     faults = json.loads(capsys.readouterr().out)["faults"]
     (fault,) = [fault for fault in faults if fault["check"] == "model-broken"]
     assert (fault["node"], fault["level"]) == ("127.0.0.1", "fail")

@@ -41,21 +41,21 @@ def texts_below(folder: str) -> Iterator[tuple[Path, bytes]]:
 
 def listening(process: psutil.Process) -> list[Any]:
     """Its listening sockets; a helper process that ended meanwhile has none."""
-    with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):
+    with contextlib.suppress(psutil.NoSuchProcess, FileNotFoundError):  # ended
         return [c for c in process.net_connections("inet") if c.status == "LISTEN"]
     return []
 
 
 def words_of(process: psutil.Process) -> list[str]:
     """Its command line; none if it ended meanwhile."""
-    with contextlib.suppress(psutil.NoSuchProcess):
+    with contextlib.suppress(psutil.NoSuchProcess):  # ended
         return process.cmdline()
     return []
 
 
 def maps_of(process: psutil.Process) -> list[str]:
     """The files in its memory; of others on this machine we say nothing."""
-    with contextlib.suppress(psutil.Error):
+    with contextlib.suppress(psutil.Error):  # ended, or not ours
         return [region.path for region in process.memory_maps()]
     return []
 

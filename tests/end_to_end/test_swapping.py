@@ -71,7 +71,7 @@ def test_a_rank_that_dies_takes_host_copies_along_and_no_request(
     def kill_one(values: dict[str, float]) -> bool:
         if not values["argosy_host_blocks_used"]:
             return False
-        driver = psutil.Process(engine._driver.pid)  # type: ignore[attr-defined]
+        driver = psutil.Process(engine._driver.pid)  # type: ignore[attr-defined]  # a process here
         os.kill(min(driver.children(), key=lambda process: process.create_time()).pid, signal.SIGKILL)
         return True
 

@@ -35,7 +35,7 @@ async def ask(engine: Engine, *, kill_after: int = 0) -> tuple[list[list[int]], 
             token_ids += [token for delta in deltas for token in delta.token_ids]
             if is_alive and len(token_ids) >= kill_after:
                 is_alive = False
-                driver = psutil.Process(engine._driver.pid)  # type: ignore[attr-defined]
+                driver = psutil.Process(engine._driver.pid)  # type: ignore[attr-defined]  # a process here
                 os.kill(min(driver.children(), key=lambda process: process.create_time()).pid, signal.SIGKILL)
         return token_ids
 

@@ -84,7 +84,7 @@ def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
         ((128, 512), 256, 2, True), ((128, 512), 256, 4, False), ((200, 512), 256, 1, False),
         ((4096, 14336), 256, 2, True), ((4096, 14336), 256, 1, False),
     ):  # fmt: skip
-        found = fp8_one.takes(weight._replace(values_OI=OnCard(*shape)), {"width": width, "pieces": pieces})  # type: ignore[arg-type]
+        found = fp8_one.takes(weight._replace(values_OI=OnCard(*shape)), {"width": width, "pieces": pieces})  # type: ignore[arg-type]  # only a shape
         assert found == fits, (shape, width, pieces)
 
 

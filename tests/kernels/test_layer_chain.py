@@ -284,7 +284,7 @@ def test_ranks_say_what_the_layers_mean(
                         NORM=normed, WORLD=world, SLOT=slot, STAGES=stages, PROGRAMS=programs,
                         CUT=1 + normed, WAIT=True, PDL=False, num_warps=4,
                     )  # fmt: skip
-                except Exception as problem:
+                except Exception as problem:  # shown where they are joined
                     problems.append(problem)
 
             _run_all(run_program, programs, problems)
@@ -331,7 +331,7 @@ def test_words_that_come_after_those_looked_at_first_are_waited_for(language: La
                 words[:, arrive[turn - 1]] = came[:, arrive[turn - 1]]
         return load(pointer, mask, other=other, volatile=volatile)
 
-    language.load = load_late  # type: ignore[method-assign]
+    language.load = load_late  # type: ignore[method-assign]  # a slow wire
     found = layer_chain._receive(
         Pointer(words.ravel()), language.arange(0, 256, None), stamp, size, senders, np.float16, 1, True
     )

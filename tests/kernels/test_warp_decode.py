@@ -53,7 +53,7 @@ def test_rows_of_any_length_are_those_of_the_reference(
     for _ in range(2):  # the counters of pieces were left at zero
         out = torch.full((len(context), heads, 128), float("nan"), device="cuda", dtype=torch.bfloat16)
         sizes = {"maxnreg": 168, "per_sm": per_sm, "min_piece": 256}
-        warp_decode(q, *caches, table, lengths, out, scale=128**-0.5, max_context=2048, sizes=sizes)  # type: ignore[misc]
+        warp_decode(q, *caches, table, lengths, out, scale=128**-0.5, max_context=2048, sizes=sizes)  # type: ignore[misc]  # two of them
         assert_near(out, want)
     assert not tuning.counters(q.device).any()
 

@@ -174,7 +174,7 @@ class Hosts:
             shutil.rmtree(self.folder, ignore_errors=True)
             return
         for host in self.all:
-            with contextlib.suppress(OSError, ValueError):
+            with contextlib.suppress(OSError, ValueError):  # gone already
                 os.kill(int((host.folder / "pid").read_text()), signal.SIGKILL)
         time.sleep(0.3)
         for host in self.all:

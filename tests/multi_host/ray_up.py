@@ -115,7 +115,7 @@ def served(cluster: Path, port: int, flags: list[str], environment: dict[str, st
                 raise RuntimeError(f"argosy serve ended with {server.returncode}:\n{log.read_text()[-4000:]}")
             yield
         finally:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # ended already
                 os.killpg(server.pid, signal.SIGINT)
             try:
                 server.wait(60)
@@ -221,7 +221,7 @@ def main() -> int:
             with timer("ray down -y ray_cluster.yaml"):
                 run(["ray", "down", "-y", str(cluster)], environment, log)
         finally:
-            with contextlib.suppress(OSError):
+            with contextlib.suppress(OSError):  # no log yet
                 if "answers" not in result:
                     print(log.read_text()[-6000:], file=sys.stderr)
             if args.keep:

@@ -10,8 +10,8 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from argosy.placement import card_wires  # noqa: E402
-from argosy.placement.card_wires import (  # noqa: E402
+from argosy.placement import card_wires  # noqa: E402  # after the skip
+from argosy.placement.card_wires import (  # noqa: E402  # after the skip
     COUNTER_BYTES,
     HEADER_BYTES,
     NUM_WIRES,
@@ -19,9 +19,9 @@ from argosy.placement.card_wires import (  # noqa: E402
     CardWire,
     CardWires,
 )
-from argosy.placement.plan import make_plan  # noqa: E402
-from argosy.placement.process_groups import ParallelContext  # noqa: E402
-from argosy.placement.step_memory import SHARED_UNIT, wire_bytes  # noqa: E402
+from argosy.placement.plan import make_plan  # noqa: E402  # after the skip
+from argosy.placement.process_groups import ParallelContext  # noqa: E402  # after the skip
+from argosy.placement.step_memory import SHARED_UNIT, wire_bytes  # noqa: E402  # after the skip
 
 SLOT_BYTES = 16
 
@@ -37,13 +37,13 @@ class Cards:
 
     def wait(self, stream: int, address: int, value: int) -> None:
         """Stays first in its stream until the counter is there."""
-        self._tell(stream, lambda: int(self.memory.get(address, 0)) >= value)  # type: ignore[call-overload]
+        self._tell(stream, lambda: int(self.memory.get(address, 0)) >= value)  # type: ignore[call-overload]  # only numbers there
 
     def write(self, stream: int, address: int, value: int) -> None:
         """A counter only goes up."""
 
         def command() -> bool:
-            assert int(self.memory.get(address, 0)) < value  # type: ignore[call-overload]
+            assert int(self.memory.get(address, 0)) < value  # type: ignore[call-overload]  # only numbers there
             self.memory[address] = value
             return True
 
@@ -131,9 +131,9 @@ def test_both_ends_of_each_wire_mean_the_same_places(
     ranks = make_plan(4, tp_size, pp_size).ranks
     made = []
     for rank in ranks:
-        parallel = ParallelContext(rank, torch.device("cpu"), 1.0, world=object())  # type: ignore[arg-type]
+        parallel = ParallelContext(rank, torch.device("cpu"), 1.0, world=object())  # type: ignore[arg-type]  # nobody is asked
         made.append(
-            CardWires(parallel, Cards(0), token_bytes=800, token_slots=4, hidden_bytes=5 << 20)  # type: ignore[arg-type]
+            CardWires(parallel, Cards(0), token_bytes=800, token_slots=4, hidden_bytes=5 << 20)  # type: ignore[arg-type]  # a stand-in
         )
     assert len(set(sizes)) == 1
     planned = wire_bytes(1280, 2048, 100, pp_size=pp_size, dtype_bytes=2)  # 5 MiB of hidden states, 100 tokens
@@ -179,8 +179,8 @@ def test_a_card_that_does_not_reach_the_next_one_is_found_out(broken: str, monke
         wires = object.__new__(CardWires)
         wires._commands, wires._device, wires.addresses = commands, torch.device("cpu"), [0, 1 << 20]
         here = rank.global_rank << 20
-        wires._word_at = lambda place, here=here: memory.get(here + place, 0)  # type: ignore[method-assign,misc]
-        parallel = ParallelContext(rank, torch.device("cpu"), 1.0, world=object())  # type: ignore[arg-type]
+        wires._word_at = lambda place, here=here: memory.get(here + place, 0)  # type: ignore[method-assign,misc]  # bound now, a stand-in
+        parallel = ParallelContext(rank, torch.device("cpu"), 1.0, world=object())  # type: ignore[arg-type]  # nobody is asked
         found.append(wires.reaches(parallel))
     assert found == ([False, True, True, True] if not broken else [False] * 4)
     assert len(met) == 4

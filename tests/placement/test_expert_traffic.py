@@ -1,6 +1,7 @@
 """What whole experts cost on the wire: chances are counted, and the planner sizes what ranks then hold."""
 
 import itertools
+from typing import Any
 
 import pytest
 
@@ -11,8 +12,8 @@ from argosy.placement.planner import make_serving
 from argosy.placement.rank_memory import StageBytes
 
 
-def mixture(num_experts: int, top_k: int, **more: object) -> MoESpec:
-    return MoESpec(num_experts=num_experts, top_k=top_k, intermediate_size=8, expert_parallel=True, **more)  # type: ignore[arg-type]
+def mixture(num_experts: int, top_k: int, **more: Any) -> MoESpec:
+    return MoESpec(num_experts=num_experts, top_k=top_k, intermediate_size=8, expert_parallel=True, **more)
 
 
 @pytest.mark.parametrize(("num_experts", "top_k", "world"), [(8, 2, 2), (8, 2, 4), (8, 1, 8), (6, 3, 3)])

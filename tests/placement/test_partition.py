@@ -13,7 +13,7 @@ def best_of_all(num_layers: int, num_stages: int, worth: object) -> float:
     best = float("-inf")
     for cuts in combinations(range(1, num_layers), num_stages - 1):
         edges = (0, *cuts, num_layers)
-        best = max(best, min(worth(s, edges[s], edges[s + 1]) for s in range(num_stages)))  # type: ignore[operator]
+        best = max(best, min(worth(s, edges[s], edges[s + 1]) for s in range(num_stages)))  # type: ignore[operator]  # every cut has a worth
     return best
 
 

@@ -5,6 +5,7 @@ import shlex
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -33,13 +34,13 @@ def plan(
     topology: ClusterTopology,
     quantization: str | None = None,
     offload: float | str = 0.0,
-    **options: object,
+    **options: Any,
 ) -> PlanReport:
     """A plan with sequences of 8192 tokens."""
     shape = read_model_shape(model)
     longest = min(8192, shape.spec.max_position)
     serving = make_serving(shape, quantization=quantization, max_model_len=longest, cpu_offload_gb=offload)
-    return plan_cluster(shape, topology, PlanOptions(**options), serving)  # type: ignore[arg-type]
+    return plan_cluster(shape, topology, PlanOptions(**options), serving)
 
 
 def test_a_group_over_a_fast_network_has_a_place_on_each_node() -> None:

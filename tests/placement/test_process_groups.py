@@ -11,8 +11,8 @@ import pytest
 torch = pytest.importorskip("torch")
 
 from argosy.cluster.protocol.errors import ConfigError, StartupTimeout, WorkerFailed  # noqa: E402  # after the skip
-from argosy.placement.plan import make_plan  # noqa: E402
-from argosy.placement.process_groups import destroy_parallel, init_parallel  # noqa: E402
+from argosy.placement.plan import make_plan  # noqa: E402  # after the skip
+from argosy.placement.process_groups import destroy_parallel, init_parallel  # noqa: E402  # after the skip
 
 CPU = torch.device("cpu")
 

@@ -21,19 +21,19 @@ def record_graphs(runner: ModelRunner, on_progress: Callable[[float], None] | No
     runner.backend, runner.batch.lives_on_device = Forgetful(), True
     with torch.inference_mode():
         graphs = make_graphs(runner, 8, KINDS)
-        graphs.record(FakeRecorder())  # type: ignore[arg-type]
+        graphs.record(FakeRecorder())  # type: ignore[arg-type]  # a stand-in
     prompts = graphs.prompts
     assert prompts is not None
     run = prompts.run
 
     def counted(kind: tuple[int, int], inputs: object) -> torch.Tensor:
         print("replayed", kind, flush=True)
-        return run(kind, inputs)  # type: ignore[arg-type]
+        return run(kind, inputs)  # type: ignore[arg-type]  # handed on
 
-    prompts.run = counted  # type: ignore[method-assign,assignment]
+    prompts.run = counted  # type: ignore[method-assign,assignment]  # the same, counted
     return graphs
 
 
 if __name__ == "__main__":
-    model_runner.record_graphs = record_graphs  # type: ignore[attr-defined]
+    model_runner.record_graphs = record_graphs  # type: ignore[attr-defined]  # the name it imported
     be_ranks()

@@ -27,5 +27,5 @@ def test_each_is_asked_with_what_it_needs_to_know(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(chains, "open_layer_chain", none_of)
     monkeypatch.setattr(chains, "open_fp8_one_token", lambda *values, **options: none_of(*values, **options) or opened)
     parallel, layers = SimpleNamespace(tp_size=1), [object()]
-    assert chains.open_chains(parallel, layers, 64, torch.float16) == [opened]  # type: ignore[arg-type]
+    assert chains.open_chains(parallel, layers, 64, torch.float16) == [opened]  # type: ignore[arg-type]  # stand-ins
     assert asked == [((parallel, layers), {"width": 64, "dtype": torch.float16})] * 2

@@ -62,7 +62,7 @@ def as_ranks(world: int, run: Callable[[int, Thread], Tensor]) -> tuple[list[Ten
     def live(rank: RankInfo) -> None:
         try:
             made[rank.tp_rank] = run(rank.tp_rank, Thread(rank, wires))
-        except BaseException as error:
+        except BaseException as error:  # shown where they are joined
             errors.append(error)
             wires.barrier.abort()
 

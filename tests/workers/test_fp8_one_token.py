@@ -86,7 +86,7 @@ def test_one_token_says_what_it_says_among_others(family: str, tmp_path: Path, m
         rank = rank_of(folder, "fp8", monkeypatch)
         if opens:
             through = object.__new__(Fp8OneToken)
-            through._kernels = SimpleNamespace(linear=linear)  # type: ignore[assignment]
+            through._kernels = SimpleNamespace(linear=linear)  # type: ignore[assignment]  # a stand-in
             through._sizes = [ONE, {"pieces": 2}, ONE, ONE]
             rank.runner.model._chains = [through]
         run = Run(rank, config, 128)

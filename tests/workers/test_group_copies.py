@@ -79,8 +79,8 @@ class Rank:
         )  # fmt: skip
         self.later = Later()
         self.sums = GroupSum(parallel, max_tokens=TOKENS, width=WIDTH, max_rows=4, dtype=torch.float32)
-        self.sums._kernels = self.later  # type: ignore[assignment]
-        self.copies = GroupCopies(self.sums, self.later, max_rows=MIDDLE)  # type: ignore[arg-type]
+        self.sums._kernels = self.later  # type: ignore[assignment]  # a stand-in
+        self.copies = GroupCopies(self.sums, self.later, max_rows=MIDDLE)  # type: ignore[arg-type]  # a stand-in
         self.residual_TD = torch.zeros(TOKENS, WIDTH)
 
 
@@ -114,7 +114,7 @@ def test_flags_that_are_lowered_again_order_all_sums(world: int, seed: int) -> N
                 mains += [("after", (side, ends[turn - 2])), ("run", look(rank, number, turn - 2, half))]
             mains.append(("run", product(rank, number, turn, half)))
             rank.later.told.append(("after", (main, len(mains))))
-            rank.copies.sum_rows(None, turn // 2 % 2, rank.residual_TD, half, None)  # type: ignore[arg-type]
+            rank.copies.sum_rows(None, turn // 2 % 2, rank.residual_TD, half, None)  # type: ignore[arg-type]  # copies alone
             ends.append(len(rank.later.told))
         for turn in (num_sums - 2, num_sums - 1):
             mains += [("after", (side, ends[turn])), ("run", look(rank, number, turn, HALVES[turn % 2]))]

@@ -129,7 +129,7 @@ class Halves(Ranks):
             copy=lambda stream, target, source, num_bytes: ctypes.memmove(target, source, num_bytes),
         )  # fmt: skip
         sums._buffer.pointers[:] = [buffer.data_ptr() for buffer in self.buffers if buffer is not None]
-        sums._kernels.add_staged_norm = _add_staged_norm  # type: ignore[method-assign]
+        sums._kernels.add_staged_norm = _add_staged_norm  # type: ignore[method-assign]  # a stand-in
         return GroupCopies(sums, flags, max_rows=self.max_tokens)
 
 

@@ -87,7 +87,7 @@ class Ranks:
                 for token_ids_T in steps:
                     made_TD = ranks[rank](token_ids_T, None, torch.arange(len(token_ids_T)), _NO_CONTEXT)
                     found[rank].append(made_TD.clone())
-            except BaseException as error:
+            except BaseException as error:  # shown where they are joined
                 failed.append(error)
             finally:
                 self.meetings.end(rank)
@@ -117,10 +117,10 @@ class Ranks:
             shared_buffer=lambda num_bytes: self._buffer(rank, num_bytes),
         )  # fmt: skip
         sums = GroupSum(parallel, max_tokens=self.max_tokens, width=WIDTH, max_rows=8, dtype=torch.float32)
-        sums._kernels = SimpleNamespace(FLAG_BYTES=FLAG_BYTES, sum_add_norm=self._sum_add_norm)  # type: ignore[assignment]
-        sums._push = SimpleNamespace(push_add_norm=self._push_add_norm, MAX_ROWS=0)  # type: ignore[assignment]
+        sums._kernels = SimpleNamespace(FLAG_BYTES=FLAG_BYTES, sum_add_norm=self._sum_add_norm)  # type: ignore[assignment]  # a stand-in
+        sums._push = SimpleNamespace(push_add_norm=self._push_add_norm, MAX_ROWS=0)  # type: ignore[assignment]  # a stand-in
         if self.way is not None:
-            sums.way_of = lambda *args, **kwargs: self.way  # type: ignore[method-assign,return-value]
+            sums.way_of = lambda *args, **kwargs: self.way  # type: ignore[method-assign,return-value]  # the way asked for
         layers: Any = []
         for number, (attention, mlp) in enumerate(self.products[rank]):
             layers.append(

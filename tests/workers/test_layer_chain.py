@@ -53,7 +53,7 @@ def test_one_token_goes_through_the_chain(family: str, tmp_path: Path, monkeypat
     config = make_config(folder)
     rank = InProcessRank(config, 128)
     through = object.__new__(LayerChain)
-    through._kernels, through._rank, through._sizes = SimpleNamespace(chain=chain), 0, {}  # type: ignore[assignment]
+    through._kernels, through._rank, through._sizes = SimpleNamespace(chain=chain), 0, {}  # type: ignore[assignment]  # a stand-in
     through._bases_W = through._inner_I = through._counters = torch.zeros(0)
     rank.runner.model._chains = [through]
     run = Run(rank, config, 128)
@@ -188,7 +188,7 @@ def test_each_launch_gets_what_is_its_own(lean: int) -> None:
         layer.attention.qkv_proj.bias = f"bias {number}"
     behind: Any = [SimpleNamespace(weight="behind 0", eps=3), SimpleNamespace(weight="behind 1", eps=4)]
     through = object.__new__(LayerChain)
-    through._kernels, through._rank = SimpleNamespace(chain=chain), 2  # type: ignore[assignment]
+    through._kernels, through._rank = SimpleNamespace(chain=chain), 2  # type: ignore[assignment]  # a stand-in
     through._sizes, through._bases_W = {"lean": lean}, torch.zeros(1)
     through._inner_I, through._counters = torch.zeros(2), torch.zeros(3)
     context: Any = None

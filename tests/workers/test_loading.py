@@ -95,7 +95,7 @@ def write(name: str, content: bytes | str) -> Callable[[Path], None]:
     """Replace a file."""
     return lambda folder: (
         (folder / name).write_bytes(content.encode() if isinstance(content, str) else content) and None
-    )  # type: ignore[return-value]
+    )  # type: ignore[return-value]  # writes, gives nothing
 
 
 def cut_off(folder: Path) -> None:

@@ -65,7 +65,7 @@ def test_what_compiled_attention_does_not_do_is_still_done(special: dict[str, ob
     """Caps, scales and odd heads go the way they went before."""
     torch.manual_seed(0)
     size = 8 if "head_size" in special else 16
-    shape = AttentionShape(**{"num_heads": 4, "num_kv_heads": 2, "head_size": size, "scale": 0.3, **special})  # type: ignore[arg-type]
+    shape = AttentionShape(**{"num_heads": 4, "num_kv_heads": 2, "head_size": size, "scale": 0.3, **special})  # type: ignore[arg-type]  # fields of it
     qkv, caches = torch.randn(2, 8 * size), [torch.randn(3, 4, 2, size) for _ in "kv"]
     steps = cpu_steps.open_cpu_steps(torch.float32)
     assert steps is not None

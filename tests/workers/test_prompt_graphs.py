@@ -98,7 +98,7 @@ class Recorded(InProcessRank):
             runner.graphs = make_graphs(runner, 8, kinds)
             assert runner.kv_cache is not None
             before = [tensor.clone() for tensor in runner.kv_cache.tensors]
-            runner.graphs.record(self.recorder)  # type: ignore[arg-type]
+            runner.graphs.record(self.recorder)  # type: ignore[arg-type]  # a stand-in
         assert all(torch.equal(*pair) for pair in zip(before, runner.kv_cache.tensors, strict=True)), (
             "wrote to the cache"
         )
@@ -114,7 +114,7 @@ class Recorded(InProcessRank):
                 self._check_places(len(output.rows), sum(output.num_tokens) or len(output.rows))
             return begun
 
-        prompts.begin = noted  # type: ignore[method-assign]
+        prompts.begin = noted  # type: ignore[method-assign]  # the same, noted
 
     def _check_places(self, num_rows: int, num_tokens: int) -> None:
         """Places where no row is have no tokens and no context, whatever stood there in the step before."""
@@ -336,7 +336,7 @@ def test_decode_rows_with_long_contexts_are_taken_first(folders: dict[str, Path]
             seen.append([int(contexts[place]) for place in inputs.metadata.order_R[:num_decodes]])
         return begun
 
-    prompts.begin = noted  # type: ignore[method-assign]
+    prompts.begin = noted  # type: ignore[method-assign]  # the same, noted
     run = Run(ranks, config, 128)
     for number, length in enumerate((5, 19, 9, 14, 7)):
         run.add(greedy(list(range(length)), 12, stream_id=number))
@@ -394,6 +394,6 @@ def test_on_a_card_recorded_steps_say_what_transformers_says(family: str, folder
     assert graphs.prompts.kinds == [(32, 8), (64, 8)]
     kinds: list[Kind] = []
     run = graphs.prompts.run
-    graphs.prompts.run = lambda kind, inputs: (kinds.append(kind), run(kind, inputs))[1]  # type: ignore[func-returns-value,method-assign]
+    graphs.prompts.run = lambda kind, inputs: (kinds.append(kind), run(kind, inputs))[1]  # type: ignore[func-returns-value,method-assign]  # the same, noted
     assert run_all(ranks, config, prompts) == want
     assert set(kinds) == {(32, 8), (64, 8)}

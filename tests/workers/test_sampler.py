@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,10 +17,10 @@ VOCAB = 50
 CPU = torch.device("cpu")
 
 
-def request(handle: int, prompt: Sequence[int], output: Sequence[int] = (), **params: object) -> NewRequest:
+def request(handle: int, prompt: Sequence[int], output: Sequence[int] = (), **params: Any) -> NewRequest:
     """A request as the driver would send it, with so much generated already."""
     token_ids = [*prompt, *output]
-    made = TokenParams(max_tokens=100, **params)  # type: ignore[arg-type]
+    made = TokenParams(max_tokens=100, **params)
     return NewRequest(handle, token_ids, len(prompt), 0, [0], made)
 
 

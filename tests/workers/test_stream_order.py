@@ -92,7 +92,7 @@ class Wires:
 def long_steps(rank: RankInfo, slice_tokens: int, max_tokens: int) -> LongSteps:
     """With streams that are watched."""
     made = LongSteps(
-        Model(), rank, Wires(), slice_tokens=slice_tokens, max_tokens=max_tokens, width=WIDTH,  # type: ignore[arg-type]
+        Model(), rank, Wires(), slice_tokens=slice_tokens, max_tokens=max_tokens, width=WIDTH,  # type: ignore[arg-type]  # stand-ins
         dtype=torch.float32, device=CPU,
     )  # fmt: skip
     made._in, made._out = Stream("in"), Stream("out")
@@ -115,7 +115,7 @@ def test_hidden_states_come_and_go_in_order(
     steps = long_steps(rank, size, step.num_tokens)
     with watch(monkeypatch) as seen:
         for _ in range(3):
-            hidden = steps.run(step, SimpleNamespace(), SimpleNamespace(), keeps_all=keeps_all and stage == 2)  # type: ignore[arg-type]
+            hidden = steps.run(step, SimpleNamespace(), SimpleNamespace(), keeps_all=keeps_all and stage == 2)  # type: ignore[arg-type]  # stand-ins
             if hidden is not None:
                 assert torch.equal(hidden.sampled_SD, torch.full_like(hidden.sampled_SD, 2.0 * (1 + LAYERS)))
                 if keeps_all:

@@ -44,7 +44,7 @@ class FirstStage:
             max_num_seqs=NUM, max_model_len=60, max_num_batched_tokens=64, block_size=4, vocab_size=100,
             device=torch.device("cpu"), max_steps_in_flight=max_steps_in_flight,
         )  # fmt: skip
-        self.back = TokenReturn(self.batch, self.wire)  # type: ignore[arg-type]
+        self.back = TokenReturn(self.batch, self.wire)  # type: ignore[arg-type]  # a stand-in
         self.table, self._step_id = [0] * NUM, 0
 
     def step(
@@ -121,7 +121,7 @@ def test_the_last_stage_sends_the_table_as_it_is_after_the_step() -> None:
     """What it writes there later is of later steps."""
     wire = Wire(3)
     batch = FirstStage().batch
-    back = TokenReturn(batch, wire)  # type: ignore[arg-type]
+    back = TokenReturn(batch, wire)  # type: ignore[arg-type]  # a stand-in
     batch.append(np.array([2, 0]), np.array([5, 6]), np.array([33, 44]))
     back.send()
     batch.append(np.array([2]), np.array([6]), np.array([55]))
@@ -147,8 +147,8 @@ def test_tokens_of_steps_under_way_are_left_alone_between_long_steps(silence_sec
     the latest step's tokens then would make the next one wait for it, and stages would run one after the other."""
     taken: list[bool] = []
     worker = object.__new__(Worker)
-    worker.channel = SlowDriver(silence_seconds)  # type: ignore[assignment]
-    worker.runner = SimpleNamespace(  # type: ignore[assignment]
+    worker.channel = SlowDriver(silence_seconds)  # type: ignore[assignment]  # a stand-in
+    worker.runner = SimpleNamespace(  # type: ignore[assignment]  # a stand-in
         device=torch.device("cuda"), has_tokens_to_take=True, take_tokens=lambda: taken.append(True)
     )
     assert worker._next_message() == "a step"

@@ -28,7 +28,7 @@ def cuts_of(module: nn.Module, slot: Slot) -> Iterator[tuple[str, Cut] | tuple[s
     elif slot is Slot.STACKED:
         yield from module.stacked_cuts()  # type: ignore[operator]  # of experts
     elif slot in (Slot.STACKED_UP, Slot.STACKED_DOWN):
-        yield from module.stored_cuts(slot)  # type: ignore[operator]
+        yield from module.stored_cuts(slot)  # type: ignore[operator]  # of experts
     else:
         cuts: dict[str, Cut] = module.cuts(slot)  # type: ignore[operator]  # every layer of ours has it
         yield from cuts.items()

@@ -205,7 +205,7 @@ class RowParallelLinear(ParallelLinear):
         """The same for `RMSNorm.add_rounded` to add to a residual: maybe float32 [P, T, O], the pieces of a sum."""
         if self.parallel.tp_size == 1 and isinstance(self.method, Fp8Method):
             return self.method.apply(self, x_TI, pieces=True)
-        return self(x_TI)  # type: ignore[no-any-return]
+        return self(x_TI)  # type: ignore[no-any-return]  # a module's call is Any
 
 
 class ReplicatedLinear(ParallelLinear):

@@ -78,7 +78,7 @@ class LatentAttention(nn.Module):
 
     def forward(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """[T, D]."""
-        return self.o_proj(self._attend(x_TD, positions_T, ctx))  # type: ignore[no-any-return]
+        return self.o_proj(self._attend(x_TD, positions_T, ctx))  # type: ignore[no-any-return]  # a module's call is Any
 
     def partial(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """`forward` without the sum over the group."""

@@ -47,7 +47,7 @@ class PlainMLP(nn.Module):
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D]."""
-        return self.down_proj(self.activate(self.up_proj(x_TD)))  # type: ignore[no-any-return]
+        return self.down_proj(self.activate(self.up_proj(x_TD)))  # type: ignore[no-any-return]  # a module's call is Any
 
 
 class BiasedLMHead(ParallelLMHead):
@@ -138,13 +138,13 @@ class GeneralLayer(nn.Module):
         """The attention; a few tokens by the products that are made for them."""
         if len(x_TD) <= FEW_TOKENS and isinstance(self.attention, Attention):
             return self.parallel.all_reduce(self.attention.partial(x_TD, positions_T, ctx))
-        return self.attention(x_TD, positions_T, ctx)  # type: ignore[no-any-return]
+        return self.attention(x_TD, positions_T, ctx)  # type: ignore[no-any-return]  # a module's call is Any
 
     def _run_mlp(self, x_TD: Tensor) -> Tensor:
         """The MLP, in the same way."""
         if len(x_TD) <= FEW_TOKENS and isinstance(self.mlp, GatedMLP | PlainMLP):
             return self.parallel.all_reduce(self.mlp.partial(x_TD))
-        return self.mlp(x_TD)  # type: ignore[no-any-return]
+        return self.mlp(x_TD)  # type: ignore[no-any-return]  # a module's call is Any
 
     def _scaled(self, x_TD: Tensor) -> Tensor:
         return x_TD if self.residual_scale == 1.0 else x_TD * self.residual_scale

@@ -280,14 +280,14 @@ class Decoder(nn.Module):
     def enter(self, token_ids_T: Tensor, positions_T: Tensor) -> Tensor:
         """From tokens to what the first layer gets, [T, D]."""
         assert self.embed is not None
-        return self.embed(token_ids_T)  # type: ignore[no-any-return]
+        return self.embed(token_ids_T)  # type: ignore[no-any-return]  # a module's call is Any
 
     def through(
         self, layer: Any, residual_TD: Tensor, positions_T: Tensor, ctx: ForwardContext, rows_S: Tensor | None = None
     ) -> Tensor:
         """One layer of `in_turn`, what it gives added to `residual_TD`, which is spent; of `rows_S` alone if given."""
         if self._fuses(residual_TD):
-            return layer.forward_fused(residual_TD, positions_T, ctx, rows_S)[0]  # type: ignore[no-any-return]
+            return layer.forward_fused(residual_TD, positions_T, ctx, rows_S)[0]  # type: ignore[no-any-return]  # a module's call is Any
         if isinstance(layer, DecoderLayer):
             delta_TD, residual_TD = layer.forward_rows(None, residual_TD, positions_T, ctx, rows_S)
             return residual_TD.add_(delta_TD) if residual_TD.shape[0] else residual_TD

@@ -10,6 +10,6 @@ class Glm4MoeForCausalLM(GeneralDecoder):
     """GLM-4.5 and 4.6."""
 
     @property
-    def NAMES(self) -> NameTable:  # type: ignore[override]
+    def NAMES(self) -> NameTable:  # type: ignore[override]  # says more than the class's table
         """Without the layer after the last, which predicts one token more and is not run."""
         return EXPERT_NAMES.extended({**SHARED_EXPERT_NAMES, f"model.layers.{self.spec.num_layers}.*": None})

@@ -239,7 +239,7 @@ class TransformersFallback(nn.Module):
         bridge.ctx = None
         if len(bridge.layers_seen) != last - first:
             raise _refused(self.spec, f"only {len(bridge.layers_seen)} of its {last - first} layers attend")
-        hidden: Tensor = output.last_hidden_state[0] if last == self.spec.num_layers else stage.made_TD  # type: ignore[union-attr]
+        hidden: Tensor = output.last_hidden_state[0] if last == self.spec.num_layers else stage.made_TD  # type: ignore[union-attr]  # the last layer's
         return hidden
 
     def compute_raw_logits(self, hidden_SD: Tensor) -> Tensor:
@@ -267,7 +267,7 @@ def _read_config(spec: ModelSpec) -> Any:
     config = transformers.AutoConfig.from_pretrained(spec.source, local_files_only=True, trust_remote_code=False)
     if getattr(config, "is_encoder_decoder", False):
         raise _refused(spec, "it has an encoder")
-    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:  # type: ignore[attr-defined, unused-ignore]
+    if type(config) not in transformers.AutoModelForCausalLM._model_mapping:  # type: ignore[attr-defined, unused-ignore]  # private
         raise _refused(spec, "transformers has no causal language model for its config")
     text: Any = config.get_text_config()
     kinds = set(getattr(text, "layer_types", None) or ()) - KNOWN_LAYERS

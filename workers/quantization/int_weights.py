@@ -169,8 +169,8 @@ class IntWeightMethod:
             piece = piece[part.source[0]]
             pieces.append(piece if part.arrange is None else part.arrange(piece))
         if self._own is None:
-            self._own = tuple(piece.new_empty((self._num_out, piece.shape[1])) for piece in pieces)  # type: ignore[assignment]
-        assert self._own is not None
+            numbers, scales, zeros = (piece.new_empty((self._num_out, piece.shape[1])) for piece in pieces)
+            self._own = numbers, scales, zeros
         for own, piece in zip(self._own, pieces, strict=True):
             own[part.target_rows] = piece
         self._missing -= 1

@@ -1,0 +1,68 @@
+"""Every silence has a reason: who switches a checker off, or drops an error, says beside it why that is right."""
+
+import ast
+import re
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKERS = re.compile(r"# (?:type: ignore|noqa)\b(?:\[[\w, -]+\]|: ?[A-Z]+\d+(?:, ?[A-Z]+\d+)*)?")
+NAMED = re.compile(r"# (?:type: ignore\[|noqa: ?[A-Z])")
+EVERYTHING = re.compile(r"^\s*except(?: \(?(?:Base)?Exception\b.*)?:", re.MULTILINE)
+
+
+def silences(text: str) -> Iterator[tuple[int, str]]:
+    """(number, line) of those that want a reason and have none."""
+    lines = text.splitlines()
+    for number, line in enumerate(lines, start=1):
+        if markers := list(CHECKERS.finditer(line)):
+            has_reason = re.search(r"[#-] *\w+", line[markers[-1].end() :]) is not None
+            if not has_reason or not all(NAMED.match(marker[0]) for marker in markers):
+                yield number, line.strip()
+        elif re.search(r"\bwith .*\bsuppress\(", line) and "  #" not in line:
+            yield number, line.strip()
+    if EVERYTHING.search(text):
+        handlers = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ExceptHandler))
+        for handler in handlers:
+            line = lines[handler.lineno - 1]
+            is_raised = any(isinstance(node, ast.Raise) for node in ast.walk(handler))
+            if EVERYTHING.match(line) and not is_raised and "  #" not in line:
+                yield handler.lineno, line.strip()
+
+
+def test_every_silence_has_a_reason() -> None:
+    """Behind the marker, or behind the colon: `# type: ignore[code]  # why`, `with suppress(Error):  # why`."""
+    names = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    found = [
+        f"{name}:{number}: {line}"
+        for name in names.split()
+        for number, line in silences((ROOT / name).read_text(encoding="utf-8"))
+    ]
+    assert found == []
+
+
+def test_the_judge_can_say_no() -> None:
+    """A marker without a code, a code without a reason, an error that is dropped, and one that is not."""
+    lines = [
+        "x = f()  # type: {}  # a stand-in",
+        "x = f()  # type: {}[arg-type]",
+        "x = f()  # type: {}[arg-type]  # a stand-in",
+        "import x  # no{}: E402",
+        "import x  # no{}: E402 - after the skip",
+        "with contextlib.suppress(OSError):",
+        "    pass",
+        "with suppress(OSError):  # gone already",
+        "    pass",
+        "try:",
+        "    f()",
+        "except Exception as error:",
+        "    log(error)",
+        "try:",
+        "    f()",
+        "except BaseException:",
+        "    close()",
+        "    raise",
+    ]
+    text = "\n".join(line.format("qa" if "no{}" in line else "ignore") for line in lines)
+    assert [number for number, _ in silences(text)] == [1, 2, 4, 6, 12]
