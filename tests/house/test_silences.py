@@ -2,11 +2,11 @@
 
 import ast
 import re
-import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+FOLDERS = ("cluster", "placement", "kernels", "workers", "deploy", "tests", "benchmarks", "examples")
 CHECKERS = re.compile(r"# (?:type: ignore|noqa)\b(?:\[[\w, -]+\]|: ?[A-Z]+\d+(?:, ?[A-Z]+\d+)*)?")
 NAMED = re.compile(r"# (?:type: ignore\[|noqa: ?[A-Z])")
 EVERYTHING = re.compile(r"^\s*except(?: \(?(?:Base)?Exception\b.*)?:", re.MULTILINE)
@@ -33,11 +33,12 @@ def silences(text: str) -> Iterator[tuple[int, str]]:
 
 def test_every_silence_has_a_reason() -> None:
     """Behind the marker, or behind the colon: `# type: ignore[code]  # why`, `with suppress(Error):  # why`."""
-    names = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    paths = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
+    assert len(paths) > 300
     found = [
-        f"{name}:{number}: {line}"
-        for name in names.split()
-        for number, line in silences((ROOT / name).read_text(encoding="utf-8"))
+        f"{path.relative_to(ROOT)}:{number}: {line}"
+        for path in paths
+        for number, line in silences(path.read_text(encoding="utf-8"))
     ]
     assert found == []
 
@@ -50,9 +51,9 @@ def test_the_judge_can_say_no() -> None:
         "x = f()  # type: {}[arg-type]  # a stand-in",
         "import x  # no{}: E402",
         "import x  # no{}: E402 - after the skip",
-        "with contextlib.suppress(OSError):",
+        "with {}(OSError):",
         "    pass",
-        "with suppress(OSError):  # gone already",
+        "with {}(OSError):  # gone already",
         "    pass",
         "try:",
         "    f()",
@@ -64,5 +65,6 @@ def test_the_judge_can_say_no() -> None:
         "    close()",
         "    raise",
     ]
-    text = "\n".join(line.format("qa" if "no{}" in line else "ignore") for line in lines)
+    words = {"no{}": "qa", "with {}": "contextlib.suppress"}  # this file has no silence itself
+    text = "\n".join(line.format(next((words[w] for w in words if w in line), "ignore")) for line in lines)
     assert [number for number, _ in silences(text)] == [1, 2, 4, 6, 12]
