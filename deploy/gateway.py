@@ -122,14 +122,16 @@ class Gateway:
         """Refuse ids that this model does not have."""
         self._builder.check_token_ids(field, token_ids)
 
-    async def tokenize(self, text: str, *, field: str = "prompt", add_special_tokens: bool = True) -> list[int]:
-        """The ids of `text`, which may not be far longer than the model's length."""
+    async def tokenize(
+        self, text: str, *, field: str = "prompt", add_special_tokens: bool = True, of_any_length: bool = False
+    ) -> list[int]:
+        """The ids of `text`, which may not be far longer than the model's length unless it is `of_any_length`."""
         check_text(field, text)
         if self.tokenizer is None:
             raise InvalidRequest(field, "text", "this server has no tokenizer; send token ids")
-        least = self.tokenizer.least_num_tokens(text)
+        least = self.tokenizer.least_num_tokens(text) if not of_any_length else 0
         if least >= self.info.max_model_len:
-            raise ContextTooLong(least, self.info.max_model_len)
+            raise ContextTooLong(least, self.info.max_model_len, is_least=True)
         return await self.tokenizer.encode_async(text, add_special_tokens=add_special_tokens)
 
     async def prepare(
@@ -151,7 +153,12 @@ class Gateway:
             raise InvalidRequest("priority", priority, "must be 0: this server serves first come, first served")
         if isinstance(prompt, str):
             prompt_text = prompt
-            token_ids: Sequence[int] = await self.tokenize(prompt, field=field, add_special_tokens=add_special_tokens)
+            token_ids: Sequence[int] = await self.tokenize(
+                prompt,
+                field=field,
+                add_special_tokens=add_special_tokens,
+                of_any_length=truncate_prompt_tokens is not None,
+            )
         else:
             token_ids = prompt
         if truncate_prompt_tokens is not None:

@@ -53,6 +53,7 @@ _NOT_YET: Final = {  # paths of OpenAI's and vLLM's, and what they are for
     "/audio/speech": "voices",
     "/moderations": "moderations",
     "/load_lora_adapter": "LoRA adapters",
+    "/unload_lora_adapter": "LoRA adapters",
 }
 
 Ask: TypeAlias = Callable[[HttpRequest, Responder], Awaitable[None]]
@@ -70,10 +71,11 @@ class Route(NamedTuple):
 
 
 def _nothing_at(path: str, known: Iterable[str]) -> str:
-    """What is wrong with a path: what we lack is not a slip of the pen, and a base URL with one /v1 too few is."""
-    if what := _NOT_YET.get(path.removeprefix("/v1")):
+    """What is wrong with a path: what we lack is not a slip of the pen; one /v1 too few or a slash at the end is."""
+    path = f"/{path.strip('/')}"
+    if what := _NOT_YET.get(path.removeprefix("/v1").removeprefix("/v2")):
         return f"{what} are not served yet; this server continues texts (/v1/completions, /v1/chat/completions)"
-    near = [one for one in (f"/v1{path}", path.removeprefix("/v1")) if one in known]
+    near = [one for one in (path, f"/v1{path}", path.removeprefix("/v1")) if one in known]
     return f"there is nothing at this path; {f'did you mean {near[0]}?' if near else 'see /v1/models and the README'}"
 
 

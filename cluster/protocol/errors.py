@@ -63,13 +63,15 @@ class ContextTooLong(RequestError):
     code = "context_length_exceeded"
     param = "prompt"
 
-    def __init__(self, num_prompt_tokens: int, max_model_len: int):
-        super().__init__(num_prompt_tokens, max_model_len)
+    def __init__(self, num_prompt_tokens: int, max_model_len: int, is_least: bool = False):
+        super().__init__(num_prompt_tokens, max_model_len, is_least)
         self.num_prompt_tokens, self.max_model_len = num_prompt_tokens, max_model_len
+        self.is_least = is_least  # a text so long that it was not tokenised: it has this many tokens or more
 
     def __str__(self) -> str:
+        number = f"at least {self.num_prompt_tokens}" if self.is_least else str(self.num_prompt_tokens)
         return (
-            f"the prompt has {self.num_prompt_tokens} tokens and this model takes at most {self.max_model_len}, "
+            f"the prompt has {number} tokens and this model takes at most {self.max_model_len}, "
             "answer included; shorten the prompt or start the server with a larger --max-model-len"
         )
 

@@ -153,7 +153,7 @@ class CompletionRun:
                 ]
                 if fields.return_token_ids:
                     parts += [b',"token_ids":', encode(list(delta.token_ids))]
-                if delta.prompt_logprobs is not None:
+                if fields.prompt_logprobs is not None and delta.prompt_logprobs is not None:
                     parts += [b',"prompt_logprobs":', encode(prompt_logprobs_json(delta.prompt_logprobs))]
                 events.append(log.event(b"".join([*parts, b"}", tail])))
             if events:

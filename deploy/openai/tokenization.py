@@ -52,7 +52,7 @@ async def serve_tokenize(gateway: Gateway, body: Mapping[str, Any], request: Htt
         text, special = fields.prompt, fields.add_special_tokens is not False
     else:
         raise missing("prompt")
-    token_ids = await gateway.tokenize(text, add_special_tokens=special)
+    token_ids = await gateway.tokenize(text, add_special_tokens=special, of_any_length=True)
     pieces = None
     if fields.return_token_strs and gateway.tokenizer is not None:
         pieces = [gateway.tokenizer.piece(token_id) for token_id in token_ids]

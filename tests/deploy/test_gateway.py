@@ -249,6 +249,11 @@ def test_priorities_names_and_truncation() -> None:
     assert client.submitted[-1].prompt_token_ids == [17, 18, 19]
     asyncio.run(door.complete(list(range(300)), params, truncate_prompt_tokens=-1, truncation_side="right"))
     assert client.submitted[-1].prompt_token_ids == list(range(255))
+    text = "word " * 20_000  # so long that it is refused unread where nothing is cut off
+    asyncio.run(door.complete(text, params, truncate_prompt_tokens=7))
+    assert client.submitted[-1].prompt_token_ids == TOKENIZER.encode(text)[-7:]
+    with pytest.raises(ContextTooLong, match="has at least [0-9]+ tokens and this model takes at most 256"):
+        asyncio.run(door.complete(text, params))
 
 
 def test_without_a_tokenizer_ids_go_in_and_out() -> None:

@@ -112,13 +112,19 @@ def test_the_conversation_goes_through_the_template() -> None:
     value = call(app, "POST", "/tokenize", json={"messages": messages, "return_token_strs": True}).json()
     assert (value["tokens"], value["count"], value["max_model_len"]) == (want, len(want), 256)
     assert value["token_strs"][0] == TOKENIZER.piece(want[0])
+    long = call(app, "POST", "/tokenize", json={"prompt": "word " * 20_000}).json()  # who counts, counts long texts
+    assert long["count"] == len(long["tokens"]) > 20_000 > long["max_model_len"]
     back = call(app, "POST", "/detokenize", json={"tokens": want}).json()
     assert back["prompt"] == TOKENIZER.apply_chat_template(plain)
 
 
 def test_scoring_a_prompt_needs_no_answer() -> None:
     """Evaluation harnesses ask with echo, logprobs and max_tokens 0."""
-    value = call(app_of(), "POST", TEXT, json={"prompt": "Hi", "echo": True, "logprobs": 1, "max_tokens": 0}).json()
+    asked = {"prompt": "Hi", "echo": True, "logprobs": 1, "max_tokens": 0}
+    streamed = call(app_of(), "POST", TEXT, json={**asked, "stream": True}).text
+    assert "token_logprobs" in streamed
+    assert "prompt_logprobs" not in streamed  # that is vLLM's own field, and was not asked for
+    value = call(app_of(), "POST", TEXT, json=asked).json()
     choice = value["choices"][0]
     assert choice["text"] == "Hi"
     assert len(choice["logprobs"]["tokens"]) == len(TOKENIZER.encode("Hi"))
@@ -158,6 +164,8 @@ def test_models_version_and_ids() -> None:
         ("/v1/chat/completion", "there is nothing at this path; see /v1/models"),
         ("/chat/completions", "did you mean /v1/chat/completions?"),
         ("/v1/tokenize", "did you mean /tokenize?"),
+        ("/v1/chat/completions/", "did you mean /v1/chat/completions?"),
+        ("/v2/rerank", "rankings are not served yet"),
     ],
 )
 def test_a_path_that_is_none_leads_to_what_was_meant(path: str, said: str) -> None:
