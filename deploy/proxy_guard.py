@@ -17,6 +17,8 @@ ENVIRONMENT: Final = {
     # each event over and fight for the interpreter cost a third of a door's time (78 -> 55 us a token, measured).
     "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
     "RAY_SERVE_FREEZE_GC_ON_STARTUP": "1",
+    # Ray writes an arrow into HAProxy's configuration in the encoding of the locale: where that has none, no door opens
+    "PYTHONUTF8": "1",
 }
 _UNBOUNDED: Final = 1 << 62  # the application knows the operator's limit of bodies
 

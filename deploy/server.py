@@ -272,8 +272,9 @@ def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, sto
             raise ClusterError(f"the HTTP doors did not open: {_reason(serve.status())}") from error
         progress("opening the doors", 1.0)
         progress.close()
-        with contextlib.suppress(BrokenPipeError):  # nobody reads it; clients may still come
-            print(ready_block(config, engine, progress.seconds), flush=True)
+        if not stop.is_set:
+            with contextlib.suppress(BrokenPipeError):  # nobody reads it; clients may still come
+                print(ready_block(config, engine, progress.seconds), flush=True)
         is_on = not config.server.disable_log_stats
         with watching(engine.address, engine.secret, is_on=is_on), NodeWatch(has_live_nodes) as nodes:
             lost = stop.wait(lambda: "last node" if nodes.is_lost else lost_part())

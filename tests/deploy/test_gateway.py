@@ -252,7 +252,7 @@ def test_priorities_names_and_truncation() -> None:
     text = "word " * 20_000  # so long that it is refused unread where nothing is cut off
     asyncio.run(door.complete(text, params, truncate_prompt_tokens=7))
     assert client.submitted[-1].prompt_token_ids == TOKENIZER.encode(text)[-7:]
-    with pytest.raises(ContextTooLong, match="has at least [0-9]+ tokens and this model takes at most 256"):
+    with pytest.raises(ContextTooLong, match=r"has at least [0-9]+ tokens and this model takes at most 256"):
         asyncio.run(door.complete(text, params))
 
 

@@ -1,6 +1,10 @@
 """What stands in front of Ray Serve's own proxy."""
 
 import asyncio
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -44,3 +48,14 @@ def test_serve_finds_it_by_name() -> None:
     path = ENVIRONMENT["RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH"]
     (middleware,) = http_util.call_function_from_import_path(path)
     assert middleware.cls is ProxyGuard
+
+
+def test_ray_can_write_what_it_writes_whatever_the_locale(tmp_path: Path) -> None:
+    """Its template of HAProxy's file has an arrow in it: with a Latin 1 locale of old no server started at all."""
+    templates = pytest.importorskip("ray.serve._private.haproxy_templates").__file__
+    write = "import sys; open(sys.argv[2], 'w').write(open(sys.argv[1], encoding='utf-8').read())"
+    plain = {**os.environ, "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    for environment, works in ((plain, False), ({**plain, **ENVIRONMENT}, True)):
+        command = [sys.executable, "-c", write, templates, str(tmp_path / "haproxy.cfg")]
+        done = subprocess.run(command, env=environment, capture_output=True, timeout=120, check=False)
+        assert (done.returncode == 0) == works, done.stderr
