@@ -40,6 +40,7 @@ _SWITCHES: Final = (
     "skip_special_tokens",
     "spaces_between_special_tokens",
     "include_stop_str_in_output",
+    "skip_clone",
 )
 # names that scripts for other versions of vLLM use, and what to write instead
 _OF_OTHER_VERSIONS: Final[Mapping[str, str]] = {
@@ -168,10 +169,14 @@ class SamplingParams(
             if (value := getattr(self, name)) is not None:
                 _integer(name, value, -1, 2**31 - 1, hint="-1 means the whole vocabulary")
         for name in _SWITCHES:
-            if getattr(self, name) not in (True, False):
-                raise InvalidRequest(name, getattr(self, name), "must be true or false")
+            _switch(name, getattr(self, name))
+        if self.skip_reading_prefix_cache is not None:
+            _switch("skip_reading_prefix_cache", self.skip_reading_prefix_cache)
+        if self.extra_args is not None and not isinstance(self.extra_args, Mapping):
+            raise _wrong("extra_args", self.extra_args, "must map names to values")
         if self.output_kind not in tuple(RequestOutputKind):
-            raise InvalidRequest("output_kind", self.output_kind, "must be one of RequestOutputKind")
+            names = ", ".join(f"RequestOutputKind.{kind.name}" for kind in RequestOutputKind)
+            raise _wrong("output_kind", self.output_kind, f"must be one of {names}")
         for name, default in _NOT_YET.items():
             if getattr(self, name) != default:
                 raise InvalidRequest(name, getattr(self, name), "is not supported yet; leave it out")
@@ -197,7 +202,7 @@ class SamplingParams(
     def _check_stop(self) -> None:
         stops = self.stop
         if not isinstance(stops, tuple) or not all(isinstance(s, str) for s in stops):
-            raise InvalidRequest("stop", stops, "must be a string or a list of strings")
+            raise _wrong("stop", stops, "must be a string or a list of strings")
         if len(stops) > MAX_STOP_STRINGS:
             raise InvalidRequest("stop", f"{len(stops)} strings", f"at most {MAX_STOP_STRINGS} stop strings")
         for text in stops:
@@ -214,28 +219,28 @@ class SamplingParams(
             if value is None:
                 continue
             if not _is_list(value) or not all(_is_int(i) and 0 <= i < 2**31 for i in value):
-                raise InvalidRequest(name, value, "must be a list of token ids (integers from 0)")
+                raise _wrong(name, value, "must be a list of token ids (integers from 0)")
             if len(value) > MAX_TOKEN_LIST:
                 raise InvalidRequest(name, f"{len(value)} ids", f"at most {MAX_TOKEN_LIST} ids")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidRequest("allowed_token_ids", [], "must hold at least one token id, or be left out")
         if self.logit_bias is not None:
             if not isinstance(self.logit_bias, Mapping):
-                raise InvalidRequest("logit_bias", self.logit_bias, "must map token ids to numbers from -100 to 100")
+                raise _wrong("logit_bias", self.logit_bias, "must map token ids to numbers from -100 to 100")
             if len(self.logit_bias) > MAX_LOGIT_BIAS:
                 raise InvalidRequest("logit_bias", f"{len(self.logit_bias)} entries", f"at most {MAX_LOGIT_BIAS}")
             clean = {}
             for key, value in self.logit_bias.items():
                 token_id = int(key) if isinstance(key, str) and key.isascii() and key.isdigit() else key
                 if not _is_int(token_id) or not 0 <= token_id < 2**31:
-                    raise InvalidRequest("logit_bias", key, "keys are token ids (integers from 0)")
+                    raise _wrong("logit_bias", key, "keys are token ids (integers from 0)")
                 _number("logit_bias", value, -math.inf, math.inf)
                 clean[token_id] = max(-100.0, min(100.0, float(value)))
             msgspec.structs.force_setattr(self, "logit_bias", clean)
         if self.bad_words is not None and (
             not _is_list(self.bad_words) or not all(isinstance(w, str) and w for w in self.bad_words)
         ):
-            raise InvalidRequest("bad_words", self.bad_words, "must be a list of non-empty strings")
+            raise _wrong("bad_words", self.bad_words, "must be a list of non-empty strings")
 
     @property
     def is_greedy(self) -> bool:
@@ -309,14 +314,24 @@ def _is_list(value: object) -> bool:
     return isinstance(value, Sequence) and not isinstance(value, str | bytes)
 
 
+def _wrong(field: str, value: object, fix: str) -> InvalidRequest:
+    """Text in quotes: `top_p=0.9: must be a number` would be a riddle where somebody wrote "0.9"."""
+    return InvalidRequest(field, repr(value) if isinstance(value, str) else value, fix)
+
+
+def _switch(name: str, value: object) -> None:
+    if not isinstance(value, int) or value not in (True, False):
+        raise _wrong(name, value, "must be true or false")
+
+
 def _integer(name: str, value: object, low: int, high: int, *, hint: str = "") -> None:
     if not _is_int(value) or not low <= value <= high:
         bound = f"must be an integer from {low}" + ("" if high == 2**31 - 1 else f" to {high}")
-        raise InvalidRequest(name, value, f"{bound}; {hint}" if hint else bound)
+        raise _wrong(name, value, f"{bound}; {hint}" if hint else bound)
 
 
 def _number(name: str, value: object, low: float, high: float, *, above: bool = False) -> None:
     if not _is_finite(value) or not low <= value <= high or (above and value == low):
         least = f" above {low:g}" if above else f" from {low:g}" if math.isfinite(low) else ""
         most = f" to {high:g}" if math.isfinite(high) else ""
-        raise InvalidRequest(name, value, f"must be a finite number{least}{most}")
+        raise _wrong(name, value, f"must be a finite number{least}{most}")

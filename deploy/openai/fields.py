@@ -4,6 +4,7 @@ A JSON null means the default. A wrong type is refused with the field's name. An
 name is collected, so that the answer can carry it in a header.
 """
 
+import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
@@ -18,6 +19,8 @@ from argosy.deploy.http_io import Responder
 log = logging.getLogger("argosy.http")
 
 MAX_ANSWERS: Final = 256  # prompts x n (or best_of) of one HTTP request
+
+MAX_SHOWN_CHARS: Final = 80  # of a value of the wrong type, in an error
 
 # what we don't have yet and must not pretend to: name -> what to do instead
 _NOT_YET: Final = {
@@ -170,6 +173,13 @@ _PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 # what the library calls a kind, and what JSON does
 _JSON_KINDS: Final = {"str": "string", "int": "integer", "float": "number", "bool": "boolean"}
 _PYTHON_KIND = re.compile(rf"\b({'|'.join(_JSON_KINDS)})\b")
+_STEP = re.compile(r"(\w+)|\[(\d+|\.\.\.)\]")
+_WITH_ARTICLE: Final = {
+    "string": "a string", "integer": "an integer", "number": "a number", "boolean": "true or false",
+    "array": "an array", "object": "an object",
+}  # fmt: skip
+_JSON_KIND = re.compile(rf"\b({'|'.join(_WITH_ARTICLE)})\b")
+_PLAIN_KIND = re.compile(r"a number|an integer|true or false")
 _PATH = re.compile(r" - at `\$(?P<path>[^`]*)`$")
 
 
@@ -186,7 +196,10 @@ def read_fields(given: Mapping[str, Any], kind: type[Fields]) -> tuple[Fields, l
 
 
 def _explain(error: msgspec.ValidationError, given: Mapping[str, Any]) -> InvalidRequest:
-    """The library's sentence ("Expected `int`, got `str` - at `$.n`") as one of ours, without what was sent."""
+    """The library's sentence ("Expected `int`, got `str` - at `$.n`") as one of ours.
+
+    It shows what was sent if that is short and can't be a prompt: a number, or text in place of one or of a switch.
+    """
     text = str(error)
     match = _PATH.search(text)
     path = match.group("path").lstrip(".") if match else ""
@@ -195,7 +208,30 @@ def _explain(error: msgspec.ValidationError, given: Mapping[str, Any]) -> Invali
         path = path or "body"
     found = _PYTHON_KIND.sub(lambda kind: _JSON_KINDS[kind[0]], sentence).rpartition(", got ")
     wanted = found[0].lower().replace("expected", "must be").replace(" | ", " or ")
+    wanted = _JSON_KIND.sub(lambda kind: _WITH_ARTICLE[kind[0]], wanted)
+    value = _value_at(given, path)
+    if isinstance(value, bool | int | float) or (isinstance(value, str) and _PLAIN_KIND.search(wanted)):
+        shown = json.dumps(value, ensure_ascii=False)
+        if len(shown) <= MAX_SHOWN_CHARS:
+            return InvalidRequest(path[:80], shown, wanted or sentence)
     return InvalidRequest(path[:80], found[2] or "value", wanted or sentence)
+
+
+def _value_at(given: Any, path: str) -> object:
+    """What stands at a path like `stop[0]` or `stream_options.include_usage`. Of a mapping with names of the user's own
+    (`logit_bias[...]`), whose values are numbers, the first one that is none."""
+    for name, index in _STEP.findall(path):
+        if isinstance(given, Mapping):
+            given = given.get(name) if name else next(filter(_is_no_number, given.values()), None)
+        elif isinstance(given, list) and index:
+            given = given[int(index)]
+        else:
+            return None
+    return given
+
+
+def _is_no_number(value: object) -> bool:
+    return isinstance(value, bool) or not isinstance(value, int | float)
 
 
 _warned: set[str] = set()

@@ -1,6 +1,8 @@
 """A driver on simulated ranks in virtual time, and what its requests must give whatever happens to them."""
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +17,7 @@ from argosy.cluster.protocol.sampling import FinishReason, TokenParams
 from argosy.cluster.protocol.swap import NO_SWAP, SwapCosts
 from argosy.cluster.simulation import SimulatedExecutor, Simulation, hash_token
 
+sys.path.insert(0, str(Path(__file__).parent))
 VOCAB_SIZE = 101
 
 

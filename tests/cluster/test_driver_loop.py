@@ -371,24 +371,28 @@ def test_the_beat_goes_on_while_idle(running: Running) -> None:
 def test_a_burst_of_requests_does_not_make_a_driver_look_at_all_its_objects() -> None:
     """So much is made, and kept, that Python looks at everything; a driver's process has other things to do."""
     looks: list[int] = []
-    many = len(gc.get_objects()) // 2 + 60_000
+    before = gc.get_threshold()
+    often, seldom, apart = (each + 1 for each in before)
+    many = len(gc.get_objects()) // 2 + 2 * often * seldom * apart  # how old ones there are, and how often it looks
 
     def note(phase: str, info: dict[str, int]) -> None:
         if phase == "stop":
             looks.append(info["generation"])
 
-    before = gc.get_threshold()
     try:
         for settles in (False, True):
             gc.collect()
             if settles:
                 settle_garbage()
+                assert gc.get_threshold()[:2] == before[:2], "young objects are looked at as ever"
             looks.clear()
             gc.callbacks.append(note)
             kept = [[place] for place in range(many)]
             gc.callbacks.remove(note)
             assert len(kept) == many
             assert (2 in looks) is not settles
+            assert {0, 1} <= set(looks), "what a burst leaves is found as ever"
+            assert bool(gc.get_freeze_count()) is settles, "what a start leaves is looked at again"
     finally:
         gc.unfreeze()
         gc.set_threshold(*before)

@@ -90,6 +90,23 @@ def test_without_asynchronous_scheduling_the_driver_knows_each_token_first() -> 
     assert len(shares.take(requests, 2, 1, has_prompts=False)) == 2
 
 
+def test_beside_prompts_who_has_its_token_is_in_the_next_step() -> None:
+    """Everything was answered, so nobody waits for its turn in an order of steps that is no more."""
+    shares, requests = MicroBatches(3, 100, is_async=True), make(6)
+    for request in requests:
+        request.last_step_id = 4
+    assert len(shares.take(requests, 5, 4, has_prompts=True)) == 2
+    assert shares.take(requests, 5, 3, has_prompts=True) == []
+
+
+def test_who_waited_longest_goes_first_in_the_order_of_all() -> None:
+    """Two who were passed over stand between and behind others whose tokens are as known."""
+    shares, requests = MicroBatches(2, 100, is_async=True), make(4)
+    for request, last in zip(requests, (3, 1, 3, 1), strict=True):
+        request.last_step_id = last
+    assert [one.index for one in shares.take(requests, 5, 2, has_prompts=False)] == [1, 3]
+
+
 def test_pieces_of_prompts_stay_the_same_size_until_all_are_through() -> None:
     """They don't shrink with what is left, and grow when more comes; what a step holds is the limit."""
     shares = MicroBatches(2, 8192, is_async=True)
@@ -109,6 +126,26 @@ def test_beside_many_rows_pieces_are_small_and_beside_more_than_are_recorded_the
     assert pieces == [MIN_PIECE, 150, LARGE_STEP - 200]
     assert shares.prompt_budget(100, 32) == SMALL_PIECE
     assert shares.prompt_budget(100, 2 * SMALL_PIECE_ROWS[1]) == SMALL_PIECE
+
+
+@pytest.mark.parametrize(
+    ("num_decoding", "least"),
+    [(14, MIN_PIECE), (15, SMALL_PIECE), (16, SMALL_PIECE), (128, SMALL_PIECE), (129, LARGE_STEP - 65),
+     (1024, MIN_PIECE), (1500, MIN_PIECE)],
+)  # fmt: skip
+def test_a_step_counts_its_share_of_rows_and_rounds_up(num_decoding: int, least: int) -> None:
+    """Fifteen rows are eight in every other step; beside 750 a piece is still what makes a stage busy."""
+    assert MicroBatches(2, 8192, is_async=True).prompt_budget(1, num_decoding) == least
+
+
+@pytest.mark.parametrize("num_stages", [2, 4])
+def test_waiting_tokens_are_counted_as_far_as_they_make_a_difference(num_stages: int) -> None:
+    """Where the count ends pieces are as large as they get; a little before it they are not."""
+    shares = MicroBatches(num_stages, 8192, is_async=True)
+    most = shares.most_tokens
+    assert shares.prompt_budget(most - 8 * num_stages, 0) < 8192
+    shares.prompt_budget(0, 0)
+    assert shares.prompt_budget(most, 0) == 8192
 
 
 def test_prompts_wait_for_each_other_only_where_others_wait_for_a_place() -> None:

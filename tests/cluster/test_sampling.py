@@ -132,11 +132,37 @@ def test_fields_are_given_by_name() -> None:
 
 def test_switches_take_true_and_false_alone() -> None:
     """The text "no" counts as true in Python."""
-    for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output"):
-        with pytest.raises(InvalidRequest, match=f"{name}=no: must be true or false"):
+    for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output", "skip_clone"):
+        with pytest.raises(InvalidRequest, match=f"{name}='no': must be true or false"):
             make_params(**{name: "no"})
+    with pytest.raises(InvalidRequest, match="skip_reading_prefix_cache='no': must be true or false"):
+        make_params(skip_reading_prefix_cache="no")
     with pytest.raises(InvalidRequest, match="output_kind=7"):
         make_params(output_kind=7)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("temperature", "hot", "temperature='hot': must be a finite number from 0"),
+        ("top_p", "0.9", "top_p='0.9': must be a finite number above 0 to 1"),
+        ("n", "2", "n='2': must be an integer from 1 to 128"),
+        ("max_tokens", [5], "max_tokens=[5]: must be an integer from 1"),
+        ("min_p", None, "min_p=None: must be a finite number from 0 to 1"),
+        ("stop_token_ids", "1,2", "stop_token_ids='1,2': must be a list of token ids (integers from 0)"),
+        ("logit_bias", {5: "up"}, "logit_bias='up': must be a finite number"),
+        ("logit_bias", "5", "logit_bias='5': must map token ids to numbers from -100 to 100"),
+        ("bad_words", "rude", "bad_words='rude': must be a list of non-empty strings"),
+        ("extra_args", 5, "extra_args=5: must map names to values"),
+        ("output_kind", "delta", "output_kind='delta': must be one of RequestOutputKind.CUMULATIVE, "
+                                 "RequestOutputKind.DELTA, RequestOutputKind.FINAL_ONLY"),
+    ],
+)  # fmt: skip
+def test_a_wrong_type_is_told_with_field_value_and_fix(field: str, value: object, said: str) -> None:
+    """Text stands in quotes: without them `top_p=0.9: must be a number` would be a riddle."""
+    with pytest.raises(InvalidRequest) as caught:
+        make_params(**{field: value})
+    assert str(caught.value) == said
 
 
 def test_both_ends_of_a_range_are_said() -> None:

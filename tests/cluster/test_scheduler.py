@@ -1,56 +1,10 @@
 """What each step holds. The scheduler is driven step by step, by hand."""
 
-from typing import Any
+from scheduler_desk import Desk
 
-from argosy.cluster.clock import ManualClock
-from argosy.cluster.metrics import Metrics
-from argosy.cluster.protocol.config import ServingConfig
-from argosy.cluster.protocol.messages import GenerateRequest, ModelRunnerOutput, SchedulerOutput, TokenDelta
+from argosy.cluster.protocol.messages import GenerateRequest, SchedulerOutput
 from argosy.cluster.protocol.sampling import NOTHING_ALLOWED, FinishReason, TokenParams
-from argosy.cluster.request import Request, RequestStatus, make_requests
-from argosy.cluster.scheduler import Scheduler
-
-
-class Desk:
-    """A scheduler, and who asks it."""
-
-    def __init__(self, *, num_blocks: int = 64, **settings: Any):
-        given = {"model": "m", "block_size": 4, "max_num_seqs": 4, "max_num_batched_tokens": 16, "watermark": 0.0}
-        self.metrics, self.deltas = Metrics(), list[TokenDelta]()
-        self.scheduler = Scheduler(ServingConfig.from_mapping({**given, **settings}), ManualClock(), self.metrics)
-        self.scheduler.begin_epoch(0, num_blocks)
-        self._arrivals = 0
-
-    def add(self, num_prompt: int, *, max_tokens: int = 20, n: int = 1, priority: int = 0, **params: Any) -> Request:
-        """A request with a prompt of its own; the first of its answers."""
-        self._arrivals += 1
-        message = GenerateRequest(
-            stream_id=self._arrivals,
-            request_id=str(self._arrivals),
-            prompt_token_ids=[self._arrivals * 100 + place for place in range(num_prompt)],
-            params=TokenParams(max_tokens=max_tokens, **params),
-            n=n,
-            priority=priority,
-        )
-        requests = make_requests(message, arrival=self._arrivals, now=0.0, max_len=10_000, deltas=self.deltas)
-        self.scheduler.add(requests)
-        return requests[0]
-
-    def schedule(self) -> SchedulerOutput:
-        output = self.scheduler.schedule()
-        assert output is not None
-        return output
-
-    def answer(self, output: SchedulerOutput, *token_ids: int, **fields: Any) -> None:
-        num_sampled = len(output.rows) - len(output.partial)
-        given = list(token_ids) or [9] * num_sampled
-        self.scheduler.update(ModelRunnerOutput(step_id=output.step_id, epoch=output.epoch, token_ids=given, **fields))
-        self.scheduler.check()
-
-    def step(self, *token_ids: int) -> SchedulerOutput:
-        output = self.schedule()
-        self.answer(output, *token_ids)
-        return output
+from argosy.cluster.request import RequestStatus, make_requests
 
 
 def test_a_long_prompt_is_computed_in_chunks_beside_those_that_decode() -> None:
@@ -218,77 +172,6 @@ def test_a_prompt_that_another_one_has_computed_is_not_computed_again() -> None:
     assert output.new_requests[0].num_computed_tokens == 8
     assert list(output.num_tokens) == [1, 3]
     assert desk.deltas[-1].num_cached_tokens == 8
-
-
-def test_with_stages_each_step_takes_a_share_and_does_not_wait_for_tokens() -> None:
-    """Two stages: the requests that decode are split over two steps, and the first half is back in the third, before
-    the driver knows what it got in the first. Without asynchronous scheduling it waits for that."""
-    for is_async in (True, False):
-        desk = Desk(pipeline_parallel_size=2, async_scheduling=is_async)
-        for _ in range(3):
-            desk.add(3)
-        desk.answer(desk.schedule(), 11, 12, 13)
-        assert [list(desk.schedule().rows) for _ in range(2)] == [[0, 1], [2]]
-        third = desk.scheduler.schedule()
-        assert (None if third is None else list(third.rows)) == ([0, 1] if is_async else None)
-
-
-def test_one_request_alone_is_in_every_step() -> None:
-    """There is nothing to fill the steps between with; once there is, it is in every other one."""
-    desk = Desk(pipeline_parallel_size=2, max_num_batched_tokens=1024, num_blocks=4096)
-    desk.add(3)
-    assert [list(desk.schedule().rows) for _ in range(3)] == [[0]] * 3
-    desk.add(2000)
-    assert [list(desk.schedule().rows) for _ in range(4)] == [[1], [0, 1], [1], [0, 1]]
-
-
-def test_prompts_are_spread_evenly_over_the_steps_that_stages_work_on() -> None:
-    """A prompt that fits one step is cut all the same: the second stage has the first piece while the first has the
-    second. Short ones are not: a piece would cost a stage as much as all of it."""
-    desk = Desk(pipeline_parallel_size=2, max_num_batched_tokens=8192, num_blocks=4096)
-    desk.add(4000)
-    assert [desk.schedule().num_scheduled_tokens for _ in range(4)] == [1000] * 4
-    desk.add(500)
-    assert max(desk.schedule().num_tokens or [1]) == 500
-
-
-def test_where_all_places_are_taken_a_prompt_goes_beside_the_rows_of_several_steps() -> None:
-    """Forty places, forty that decode, three that wait. One of the forty ends: what could be computed now is one prompt
-    of 300, and it is spread over three steps, whatever else waits for a place."""
-    desk = Desk(pipeline_parallel_size=2, max_num_seqs=40, max_num_batched_tokens=8192, num_blocks=8192)
-    desk.add(8, max_tokens=2)
-    for _ in range(39):
-        desk.add(8)
-    desk.step()
-    for _ in range(3):
-        desk.add(300)
-    while len(desk.scheduler.queue) == 3:
-        output = desk.step()
-    sizes = [output.num_scheduled_tokens - len(output.rows) + 1]
-    while sizes[-1]:
-        output = desk.step()
-        sizes.append(sum(count for count in output.num_tokens if count > 1))
-    assert sizes[:4] == [128, 128, 44, 0]
-
-
-def test_where_many_decode_a_prompt_waits_a_few_steps_for_others() -> None:
-    """160 places, all taken, and more who wait: one that finds a place begins when the stages have rows enough to fill
-    their steps with, or after eight steps. Without anybody behind it, it begins at once."""
-    for num_waiting, num_held in ((3, 8), (1, 0)):
-        desk = Desk(pipeline_parallel_size=2, max_num_seqs=160, max_num_batched_tokens=8192, num_blocks=8192)
-        desk.add(8, max_tokens=20)
-        for _ in range(159):
-            desk.add(8, max_tokens=90)
-        while desk.scheduler.queue:
-            desk.step()
-        for _ in range(num_waiting):
-            desk.add(300)
-        while desk.scheduler.num_running == 160:
-            desk.step()
-        held = 0
-        while len(desk.scheduler.queue) == num_waiting:
-            held += max(desk.step().num_tokens or [1]) == 1
-        assert held == num_held
 
 
 def test_a_row_that_failed_costs_only_its_own_request() -> None:

@@ -77,6 +77,35 @@ def test_who_ended_is_passed_over_and_does_not_pile_up() -> None:
     assert drain(queue) == [0]
 
 
+def test_those_who_stay_are_in_order_when_the_others_are_cleared_away() -> None:
+    """Four of five give up, in no order; whoever is left had come before whoever is behind."""
+    queue = WaitingQueue(by_priority=True)
+    waiting = {arrival: request(arrival, priority=arrival * 7 % 11) for arrival in range(500)}
+    for one in waiting.values():
+        queue.push(one)
+    left = [arrival for arrival in waiting if arrival % 5 == 0]
+    for arrival in sorted(waiting.keys() - left, key=lambda arrival: arrival * 37 % 499):
+        queue.forget(waiting[arrival])
+    assert len(queue._heap) < 300
+    queue.check()
+    assert drain(queue) == sorted(left, key=lambda arrival: (arrival * 7 % 11, arrival))
+
+
+def test_tokens_of_those_who_wait_are_counted_as_far_as_asked() -> None:
+    """So many places, so many tokens, whichever is less; who has given up is not waited for."""
+    queue = WaitingQueue(by_priority=False)
+    waiting = [request(arrival) for arrival in range(6)]
+    assert queue.num_uncomputed_tokens(100, 100) == 0
+    for one in waiting:
+        queue.push(one)
+    assert [queue.num_uncomputed_tokens(most, 100) for most in (0, 4, 100)] == [0, 4, 6]
+    assert [queue.num_uncomputed_tokens(100, places) for places in (0, 2, 6)] == [0, 2, 6]
+    for one in waiting[:3]:
+        queue.forget(one)
+    assert queue.num_uncomputed_tokens(100, 100) == 3
+    assert queue.num_uncomputed_tokens(100, 2) == 2
+
+
 def test_nobody_is_queued_twice() -> None:
     """That would be our own mistake."""
     queue = WaitingQueue(by_priority=False)

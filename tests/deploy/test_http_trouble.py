@@ -42,7 +42,32 @@ def test_a_value_of_the_wrong_kind_is_refused_in_the_words_of_json() -> None:
     answer = call(app_of(), "POST", CHAT, json={"messages": USER, "temperature": "hot"})
     assert answer.status_code == 400
     assert answer.json()["error"]["param"] == "temperature"
-    assert answer.json()["error"]["message"] == "temperature=string: must be number or null"
+    assert answer.json()["error"]["message"] == 'temperature="hot": must be a number or null'
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("n", "2", 'n="2": must be an integer'),
+        ("max_tokens", "16", 'max_tokens="16": must be an integer or null'),
+        ("top_k", 1.5, "top_k=1.5: must be an integer or null"),
+        ("min_p", True, "min_p=true: must be a number or null"),
+        ("top_p", [0.5], "top_p=array: must be a number or null"),
+        ("seed", "x" * 100, "seed=string: must be an integer or null"),
+        ("stop", 5, "stop=5: must be a string or an array or null"),
+        ("stop", ["a", 1], "stop[1]=1: must be a string"),
+        ("stop_token_ids", ["x"], 'stop_token_ids[0]="x": must be an integer'),
+        ("stream_options", {"include_usage": "no"}, 'stream_options.include_usage="no": must be true or false'),
+        ("logit_bias", {"3": 1, "4": "up"}, 'logit_bias[...]="up": must be a number'),
+        ("messages", "a secret", "messages=string: must be an array or null"),
+        ("messages", ["a secret"], "messages[0]=string: must be an object"),
+        ("chat_template_kwargs", "a secret", "chat_template_kwargs=string: must be an object or null"),
+    ],
+)  # fmt: skip
+def test_a_wrong_type_is_told_with_field_value_and_fix(field: str, value: object, said: str) -> None:
+    """What was sent is shown where it is short and can't be a prompt."""
+    answer = call(app_of(), "POST", CHAT, json={"messages": USER, field: value})
+    assert (answer.status_code, answer.json()["error"]["message"]) == (400, said)
 
 
 @pytest.mark.parametrize("stream", [False, True])

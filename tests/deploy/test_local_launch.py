@@ -3,22 +3,27 @@
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import psutil
 import pytest
 
 from argosy.cluster.driver_client import DriverClient, TokenStream
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, ServingError, WeightError, WorkerFailed
+from argosy.cluster.protocol.messages import EngineInfo
 from argosy.cluster.protocol.sampling import FinishReason, TokenParams
 from argosy.deploy.launch import Engine, launch_engine
-from argosy.deploy.local_launch import LocalCommand
+from argosy.deploy.local_launch import LocalBoot, LocalCommand
 from argosy.deploy.owned_folder import short_temp_folder
+from argosy.placement.plan import PlacementPlan
 from argosy.workers.zero_cost_rank import expected_token
 
 ZERO_COST = "argosy.workers.zero_cost_rank"
@@ -94,6 +99,40 @@ def wait_for_epoch(engine: Engine, epoch: int) -> None:
     while (status := engine.status()).epoch != epoch or status.state != "ready":
         assert time.monotonic() < deadline, status
         time.sleep(0.01)
+
+
+LOOKS = """
+import gc
+from argosy.deploy import local_launch
+
+
+class Loop:
+    def __init__(self, *args, **fields): self.made_of = [object()]
+    def run(self): print(gc.get_threshold()[2], gc.get_freeze_count() > 10_000)
+    def stop(self): pass
+
+
+local_launch.DriverLoop = Loop
+local_launch.main()
+"""
+
+
+def test_a_driver_s_process_looks_for_garbage_seldom_before_its_first_step(tmp_path: Path) -> None:
+    """Its loop, in whose place one stands that tells, begins with what the start left set aside."""
+    boot = LocalBoot(
+        config=settings(),
+        plan=PlacementPlan(ranks=()),
+        info=EngineInfo(
+            model=MODEL, max_model_len=64, vocab_size=100, num_blocks=0, block_size=4, tensor_parallel_size=1,
+            pipeline_parallel_size=1, dtype="float32", max_logprobs=1, max_num_seqs=4,
+        ),
+        folder=str(tmp_path / "engine"),
+        secret="s",
+    )  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, "-c", LOOKS], input=msgspec.json.encode(boot) + b"\n", capture_output=True, timeout=60
+    )
+    assert done.stderr.decode() == "1000 True\n"  # the answers' pipe is for answers alone
 
 
 def test_a_killed_rank_costs_a_pause_and_no_token() -> None:
