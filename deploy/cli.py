@@ -4,9 +4,7 @@ The modules behind the commands are imported inside the commands: `argosy --help
 """
 
 import argparse
-import io
 import os
-import select
 import sys
 from collections.abc import Sequence
 from difflib import get_close_matches
@@ -14,7 +12,7 @@ from difflib import get_close_matches
 import argosy
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, ServingError, WeightError
-from argosy.deploy import batch_command, jobs_cli, plan_command, settings, simulate_command
+from argosy.deploy import batch_command, jobs_cli, plan_command, settings, simulate_command, standard_streams
 from argosy.deploy.jobs_folder import choose_job_dir
 from argosy.deploy.names_of_vllm import IGNORED
 
@@ -82,14 +80,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     141 when whoever read its output had enough (`| head`), as the shell says of any program.
     """
     words = list(sys.argv[1:] if argv is None else argv)
-    write_what_can_be_written()
+    standard_streams.open_what_is_closed()
+    standard_streams.write_what_can_be_written()
     parser = build_parser()
     try:
         code = _run(parser, words)
         sys.stdout.flush()  # here, where a closed pipe can be told from a failure
         return code
     except BrokenPipeError:
-        if not is_output_closed():
+        if not standard_streams.is_output_closed():
             raise  # some other pipe
         return 141
     except KeyboardInterrupt:
@@ -100,25 +99,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ServingError as error:
         print(f"argosy: {error}", file=sys.stderr)
         return 1
-
-
-def write_what_can_be_written() -> None:
-    """Bars and answers may have letters that the terminal's encoding lacks: question marks there, not a traceback."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-
-
-def is_output_closed() -> bool:
-    """Whether nobody reads our standard output any more; what was still to be written to it is dropped then."""
-    descriptor = sys.stdout.fileno()
-    pipe = select.poll()
-    pipe.register(descriptor, 0)  # errors are always told
-    if not any(event & (select.POLLERR | select.POLLHUP) for _, event in pipe.poll(0)):
-        return False
-    with open(os.devnull, "w", encoding="utf-8") as nowhere:
-        os.dup2(nowhere.fileno(), descriptor)  # Python flushes once more when it ends
-    return True
+    except OSError as error:
+        if not standard_streams.is_for_want_of_room(error):
+            raise
+        where = error.filename or "where standard output goes"
+        print(f"argosy: no room is left: {where}; make some and try again", file=sys.stderr)
+        return 1
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -52,6 +52,34 @@ def test_a_command_whose_reader_had_enough_ends_quietly(words: list[str]) -> Non
     assert (ended.returncode, ended.stderr) == (141, "")
 
 
+@pytest.mark.parametrize("closed", [(), (0,), (1,), (2,), (0, 1, 2)])
+def test_streams_may_be_closed_from_the_start(closed: tuple[int, ...]) -> None:
+    """Some tools start others without: a server ended without a word, `plan >&-` with a traceback."""
+    program = (
+        "import os, sys\n"
+        "from argosy.deploy import cli\n"
+        "code = cli.main(['plan', 'qwen3-0.6b', '--gpus', '1 x H200'])\n"
+        "assert os.open('.', os.O_RDONLY) > 2\n"
+        "assert os.get_inheritable(1) and print('more', file=sys.stderr) is None and not sys.stdin.readline()\n"
+        "os._exit(code)\n"
+    )
+    words = " ".join(["exec", '"$@"', "0</dev/null", *(f"{number}>&-" for number in closed)])
+    command = ["sh", "-c", words, "sh", sys.executable, "-c", program]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stderr) == (0, "" if 2 in closed else "more\n")
+
+
+def test_a_full_disk_is_said() -> None:
+    """Of what standard output goes to: it was a traceback, and a second one at the end."""
+    command = [sys.executable, "-m", "argosy", "plan", "qwen3-0.6b", "--gpus", "1 x H200"]
+    with open("/dev/full", "w", encoding="utf-8") as full:
+        ended = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, timeout=120, check=False)
+    assert (ended.returncode, ended.stderr) == (
+        1,
+        "argosy: no room is left: where standard output goes; make some and try again\n",
+    )
+
+
 @pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
 def test_a_terminal_without_the_letters_of_a_bar_gets_question_marks(
     monkeypatch: pytest.MonkeyPatch, encoding: str
