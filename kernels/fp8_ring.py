@@ -41,7 +41,7 @@ def next_place(slot, phase, STAGES: gl.constexpr):
 
 
 @gluon.jit
-def _fetch(
+def fetch(
     x_desc, w_desc, x_smem, w_smem, full, empty, per, total, num_blocks, num_outputs,
     ROWS: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr, HALVES: gl.constexpr, BYTES: gl.constexpr,
     EARLY: gl.constexpr, PDL: gl.constexpr,
@@ -187,7 +187,7 @@ def ring_kernel(
             num_blocks, num_tokens, num_outputs, stride_out, ROWS, TOKENS, STAGES, BIAS, SHARED,
             PIECES, HALVES, PDL,
         )),
-        (_fetch, (
+        (fetch, (
             x_desc, w_desc, x_smem, w_smem, full, empty, per, total, num_blocks, num_outputs, ROWS, WIDTH, STAGES,
             HALVES, BYTES, EARLY, PDL,
         )),
@@ -226,7 +226,7 @@ def linear(
     """x W^T + bias, and with `gated` silu(gate) times up of [gate | up]. Ask `takes` first.
 
     `sizes`: rows (64 or 128) and width (128 or 256) of a place in the ring, stages, programs (0: each takes one tile;
-    else so many share all work evenly), early (when the kernel behind may start, `_fetch`), pieces: into how many the
+    else so many share all work evenly), early (when the kernel behind may start, `fetch`), pieces: into how many the
     inputs are cut. With `pieces` their sums are not added up: float32 [pieces, T, O], of no bias.
     """
     x_TI, w_OI = rows.values_TI, weight.values_OI

@@ -153,7 +153,7 @@ def _matrix_kernel(
 # as `kernel` in the tuned sizes counts them
 KERNELS = (_vector_kernel, _matrix_kernel, _tiled_vector_kernel)
 MANY_ROWS, MOST_DEFAULT_PIECES = 9216, 4  # of sizes that nobody measured
-SPLIT, AHEAD = 3, 4  # in `gemv_split`, in `gemv_ahead`
+SPLIT, AHEAD, RING = 3, 4, 5  # in `gemv_split`, in `gemv_ahead`, in `gemv_ring`
 
 
 def suits(x_TI: Tensor, weight_OI: Tensor) -> bool:
@@ -191,6 +191,14 @@ def norm_ahead(
     if sizes[0] is None or not sizes[0].get("norm", 0):  # measured to be worth it
         return None
     return gemv_split.ahead_for(residual_TD, norm_weight_D, eps, sizes[0])
+
+
+def _has_ring(x_TI: Tensor, weight_OI: Tensor, sizes: tuning.Sizes, *, gated: bool) -> bool:
+    if not triton.__version__.startswith(tuning.GLUON_VERSIONS):
+        return False
+    from argosy.kernels import gemv_ring
+
+    return gemv_ring.takes(x_TI, weight_OI, sizes, gated=gated)
 
 
 def _key(num_tokens: int, weight_OI: Tensor) -> str:
@@ -247,13 +255,21 @@ def fused_linear(
     sizes = sizes or _default_sizes(num_tokens, num_inputs, num_rows, facts)
     if sizes["kernel"] == AHEAD and not triton.__version__.startswith(tuning.GLUON_VERSIONS):
         sizes = _default_sizes(num_tokens, num_inputs, num_rows, facts)
-    in_pieces = sizes["kernel"] == SPLIT
+    if sizes["kernel"] == RING and not _has_ring(x_TI, weight_OI, sizes, gated=gated):
+        sizes = _default_sizes(num_tokens, num_inputs, num_rows, facts)
+    in_pieces = sizes["kernel"] in (SPLIT, RING)
     rows = max(sizes["rows"], 2) if gated else sizes["rows"]  # a gate needs the row beside it, also where one was best
     assert in_pieces or (normed is None and ahead is None)
     if norm_weight_I is not None and normed is None and (num_tokens > 1 or in_pieces):
         x_TI, norm_weight_I = rms_norm.rms_norm(x_TI, norm_weight_I, eps), None
     assert residual_TO is None or out_TO is None
     out_TO = residual_TO if out_TO is None else out_TO
+    if sizes["kernel"] == RING:
+        from argosy.kernels import gemv_ring
+
+        assert normed is None
+        assert ahead is None
+        return gemv_ring.linear(x_TI, weight_OI, bias_O, out_TO, sizes, gated=gated, residual=residual_TO is not None)
     if out_TO is None:
         out_TO = torch.empty((num_tokens, num_outputs), dtype=x_TI.dtype, device=x_TI.device)
     assert out_TO.stride(1) == 1

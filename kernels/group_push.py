@@ -81,16 +81,28 @@ def _high(word, DTYPE: tl.constexpr):
 
 
 @triton.jit
+def _low_float(word):
+    return word.to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _high_float(word):
+    return (word >> 32).to(tl.int32).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def _pair(low, high, DTYPE: tl.constexpr):
     """Two numbers as the low half of an int64."""
     low_bits = low.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
     return low_bits | ((high.to(DTYPE).to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF) << 16)
 
 
-@triton.jit(do_not_specialize=["rank"])
+@triton.jit(do_not_specialize=["rank", "stride_piece"])
 def _push_kernel(
     bases_ptr, counter_ptr, part_ptr, inbox, residual_ptr, weight_ptr, out_ptr, stride_residual, eps, rank,
+    stride_piece,
     PAIRS: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr, ROWS: tl.constexpr,
+    PIECES: tl.constexpr,  # the part comes as so many float32 pieces of a sum; 0: as numbers of 16 bits
     SCATTER: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, WAIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program a row. Pointers to numbers of 16 bits count pairs of them, as int32; `inbox` counts words."""
@@ -114,8 +126,19 @@ def _push_kernel(
         gdc_wait()
         gdc_launch_dependents()  # the next product asks for its weights while we wait for the link
     stamp = turn.to(tl.int64) << 32
-    own = tl.load(part_ptr.to(tl.pointer_type(tl.int32)) + row * PAIRS + column, inside, other=0, cache_modifier=".cg")
-    word = (own.to(tl.int64) & 0xFFFFFFFF) | stamp
+    if PIECES > 0:
+        first = part_ptr.to(tl.pointer_type(tl.int64)) + row * PAIRS + column
+        both = tl.load(first, inside, other=0, cache_modifier=".cg")
+        low, high = _low_float(both), _high_float(both)
+        for piece in tl.static_range(1, PIECES):
+            both = tl.load(first + piece * stride_piece, inside, other=0, cache_modifier=".cg")
+            low += _low_float(both)
+            high += _high_float(both)
+        word = _pair(low, high, DTYPE) | stamp
+    else:
+        numbers = part_ptr.to(tl.pointer_type(tl.int32)) + row * PAIRS + column
+        own = tl.load(numbers, inside, other=0, cache_modifier=".cg")
+        word = (own.to(tl.int64) & 0xFFFFFFFF) | stamp
     place = (rank * ROWS + row).to(tl.int64) * PAIRS + column
     if SCATTER:
         tl.store(owners_box + place, word, inside)
@@ -162,6 +185,7 @@ def push_add_norm(
 ) -> Tensor:
     """residual (+)= sum over the group of `part_TD`, then its RMS norm: as `group_sum.sum_add_norm`, up to 64 rows.
 
+    The part may be the pieces of a sum, float32 [P, T, D] (`gemv_ring`), which are added up and rounded first.
     `inbox_at`: byte of the shared buffers where `inbox_bytes` belong to this call. `scatter`: each rank keeps only its
     own rows of the residual up to date; the result is whole. `wait` false: all words are known to be there (tests).
     """
@@ -174,12 +198,15 @@ def push_add_norm(
     assert residual_TD.stride(0) % 2 == 0
     assert part_TD.is_contiguous()
     out_TD = torch.empty((num_rows, width), dtype=residual_TD.dtype, device=residual_TD.device)
+    pieces = part_TD.shape[0] if part_TD.dim() == 3 else 0
+    assert part_TD.shape[-2:] == residual_TD.shape
+    assert part_TD.dtype == (torch.float32 if pieces else residual_TD.dtype)
     block = tuning.next_power_of_two(width // 2)
     _push_kernel[(num_rows,)](
         bases_W, counters, part_TD, inbox_at // 8, residual_TD, residual_TD if norm_weight_D is None else norm_weight_D,
-        out_TD, residual_TD.stride(0), eps, rank,
+        out_TD, residual_TD.stride(0), eps, rank, num_rows * width // 2,
         PAIRS=width // 2, BLOCK=block, WORLD=world, PEERS=tuning.next_power_of_two(world), ROWS=MAX_ROWS,
-        SCATTER=scatter, ADD=add, NORM=norm_weight_D is not None, WAIT=wait,
+        PIECES=pieces, SCATTER=scatter, ADD=add, NORM=norm_weight_D is not None, WAIT=wait,
         num_warps=min(16, max(4, block // 128)), **tuning.overlap(residual_TD.device),
     )  # fmt: skip
     return out_TD

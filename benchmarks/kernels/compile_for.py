@@ -20,6 +20,7 @@ from argosy.kernels import (
     fp8_reference,
     gemv,
     gemv_ahead,
+    gemv_ring,
     gemv_split,
     group_push,
     group_sum,
@@ -160,6 +161,21 @@ def ahead(report: Callable[..., None]) -> None:
         x, weight = torch.zeros(1, num_in, dtype=BF16), torch.zeros(num_out, num_in, dtype=BF16)
         out = torch.zeros(1, num_out // (1 + gated), dtype=BF16)
         report(f"{num_in}x{num_out}, 1 token ahead", gemv_ahead.linear, x, weight, None, out, sizes, gated=gated)
+
+
+def ring(report: Callable[..., None]) -> None:
+    """Products of a few tokens whose weights come through a ring."""
+    for tokens in (8, 16, 32, 64):
+        x = torch.zeros(tokens, 4096, dtype=BF16)
+        for rows, width, outputs, pieces, gated in (
+            (64, 128, 3072, 4, False), (64, 256, 3072, 2, False), (128, 128, 4096, 2, False), (64, 128, 7168, 1, True),
+        ):  # fmt: skip
+            weight = torch.zeros(outputs * (1 + gated), 4096, dtype=BF16)
+            sizes = {"rows": rows, "width": width, "stages": 6, "pieces": pieces, "early": 1}
+            name = f"{tokens} tokens by a ring, {rows} by {width}{', gated' * gated}"
+            report(name, gemv_ring.linear, x, weight, None, None, sizes, gated=gated)
+        report(f"{tokens} tokens by a ring, left in pieces", gemv_ring.linear, x, weight, None, None,
+               {"rows": 64, "width": 128, "stages": 6, "pieces": 2}, in_pieces=True)  # fmt: skip
 
 
 def group(report: Callable[..., None]) -> None:
@@ -328,7 +344,7 @@ def packed_stream(report: Callable[..., None]) -> None:
 HOPPER_SIZES = ((2, 4, 64, 132), (2, 4, 256, 0))
 PARTS = {
     "attention": attention, "wide": wide, "alone": alone, "prompts": prompts, "linear": linear, "gate": gate,
-    "group": group, "between": between, "ahead": ahead, "fp8": fp8, "experts": experts, "packed": packed,
+    "group": group, "ring": ring, "between": between, "ahead": ahead, "fp8": fp8, "experts": experts, "packed": packed,
     "packed_many": packed_many, "packed_vector": packed_vector, "packed_stream": packed_stream,
 }  # fmt: skip
 

@@ -78,25 +78,29 @@ class GroupSum:
         whole: bool = False,
         asked: tuple[Tensor, int] | None = None,
         way: str | None = None,
+        pieces_PTD: Tensor | None = None,
     ) -> Tensor:
         """residual (+)= the sum of all parts. Returns its norm, or itself without one, valid until the next call.
 
         With many rows over many ranks each rank keeps only its own rows of the residual up to date, unless it must be
         `whole`; what is returned always is. `asked`: (ids, number of experts), where ranks have whole experts.
-        `way` overrides `way_of` (benchmarks).
+        `way` overrides `way_of` (benchmarks). `pieces_PTD`: float32, what adds up to this rank's part, in the place of
+        `part`; only where rows are pushed.
         """
         num_tokens = residual_TD.shape[0]
         way = way or self.way_of(num_tokens, whole=whole, asked=asked is not None)
         scatters = way.endswith("scatter")
         if way.startswith("push"):
             made_TD = self._push.push_add_norm(
-                self._buffer.addresses_W, self._counters, self._rank, self.part(which, num_tokens), residual_TD,
+                self._buffer.addresses_W, self._counters, self._rank,
+                self.part(which, num_tokens) if pieces_PTD is None else pieces_PTD, residual_TD,
                 None if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
                 inbox_at=self._inbox_bytes + which * self._each_inbox, scatter=scatters, add=add,
             )  # fmt: skip
             if norm is None:
                 return residual_TD.copy_(made_TD) if scatters else residual_TD
             return made_TD
+        assert pieces_PTD is None, way
         made_TD = self._kernels.sum_add_norm(
             self._buffer.addresses_W,
             self._counters,
