@@ -10,7 +10,6 @@ On a shared or slow machine the ratios of one run count, not the figures.
 
 import argparse
 import asyncio
-import json
 import os
 import platform
 import statistics
@@ -64,11 +63,7 @@ def main(args: argparse.Namespace) -> int:
     rows = []
     for row in _measure(args):
         rows.append({**row, **about})
-        line = json.dumps(rows[-1])
-        print(line, flush=True)
-        if args.output:
-            with open(args.output, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        bench_table.tell(rows[-1], args.output)
     if args.model in bench_models.GPU_SHAPES:
         print("\n" + bench_table.comparison(rows, bench_table.read_suite("h200")))
     else:

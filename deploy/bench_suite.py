@@ -89,13 +89,13 @@ def main(args: argparse.Namespace) -> int:
                 name = {"group": job.name} if job.name.startswith(SUPER_LINEAR) else {}
                 for row in job.new_rows():
                     rows.append({**row, **name, "suite": args.suite})
-                    _tell(rows[-1], args.output)
+                    bench_table.tell(rows[-1], args.output)
                 if job.process is not None and job.process.returncode:
                     failed.append(f"{job.name}: {_last_words(job.log)}")
         except KeyboardInterrupt:
             failed.append("it was interrupted: the table has what was measured until then")
         if suite.super_linear is not None and (ratio := super_linear_row(rows, suite.super_linear, folder)):
-            _tell(ratio, args.output)
+            bench_table.tell(ratio, args.output)
             rows.append(ratio)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
@@ -309,14 +309,6 @@ def _engine_words(group: Group) -> list[str]:
 
 def _flag(setting: str) -> str:
     return "--" + setting.replace("_", "-")
-
-
-def _tell(row: Row, output: str | None) -> None:
-    line = json.dumps(row)
-    print(line, flush=True)
-    if output:
-        with open(output, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
 
 
 def _last_words(log: Path) -> str:

@@ -181,6 +181,15 @@ def read_rows(paths: Sequence[Path]) -> list[dict[str, Any]]:
     return sorted((row for row in rows if "group" in row), key=lambda row: str(row.get("time", "")))
 
 
+def tell(row: Row, output: str | None) -> None:
+    """Print a row as a JSON line, and append it to the file `output` if one is named."""
+    line = json.dumps(row)
+    print(line, flush=True)
+    if output:
+        with open(output, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+
 def _with_group(row: dict[str, Any]) -> dict[str, Any]:
     """Older lines name model, dtype and layout, from which the group follows."""
     if "group" in row or not {"model", "dtype", "layout", "figure"} <= row.keys():

@@ -10,7 +10,6 @@ no row opens a block, and calls of functions in one of those, which are as many 
 """
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -28,6 +27,7 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.messages import ModelRunnerOutput, NewRequest, SchedulerOutput
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.cluster.protocol.sampling import TokenParams
+from argosy.deploy import bench_table
 from argosy.deploy.bench_models import make_folder
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext
@@ -174,10 +174,7 @@ def main() -> None:
         runner = make_runner(str(folder), options, max(args.rows))
         for num_rows in args.rows:
             line = measure(runner, num_rows, args.steps)
-            print(json.dumps(line), flush=True)
-            if args.output:
-                with open(args.output, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+            bench_table.tell(line, args.output)
 
 
 if __name__ == "__main__":

@@ -24,6 +24,7 @@ from check_families import BLOCK, Slice
 from family_shapes import COMMON, SHAPES, narrowed
 
 from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.deploy import bench_table
 from argosy.placement.expert_traffic import exchange_numbers, sum_numbers
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
@@ -176,11 +177,7 @@ class Lines:
         """One line."""
         if rank:
             return
-        line = json.dumps(self.common | facts)
-        print(line, flush=True)
-        if self.output:
-            with open(self.output, "a", encoding="utf-8") as file:
-                file.write(line + "\n")
+        bench_table.tell(self.common | facts, self.output)
 
 
 def main() -> None:

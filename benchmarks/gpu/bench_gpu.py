@@ -77,10 +77,7 @@ def main() -> int:
                 row |= {"quantization": args.quantization, "kv_cache_dtype": args.kv_cache_dtype}
                 row |= {**bench_engine.measure(llm, name, SHAPES[args.model]["vocab_size"], args.repeats), **about}
                 rows.append(row)
-                print(json.dumps(row), flush=True)
-                if args.output:
-                    with open(args.output, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                bench_table.tell(row, args.output)
     print("\n" + bench_table.comparison(rows, bench_table.read_suite("h200")))
     return 0
 

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 from argosy.cluster.protocol.ledger import describe_ledger
-from argosy.deploy import bench, bench_engine, bench_models, workload
+from argosy.deploy import bench, bench_engine, bench_models, bench_table, workload
 from argosy.deploy.offline import LLM
 
 NUM_NEW = 65
@@ -87,10 +87,7 @@ def main() -> int:
         for kind in args.kind:
             for row in measure(kind, folder, args):
                 figures.setdefault(str(row["workload"]), {})[kind] = float(str(row["figure"]))
-                print(json.dumps({**row, **about}), flush=True)
-                if args.output:
-                    with open(args.output, "a", encoding="utf-8") as file:
-                        file.write(json.dumps({**row, **about}) + "\n")
+                bench_table.tell({**row, **about}, args.output)
             gc.collect()
     print(f"\n{'':22}" + "".join(f"{kind:>24}" for kind in args.kind))
     for name, row_figures in figures.items():

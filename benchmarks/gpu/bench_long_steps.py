@@ -11,7 +11,6 @@ steps is that weights pass by once, which counts where they come from the host (
 
 import argparse
 import gc
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +23,7 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.messages import NewRequest, SchedulerOutput
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.cluster.protocol.sampling import TokenParams
-from argosy.deploy import bench_models
+from argosy.deploy import bench_models, bench_table
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import init_parallel
 from argosy.workers.device import describe_device, set_up_device
@@ -124,10 +123,7 @@ def main() -> int:
         for way in args.ways:
             row = measure(args, num_tokens, way)
             rows.append(row)
-            print(json.dumps(row), flush=True)
-            if args.output:
-                with open(args.output, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+            bench_table.tell(row, args.output)
             gc.collect()
             if args.device == "cuda":
                 torch.cuda.empty_cache()

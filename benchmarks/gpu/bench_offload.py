@@ -10,7 +10,6 @@ the two over the step's time. The tokens of all runs are compared: the same weig
 
 import argparse
 import gc
-import json
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,7 +22,7 @@ from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.messages import NewRequest, SchedulerOutput
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.cluster.protocol.sampling import TokenParams
-from argosy.deploy import bench_models
+from argosy.deploy import bench_models, bench_table
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import init_parallel
 from argosy.workers.device import describe_device, set_up_device
@@ -187,10 +186,7 @@ def main() -> int:
                 "load_seconds": round(loaded, 2), "tokens_equal": tokens == said,
             }  # fmt: skip
             rows.append(row)
-            print(json.dumps(row), flush=True)
-            if args.output:
-                with open(args.output, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+            bench_table.tell(row, args.output)
         del runner, offload
         gc.collect()
         if args.device == "cuda":

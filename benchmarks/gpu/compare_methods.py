@@ -11,7 +11,8 @@ import argparse
 import json
 import subprocess
 import sys
-from pathlib import Path
+
+from argosy.deploy import bench_table
 
 GPTQ = {"quant_method": "gptq", "bits": 4, "group_size": 128, "sym": True}
 FORMATS: dict[str, tuple[str | None, dict[str, object]]] = {  # (--quantization, what config.json says)
@@ -97,10 +98,7 @@ def main() -> int:
             if first["format"] == "bf16":
                 row["times_faster"] = round(first["step_ms"] / row["step_ms"], 3)
                 row["memory"] = round(row["weight_bytes"] / first["weight_bytes"], 3)
-            print(json.dumps(row), flush=True)
-            if args.output:
-                with Path(args.output).open("a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+            bench_table.tell(row, args.output)
     return int(failed > 0)
 
 

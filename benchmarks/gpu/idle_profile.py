@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from argosy.deploy import bench, bench_engine, bench_models, launch, workload
+from argosy.deploy import bench, bench_engine, bench_models, bench_table, launch, workload
 from argosy.deploy.offline import LLM
 
 FIRST_STEP, NUM_STEPS = 170, 60  # of the second run: the first one is shorter than that
@@ -62,10 +62,7 @@ def profile_model(model: str, args: argparse.Namespace) -> list[dict[str, Any]]:
                     row["load_a_core"] = round(os.getloadavg()[0] / (os.cpu_count() or 1), 2)
                     file.unlink()
                     rows.append(row)
-                    print(json.dumps(row), flush=True)
-                    if args.output:
-                        with open(args.output, "a", encoding="utf-8") as out:
-                            out.write(json.dumps(row) + "\n")
+                    bench_table.tell(row, args.output)
     return rows
 
 

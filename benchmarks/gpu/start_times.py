@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from argosy.deploy import bench_models
+from argosy.deploy import bench_models, bench_table
 
 START = """
 import json, sys, time
@@ -100,10 +100,7 @@ def main() -> int:
                 before = sum(1 for _ in cache.glob("*"))
                 row = {"model": model, "start": start, **one_start(settings, str(cache))}
                 row["kernels_compiled"] = sum(1 for _ in cache.glob("*")) - before
-                print(json.dumps(row), flush=True)
-                if args.output:
-                    with open(args.output, "a", encoding="utf-8") as file:
-                        file.write(json.dumps(row) + "\n")
+                bench_table.tell(row, args.output)
             if args.profile:
                 os.environ["TRITON_CACHE_DIR"] = str(cache)
                 profile_rank(model, args.max_num_seqs)

@@ -10,7 +10,6 @@ the multiplications at 989 TFLOP/s (1979 where weights are e4m3).
 """
 
 import argparse
-import json
 import sys
 import time
 from collections.abc import Callable
@@ -21,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tune_moe import random_int_experts
 
+from argosy.deploy import bench_table
 from argosy.kernels import moe_ops, moe_reference
 
 CARD_BYTES_A_SECOND, CARD_FLOPS = 4.8e12, 989e12
@@ -63,10 +63,7 @@ def main() -> int:
                 "machine": machine,
                 **layer.measure(tokens, alone=args.alone),
             }
-            print(json.dumps(line), flush=True)
-            if args.output:
-                with open(args.output, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+            bench_table.tell(line, args.output)
     return 0
 
 

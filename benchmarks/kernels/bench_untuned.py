@@ -7,7 +7,6 @@ share of the card's 4.8 TB/s that the best of them comes to; first whether they 
 """
 
 import argparse
-import json
 import time
 from collections.abc import Callable
 from functools import partial
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from timing import copies_for, microseconds
 
+from argosy.deploy import bench_table
 from argosy.kernels import gemv, tuning
 
 CARD_BYTES_A_SECOND = 4.8e12
@@ -73,10 +73,7 @@ def main() -> None:
                 "bench": "untuned", "inputs": inputs, "outputs": outputs, "tokens": tokens, "machine": machine, **found,
                 "best": next(way for way in found if found[way] == best), "of_the_rate": round(bound / best, 3),
             }  # fmt: skip
-            print(json.dumps(line), flush=True)
-            if args.output:
-                with open(args.output, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+            bench_table.tell(line, args.output)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ import torch
 from timing import copies_for, microseconds
 from torch import Tensor
 
+from argosy.deploy import bench_table
 from argosy.kernels import kv_scales, paged_attention, prefill_attention, reference
 
 HEADS, KV_HEADS, SIZE, BLOCK = 32, 8, 128, 16
@@ -233,10 +234,7 @@ def tune(clock: Clock, suffix: str, what: str, kind: str, shapes: tuple[tuple[in
             row["read_us"] = round(rows * context * KV_HEADS * 2 * (SIZE * dtype.itemsize + scaled) / PEAK, 1)
             unstaged = [values[-1] for sizes, values in scores.items() if not json.loads(sizes)["staged"]]
             row["unstaged_us"] = round(min(unstaged, default=math.inf), 1)
-        print(json.dumps(row), flush=True)
-        if output:
-            with open(output, "a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+        bench_table.tell(row, output)
     ranked = sorted(scores, key=lambda sizes: math.prod(scores[sizes]))
     print(
         what, kind, suffix, *(f"{[round(x, 1) for x in scores[r]]} {r}" for r in ranked[:3]), sep="\n    ", flush=True

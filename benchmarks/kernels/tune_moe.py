@@ -9,7 +9,6 @@ come to. Packed weights are measured turned (`moe_packed`) and, of two tiles, th
 
 import argparse
 import contextlib
-import json
 import multiprocessing
 import sys
 import time
@@ -18,6 +17,7 @@ from typing import Any
 
 import torch
 
+from argosy.deploy import bench_table
 from argosy.kernels import fp8_quantize, moe_gemm, moe_int, moe_packed, moe_reference, packed_reference
 from argosy.kernels.fp8_reference import Rounding
 from argosy.kernels.moe_int import FEW, MANY, WARP_GROUPS, Tile
@@ -136,10 +136,7 @@ def main() -> int:
                 },
                 "worst_us": round(found[-1][0] * 1e6, 1),
             }  # fmt: skip
-            print(json.dumps(line), flush=True)
-            if args.output:
-                with open(args.output, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(line) + "\n")
+            bench_table.tell(line, args.output)
         del weight
     return 0
 

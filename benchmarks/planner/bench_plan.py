@@ -11,6 +11,8 @@ import subprocess
 import sys
 import time
 
+from argosy.deploy import bench_table
+
 MODELS = ("llama-3.1-405b", "deepseek-r1", "bloom-176b")
 NODES = (1, 4, 16, 64)
 
@@ -35,11 +37,7 @@ def main() -> int:
     for model in MODELS:
         for gpu in ("H200", "A100-40GB"):
             for nodes in NODES:
-                line = json.dumps(measure(model, gpu, nodes))
-                print(line, flush=True)
-                if args.output:
-                    with open(args.output, "a", encoding="utf-8") as file:
-                        file.write(line + "\n")
+                bench_table.tell(measure(model, gpu, nodes), args.output)
     return 0
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from argosy.cluster.protocol.errors import ServingError
-from argosy.deploy import bench_models, launch
+from argosy.deploy import bench_models, bench_table, launch
 from argosy.deploy.offline import LLM
 
 HERE = Path(__file__).resolve().parent
@@ -73,10 +73,7 @@ def main() -> int:
                 failed += 1
                 continue
         for row in rows:
-            print(json.dumps(row), flush=True)
-            if args.output:
-                with open(args.output, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+            bench_table.tell(row, args.output)
     return min(failed, 1)
 
 

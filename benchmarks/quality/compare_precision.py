@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from argosy.cluster.protocol.model_spec import read_model_spec
+from argosy.deploy import bench_table
 from argosy.deploy.bench_models import GPU_COMMON, GPU_SHAPES
 from argosy.deploy.tokenizer import Tokenizer
 from argosy.placement.plan import make_plan
@@ -172,10 +173,7 @@ def main() -> int:
             row["weights_ratio"] = round(scored.weight_bytes / plain.weight_bytes, 3)
             row["cache_ratio"] = round(scored.cache_bytes_a_token / plain.cache_bytes_a_token, 3)
             rows.append(row)
-            print(json.dumps(row), flush=True)
-            if args.output:
-                with open(args.output, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(row) + "\n")
+            bench_table.tell(row, args.output)
     print(f"\n{name} on {device_name}, {len(ids)} tokens, beside {args.dtype}")
     for row in rows:
         print(
