@@ -10,7 +10,6 @@ steps. First the exchange must give what sums give. JSON lines: milliseconds a l
 import argparse
 import json
 import os
-import socket
 import tempfile
 import zlib
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.deploy import bench_table
 from argosy.placement.expert_traffic import exchange_numbers, sum_numbers
 from argosy.placement.plan import make_plan
+from argosy.placement.ports import free_port
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
 from argosy.workers.attention.torch_backend import TorchBackend
 from argosy.workers.forward_context import ForwardContext
@@ -191,10 +191,7 @@ def main() -> None:
     parser.add_argument("--output")
     args = parser.parse_args()
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = int(probe.getsockname()[1])
-    mp.spawn(measure, args=(args.cards, port, args), nprocs=args.cards)
+    mp.spawn(measure, args=(args.cards, free_port("127.0.0.1"), args), nprocs=args.cards)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,6 @@ by kernel and as a recorded graph. JSON lines: milliseconds of the host and unti
 import argparse
 import json
 import os
-import socket
 import statistics
 import time
 
@@ -22,6 +21,7 @@ from profile_step import make_runner, prompt
 from argosy.cluster.protocol.messages import NewRequest, SchedulerOutput
 from argosy.cluster.protocol.sampling import TokenParams
 from argosy.placement.plan import make_plan
+from argosy.placement.ports import free_port
 from argosy.placement.process_groups import destroy_parallel, init_parallel
 from argosy.workers.device import set_up_device
 from argosy.workers.model_runner import ModelRunner
@@ -110,11 +110,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1024, 2048, 4096, 8192], help="multiples of 512")
     parser.add_argument("--repeats", type=int, default=6)
     args = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    mp.spawn(main_of_rank, (args, port), nprocs=args.cards)
+    mp.spawn(main_of_rank, (args, free_port("127.0.0.1")), nprocs=args.cards)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ import functools
 import json
 import os
 import random
-import socket
 import time
 
 import torch
@@ -21,6 +20,7 @@ from torch import Tensor
 
 from argosy.kernels import group_push, ops
 from argosy.placement.plan import make_plan
+from argosy.placement.ports import free_port
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
 from argosy.workers.layers.group_sum import GroupSum, open_group_copies, open_group_sum
 from argosy.workers.layers.norm import RMSNorm
@@ -212,11 +212,8 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", default=[1, 8, 64, 256, 1024, 8192])
     parser.add_argument("--isolated", action="store_true", help="each rank sees its own card alone, as under Ray")
     args = parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    mp.spawn(main_of_rank, (args, port), nprocs=args.cards)
+    mp.spawn(main_of_rank, (args, free_port("127.0.0.1")), nprocs=args.cards)
 
 
 if __name__ == "__main__":

@@ -11,13 +11,13 @@ import argparse
 import json
 import os
 import random
-import socket
 import time
 
 import torch
 import torch.multiprocessing as mp
 
 from argosy.placement.plan import make_plan
+from argosy.placement.ports import free_port
 from argosy.placement.process_groups import destroy_parallel, init_parallel
 from argosy.placement.stage_transport import StageTransport
 
@@ -102,10 +102,7 @@ def main() -> None:
     """Two processes, two cards."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(be_rank, args=(port,), nprocs=2)
+    mp.spawn(be_rank, args=(free_port("127.0.0.1"),), nprocs=2)
 
 
 if __name__ == "__main__":

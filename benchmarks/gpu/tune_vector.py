@@ -15,7 +15,6 @@ import subprocess
 import sys
 import time
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from bench_gpu import COMMON, SHAPES
 from compare_methods import FORMATS
 from profile_step import decode, make_runner, start_rows, timed, timeline
 from timing import copies_for, microseconds
+from trials import read_table, write_table
 from tune_packed import LARGEST_ERROR, weights_of
 
 from argosy.kernels import packed_hopper, packed_linear, packed_reference, packed_stream, tuning
@@ -335,13 +335,12 @@ def main() -> int:
     chosen = {key: packed[key] for key in map(tuner.key, shapes.values()) if key in packed}
     print(json.dumps(chosen), flush=True)
     if args.out:
-        path = Path(args.out)
-        whole = json.loads(path.read_text()) if path.exists() else {}
+        whole = read_table(args.out)
         whole.setdefault("packed", {}).update(chosen)
         for kind in ("h128_one", "h128_lean"):
             if kind in tuner.table["paged_attention"]:
                 whole["paged_attention"][kind] = tuner.table["paged_attention"][kind]
-        path.write_text(json.dumps(whole, indent=1, sort_keys=True) + "\n")
+        write_table(args.out, whole)
     return 0
 
 

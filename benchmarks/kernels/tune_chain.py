@@ -11,9 +11,6 @@ import argparse
 import functools
 import json
 import os
-import socket
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -25,10 +22,12 @@ import torch.nn.functional as F
 from bench_kernels import rand
 from few_sizes import MODELS, Sizes, shapes_of
 from torch import Tensor
+from trials import compile_apart, part_of
 from tune_group import CONTEXT, LAYERS, Chain, attention_of
 
 from argosy.kernels import group_push, layer_chain, ops, tuning
 from argosy.placement.plan import make_plan
+from argosy.placement.ports import free_port
 from argosy.placement.process_groups import destroy_parallel, init_parallel
 
 SIZES: list[Sizes] = [
@@ -294,28 +293,12 @@ def main() -> None:
     if args.sizes:
         SIZES[:] = [SIZES[number] for number in args.sizes]
     if args.compile_part:
-        index, of = map(int, args.compile_part.split("/"))
-        compile_part(index, of, args)
+        compile_part(*part_of(args.compile_part), args)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not args.compiled:
-        began = time.perf_counter()
-        workers = min(24, os.cpu_count() or 1)
-        cards = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-        others = [
-            subprocess.Popen(
-                [sys.executable, __file__, *sys.argv[1:], "--compile-part", f"{i}/{workers}"],
-                env={**os.environ, "CUDA_VISIBLE_DEVICES": cards[i % len(cards)]},
-            )
-            for i in range(workers)
-        ]
-        for other in others:
-            other.wait()
-        print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(main_of_rank, (args, port), nprocs=args.over)
+        compile_apart(24, over_cards=True)()
+    mp.spawn(main_of_rank, (args, free_port("127.0.0.1")), nprocs=args.over)
 
 
 if __name__ == "__main__":

@@ -9,14 +9,10 @@ try and writes the table that came out.
 """
 
 import argparse
-import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +20,7 @@ from bench_fp8 import Fp8Step, random_weight
 from bench_kernels import STEPS, Step, rand
 from few_sizes import short
 from timing import Report
+from trials import compile_apart, part_of, read_table, try_table, write_table
 
 from argosy.kernels import fp8_gemm, fp8_quantize, gemv, gemv_split, paged_attention, tuning
 from argosy.kernels.fp8_reference import Rounding
@@ -256,17 +253,13 @@ def main() -> int:
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": be one of the compiling processes
     args = parser.parse_args()
     if args.compile_part:
-        index, of = map(int, args.compile_part.split("/"))
-        compile_part(index, of, args.model, args.rows, only=args.attention)
+        compile_part(*part_of(args.compile_part), args.model, args.rows, only=args.attention)
         return 0
-    began, workers = time.perf_counter(), min(20, os.cpu_count() or 1)
-    others = [subprocess.Popen([sys.executable, *sys.argv, "--compile-part", f"{i}/{workers}"]) for i in range(workers)]
-    table = json.loads(Path(args.out).read_text())
-    tuning.pick = lambda kernel, key, device: table.get(kernel, {}).get(key)  # type: ignore[assignment]  # the sizes under trial
+    began, wait_for_others = time.perf_counter(), compile_apart(20)
+    table = read_table(args.out)
+    try_table(table)
     chain = Chain(args.model, args.rows)
-    for other in others:
-        other.wait()
-    print(f"compiled after {time.perf_counter() - began:.1f} s", flush=True)
+    wait_for_others()
     first, first_tokens = chain.record(), chain.runs[0]()
     _, _, heads, kv_heads, *_ = STEPS[args.model.partition("-")[0]]
     kind = f"h128_some_g{heads // kv_heads}" if args.rows > 4 else "h128_few"
@@ -283,7 +276,7 @@ def main() -> int:
         for slot in slots if turn else (*slots[1:3], *slots[:1], *slots[3:]):
             if time.perf_counter() - began < args.seconds:
                 choose(chain, *slot)
-        Path(args.out).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        write_table(args.out, table)
     alike = (chain.runs[0]() == first_tokens).float().mean()
     before, after = compare([first, chain.record()])
     if args.model == FP8 and args.rows == 1:

@@ -10,12 +10,12 @@ import argparse
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Protocol
 
 from bench_fp8 import BF16, LAYERS, Fp8Step, weights_of
 from bench_kernels import STEPS, rand
 from timing import microseconds
+from trials import read_table, try_table, write_table
 
 from argosy.kernels import fp8_gemm, fp8_gemv, fp8_ops, fp8_quantize, ops, tuning
 from argosy.kernels.fp8_reference import Fp8Weight, Rounding
@@ -162,7 +162,7 @@ SEVERAL: tuple[Sizes, ...] = (
 
 def tune_step(table: dict[str, dict[str, Sizes]], rows_asked: Sequence[int] = (1, 8, 64)) -> None:
     """Choose by the time of six layers of the 8b shape, where neighbours share the card."""
-    tuning.pick = lambda kernel, key, device: table.get(kernel, {}).get(key)  # type: ignore[assignment]  # the sizes under trial
+    try_table(table)
     hidden, _, *shape = STEPS["8b"]
     chain = Fp8Step(hidden, 6, *shape)
     for rows in rows_asked:
@@ -196,11 +196,10 @@ def main() -> None:
     parser.add_argument("--out", required=True, help="the file of sizes to read and to write")
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 64])
     args = parser.parse_args()
-    path = Path(args.out)
-    table = json.loads(path.read_text())
+    table = read_table(args.out)
     for rows in args.rows:
         tune_step(table, [rows])
-        path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        write_table(args.out, table)
 
 
 if __name__ == "__main__":

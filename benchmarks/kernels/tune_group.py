@@ -14,10 +14,7 @@ import itertools
 import json
 import math
 import os
-import socket
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -31,9 +28,11 @@ from bench_kernels import rand
 from few_sizes import HEAD_SIZE, KERNELS, LIBRARY, MODELS, Sizes, shapes_of, short, sizes_of
 from timing import copies_for, microseconds
 from torch import Tensor
+from trials import compile_apart, part_of
 
 from argosy.kernels import gemv, ops, paged_attention, tuning
 from argosy.placement.plan import make_plan
+from argosy.placement.ports import free_port
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
 from argosy.workers.layers.group_sum import open_group_sum
 from argosy.workers.layers.norm import RMSNorm
@@ -342,21 +341,6 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int, folder: str)
 PICK = tuning.pick
 
 
-def compile_all(args: argparse.Namespace) -> None:
-    """In as many processes as there are cores, on all cards."""
-    workers = min(24, os.cpu_count() or 1)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-    others = [
-        subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], "--compile-part", f"{i}/{workers}"],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": visible[i % len(visible)]},
-        )
-        for i in range(workers)
-    ]
-    for other in others:
-        other.wait()
-
-
 def main() -> None:
     """Compile, then one process a card."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -378,21 +362,15 @@ def main() -> None:
     args = parser.parse_args()
     args.over = args.over or args.cards
     if args.compile_part:
-        index, of = map(int, args.compile_part.split("/"))
-        compile_part(index, of, args)
+        compile_part(*part_of(args.compile_part), args)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     if not args.compiled:
-        began = time.perf_counter()
-        compile_all(args)
-        print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
+        compile_apart(24, over_cards=True)()
     if args.compile_only:
         return
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     with tempfile.TemporaryDirectory() as folder:
-        mp.spawn(main_of_rank, (args, port, folder), nprocs=args.over)
+        mp.spawn(main_of_rank, (args, free_port("127.0.0.1"), folder), nprocs=args.over)
 
 
 if __name__ == "__main__":

@@ -9,22 +9,19 @@ import argparse
 import itertools
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable, Iterator, Mapping
 
 import torch
 import torch.nn.functional as F
 from bench_kernels import LINEARS, STEPS, Step, rand
 from timing import copies_for, microseconds
+from trials import Table, compile_apart, part_of, read_table, try_table, write_table
 from tune_fp8 import TUNERS as FP8_TUNERS
 from tune_fp8 import tune_step as tune_fp8_step
 
 from argosy.kernels import gemv, ops, paged_attention, prefill_attention, tuning
 
 Sizes = dict[str, int]
-Table = dict[str, dict[str, Sizes]]
 SHARED_BYTES = 200 << 10
 
 
@@ -223,7 +220,7 @@ def tune_step(table: Table) -> None:
 
     A kernel that is fast alone may hold what its neighbour needs, or keep nothing for it to overlap with.
     """
-    tuning.pick = lambda kernel, key, device: table.get(kernel, {}).get(key)  # type: ignore[assignment]  # the sizes under trial
+    try_table(table)
     for name, (hidden, _, *shape) in STEPS.items():
         chain = Step(hidden, 6, *shape)
         for rows in (1, 8):
@@ -276,26 +273,15 @@ def main() -> None:
         SHAPES_ASKED[shape] = (num_in, num_out, shape.endswith("g"))
     names = ["gemv"] if SHAPES_ASKED else names
     if arguments.compile_part:
-        index, of = map(int, arguments.compile_part.split("/"))
         for name in names:
-            TUNERS[name](Part(index, of))
+            TUNERS[name](Part(*part_of(arguments.compile_part)))
         return
-    workers = min(14, os.cpu_count() or 1)
-    others = [
-        subprocess.Popen([sys.executable, *sys.argv, "--compile-part", f"{i}/{workers}"], stdout=subprocess.DEVNULL)
-        for i in range(workers)
-    ]
-    for other in others:
-        other.wait()
-    print(f"compiled for {tuning.device_facts(torch.device('cuda', 0)).slug}", flush=True)
-    table: Table = {}
-    if os.path.exists(arguments.out):
-        with open(arguments.out) as file:
-            table = json.load(file)
+    compile_apart(14, quiet=True)()
+    print(f"for {tuning.device_facts(torch.device('cuda', 0)).slug}", flush=True)
+    table = read_table(arguments.out)
     for name in names:
         table.setdefault(name, {}).update(TUNERS[name](Part(0, 0)))
-        with open(arguments.out, "w") as file:
-            json.dump(table, file, indent=1, sort_keys=True)
+        write_table(arguments.out, table)
         torch.cuda.empty_cache()
     if "gemv" in names:
         tune_step(table)

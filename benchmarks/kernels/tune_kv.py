@@ -10,15 +10,13 @@ import argparse
 import itertools
 import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 from timing import copies_for, microseconds
 from torch import Tensor
+from trials import compile_apart, part_of, read_table, write_table
 
 from argosy.deploy import bench_table
 from argosy.kernels import kv_scales, paged_attention, prefill_attention, reference
@@ -64,7 +62,7 @@ class Clock:
     """Times calls; or, in one of the processes that compile, runs every n-th of them once."""
 
     def __init__(self, part: str | None):
-        self.index, self.of = map(int, part.split("/")) if part else (0, 0)
+        self.index, self.of = part_of(part or "0/0")
         self.turn = -1
 
     def time(self, calls: list[Callable[[], object]]) -> float:
@@ -259,12 +257,7 @@ def main() -> int:
         return 0
     clock = Clock(arguments.compile_part)
     if not clock.of:
-        workers = min(14, os.cpu_count() or 1)
-        command = [sys.executable, *sys.argv, "--compile-part"]
-        others = [subprocess.Popen([*command, f"{i}/{workers}"], stdout=subprocess.DEVNULL) for i in range(workers)]
-        for other in others:
-            other.wait()
-        print("compiled", flush=True)
+        compile_apart(14, quiet=True)()
     best: dict[str, dict[str, Sizes]] = {"paged_attention": {}, "prefill_attention": {}}
     for suffix in reversed(KINDS):
         for kernel, what, cases in (("paged_attention", "decode", DECODE), ("prefill_attention", "prompts", PROMPTS)):
@@ -273,14 +266,13 @@ def main() -> int:
                     continue  # the same kernels as those of the kind before
                 best[kernel][f"h{SIZE}_{kind}{suffix}"] = tune(clock, suffix, what, kind, shapes, arguments.output)
     if arguments.write and not clock.of:
-        path = Path(arguments.write)
-        table = json.loads(path.read_text()) if path.exists() else {}
+        table = read_table(arguments.write)
         for kernel, found in best.items():
             eight_bits = {
                 key: sizes for key, sizes in found.items() if not key.endswith(("few", "many", "crowd", "long"))
             }
             table.setdefault(kernel, {}).update(eight_bits)
-        path.write_text(json.dumps(table, indent=1, sort_keys=True))
+        write_table(arguments.write, table)
     return 0
 
 

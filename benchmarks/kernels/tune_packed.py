@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import os
-import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from timing import copies_for, microseconds
+from trials import compile_apart, part_of, read_table, write_table
 
 from argosy.kernels import packed_hopper, packed_linear, packed_reference, tuning
 from argosy.kernels.packed_linear import FEW, HOPPER, MANY, SLICES, VECTOR
@@ -156,19 +156,13 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, nargs="+", choices=TOKENS, default=list(TOKENS))
     kernels = (FEW, MANY, SLICES, HOPPER, VECTOR)
     parser.add_argument("--only", type=int, nargs="+", choices=kernels, help="kernels; all without")
-    parser.add_argument("--part", help=argparse.SUPPRESS)  # "i/n": compile every n-th size only
+    parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": compile every n-th size only
     args = parser.parse_args()
     form = {"bits": args.bits, "group": args.group}
-    if args.part:
-        i, n = map(int, args.part.split("/"))
-        compile_all(weights_of(*SHAPES["qkv"], 1, **form)[0], "qkv", (i, n), args)
+    if args.compile_part:
+        compile_all(weights_of(*SHAPES["qkv"], 1, **form)[0], "qkv", part_of(args.compile_part), args)
         return
-    others = [
-        subprocess.Popen([sys.executable, *sys.argv, "--part", f"{i}/{PROCESSES}"], stdout=subprocess.DEVNULL)
-        for i in range(PROCESSES)
-    ]
-    for other in others:
-        other.wait()
+    compile_apart(PROCESSES, quiet=True)()
     tuned: dict[str, dict[str, int]] = {}
     layers: dict[int, list[float]] = {tokens: [0.0, 0.0] for tokens in args.tokens}
     with Path(args.report).open("a", encoding="utf-8") as report:
@@ -201,11 +195,10 @@ def main() -> None:
             torch.cuda.empty_cache()
     for tokens, (us, by_library) in layers.items():
         print(f"a layer, {tokens} tokens: {us:.1f} us, cuBLAS on bf16 {by_library:.1f}: {by_library / us:.2f} times")
-    path = Path(args.out)
-    table = json.loads(path.read_text()) if path.exists() else {}
+    table = read_table(args.out)
     table.pop("packed_vector", None)
     table.setdefault("packed", {}).update(tuned)
-    path.write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+    write_table(args.out, table)
     print(f"written for {tuning.device_facts(torch.device('cuda', 0)).slug}")
 
 

@@ -9,12 +9,9 @@ Compiled in many processes before. Prints every try and writes the table with wh
 
 import argparse
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +19,7 @@ from bench_kernels import STEPS, Step, rand
 from few_sizes import LIBRARY, ahead_sizes, short
 from timing import copies_for, microseconds
 from torch import Tensor
+from trials import compile_apart, part_of, read_table, try_table, write_table
 
 from argosy.kernels import gemv, ops, tuning
 
@@ -170,24 +168,20 @@ def main() -> int:
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": be one of the compiling processes
     args = parser.parse_args()
     if args.compile_part:
-        index, of = map(int, args.compile_part.split("/"))
-        compile_part(index, of, args)
+        compile_part(*part_of(args.compile_part), args)
         return 0
-    began, workers = time.perf_counter(), min(14, os.cpu_count() or 1)
-    others = [subprocess.Popen([sys.executable, *sys.argv, "--compile-part", f"{i}/{workers}"]) for i in range(workers)]
-    for other in others:
-        other.wait()
-    print(f"compiled in {time.perf_counter() - began:.1f} s", flush=True)
-    table = json.loads(Path(args.out).read_text())
+    began = time.perf_counter()
+    compile_apart(14)()
+    table = read_table(args.out)
     shapes = shapes_of(args.model)
     ranked = {f"{s[0]} {rows}": rank_alone(rows, s, args.best) for rows in args.rows for s in shapes}
     torch.cuda.empty_cache()
-    tuning.pick = lambda kernel, key, device: table.get(kernel, {}).get(key)  # type: ignore[assignment]  # the sizes under trial
+    try_table(table)
     hidden, _, *rest = STEPS[args.model]
     chain = Step(hidden, LAYERS, *rest)
     for rows in args.rows:
         tune(chain, rows, table, ranked)
-        Path(args.out).write_text(json.dumps(table, indent=1, sort_keys=True) + "\n")
+        write_table(args.out, table)
     print(f"all: {time.perf_counter() - began:.1f} s", flush=True)
     return 0
 
