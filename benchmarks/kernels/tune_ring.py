@@ -35,13 +35,27 @@ from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import destroy_parallel, init_parallel
 
 WORST = 0.01  # relative error: numbers are rounded to 16 bits
-ATTENTION = [
+FEW_ROWS = [  # of attention, where rows times key/value heads are fewer than multiprocessors
     dict(zip(("block_l", "warps", "stages", "min_piece", "per_sm", "late"), each, strict=True))
     for each in (
         (64, 8, 6, 512, 1, 1), (128, 4, 4, 512, 1, 1), (64, 4, 4, 512, 1, 1), (64, 8, 3, 512, 1, 1),
         (128, 8, 3, 512, 1, 1), (64, 8, 4, 128, 1, 1), (64, 8, 4, 512, 1, 0), (128, 4, 3, 512, 1, 0),
     )
 ]  # fmt: skip
+MANY_ROWS = [
+    dict(zip(("block_l", "warps", "stages", "splits", "min_piece", "per_sm", "late"), each, strict=True))
+    for each in (
+        (64, 2, 3, 1, 512, 1, 0), (32, 1, 2, 1, 512, 1, 0), (32, 1, 3, 1, 512, 1, 0), (64, 2, 2, 1, 512, 1, 0),
+        (128, 4, 2, 1, 512, 1, 0), (64, 4, 3, 1, 512, 1, 0), (32, 2, 3, 1, 512, 1, 0), (16, 1, 4, 1, 512, 1, 0),
+        (64, 2, 3, 1, 512, 1, 1), (64, 4, 3, 1, 512, 1, 1), (128, 4, 3, 1, 512, 1, 1), (32, 1, 3, 1, 512, 1, 1),
+        (64, 2, 3, 2, 128, 1, 0), (32, 1, 3, 2, 128, 1, 0), (64, 2, 3, 2, 128, 1, 1), (64, 4, 3, 2, 128, 1, 1),
+    )
+]  # fmt: skip
+
+
+def attention_tries(rows: int, model: str, cards: int) -> list[Sizes]:
+    """For so many rows."""
+    return FEW_ROWS if rows * MODELS[model][3] // cards < 132 else MANY_ROWS
 
 
 def ring_sizes(name: str, rows: int, num_in: int, num_rows: int, cards: int) -> Iterator[Sizes]:
@@ -101,9 +115,10 @@ def compile_part(index: int, of: int, args: argparse.Namespace) -> None:
                 if not worst < WORST:
                     print(f"WRONG {name} {rows} rows {short(sizes)}: {worst:.4f}", flush=True)
                     worst = 0.0
-    for sizes in ATTENTION[index::of]:
-        attend = attention_of(args.model, args.cards, args.rows, CONTEXT)
-        attend(rand(args.rows, shapes_of(args.model, args.cards)["qkv"][1]), 0, sizes)
+    tries = [(r, s) for r in (args.rows, *args.profiled) for s in attention_tries(r, args.model, args.cards)]
+    for rows, sizes in tries[index::of]:
+        attend = attention_of(args.model, args.cards, rows, CONTEXT)
+        attend(rand(rows, shapes_of(args.model, args.cards)["qkv"][1]), 0, sizes)
     torch.cuda.synchronize()
     compile_others(index, of, args)
     if index == 0:
@@ -277,17 +292,23 @@ def tune(chain: Steps, args: argparse.Namespace, table: dict[str, Sizes], *, say
                     break
                 if sizes != table.get(keys[name]):
                     offer({keys[name]: sizes}, f"{turn} {name} {short(sizes)}")
-    for attention in (None, *ATTENTION):
-        chain.attention = attention
-        us = [round(chain.time(chain.of(rows, context)), 2) for context in (192, 320)]
-        if says:
-            print(f"    attention of 192 and 320 {us} {attention or 'as tuned'}", flush=True)
-    chain.attention = None
+    attend_otherwise(chain, rows, says=says)
     chain.breakdown(run, "as it is", says=says)
     if says:
         about = {"kernel": "gemv_ring", "model": args.model, "cards": args.cards, "over": args.over, "rows": rows}
         print(json.dumps(about | {"before_us": round(before, 2), "us": round(now, 2)}), flush=True)
         Path(args.out).write_text(json.dumps({"gemv": {k: table[k] for k in keys.values() if k in table}}, indent=1))
+
+
+def attend_otherwise(chain: Steps, rows: int, *, says: bool) -> None:
+    """Steps with attention in other sizes."""
+    runs = [chain.of(rows, context) for context in (192, 320)]
+    for attention in (None, *attention_tries(rows, chain.model, chain.cards)):
+        chain.attention = attention
+        us = [round(chain.time(run), 2) for run in runs]
+        if says:
+            print(f"    {rows} rows, attention of 192 and 320 {us} {attention or 'as tuned'}", flush=True)
+    chain.attention = None
 
 
 def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int) -> None:
@@ -308,6 +329,8 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int) -> None:
             print(f"{rows} rows: {us:.2f} us a layer", flush=True)
         chain.breakdown(run, f"{rows} rows", says=tp_rank == 0)
     tune(chain, args, table, says=tp_rank == 0)
+    for rows in args.profiled:
+        attend_otherwise(chain, rows, says=tp_rank == 0)
     if args.over > 1:
         dist.barrier()
     destroy_parallel(parallel)
