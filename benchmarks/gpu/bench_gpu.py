@@ -7,7 +7,6 @@ a driver and its ranks without Ray, unless `--backend ray`.
 """
 
 import argparse
-import json
 import os
 import sys
 import tempfile
@@ -52,11 +51,11 @@ def main() -> int:
         os.environ["ARGOSY_TRACE"] = os.path.abspath(args.trace)
         launch.launch_engine.__kwdefaults__["rank_module"] = "traced_rank"
     rows = []
-    with tempfile.TemporaryDirectory(prefix="argosy-bench-") as folder:
-        Path(folder, "config.json").write_text(json.dumps({**COMMON, **SHAPES[args.model]}))
+    with tempfile.TemporaryDirectory(prefix="argosy-bench-") as parent:
+        folder, options = bench_models.make_folder(args.model, Path(parent))
         started = time.perf_counter()
         with LLM(
-            folder, load_format="dummy", skip_tokenizer_init=True, dtype=args.dtype,
+            str(folder), **options, dtype=args.dtype,
             quantization=args.quantization, kv_cache_dtype=args.kv_cache_dtype,
             distributed_executor_backend=args.backend, tensor_parallel_size=args.tensor_parallel_size,
             pipeline_parallel_size=args.pipeline_parallel_size, pipeline_layers=tuple(args.pipeline_layers),

@@ -7,10 +7,11 @@ line a figure, a table beside the first kind last.
 
 import argparse
 import gc
-import json
 import statistics
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from argosy.cluster.protocol.ledger import describe_ledger
 from argosy.deploy import bench, bench_engine, bench_models, bench_table, workload
@@ -35,12 +36,12 @@ def decode(llm: LLM, rows: int, context: int, vocab: int) -> tuple[float, float]
     return 1e3 * statistics.median(gaps), rows * NUM_NEW / seconds
 
 
-def measure(kind: str, folder: str, args: argparse.Namespace) -> list[Row]:
+def measure(kind: str, folder: Path, options: Mapping[str, Any], args: argparse.Namespace) -> list[Row]:
     """All figures of one kind of cache."""
-    vocab = bench_models.GPU_SHAPES[args.model]["vocab_size"]
+    vocab = bench_models.vocab_size(folder)
     found: list[Row] = []
     with LLM(
-        folder, load_format="dummy", skip_tokenizer_init=True, dtype=args.dtype, device=args.device,
+        str(folder), **options, dtype=args.dtype, device=args.device,
         quantization=args.quantization, kv_cache_dtype=kind, distributed_executor_backend="local",
         max_num_seqs=args.max_num_seqs, max_num_batched_tokens=args.max_num_batched_tokens,
         max_model_len=args.max_model_len, kv_cache_memory_bytes=args.kv_cache_memory_bytes,
@@ -81,11 +82,10 @@ def main() -> int:
     args = parser.parse_args()
     about = {key: value for key, value in bench.describe_machine().items() if key != "cores"}
     figures: dict[str, dict[str, float]] = {}
-    with tempfile.TemporaryDirectory(prefix="argosy-bench-") as folder:
-        shape = {**bench_models.GPU_COMMON, **bench_models.GPU_SHAPES[args.model]}
-        Path(folder, "config.json").write_text(json.dumps(shape))
+    with tempfile.TemporaryDirectory(prefix="argosy-bench-") as parent:
+        folder, options = bench_models.make_folder(args.model, Path(parent))
         for kind in args.kind:
-            for row in measure(kind, folder, args):
+            for row in measure(kind, folder, options, args):
                 figures.setdefault(str(row["workload"]), {})[kind] = float(str(row["figure"]))
                 bench_table.tell({**row, **about}, args.output)
             gc.collect()

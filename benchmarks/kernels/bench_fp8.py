@@ -6,14 +6,13 @@ attention over e4m3 and over 16 bits), step (all kernels of a decode step).
 """
 
 # ruff: noqa: B023 - every closure here is called within the turn of the loop that made it
-import argparse
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from bench_kernels import LINEARS, STEPS, rand
-from timing import Report, copies_for, microseconds
+from timing import Report, copies_for, microseconds, run_parts
 from torch import Tensor
 
 from argosy.kernels import (
@@ -261,18 +260,5 @@ def step(report: Report) -> None:
 PARTS = {"step": step, "few": few, "many": many, "rounding": rounding, "cache": cache}
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which parts; all without")
-    parser.add_argument("--out", help="append the JSON lines to this file")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    report = Report(arguments.out)
-    for part in arguments.parts or PARTS:
-        PARTS[part](report)
-        torch.cuda.empty_cache()
-    report.table()
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__.splitlines()[0], PARTS)

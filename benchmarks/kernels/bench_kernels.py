@@ -5,13 +5,12 @@ prefill, small, sampling, blocks, step. "step" chains the kernels of a whole dec
 """
 
 # ruff: noqa: B023 - every closure here is called within the turn of the loop that made it
-import argparse
 import math
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from timing import Report, copies_for, microseconds
+from timing import Report, copies_for, microseconds, run_parts
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -313,19 +312,5 @@ PARTS = {"linear": linear, "decode": decode, "prefill": prefill, "small": small,
          "step": step}  # fmt: skip
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("parts", nargs="*", choices=[*PARTS, []], help="which parts; all without")
-    parser.add_argument("--out", help="append the JSON lines to this file")
-    parser.add_argument("--profile", action="store_true", help="of a step: where its time goes, kernel by kernel")
-    arguments = parser.parse_args()
-    torch.manual_seed(0)
-    report = Report(arguments.out, profiles=arguments.profile)
-    for part in arguments.parts or PARTS:
-        PARTS[part](report)
-        torch.cuda.empty_cache()
-    report.table()
-
-
 if __name__ == "__main__":
-    main()
+    run_parts(__doc__.splitlines()[0], PARTS, profiles=True)

@@ -1,8 +1,9 @@
 """How a kernel is timed: inside a CUDA graph, over enough input sets that none is found in a cache."""
 
+import argparse
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 import triton
@@ -99,3 +100,19 @@ class Report:
         for row in self._rows:
             rest = "  ".join(f"{k}={v}" for k, v in row.items() if k not in ("kernel", "case", "us", "spread"))
             print(f"{row['kernel']:<18}{row['case']:<44}{row['us']:>10} us  {rest}")
+
+
+def run_parts(about: str, parts: Mapping[str, Callable[[Report], None]], *, profiles: bool = False) -> None:
+    """The command line of a script whose parts each add to a report; `profiles`: some can show where time goes."""
+    parser = argparse.ArgumentParser(description=about)
+    parser.add_argument("parts", nargs="*", choices=[*parts, []], help="which parts; all without")
+    parser.add_argument("--out", help="append the JSON lines to this file")
+    if profiles:
+        parser.add_argument("--profile", action="store_true", help="of a step: where its time goes, kernel by kernel")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    report = Report(arguments.out, profiles=profiles and arguments.profile)
+    for part in arguments.parts or parts:
+        parts[part](report)
+        torch.cuda.empty_cache()
+    report.table()

@@ -9,7 +9,6 @@ plain model. KL is in nats (mean and largest over positions), top-1 is how often
 """
 
 import argparse
-import json
 import sys
 import tempfile
 from pathlib import Path
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.deploy import bench_table
-from argosy.deploy.bench_models import GPU_COMMON, GPU_SHAPES
+from argosy.deploy.bench_models import GPU_SHAPES, make_folder
 from argosy.deploy.tokenizer import Tokenizer
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext
@@ -155,8 +154,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="argosy-quality-") as parent:
         folder = args.model
         if args.shape:
-            folder = parent
-            Path(parent, "config.json").write_text(json.dumps({**GPU_COMMON, **GPU_SHAPES[args.shape]}))
+            folder = str(make_folder(args.shape, Path(parent))[0])
             generator = torch.Generator().manual_seed(args.seed)
             ids = torch.randint(3, GPU_SHAPES[args.shape]["vocab_size"], (args.tokens,), generator=generator).tolist()
         else:
