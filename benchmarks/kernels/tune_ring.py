@@ -320,7 +320,7 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int) -> None:
     slug = tuning.device_facts(device).slug
     parallel = init_parallel(make_plan(1, args.over, 1).ranks[tp_rank], f"127.0.0.1:{port}", device, 60.0)
     table = {key: dict(sizes) for key, sizes in tuning._tuned(slug).get("gemv", {}).items()}
-    tuning.pick = lambda kernel, key, device: table.get(key) if kernel == "gemv" else PICK(kernel, key, device)  # type: ignore[assignment]
+    tuning.pick = lambda kernel, key, device: table.get(key) if kernel == "gemv" else PICK(kernel, key, device)  # type: ignore[assignment]  # the sizes under trial
     chain = Steps(parallel, args.model, args.cards, max(args.rows, *args.profiled, 64))
     for rows in args.profiled:
         run = chain.of(rows)
