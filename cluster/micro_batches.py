@@ -6,7 +6,7 @@
 A request that decodes is in every `num_stages`th step: sooner, stage 0 would wait for its token; later, the weights
 would be read for smaller groups. Prompts are cut so that neighbouring steps carry the same share of them: a step of
 8000 tokens between steps of 30 leaves every other stage idle. Where all places are taken, prompts come one by one: cut
-into smaller pieces, they go beside the rows of several steps in a row, or, beside many rows, they wait for each other.
+into smaller pieces, they go beside the rows of many steps in a row.
 """
 
 from collections.abc import Sequence
@@ -16,17 +16,13 @@ from argosy.cluster.request import Request
 
 MIN_PIECE: Final = 512
 """Prompt tokens that aren't cut further: so many cost a stage little more than reading its weights does."""
-SMALL_PIECE: Final = 128
-"""The same beside rows that decode, for whose tokens the weights are read anyway."""
-SMALL_PIECE_ROWS: Final = (8, 64)
-"""Rows of a step beside which pieces are so small: with fewer of them a prompt's own wait counts more, and beside more
-no step with prompts is recorded, which costs the host as much for a small one as for a large one."""
-LARGE_STEP: Final = 1024
-"""Tokens of a step with prompts beside more rows: fewer take the host or, padded, the device as long."""
-MOST_HELD_STEPS: Final = 8
-"""That prompts wait for each other, where others wait for a place: less than they have waited."""
-PIECES_PER_STAGE: Final = 2
-"""With c pieces over p stages a prompt takes (c + p - 1) / (c p) of its time on one: 75 % with 2 on 2, 62 % with 4."""
+SMALL_PIECE: Final = 64
+"""The same beside rows that decode, for whose tokens the weights are read anyway. Ranks record such steps."""
+SMALL_PIECE_ROWS: Final = 8
+"""Rows of a step beside which pieces are so small: with fewer of them a prompt's own wait counts more."""
+PIECES_PER_STAGE: Final = 8
+"""With c pieces over p stages a prompt takes (c + p - 1) / (c p) of its time on one: 56 % with 8 on 2. And where
+prompts come and go, a stage waits for what its step and the other's differ by: a piece."""
 
 
 class MicroBatches:
@@ -35,7 +31,7 @@ class MicroBatches:
     def __init__(self, num_stages: int, max_tokens: int, *, is_async: bool):
         self.num_stages = num_stages
         self._max_tokens, self._is_async = max_tokens, is_async
-        self._piece = self._num_held = 0
+        self._piece = 0
 
     def num_groups(self, num_decoding: int, *, has_prompts: bool) -> int:
         """Into how many steps the requests that decode are split: one alone is in every step, unless prompts fill
@@ -68,33 +64,8 @@ class MicroBatches:
         self._piece = min(max(self._piece, piece, self._least_piece(num_decoding)), self._max_tokens)
         return self._piece
 
-    def holds(self, num_prompt_tokens: int, num_decoding: int, *, is_full: bool) -> bool:
-        """Whether prompts that would begin wait for more, so that all stages get a full step of them in turn.
-
-        `num_prompt_tokens`: of those that find a place now. `is_full`: others find none.
-        """
-        large = LARGE_STEP - self._num_rows(num_decoding)
-        if (
-            not is_full
-            or self._num_rows(num_decoding) <= SMALL_PIECE_ROWS[1]
-            or num_prompt_tokens >= self.num_stages * large
-            or self._num_held >= MOST_HELD_STEPS
-        ):
-            self._num_held = 0
-            return False
-        self._num_held += 1
-        return True
-
     def _least_piece(self, num_decoding: int) -> int:
-        rows = self._num_rows(num_decoding)
-        fewest, most = SMALL_PIECE_ROWS
-        if rows > most:
-            return max(MIN_PIECE, LARGE_STEP - rows)
-        return SMALL_PIECE if rows >= fewest else MIN_PIECE
-
-    def _num_rows(self, num_decoding: int) -> int:
-        """Of a step."""
-        return -(-num_decoding // self.num_stages)
+        return SMALL_PIECE if -(-num_decoding // self.num_stages) >= SMALL_PIECE_ROWS else MIN_PIECE
 
     @property
     def most_tokens(self) -> int:

@@ -51,17 +51,14 @@ class Scheduler(Residents):
             self._running.drop_stale()
         draft = Draft(self._max_tokens)
         self._advance_decodes(draft)
-        num_waiting = 0  # tokens
-        if self._shares is not None and (self._running.prefilling or self.queue or self.host.loading):
-            num_waiting = self._num_waiting_tokens(self._shares)
-            if self._chunked:
-                budget = self._shares.prompt_budget(num_waiting, len(self._running.decoding))
-                draft.budget = min(draft.budget, budget)
+        if self._shares is not None and self._chunked:
+            budget = self._shares.prompt_budget(self._num_waiting_tokens(self._shares), len(self._running.decoding))
+            draft.budget = min(draft.budget, budget)
         if self._running.prefilling:
             self._advance_prefills(draft)
         if self.host.loading:  # before new ones, and after: what was just asked for may be there already
             self._resume_loaded(draft)
-        if self.queue and not self._holds_back(num_waiting):
+        if self.queue:
             self._admit(draft)
         if self.host.loading:
             self._resume_loaded(draft)
@@ -109,13 +106,6 @@ class Scheduler(Residents):
         """Tokens of prompts that have a place or find one, counted no further than it matters."""
         begun = sum(request.num_uncomputed_tokens for request in self._running.prefilling)
         return begun + self.queue.num_uncomputed_tokens(shares.most_tokens - begun, self._running.num_free)
-
-    def _holds_back(self, num_waiting: int) -> bool:
-        """Whether those who find a place, with so many tokens to compute, had better wait for more of them."""
-        shares, num_free = self._shares, self._running.num_free
-        if shares is None or not num_free or self._running.prefilling:
-            return False
-        return shares.holds(num_waiting, len(self._running.decoding), is_full=len(self.queue) > num_free)
 
     def _advance_prefills(self, draft: Draft) -> None:
         """Further chunks for those that have begun. In order, so that who is preempted was not counted in yet."""

@@ -14,7 +14,7 @@ from argosy.placement.calibration import Calibration
 from argosy.placement.data_sheets import DataSheet
 from argosy.placement.expert_traffic import exchange_numbers, least_tokens
 from argosy.placement.rank_memory import StageBytes
-from argosy.placement.step_memory import LONG_UNIT, PROMPT_DECODES
+from argosy.placement.step_memory import LONG_UNIT
 from argosy.placement.topology import Link
 
 _US: Final = 1e-6
@@ -109,7 +109,8 @@ class StageCost:
         self.overhead_seconds = (calibration.step_us if self.is_last else calibration.stage_us) * _US
         self._fixed_seconds = self.num_layers * (calibration.layer_us + extra) * _US + self.overhead_seconds
         self._row_seconds = calibration.row_us * _US * self.num_layers / shape.num_layers
-        self._recorded = serving.prompt_sizes(spec, tp_size) if calibration.records_graphs else []
+        kinds = serving.prompt_kinds(spec, tp_size, self.num_layers) if calibration.records_graphs else []
+        self._recorded = sorted(kinds)
         self._eager_seconds = self.num_layers * calibration.eager_layer_us * _US + self.overhead_seconds
         host_rate = sheet.pcie_gbytes_per_second * 1e9 * calibration.host_link_efficiency
         self._offload_seconds = offloaded_bytes / host_rate
@@ -158,8 +159,8 @@ class StageCost:
         """Tokens that a recorded step with these prompts computes, padding included; 0: it is not recorded."""
         if not load.prefill_tokens:
             return 0
-        least = max(load.num_tokens, LONG_UNIT if load.num_decodes > PROMPT_DECODES[-1] else 0)
-        size = next((size for size in self._recorded if size >= least), 0)
+        fitting = (size for size, rows in self._recorded if size >= load.num_tokens and rows >= load.num_decodes)
+        size = next(fitting, 0)
         return size if size - load.num_tokens < LONG_UNIT else 0
 
     def _chain_seconds(self, longest: int, num_rows: int) -> float:

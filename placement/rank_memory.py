@@ -113,14 +113,18 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
         """That go through the model at once."""
         return max(self.slice_tokens or self.max_num_batched_tokens, self.max_num_seqs)
 
-    def prompt_sizes(self, spec: ModelSpec, tp_size: int) -> list[int]:
-        """Tokens of steps with prompts that a rank records where decode steps are."""
-        if self.graph_rows == 0:
+    def prompt_kinds(self, spec: ModelSpec, tp_size: int, num_layers: int) -> list[tuple[int, int]]:
+        """(tokens, places for decode rows) of steps with prompts that a rank of so many layers records where decode
+        steps are."""
+        rows = self.max_num_seqs if self.graph_rows is None else self.graph_rows
+        if not rows:
             return []
-        return prompt_sizes(
+        over_stages = num_layers < spec.num_layers
+        sizes = prompt_sizes(
             spec, tp_size=tp_size, max_tokens=self.max_num_batched_tokens, slice_tokens=self.slice_tokens,
-            dtype_bytes=self.dtype_bytes, kv_dtype_bytes=self.kv_dtype_bytes,
+            dtype_bytes=self.dtype_bytes, kv_dtype_bytes=self.kv_dtype_bytes, over_stages=over_stages,
         )  # fmt: skip
+        return prompt_kinds(sizes, rows, over_stages=over_stages)
 
     def blocks_of(self, num_tokens: int) -> int:
         """The most blocks that a request of so many tokens holds while it decodes."""
@@ -299,7 +303,7 @@ class StageBytes:
             pool = min(pool, int(max(rows, serving.max_num_seqs * each)))  # as ranks take the less of both
             num_sizes = len(ladder(graph_rows)) + len(even_ladder(graph_rows, spec, tp_size))
             graphs = graph_bytes(num_sizes, last_layer - first_layer, pool)
-            kinds = prompt_kinds(serving.prompt_sizes(spec, tp_size), graph_rows)
+            kinds = serving.prompt_kinds(spec, tp_size, last_layer - first_layer)
             graphs += prompt_graph_bytes(
                 spec, kinds, last_layer - first_layer, tp_size=tp_size, dtype_bytes=serving.dtype_bytes
             )  # fmt: skip

@@ -5,6 +5,7 @@ them share, and what a group's cards open for each other. What libraries take is
 """
 
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Final
 
 from argosy.cluster.protocol.model_spec import ModelSpec, kv_heads_per_rank
@@ -28,6 +29,11 @@ WIRE_SLOTS: Final = 2  # for hidden states, on a stage's wire
 PROMPT_SIZES: Final = (32, 64, 128, 192, 256, 384, 512)  # tokens of recorded steps with prompts
 PROMPT_DECODES: Final = (8, 64)  # places for decode rows in them
 PROMPT_ROWS: Final = 16  # and for prompts
+# Over stages a piece of a prompt is in nearly every step, beside a share of all rows that decode, and a stage's host
+# has no longer than the step before: more sizes, places for many rows, and up to what a slow host would be waited for.
+STAGE_SIZES: Final = tuple(range(192, 705, 64))
+STAGE_DECODES: Final = tuple(range(128, 513, 64))
+STAGE_PIECES: Final = (64, 192)  # tokens that such a step has, beside all its places: at least and at most
 LONG_UNIT: Final = 1024  # longer ones have multiples of it, places for all decode rows
 LONG_ROWS: Final = 64  # and for so many prompts
 EAGER_SECONDS_A_LAYER: Final = 0.2e-3  # of the host, to launch a layer of a step with prompts
@@ -55,6 +61,7 @@ def prompt_sizes(
     dtype_bytes: int = 2,
     kv_dtype_bytes: int = 2,
     slice_tokens: int | None = None,
+    over_stages: bool = False,
 ) -> list[int]:
     """Tokens of the recorded steps with prompts, for steps of at most so many, those of more than a slice cut.
 
@@ -72,10 +79,13 @@ def prompt_sizes(
     numbers += 3 * spec.hidden_size * inner
     products = 2 * numbers / PRODUCTS_PER_SECOND / tp_size  # seconds of a token
     most = EAGER_SECONDS_A_LAYER / products
+    sizes: Sequence[int] = PROMPT_SIZES
+    if over_stages:
+        sizes, most = sorted({*PROMPT_SIZES, *STAGE_SIZES}), SLOW_HOST_KERNELS * most
     longest = max_tokens
     if tp_size == 1:
-        longest = next((size for size in PROMPT_SIZES if size >= max_tokens), PROMPT_SIZES[-1])
-    short = [size for size in PROMPT_SIZES if size <= min(most, longest, slice_tokens or longest)]
+        longest = next((size for size in sizes if size >= max_tokens), sizes[-1])
+    short = [size for size in sizes if size <= min(most, longest, slice_tokens or longest)]
     if spec.moe is not None or kv_dtype_bytes == 1:
         return short
     slow_host = SLOW_HOST_KERNELS
@@ -95,12 +105,20 @@ def prompt_places(num_tokens: int) -> int:
     return PROMPT_ROWS if num_tokens < LONG_UNIT else LONG_ROWS
 
 
-def prompt_kinds(sizes: Sequence[int], max_rows: int) -> list[tuple[int, int]]:
+def prompt_kinds(sizes: Sequence[int], max_rows: int, *, over_stages: bool = False) -> list[tuple[int, int]]:
     """(tokens, places for decode rows) of the recorded steps with prompts. Few places for decode rows where there are
-    few: attention cuts contexts into pieces by how many rows there may be."""
-    kinds = []
+    few: attention cuts contexts into pieces by how many rows there may be. Over stages also for many: each step has its
+    share of all rows."""
+    kinds, many = [], list[int]()
+    if over_stages:
+        share = -(-max_rows // 2)
+        many = [min(each, share) for least, each in pairwise((PROMPT_DECODES[-1], *STAGE_DECODES)) if least < share]
     for size in sizes:
-        places = {min(each, max_rows) for each in PROMPT_DECODES} if size < LONG_UNIT else {min(max_rows, size // 2)}
+        if size < LONG_UNIT:
+            places = {min(each, max_rows) for each in PROMPT_DECODES}
+            places |= {each for each in many if each + STAGE_PIECES[0] <= size <= each + STAGE_PIECES[1]}
+        else:
+            places = {min(max_rows, size // 2)}
         kinds += [(size, each) for each in sorted(places) if each + prompt_places(size) < size]
     return kinds
 

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from argosy.cluster.protocol.messages import SchedulerOutput
-from argosy.placement.step_memory import LONG_UNIT, prompt_places
+from argosy.placement.step_memory import LONG_UNIT, PROMPT_DECODES, prompt_places
 from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.input_batch import InputBatch
 from argosy.workers.recording import Graph, Recorder, borrow
@@ -31,8 +31,8 @@ from argosy.workers.step_inputs import IntArray, Staging, StepInputs
 
 NUM_STAGING_BUFFERS = 3  # steps whose copy to the device may be under way at once, at least
 MOST_TABLE_ENTRIES = 1 << 20  # of a step's block tables, for each group of layers: longer ones go to eager steps
-# Of a decode row beside long prompts: with so many places for rows no context is cut into pieces, and a longer one
-# would be waited for alone. Such steps go kernel by kernel, too.
+# Of a decode row in steps with many places for rows: no context is cut into pieces there, and a longer one would be
+# waited for alone. Such steps go kernel by kernel, too.
 MOST_DECODE_CONTEXT = 8192
 Kind = tuple[int, int]  # tokens, places for decode rows
 
@@ -213,7 +213,8 @@ class PromptGraphs:
         end_R = self.batch.num_computed_N[handles_R] + num_tokens_R
         if self.batch.num_groups * num_rows * -(-int(end_R.max()) // self.batch.block_size) > self._most_entries:
             return None
-        if kind[0] >= LONG_UNIT and int(end_R[:num_decodes].max(initial=0)) > MOST_DECODE_CONTEXT:
+        has_many = kind[0] >= LONG_UNIT or kind[1] > PROMPT_DECODES[-1]
+        if has_many and int(end_R[:num_decodes].max(initial=0)) > MOST_DECODE_CONTEXT:
             return None
         return self._send(output, num_tokens_R, num_decodes, kind), kind
 

@@ -34,13 +34,15 @@ def recorded_prompts(runner: "ModelRunner") -> list[Kind]:
     if not decodes:
         return []
     long_steps = runner.long_steps  # which all stages cut in the same way
+    over_stages = runner.rank.pp_size > 1
     sizes = prompt_sizes(
         runner.spec, tp_size=runner.rank.tp_size, max_tokens=runner.config.scheduler.max_num_batched_tokens,
         slice_tokens=None if long_steps is None else long_steps.slice_tokens, dtype_bytes=runner.dtype.itemsize,
-        kv_dtype_bytes=runner.cache_dtype.itemsize,
+        kv_dtype_bytes=runner.cache_dtype.itemsize, over_stages=over_stages,
     )  # fmt: skip
     records = getattr(runner.model, "records_prompts", None)
-    return prompt_kinds([size for size in sizes if records is not None and records(size)], decodes[-1])
+    recorded = [size for size in sizes if records is not None and records(size)]
+    return prompt_kinds(recorded, decodes[-1], over_stages=over_stages)
 
 
 def record_graphs(runner: "ModelRunner", on_progress: Callable[[float], None] | None) -> CUDAGraphRunner | None:

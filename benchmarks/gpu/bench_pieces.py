@@ -3,10 +3,10 @@
     python benchmarks/gpu/bench_pieces.py --model 8b -tp 2 -pp 2 --max-num-seqs 128 --pieces as-ever now 64x4
 
 One engine whose places are all taken: more requests with the lengths of a chat's (`chat1000`) than it has places for,
-so that a new one begins whenever one ends. Each of `--pieces` is the least number of tokens beside few rows, and how
-many pieces a stage has of what waits (`cluster/micro_batches.py`); `now` is what the scheduler does, `as-ever` what it
-once did: it counted all that wait, not only those that find a place, and nobody waited for others. All of them in turn,
-and again in the opposite order. One JSON line each.
+so that a new one begins whenever one ends. Each of `--pieces` is the least number of tokens beside rows that decode,
+and how many pieces a stage has of what waits (`cluster/micro_batches.py`); `now` is what the scheduler does, `as-ever`
+what it once did: it counted all that wait, not only those that find a place. All of them in turn, and again in the
+opposite order. One JSON line each.
 """
 
 import argparse
@@ -28,14 +28,14 @@ HOOK = """
 import os
 from argosy.cluster import micro_batches, waiting_queue
 _count, _budget = waiting_queue.WaitingQueue.num_uncomputed_tokens, micro_batches.MicroBatches.prompt_budget
-NAMES = ("SMALL_PIECE", "PIECES_PER_STAGE", "LARGE_STEP", "MOST_HELD_STEPS")
+NAMES = ("SMALL_PIECE", "PIECES_PER_STAGE")
 _now = [getattr(micro_batches, name) for name in NAMES]
 _places = [False]
 def budget(self, num_prompt_tokens, num_decoding):
     with open(os.environ["ARGOSY_PIECES"]) as file:
         pieces = file.read().strip()
     _places[0] = pieces == "as-ever"
-    least = [] if pieces == "now" else [512, 2, 0, 0] if _places[0] else list(map(int, pieces.split("x")))
+    least = [] if pieces == "now" else [512, 2] if _places[0] else list(map(int, pieces.split("x")))
     for name, value in zip(NAMES, least + _now[len(least):]):
         setattr(micro_batches, name, value)
     return _budget(self, num_prompt_tokens, num_decoding)

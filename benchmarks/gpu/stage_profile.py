@@ -4,7 +4,8 @@
 
 Each workload is run for warm-up, with `--timed` again for its figure, and once profiled: each rank profiles the steps
 of some windows (first step and number of steps), from its card's own clock. `fixed512x256` computes prompts beside
-rows that decode first, and then decodes 256 rows a step; `prompts512` is 512 prompts of 512 tokens and nothing else.
+rows that decode first, and then decodes 256 rows a step; `prompts512` is 512 prompts of 512 tokens and nothing else;
+`chat800` is 800 requests with the lengths of `chat1000`: with `--max-num-seqs 256` a prompt comes whenever an answer ends.
 Starting and stopping the profiler holds ranks up, so a pipeline fills anew and drains there: the edges of a window are
 left out (`stage_gaps`, which says what idle time is for). The profiler itself costs some microseconds a kernel.
 
@@ -32,7 +33,7 @@ from argosy.deploy import bench_engine, launch, workload
 from argosy.deploy.offline import LLM
 from argosy.workers import worker, worker_main
 
-PROMPTS = "prompts512"
+PROMPTS, CHAT = "prompts512", "chat"
 
 
 def slowest_calls(events: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -110,7 +111,9 @@ class StageWorker(worker.Worker):
 
 
 def make(name: str, vocab: int, salt: int) -> workload.Workload:
-    """One of the named workloads, or 512 prompts of which one token each is asked."""
+    """One of the named workloads, as many of a chat's requests, or 512 prompts of which one token each is asked."""
+    if name.startswith(CHAT) and name not in workload.WORKLOADS:
+        return workload.lognormal(int(name.removeprefix(CHAT)), vocab=vocab, seed=2, salt=salt)
     if name == PROMPTS:
         return workload.fixed(512, 512, 1, vocab=vocab, seed=9, salt=salt)
     return workload.make(name, vocab=vocab, salt=salt)
@@ -138,6 +141,7 @@ def main() -> int:
     parser.add_argument(
         "--timed", type=int, default=0, help="runs of each workload without the profiler, for its figure"
     )
+    parser.add_argument("--warm", action="store_true", help="kernels were compiled before: no run for warm-up")
     parser.add_argument("--host", action="store_true", help="also what the hosts did")
     args = parser.parse_args()
     if args.host:
@@ -165,7 +169,8 @@ def main() -> int:
             if torch.cuda.is_available():
                 about["device"] = torch.cuda.get_device_name()
             for name, windows in args.windows:
-                bench_engine.run(llm, make(name, vocab, 1))
+                if not args.warm:
+                    bench_engine.run(llm, make(name, vocab, 1))
                 for repeat in range(args.timed):
                     print(
                         json.dumps({**about, "workload": name, **timed(llm, make(name, vocab, 10 + repeat))}),

@@ -104,7 +104,29 @@ def test_only_the_last_stage_makes_logits() -> None:
         assert of[True] - of[False] == 64 * MIDDLE.vocab_size * 2
 
 
-def test_the_scheduler_cuts_small_pieces_beside_as_many_rows_as_are_recorded() -> None:
-    """It can't ask the ranks' rooms, so the number stands in both."""
-    assert SMALL_PIECE_ROWS[1] == PROMPT_DECODES[-1]
-    assert SMALL_PIECE + SMALL_PIECE_ROWS[1] <= PROMPT_SIZES[-1]
+@pytest.mark.parametrize("max_rows", [64, 200, 256, 1000])
+def test_over_stages_a_piece_beside_any_share_of_all_rows_is_recorded(max_rows: int) -> None:
+    """The scheduler can't ask the ranks' rooms, so its numbers suit theirs: at most 63 tokens of padding, and as many
+    places for rows that aren't there."""
+    sizes = prompt_sizes(SMALL, tp_size=1, max_tokens=8192, over_stages=True)
+    kinds = sorted(prompt_kinds(sizes, max_rows, over_stages=True))
+    for rows in range(SMALL_PIECE_ROWS, max_rows // 2 + 1):
+        size, places = next(kind for kind in kinds if kind[0] >= rows + SMALL_PIECE and kind[1] >= rows)
+        assert size - rows - SMALL_PIECE < 64
+        assert places - rows < 64
+    assert max(places for size, places in kinds if size < 1024) <= max(PROMPT_DECODES[-1], -(-max_rows // 2))
+    assert all(places + prompt_places(size) < size for size, places in kinds)
+
+
+def test_one_stage_records_no_steps_for_pieces() -> None:
+    """Its steps hold whole prompts, and hide what the host has to launch."""
+    assert prompt_kinds(sizes_of(MIDDLE), 1024) == [(32, 8), (64, 8), (128, 8), (128, 64), (192, 8), (192, 64),
+                                                    (256, 8), (256, 64)]  # fmt: skip
+
+
+@pytest.mark.parametrize(("tp_size", "longest"), [(1, 640), (2, 704), (4, 704)])
+def test_over_stages_a_slow_host_must_keep_up(tp_size: int, longest: int) -> None:
+    """2.5 times as many tokens as where the card is as long as a quick host; 70B has more to do in any step."""
+    sizes = prompt_sizes(MIDDLE, tp_size=tp_size, max_tokens=8192, over_stages=True)
+    assert max(size for size in sizes if size < 1024) == longest
+    assert max(prompt_sizes(LARGE, tp_size=1, max_tokens=8192, over_stages=True)) < 192 < longest
