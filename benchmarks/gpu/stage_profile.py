@@ -5,7 +5,7 @@
 Each workload is run for warm-up, with `--timed` again for its figure, and once profiled: each rank profiles the steps
 of some windows (first step and number of steps), from its card's own clock. `fixed512x256` computes prompts beside
 rows that decode first, and then decodes 256 rows a step; `prompts512` is 512 prompts of 512 tokens and nothing else;
-`chat800` is 800 requests with the lengths of `chat1000`: with `--max-num-seqs 256` a prompt comes whenever an answer ends.
+`chat800` is 800 requests with the lengths of `chat1000`: over 256 places a prompt comes whenever an answer has ended.
 Starting and stopping the profiler holds ranks up, so a pipeline fills anew and drains there: the edges of a window are
 left out (`stage_gaps`, which says what idle time is for). The profiler itself costs some microseconds a kernel.
 

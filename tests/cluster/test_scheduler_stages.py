@@ -33,14 +33,28 @@ def test_prompts_are_spread_evenly_over_the_steps_that_stages_work_on() -> None:
     second. Short ones are not: a piece would cost a stage as much as all of it."""
     desk = Desk(pipeline_parallel_size=2, max_num_batched_tokens=8192, num_blocks=4096)
     desk.add(4000)
-    assert [desk.schedule().num_scheduled_tokens for _ in range(4)] == [1000] * 4
+    assert [desk.schedule().num_scheduled_tokens for _ in range(8)] == [512] * 7 + [416]
     desk.add(500)
     assert max(desk.schedule().num_tokens or [1]) == 500
 
 
+def test_after_a_burst_the_next_prompt_is_cut_anew() -> None:
+    """The pieces of many prompts at once are whole steps; the one that comes when all are through is cut as ever."""
+    desk = Desk(pipeline_parallel_size=2, max_num_seqs=40, max_num_batched_tokens=8192, num_blocks=50_000)
+    for _ in range(40):
+        desk.add(4000, max_tokens=1)
+    assert desk.step().num_scheduled_tokens == 8192
+    while not desk.scheduler.is_idle:
+        desk.step()
+    desk.add(4000)
+    desk.step()
+    desk.add(4000)
+    assert desk.step().num_scheduled_tokens == 512
+
+
 def test_where_all_places_are_taken_a_prompt_goes_beside_the_rows_of_several_steps() -> None:
     """Forty places, forty that decode, three that wait. One of the forty ends: what could be computed now is one prompt
-    of 300, and it is spread over three steps, whatever else waits for a place."""
+    of 300, and it is spread over five steps, whatever else waits for a place."""
     desk = Desk(pipeline_parallel_size=2, max_num_seqs=40, max_num_batched_tokens=8192, num_blocks=8192)
     desk.add(8, max_tokens=2)
     for _ in range(39):
@@ -54,48 +68,7 @@ def test_where_all_places_are_taken_a_prompt_goes_beside_the_rows_of_several_ste
     while sizes[-1]:
         output = desk.step()
         sizes.append(sum(count for count in output.num_tokens if count > 1))
-    assert sizes[:4] == [128, 128, 44, 0]
-
-
-def test_where_many_decode_a_prompt_waits_a_few_steps_for_others() -> None:
-    """160 places, all taken, and more who wait: one that finds a place begins when the stages have rows enough to fill
-    their steps with, or after eight steps. Without anybody behind it, it begins at once."""
-    for num_waiting, num_held in ((3, 8), (1, 0)):
-        desk = Desk(pipeline_parallel_size=2, max_num_seqs=160, max_num_batched_tokens=8192, num_blocks=8192)
-        desk.add(8, max_tokens=20)
-        for _ in range(159):
-            desk.add(8, max_tokens=90)
-        while desk.scheduler.queue:
-            desk.step()
-        for _ in range(num_waiting):
-            desk.add(300)
-        while desk.scheduler.num_running == 160:
-            desk.step()
-        held = 0
-        while len(desk.scheduler.queue) == num_waiting:
-            held += max(desk.step().num_tokens or [1]) == 1
-        assert held == num_held
-
-
-def test_beside_a_prompt_that_has_begun_nobody_is_held() -> None:
-    """160 places and more who wait. A long prompt fills steps; the next one that finds a place goes beside its rest."""
-    desk = Desk(pipeline_parallel_size=2, max_num_seqs=160, max_num_batched_tokens=8192, num_blocks=8192)
-    for max_tokens in (20, 21):
-        desk.add(8, max_tokens=max_tokens)
-    for _ in range(158):
-        desk.add(8, max_tokens=90)
-    while desk.scheduler.queue:
-        desk.step()
-    desk.add(2500)
-    for _ in range(3):
-        desk.add(300)
-    while desk.scheduler.num_running == 160:
-        desk.step()
-    assert [len(new.token_ids) for new in desk.step().new_requests] == [2500]
-    output = desk.step()
-    while not output.new_requests:
-        output = desk.step()
-    assert [count for count in output.num_tokens if count > 1] == [612, 300]  # with the long one's last piece
+    assert sizes[:6] == [64, 64, 64, 64, 44, 0]
 
 
 def test_where_nobody_finds_a_place_those_of_one_step_are_halved_at_once() -> None:
@@ -108,7 +81,7 @@ def test_where_nobody_finds_a_place_those_of_one_step_are_halved_at_once() -> No
 
 @pytest.mark.parametrize("chunked", [True, False])
 def test_tokens_that_wait_are_counted_once_a_step(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """It goes through the queue, as far as the stages could compute."""
+    """It goes through the queue, as far as the stages could compute; whole prompts are not cut by what waits."""
     desk = Desk(pipeline_parallel_size=2, max_num_seqs=2, max_num_batched_tokens=64, enable_chunked_prefill=chunked)
     counts, count = list[int](), WaitingQueue.num_uncomputed_tokens
 
@@ -120,6 +93,6 @@ def test_tokens_that_wait_are_counted_once_a_step(chunked: bool, monkeypatch: py
     for _ in range(5):
         desk.add(10)
     desk.schedule()
-    assert counts == [20]
+    assert counts == [20] * chunked
     desk.schedule()
-    assert counts == [20, 0]
+    assert counts == [20, 0] * chunked
