@@ -46,6 +46,7 @@ def test_after_a_burst_the_next_prompt_is_cut_anew() -> None:
     assert desk.step().num_scheduled_tokens == 8192
     while not desk.scheduler.is_idle:
         desk.step()
+    assert desk.scheduler.schedule() is None
     desk.add(4000)
     desk.step()
     desk.add(4000)
