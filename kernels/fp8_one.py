@@ -17,15 +17,13 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
-    warpgroup_mma,
-    warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from argosy.kernels import tuning
 from argosy.kernels.fp8_reference import Fp8Weight
-from argosy.kernels.fp8_ring import copy_in, is_hopper, next_place, wait_for_all
+from argosy.kernels.fp8_ring import copy_in, is_hopper, multiply_place, next_place, wait_for_all
 from argosy.kernels.stream_parts import reinterpret
 
 ROWS = gl.constexpr(64)
@@ -154,15 +152,7 @@ def _multiply(
         acc = gl.zeros([ROWS, TOKENS], gl.float32, acc_in)
         up = gl.zeros([ROWS, TOKENS], gl.float32, acc_in)
         for block in range(OWN // WIDTH):
-            mbarrier.wait(full.index(slot), phase)
-            x = x_smem.index(block).permute((1, 0))
-            acc = warpgroup_mma(w_smem.index(slot * HALVES), x, acc, is_async=True)
-            if HALVES == 2:
-                up = warpgroup_mma(w_smem.index(slot * HALVES + 1), x, up, is_async=True)
-                acc, up = warpgroup_mma_wait(0, deps=[acc, up])
-            else:
-                acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index(slot))
+            acc, up = multiply_place(acc, up, x_smem, w_smem, full, empty, block, slot, phase, HALVES)
             slot, phase = next_place(slot, phase, STAGES)
         y = acc * w_scale[:, None]
         if BIAS:

@@ -92,6 +92,21 @@ def fetch(
 
 
 @gluon.jit
+def multiply_place(acc, up, x_smem, w_smem, full, empty, place, slot, phase, HALVES: gl.constexpr):
+    """(sums, sums of the ups) with the weights at `slot`, which is free afterwards, and the tokens at `place`."""
+    mbarrier.wait(full.index(slot), phase)
+    x = x_smem.index(place).permute((1, 0))
+    acc = warpgroup_mma(w_smem.index(slot * HALVES), x, acc, is_async=True)
+    if HALVES == 2:
+        up = warpgroup_mma(w_smem.index(slot * HALVES + 1), x, up, is_async=True)
+        acc, up = warpgroup_mma_wait(0, deps=[acc, up])
+    else:
+        acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(empty.index(slot))
+    return acc, up
+
+
+@gluon.jit
 def _multiply(
     out_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, w_smem, full, empty, per, total,
     num_blocks, num_tokens, num_outputs, stride_out,
@@ -120,15 +135,7 @@ def _multiply(
         acc = gl.zeros([ROWS, TOKENS], gl.float32, acc_in)
         up = gl.zeros([ROWS, TOKENS], gl.float32, acc_in)
         for _ in range(count):
-            mbarrier.wait(full.index(slot), phase)
-            x = x_smem.index(slot).permute((1, 0))
-            acc = warpgroup_mma(w_smem.index(slot * HALVES), x, acc, is_async=True)
-            if HALVES == 2:
-                up = warpgroup_mma(w_smem.index(slot * HALVES + 1), x, up, is_async=True)
-                acc, up = warpgroup_mma_wait(0, deps=[acc, up])
-            else:
-                acc = warpgroup_mma_wait(0, deps=[acc])
-            mbarrier.arrive(empty.index(slot))
+            acc, up = multiply_place(acc, up, x_smem, w_smem, full, empty, slot, slot, phase, HALVES)
             slot, phase = next_place(slot, phase, STAGES)
         whole = (count == num_blocks) | PIECES
         if SHARED and count < num_blocks:
