@@ -1,5 +1,6 @@
 """Which steps are recorded, by rules that ranks and planner share."""
 
+import msgspec
 import pytest
 
 from argosy.cluster.micro_batches import SMALL_PIECE, SMALL_PIECE_ROWS
@@ -8,11 +9,17 @@ from argosy.placement.model_sources import read_model_shape
 from argosy.placement.step_memory import (
     GRAPH_BYTES_A_KERNEL,
     KERNELS_A_LAYER,
+    KERNELS_A_LONG_LAYER,
+    KERNELS_A_PROMPT_LAYER,
+    LONG_ROWS,
+    LONG_UNIT,
     PROMPT_DECODES,
+    PROMPT_ROWS,
     PROMPT_SIZES,
     attention_bytes,
     decode_bytes,
     graph_bytes,
+    ladder,
     prompt_graph_bytes,
     prompt_kinds,
     prompt_places,
@@ -55,7 +62,7 @@ def test_no_step_is_padded_beyond_what_may_be_there() -> None:
     assert sizes_of(SMALL, slice_tokens=200) == [32, 64, 128, 192]
 
 
-@pytest.mark.parametrize("max_rows", [1, 8, 20, 256])
+@pytest.mark.parametrize("max_rows", [1, 8, 16, 20, 256, 1024])
 def test_there_are_always_more_tokens_than_places_for_rows(max_rows: int) -> None:
     """What a model gives tells by its number of rows whether it left out who does not sample."""
     kinds = prompt_kinds([*PROMPT_SIZES, 1024, 8192], max_rows)
@@ -65,6 +72,44 @@ def test_there_are_always_more_tokens_than_places_for_rows(max_rows: int) -> Non
     if max_rows == 256:
         assert [kind for kind in kinds if kind[0] in (64, 128)] == [(64, 8), (128, 8), (128, 64)]
     assert [decodes for size, decodes in kinds if size >= 1024] == [min(max_rows, 512), max_rows]
+
+
+def test_a_token_of_experts_is_as_much_work_as_those_that_it_goes_through() -> None:
+    """Top 4 of many, and one that all go through: as many short steps as a dense model of that width, whatever the
+    width, and no long ones, whose products take as many tokens as each expert gets."""
+    moe = read_model_shape("qwen3-30b-a3b").spec.moe
+    assert moe is not None
+    for width in (512, 1024, 2048, 4096, 8192):
+        experts = msgspec.structs.replace(moe, top_k=4, intermediate_size=width // 8, shared_size=width // 2)
+        dense = sizes_of(msgspec.structs.replace(SMALL, intermediate_size=width))
+        assert sizes_of(msgspec.structs.replace(SMALL, intermediate_size=10**6, moe=experts)) == [
+            size for size in dense if size < LONG_UNIT
+        ]
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+@pytest.mark.parametrize("spec", [SMALL, MIDDLE], ids=["0.6b", "8b"])
+def test_each_size_is_recorded_once(spec: ModelSpec, tp_size: int) -> None:
+    """Also where the longest step is a size of the ladder anyway."""
+    for most in (1, 32, 100, 512, 600, 1024, 2048, 3000, 4096, 8192, 20_000):
+        sizes = sizes_of(spec, tp_size, most)
+        assert sizes == sorted(set(sizes))
+        assert tp_size == 1 or sizes[-1:] <= [most], "the group's buffers end there"
+    for rows in (1, 2, 3, 8, 100, 128, 256, 300, 1024, 2000):
+        sizes = ladder(rows)
+        assert sizes == sorted(set(sizes))
+        assert sizes[-1] == rows
+
+
+def test_steps_from_a_thousand_tokens_on_are_long_ones() -> None:
+    """They have room for more prompts, and many more kernels."""
+    assert (prompt_places(LONG_UNIT - 1), prompt_places(LONG_UNIT)) == (PROMPT_ROWS, LONG_ROWS)
+    kernels = {}
+    for tokens in (512, 1024):
+        all_bytes = prompt_graph_bytes(MIDDLE, [(tokens, 8)], 32, tp_size=1, dtype_bytes=2)
+        twice = prompt_graph_bytes(MIDDLE, [(tokens, 8), (tokens, 64)], 32, tp_size=1, dtype_bytes=2)
+        kernels[tokens] = (twice - all_bytes) / GRAPH_BYTES_A_KERNEL / 33
+    assert kernels == {512: KERNELS_A_PROMPT_LAYER, 1024: KERNELS_A_LONG_LAYER}
 
 
 def test_latent_attention_records_none_and_needs_no_memory_for_it() -> None:
