@@ -108,6 +108,7 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     moe: MoESpec | None = None
     mla: MLASpec | None = None
     source: str = ""  # the folder, of a model that transformers' own modules run
+    source_overrides: str = ""  # JSON: what replaces keys of its config.json for them, too
     quantization: QuantSpec | None = None  # how linear layers are packed; None: as they are
 
     def window_of(self, layer: int) -> int | None:

@@ -5,6 +5,7 @@
 `model_facts` and `rope_spec`, what a family's name implies in `families` and `families_moe`.
 """
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -70,10 +71,11 @@ def read_model_spec(
     folder = Path(folder)
     if not folder.is_dir():
         raise WeightError(str(folder), "", "is not a folder")
-    config = _override(read_json(folder / CONFIG_FILE), overrides or {})
+    config = override(read_json(folder / CONFIG_FILE), overrides or {})
     architecture = _architecture(config)
     if architecture not in FAMILIES:
-        return _fallback(folder, config, architecture, quantization)
+        spec = _fallback(folder, config, architecture, quantization)
+        return msgspec.structs.replace(spec, source_overrides=json.dumps(overrides) if overrides else "")
     family = FAMILIES[architecture]
     read = Reader(CONFIG_FILE, _complete(config, family), names=family.names)
     num_heads = read.integer("num_attention_heads", 1)
@@ -124,8 +126,8 @@ def read_model_spec(
     return ModelSpec(**facts)
 
 
-def _override(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """The config with some keys replaced. The older rotary spelling in `overrides` wins over the newer in the file."""
+def override(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A folder's config with some keys replaced. The older rotary spelling in `overrides` wins over the newer one."""
     inner = config.get("rope_parameters")
     if isinstance(inner, dict) and "rope_parameters" not in overrides:
         if "rope_scaling" in overrides:

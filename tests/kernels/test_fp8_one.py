@@ -1,7 +1,12 @@
-"""One token with e4m3 weights in a launch of its own, against its meaning in plain torch: on a card."""
+"""One token with e4m3 weights in a launch of its own, against its meaning in plain torch: on a card.
 
+How a launch shares out the work needs none.
+"""
+
+from collections import Counter
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -25,13 +30,10 @@ CASES = (  # inputs, weight rows, gated, pieces, added, width, programs
 )
 
 
-@pytest.mark.gpu
-@pytest.mark.parametrize("early", [1, 2])
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_product_that_rounds_is_what_it_means(
+def check_case(
     case: tuple[int, int, bool, int, int, int, int], early: int, device: torch.device, assert_near: Near
 ) -> None:
-    """With the norm of a residual and what is added to it, which is kept; with pieces that are left; with a gate."""
+    """The product twice, against plain torch."""
     num_inputs, num_rows, gated, pieces, added, width, programs = case
     sizes = {"width": width, "stages": 3, "pieces": pieces, "programs": programs, "early": early}
     weight = fp8_reference.quantize_weight(torch.randn(num_rows, num_inputs, device=device) / 64)
@@ -60,6 +62,16 @@ def test_a_product_that_rounds_is_what_it_means(
         want = F.silu(gate) * up
     assert got.shape == ((pieces, 1, num_rows) if pieces > 1 else want.shape)
     assert_near(got.sum(0).bfloat16() if pieces > 1 else got, want)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("early", [1, 2])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_a_product_that_rounds_is_what_it_means(
+    case: tuple[int, int, bool, int, int, int, int], early: int, device: torch.device, assert_near: Near
+) -> None:
+    """With the norm of a residual and what is added to it, which is kept; with pieces that are left; with a gate."""
+    check_case(case, early, device, assert_near)
 
 
 def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -96,3 +108,75 @@ def test_attention_beside_it_has_sizes_of_its_own(monkeypatch: pytest.MonkeyPatc
     assert paged_attention.ring_sizes(1, cache) == ("paged_attention", "h128_few_rings")
     assert paged_attention.ring_sizes(5, cache) is None
     assert paged_attention.ring_sizes(1, cache.to(torch.float8_e4m3fn)) is None
+
+
+class WalkedLaunch:
+    """In place of the kernel: goes over the tiles that each program is given, by the kernel's own rules."""
+
+    def __init__(self) -> None:
+        self.programs: list[int] = []
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return lambda *values, **named: self.walk(grid[0], values, SimpleNamespace(**named))
+
+    def walk(self, programs: int, values: tuple[Any, ...], named: Any) -> None:
+        w_desc, x_1I, parts, norm, kept, w_scale, bias, out, tiles, outputs, stride_part, eps = values
+        assert list(w_desc.block_shape) == [64, named.WIDTH]
+        assert named.OWN % named.WIDTH == 0
+        assert named.OWN_POWER // 2 < named.OWN <= named.OWN_POWER
+        assert programs % named.PIECES == 0
+        total = x_1I.clone()
+        if named.PARTS:
+            added = [parts.view(-1)[part * stride_part :][: named.INPUTS] for part in range(named.PARTS)]
+            total = (total.float() + torch.stack(added).sum(0).to(total.dtype).float()).to(total.dtype)
+            kept.copy_(total)
+        weight = fp8_reference.Fp8Weight(w_desc.base, w_scale, None)
+        if named.NORM:
+            rows = fp8_reference.norm_and_quantize(total, norm, eps, Rounding())
+        else:
+            rows = fp8_reference.quantize_rows(total, Rounding())
+        seen = Counter[tuple[int, int]]()
+        for program in range(programs):
+            piece, first, step = program % named.PIECES, program // named.PIECES, programs // named.PIECES
+            columns = slice(piece * named.OWN, (piece + 1) * named.OWN)
+            cut = rows._replace(values_TI=rows.values_TI[:, columns])
+            for tile in range(first, tiles, step):
+                seen[tile, piece] += 1
+                here = torch.arange(tile * 64, min((tile + 1) * 64, outputs))
+                made = [
+                    fp8_reference.linear(
+                        cut,
+                        weight._replace(values_OI=weight.values_OI[here + half * outputs, columns],
+                                        scale=w_scale[here + half * outputs]),
+                        bias[here + half * outputs] if named.BIAS else None, torch.float32,
+                    )
+                    for half in range(named.HALVES)
+                ]  # fmt: skip
+                y = F.silu(made[0]) * made[1] if named.HALVES == 2 else made[0]
+                out.view(-1)[piece * outputs + here] = y[0].to(out.dtype)
+        assert seen == Counter({(tile, piece): 1 for tile in range(tiles) for piece in range(named.PIECES)})
+        self.programs.append(programs)
+
+
+@pytest.mark.parametrize(
+    ("case", "programs"),
+    [
+        ((512, 640, False, 1, 0, 256, 0), 10), ((512, 640, False, 1, 4, 128, 3), 3),
+        ((512, 640, False, 2, 0, 256, 3), 6),
+        ((768, 384, True, 1, 1, 128, 0), 3), ((768, 384, True, 1, 0, 256, 132), 3),
+        ((768, 128, False, 3, 2, 256, 1), 3),
+        ((512, 200, False, 2, 0, 128, 0), 8),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_a_launch_shares_out_each_tile_once(
+    case: tuple[int, int, bool, int, int, int, int],
+    programs: int,
+    monkeypatch: pytest.MonkeyPatch,
+    assert_near: Near,
+) -> None:
+    """Each program its piece of the inputs, and no more programs than tiles; what is given goes where it belongs."""
+    launch = WalkedLaunch()
+    monkeypatch.setattr(fp8_one, "one_kernel", launch)
+    check_case(case, 1, torch.device("cpu"), assert_near)
+    assert launch.programs == [programs] * 2

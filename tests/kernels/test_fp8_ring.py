@@ -1,9 +1,13 @@
 """The ring of e4m3 weights against its meaning: widths that no tile divides, tiles that programs share, pieces.
 
-Its language has no interpreter: the products need a card. What chooses it and what adds up its pieces does not.
+Its language has no interpreter: the products need a card. What chooses it, how a launch shares out the work, and what
+adds up its pieces does not.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -95,3 +99,114 @@ def test_shapes_that_the_copy_engine_cannot_fetch_go_elsewhere(device: torch.dev
         assert not fp8_ring.takes(rows, weight, torch.bfloat16)
         got = fp8_gemm.linear(rows, weight, None, torch.bfloat16, sizes)
         assert_near(got, fp8_reference.linear(rows, weight, None, torch.bfloat16))
+
+
+class WalkedRing:
+    """In place of the kernel: goes over the blocks that each program is given, by the kernel's own rules."""
+
+    def __init__(self) -> None:
+        self.launches: list[SimpleNamespace] = []
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return lambda *values, **named: self.walk(grid[0], values, SimpleNamespace(**named))
+
+    def walk(self, programs: int, values: tuple[Any, ...], named: Any) -> None:
+        x_desc, w_desc, out, x_scale, w_scale, bias, part, counters, per, total, blocks, tokens, outputs, stride = (
+            values
+        )
+        height, width = named.ROWS, named.WIDTH
+        assert (list(x_desc.block_shape), list(w_desc.block_shape)) == ([named.TOKENS, width], [height, width])
+        assert named.TOKENS % 8 == 0
+        assert tokens <= named.TOKENS < tokens + 8
+        assert 0 < named.STAGES * (named.HALVES * height + named.TOKENS) * width <= fp8_ring.RING_BYTES
+        x, w = x_desc.base.float(), w_desc.base.float()
+        shares, flat = defaultdict[int, list[tuple[int, Tensor]]](list), out.view(-1)
+
+        def sums(tile: int, begin: int, count: int) -> Tensor:
+            columns = slice(begin * width, (begin + count) * width)
+            rows = torch.arange(tile * height, min((tile + 1) * height, outputs))
+            return torch.stack([w[rows + half * outputs, columns] @ x[:, columns].T for half in range(named.HALVES)])
+
+        def write(tile: int, made: Tensor, piece: int) -> None:
+            rows = torch.arange(tile * height, min((tile + 1) * height, outputs))
+            for half in range(named.HALVES):
+                made[half] *= w_scale.view(-1)[rows + half * outputs, None] * x_scale.view(1, -1)
+                if named.BIAS:
+                    made[half] += bias[rows + half * outputs, None].float()
+            y = F.silu(made[0]) * made[1] if named.HALVES == 2 else made[0]
+            for token in range(tokens):
+                flat[piece * tokens * stride + token * stride + rows] = y[:, token].to(out.dtype)
+
+        for program in range(programs):
+            at, end = program * per, min(program * per + per, total)
+            assert at < end, "a program has nothing to do"
+            while at < end:
+                tile = at // blocks
+                count = min((tile + 1) * blocks, end) - at
+                made = sums(tile, at - tile * blocks, count)
+                if count == blocks or named.PIECES:
+                    write(tile, made, (at - tile * blocks) // per)
+                else:
+                    assert named.SHARED, "nobody adds up this tile's shares"
+                    assert named.HALVES == 1, "of a gate and its product only one would be added up"
+                    assert tile < counters.numel()
+                    place = program * 2 + (at > program * per)
+                    assert (place + 1) * height * named.TOKENS <= part.numel()
+                    shares[tile].append((program, made))
+                at += count
+        for tile, held in shares.items():
+            first, last = tile * blocks // per, ((tile + 1) * blocks - 1) // per
+            assert [program for program, _ in held] == list(range(first, last + 1))
+            write(tile, torch.stack([made for _, made in held]).sum(0), 0)
+        self.launches.append(named)
+
+
+@pytest.fixture
+def ring(monkeypatch: pytest.MonkeyPatch) -> WalkedRing:
+    walked = WalkedRing()
+    monkeypatch.setattr(fp8_ring, "ring_kernel", walked)
+    return walked
+
+
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize(("num_inputs", "num_outputs"), [(512, 200), (1040, 72), (272, 8), (2048, 320)])
+def test_a_launch_shares_out_each_block_once(
+    num_inputs: int, num_outputs: int, sizes: Mapping[str, int], ring: WalkedRing, assert_near: Near
+) -> None:
+    """Whole tiles or parts of them, by as many programs as were asked for or need be; pieces are left to the next."""
+    weight = fp8_reference.quantize_weight(torch.randn(num_outputs, num_inputs) / 16)
+    bias = torch.randn(num_outputs).bfloat16()
+    for num_tokens, kept in ((1, None), (8, bias), (13, None)):
+        rows = fp8_reference.quantize_rows(torch.randn(num_tokens, num_inputs).bfloat16(), Rounding())
+        want = fp8_reference.linear(rows, weight, kept, torch.bfloat16)
+        assert_near(fp8_ring.linear(rows, weight, kept, torch.bfloat16, sizes), want)
+        left = fp8_ring.linear(rows, weight, kept, torch.bfloat16, sizes, pieces=True)
+        assert_near(left.sum(0).bfloat16() if left.ndim == 3 else left, want)
+        is_cut = sizes.get("pieces", 1) > 1 and num_inputs % (128 * 4) == 0 and kept is None
+        assert left.shape[:-2] == ((4,) if is_cut else left.shape[:-2])
+        assert (left.ndim == 3) >= is_cut
+    assert {launch.EARLY for launch in ring.launches} == {sizes["early"]}
+
+
+def test_a_launch_with_a_gate_takes_both_halves(ring: WalkedRing, assert_near: Near) -> None:
+    """A place of the ring then holds twice as many rows, so that there are fewer of them; pieces are not for gates."""
+    weight = fp8_reference.quantize_weight(torch.randn(2 * 192, 784) / 16)
+    rows = fp8_reference.quantize_rows(torch.randn(3, 784).bfloat16(), Rounding())
+    for sizes in (SIZES[0] | {"stages": 9}, SIZES[1], SIZES[4]):
+        for bias in (None, torch.randn(2 * 192).bfloat16()):
+            gate, up = fp8_reference.linear(rows, weight, bias, torch.float32).chunk(2, dim=1)
+            assert_near(fp8_ring.linear(rows, weight, bias, torch.bfloat16, sizes, gated=True), F.silu(gate) * up)
+    assert [launch.STAGES for launch in ring.launches] == [6, 6, 3, 3, 12, 12]
+
+
+def test_more_tiles_than_there_are_counters_are_not_shared(
+    ring: WalkedRing, monkeypatch: pytest.MonkeyPatch, assert_near: Near
+) -> None:
+    """A counter says who is last of a tile."""
+    monkeypatch.setattr(fp8_ring.tuning, "MAX_COUNTERS", 4)
+    for num_outputs, is_shared in ((256, True), (257, False)):
+        weight = fp8_reference.quantize_weight(torch.randn(num_outputs, 640) / 16)
+        rows = fp8_reference.quantize_rows(torch.randn(2, 640).bfloat16(), Rounding())
+        got = fp8_ring.linear(rows, weight, None, torch.bfloat16, SIZES[1])
+        assert_near(got, fp8_reference.linear(rows, weight, None, torch.bfloat16))
+        assert ring.launches[-1].SHARED is is_shared

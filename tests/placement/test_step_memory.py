@@ -79,12 +79,15 @@ def test_a_token_of_experts_is_as_much_work_as_those_that_it_goes_through() -> N
     width, and no long ones, whose products take as many tokens as each expert gets."""
     moe = read_model_shape("qwen3-30b-a3b").spec.moe
     assert moe is not None
-    for width in (512, 1024, 2048, 4096, 8192):
+    longest = set()
+    for width in (1024, 4096, 8192, 14336, 28672):
         experts = msgspec.structs.replace(moe, top_k=4, intermediate_size=width // 8, shared_size=width // 2)
-        dense = sizes_of(msgspec.structs.replace(SMALL, intermediate_size=width))
-        assert sizes_of(msgspec.structs.replace(SMALL, intermediate_size=10**6, moe=experts)) == [
-            size for size in dense if size < LONG_UNIT
-        ]
+        sizes = sizes_of(msgspec.structs.replace(LARGE, intermediate_size=10**6, moe=experts))
+        assert sizes == sizes_of(msgspec.structs.replace(LARGE, intermediate_size=width))
+        longest.add(sizes[-1])
+    assert len(longest) > 3
+    one = msgspec.structs.replace(moe, top_k=1, intermediate_size=SMALL.intermediate_size)
+    assert max(sizes_of(msgspec.structs.replace(SMALL, moe=one))) < LONG_UNIT < max(sizes_of(SMALL))
 
 
 @pytest.mark.parametrize("tp_size", [1, 2, 4])

@@ -1,7 +1,9 @@
 """Models that are none of ours run through transformers' modules with our cache, or are refused with the reason."""
 
+import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,11 +11,13 @@ import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+import family_harness
 from family_cases import FALLBACKS, NUM_NEW, REFUSED, WHOLE_ONLY, Case, make_checkpoint, num_layers_of
 from family_harness import CPU, FOUND, PARTED_WAYS, WAYS, Harness, note, run_layouts
 
 from argosy import LLM, SamplingParams
 from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel
+from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.placement.model_sources import read_model_shape
 from argosy.placement.plan import make_plan
 from argosy.placement.process_groups import ParallelContext, init_parallel
@@ -41,6 +45,28 @@ def test_a_model_of_transformers_answers_as_there(name: str, tmp_path: Path) -> 
     for way, difference in differences.items():
         note(name, way, difference)
     assert max(differences.values()) < CLOSE, differences
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [{"rope_theta": 20.0}, {"rms_norm_eps": 0.5}, {"architectures": ["ArceeForCausalLM"], "model_type": "arcee"}],
+    ids=lambda overrides: next(iter(overrides)),
+)
+def test_overrides_of_the_config_reach_its_modules(
+    overrides: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`--hf-overrides` was read for the cache alone: modules were made by what stands in the folder."""
+    changed = {key: value for key, value in overrides.items() if key not in ("architectures", "model_type")}
+    arcee = FALLBACKS["arcee"]
+    expected = make_checkpoint(tmp_path, "arcee", case=replace(arcee, settings=arcee.settings | changed))
+    config = json.loads((tmp_path / "config.json").read_text())
+    if "rope_theta" in overrides:
+        config["rope_parameters"]["rope_theta"] = 10_000.0
+    others = {"architectures": ["OurOwn"], "model_type": "ours", "rms_norm_eps": 1e-6}
+    config |= {key: others[key] for key in overrides if key in others}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    monkeypatch.setattr(family_harness, "read_model_spec", lambda folder: read_model_spec(folder, overrides))
+    assert served(tmp_path, "arcee").largest_difference(expected, WAYS[0]) < CLOSE
 
 
 EYES: dict[str, Any] = {

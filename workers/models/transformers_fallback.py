@@ -7,6 +7,8 @@ anything is served, and so is an architecture whose attention does not ask the i
 """
 
 import copy
+import json
+import tempfile
 from collections.abc import Collection, Iterator
 from dataclasses import replace
 from itertools import pairwise
@@ -17,8 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from argosy.cluster.protocol.config_json import read_json
 from argosy.cluster.protocol.errors import UnsupportedModel
-from argosy.cluster.protocol.model_spec import CONFIG_FILE, ModelSpec
+from argosy.cluster.protocol.model_spec import CONFIG_FILE, ModelSpec, override
 from argosy.placement.plan import RankInfo, make_plan
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.attention.base import AttentionBackend, AttentionMetadata, AttentionShape
@@ -264,7 +267,7 @@ def _read_config(spec: ModelSpec) -> Any:
         raise UnsupportedModel(
             CONFIG_FILE, "architectures", f"{spec.architecture!r} is neither ours nor one of transformers' own models"
         )
-    config = transformers.AutoConfig.from_pretrained(spec.source, local_files_only=True, trust_remote_code=False)
+    config = _as_overridden(spec)
     if getattr(config, "is_encoder_decoder", False):
         raise _refused(spec, "it has an encoder")
     if type(config) not in transformers.AutoModelForCausalLM._model_mapping:  # type: ignore[attr-defined, unused-ignore]  # private
@@ -281,6 +284,19 @@ def _read_config(spec: ModelSpec) -> Any:
     if kinds:
         raise _refused(spec, f"layers of these kinds: {', '.join(sorted(map(str, kinds)))}")
     return config
+
+
+def _as_overridden(spec: ModelSpec) -> Any:
+    """Transformers' config of the folder, with what replaces some of its keys (`hf_overrides`)."""
+    import transformers
+
+    options = {"local_files_only": True, "trust_remote_code": False}
+    if not spec.source_overrides:
+        return transformers.AutoConfig.from_pretrained(spec.source, **options)
+    config = override(read_json(Path(spec.source, CONFIG_FILE)), json.loads(spec.source_overrides))
+    with tempfile.TemporaryDirectory(prefix="argosy-") as folder:  # it reads whole files only, and renames old keys
+        Path(folder, CONFIG_FILE).write_text(json.dumps(config), encoding="utf-8")
+        return transformers.AutoConfig.from_pretrained(folder, **options)
 
 
 def _trunk_of(spec: ModelSpec, model: Any) -> str:
