@@ -178,15 +178,15 @@ def is_measured(x_TI: Tensor, weight_OI: Tensor) -> bool:
 def norm_ahead(
     residual_TD: Tensor, weight_DI: Tensor, next_weight_OD: Tensor, norm_weight_D: Tensor, eps: float
 ) -> NormAhead | None:
-    """`norm_ahead.between`: where `gemv_split` multiplies both. Not in float16: a residual times the norm's weight may
-    be more than it holds."""
+    """`norm_ahead.between`: where `gemv_split` or `gemv_ring` multiplies both. Not in float16: a residual times the
+    norm's weight may be more than it holds."""
     num_tokens = residual_TD.shape[0]
     if not 1 < num_tokens <= gemv_split.MAX_TOKENS or residual_TD.dtype != torch.bfloat16:
         return None
     if not suits(residual_TD, next_weight_OD):
         return None
     sizes = [tuning.pick("gemv", _key(num_tokens, w), w.device) for w in (weight_DI, next_weight_OD)]
-    if any(s is None or s.get("library", 0) or s["kernel"] != SPLIT for s in sizes):
+    if any(s is None or s.get("library", 0) or s["kernel"] not in (SPLIT, RING) for s in sizes):
         return None
     if sizes[0] is None or not sizes[0].get("norm", 0):  # measured to be worth it
         return None
@@ -257,6 +257,7 @@ def fused_linear(
         sizes = _default_sizes(num_tokens, num_inputs, num_rows, facts)
     if sizes["kernel"] == RING and not _has_ring(x_TI, weight_OI, sizes, gated=gated):
         sizes = _default_sizes(num_tokens, num_inputs, num_rows, facts)
+        sizes = sizes if ahead is None else {**sizes, "rows": num_outputs // len(ahead.squares_PT)}  # as it was made
     in_pieces = sizes["kernel"] in (SPLIT, RING)
     rows = max(sizes["rows"], 2) if gated else sizes["rows"]  # a gate needs the row beside it, also where one was best
     assert in_pieces or (normed is None and ahead is None)
@@ -267,9 +268,10 @@ def fused_linear(
     if sizes["kernel"] == RING:
         from argosy.kernels import gemv_ring
 
-        assert normed is None
-        assert ahead is None
-        return gemv_ring.linear(x_TI, weight_OI, bias_O, out_TO, sizes, gated=gated, residual=residual_TO is not None)
+        return gemv_ring.linear(
+            x_TI, weight_OI, bias_O, out_TO, sizes, gated=gated, residual=residual_TO is not None, normed=normed,
+            ahead=ahead,
+        )  # fmt: skip
     if out_TO is None:
         out_TO = torch.empty((num_tokens, num_outputs), dtype=x_TI.dtype, device=x_TI.device)
     assert out_TO.stride(1) == 1

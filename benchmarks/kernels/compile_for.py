@@ -223,6 +223,13 @@ def between(report: Callable[..., None]) -> None:
         report(f"adds, {name}", gemv.fused_linear, x, o, residual_TO=residual, ahead=ahead, sizes=sizes)
         report(f"gate of the norm, {name}", gemv.fused_linear, residual, gate_up, gated=True, normed=ahead,
                sizes=sizes)  # fmt: skip
+    for width, stages, count in ((128, 6, 1), (256, 6, 1), (128, 12, 2), (64, 12, 4)):
+        sizes = {"rows": 64, "width": width, "stages": stages, "pieces": count, "early": 1}
+        ahead = gemv_split.ahead_for(residual, norm, 1e-6, sizes)
+        name = f"a ring of {stages} by {width}, {count} pieces"
+        report(f"adds, {name}", gemv_ring.linear, x, o, None, residual, sizes, residual=True, ahead=ahead)
+        report(f"gate of the norm, {name}", gemv_ring.linear, x, gate_up, None, None, sizes | {"pieces": 1}, gated=True,
+               normed=ahead)  # fmt: skip
 
 
 def gate(report: Callable[..., None]) -> None:

@@ -34,7 +34,7 @@ CONTEXTS = (192, 320)  # decode rows of the benchmark go from 128 to 384
 ATTENTION = (  # tokens of a tile, least piece, programs a multiprocessor, stages, warps, first tiles before the wait
     (128, 512, 1, 5, 4, 0), (64, 64, 4, 3, 2, 0), (128, 512, 1, 3, 8, 1), (128, 512, 1, 5, 8, 1),
     (128, 512, 1, 4, 4, 1), (64, 512, 1, 4, 8, 1), (64, 512, 1, 6, 8, 1), (16, 16, 1, 3, 1, 0), (32, 32, 1, 3, 1, 0),
-    (64, 128, 1, 3, 4, 0), (64, 512, 1, 3, 4, 1),
+    (64, 128, 1, 3, 4, 0), (64, 512, 1, 3, 4, 1), (32, 512, 1, 3, 4, 1), (32, 256, 1, 4, 2, 1), (64, 64, 4, 2, 2, 0),
 )  # fmt: skip
 FP8 = "8b-fp8"
 PRODUCTS = {  # rows, width, stages, pieces of the inputs, first weights before the wait
@@ -56,10 +56,28 @@ RINGS = {  # of e4m3: rows, width, stages, programs, pieces, gated; what was bes
                 (128, 128, 3, 0, 1, 1), (128, 256, 3, 0, 1, 0)),
     "down": ((64, 256, 12, 0, 2, 0), (64, 256, 6, 0, 2, 0), (64, 256, 9, 0, 2, 0), (128, 256, 6, 0, 4, 0)),
 }  # fmt: skip
+PLAIN_RINGS = {  # of 16 bits: width, stages, pieces of 64 rows a program; what was thought best first
+    "8b": {
+        "qkv": ((128, 6, 1), (128, 12, 1), (128, 6, 2), (256, 3, 1)),
+        "o": ((128, 6, 2), (128, 6, 1), (128, 12, 1), (128, 12, 2), (256, 3, 2)),
+        "gate_up": ((128, 3, 1), (64, 6, 1), (128, 6, 1)),
+        "down": ((128, 12, 2), (128, 6, 2), (128, 6, 4), (256, 6, 2)),
+    },
+    "06b": {
+        "qkv": ((128, 6, 1), (128, 8, 1), (128, 4, 2)), "o": ((128, 4, 4), (128, 8, 2), (128, 2, 8)),
+        "gate_up": ((128, 3, 1), (128, 6, 1)), "down": ((128, 6, 4), (128, 4, 6), (128, 3, 8), (128, 8, 3)),
+    },
+}  # fmt: skip
 ROUNDINGS = tuple({"warps": warps, "early": early} for warps in (16, 32) for early in (0, 1))
 
 
-def tries_of(model: str, name: str, num_in: int, num_out: int) -> Iterator[Sizes]:
+def plain_ring(width: int, stages: int, pieces: int, early: int) -> Sizes:
+    """Sizes of `gemv_ring`."""
+    return {"kernel": gemv.RING, "rows": 64, "width": width, "stages": stages, "pieces": pieces, "early": early,
+            "library": 0}  # fmt: skip
+
+
+def tries_of(model: str, name: str, num_in: int, num_out: int, *, only_rings: bool = False) -> Iterator[Sizes]:
     """What a product of 2 to 16 rows may take."""
     if model == FP8:
         tuned = tuning.pick("fp8_gemm", f"{num_in}x{num_out}x16", torch.device("cuda", 0))
@@ -69,7 +87,13 @@ def tries_of(model: str, name: str, num_in: int, num_out: int) -> Iterator[Sizes
             for early in (2, 0, 1):
                 yield {"kernel": fp8_gemm.RING, "rows": height, "width": width, "stages": stages,
                        "programs": programs, "pieces": pieces, "early": early, "gated": gated}  # fmt: skip
-    for height, width, stages, splits, first in PRODUCTS[model][name]:
+    for width, stages, pieces in PLAIN_RINGS.get(model, {}).get(name, ()):
+        for early in (1, 2):
+            sizes = plain_ring(width, stages, pieces, early)
+            yield sizes
+            if name in ("o", "down"):
+                yield {**sizes, "norm": 1}
+    for height, width, stages, splits, first in () if only_rings else PRODUCTS[model][name]:
         for early in (0, 1, 2):
             sizes = {"kernel": gemv.SPLIT, "rows": height, "width": width, "stages": stages, "warps": 4,
                      "splits": splits, "prefetch": 512, "first": first, "early": early, "library": 0}  # fmt: skip
@@ -91,14 +115,14 @@ def shapes_of(model: str) -> dict[str, tuple[int, int]]:
             "gate_up": (hidden, 2 * wide)}  # fmt: skip
 
 
-def compile_part(index: int, of: int, model: str, rows: int, *, only: bool) -> None:
+def compile_part(index: int, of: int, model: str, rows: int, *, only: bool, rings: bool) -> None:
     """Every kernel that will be timed, run once; this process does each `of`-th."""
     hidden, _, heads, kv_heads, _, _, qk_norm = STEPS[model.partition("-")[0]]
     norm, x = rand(hidden), rand(rows, hidden)
     squares = torch.ones(-(-hidden // 64), gemv_split.tile_of(rows), device="cuda")
     calls: list[Callable[[], object]] = [lambda s=sizes: attend(s) for sizes in attention_tries()]
     for name, (num_in, num_out) in () if only else shapes_of(model).items():
-        for sizes in tries_of(model, name, num_in, num_out):
+        for sizes in tries_of(model, name, num_in, num_out, only_rings=rings):
             calls.append(lambda a=(name, num_in, num_out, sizes): product(*a))
 
     def product(name: str, num_in: int, num_out: int, sizes: Sizes) -> None:
@@ -242,6 +266,23 @@ def begin_with_rings(chain: Chain, table: dict[str, dict[str, Sizes]]) -> None:
         table[key].update(entries)
 
 
+def begin_with_plain_rings(chain: Chain, model: str, gemv_table: dict[str, Sizes]) -> None:
+    """All products of 16 bits by rings at once; the best start stays."""
+    before, tuned = chain.record(), dict(gemv_table)
+    offered, recordings = [tuned], [before]
+    for early in (1, 2):
+        for norms in ((), ("o",), ("o", "down")):
+            for name, (num_in, num_out) in shapes_of(model).items():
+                sizes = plain_ring(*PLAIN_RINGS[model][name][0], early)
+                gemv_table[f"{num_in}x{num_out}x16"] = {**sizes, "norm": 1} if name in norms else sizes
+            recordings.append(chain.record())
+            offered.append(dict(gemv_table))
+            print(f"    all {len(offered) - 1}: early {early}, norms with {norms}", flush=True)
+    times = compare(recordings)
+    print("    all", [[round(t, 1) for t in of_one] for of_one in times], flush=True)
+    gemv_table.update(offered[min(range(len(times)), key=lambda i: sum(times[i]))])
+
+
 def main() -> int:
     """Compile, then compare."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -250,10 +291,11 @@ def main() -> int:
     parser.add_argument("--out", required=True, help="the table to read and write")
     parser.add_argument("--seconds", type=float, default=60, help="what is not tried by then is left")
     parser.add_argument("--attention", action="store_true", help="nothing but attention, products as they are")
+    parser.add_argument("--rings", action="store_true", help="of 16 bits: products by rings beside what was tuned")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": be one of the compiling processes
     args = parser.parse_args()
     if args.compile_part:
-        compile_part(*part_of(args.compile_part), args.model, args.rows, only=args.attention)
+        compile_part(*part_of(args.compile_part), args.model, args.rows, only=args.attention, rings=args.rings)
         return 0
     began, wait_for_others = time.perf_counter(), compile_apart(20)
     table = read_table(args.out)
@@ -267,11 +309,13 @@ def main() -> int:
     kernel = "fp8_gemm" if args.model == FP8 else "gemv"
     for name, shape in () if args.attention else shapes_of(args.model).items():
         key = f"{shape[0]}x{shape[1]}x16"
-        slots.append((table[kernel], key, name, list(tries_of(args.model, name, *shape))))
+        slots.append((table[kernel], key, name, list(tries_of(args.model, name, *shape, only_rings=args.rings))))
     if args.model == FP8 and not args.attention:
         for width in sorted({shape[0] for shape in shapes_of(FP8).values()}):
             slots.append((table.setdefault("fp8_quantize", {}), f"{width}x16", f"rounding {width}", list(ROUNDINGS)))
         begin_with_rings(chain, table)
+    if args.rings:
+        begin_with_plain_rings(chain, args.model, table["gemv"])
     for turn in range(2):
         for slot in slots if turn else (*slots[1:3], *slots[:1], *slots[3:]):
             if time.perf_counter() - began < args.seconds:

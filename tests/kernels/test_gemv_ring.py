@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from argosy.kernels import gemv, gemv_ring, group_push, group_sum, reference, tuning
+from argosy.kernels import gemv, gemv_ring, gemv_split, group_push, group_sum, reference, tuning
 
 Near = Callable[[Tensor, Tensor], None]
 SIZES = (
@@ -61,6 +61,34 @@ def test_a_gate_comes_with_its_product(num_inputs: int, inner: int, device: torc
         x = torch.randn(num_tokens, num_inputs, device=device).bfloat16()
         got = gemv.fused_linear(x, weight, bias, gated=True, sizes=sizes)
         assert_near(got, reference.fused_linear(x, weight, bias, gated=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+@pytest.mark.parametrize("gated", [False, True])
+def test_a_norm_between_two_products(
+    gated: bool, sizes: Mapping[str, int], device: torch.device, assert_near: Near
+) -> None:
+    """Left by a ring or by `gemv_split` for one of the other kind or the same; in place, and counters left at zero."""
+    ring = {"kernel": gemv.RING, "library": 0, **sizes}
+    split = {"kernel": gemv.SPLIT, "rows": 64, "width": 128, "stages": 4, "warps": 4, "splits": 2, "prefetch": 512,
+             "early": 0}  # fmt: skip
+    for before, behind in ((ring, ring), (ring, split), (split, ring)):
+        behind = {**behind, "pieces": 1} if gated else behind
+        for num_tokens in (2, 8, 13):
+            x, residual = (torch.randn(num_tokens, n, device=device).bfloat16() for n in (2048, 1024))
+            weight = (torch.randn(1024, 2048, device=device) / 32).bfloat16()
+            next_weight = (torch.randn(768, 1024, device=device) / 16).bfloat16()
+            norm = torch.randn(1024, device=device).bfloat16()
+            want = reference.fused_linear(x.float(), weight.float(), residual_TO=residual.float())
+            ahead = gemv_split.ahead_for(residual, norm, 1e-2, before)
+            got = gemv.fused_linear(x, weight, residual_TO=residual, ahead=ahead, sizes=before)
+            assert got is residual
+            assert_near(got, want)
+            exact = (residual.float(), next_weight.float())
+            want = reference.fused_linear(*exact, norm_weight_I=norm.float(), eps=1e-2, gated=gated)
+            assert_near(gemv.fused_linear(residual, next_weight, normed=ahead, gated=gated, sizes=behind), want)
+    assert not tuning.counters(device).any()
 
 
 @pytest.mark.gpu
