@@ -201,6 +201,16 @@ def _has_ring(x_TI: Tensor, weight_OI: Tensor, sizes: tuning.Sizes, *, gated: bo
     return gemv_ring.takes(x_TI, weight_OI, sizes, gated=gated)
 
 
+def left_in_pieces(x_TI: Tensor, weight_OI: Tensor) -> Tensor | None:
+    """x W^T as float32 pieces of a sum, [P, T, O], where that was measured to be better than adding them up here."""
+    sizes = tuning.pick("gemv", _key(x_TI.shape[0], weight_OI), x_TI.device) if suits(x_TI, weight_OI) else None
+    if not sizes or not sizes.get("left", 0) or not _has_ring(x_TI, weight_OI, sizes, gated=False):
+        return None
+    from argosy.kernels import gemv_ring
+
+    return gemv_ring.linear(x_TI, weight_OI, None, None, sizes, in_pieces=True)
+
+
 def _key(num_tokens: int, weight_OI: Tensor) -> str:
     num_outputs, num_inputs = weight_OI.shape
     return f"{num_inputs}x{num_outputs}x{bucket(num_tokens)}"

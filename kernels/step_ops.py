@@ -6,7 +6,7 @@ tensor, and to be captured in a CUDA graph. Letters: R rows, N handles, V vocabu
 
 from torch import Tensor
 
-from argosy.kernels import sampling_reference, tables_reference
+from argosy.kernels import ops, sampling_reference, tables_reference
 
 
 def sample_rows(
@@ -103,6 +103,17 @@ def argmax_rows(logits_RV: Tensor) -> Tensor:
             logits_RV, unused, unused, unused, unused, unused, unused, any_random=False, any_filter=False
         )
     return sampling_reference.argmax_rows(logits_RV)
+
+
+def part_of_sum(x_TI: Tensor, weight_OI: Tensor, bias_O: Tensor | None, out_TO: Tensor) -> Tensor:
+    """x W^T + bias written to `out_TO`, or what adds up to it: float32 [P, T, O] (`GroupSum.add_norm` takes either)."""
+    if x_TI.is_cuda and bias_O is None:
+        from argosy.kernels import gemv
+
+        pieces_PTO = gemv.left_in_pieces(x_TI, weight_OI)
+        if pieces_PTO is not None:
+            return pieces_PTO
+    return ops.fused_linear(x_TI, weight_OI, bias_O, out_TO=out_TO)
 
 
 def even_pays(num_rows: int, k_cache_BSKH: Tensor) -> bool:

@@ -13,9 +13,6 @@ import functools
 import itertools
 import json
 import os
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -27,12 +24,15 @@ import torch.nn.functional as F
 from bench_kernels import rand
 from few_sizes import MODELS, Sizes, shapes_of, short
 from torch import Tensor
+from trials import compile_apart, part_of
 from tune_group import CONTEXT, KEEP, LAYERS, PICK, Chain, attention_of
 
 from argosy.kernels import gemv, gemv_ring, group_push, group_sum, ops, tuning
 from argosy.kernels.fp8_ring import RING_BYTES
 from argosy.placement.plan import make_plan
+from argosy.placement.ports import free_port
 from argosy.placement.process_groups import destroy_parallel, init_parallel
+from argosy.workers.layers.group_sum import Left
 
 WORST = 0.01  # relative error: numbers are rounded to 16 bits
 FEW_ROWS = [  # of attention, where rows times key/value heads are fewer than multiprocessors
@@ -177,7 +177,7 @@ class Steps(Chain):
                 pieces = gemv_ring.linear(x, weight, None, None, sizes, in_pieces=True)
             else:
                 ops.fused_linear(x, weight, out_TO=sums.part(which, rows))
-            return sums.add_norm(which, residual, self.norm, way=self.way or None, pieces_PTD=pieces)
+            return sums.add_norm(which, residual, self.norm, way=self.way or None, left=Left(pieces))
 
         def run() -> Tensor:
             x = start
@@ -350,27 +350,12 @@ def main() -> None:
     args = parser.parse_args()
     args.over = args.over or args.cards
     if args.compile_part:
-        index, of = map(int, args.compile_part.split("/"))
         torch.set_default_device("cuda")
-        compile_part(index, of, args)
+        compile_part(*part_of(args.compile_part), args)
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")
-    began, workers = time.perf_counter(), min(28, os.cpu_count() or 1)
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(torch.cuda.device_count())))).split(",")
-    others = [
-        subprocess.Popen(
-            [sys.executable, __file__, *sys.argv[1:], "--compile-part", f"{i}/{workers}"],
-            env={**os.environ, "CUDA_VISIBLE_DEVICES": visible[i % len(visible)]},
-        )
-        for i in range(workers)
-    ]
-    for other in others:
-        other.wait()
-    print(f"compiled and compared in {time.perf_counter() - began:.1f} s", flush=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(main_of_rank, (args, port), nprocs=args.over)
+    compile_apart(28, over_cards=True)()
+    mp.spawn(main_of_rank, (args, free_port("127.0.0.1")), nprocs=args.over)
 
 
 if __name__ == "__main__":

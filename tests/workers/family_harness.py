@@ -268,8 +268,12 @@ class PlainSums:
         self._parts[which] = torch.full((num_tokens, self.width), 7.0)
         return self._parts[which]
 
+    def takes_pieces(self, num_tokens: int) -> bool:
+        """None of them."""
+        return False
+
     def add_norm(
-        self, which: int, residual_TD: Tensor, norm: Any, *, add: bool = True, whole: bool = False, asked: Any = None
+        self, which: int, residual_TD: Tensor, norm: Any, *, add: bool = True, whole: bool = False, left: Any = None
     ) -> Tensor:
         """As `GroupSum.add_norm`."""
         total_TD = self.parallel.all_reduce(self._parts[which].clone())

@@ -190,7 +190,7 @@ def test_the_parts_of_a_group_add_up(shared_size: int, all2all: str, num_tokens:
             layer.shared_gate.weight = torch.nn.Parameter(whole["gate"])
         part_TD = torch.full((num_tokens, WIDTH), 9.0)
         with torch.no_grad():
-            asked = layer.part(x_TD, part_TD)
+            asked = layer.part(x_TD, part_TD).asked
         total += part_TD
     ids, weights = moe_ops.choose_experts(x_TD @ whole["router"].T, 2)
     want = moe_ops.experts(x_TD, whole["gate_up"], whole["down"], ids, weights)

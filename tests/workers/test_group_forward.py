@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from argosy.workers.layers.group_sum import NUM_PARTS, GroupSum
+from argosy.workers.layers.group_sum import NUM_PARTS, GroupSum, Left
 from argosy.workers.models.group_forward import LEAST_OVERLAP_TOKENS, GroupForward, least_overlapped
 
 LLAMA_8B = 436_207_616  # bytes of a layer's weights, over all ranks
@@ -63,8 +63,9 @@ def test_one_token_alone_goes_through_a_launch_a_layer(num_tokens: int) -> None:
         went.append("chain")
         return torch.zeros(num_tokens, 8)
 
-    def part(x_TD: torch.Tensor, *_: object) -> None:
+    def part(x_TD: torch.Tensor, *_: object, in_pieces: bool) -> Left:
         went.append(f"part of {len(x_TD)}")
+        return Left()
 
     def add_norm(which: int, residual_TD: torch.Tensor, *_: object, **__: object) -> torch.Tensor:
         return residual_TD
@@ -74,7 +75,7 @@ def test_one_token_alone_goes_through_a_launch_a_layer(num_tokens: int) -> None:
     layer: Any = SimpleNamespace(
         input_norm=torch.clone, attention=attention, mlp=SimpleNamespace(part=part), mlp_norm=None
     )
-    stage.sums = SimpleNamespace(part=lambda *_: None, add_norm=add_norm)
+    stage.sums = SimpleNamespace(part=lambda *_: None, takes_pieces=lambda _: True, add_norm=add_norm)
     chain = SimpleNamespace(through=through, takes=lambda count: count == 1)
     stage._chains, stage._embed, stage._copies = [chain], None, None
     stage._layers, stage._in_turn, stage._norms = [layer], lambda: [layer], [None, None]

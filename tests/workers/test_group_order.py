@@ -15,7 +15,7 @@ from torch import Tensor
 
 from argosy.kernels import group_push
 from argosy.workers.forward_context import ForwardContext
-from argosy.workers.layers.group_sum import SCATTER_ROWS, GroupSum
+from argosy.workers.layers.group_sum import SCATTER_ROWS, GroupSum, Left
 from argosy.workers.models.group_forward import GroupForward
 
 WIDTH, NUM_LAYERS, VOCABULARY, EPS, FLAG_BYTES = 16, 2, 32, 1e-6, 64
@@ -215,9 +215,10 @@ class _Product:
     def __init__(self, weight_DD: Tensor):
         self._weight_DD = weight_DD
 
-    def part(self, x_TD: Tensor, *rest: Any) -> None:
+    def part(self, x_TD: Tensor, *rest: Any, in_pieces: bool) -> Left:
         """Both sorts of calls end with where the product goes."""
         rest[-1].copy_(x_TD @ self._weight_DD)
+        return Left()
 
 
 def _normed(x_TD: Tensor, norm: Any) -> Tensor:

@@ -10,6 +10,7 @@ from argosy.kernels.fp8_reference import Fp8Rows
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.attention.base import AttentionShape, QKNorm
 from argosy.workers.forward_context import ForwardContext
+from argosy.workers.layers.group_sum import Left
 from argosy.workers.layers.linear import QKVParallelLinear, RowParallelLinear
 from argosy.workers.layers.norm import RMSNorm
 from argosy.workers.layers.position import alibi_slopes
@@ -100,9 +101,12 @@ class Attention(nn.Module):
         """`forward` without the sum over the group."""
         return self.o_proj.product(self.attend(self.qkv_proj.product(x_TD), positions_T, ctx))
 
-    def part(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext, out_TD: Tensor) -> None:
-        """`partial`, written to `out_TD`."""
-        self.o_proj.part(self.attend(self.qkv_proj.product(x_TD), positions_T, ctx), out_TD)
+    def part(
+        self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext, out_TD: Tensor, *, in_pieces: bool = False
+    ) -> Left:
+        """`partial`, written to `out_TD`, or with `in_pieces` maybe left as `ParallelLinear.part` does."""
+        seen_TX = self.attend(self.qkv_proj.product(x_TD), positions_T, ctx)
+        return Left(self.o_proj.part(seen_TX, out_TD, in_pieces=in_pieces))
 
     def attend(
         self, qkv_TX: Tensor, positions_T: Tensor, ctx: ForwardContext, shape: AttentionShape | None = None

@@ -6,6 +6,7 @@ T = tokens, D = model width, R = rows that sample, V = this rank's part of the v
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,13 @@ SCATTER_ROWS = 32  # from more rows on, with more than two ranks, bytes count mo
 # row. On H200: 1, 32 rows of 4096 over two 3.8, 4.6 us (fetched 4.7, 5.8), over four 1, 16, 64 rows 4.7, 6.3, 9.6 (5.7,
 # 7.2, 11.0).
 PUSH_NUMBERS = 262144  # of all rows, times ranks
+
+
+class Left(NamedTuple):
+    """What else there is to say of a rank's part of a sum than what lies in its place."""
+
+    pieces_PTD: Tensor | None = None  # float32, what adds up to it: its place was left alone
+    asked: tuple[Tensor, int] | None = None  # (experts of each token, number of experts): others added nothing
 
 
 class GroupSum:
@@ -76,31 +84,29 @@ class GroupSum:
         *,
         add: bool = True,
         whole: bool = False,
-        asked: tuple[Tensor, int] | None = None,
+        left: Left = Left(),  # noqa: B008 - a value
         way: str | None = None,
-        pieces_PTD: Tensor | None = None,
     ) -> Tensor:
         """residual (+)= the sum of all parts. Returns its norm, or itself without one, valid until the next call.
 
         With many rows over many ranks each rank keeps only its own rows of the residual up to date, unless it must be
-        `whole`; what is returned always is. `asked`: (ids, number of experts), where ranks have whole experts.
-        `way` overrides `way_of` (benchmarks). `pieces_PTD`: float32, what adds up to this rank's part, in the place of
-        `part`; only where rows are pushed.
+        `whole`; what is returned always is. `left`: pieces only where this many rows `take_pieces`.
+        `way` overrides `way_of` (benchmarks).
         """
         num_tokens = residual_TD.shape[0]
-        way = way or self.way_of(num_tokens, whole=whole, asked=asked is not None)
+        way = way or self.way_of(num_tokens, whole=whole, asked=left.asked is not None)
         scatters = way.endswith("scatter")
         if way.startswith("push"):
             made_TD = self._push.push_add_norm(
                 self._buffer.addresses_W, self._counters, self._rank,
-                self.part(which, num_tokens) if pieces_PTD is None else pieces_PTD, residual_TD,
+                self.part(which, num_tokens) if left.pieces_PTD is None else left.pieces_PTD, residual_TD,
                 None if norm is None else norm.weight, 0.0 if norm is None else norm.eps,
                 inbox_at=self._inbox_bytes + which * self._each_inbox, scatter=scatters, add=add,
             )  # fmt: skip
             if norm is None:
                 return residual_TD.copy_(made_TD) if scatters else residual_TD
             return made_TD
-        assert pieces_PTD is None, way
+        assert left.pieces_PTD is None, way
         made_TD = self._kernels.sum_add_norm(
             self._buffer.addresses_W,
             self._counters,
@@ -112,7 +118,7 @@ class GroupSum:
             shared_bytes=self._shared_bytes if scatters else None,
             shared_TD=self.shared(num_tokens) if scatters else None,
             add=add,
-            asked=asked,
+            asked=left.asked,
         )
         return residual_TD.copy_(made_TD) if norm is None and scatters else made_TD
 
@@ -126,6 +132,10 @@ class GroupSum:
             if self._world > 2 and not whole:
                 return "push scatter"
         return "pull scatter" if self._world > 2 and num_tokens > SCATTER_ROWS and not whole else "pull"
+
+    def takes_pieces(self, num_tokens: int) -> bool:
+        """Whether the part of so many rows may come as the pieces of a sum."""
+        return self.way_of(num_tokens).startswith("push")
 
     def shared(self, num_tokens: int) -> Tensor:
         """Where results for all ranks go, [T, D]."""

@@ -76,16 +76,22 @@ class ParallelLinear(LinearLayer):
             return self.method.apply_fused(self, x_TI, Fusion())
         return self.method.apply(self, x_TI)
 
-    def part(self, x_TI: Tensor, out_TO: Tensor) -> None:
-        """x W^T + bias of this rank's part, the fastest way, written to `out_TO`."""
+    def part(self, x_TI: Tensor, out_TO: Tensor, *, in_pieces: bool = False) -> Tensor | None:
+        """x W^T + bias of this rank's part, the fastest way, written to `out_TO`.
+
+        With `in_pieces` it may give what adds up to it instead, float32 [P, T, O], for `GroupSum.add_norm`.
+        """
         if self.method.fuses(self, x_TI):
-            made_TO = self.method.apply_fused(self, x_TI, Fusion(out_TO=out_TO))
+            made_TO = self.method.apply_fused(self, x_TI, Fusion(out_TO=out_TO, in_pieces=in_pieces))
+            if made_TO.dim() == 3:
+                return made_TO
         elif self.weight is not None and self.weight.dtype == x_TI.dtype:
             made_TO = ops.linear_into(x_TI, self.weight, self.bias, out_TO)
         else:
             made_TO = self.method.apply(self, x_TI)
         if made_TO is not out_TO:
             out_TO.copy_(made_TO)
+        return None
 
     @property
     def num_out_own(self) -> int:

@@ -15,6 +15,7 @@ from argosy.kernels import mla_ops, ops
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.forward_context import ForwardContext
+from argosy.workers.layers.group_sum import Left
 from argosy.workers.layers.linear import ColumnParallelLinear, ReplicatedLinear, RowParallelLinear
 from argosy.workers.layers.norm import RMSNorm
 from argosy.workers.layers.rotary import RotaryEmbedding
@@ -84,9 +85,11 @@ class LatentAttention(nn.Module):
         """`forward` without the sum over the group."""
         return self.o_proj.product(self._attend(x_TD, positions_T, ctx))
 
-    def part(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext, out_TD: Tensor) -> None:
-        """`partial`, written to `out_TD`."""
-        self.o_proj.part(self._attend(x_TD, positions_T, ctx), out_TD)
+    def part(
+        self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext, out_TD: Tensor, *, in_pieces: bool = False
+    ) -> Left:
+        """`partial`, written to `out_TD`, or with `in_pieces` maybe left as `ParallelLinear.part` does."""
+        return Left(self.o_proj.part(self._attend(x_TD, positions_T, ctx), out_TD, in_pieces=in_pieces))
 
     def _attend(self, x_TD: Tensor, positions_T: Tensor, ctx: ForwardContext) -> Tensor:
         """What this rank's heads saw, [T, N * V]."""

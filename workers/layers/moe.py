@@ -19,6 +19,7 @@ from argosy.cluster.protocol.model_spec import ModelSpec, MoESpec
 from argosy.kernels import moe_ops
 from argosy.placement.process_groups import ParallelContext
 from argosy.workers.layers.expert_exchange import ExpertExchange
+from argosy.workers.layers.group_sum import Left
 from argosy.workers.loading.names import Slot
 from argosy.workers.quantization.base import Cut, empty_parameter
 
@@ -187,9 +188,9 @@ class MoE(nn.Module):
             return self._with_shared(self.parallel.all_reduce(out_TD), x_TD)
         return self.parallel.all_reduce(self._with_shared(out_TD, x_TD))
 
-    def part(self, x_TD: Tensor, out_TD: Tensor) -> tuple[Tensor, int] | None:
-        """This rank's part of the sum, written to `out_TD`; where ranks that have no expert of a token add nothing to
-        it: (the ids of the experts of each, the number of experts).
+    def part(self, x_TD: Tensor, out_TD: Tensor, *, in_pieces: bool = False) -> Left:
+        """This rank's part of the sum, written to `out_TD`, never in pieces; where ranks that have no expert of a token
+        add nothing to it, the experts that were asked.
         """
         ids_TK, weights_TK = self.router(x_TD)
         self.experts(x_TD, ids_TK, weights_TK, out_TD=out_TD)
@@ -200,9 +201,9 @@ class MoE(nn.Module):
                 own = slice(self.parallel.rank.tp_rank * size, (self.parallel.rank.tp_rank + 1) * size)
             if len(x_TD[own]):
                 self._with_shared(out_TD[own], x_TD[own], in_place=True)
-            return None
+            return Left()
         moe = self.experts.moe
-        return (ids_TK, moe.num_experts) if moe.expert_parallel else None
+        return Left(asked=(ids_TK, moe.num_experts) if moe.expert_parallel else None)
 
     def forward_slice(self, x_SD: Tensor, num_tokens: int) -> Tensor:
         """The same of this rank's slice of `num_tokens`, [S, D]: tokens go to their experts and come back."""

@@ -25,7 +25,7 @@ from argosy.workers.layers.activation import GATED_ACTIVATIONS
 from argosy.workers.layers.attention import Attention
 from argosy.workers.layers.chains import Chain, open_chains
 from argosy.workers.layers.embedding import ParallelLMHead, VocabParallelEmbedding
-from argosy.workers.layers.group_sum import open_group_copies, open_group_sum
+from argosy.workers.layers.group_sum import Left, open_group_copies, open_group_sum
 from argosy.workers.layers.linear import MergedColumnParallelLinear, ParallelLinear, RowParallelLinear
 from argosy.workers.layers.norm import RMSNorm
 from argosy.workers.layers.rotary import RotaryEmbedding
@@ -64,10 +64,9 @@ class GatedMLP(nn.Module):
         """`forward` without the sum over the group."""
         return self.down_proj.product(self.inner(x_TD))
 
-    def part(self, x_TD: Tensor, out_TD: Tensor) -> tuple[Tensor, int] | None:
-        """`partial`, written to `out_TD`. None: every rank has something of every token (see `MoE.part`)."""
-        self.down_proj.part(self.inner(x_TD), out_TD)
-        return None
+    def part(self, x_TD: Tensor, out_TD: Tensor, *, in_pieces: bool = False) -> Left:
+        """`partial`, written to `out_TD`, or with `in_pieces` maybe left as `ParallelLinear.part` does."""
+        return Left(self.down_proj.part(self.inner(x_TD), out_TD, in_pieces=in_pieces))
 
     def forward(self, x_TD: Tensor | Fp8Rows, *, pieces: bool = False) -> Tensor:
         """[T, D]; with `pieces` as `RowParallelLinear.pieces` leaves it."""

@@ -101,11 +101,13 @@ class GroupForward:
                 return chain.through(self._layers, self._norms[1:], qkv_TX, residual_TD, positions_T, ctx)
         if self._copies is not None and self._overlaps(len(x_TD), ctx):
             return self._overlapped(self._copies, x_TD, residual_TD, positions_T, ctx)
+        in_pieces = sums.takes_pieces(len(x_TD))
         for layer, next_norm in zip(self._in_turn(), self._norms[1:], strict=True):
-            layer.attention.part(x_TD, positions_T, ctx, sums.part(0, len(x_TD)))
-            x_TD = sums.add_norm(0, residual_TD, layer.mlp_norm)
-            asked = layer.mlp.part(x_TD, sums.part(1, len(x_TD)))
-            x_TD = sums.add_norm(1, residual_TD, next_norm, asked=asked)
+            place_TD = sums.part(0, len(x_TD))
+            left = layer.attention.part(x_TD, positions_T, ctx, place_TD, in_pieces=in_pieces)
+            x_TD = sums.add_norm(0, residual_TD, layer.mlp_norm, left=left)
+            left = layer.mlp.part(x_TD, sums.part(1, len(x_TD)), in_pieces=in_pieces)
+            x_TD = sums.add_norm(1, residual_TD, next_norm, left=left)
         return x_TD
 
     def _overlaps(self, num_tokens: int, ctx: ForwardContext) -> bool:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from argosy.cluster.protocol.errors import UnsupportedModel
-from argosy.kernels import norm_ahead, ops
+from argosy.kernels import norm_ahead, ops, step_ops
 from argosy.kernels.cpu_steps import CpuSteps
 from argosy.kernels.fp8_reference import Fp8Rows, Rounding
 from argosy.kernels.norm_ahead import NormAhead
@@ -70,6 +70,7 @@ class Fusion(NamedTuple):
     out_TO: Tensor | None = None  # where to, if there is no residual
     normed: NormAhead | None = None  # what the product before left, in the place of the inputs and their norm
     ahead: NormAhead | None = None  # what to leave for the product behind
+    in_pieces: bool = False  # `out_TO` may be left alone, and float32 [P, T, O] be given, which adds up to it
 
 
 class LinearMethod(Protocol):
@@ -161,6 +162,8 @@ class UnquantizedMethod:
                 x_TI, layer.weight, layer.bias, residual_TO=fusion.residual_TO, gated=fusion.gated,
                 normed=fusion.normed, ahead=fusion.ahead,
             )  # fmt: skip
+        if fusion.in_pieces and fusion.out_TO is not None:
+            return step_ops.part_of_sum(x_TI, layer.weight, layer.bias, fusion.out_TO)
         return ops.fused_linear(
             x_TI,
             layer.weight,
