@@ -37,13 +37,13 @@ examples (a server must be running, see 'argosy serve'):
 """
 _BENCH_EXAMPLES = """\
 examples:
-  argosy bench                                      the default model in process, 64 mixed requests
+  argosy bench                                       the default model in process, 64 mixed requests
   argosy bench --model tiny --workload cpu64 decode1 ttft512 --peer transformers
-  argosy bench --url http://127.0.0.1:8000          a server that is running
-  argosy bench --model 8b -tp 2                     an 8B shape with random weights on two GPUs
-  argosy bench --model 8b --over http --backend ray what the HTTP doors cost
-  argosy bench --model 8b --calibration mine.json   what this GPU reaches, for 'argosy plan --calibration mine.json'
-  argosy bench --suite h200                         the whole table beside vLLM's figures, on all GPUs of this host
+  argosy bench --url http://127.0.0.1:8000           a server that is running
+  argosy bench --model 8b -tp 2                      an 8B shape with random weights on two GPUs
+  argosy bench --model 8b --over http --backend ray  what the HTTP doors cost
+  argosy bench --model 8b --calibration mine.json    what this GPU reaches, for 'argosy plan --calibration mine.json'
+  argosy bench --suite h200                          the whole table beside vLLM's figures, on all GPUs of this host
 """
 
 
