@@ -26,12 +26,14 @@ class LiveFigures:
     def __init__(self) -> None:
         self._before: tuple[float, Mapping[str, float]] | None = None
         self._is_away = False
+        self._told = 0.0  # requests of which `loss` has said that they went on
 
     def line(self, values: Mapping[str, float], now: float) -> str | None:
         """What the figures since the last reading come to; None for the first one and while nothing runs."""
         before, self._before = self._before, (now, dict(values))
         self._is_away = False
         if before is None:
+            self._told = values.get(_LOST, 0.0)
             return None
         seconds = max(now - before[0], 1e-9)
 
@@ -59,11 +61,13 @@ class LiveFigures:
             return None
         before = self._before[1]
         if values.get(_STEPS, 0.0) < before.get(_STEPS, 0.0):  # counted from its start
+            self._told = 0.0
             return "the engine's driver was lost and started again; requests that it had go on"
         rebuilt = values.get("argosy_epoch", 0.0) - before.get("argosy_epoch", 0.0)
         if rebuilt <= 0:
             return None
-        moved = max(values.get(_LOST, 0.0) - before.get(_LOST, 0.0), 0.0)
+        # sent back when the ranks were lost, maybe several readings before there are new ones
+        moved, self._told = max(values.get(_LOST, 0.0) - self._told, 0.0), values.get(_LOST, 0.0)
         return (
             f"a rank was lost and all ranks of its replica were started again; {moved:.0f} requests went on from there"
         )

@@ -51,7 +51,11 @@ def test_lost_ranks_and_drivers_are_said_once() -> None:
     assert "4 requests went on" in (figures.loss(then) or "")
     figures.line(then, 10.0)
     assert figures.loss(then) is None
+    figures.line({STEPS: 60.0, EPOCH: 1.0, BACK: 11.0}, 20.0)  # lost; ranks take more than a reading to come back
+    assert "7 requests went on" in (figures.loss({STEPS: 60.0, EPOCH: 2.0, BACK: 11.0}) or "")
     assert "driver was lost" in (figures.loss({STEPS: 2.0, EPOCH: 0.0}) or "")
+    figures.line({STEPS: 2.0, EPOCH: 0.0}, 30.0)
+    assert "5 requests went on" in (figures.loss({STEPS: 3.0, EPOCH: 1.0, BACK: 5.0}) or "")
 
 
 def test_an_engine_that_is_away_is_said_once_until_it_is_back() -> None:
