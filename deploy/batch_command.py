@@ -33,7 +33,7 @@ def main(args: argparse.Namespace) -> int:
     """Run the file; 0 when every item was done."""
     names = {flag.field for flag in settings.SETTING_FLAGS}
     given = {name: value for name, value in vars(args).items() if name in names}
-    given |= {"model": args.model or settings.default_model(), "request_deadline_seconds": _ONE_DAY_SECONDS}
+    given |= {"model": settings.choose_model(args.model), "request_deadline_seconds": _ONE_DAY_SECONDS}
     config, _ = settings.make_config(given)
     path, output = Path(args.file), Path(args.output)
     if not path.is_file():

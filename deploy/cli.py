@@ -154,7 +154,7 @@ def serving_config(words: Sequence[str], args: argparse.Namespace) -> ServingCon
     given |= {name: value for name, value in vars(args).items() if name in names}
     if args.model and args.model_flag and args.model != args.model_flag:
         raise ConfigError(f"two models given: {args.model!r} and --model {args.model_flag!r}; leave one out")
-    given["model"] = args.model or args.model_flag or given.get("model") or settings.default_model()
+    given["model"] = settings.choose_model(args.model, args.model_flag, given.get("model"))
     job_dir = given.get("job_dir")
     given["job_dir"] = choose_job_dir(str(job_dir) if job_dir is not None else None)
     config, ignored = settings.make_config(settings.plan_what_is_open(given))

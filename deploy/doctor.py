@@ -216,7 +216,7 @@ def _rank_memory(port: int) -> Iterator[Finding]:
 def _model(model: str | None) -> Finding:
     """What `argosy serve` would refuse: config, headers of the weights, tokenizer and chat template are read."""
     try:
-        folder = Path(model or settings.default_model()).expanduser()
+        folder = Path(settings.choose_model(model)).expanduser()
         if not folder.is_dir():
             if not settings.is_hub_name(str(model)):
                 return Finding("model", "fail", f"{model} is no folder here", "name a folder, or a model on the hub")

@@ -96,7 +96,7 @@ class LLM:
         }
         if distributed_executor_backend not in _BACKENDS:
             raise ConfigError(f"distributed_executor_backend={distributed_executor_backend!r}: must be 'ray' or 'mp'")
-        config = settings.config_from_kwargs(model or settings.default_model(), given)
+        config = settings.config_from_kwargs(settings.choose_model(model), given)
         self._start(localize(config), _BACKENDS[distributed_executor_backend])
 
     @classmethod

@@ -192,6 +192,14 @@ def default_model() -> str:
     return str(folder)
 
 
+def choose_model(*given: object) -> str:
+    """The first model that was named, or the one that ships. Raises `ConfigError` where the name is empty."""
+    name = next((one for one in given if one is not None), None)
+    if name == "":
+        raise ConfigError("model='': is empty, as a variable that isn't set is; name a model, or give none at all")
+    return str(name) if name is not None else default_model()
+
+
 def is_hub_name(model: str) -> bool:
     """Whether it may be the name of a model on the hub, such as Qwen/Qwen3-0.6B."""
     return re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", model) is not None

@@ -11,12 +11,13 @@ from pathlib import Path
 from typing import Any, Final
 
 from argosy.cluster.protocol.config_json import CONFIG_FILE, Reader
+from argosy.cluster.protocol.errors import UnsupportedModel
 from argosy.cluster.protocol.model_facts import ModelSpec
 
 ENDINGS: Final = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")  # the last: with eyes, of which we use none
 SPELLINGS: Final[Mapping[str, tuple[str, ...]]] = {
     "hidden_size": ("n_embd", "d_model", "dim"),
-    "num_attention_heads": ("n_head", "n_heads", "num_heads"),
+    "num_attention_heads": ("n_head", "n_heads", "num_heads", "attention_heads"),
     "num_hidden_layers": ("n_layer", "n_layers", "num_layers"),
     "num_key_value_heads": ("num_kv_heads", "n_kv_heads"),
     "max_position_embeddings": ("n_positions", "max_seq_len", "max_sequence_length", "seq_length"),
@@ -39,7 +40,10 @@ def falls_back(architecture: str) -> bool:
 
 
 def read_fallback_spec(folder: Path, config: Mapping[str, Any], architecture: str) -> ModelSpec:
-    """The spec of a model that transformers is to run. Raises `WeightError` naming the key that is missing."""
+    """The spec of a model that transformers is to run. Raises `WeightError` naming the key that is missing.
+
+    And `UnsupportedModel` where no attention is spoken of at all: state space models and the like.
+    """
     text = config.get("text_config")
     config = {**config, **text} if isinstance(text, dict) else config
     names = {
@@ -48,6 +52,10 @@ def read_fallback_spec(folder: Path, config: Mapping[str, Any], architecture: st
         if key not in config and any(other in config for other in others)
     }
     read = Reader(CONFIG_FILE, config, names=names)
+    if read.get("num_attention_heads") is None:
+        raise UnsupportedModel(
+            CONFIG_FILE, "architectures", f"{architecture} names no attention heads, and only attention is served"
+        )
     heads, width = read.integer("num_attention_heads", 1), read.integer("hidden_size", 1)
     # one cache for layers of several shapes: the widest. Latent attention is computed over whole heads here.
     is_latent = config.get("kv_lora_rank") is not None

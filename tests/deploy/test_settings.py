@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from argosy import LLM
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel
 from argosy.cluster.protocol.quant_spec import choose_quantization
@@ -263,3 +264,17 @@ def test_a_script_that_spells_out_what_it_does_not_use_runs() -> None:
     ):
         with pytest.raises(ConfigError, match=said):
             settings.make_config({"model": "m", **given})
+
+
+def test_an_empty_name_of_a_model_is_no_wish_for_the_default() -> None:
+    """`argosy serve "$MODEL"` where nothing is set: a server of five million parameters answered."""
+    assert settings.choose_model(None, "a", "b") == "a"
+    assert settings.choose_model(None, None).endswith("default_model")
+    for work in (
+        lambda: settings.choose_model("", None),
+        lambda: LLM(""),
+        lambda: serve_config(""),
+        lambda: serve_config("--model="),
+    ):
+        with pytest.raises(ConfigError, match="model='': is empty"):
+            work()

@@ -160,6 +160,8 @@ REFUSED: dict[str, Case] = {
         "num_local_experts": 2, "intermediate_size_mlp": 64, "attention_chunk_size": 8, "head_dim": 12}),
     "attends more than once a layer": Case("DiffLlamaConfig", "DiffLlamaForCausalLM", SMALL),
     "attention interface": Case("CodeGenConfig", "CodeGenForCausalLM", GPT | {"rotary_dim": 8}),
+    "names no attention heads": Case("MambaConfig", "MambaForCausalLM", {
+        "hidden_size": 48, "num_hidden_layers": 2, "vocab_size": VOCAB}),
 }  # fmt: skip
 
 
