@@ -34,7 +34,7 @@ SHARED_BYTES = 220 * 1024  # of a multiprocessor, less what sums take
 
 
 @gluon.constexpr_function
-def tile_layout(rows, width, num_warps):
+def tile_layout(width, num_warps):
     """Threads of a tile: along a weight row as far as it goes, then over rows."""
     along = min(num_warps, max(1, width // 256))
     return gl.BlockedLayout([1, 8], [1, 32], [num_warps // along, along], [1, 0])
@@ -63,7 +63,7 @@ def _copy_tile(
     """Ask for the weights of a tile: of its outputs' rows, or of their gate rows and up rows."""
     WIDTH: gl.constexpr = power_of_two(INPUTS)
     ROWS: gl.constexpr = SLOT // WIDTH // (PARTS * CUT)
-    layout: gl.constexpr = tile_layout(ROWS, WIDTH, NUM_WARPS)
+    layout: gl.constexpr = tile_layout(WIDTH, NUM_WARPS)
     tiles = _as_tiles(ring, PARTS * CUT, STAGES, ROWS, WIDTH)
     row = gl.arange(0, ROWS, gl.SliceLayout(1, layout))
     column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
@@ -137,7 +137,7 @@ def _multiply(
     WIDTH: gl.constexpr = power_of_two(INPUTS)
     PLACES: gl.constexpr = PARTS * CUT if FROM == 3 else PARTS  # in one of the ring
     ROWS: gl.constexpr = SLOT // WIDTH // PLACES
-    layout: gl.constexpr = tile_layout(ROWS, WIDTH, NUM_WARPS)
+    layout: gl.constexpr = tile_layout(WIDTH, NUM_WARPS)
     one_each: gl.constexpr = gl.BlockedLayout([1], [32], [NUM_WARPS], [0])  # outputs side by side in one store
     tiles = _as_tiles(ring, PLACES, STAGES, ROWS, WIDTH)
     for i in range(count):
@@ -257,7 +257,7 @@ def _chain_kernel(
             SEEN, HIDDEN, INNER, QKV, SLOT, STAGES, PROGRAMS, num_warps, CUT, 0,
         )  # fmt: skip
     # o
-    o_layout: gl.constexpr = tile_layout(SLOT // power_of_two(SEEN), power_of_two(SEEN), num_warps)
+    o_layout: gl.constexpr = tile_layout(power_of_two(SEEN), num_warps)
     seen_column = gl.arange(0, power_of_two(SEEN), gl.SliceLayout(0, o_layout))
     if PDL:
         gdc_wait()
@@ -270,7 +270,7 @@ def _chain_kernel(
         WORLD, SEEN, HIDDEN, INNER, QKV, SLOT, STAGES, PROGRAMS, num_warps, CUT, 0,
     )  # fmt: skip
     # gate and up
-    layout: gl.constexpr = tile_layout(SLOT // WIDTH // 2, WIDTH, num_warps)
+    layout: gl.constexpr = tile_layout(WIDTH, num_warps)
     column = gl.arange(0, WIDTH, gl.SliceLayout(0, layout))
     inside = column < HIDDEN
     own_box = gl.multiple_of(gl.load(bases_ptr + rank).to(gl.pointer_type(gl.int32)), 64) + inbox
@@ -286,7 +286,7 @@ def _chain_kernel(
         WORLD, SEEN, HIDDEN, INNER, QKV, SLOT, STAGES, PROGRAMS, num_warps, CUT, 1,
     )  # fmt: skip
     # down
-    d_layout: gl.constexpr = tile_layout(SLOT // power_of_two(INNER), power_of_two(INNER), num_warps)
+    d_layout: gl.constexpr = tile_layout(power_of_two(INNER), num_warps)
     inner_column = gl.arange(0, power_of_two(INNER), gl.SliceLayout(0, d_layout))
     x = _receive(inner_ptr, inner_column, stamp, INNER, 1, DTYPE, num_warps, WAIT)
     _multiply(
@@ -300,7 +300,7 @@ def _chain_kernel(
     gl.store(counter_ptr + program, turn)
     down_box = own_box + WORLD * HIDDEN
     if QKV > 0:
-        q_layout: gl.constexpr = tile_layout(SLOT // WIDTH, WIDTH, num_warps)
+        q_layout: gl.constexpr = tile_layout(WIDTH, num_warps)
         column = gl.arange(0, WIDTH, gl.SliceLayout(0, q_layout))
         inside = column < HIDDEN
         norm = gl.load(next_norm_ptr + column, mask=inside, other=0.0).to(gl.float32)

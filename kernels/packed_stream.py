@@ -107,8 +107,8 @@ def stream_kernel(
     at = gl.arange(0, TILES, gl.SliceLayout(1, here_in))
     place = gl.arange(0, 32, gl.SliceLayout(0, here_in))
     finish(
-        y, up, at * programs + program, place // 4 + 8 * (place % 2), place % 4 < 2, num_tiles, bias_ptr, residual_ptr,
-        out_ptr, num_outputs, BIAS, GATED, RESIDUAL,
+        y, up, at * programs + program, place // 4 + 8 * (place % 2), place % 4 < 2, bias_ptr, residual_ptr, out_ptr,
+        num_outputs, BIAS, GATED, RESIDUAL,
     )  # fmt: skip
 
 

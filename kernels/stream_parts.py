@@ -197,7 +197,7 @@ def _scaled(x, scale, weight, FP16: gl.constexpr):
 
 @gluon.jit
 def finish(
-    y, up, tile, row, one, num_tiles, bias_ptr, residual_ptr, out_ptr, num_outputs, BIAS: gl.constexpr,
+    y, up, tile, row, one, bias_ptr, residual_ptr, out_ptr, num_outputs, BIAS: gl.constexpr,
     GATED: gl.constexpr, RESIDUAL: gl.constexpr,
 ):  # fmt: skip
     """Bias, gate and residual, and out it goes."""

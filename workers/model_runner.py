@@ -122,7 +122,7 @@ class ModelRunner:
             chosen = [layers[place] for place in offloaded_places(len(layers), num_offloaded)]
             self.offload = WeightOffload(self.model, chosen, self.device)
         report = load_weights(
-            self.model, folder, self.spec, self.rank, on_progress, load_format=model.load_format, seed=model.seed,
+            self.model, folder, self.spec, on_progress, load_format=model.load_format, seed=model.seed,
             offload=self.offload,
         )  # fmt: skip
         if self.offload is not None:

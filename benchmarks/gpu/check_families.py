@@ -58,7 +58,7 @@ class Slice:
         if spec.quantization is None:
             self.model.allocate()
         else:
-            load_weights(self.model, "nowhere", spec, rank, load_format="dummy")
+            load_weights(self.model, "nowhere", spec, load_format="dummy")
         self.cache = KVCache.allocate(spec, rank, num_blocks, BLOCK, dtype, device)
         self.backend = TritonBackend()
 

@@ -84,7 +84,7 @@ def score(folder: str, variant: Variant, ids: list[int], args: argparse.Namespac
     dtype = TORCH_DTYPES[args.dtype]
     Fp8Method.rounds_on_cpu = variant.rounds_inputs
     model = build_model(spec, rank, ParallelContext(rank, device, 60.0), dtype, device)
-    report = load_weights(model, folder, spec, rank, load_format="dummy" if args.shape else "auto", seed=args.seed)
+    report = load_weights(model, folder, spec, load_format="dummy" if args.shape else "auto", seed=args.seed)
     num_blocks = -(-len(ids) // BLOCK_SIZE)
     kv_dtype = variant.kv_dtype or dtype
     cache = KVCache.allocate(spec, rank, num_blocks, BLOCK_SIZE, kv_dtype, device, scaled=variant.kv_scaled)

@@ -95,7 +95,7 @@ class Harness:
         self.model = build_model(self.spec, rank, parallel, dtype, device)
         self.num_parameters = sum(parameter.numel() for parameter in self.model.parameters())
         native = _backend(self.model, device, dtype)  # before weights are packed
-        load_weights(self.model, folder, self.spec, rank)
+        load_weights(self.model, folder, self.spec)
         self.backend = backend or native
         self.cache = KVCache.allocate(self.spec, rank, NUM_BLOCKS, block_size, dtype, device)
         order = torch.randperm(NUM_BLOCKS, generator=torch.Generator().manual_seed(seed))

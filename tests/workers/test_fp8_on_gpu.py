@@ -91,7 +91,7 @@ def logits(
     rank = make_plan(spec.num_layers, 1, 1).ranks[0]
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = build_model(spec, rank, ParallelContext(rank, device, 1.0), dtype, device)
-    load_weights(model, folder, spec, rank)
+    load_weights(model, folder, spec)
     if opens:
         model.open_group_sum(64, 8)
     backend = TritonBackend() if device.type == "cuda" else TorchBackend()

@@ -170,7 +170,7 @@ def load(folder: Path, tp_size: int, tp_rank: int, quantization: str | None = No
     ranks = make_plan(spec.num_layers, tp_size, 2 if pp_rank else 1).ranks
     rank = next(rank for rank in ranks if (rank.tp_rank, rank.pp_rank) == (tp_rank, pp_rank))
     model = build_model(spec, rank, ParallelContext(rank, CPU, 1.0), torch.float32, CPU)
-    load_weights(model, folder, spec, rank)
+    load_weights(model, folder, spec)
     return model
 
 
@@ -261,7 +261,7 @@ def test_random_weights_are_one_model_in_every_layout(tmp_path: Path) -> None:
         for tp_size in (1, 2):
             rank = make_plan(spec.num_layers, tp_size, 1).ranks[0]
             model = build_model(spec, rank, ParallelContext(rank, CPU, 1.0), torch.float32, CPU)
-            load_weights(model, folder, spec, rank, load_format="dummy", seed=3)
+            load_weights(model, folder, spec, load_format="dummy", seed=3)
             found.append(weights(model)["layers.0.mlp.down_proj.weight"])
         assert torch.equal(found[0][:, : INNER // 2], found[1])
         assert 0.01 < float(found[0].std()) < 0.03

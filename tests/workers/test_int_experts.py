@@ -99,7 +99,7 @@ def experts_of(folder: Path, tp_size: int, tp_rank: int, *, whole: bool) -> IntE
     spec = read_model_spec(folder).as_served(None, expert_parallel=whole, all2all="sum")
     rank = make_plan(2, tp_size, 1).ranks[tp_rank]
     model = build_model(spec, rank, ParallelContext(rank, CPU, 5.0), torch.float32, CPU)
-    load_weights(model, folder, spec, rank)
+    load_weights(model, folder, spec)
     found = model.layers["0"].mlp.experts
     assert isinstance(found, IntExperts)
     return found
@@ -164,7 +164,7 @@ def test_plain_experts_are_rounded_to_4_bits(tmp_path: Path, monkeypatch: pytest
     spec = msgspec.structs.replace(read_model_spec(plainly), quantization=choose_quantization({}, "int4"))
     rank = make_plan(2, 1, 1).ranks[0]
     model = build_model(spec, rank, ParallelContext(rank, CPU, 5.0), torch.bfloat16, CPU)
-    load_weights(model, plainly, spec, rank)
+    load_weights(model, plainly, spec)
     experts = model.layers["1"].mlp.experts
     assert isinstance(experts.down, IntExpertWeight)
     name = "model.layers.1.mlp.experts.3.down_proj.weight"

@@ -194,7 +194,7 @@ def test_every_rank_has_the_formats_numbers_bit_for_bit(name: str, tp_size: int,
     spec = read_model_spec(tmp_path)
     for rank in make_plan(2, tp_size, 1).ranks:
         model = build_model(spec, rank, ParallelContext(rank, CPU, 5.0), torch.float32, CPU)
-        load_weights(model, tmp_path, spec, rank)
+        load_weights(model, tmp_path, spec)
         for number in range(2):
             layer = model.layers[str(number)]
             prefix = f"model.layers.{number}"
@@ -264,9 +264,9 @@ def test_biases_of_zeros_that_the_model_has_no_place_for_are_left_out(value: flo
     model = build_model(spec, rank, ParallelContext(rank, CPU, 5.0), torch.float32, CPU)
     if value:
         with pytest.raises(WeightError, match=r"up_proj\.bias: not part of a LlamaForCausalLM"):
-            load_weights(model, tmp_path, spec, rank)
+            load_weights(model, tmp_path, spec)
     else:
-        load_weights(model, tmp_path, spec, rank)
+        load_weights(model, tmp_path, spec)
 
 
 def test_packed_weights_without_their_config_are_named(tmp_path: Path) -> None:
@@ -281,7 +281,7 @@ def test_packed_weights_without_their_config_are_named(tmp_path: Path) -> None:
     def load(overrides: dict[str, Any]) -> Any:
         spec = read_model_spec(tmp_path, overrides)
         model = build_model(spec, rank, ParallelContext(rank, CPU, 5.0), torch.float32, CPU)
-        load_weights(model, tmp_path, spec, rank)
+        load_weights(model, tmp_path, spec)
         return model
 
     with pytest.raises(WeightError, match=r"\.qweight: config.json lacks the quantization_config.*--hf-overrides"):
@@ -302,11 +302,11 @@ def test_plain_weights_are_rounded_as_they_are_loaded_the_same_in_every_layout(
     shares = []
     for rank in make_plan(2, 2, 1).ranks:
         model = build_model(spec, rank, ParallelContext(rank, CPU, 5.0), torch.float32, CPU)
-        load_weights(model, tmp_path, spec, rank)
+        load_weights(model, tmp_path, spec)
         shares.append(_weight(model.layers["0"].mlp.down_proj))
     rank = make_plan(2, 1, 1).ranks[0]
     model = build_model(spec, rank, ParallelContext(rank, CPU, 5.0), torch.float32, CPU)
-    load_weights(model, tmp_path, spec, rank)
+    load_weights(model, tmp_path, spec)
     whole = _weight(model.layers["0"].mlp.down_proj)
     assert torch.equal(torch.cat(shares, 1), whole)
     plain = source.state_dict()["model.layers.0.mlp.down_proj.weight"]
@@ -323,7 +323,7 @@ def test_random_weights_come_in_every_layout(name: str, tmp_path: Path) -> None:
     spec = read_model_spec(tmp_path)
     rank = make_plan(2, 1, 1).ranks[0]
     model = build_model(spec, rank, ParallelContext(rank, CPU, 5.0), torch.float32, CPU)
-    load_weights(model, tmp_path, spec, rank, load_format="dummy")
+    load_weights(model, tmp_path, spec, load_format="dummy")
     for layer in (model.layers["0"].attention.qkv_proj, model.layers["1"].mlp.down_proj):
         spread = float(_weight(layer).std())
         assert 0.005 < spread < 0.05

@@ -63,7 +63,7 @@ def load(folder: Path, *, tp_size: int = 1, tp_rank: int = 0, dtype: torch.dtype
     spec = read_model_spec(folder)
     rank = make_plan(spec.num_layers, tp_size, 1).ranks[tp_rank]
     model = build_model(spec, rank, ParallelContext(rank, CPU, 1.0), dtype, CPU)
-    load_weights(model, folder, spec, rank)
+    load_weights(model, folder, spec)
     return model
 
 
@@ -285,7 +285,7 @@ def test_shards_are_read_and_progress_is_told(folder: Path) -> None:
     rank = make_plan(2, 1, 1).ranks[0]
     model = build_model(spec, rank, ParallelContext(rank, CPU, 1.0), torch.float32, CPU)
     told: list[float] = []
-    report = load_weights(model, folder, spec, rank, told.append)
+    report = load_weights(model, folder, spec, told.append)
     assert isinstance(report, LoadReport)
     assert report.num_tensors == len(names)
     assert report.read_bytes == sum(tensor.nbytes for tensor in saved.values())
@@ -301,7 +301,7 @@ def test_the_last_stage_of_a_tied_model_loads_the_embedding_as_head(folder: Path
     spec = read_model_spec(folder)
     rank = make_plan(2, 1, 2).ranks[1]
     model = build_model(spec, rank, ParallelContext(rank, CPU, 1.0), torch.float32, CPU)
-    load_weights(model, folder, spec, rank)
+    load_weights(model, folder, spec)
     assert model.embed is None
     saved = load_file(folder / "model.safetensors")["model.embed_tokens.weight"]
     assert torch.equal(model.lm_head.weight.bfloat16(), saved)

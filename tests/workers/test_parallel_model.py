@@ -81,7 +81,7 @@ def test_random_weights_are_one_model_in_every_layout(models: dict[str, tuple[Pa
     for tp_size in (1, 2):
         rank = make_plan(spec.num_layers, tp_size, 1).ranks[0]
         model = build_model(spec, rank, ParallelContext(rank, CPU, 1.0), torch.float32, CPU)
-        load_weights(model, "nowhere", spec, rank, load_format="dummy", seed=3)
+        load_weights(model, "nowhere", spec, load_format="dummy", seed=3)
         layer = model.layers["0"]
         heads.append((layer.attention.qkv_proj.weight, layer.mlp.down_proj.weight, model.norm.weight))
     one, two = heads

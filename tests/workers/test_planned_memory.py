@@ -226,7 +226,7 @@ def test_a_cpu_is_foretold_the_plain_weights_that_it_makes_of_packed_ones(tmp_pa
     spec = read_model_spec(folder, quantization=quantization)
     rank, device = make_plan(6, 1, 1).ranks[0], torch.device("cpu")
     model = build_model(spec, rank, ParallelContext(rank, device, 5.0), torch.float32, device)
-    load_weights(model, folder, spec, rank, load_format="dummy")
+    load_weights(model, folder, spec, load_format="dummy")
     held = sum(parameter.nbytes for parameter in model.parameters())
     sizes = StageBytes(read_model_shape(folder), Serving.from_config(
         ServingConfig.from_mapping({"model": str(folder), "dtype": "float32", "quantization": quantization}),

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 
 from argosy.cluster.protocol.errors import WeightError
 from argosy.cluster.protocol.model_spec import ModelSpec
-from argosy.placement.plan import RankInfo
 from argosy.workers.loading.checkpoint import LOADABLE_DTYPES, Checkpoint, TensorEntry
 from argosy.workers.loading.fast_read import Slice, read_slices
 from argosy.workers.loading.kv_scales import load_kv_scales
@@ -101,7 +100,6 @@ def load_weights(
     model: LoadableModel,
     folder: str | Path,
     spec: ModelSpec,
-    rank: RankInfo,
     on_progress: Callable[[float], None] | None = None,
     *,
     load_format: str = "auto",
