@@ -30,7 +30,8 @@ PROMPT_SIZES: Final = (32, 64, 128, 192, 256, 384, 512)  # tokens of recorded st
 PROMPT_DECODES: Final = (8, 64)  # places for decode rows in them
 PROMPT_ROWS: Final = 16  # and for prompts
 # Over stages a piece of a prompt is in nearly every step, beside a share of all rows that decode, and a stage's host
-# has no longer than the step before: more sizes, places for many rows, and up to what a slow host would be waited for.
+# has no longer than the step before: more sizes, places for many rows, and up to what such a host would be waited for
+# (0.63 ms a layer of 70B).
 STAGE_SIZES: Final = tuple(range(192, 705, 64))
 STAGE_DECODES: Final = tuple(range(128, 513, 64))
 STAGE_PIECES: Final = (64, 192)  # tokens that such a step has, beside all its places: at least and at most
@@ -42,6 +43,7 @@ HALVES_SECONDS_A_LAYER: Final = 0.7e-3
 PEER_SECONDS_A_LAYER: Final = 0.45e-3
 SLOW_HOST_HALVES: Final = 1.5  # times as long on a host that is busy, or old
 SLOW_HOST_KERNELS: Final = 2.5  # the same where there are no halves: 25 ms for a full step of 0.6B's 28 layers
+SLOW_HOST_STAGES: Final = 5.0  # the same in small steps, beside the profiler
 PRODUCTS_PER_SECOND: Final = 600e12  # as prompts reach them
 SUMS_PER_SECOND: Final = 0.64e12  # bytes of hidden states over a group, times ranks
 
@@ -81,7 +83,7 @@ def prompt_sizes(
     most = EAGER_SECONDS_A_LAYER / products
     sizes: Sequence[int] = PROMPT_SIZES
     if over_stages:
-        sizes, most = sorted({*PROMPT_SIZES, *STAGE_SIZES}), SLOW_HOST_KERNELS * most
+        sizes, most = sorted({*PROMPT_SIZES, *STAGE_SIZES}), SLOW_HOST_STAGES * most
     longest = max_tokens
     if tp_size == 1:
         longest = next((size for size in sizes if size >= max_tokens), sizes[-1])

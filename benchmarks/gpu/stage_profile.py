@@ -169,7 +169,7 @@ def main() -> int:
             if torch.cuda.is_available():
                 about["device"] = torch.cuda.get_device_name()
             for name, windows in args.windows:
-                if not args.warm:
+                if not args.warm or not windows:
                     bench_engine.run(llm, make(name, vocab, 1))
                 for repeat in range(args.timed):
                     print(
