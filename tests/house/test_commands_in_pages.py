@@ -27,6 +27,7 @@ EXAMPLES = {
     "batch": batch_command.EXAMPLES,
 }
 FENCE = re.compile(r"^ *```[^\n]*\n(.*?)^ *```", re.MULTILINE | re.DOTALL)
+INDENTED = re.compile(r"^ {4}.*$", re.MULTILINE)
 FLAG = re.compile(r"(?<!\S)\[?(--?[a-z][a-z0-9-]*)")
 
 
@@ -51,7 +52,7 @@ def unknown_part(command: str) -> str:
 def test_commands_on_pages_can_be_typed(page: str) -> None:
     """A flag that was renamed lives on in the pages."""
     text = (ROOT / page).read_text(encoding="utf-8")
-    for block in FENCE.findall(text):
+    for block in (*FENCE.findall(text), "\n".join(INDENTED.findall(text))):
         assert [command for command in whole_commands(block) if unknown_part(command)] == []
     parser, wrong = cli.build_parser(), []
     for command in re.findall(r"`argosy ([a-z]+\b[^`]*)`", FENCE.sub("", text)):
