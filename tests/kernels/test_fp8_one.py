@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argosy.kernels import fp8_one, fp8_reference, paged_attention
+from argosy.kernels import fp8_one, fp8_reference, paged_attention, tuning
 from argosy.kernels.fp8_reference import Rounding
 
 Near = Callable[[Tensor, Tensor], None]
@@ -123,7 +123,7 @@ class WalkedLaunch:
         w_desc, x_1I, parts, norm, kept, w_scale, bias, out, tiles, outputs, stride_part, eps = values
         assert list(w_desc.block_shape) == [64, named.WIDTH]
         assert named.OWN % named.WIDTH == 0
-        assert named.OWN_POWER // 2 < named.OWN <= named.OWN_POWER
+        assert tuning.next_power_of_two(named.OWN) == named.OWN_POWER
         assert programs % named.PIECES == 0
         total = x_1I.clone()
         if named.PARTS:

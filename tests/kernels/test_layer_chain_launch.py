@@ -17,7 +17,10 @@ def test_widths_that_do_not_fit_are_said_to() -> None:
     assert layer_chain.suits(2048, 8192, 7168, 2560, sizes, 132)
     assert not layer_chain.suits(2048, 8192, 7168, 2560, sizes | {"slot": 8192}, 132)
     assert not layer_chain.suits(1024, 4096, 28672, 1536, sizes, 132)
-    assert not layer_chain.suits(1024, 4096, 3584, 1536, sizes | {"stages": 8}, 132)
+    assert not layer_chain.suits(1024, 4096, 3584, 1536, sizes | {"stages": 7}, 132)
+    wide = sizes | {"slot": 32768, "stages": 3}
+    assert layer_chain.suits(1024, 8192, 3584, 1536, wide, 132)
+    assert not layer_chain.suits(1024, 16384, 3584, 1536, wide, 132), "a residual of 32 KB beside three places of 64"
     assert not layer_chain.suits(64, 256, 512, 128, sizes, 132)
     assert not layer_chain.suits(1024, 4096, 3588, 1536, sizes, 132)
     few = sizes | {"slot": 65536, "stages": 1}  # 64 tiles of 32 rows
