@@ -23,6 +23,7 @@ def test_widths_that_do_not_fit_are_said_to() -> None:
     assert not layer_chain.suits(1024, 16384, 3584, 1536, wide, 132), "a residual of 32 KB beside three places of 64"
     assert not layer_chain.suits(64, 256, 512, 128, sizes, 132)
     assert not layer_chain.suits(1024, 4096, 3588, 1536, sizes, 132)
+    assert not layer_chain.suits(1024, 4096, 3584, 1540, sizes, 132)
     few = sizes | {"slot": 65536, "stages": 1}  # 64 tiles of 32 rows
     assert layer_chain.suits(1024, 2048, 2048, 1536, few, 64)
     assert not layer_chain.suits(1024, 2048, 2048, 1536, few, 65)
