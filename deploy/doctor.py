@@ -26,6 +26,7 @@ from argosy.cluster.protocol.ledger import HOST, TOTAL, describe_ledger, gib
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.deploy import settings
 from argosy.deploy.device_defaults import read_gpus
+from argosy.deploy.owned_folder import MOST_RAY_BYTES, RAY_PREFIX, parent_of
 
 _GIB: Final = 1 << 30
 _MOST_METRICS: Final = 1 << 22  # bytes of a server's figures
@@ -168,11 +169,11 @@ def _shared_memory() -> Finding:
 
 
 def _temporary_folder() -> Finding:
-    folder = tempfile.gettempdir()
+    folder = parent_of(RAY_PREFIX, MOST_RAY_BYTES)
     free = shutil.disk_usage(folder).free
     found = f"{folder}, {free / _GIB:.1f} GiB free"
-    if len(folder) > 40:
-        return Finding("temporary folder", "fail", found, "Ray's socket names don't fit; set TMPDIR to a shorter path")
+    if folder != tempfile.gettempdir():
+        found += f" (not {tempfile.gettempdir()}, where names of Ray's sockets would be too long)"
     if free < _GIB:
         return Finding("temporary folder", "warn", found, "Ray stops placing work on a full disk; free some space")
     return Finding("temporary folder", "ok", found)

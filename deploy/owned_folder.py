@@ -12,6 +12,8 @@ from typing import Final
 
 import psutil
 
+RAY_PREFIX: Final = "argosy-ray-"
+MOST_RAY_BYTES: Final = 38  # Ray adds 68: .../session_<date>_<pid>/sockets/plasma_store
 _OWNER: Final = "owner"
 _RANDOM_BYTES: Final = 8  # that tempfile puts behind the prefix
 
@@ -21,11 +23,16 @@ def make_owned_folder(prefix: str, most_bytes: int) -> str:
 
     Removes the folders of that prefix whose owners have gone.
     """
-    parent = short_temp_folder(most_bytes - len(f"/{prefix}") - _RANDOM_BYTES)
+    parent = parent_of(prefix, most_bytes)
     _remove_abandoned(parent, prefix)
     folder = tempfile.mkdtemp(prefix=prefix, dir=parent)
     Path(folder, _OWNER).write_text(_myself())
     return folder
+
+
+def parent_of(prefix: str, most_bytes: int) -> str:
+    """Where `make_owned_folder` makes it."""
+    return short_temp_folder(most_bytes - len(f"/{prefix}") - _RANDOM_BYTES)
 
 
 def short_temp_folder(most_bytes: int) -> str:

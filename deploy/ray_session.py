@@ -20,7 +20,7 @@ from ray._private.authentication.authentication_token_generator import generate_
 
 from argosy.cluster.driver_actor import NAMESPACE
 from argosy.cluster.protocol.errors import ClusterError
-from argosy.deploy.owned_folder import make_owned_folder
+from argosy.deploy.owned_folder import MOST_RAY_BYTES, RAY_PREFIX, make_owned_folder
 
 _OBJECT_STORE_BYTES: Final = 100 * 1024 * 1024  # steps and tokens don't travel as Ray objects: the least will do
 _OWN_CLUSTER: Final = {
@@ -31,8 +31,6 @@ _OWN_CLUSTER: Final = {
     "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
 }
 _REACH_SECONDS: Final = 3.0
-_PREFIX: Final = "argosy-ray-"
-_MOST_FOLDER_BYTES: Final = 38  # Ray adds 68: .../session_<date>_<pid>/sockets/plasma_store
 _VITAL: Final = {"raylet": "raylet", "gcs_server": "GCS"}  # Ray's names for kinds of its processes, and everybody's
 _AUTH: Final = ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
 
@@ -96,7 +94,7 @@ class RaySession:
 
     @classmethod
     def _start(cls, num_cpus: int, num_gpus: int | None) -> "RaySession":
-        folder = make_owned_folder(_PREFIX, _MOST_FOLDER_BYTES)  # mode 0700: the token and all logs are in it
+        folder = make_owned_folder(RAY_PREFIX, MOST_RAY_BYTES)  # mode 0700: the token and all logs are in it
         changes = dict(_OWN_CLUSTER)
         if "RAY_AUTH_MODE" not in os.environ:  # an explicit choice of the operator stands
             changes |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(_write_token(Path(folder)))}

@@ -3,9 +3,11 @@
 import json
 import shutil
 import socket
+import tempfile
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -55,6 +57,78 @@ def test_a_missing_or_old_package_names_its_cure(monkeypatch: pytest.MonkeyPatch
     assert doctor._package("torch").state == "ok"
 
 
+def test_a_card_wants_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its kernels are written in it; a machine without a card does without."""
+    monkeypatch.setattr(doctor, "_rank_memory", lambda port: ())
+    for gpus, version, state in (
+        (["NVIDIA H200"], None, "fail"), (["NVIDIA H200"], "3.5.1", "fail"), (["NVIDIA H200"], "3.6.0", "ok"),
+        ([], None, ""),
+    ):  # fmt: skip
+        monkeypatch.setattr(doctor, "read_gpus", lambda found=gpus: found)
+        monkeypatch.setattr(doctor, "_version", lambda name, found=version: found)
+        found = {finding.name: finding for finding in doctor.examine(None, 0)}
+        assert (found["triton"].state if "triton" in found else "") == state
+        assert found["GPUs"].state == ("ok" if gpus else "warn")
+
+
+@pytest.mark.parametrize(
+    ("check", "name", "enough", "too_little", "state"),
+    [
+        ("_python", "sys.version_info", (3, 13, 9), (3, 14, 0), "warn"),
+        ("_cores", "os.sched_getaffinity", lambda _: {0, 1}, lambda _: {0}, "warn"),
+        ("_memory", "psutil.virtual_memory", lambda: SimpleNamespace(available=2 << 30, total=4 << 30),
+         lambda: SimpleNamespace(available=(2 << 30) - 1, total=4 << 30), "warn"),
+        ("_shared_memory", "shutil.disk_usage", lambda _: SimpleNamespace(free=128 << 20),
+         lambda _: SimpleNamespace(free=(128 << 20) - 1), "fail"),
+        ("_temporary_folder", "shutil.disk_usage", lambda _: SimpleNamespace(free=1 << 30),
+         lambda _: SimpleNamespace(free=(1 << 30) - 1), "warn"),
+        ("_open_files", "resource.getrlimit", lambda _: (1024, 4096), lambda _: (1023, 4096), "warn"),
+    ],
+)  # fmt: skip
+def test_too_little_is_told_with_its_cure(
+    check: str, name: str, enough: object, too_little: object, state: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Just enough is; a little less is not."""
+    module, attribute = name.split(".")
+    for given, expected in ((enough, "ok"), (too_little, state)):
+        monkeypatch.setattr(getattr(doctor, module), attribute, given)
+        found = getattr(doctor, check)()
+        assert (found.state, bool(found.fix)) == (expected, expected != "ok"), found
+
+
+def test_a_long_temporary_folder_is_no_fault(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's files go to another then; the doctor said that serving could not work."""
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda folder: SimpleNamespace(free=len(folder) << 30))
+    for folder, found in (
+        ("/short", "/short, 6.0 GiB free"),
+        ("/" + "x" * 40, f"/tmp, 4.0 GiB free (not /{'x' * 40}, where names of Ray's sockets would be too long)"),
+    ):
+        monkeypatch.setattr(tempfile, "tempdir", folder)
+        assert doctor._temporary_folder() == Finding("temporary folder", "ok", found)
+
+
+def test_versions_are_compared_as_numbers() -> None:
+    """2.9 comes before 2.11, whatever was built of it."""
+    assert [doctor._numbers(text) for text in ("2.9.1+cpu", "2.11", "3.6.0rc1", "5")] == [(2, 9), (2, 11), (3, 6), (5,)]
+    assert doctor._numbers("2.9.1+cpu") < (2, 11) <= doctor._numbers("2.13.0")
+
+
+def test_weights_that_nothing_here_can_hold_are_a_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither a card nor the machine's memory."""
+    monkeypatch.setattr(doctor.psutil, "virtual_memory", lambda: SimpleNamespace(available=1000, total=4 << 30))
+    for gpus, state in (([], "warn"), (["NVIDIA H200"], "ok")):
+        monkeypatch.setattr(doctor, "read_gpus", lambda found=gpus: found)
+        assert doctor._model(None).state == state
+
+
+def test_a_folder_without_weights_fails(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """A clone without Git LFS, or weights in another form."""
+    folder = tmp_path / "model"
+    shutil.copytree(default_model(), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    assert cli.main(["doctor", str(folder)]) == 1
+    assert "has no *.safetensors" in capsys.readouterr().out
+
+
 def test_a_taken_port_is_seen() -> None:
     """Somebody else's server."""
     with socket.socket() as other:
@@ -96,6 +170,9 @@ def test_the_last_line_is_true_where_the_port_is_taken() -> None:
     """As it stands 'argosy serve' would end at once there; one warning is no plural."""
     taken = Finding("port 8000", "warn", "taken", "argosy serve --port 8001")
     assert doctor.table([taken]).endswith("Ready: 'argosy serve' should work here, on another port (1 warning).")
+    slow = Finding("memory", "warn", "1 GiB free", "add some")
+    assert doctor.table([slow, slow]).endswith("Ready: 'argosy serve' should work here (2 warnings).")
+    assert doctor.table([slow._replace(state="fail"), taken]).endswith("1 to mend before 'argosy serve' can work.")
     assert doctor.table([taken._replace(state="ok")]).endswith("Ready: 'argosy serve' should work here.")
 
 

@@ -4,6 +4,7 @@ import http.client
 import importlib.util
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -14,10 +15,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from argosy.cluster.protocol.errors import ConfigError
-from argosy.deploy import haproxy, server
+from argosy.deploy import door_keeper, haproxy, server
 from argosy.deploy.owned_folder import short_temp_folder
 
 AS_RAY_WRITES_IT = """frontend prometheus
@@ -136,6 +138,82 @@ def test_two_servers_never_share_a_port_for_their_replicas(folder: Path) -> None
         [sys.executable, "-P", "-c", f"{program}; haproxy.reserve_ports()"], capture_output=True, text=True, check=False
     )
     assert "no range of ports is free" in told.stderr
+
+
+def test_without_a_socket_of_ours_the_front_takes_what_ray_writes(folder: Path) -> None:
+    """On a node of a cluster that is not the server's own: doors of a server that was stopped must not come back."""
+    program = haproxy.environment(folder)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    shown = []
+    for text in (AS_RAY_WRITES_IT + "backend http-doors\n", AS_RAY_WRITES_IT):
+        (folder / "haproxy.cfg").write_text(text)
+        run = subprocess.run([program, "-f", folder / "haproxy.cfg"], capture_output=True, text=True, timeout=10)
+        shown.append("backend http-doors" in run.stdout)
+    assert shown == [True, False]
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None, reason="this machine has no setpriv")
+def test_the_front_does_not_outlive_ray(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's actor is killed with -9: its HAProxy would go on, and hold the port."""
+    monkeypatch.setattr(haproxy, "find", lambda: shutil.which("sleep"))
+    program = haproxy.environment(tmp_path)["RAY_SERVE_HAPROXY_BINARY_PATH"]
+    start = f"import subprocess; print(subprocess.Popen([{program!r}, '60']).pid, flush=True); input()"
+    actor = subprocess.Popen([sys.executable, "-c", start], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert actor.stdout is not None
+    front = psutil.Process(int(actor.stdout.readline()))
+    deadline = time.monotonic() + 30
+    while front.name() != "sleep" and time.monotonic() < deadline:  # a shell and setpriv first
+        time.sleep(0.01)
+    actor.kill()
+    actor.communicate()
+    while front.is_running() and front.status() != psutil.STATUS_ZOMBIE:
+        assert time.monotonic() < deadline, "it lives"
+        time.sleep(0.01)
+
+
+def test_a_door_is_kept_where_there_is_a_front_and_a_port(folder: Path) -> None:
+    """Serve's own proxy opens its own; port 0 is any, which nobody could be told of."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        with haproxy.keeps_door(folder, "127.0.0.1", port):  # no script: it doesn't even look at the port
+            pass
+        haproxy.environment(folder)
+        with haproxy.keeps_door(folder, "127.0.0.1", 0):
+            assert not (folder / door_keeper.ASK).exists()
+        with pytest.raises(ConfigError, match=f"port {port} on 127.0.0.1 can't be listened at"):
+            haproxy.keeps_door(folder, "127.0.0.1", port).__enter__()
+
+
+def ask_for_door(folder: Path) -> socket.socket:
+    """As a front's first words do."""
+    with socket.socket(socket.AF_UNIX) as asked:
+        asked.settimeout(10)
+        asked.connect(str(folder / door_keeper.ASK))
+        return socket.socket(fileno=socket.recv_fds(asked, 1, 1)[1][0])
+
+
+def test_a_front_that_dies_while_it_asks_costs_the_next_one_nothing() -> None:
+    """Twenty ask and are gone; the next one gets the socket, on which those who came meanwhile wait."""
+    with tempfile.TemporaryDirectory(dir=short_temp_folder(20)) as name:
+        port = haproxy._free_port()
+        with door_keeper.DoorKeeper(Path(name), "127.0.0.1", port), socket.socket() as client:
+            for _ in range(20):
+                with socket.socket(socket.AF_UNIX) as asked:
+                    asked.connect(f"{name}/{door_keeper.ASK}")
+            client.connect(("127.0.0.1", port))
+            with ask_for_door(Path(name)) as door:
+                door.settimeout(10)
+                with door.accept()[0] as taken:
+                    assert taken.getpeername() == client.getsockname()
+
+
+@pytest.mark.skipif(not socket.has_dualstack_ipv6(), reason="this machine has no IPv6")
+def test_every_network_means_both_kinds() -> None:
+    """`--host ::` is how people ask for all addresses; IPv4 was refused."""
+    with tempfile.TemporaryDirectory(dir=short_temp_folder(20)) as name:
+        port = haproxy._free_port()
+        with door_keeper.DoorKeeper(Path(name), "::", port):
+            for address in ("127.0.0.1", "::1"):
+                socket.create_connection((address, port), timeout=10).close()
 
 
 @contextmanager

@@ -37,6 +37,14 @@ def test_two_looks_without_a_node_are_a_loss() -> None:
         assert not nodes.is_lost
 
 
+def test_no_answer_is_none() -> None:
+    """Ray in trouble, between two looks that found no node and some: nothing says that they are gone."""
+    ask, all_given = answers(False, RuntimeError("no answer"), RuntimeError("no answer"), True)
+    with NodeWatch(ask, period_seconds=0.005) as nodes:
+        assert all_given.wait(30)
+        assert not nodes.is_lost
+
+
 def test_the_server_stops_waiting_for_signals_and_says_what_was_lost() -> None:
     """Whoever looks after the process starts it again."""
     stop = server._StopSignals()
@@ -44,3 +52,10 @@ def test_the_server_stops_waiting_for_signals_and_says_what_was_lost() -> None:
     assert stop.wait(lambda: next(looks)) == "raylet"
     stop._asked_at = 0.0
     assert stop.wait(lambda: "raylet") == ""  # asked to stop already: an orderly end
+    stop._asked_at = None
+
+    def look() -> str:
+        stop._asked_at = 0.0  # while it looked: the signal went to Ray's processes as well
+        return "raylet"
+
+    assert stop.wait(look) == ""

@@ -190,8 +190,8 @@ def test_a_launch_shares_out_each_block_once(
 
 def test_a_launch_with_a_gate_takes_both_halves(ring: WalkedRing, assert_near: Near) -> None:
     """A place of the ring then holds twice as many rows, so that there are fewer of them; pieces are not for gates."""
-    weight = fp8_reference.quantize_weight(torch.randn(2 * 192, 784) / 16)
-    rows = fp8_reference.quantize_rows(torch.randn(3, 784).bfloat16(), Rounding())
+    weight = fp8_reference.quantize_weight(torch.randn(2 * 192, 976) / 16)
+    rows = fp8_reference.quantize_rows(torch.randn(3, 976).bfloat16(), Rounding())
     for sizes in (SIZES[0] | {"stages": 9}, SIZES[1], SIZES[4]):
         for bias in (None, torch.randn(2 * 192).bfloat16()):
             gate, up = fp8_reference.linear(rows, weight, bias, torch.float32).chunk(2, dim=1)

@@ -1,4 +1,4 @@
-"""A process that plays ranks as `rig.be_ranks`, their steps recorded by a `FakeRecorder` (`test_prompt_graphs`)."""
+"""A process that plays ranks as `rig.be_ranks`, their steps recorded by a `FakeRecorder` (`recorded_rig`)."""
 
 import sys
 from collections.abc import Callable
@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from recorded_rig import KINDS, FakeRecorder, Forgetful
 from rig import be_ranks
-from test_prompt_graphs import KINDS, FakeRecorder, Forgetful
 
 from argosy.workers import model_runner
 from argosy.workers.cuda_graphs import CUDAGraphRunner

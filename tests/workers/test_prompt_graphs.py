@@ -2,17 +2,16 @@
 
 import random
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))
 from family_cases import make_checkpoint
+from recorded_rig import KINDS, Recorded
 from rig import (
     VOCAB,
     InProcessRank,
@@ -30,102 +29,11 @@ from test_kv_groups import CASES
 
 from argosy.cluster.protocol.messages import SchedulerOutput
 from argosy.workers import prompt_graphs
-from argosy.workers.attention.base import AttentionMetadata
-from argosy.workers.attention.torch_backend import TorchBackend
 from argosy.workers.input_batch import InputBatch
 from argosy.workers.prompt_graphs import Kind
 from argosy.workers.step_recording import make_graphs
 
-KINDS = [(24, 2), (32, 2), (32, 6)]  # room for sixteen prompts beside the decode rows, and always more tokens
 PROMPTS = (3, 30, 1, 17, 8, 40, 5, 23, 2, 60, 11, 29)
-
-
-class Again:
-    """What a replay does: the same calls, whatever stands in the buffers now. What it leaves is where it was left."""
-
-    def __init__(self, run: Callable[[], Any], made: Any):
-        self._run, self._made = run, made
-        self.count = 0
-
-    def replay(self) -> None:
-        self.count += 1
-        made = self._run()
-        if isinstance(made, Tensor):
-            self._made.copy_(made)
-
-
-class FakeRecorder:
-    """As `Recorder`. What was computed while recording is spoiled: only a replay makes results."""
-
-    def __init__(self) -> None:
-        self.made: list[Again] = []
-
-    @contextmanager
-    def recording(self) -> Iterator[None]:
-        yield
-
-    def settle(self) -> None:
-        pass
-
-    def record(self, run: Callable[[], Any]) -> tuple[Again, Any]:
-        made = run()
-        if isinstance(made, Tensor):
-            made.fill_(float("nan"))
-        self.made.append(Again(run, made))
-        return self.made[-1], made
-
-
-class Forgetful(TorchBackend):
-    """Asks the metadata in each layer: what it worked out for a step was right for that step alone."""
-
-    def rotate_and_store(self, qkv_TD: Tensor, *args: Any) -> Tensor:
-        metadata = next(arg for arg in args if isinstance(arg, AttentionMetadata))
-        metadata.scratch.clear()
-        return super().rotate_and_store(qkv_TD, *args)
-
-
-class Recorded(InProcessRank):
-    """A rank whose steps are recorded, as on a card: the host learns no token before the driver does."""
-
-    def __init__(self, config: Any, num_blocks: int, kinds: list[Kind] = KINDS):
-        super().__init__(config, num_blocks)
-        runner = self.runner
-        runner.backend, runner.batch.lives_on_device = Forgetful(), True
-        for staging in runner.batch._staging:
-            staging.is_shared = False  # steps that are not recorded say which rows they have, as on a card
-        self.recorder = FakeRecorder()
-        with torch.inference_mode():
-            runner.graphs = make_graphs(runner, 8, kinds)
-            assert runner.kv_cache is not None
-            before = [tensor.clone() for tensor in runner.kv_cache.tensors]
-            runner.graphs.record(self.recorder)  # type: ignore[arg-type]  # a stand-in
-        assert all(torch.equal(*pair) for pair in zip(before, runner.kv_cache.tensors, strict=True)), (
-            "wrote to the cache"
-        )
-        self.kinds: list[Kind | None] = []  # of the steps that were not of decode rows alone
-        prompts = runner.graphs.prompts
-        assert prompts is not None
-        begin = prompts.begin
-
-        def noted(output: SchedulerOutput) -> Any:
-            begun = begin(output)
-            self.kinds.append(None if begun is None else begun[1])
-            if begun is not None:
-                self._check_places(len(output.rows), sum(output.num_tokens) or len(output.rows))
-            return begun
-
-        prompts.begin = noted  # type: ignore[method-assign]  # the same, noted
-
-    def _check_places(self, num_rows: int, num_tokens: int) -> None:
-        """Places where no row is have no tokens and no context, whatever stood there in the step before."""
-        assert self.runner.graphs is not None
-        assert self.runner.graphs.prompts is not None
-        fixed = self.runner.graphs.prompts._fixed
-        counts_R = fixed.starts_R1.diff()
-        assert int((fixed.context_R > 0).sum()) == num_rows
-        assert counts_R.min() >= 0
-        assert int(counts_R.sum()) == num_tokens
-        assert not counts_R[fixed.context_R == 0].any()
 
 
 @pytest.fixture(scope="module")
@@ -151,6 +59,26 @@ def run_all(ranks: Ranks, config: Any, prompts: list[list[int]], **params: Any) 
         run.step()
     run.finish()
     return answers(requests)
+
+
+def contexts_of(ranks: Recorded) -> list[tuple[Kind, int]]:
+    """The kind of each step that is replayed from now on, and the longest context of its decode rows."""
+    assert ranks.runner.graphs is not None
+    prompts = ranks.runner.graphs.prompts
+    assert prompts is not None
+    begin, seen = prompts.begin, list[tuple[Kind, int]]()
+
+    def noted(output: SchedulerOutput) -> Any:
+        begun = begin(output)
+        if begun is not None:
+            inputs, kind = begun
+            assert inputs.num_tokens_R is not None
+            num_decodes = int((inputs.num_tokens_R == 1).sum())
+            seen.append((kind, int(inputs.end_R[:num_decodes].max(initial=0))))
+        return begun
+
+    prompts.begin = noted  # type: ignore[method-assign]  # the same, noted
+    return seen
 
 
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen3", "gemma3", "gpt-oss"])
@@ -252,6 +180,37 @@ def test_the_buffer_holds_the_largest_step() -> None:
             assert staging.take(count, is_long).shape == (count,)
 
 
+class Turns(list[Any]):
+    """Notes which of its places was asked for."""
+
+    def __init__(self, staging: Any, count: int):
+        super().__init__([staging] * count)
+        self.asked: list[Any] = []
+
+    def __getitem__(self, place: Any) -> Any:
+        self.asked.append(place)
+        return super().__getitem__(place)
+
+
+def test_buffers_on_the_host_take_turns(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step's copy to the card may be under way while the host fills the next one's: one more than steps in flight."""
+    config = make_config(folders["llama"], max_num_batched_tokens=40)
+    ranks = Recorded(config, 128)
+    assert ranks.runner.graphs is not None
+    prompts = ranks.runner.graphs.prompts
+    assert prompts is not None
+    turns = prompts._staging = Turns(prompts._staging[0], 3)
+    run_all(ranks, config, prompts_of(random.Random(3)))
+    assert turns.asked[:5] == [1, 2, 0, 1, 2]
+    monkeypatch.setattr(prompt_graphs, "Staging", lambda capacity, device, twin: twin)
+    prompts.batch.device = torch.device("meta")
+    for in_flight, count in ((2, 3), (5, 6)):
+        prompts.batch.max_steps_in_flight = in_flight
+        made: list[Any] = prompts._make_staging()
+        assert len(made) == count
+        assert all(twin is made[0] for twin in made), "the device has one"
+
+
 def test_steps_whose_block_tables_have_no_room_run_eagerly(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -307,12 +266,28 @@ def test_a_long_context_beside_long_prompts_goes_to_an_eager_step(
     assert kinds[:3] == [(1024, 24), None, None], "its own prompt, and the two behind it"
 
 
+def test_a_long_context_among_many_decode_rows_goes_to_an_eager_step(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As beside long prompts: with places for many rows no context is cut into pieces. Beside few it is replayed."""
+    monkeypatch.setattr(prompt_graphs, "MOST_DECODE_CONTEXT", 40)
+    monkeypatch.setattr(prompt_graphs, "PROMPT_DECODES", (1, 2))
+    ranks = Recorded(make_config(folders["llama"], max_num_batched_tokens=32), 128)
+    seen = contexts_of(ranks)
+    prompts = prompts_of(random.Random(7))
+    run_all(ranks, ranks.runner.config, [prompts[9], *prompts])
+    assert {longest > 40 for (_, places), longest in seen if places == 2} == {True, False}
+    assert {longest > 40 for (_, places), longest in seen if places == 6} == {False}
+    assert None in ranks.kinds
+
+
 def test_tables_too_long_for_the_room_go_to_eager_steps(
     folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Rows by blocks of a step's longest context: room for all that could be would be larger than the model."""
+    """Rows by blocks of a step's longest context, in two tables: room for all that could be would be larger than the
+    model."""
     monkeypatch.setattr(prompt_graphs, "MOST_TABLE_ENTRIES", 12)
-    config = make_config(folders["llama"], max_num_batched_tokens=24)
+    config = make_config(folders["gemma3"], max_num_batched_tokens=24)
     prompts = prompts_of(random.Random(5))
     ranks = Recorded(config, 128)
     assert run_all(ranks, config, prompts) == run_all(InProcessRank(config, 128), config, prompts)
