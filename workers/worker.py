@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import msgspec
@@ -36,7 +37,7 @@ from argosy.cluster.protocol.messages import (
     WorkerReady,
     WorkerReport,
 )
-from argosy.cluster.protocol.model_spec import KV_SCALE_BYTES, read_model_spec
+from argosy.cluster.protocol.model_spec import KV_SCALE_BYTES, ModelSpec, read_model_spec
 from argosy.kernels import fp8_ops
 from argosy.placement.plan import RankInfo
 from argosy.placement.process_groups import ParallelContext, destroy_parallel, init_parallel
@@ -186,17 +187,7 @@ class Worker:
             self.ledger.meter = DeviceMemory(device)
             self.ledger.mark("context", outside="context")
         self._progress("joining the process groups", 0.0)
-        model = self.config.model
-        folder = resolve_model(
-            model.model, hub_name=model.hub_name, revision=model.revision, download_dir=model.download_dir
-        )
-        spec = read_model_spec(folder, self.config.model.hf_overrides, self.config.model.quantization)
-        parallel = self.config.parallel
-        spec = spec.as_served(
-            self.config.model.max_model_len, expert_parallel=parallel.enable_expert_parallel,
-            all2all=parallel.all2all_backend,
-        )  # fmt: skip
-        spec.check_layout(self.rank.tp_size, self.rank.pp_size)
+        folder, spec = self._read_model()
         self._clock.mark("device")
         self.parallel = init_parallel(self.rank, message.rendezvous, device, message.deadline_seconds)
         self._clock.mark("process groups")
@@ -210,25 +201,7 @@ class Worker:
         )  # fmt: skip
         self._clock.mark("buffers")
         self.ledger.mark("buffers")
-        num_offloaded = choose_num_offloaded(self.runner, self.ledger)
-        check_weights_fit(self.runner, self.ledger, num_offloaded)
-        with explain_out_of_memory("loading weights", "use --tensor-parallel-size, or free the card for this rank"):
-            report = self.runner.load(folder, self._throttled("loading weights"), num_offloaded=num_offloaded)
-        self._clock.mark("weights")
-        self._progress("loading weights", 1.0)
-        self.ledger.mark("weights", outside="groups" if self.rank.tp_size > 1 else "workspace")
-        offload = self.runner.offload
-        if self.ledger.meter is None:
-            self.ledger.mark_cpu(report.num_bytes)
-        elif offload is not None:  # of what was counted as weights, these are there for others to come to
-            self.ledger.move("weights", "weight buffers", offload.buffer_bytes)
-        if offload is not None:
-            self.ledger.host["weights"] = offload.host_bytes
-        long_steps = self.runner.long_steps
-        if long_steps is not None:
-            self.ledger.host["hidden states"] = long_steps.host_bytes
-            if self.ledger.meter is not None:
-                self.ledger.move("buffers", "slice buffers", long_steps.buffer_bytes)
+        weight_bytes = self._load(self.runner, folder)
         num_host_blocks = 0
         if self.config.offload.swap_space:
             is_auto = isinstance(self.config.offload.swap_space, str)  # what is asked for others may have taken already
@@ -244,7 +217,7 @@ class Worker:
                 num_blocks=measured,
                 block_bytes=self.runner.block_bytes,
                 free_bytes=self.ledger.room_bytes,
-                weight_bytes=report.num_bytes,
+                weight_bytes=weight_bytes,
                 activation_bytes=self.ledger.activation_bytes,
                 device=describe_device(device),
                 node=self.boot.node,
@@ -253,6 +226,39 @@ class Worker:
                 kv_windows=self.runner.kv_groups.windows,
             )
         )
+
+    def _read_model(self) -> tuple[Path, ModelSpec]:
+        """Its folder on this node, and its facts as they are served here."""
+        model, parallel = self.config.model, self.config.parallel
+        folder = resolve_model(
+            model.model, hub_name=model.hub_name, revision=model.revision, download_dir=model.download_dir
+        )
+        spec = read_model_spec(folder, model.hf_overrides, model.quantization).as_served(
+            model.max_model_len, expert_parallel=parallel.enable_expert_parallel, all2all=parallel.all2all_backend
+        )
+        spec.check_layout(self.rank.tp_size, self.rank.pp_size)
+        return folder, spec
+
+    def _load(self, runner: ModelRunner, folder: Path) -> int:
+        """Fill the weights and write down where they went; bytes of the parameters."""
+        num_offloaded = choose_num_offloaded(runner, self.ledger)
+        check_weights_fit(runner, self.ledger, num_offloaded)
+        with explain_out_of_memory("loading weights", "use --tensor-parallel-size, or free the card for this rank"):
+            report = runner.load(folder, self._throttled("loading weights"), num_offloaded=num_offloaded)
+        self._clock.mark("weights")
+        self._progress("loading weights", 1.0)
+        self.ledger.mark("weights", outside="groups" if self.rank.tp_size > 1 else "workspace")
+        if self.ledger.meter is None:
+            self.ledger.mark_cpu(report.num_bytes)
+        elif runner.offload is not None:  # of what was counted as weights, these are there for others to come to
+            self.ledger.move("weights", "weight buffers", runner.offload.buffer_bytes)
+        if runner.offload is not None:
+            self.ledger.host["weights"] = runner.offload.host_bytes
+        if runner.long_steps is not None:
+            self.ledger.host["hidden states"] = runner.long_steps.host_bytes
+            if self.ledger.meter is not None:
+                self.ledger.move("buffers", "slice buffers", runner.long_steps.buffer_bytes)
+        return report.num_bytes
 
     def _allocate(self, message: AllocateCache) -> None:
         assert self.runner is not None

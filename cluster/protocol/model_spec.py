@@ -73,9 +73,14 @@ def read_model_spec(
         raise WeightError(str(folder), "", "is not a folder")
     config = override(read_json(folder / CONFIG_FILE), overrides or {})
     architecture = _architecture(config)
-    if architecture not in FAMILIES:
-        spec = _fallback(folder, config, architecture, quantization)
-        return msgspec.structs.replace(spec, source_overrides=json.dumps(overrides) if overrides else "")
+    if architecture in FAMILIES:
+        return _own(folder, config, architecture, quantization)
+    spec = _fallback(folder, config, architecture, quantization)
+    return msgspec.structs.replace(spec, source_overrides=json.dumps(overrides) if overrides else "")
+
+
+def _own(folder: Path, config: dict[str, Any], architecture: str, quantization: str | None) -> ModelSpec:
+    """Of a family that we have layers for."""
     family = FAMILIES[architecture]
     read = Reader(CONFIG_FILE, _complete(config, family), names=family.names)
     num_heads = read.integer("num_attention_heads", 1)
