@@ -166,7 +166,10 @@ def test_what_was_tuned_names_kernels_that_there_are() -> None:
     for path in tuning.TUNED.glob("*.json"):
         for key, sizes in json.loads(path.read_text()).get("gemv", {}).items():
             num_inputs, _, num_tokens = map(int, key.split("x"))
-            assert sizes["kernel"] in (0, 1, 2, gemv.SPLIT, gemv.AHEAD), f"{path.name}: {key}"
+            assert sizes["kernel"] in (0, 1, 2, gemv.SPLIT, gemv.AHEAD, gemv.RING), f"{path.name}: {key}"
+            if sizes["kernel"] == gemv.RING:
+                assert num_tokens > 1, f"{path.name}: {key}"
+                assert num_inputs % (sizes["width"] * sizes["pieces"]) == 0, f"{path.name}: {key}"
             if sizes["kernel"] == gemv.AHEAD:
                 assert num_tokens == 1, f"{path.name}: {key}"
                 assert sizes["width"] >= num_inputs, f"{path.name}: {key}"
