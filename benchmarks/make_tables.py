@@ -21,6 +21,7 @@ import limits
 
 from argosy.deploy import bench_suite, bench_table
 from argosy.placement.calibration import default_calibration
+from argosy.placement.model_sources import CONFIG_FOLDER as MODEL_CONFIGS
 
 HERE = Path(__file__).resolve().parent
 PAGES = (HERE / "README.md", HERE.parent / "README.md")
@@ -47,7 +48,8 @@ def suite_table(name: str) -> str:
     text = bench_table.markdown(rows, suite)
     pairs = [row for row in rows if row["workload"] == bench_suite.SUPER_LINEAR]
     if pairs and suite.super_linear is not None:
-        text += "\n\n```text\n" + bench_suite.describe_super_linear(pairs[-1], suite.super_linear) + "\n```"
+        pair = {**pairs[-1], **bench_suite.foretold_pair(MODEL_CONFIGS / "llama-3.1-8b", suite.super_linear)}
+        text += "\n\n```text\n" + bench_suite.describe_super_linear(pair, suite.super_linear) + "\n```"
     return text
 
 
@@ -149,11 +151,19 @@ def layouts_table() -> str:
 
 
 def forecasts_table() -> str:
-    """What `argosy simulate` foretells of every throughput that was measured."""
+    """What the planner foretells of every row that was measured."""
     sys.path.insert(0, str(HERE / "planner"))
-    from compare_layouts import forecasts  # a script beside this one
+    import forecast_rows  # a script beside this one
 
-    return forecasts([HERE / "results" / "engine_h200.jsonl"], default_calibration("H200"))
+    return forecast_rows.table(forecast_rows.forecasts(default_calibration("H200")))
+
+
+def ledgers_table() -> str:
+    """Where the bytes of whole starts went, beside the plan's."""
+    sys.path.insert(0, str(HERE / "planner"))
+    from compare_memory import ledgers_table as table  # a script beside this one
+
+    return table(HERE / "results" / "engine_h200.jsonl", default_calibration("H200"))
 
 
 def memory_table() -> str:
@@ -211,6 +221,7 @@ TABLES: dict[str, Callable[[], str]] = {
     "layouts": layouts_table,
     "forecasts": forecasts_table,
     "memory": memory_table,
+    "ledgers": ledgers_table,
     "tests": tests_table,
 }
 

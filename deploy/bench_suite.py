@@ -260,19 +260,23 @@ def super_linear_row(rows: Sequence[Row], pair: SuperLinear, parent: Path) -> Ro
     if small is None or large is None:
         return None
     folder, _ = bench_models.make_folder(pair.model, parent)
-    foretold = [foretell_blocks(folder, pair, size) for size in pair.tensor_parallel_sizes]
     keep = ("time", "gpus", "versions", "commit", "python", "argosy", "digest", "repeats")
     return {
         **{key: large[key] for key in keep if key in large},
         "group": SUPER_LINEAR,
         "workload": SUPER_LINEAR,
         "blocks": [small["num_blocks"], large["num_blocks"]],
-        "blocks_foretold": foretold,
         "tokens": [small["output_tokens_per_second"], large["output_tokens_per_second"]],
         "blocks_ratio": round(large["num_blocks"] / small["num_blocks"], 2),
-        "blocks_ratio_foretold": round(foretold[1] / max(foretold[0], 1), 2),
         "tokens_ratio": round(large["output_tokens_per_second"] / small["output_tokens_per_second"], 2),
+        **foretold_pair(folder, pair),
     }
+
+
+def foretold_pair(folder: Path, pair: SuperLinear) -> Row:
+    """Blocks of the two layouts by block accounting, and their ratio."""
+    blocks = [foretell_blocks(folder, pair, size) for size in pair.tensor_parallel_sizes]
+    return {"blocks_foretold": blocks, "blocks_ratio_foretold": round(blocks[1] / max(blocks[0], 1), 2)}
 
 
 def describe_super_linear(row: Row, pair: SuperLinear) -> str:

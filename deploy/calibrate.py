@@ -1,7 +1,7 @@
 """From measured decode steps to a calibration of the device: which share of its data sheet it reached.
 
-`argosy bench --calibration FILE` ends with it. A dozen ratios and overheads are moved by turns, in ever smaller steps,
-to the least mean squared log ratio of reckoned to measured milliseconds. What the rows say nothing of stays as it was.
+`argosy bench --calibration FILE` ends with it. A dozen ratios and overheads are set to the least squared log ratios of
+reckoned to measured milliseconds. What the rows say nothing of stays as it was.
 """
 
 import math
@@ -10,13 +10,15 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from pathlib import Path
+from statistics import median
 from typing import Any, Final
 
 import msgspec
+import numpy as np
 
 from argosy.cluster.protocol.errors import ConfigError
 from argosy.deploy import bench_models
-from argosy.placement.calibration import Calibration, default_calibration
+from argosy.placement.calibration import Calibration, Judged, default_calibration
 from argosy.placement.cost_model import ReplicaCost, StageCost, StepLoad
 from argosy.placement.data_sheets import DATA_SHEETS, find_data_sheet
 from argosy.placement.model_shape import ModelShape
@@ -27,19 +29,23 @@ from argosy.placement.weight_format import format_by_name
 PUBLISHED: Final = {"06b": "qwen3-0.6b", "8b": "llama-3.1-8b", "70b": "llama-3.1-70b"}
 # within what is plausible. How fast keys and values are read was measured alone (kernels_h200.jsonl: 4.2 TB/s)
 LIMITS: Final = {
-    "weight_efficiency": (0.3, 0.925), "step_us": (20.0, 2_000.0), "layer_us": (2.0, 400.0), "row_us": (0.0, 50.0),
-    "group_layer_us": (0.0, 400.0), "fp8_layer_us": (0.0, 80.0), "fp8_flops_ratio": (0.3, 1.2),
-    "reduce_efficiency": (0.1, 0.9), "reduce_latency": (1.5, 4.0), "reduce_rank_latency": (0.0, 1.0),
-    "request_us": (500.0, 20_000.0),
+    "weight_efficiency": (0.3, 0.925), "step_us": (10.0, 2_000.0), "layer_us": (2.0, 400.0), "row_us": (0.0, 50.0),
+    "apart_us": (0.0, 400.0), "state_passes": (0.0, 40.0), "group_layer_us": (0.0, 400.0), "chain_sums": (0.05, 1.0),
+    "fp8_layer_us": (0.0, 80.0), "fp8_flops_ratio": (0.3, 1.2), "reduce_latency": (0.5, 4.0),
+    "reduce_rank_latency": (0.0, 1.0), "reduce_efficiency": (0.1, 0.9),
 }  # fmt: skip
 STEP_LIMITS: Final = {  # what decode steps of equal contexts say nothing of
-    "context_ns": (0.0, 40.0), "join_us": (0.0, 10.0), "eager_layer_us": (20.0, 800.0), "kv_efficiency": (0.6, 0.95),
+    "context_ns": (0.0, 40.0), "join_us": (0.0, 15.0), "eager_layer_us": (20.0, 800.0), "kv_efficiency": (0.6, 0.95),
+    "request_us": (500.0, 20_000.0), "hidden_sums": (0.0, 0.95),
 }  # fmt: skip
-FLOPS_POINTS: Final = (64.0, 256.0, 512.0, 8192.0)
+FLOPS_POINTS: Final = (8.0, 64.0, 256.0, 512.0, 8192.0)
 _PROMPT, _ANSWER = 128, 256  # tokens of each request of decode<batch>
 _CONTEXT: Final = _PROMPT + _ANSWER // 2  # tokens in view of a row on average
 _BYTES: Final = {"float32": 4, "bfloat16": 2, "float16": 2}
-Loss = Callable[[Calibration], float]
+LEAST: Final = 0.01  # of what is fitted in logarithms and may be 0
+NUDGE: Final = 0.01  # for slopes
+PULL: Final = 0.005  # to where a value stood, so that it stays there where rows say nothing of it
+Residuals = Callable[[Calibration], Sequence[float]]
 
 
 class DecodeStep(msgspec.Struct, frozen=True):
@@ -71,20 +77,25 @@ def read_step(raw: Mapping[str, Any]) -> DecodeStep | None:
     )  # fmt: skip
 
 
+def price_list(
+    model: str, tp_size: int, pp_size: int, calibration: Calibration, device: str, *, quantization: str = "none",
+    dtype: str = "bfloat16",
+) -> ReplicaCost:  # fmt: skip
+    """Of one replica with stages of equally many layers."""
+    sizes, sheet = _sizes(model, quantization, dtype), DATA_SHEETS[device]
+    cuts = [sizes.shape.num_layers * stage // pp_size for stage in range(pp_size + 1)]
+    stages = [
+        StageCost(sizes, sheet, calibration, tp_size=tp_size, first_layer=first, last_layer=last, group_link=sheet.link)
+        for first, last in pairwise(cuts)
+    ]
+    return ReplicaCost(stages, [sheet.link] * (pp_size - 1))
+
+
 def reckon_ms(step: DecodeStep, calibration: Calibration, device: str) -> float:
     """What the cost model says of that step."""
-    shape, size = _shape(step.model), _BYTES.get(step.dtype, 2)
-    serving = Serving(
-        dtype_bytes=size, kv_dtype_bytes=size, weight_format=format_by_name(step.quantization), max_num_seqs=512
+    cost = price_list(
+        step.model, step.tp_size, step.pp_size, calibration, device, quantization=step.quantization, dtype=step.dtype
     )
-    sizes, sheet = StageBytes(shape, serving), DATA_SHEETS[device]
-    cuts = [shape.num_layers * stage // step.pp_size for stage in range(step.pp_size + 1)]
-    stages = [
-        StageCost(sizes, sheet, calibration, tp_size=step.tp_size, first_layer=first, last_layer=last,
-                  group_link=sheet.link)
-        for first, last in pairwise(cuts)
-    ]  # fmt: skip
-    cost = ReplicaCost(stages, [sheet.link] * (step.pp_size - 1))
     rows = -(-step.batch // step.pp_size)
     alone = cost.step_seconds(StepLoad(num_decodes=rows, context_tokens=rows * _CONTEXT, num_sampled=rows))
     if step.pp_size > 1:
@@ -114,29 +125,47 @@ def prompts_beside(batch: int, budget: int) -> tuple[tuple[StepLoad, ...], ...]:
 
 
 def fit(
-    loss: Loss, start: Calibration, names: Collection[str], points: Collection[float], least_step: float
+    residuals: Residuals, start: Calibration, names: Sequence[str], points: Collection[float], *, rounds: int = 60
 ) -> Calibration:
-    """The best values of `names`, and of the shares of arithmetic at `points` tokens, by turns."""
-    best, least, step = start, loss(start), 0.3
-    while step > least_step:
-        improved = False
-        for candidate in _neighbours(best, step, names, points):
-            if (value := loss(candidate)) < least - 1e-9:
-                best, least, improved = candidate, value, True
-        if not improved:
-            step /= 2
-    return best
+    """The best values of `names`, and of the shares of arithmetic at `points` tokens.
+
+    Least squares by steps that trust the slopes as far as they have held (Levenberg and Marquardt), in logarithms.
+    """
+    keys: list[str | int] = [*names, *(at for at, (tokens, _) in enumerate(start.flops_efficiency) if tokens in points)]
+    low, high = (np.log([bounds[side] for bounds in map(_bounds, keys)]) for side in (0, 1))
+    first = at = np.clip(np.log([max(_value(start, key), LEAST) for key in keys]), low, high)
+
+    def off(values: np.ndarray) -> np.ndarray:
+        found = residuals(_with(start, keys, np.exp(values)))
+        return np.array([*found, *(PULL * (values - first))])
+
+    now, trust = off(at), 0.01
+    for _ in range(rounds):
+        slopes = np.array([off(at + NUDGE * unit) - now for unit in np.eye(len(keys))]).T / NUDGE
+        normal, downhill = slopes.T @ slopes, -slopes.T @ now
+        free = ~(((at <= low) & (downhill < 0)) | ((at >= high) & (downhill > 0)))  # not held by a bound
+        inner, gained = normal[np.ix_(free, free)], 0.0
+        while trust < 1e6 and not gained:
+            move = np.zeros(len(keys))
+            move[free] = np.linalg.solve(inner + trust * np.diag(np.diag(inner)), downhill[free])
+            there = np.clip(at + np.clip(move, -1.0, 1.0), low, high)
+            then = off(there)
+            if then @ then < now @ now:
+                gained = 1.0 - (then @ then) / (now @ now)
+                at, now, trust = there, then, trust / 4
+            else:
+                trust *= 4
+        if gained < 1e-4:
+            break
+    return _with(start, keys, np.exp(at))
 
 
-def steps_loss(steps: Sequence[DecodeStep], device: str) -> Loss:
-    """Mean squared log ratio; layouts with stages are left to be foretold."""
+def step_residuals(steps: Sequence[DecodeStep], device: str) -> Residuals:
+    """Log ratios of reckoned to measured; layouts with stages are left to be foretold."""
     fitted = [step for step in steps if step.pp_size == 1]
-
-    def loss(calibration: Calibration) -> float:
-        terms = [math.log(reckon_ms(step, calibration, device) / step.milliseconds) ** 2 for step in fitted]
-        return sum(terms) / len(terms)
-
-    return loss
+    return lambda calibration: [
+        math.log(reckon_ms(step, calibration, device) / step.milliseconds) for step in fitted
+    ]  # fmt: skip
 
 
 def calibrate(rows: Sequence[Mapping[str, Any]], device_name: str) -> Calibration:
@@ -156,8 +185,15 @@ def calibrate(rows: Sequence[Mapping[str, Any]], device_name: str) -> Calibratio
         flops_efficiency=tuple((point, start.flops_share(point)) for point in FLOPS_POINTS),
         source=f"fitted to {len(steps)} decode steps of {', '.join(sorted({step.model for step in steps}))}",
     )
-    names = [name for name in LIMITS if name != "request_us"]
-    return fit(steps_loss(steps, sheet.name), start, names, FLOPS_POINTS, 0.003)
+    best = fit(step_residuals(steps, sheet.name), start, list(LIMITS), FLOPS_POINTS)
+    offs = {
+        f"{step.model} TP{step.tp_size} decode{step.batch}": reckon_ms(step, best, sheet.name) / step.milliseconds - 1
+        for step in steps
+    }
+    worst = max(offs, key=lambda name: abs(offs[name]))
+    middle = median(map(abs, offs.values()))
+    judged = Judged("decode step", len(steps), round(middle, 3), round(offs[worst], 3), worst)
+    return msgspec.structs.replace(best, judged=(judged,))
 
 
 def describe(rows: Sequence[Mapping[str, Any]], calibration: Calibration) -> str:
@@ -177,19 +213,34 @@ def write(calibration: Calibration, path: str) -> None:
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
-def _neighbours(at: Calibration, step: float, names: Collection[str], points: Collection[float]) -> list[Calibration]:
-    found = []
-    for sign in (1 + step, 1 / (1 + step)):
-        for name in names:
-            low, high = {**LIMITS, **STEP_LIMITS}[name]
-            value = max(low, min(high, max(getattr(at, name), 0.01) * sign))
-            found.append(msgspec.structs.replace(at, **{name: value}))
-        for place, (tokens, share) in enumerate(at.flops_efficiency):
-            if tokens in points:
-                table = list(at.flops_efficiency)
-                table[place] = (tokens, max(0.05, min(0.95, share * sign)))
-                found.append(msgspec.structs.replace(at, flops_efficiency=tuple(table)))
-    return found
+def _bounds(key: str | int) -> tuple[float, float]:
+    """Of a setting, or of the share of arithmetic at one of the table's points."""
+    low, high = (0.01, 0.95) if isinstance(key, int) else {**LIMITS, **STEP_LIMITS}[key]
+    return max(low, LEAST), high
+
+
+def _value(at: Calibration, key: str | int) -> float:
+    return at.flops_efficiency[key][1] if isinstance(key, int) else float(getattr(at, key))
+
+
+def _with(start: Calibration, keys: Sequence[str | int], values: np.ndarray) -> Calibration:
+    table, changed = list(start.flops_efficiency), dict[str, Any]()
+    for key, value in zip(keys, values.tolist(), strict=True):
+        if isinstance(key, int):
+            table[key] = (table[key][0], value)
+        else:
+            changed[key] = value
+    return msgspec.structs.replace(start, flops_efficiency=tuple(table), **changed)
+
+
+@lru_cache(maxsize=64)
+def _sizes(model: str, quantization: str, dtype: str) -> StageBytes:
+    """A model's weights as a row of `argosy bench` says that they are stored."""
+    size = _BYTES.get(dtype, 2)
+    serving = Serving(
+        dtype_bytes=size, kv_dtype_bytes=size, weight_format=format_by_name(quantization), max_num_seqs=512
+    )
+    return StageBytes(_shape(model), serving)
 
 
 @lru_cache(maxsize=16)

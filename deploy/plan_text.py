@@ -3,13 +3,17 @@
 from collections.abc import Iterator
 from typing import Any, Final
 
+import msgspec
+
 from argosy.cluster.protocol.ledger import gb
+from argosy.placement.calibration import default_calibration
 from argosy.placement.layout import Layout, Stage
 from argosy.placement.model_shape import ModelShape
 from argosy.placement.model_sources import servable_name
 from argosy.placement.plan_reasons import length_that_fits
 from argosy.placement.plan_report import Candidate, PlanReport
 from argosy.placement.rank_memory import Serving, StageBytes
+from argosy.placement.start_seconds import start_of
 from argosy.placement.topology import ClusterTopology
 
 BAR: Final = 32  # characters of a memory bar
@@ -98,8 +102,11 @@ def plan_lines(report: PlanReport, *, all_losers: bool = False, given: str = "")
     yield f"  throughput          {chosen.tokens_per_second:,.0f} output tokens/s"
     if (price := report.price_per_million_tokens) is not None:
         yield f"  cost                {price:,.3f} a million output tokens at {report.price_per_hour:,.2f} an hour"
+    if ready := start_of(report):
+        yield f"  start               {ready:,.0f} s with kernels compiled before, and what reading the weights takes"
     for note in report.notes:
         yield f"  note: {note}"
+    yield from how_sure(report)
     yield ""
     shown = report.losers if all_losers else report.losers[:SHOWN_LOSERS]
     yield "why not another:" if shown else "there was no other layout to choose from"
@@ -122,6 +129,25 @@ def plan_lines(report: PlanReport, *, all_losers: bool = False, given: str = "")
         flags += f" --max-model-len {fitting}"  # without it the start would be refused
     yield ""
     yield f"the same by hand: argosy serve {servable_name(report.model.name)} {flags} {given}".rstrip()
+
+
+def how_sure(report: PlanReport) -> Iterator[str]:
+    """For each kind of device in use: how far off forecasts were of what was measured on it."""
+    names = {stage.group.sheet.name for replica in report.chosen.replicas for stage in replica.stages}
+    for name in sorted(names):
+        calibration = report.options.calibration or default_calibration(name)
+        if calibration.device != name and report.options.calibration is not None:
+            continue  # a note says so
+        if calibration.device != name:
+            yield f"  how sure            nobody measured on {name}: {calibration.device}'s ratios, its own data sheet"
+            continue
+        if not calibration.judged:
+            yield f"  how sure            {name}: {calibration.source}"
+            continue
+        yield f"  how sure            of rows measured on {name}, half were foretold within; the worst:"
+        for one in calibration.judged:
+            rows = f"{one.rows} {one.kind}{'' if one.rows == 1 or one.kind.endswith('s') else 's'}"
+            yield f"                      {rows:17} {one.middle:6.1%}; {one.most:+6.1%} ({one.row})"
 
 
 def _draw_replica(place: int, replica: Layout, serving: Serving) -> Iterator[str]:
@@ -189,9 +215,21 @@ def plan_json(report: PlanReport) -> dict[str, Any]:
         ],
         "price_per_hour": report.price_per_hour,
         "price_per_million_tokens": report.price_per_million_tokens,
+        "start_seconds": start_of(report) or None,
+        "forecasts_judged": _judged_json(report),
         "notes": list(report.notes),
         "losers": [{**_candidate_json(loser.candidate), "why": loser.why} for loser in report.losers],
     }  # fmt: skip
+
+
+def _judged_json(report: PlanReport) -> dict[str, Any]:
+    """By device in use: of each kind of forecast how far off it was of measured rows; None: nobody measured there."""
+    names = {stage.group.sheet.name for replica in report.chosen.replicas for stage in replica.stages}
+    found = {name: report.options.calibration or default_calibration(name) for name in sorted(names)}
+    return {
+        name: [msgspec.structs.asdict(one) for one in calibration.judged] if calibration.device == name else None
+        for name, calibration in found.items()
+    }
 
 
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from typing import Final
 
 import msgspec
 
+from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.placement.calibration import Calibration
 from argosy.placement.data_sheets import DataSheet
 from argosy.placement.expert_traffic import exchange_numbers, least_tokens
@@ -18,6 +19,9 @@ from argosy.placement.step_memory import LONG_UNIT
 from argosy.placement.topology import Link
 
 _US: Final = 1e-6
+HALVED_TOKENS: Final = (
+    2048  # longer steps of a group are worth being computed in halves (`workers/models/group_forward`)
+)
 EXCHANGE_CALLS: Final = 5  # collectives of a layer that exchanges its tokens: two for attention, sizes, there and back
 
 
@@ -37,6 +41,12 @@ class StepLoad(msgspec.Struct, frozen=True, gc=False):
         return self.num_decodes + self.prefill_tokens
 
 
+def chain_name(spec: ModelSpec, tp_size: int) -> str:
+    """What tells apart layers that have a launch of their own for one token: `Calibration.chains`."""
+    seen, inner = spec.num_heads * spec.head_size // tp_size, spec.intermediate_size // tp_size
+    return f"{spec.hidden_size}x{seen}x{inner}x{tp_size}"
+
+
 class StageCost:
     """One stage on one kind of device, worked out once so that a step costs a handful of multiplications."""
 
@@ -53,7 +63,8 @@ class StageCost:
         offloaded_bytes: int = 0,
     ):
         shape, spec, serving = sizes.shape, sizes.shape.spec, sizes.serving
-        self.calibration, self.num_layers, self.tp_size = calibration, last_layer - first_layer, tp_size
+        self.calibration, self.spec = calibration, spec
+        self.num_layers, self.tp_size = last_layer - first_layer, tp_size
         self.is_last, self.is_first = last_layer == shape.num_layers, first_layer == 0
         bandwidth = sheet.gbytes_per_second * 1e9
         is_fp8 = serving.weight_format.computes_in_fp8
@@ -100,15 +111,21 @@ class StageCost:
         self._head_peak = sheet.bf16_tflops * 1e12
         self._sample_seconds = spec.vocab_size * 8 / bandwidth if self.is_last else 0.0  # float32, written and read
         self._hidden_bytes = spec.hidden_size * serving.dtype_bytes
+        self._halved_bytes = HALVED_TOKENS * self._hidden_bytes
         self._group_link = group_link
         self._least_exchanged = None
         if spec.moe is not None:
             self._least_exchanged = least_tokens(spec.moe, tp_size, "cpu" if sheet.name == "CPU" else "cuda")
             self._exchanged = exchange_numbers(spec.moe, tp_size)
-        extra = calibration.group_layer_us * (tp_size > 1) + calibration.fp8_layer_us * is_fp8
         self.overhead_seconds = (calibration.step_us if self.is_last else calibration.stage_us) * _US
-        self._fixed_seconds = self.num_layers * (calibration.layer_us + extra) * _US + self.overhead_seconds
+        self._fixed_seconds = self.num_layers * calibration.layer_us * _US + self.overhead_seconds
+        has_chain = sheet.name == calibration.device and chain_name(spec, tp_size) in calibration.chains
+        self._rounding_seconds = self.num_layers * calibration.fp8_layer_us * _US * is_fp8
+        self._rounds_from = calibration.few_rows + 1 if has_chain else 0
+        # one token: a group's ranks tell each other their parts within a launch, in 16 bits
+        self._lone_share = calibration.chain_sums if has_chain and serving.weight_format.bits == 16 else 1.0
         self._row_seconds = calibration.row_us * _US * self.num_layers / shape.num_layers
+        self._states_seconds = self.num_layers * calibration.state_passes * self._hidden_bytes / bandwidth
         kinds = serving.prompt_kinds(spec, tp_size, self.num_layers) if calibration.records_graphs else []
         self._recorded = sorted(kinds)
         self._eager_seconds = self.num_layers * calibration.eager_layer_us * _US + self.overhead_seconds
@@ -140,13 +157,20 @@ class StageCost:
             # in a step with prompts there is work enough beside the longest
             chain = 0.0 if load.prefill_tokens else self._chain_seconds(longest, load.num_decodes)
             reading = self._seen(load.context_tokens, load.num_decodes) * self._kv_seconds
-            total += self._overlapped(reading, chain)
+            total += reading + chain
         if load.prefill_pairs:
             total += load.prefill_pairs * self._pair_seconds
         if self.tp_size > 1:
             total += self.is_first * self.reduce_seconds(tokens * self._hidden_bytes)
-            total += self.num_layers * self.group_seconds(tokens)
+            a_layer = self.group_seconds(tokens) + calibration.group_layer_us * _US
+            total += self.num_layers * a_layer * (self._lone_share if tokens == 1 else 1.0)
+            total -= min(self.num_layers * self._hidden_seconds(tokens), layers)
         total += self._fixed_seconds + (load.num_decodes + load.num_sampled) * self._row_seconds
+        total += tokens * self._states_seconds
+        if tokens > calibration.few_rows:
+            total += self.num_layers * calibration.apart_us * _US
+        if tokens >= self._rounds_from:
+            total += self._rounding_seconds
         if load.prefill_tokens and not recorded:
             total = max(total, self._eager_seconds)
         if not self._offload_seconds:
@@ -193,6 +217,13 @@ class StageCost:
         link, calibration = self._group_link, self.calibration
         moved = self._exchanged * num_bytes / (link.bytes_per_second * calibration.reduce_efficiency)
         return EXCHANGE_CALLS * self.reduce_seconds(0) + moved
+
+    def _hidden_seconds(self, num_tokens: int) -> float:
+        """Of a layer's sums in a long step, what is copied while the other half of its tokens is multiplied."""
+        if num_tokens <= HALVED_TOKENS or self._least_exchanged is not None:
+            return 0.0
+        beyond = 2 * (self.reduce_seconds(num_tokens * self._hidden_bytes) - self.reduce_seconds(self._halved_bytes))
+        return self.calibration.hidden_sums * beyond
 
     def hop_seconds(self, num_tokens: int, link: Link) -> float:
         """Hidden states of a step to the next stage; each rank sends its copy at the same time."""

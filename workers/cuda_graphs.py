@@ -22,7 +22,7 @@ from torch import Tensor
 from argosy.cluster.protocol.kv_groups import window_blocks
 from argosy.cluster.protocol.messages import SchedulerOutput
 from argosy.kernels import step_ops
-from argosy.placement.step_memory import ladder
+from argosy.placement.step_memory import ladder, shared_ladder
 from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.input_batch import InputBatch
 from argosy.workers.prompt_graphs import Kind, PromptGraphs
@@ -37,13 +37,6 @@ PLAIN, SHARES, EVEN = range(3)  # what a recorded step may count on: nothing, a 
 HANDLES, TOKENS, SHARED, ORDER, NEW_BLOCKS = range(5)  # rows of the control; the last for each group of layers
 NUM_CONTROL_BUFFERS = 4  # steps whose control may be on its way to the device at once, at least
 Forward = Callable[[Tensor | None, Tensor | None, Tensor, AttentionMetadata], Tensor]
-
-
-def shared_ladder(max_rows: int) -> list[int]:
-    """Batch sizes to record for rows that share a prefix as well: few, since most steps never need them."""
-    if max_rows < 64:
-        return []
-    return [*(size for size in (64, 128, 192, 256, 384, 512, 768) if size < max_rows), max_rows]
 
 
 @dataclass(slots=True)

@@ -9,7 +9,7 @@ compares whole layouts of a cluster, replicas side by side, as `measure_topologi
 
 import argparse
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ from argosy.deploy.workload import WORKLOADS
 from argosy.placement.calibration import Calibration, default_calibration, read_calibration
 from argosy.placement.layout import Traffic
 from argosy.placement.model_sources import read_model_shape
-from argosy.placement.plan_report import PlanOptions
+from argosy.placement.plan_report import PlanOptions, PlanReport
 from argosy.placement.planner import plan_cluster
 from argosy.placement.rank_memory import Serving
 from argosy.placement.topology_sources import parse_topology
@@ -47,41 +47,52 @@ class Case(msgspec.Struct, frozen=True):
     max_num_batched_tokens: int = 8192
 
 
+def read_rows(paths: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """All lines of these files that measured a default, the oldest first: without those that carry a note."""
+    rows = [json.loads(line) for path in paths for line in Path(path).read_text(encoding="utf-8").splitlines()]
+    return sorted((row for row in rows if not row.get("note")), key=lambda row: str(row.get("time", "")))
+
+
 def read_cases(paths: Sequence[str | Path]) -> Iterator[Case]:
-    """The newest row of each kind, without those that carry a note (experiments)."""
+    """The newest row of each kind, without experiments and what ran in a part of the card's memory."""
     newest: dict[tuple[str, ...], Case] = {}
-    for path in paths:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            raw = json.loads(line)
-            if (
-                raw.get("model") not in MODELS
-                or raw.get("workload") not in (*WORKLOADS, "decode256")
-                or raw.get("note")
-                or str(raw.get("group", "")).startswith("super-linear")  # in a part of the card's memory
-            ):
-                continue
-            tp, _, pp = str(raw["layout"]).partition("x")
-            scale = 1e-3 if raw["unit"] == "ms/step" else 1.0
-            case = Case(
-                raw["model"], int(tp.removeprefix("TP")), int(pp.removeprefix("PP") or 1), raw["workload"],
-                raw["figure"] * scale, raw["ttft_ms_p50"] / 1e3, str(raw.get("quantization") or "none"),
-                int(raw.get("max_num_seqs") or 1024), int(raw.get("max_num_batched_tokens") or 8192),
-            )  # fmt: skip
-            newest[case.model, raw["layout"], case.workload, case.quantization] = case
+    for raw in read_rows(paths):
+        is_known = raw.get("model") in MODELS and raw.get("workload") in (*WORKLOADS, "decode256")
+        if not is_known or str(raw.get("group", "")).startswith("super-linear"):
+            continue
+        tp, _, pp = str(raw["layout"]).partition("x")
+        scale = 1e-3 if raw["unit"] == "ms/step" else 1.0
+        case = Case(
+            raw["model"], int(tp.removeprefix("TP")), int(pp.removeprefix("PP") or 1), raw["workload"],
+            raw["figure"] * scale, raw["ttft_ms_p50"] / 1e3, str(raw.get("quantization") or "none"),
+            int(raw.get("max_num_seqs") or 1024), int(raw.get("max_num_batched_tokens") or 8192),
+        )  # fmt: skip
+        key = (case.model, raw["layout"], case.workload, case.quantization)
+        newest.pop(key, None)
+        newest[key] = case
     yield from newest.values()
 
 
-def predict(case: Case, calibration: Calibration, gpu: str = "H200") -> tuple[float, float]:
-    """(tokens a second or seconds a step, median seconds to the first token) of one replica."""
+def plan_of(
+    case: Case, calibration: Calibration, gpu: str = "H200", settings: Mapping[str, object] | None = None
+) -> tuple[PlanReport, ServingConfig]:
+    """The plan of that layout, and the settings that it was made for; `settings` instead of the row's."""
     shape = read_model_shape(MODELS[case.model])
     steps = {"max_num_seqs": case.max_num_seqs, "max_num_batched_tokens": case.max_num_batched_tokens}
-    config = ServingConfig.from_mapping({**SETTINGS, "model": shape.name, **steps})
+    config = ServingConfig.from_mapping({**SETTINGS, "model": shape.name, **steps, **(settings or {})})
     serving = Serving.from_config(config, shape, format_by_name(case.quantization))
     topology = parse_topology({"nodes": [{"name": "node", "gpus": f"{case.tp_size * case.pp_size} x {gpu}"}]})
     options = PlanOptions(
         tp_size=case.tp_size, pp_size=case.pp_size, num_replicas=1, calibration=calibration, traffic=Traffic()
     )
-    report = plan_cluster(shape, topology, options, serving)
+    return plan_cluster(shape, topology, options, serving), config
+
+
+def predict(
+    case: Case, calibration: Calibration, gpu: str = "H200", settings: Mapping[str, object] | None = None
+) -> tuple[float, float]:
+    """(tokens a second or seconds a step, median seconds to the first token) of one replica."""
+    report, config = plan_of(case, calibration, gpu, settings)
     name = case.workload
     arrivals = list(named(name)) if name in WORKLOADS else [msgspec.structs.replace(one) for one in _decode(name)]
     cluster = simulate(report, config, arrivals, 10.0)
@@ -121,25 +132,6 @@ def topologies_table(path: str | Path, calibration: Calibration, gpu: str) -> st
     return "\n".join(lines)
 
 
-def forecasts(paths: Sequence[str | Path], calibration: Calibration, gpu: str = "H200", *, steps: bool = False) -> str:
-    """Every measured row beside its forecast; `steps`: decode steps, too, not throughputs alone."""
-    lines = ["| model | layout | workload | measured | foretold | off by | TTFT p50 measured | foretold | off by |"]
-    lines.append("|---|---|---|---|---|---|---|---|---|")
-    for case in read_cases(paths):
-        is_step = case.workload.startswith("decode")
-        if is_step and not steps:
-            continue
-        figure, ttft = predict(case, calibration, gpu)
-        shown = [f"{1e3 * one:.3f} ms" if is_step else f"{one:,.0f} tok/s" for one in (case.figure, figure)]
-        stored = "" if case.quantization == "none" else f" {case.quantization}"
-        lines.append(
-            f"| {case.model}{stored} | TP{case.tp_size}xPP{case.pp_size} | {case.workload} | {shown[0]} | {shown[1]} | "
-            f"{figure / case.figure - 1:+.1%} | {1e3 * case.ttft:,.0f} ms | {1e3 * ttft:,.0f} ms | "
-            f"{ttft / case.ttft - 1:+.1%} |"
-        )
-    return "\n".join(lines)
-
-
 def _decode(name: str):  # type: ignore[no-untyped-def]  # arrivals
     from argosy.cluster.simulated_cluster import Arrival
 
@@ -167,8 +159,7 @@ def main() -> int:
             shown = f"{1e3 * figure:.3f} ms/step" if workload.startswith("decode") else f"{figure:,.0f} tokens/s"
             print(f"{text:28} {shown:>18}   first token p50 {1e3 * ttft:,.0f} ms", flush=True)
         return 0
-    print(forecasts(args.results, calibration, args.gpu, steps=True))
-    return 0
+    parser.error("say what: --predict or --layouts; forecast_rows.py shows every row of one replica")
 
 
 if __name__ == "__main__":

@@ -100,6 +100,40 @@ def parts_table(cases: Sequence[Sequence[Row]], calibration: Calibration) -> str
     return "\n".join(lines)
 
 
+def ledgers_table(path: str | Path, calibration: Calibration) -> str:
+    """Megabytes on each rank of whole starts (rows of `argosy bench --workload start`), measured / foretold.
+
+    Of a step's the plan counts the most that it may need, the ledger what is held when the engine is ready.
+    """
+    newest: dict[tuple[str, ...], Row] = {}
+    for line in Path(path).read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        if row["workload"] == "start" and row["model"] in MODELS and not row.get("note"):
+            newest[row["model"], row["layout"], str(row["quantization"])] = row
+    lines = ["| start | rank | context, libraries, group | weights | blocks | steps: held / at most | free / left |"]
+    lines.append("|---|---|---|---|---|---|---|")
+    for row in newest.values():
+        tp, _, pp = str(row["layout"]).partition("x")
+        if pp:
+            continue
+        shape = read_model_shape(MODELS[row["model"]])
+        for rank, one in enumerate(row["ranks"]):
+            about = {"max_rows": row["max_num_seqs"], "tokens": row["max_num_batched_tokens"], "max_model_len": 4096,
+                     "share": 0.92, "layers": (0, shape.num_layers), "tp": int(tp.removeprefix("TP")), "pp": 1,
+                     "gpu": row["gpus"][0]}  # fmt: skip
+            planned, ledger = foretell({**row, **about}, calibration), one["ledger"]
+            outside = sum(ledger[name] for name in ("context", "groups", "workspace"))
+            steps = sum(ledger[name] for name in ("graphs", "activations", "buffers"))
+            pairs = [
+                (outside, planned.workspace_bytes), (ledger["weights"], planned.weight_bytes),
+                (ledger["kv"], planned.kv_bytes), (steps, planned.activation_bytes),
+                (ledger["free"], ledger["total"] - planned.limit_bytes),
+            ]  # fmt: skip
+            cells = [f"{row['model']} {row['layout']}, {row['time'][:10]}", str(rank)]
+            lines.append("| " + " | ".join([*cells, *(f"{_mb(a)} / {_mb(b)}" for a, b in pairs)]) + " |")
+    return "\n".join(lines)
+
+
 def _mb(num_bytes: float) -> str:
     return f"{num_bytes / 1e6:,.0f}"
 

@@ -1,6 +1,6 @@
 """Fit the cost model's ratios and overheads to many measured rows at once: decode steps, throughputs, first tokens.
 
-    python benchmarks/planner/fit_calibration.py --results benchmarks/results/planner_h200.jsonl --workloads \
+    python benchmarks/planner/fit_calibration.py --results benchmarks/results/engine_h200.jsonl --workloads \
         --write placement/calibrations/nvidia_h200.json
 
 Rows are those of `argosy bench --output` for the shapes 06b, 8b and 70b; of each (model, layout, workload) the newest
@@ -9,34 +9,33 @@ of one run alone `argosy bench --calibration FILE` does the same.
 """
 
 import argparse
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import compare_layouts
 import msgspec
 from compare_layouts import Case, predict, read_cases
-from compare_steps import cost_of
 
 from argosy.deploy import calibrate
-from argosy.deploy.calibrate import FLOPS_POINTS, LIMITS, PUBLISHED, STEP_LIMITS, DecodeStep, Loss
+from argosy.deploy.calibrate import FLOPS_POINTS, LIMITS, PUBLISHED, DecodeStep, Residuals
 from argosy.placement.calibration import Calibration, read_calibration
 from argosy.placement.cost_model import StepLoad
 from argosy.placement.data_sheets import DATA_SHEETS
 
-WORKLOADS = ("fixed512x256", "chat1000", "decode1")  # simulated when --workloads is given, for the next two:
-WORKLOAD_NAMES = ("request_us", "reduce_efficiency", "fp8_flops_ratio")
+WORKLOADS = ("fixed512x256", "chat1000", "unshared256", "fixed256x128", "decode1")  # simulated with --workloads,
+WORKLOAD_NAMES = ("request_us", "hidden_sums", "fp8_flops_ratio")  # for these
 WORKLOAD_POINTS = (512.0, 8192.0)
+SORT_WEIGHT = 0.1  # traced runs are as old as they are
+TTFT_WEIGHT = 0.3  # a busy host is seen in them first
 
 
 def read_rows(paths: Sequence[str]) -> list[DecodeStep]:
     """Decode rows, the newest of each kind."""
     newest: dict[tuple[str, int, int, int, str], DecodeStep] = {}
-    for path in paths:
-        for line in Path(path).read_text(encoding="utf-8").splitlines():
-            raw = json.loads(line)
-            if raw.get("model") in PUBLISHED and not raw.get("note") and (row := calibrate.read_step(raw)) is not None:
-                newest[row.model, row.tp_size, row.pp_size, row.batch, row.quantization] = row
+    for raw in compare_layouts.read_rows(paths):
+        if raw.get("model") in PUBLISHED and (row := calibrate.read_step(raw)) is not None:
+            newest[row.model, row.tp_size, row.pp_size, row.batch, row.quantization] = row
     return list(newest.values())
 
 
@@ -69,24 +68,25 @@ def read_sorts(path: str) -> list[Sort]:
 def reckon_sort(one: Sort, calibration: Calibration, gpu: str) -> float:
     """Milliseconds of such a step by the model."""
     tp_size = int(one.layout.removeprefix("TP").partition("x")[0])
-    cost = cost_of(one.model, tp_size, 1, quantization=one.quantization, calibration=calibration, gpu=gpu)
+    cost = calibrate.price_list(one.model, tp_size, 1, calibration, gpu, quantization=one.quantization)
     return 1e3 * cost.step_seconds(StepLoad(*map(int, one.load)))
 
 
-def whole_loss(rows: Sequence[DecodeStep], cases: Sequence[Case], gpu: str, sorts: Sequence[Sort] = ()) -> Loss:
-    """Mean squared log ratio of steps, throughputs and, at half the weight, first tokens."""
-    fitted = [row for row in rows if row.pp_size == 1]
+def all_residuals(rows: Sequence[DecodeStep], sorts: Sequence[Sort], cases: Sequence[Case], gpu: str) -> Residuals:
+    """Log ratios of decode steps and throughputs, with less weight those of first tokens and sorts of steps."""
+    steps = calibrate.step_residuals(rows, gpu)
 
-    def loss(calibration: Calibration) -> float:
-        terms = [math.log(reckon_sort(one, calibration, gpu) / one.ms) ** 2 for one in sorts]
-        terms += [math.log(calibrate.reckon_ms(row, calibration, gpu) / row.milliseconds) ** 2 for row in fitted]
+    def off(calibration: Calibration) -> list[float]:
+        found = [*steps(calibration)]
+        found += [SORT_WEIGHT * math.log(reckon_sort(one, calibration, gpu) / one.ms) for one in sorts]
         for case in cases:
             figure, ttft = predict(case, calibration, gpu)
-            terms.append(math.log(figure / case.figure) ** 2 if not case.workload.startswith("decode") else 0.0)
-            terms.append(0.5 * math.log(ttft / case.ttft) ** 2)
-        return sum(terms) / len(terms)
+            if not case.workload.startswith("decode"):
+                found.append(math.log(figure / case.figure))
+            found.append(TTFT_WEIGHT * math.log(ttft / case.ttft))
+        return found
 
-    return loss
+    return off
 
 
 def main() -> int:
@@ -101,20 +101,19 @@ def main() -> int:
     args = parser.parse_args()
     rows = read_rows(args.results)
     start = read_calibration(args.start)
-    cases = [case for case in read_cases(args.results) if case.pp_size == 1 and case.model != "06b"]
+    cases = [case for case in read_cases(args.results) if case.pp_size == 1]
     cases = [case for case in cases if case.workload in WORKLOADS] if args.workloads else []
     names = ", ".join(Path(path).name for path in args.results)
     start = msgspec.structs.replace(
         start,
         device=args.gpu,
         flops_efficiency=tuple((point, start.flops_share(point)) for point in FLOPS_POINTS),
-        source=f"fitted to {len(rows)} decode steps and {len(cases)} workloads of {names}",
+        source=f"fitted to {sum(row.pp_size == 1 for row in rows)} decode steps and {len(cases)} workloads of {names}",
     )
     sorts = read_sorts(args.steps) if args.steps else []
-    names_now = [*LIMITS, *STEP_LIMITS] if sorts else list(LIMITS)
-    best = calibrate.fit(whole_loss(rows, [], args.gpu, sorts), start, names_now, FLOPS_POINTS, 0.003)
+    best = calibrate.fit(all_residuals(rows, sorts, [], args.gpu), start, list(LIMITS), FLOPS_POINTS)
     if cases:
-        best = calibrate.fit(whole_loss(rows, cases, args.gpu), best, WORKLOAD_NAMES, WORKLOAD_POINTS, 0.03)
+        best = calibrate.fit(all_residuals(rows, sorts, cases, args.gpu), best, WORKLOAD_NAMES, WORKLOAD_POINTS)
     for one in sorts:
         found = reckon_sort(one, best, args.gpu)
         kind = f"{one.model:4} {one.quantization:5} {one.layout} {one.sort:20}"

@@ -1,6 +1,6 @@
 #!/usr/bin/env python3
 """Print anew what `docs/planning.md` shows of `argosy plan` and `argosy simulate`, and its table of what was measured
-beside what is foretold: after each change of prices.
+beside what is foretold, and what the calibration says of itself: after each change of prices and new rows.
 
     python benchmarks/planner/refresh_docs.py [--check]
 
@@ -18,16 +18,19 @@ import shlex
 import sys
 from pathlib import Path
 
+import msgspec
+
 from argosy.deploy import cli
-from argosy.placement.calibration import default_calibration
+from argosy.deploy.calibrate import write
+from argosy.placement.calibration import FOLDER, default_calibration, read_calibration
 
 sys.path.insert(0, str(Path(__file__).parent))
-from compare_layouts import forecasts  # a script beside this one
+import forecast_rows  # a script beside this one
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "planning.md"
 CLUSTERS = Path(__file__).resolve().parents[2] / "examples" / "clusters"
 ROW = re.compile(r"^\| `(\w+)` \| `(plan [^`]+)` \| ([^|]+) \|$", re.MULTILINE)
-MEASURED = Path(__file__).resolve().parents[1] / "results" / "planner_h200.jsonl"
+PRICES = FOLDER / "nvidia_h200.json"
 TABLE = re.compile(r"(<!-- table: forecasts -->\n\n).*?(\n\n<!-- end -->)", re.DOTALL)
 BLOCK = re.compile(r"```text\n\$ (argosy [^\n]+)\n(.*?)```", re.DOTALL)
 
@@ -61,6 +64,13 @@ def main() -> int:
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     page, stale = PAGE.read_text(encoding="utf-8"), []
+    prices = read_calibration(PRICES)
+    found = forecast_rows.forecasts(prices)
+    if (judged := forecast_rows.judge(found)) != prices.judged:
+        stale.append("how far off the calibration says that it is")
+        if not args.check:
+            write(msgspec.structs.replace(prices, judged=judged), str(PRICES))
+            default_calibration.cache_clear()
 
     def renew(match: re.Match[str]) -> str:
         command, shown = match[1], match[2]
@@ -77,7 +87,7 @@ def main() -> int:
         return f"| `{match[1]}` | `{match[2]}` | {now} |"
 
     def renew_table(match: re.Match[str]) -> str:
-        now = f"{match[1]}{forecasts([MEASURED], default_calibration('H200'), steps=True)}{match[2]}"
+        now = f"{match[1]}{forecast_rows.table(found)}{match[2]}"
         if now != match[0]:
             stale.append("the table of forecasts")
         return now

@@ -3,9 +3,10 @@
     python benchmarks/quality/method_table.py            rewrite the table
     python benchmarks/quality/method_table.py --check    only say whether it is that of the results
 
-Speed and memory: `benchmarks/gpu/compare_methods.py` (results/methods_h200.jsonl). Quality: `compare_precision.py` on
-the default model, for GPTQ and AWQ with the checkpoints of `write_quantized.py` (results/precision.jsonl). The latest
-row of each counts; what was not measured is left empty.
+Speed and memory: `benchmarks/gpu/compare_methods.py` (results/methods_h200.jsonl); FP8 up to 64 rows, whose kernels
+are newer than these rows, as `argosy bench` measured whole engines (results/engine_h200.jsonl). Quality:
+`compare_precision.py` on the default model, for GPTQ and AWQ with the checkpoints of `write_quantized.py`
+(results/precision.jsonl). The latest row of each counts; what was not measured is left empty.
 """
 
 import argparse
@@ -35,6 +36,20 @@ def read(name: str) -> list[Row]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def engine_rows(rows: list[Row]) -> list[Row]:
+    """Decode steps of 8b in FP8 beside those in 16 bits, of engines whose rows all had their prompts before."""
+    newest: dict[tuple[str, int], float] = {}
+    for row in sorted(rows, key=lambda row: str(row.get("time", ""))):
+        is_ours = (row.get("model"), row.get("layout"), row.get("unit")) == ("8b", "TP1", "ms/step")
+        if is_ours and not row.get("note"):
+            newest[str(row.get("quantization")), int(row["workload"].removeprefix("decode"))] = row["figure"]
+    return [
+        {"format": "fp8", "batch": batch, "step_ms": step, "times_faster": newest["None", batch] / step}
+        for (quantization, batch), step in newest.items()
+        if quantization == "fp8" and batch <= 64 and ("None", batch) in newest
+    ]
+
+
 def table(speeds: list[Row], qualities: list[Row]) -> str:
     """The lines of the table."""
     speed = {(row["format"], row["batch"]): row for row in speeds}
@@ -45,7 +60,7 @@ def table(speeds: list[Row], qualities: list[Row]) -> str:
     ]
     for (fast, fine), title in FORMATS.items():
         rows = [speed.get((fast, batch)) for batch in BATCHES]
-        known = next((row for row in rows if row), None)
+        known = next((row for row in rows if row and "memory" in row), None)
         cells = [f"{known['memory']:.2f}" if known else ""]
         cells += [f"{row['times_faster']:.2f} ({row['step_ms']:.2f} ms)" if row else "" for row in rows]
         seen = quality.get(fine)
@@ -63,12 +78,14 @@ def main() -> int:
     before, _, rest = text.partition(START)
     _, _, after = rest.partition(END)
     assert after, f"{DOCS} lacks its marks"
-    made = f"{before}{START}\n{table(read('methods_h200.jsonl'), read('precision.jsonl'))}\n{END}{after}"
+    speeds = [*read("methods_h200.jsonl"), *engine_rows(read("engine_h200.jsonl"))]
+    lines = table(speeds, read("precision.jsonl"))
+    made = f"{before}{START}\n{lines}\n{END}{after}"
     if args.check:
         print("the table is that of the results" if made == text else "the table is an old one")
         return int(made != text)
     DOCS.write_text(made, encoding="utf-8")
-    print(table(read("methods_h200.jsonl"), read("precision.jsonl")))
+    print(lines)
     return 0
 
 

@@ -1,5 +1,7 @@
 """A calibration follows from measured steps: known ratios are found again, and what can't be fitted is said."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,9 @@ import pytest
 from argosy.cluster.protocol.errors import ConfigError
 from argosy.deploy import calibrate
 from argosy.deploy.calibrate import DecodeStep
-from argosy.placement.calibration import default_calibration, read_calibration
+from argosy.placement.calibration import Calibration, default_calibration, read_calibration
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results" / "engine_h200.jsonl"
 
 
 def row(model: str, batch: int, figure: float, **more: Any) -> dict[str, Any]:
@@ -32,6 +36,54 @@ def test_ratios_of_a_device_are_found_again(tmp_path: Path) -> None:
     before = calibrate.reckon_ms(unseen, default_calibration("H100"), "H100")
     assert before / calibrate.reckon_ms(unseen, truth, "H100") < 0.9
     assert "batch  256 measured" in calibrate.describe(rows, found)
+
+
+def measured_steps() -> list[DecodeStep]:
+    """The newest decode row of each kind on H200, of one stage."""
+    newest: dict[object, DecodeStep] = {}
+    lines = [json.loads(line) for line in RESULTS.read_text(encoding="utf-8").splitlines()]
+    for line in sorted(lines, key=lambda line: str(line["time"])):
+        known = line.get("model") in calibrate.PUBLISHED and not line.get("note")
+        if known and (step := calibrate.read_step(line)) is not None and step.pp_size == 1:
+            newest[step.model, step.tp_size, step.batch, step.quantization] = step
+    return list(newest.values())
+
+
+def off_by(step: DecodeStep, calibration: Calibration) -> float:
+    """By what part it is foretold too high."""
+    return calibrate.reckon_ms(step, calibration, "H200") / step.milliseconds - 1
+
+
+def test_the_shipped_calibration_foretells_every_decode_step_within_a_twentieth() -> None:
+    """All that were measured on one stage: a faster kernel without a new fit is seen here (`fit_calibration.py`)."""
+    steps = measured_steps()
+    assert len(steps) >= 24
+    offs = {step: off_by(step, default_calibration("H200")) for step in steps}
+    assert {step: off for step, off in offs.items() if abs(off) > 0.05} == {}
+
+
+@pytest.mark.parametrize(
+    ("held_out", "bound"),
+    [(lambda step: step.tp_size == 2, 0.08), (lambda step: step.tp_size == 4, 0.10),
+     (lambda step: step.model == "70b" and step.tp_size == 2, 0.06)],
+    ids=["two cards", "four cards", "70B over two cards"],
+)  # fmt: skip
+def test_layouts_that_the_fit_has_not_seen_are_foretold(held_out: Callable[[DecodeStep], bool], bound: float) -> None:
+    """From a start that knows no row, fitted to all others: the model has laws, not a number for each row."""
+    steps = measured_steps()
+    seen = [step for step in steps if not held_out(step)]
+    start = msgspec.structs.replace(
+        default_calibration("H200"), weight_efficiency=0.8, step_us=50.0, layer_us=20.0, row_us=2.0, apart_us=4.0,
+        state_passes=8.0, group_layer_us=4.0, chain_sums=0.5, fp8_layer_us=8.0, fp8_flops_ratio=1.0,
+        reduce_latency=1.5, reduce_rank_latency=0.2, reduce_efficiency=0.5,
+        flops_efficiency=((8.0, 0.1), (64.0, 0.3), (256.0, 0.6), (512.0, 0.65), (8192.0, 0.65)),
+    )  # fmt: skip
+    residuals = calibrate.step_residuals(seen, "H200")
+    found = calibrate.fit(residuals, start, list(calibrate.LIMITS), calibrate.FLOPS_POINTS, rounds=20)
+    offs = {step: off_by(step, found) for step in steps if step not in seen}
+    assert len(offs) >= 2
+    assert {step: off for step, off in offs.items() if abs(off) > bound} == {}
+    assert max(abs(off_by(step, start)) for step in offs) > 2 * bound, "the start would have done"
 
 
 def test_only_decode_steps_count_and_no_more_rows_than_ran_at_once() -> None:

@@ -11,6 +11,7 @@ import pytest
 from argosy.deploy import cli
 from argosy.deploy.plan_text import describe_topology
 from argosy.placement.calibration import FOLDER as CALIBRATIONS
+from argosy.placement.calibration import default_calibration
 from argosy.placement.model_sources import CONFIG_FOLDER
 from argosy.placement.topology import ClusterTopology, Link, Node, NodeLink
 
@@ -197,3 +198,23 @@ def test_ratios_of_another_device_are_noted(capsys: pytest.CaptureFixture[str]) 
     assert "was measured on" not in shown
     shown = run(capsys, "llama-3.1-8b", "--gpus", "1 x L4", "--calibration", str(file))[1]
     assert "note: the calibration was measured on H200: its ratios may be far off for L4" in shown
+
+
+def test_a_plan_says_how_far_off_plans_were_on_such_a_card(capsys: pytest.CaptureFixture[str]) -> None:
+    """In the middle and at worst, by kind, with the row that it was; of cards that nobody measured on just that."""
+    shown = run(capsys, "llama-3.1-8b", "--gpus", "1 x H200")[1]
+    judged = default_calibration("H200").judged
+    assert {one.kind for one in judged} == {"decode step", "throughput", "KV blocks", "start", "first token"}
+    assert "of rows measured on H200, half were foretold within; the worst" in shown
+    for one in judged:
+        (line,) = (line for line in shown.splitlines() if f"{one.rows} {one.kind}" in line)
+        assert f"{one.middle:.1%}" in line, line
+        assert f"{one.most:+.1%} ({one.row})" in line, line
+    assert re.search(r"start +\d s with kernels compiled before", shown)
+    answer = json.loads(run(capsys, "llama-3.1-8b", "--gpus", "1 x H200", "--json")[1])
+    assert answer["forecasts_judged"]["H200"][0]["kind"] == "decode step"
+    assert 4 < answer["start_seconds"] < 10
+    shown = run(capsys, "llama-3.1-8b", "--gpus", "2 x L4", "--max-model-len", "4096")[1]
+    assert "nobody measured on L4: H200's ratios" in shown
+    assert "kernels compiled" not in shown
+    assert "set by hand from" in run(capsys, "gpt2", "--gpus", "1 x CPU", "--dtype", "float32")[1]
