@@ -24,7 +24,11 @@ __all__ = [
     "ring_sizes",
 ]
 MOST_KEY_BYTES = 512  # of keys that three stages of tiles of 32 have room for on any card
-EVEN_PROGRAMS = (12, 16)  # a multiprocessor, of one warp each: from there to there `even_sizes` are faster
+# A multiprocessor's programs of one warp each: from there to there `even_sizes` are faster, by these sizes.
+EVEN_PROGRAMS = {"even_half": (7, 8), "even": (12, 16)}
+
+
+LEAST_SOME = 32  # rows times key/value heads
 
 
 def _kinds(groups: int, num_sms: int) -> tuple[str, ...]:
@@ -34,7 +38,9 @@ def _kinds(groups: int, num_sms: int) -> tuple[str, ...]:
     each row: 256 rows of 257 tokens took 15 us a layer more by tiles of 128 than by tiles of 32 (H200).
     """
     if groups < num_sms:
-        return ("some", "few") if groups >= num_sms // 4 else ("few",)
+        return ("some", "few") if groups >= LEAST_SOME else ("few",)
+    if groups <= 2 * num_sms:
+        return ("pair", "many")
     if groups < 8 * num_sms:
         return ("many",)
     if groups < 11 * num_sms:
@@ -51,9 +57,10 @@ def even_sizes(num_rows: int, k_cache_BSKH: Tensor) -> tuning.Sizes | None:
     """
     device = k_cache_BSKH.device
     each = num_rows * k_cache_BSKH.shape[2] / tuning.device_facts(device).num_sms
-    if k_cache_BSKH.element_size() != 2 or not EVEN_PROGRAMS[0] <= each <= EVEN_PROGRAMS[1]:
+    kinds = [kind for kind, (least, most) in EVEN_PROGRAMS.items() if least <= each <= most]
+    if k_cache_BSKH.element_size() != 2 or not kinds:
         return None
-    return tuning.pick("paged_attention", f"h{k_cache_BSKH.shape[3]}_even", device)
+    return tuning.pick("paged_attention", f"h{k_cache_BSKH.shape[3]}_{kinds[0]}", device)
 
 
 def lean_sizes(num_rows: int, k_cache_BSKH: Tensor) -> tuning.Sizes | None:

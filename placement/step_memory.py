@@ -22,7 +22,7 @@ SUM_PARTS: Final = 4  # of a largest step's hidden states: three products and a 
 SMALL_SUM_BYTES: Final = 4 * 2**20  # the buffer for sums of few bytes
 PUSHED_ROWS: Final = 64  # that an inbox for numbers with their turn holds,
 PUSH_ROW_NUMBERS: Final = 16384  # where a row has at most so many, times ranks
-EVEN_PROGRAMS: Final = (12, 16)  # as in `kernels/paged_attention.py`
+EVEN_PROGRAMS: Final = ((7, 8), (12, 16))  # as in `kernels/paged_attention.py`
 EVEN_CARD: Final = 132
 WIRE_SLOTS: Final = 2  # for hidden states, on a stage's wire
 
@@ -137,8 +137,9 @@ def even_ladder(max_rows: int, spec: ModelSpec, tp_size: int) -> list[int]:
 
     Of a card with `EVEN_CARD` multiprocessors, where that pays (`step_ops.even_pays`); others need no more.
     """
-    least, most = (programs * EVEN_CARD for programs in EVEN_PROGRAMS)
-    return [size for size in ladder(max_rows) if least <= size * kv_heads_per_rank(spec, tp_size) <= most]
+    heads = kv_heads_per_rank(spec, tp_size)
+    bounds = [(least * EVEN_CARD, most * EVEN_CARD) for least, most in EVEN_PROGRAMS]
+    return [size for size in ladder(max_rows) if any(least <= size * heads <= most for least, most in bounds)]
 
 
 def graph_bytes(num_sizes: int, num_layers: int, pool_bytes: int) -> int:

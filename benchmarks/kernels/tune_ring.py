@@ -16,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -129,6 +130,11 @@ def compile_others(index: int, of: int, args: argparse.Namespace) -> None:
     """What the ring is compared with, and the sums, which alone would wait for ever: without a launch."""
     hidden, shapes = MODELS[args.model][0], shapes_of(args.model, args.cards)
     calls: list[Callable[[], object]] = []
+
+    def push(start: int, *rest: Any, **options: Any) -> None:
+        group_push.NEXT_STARTS = start
+        group_push.push_add_norm(*rest, **options)
+
     bases, counters = torch.zeros(args.over, dtype=torch.int64), torch.zeros(1024, dtype=torch.int32)
     for rows in (args.rows, *args.profiled):
         for name in ("qkv", "o", "gate_up", "down"):
@@ -145,8 +151,9 @@ def compile_others(index: int, of: int, args: argparse.Namespace) -> None:
         if rows <= group_push.MAX_ROWS:
             parts = [x, *(torch.zeros(pieces, rows, hidden) for pieces in (2, 4, 8))]
             calls += [
-                lambda p=part, x=x: group_push.push_add_norm(bases, counters, 0, p, x, x[0], 1e-5, inbox_at=1024)
+                lambda p=part, x=x, s=start: push(s, bases, counters, 0, p, x, x[0], 1e-5, inbox_at=1024)
                 for part in parts
+                for start in (0, 1, 2)
             ]
         calls.append(lambda x=x: group_sum.sum_add_norm(bases, counters, 0, x, x[0], 1e-5, parts_bytes=1024))
     kinds = {type(group_push._push_kernel), type(group_sum._sum_kernel)}
@@ -281,7 +288,7 @@ def tune(chain: Steps, args: argparse.Namespace, table: dict[str, Sizes], *, say
             if found is not None:
                 changed[keys[name]] = found
         offer(changed, f"all: early {early} left {left} pieces {wide} {'one' if more else 'two'} a multiprocessor")
-    for turn in range(2):
+    for turn in range(args.turns):
         for name in ("qkv", "o", "gate_up", "down"):
             for sizes in tries[name]:
                 # the clocks of ranks differ, and all must do the same
@@ -292,6 +299,14 @@ def tune(chain: Steps, args: argparse.Namespace, table: dict[str, Sizes], *, say
                     break
                 if sizes != table.get(keys[name]):
                     offer({keys[name]: sizes}, f"{turn} {name} {short(sizes)}")
+    if pushes:
+        for start in (1, 2, 0):  # when the product behind a sum may ask for its weights
+            group_push.NEXT_STARTS = start
+            us = chain.time(run)
+            if says:
+                print(f"    the sum lets its successor start {start}: {us:.2f}", flush=True)
+            if start == 1:
+                chain.breakdown(run, "with its words sent", says=says)
     attend_otherwise(chain, rows, says=says)
     chain.breakdown(run, "as it is", says=says)
     if says:
@@ -345,6 +360,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--profiled", type=int, nargs="*", default=[], help="rows whose layer is only profiled")
     parser.add_argument("--seconds", type=float, default=20, help="what is not tried by then is left")
+    parser.add_argument("--turns", type=int, default=2, help="how often each product is asked")
     parser.add_argument("--out", default="tuned_ring.json")
     parser.add_argument("--compile-part", help=argparse.SUPPRESS)  # "i/n": be one of the compiling processes
     args = parser.parse_args()

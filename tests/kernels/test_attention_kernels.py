@@ -345,7 +345,8 @@ def test_few_rows_beside_packed_weights_take_little_of_a_multiprocessor(monkeypa
 
 @pytest.mark.parametrize(
     ("num_rows", "kinds"),
-    [(4, ("few",)), (5, ("some", "few")), (16, ("some", "few")), (131, ("many",)), (132, ("crowd",)),
+    [(3, ("few",)), (4, ("some", "few")), (16, ("some", "few")), (17, ("pair", "many")), (33, ("pair", "many")),
+     (34, ("many",)), (131, ("many",)), (132, ("crowd",)),
      (181, ("crowd",)), (182, ("throng", "crowd")),
      (296, ("throng", "crowd")), (297, ("flood", "crowd")), (1024, ("flood", "crowd"))],
 )  # fmt: skip
@@ -357,4 +358,5 @@ def test_tiles_go_by_how_many_waves_the_rows_are(num_rows: int, kinds: tuple[str
 def test_every_kind_of_rows_has_tiles_on_the_card_that_was_measured() -> None:
     """A kind that the file of the H200 does not know would go by those for fewer rows without a word."""
     known = json.loads((Path(tuning.__file__).parent / "tuned" / "nvidia_h200.json").read_text())["paged_attention"]
-    assert {"h128_few", "h128_many", "h128_crowd", "h128_throng", "h128_flood", "h128_even"} <= known.keys()
+    kinds = ("few", "pair", "many", "crowd", "throng", "flood", "even", "even_half")
+    assert {f"h128_{kind}" for kind in kinds} <= known.keys()

@@ -167,12 +167,12 @@ def test_the_plan_counts_the_steps_for_even_rows_that_ranks_record(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """The two rooms say the same of an H200: Llama 8B on one card, and as two ranks, whose rows are half as much."""
-    assert step_memory.EVEN_PROGRAMS == paged_attention.EVEN_PROGRAMS
+    assert tuple(paged_attention.EVEN_PROGRAMS.values()) == step_memory.EVEN_PROGRAMS
     (tmp_path / "config.json").write_text(json.dumps(LLAMA))
     spec = read_model_spec(tmp_path)
     h200 = tuning.DeviceFacts("nvidia_h200", 132, True)
     monkeypatch.setattr(paged_attention.tuning, "device_facts", lambda _: h200)
-    for tp_size, sizes in ((1, [208, 224, 240, 256]), (2, [416, 448, 480, 512])):
+    for tp_size, sizes in ((1, [120, 128, 208, 224, 240, 256]), (2, [240, 256, 416, 448, 480, 512])):
         cache = torch.zeros((1, 16, 8 // tp_size, 128), dtype=torch.bfloat16)
         pays = [size for size in ladder(1024) if paged_attention.even_sizes(size, cache) is not None]
         assert pays == even_ladder(1024, spec, tp_size) == sizes
