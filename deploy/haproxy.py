@@ -13,6 +13,7 @@ one's doors until Ray says which they are, and the socket that `argosy serve` ke
 """
 
 import contextlib
+import csv
 import json
 import random
 import re
@@ -29,6 +30,8 @@ NODE_FOLDER: Final = ".argosy/doors"  # in the home of whoever runs a cluster's 
 _LOOPBACK: Final = "127.0.0.1"
 _HTTP_PORTS, _GRPC_PORTS = 160, 32  # a port rests for 35 s after its replica has gone
 _PORT_RANGES: Final = (20_000, 30_000, 200)  # above Ray's own, below those of outgoing connections
+_ASK_SOCKET: Final = "a"
+_ASK_SECONDS: Final = 1.0
 _REAL: Final = "@HAPROXY@"
 _NOTHING_HERE: Final = "@NOTHING_HERE@"  # Ray says 404 until our application, which has all paths, is there
 _STARTING: Final = {
@@ -126,7 +129,7 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
-        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "a"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / _ASK_SOCKET),
         "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(folder / "m"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),
         "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(folder / "server-state"),
@@ -156,6 +159,20 @@ def environment(folder: Path) -> dict[str, str]:
         # after 5 s it cut off the first answers of one start in two
         "RAY_SERVE_HAPROXY_HARD_STOP_AFTER_S": "600",
     }
+
+
+def num_open_requests(folder: Path) -> int | None:
+    """How many requests the doors still have, waiting or half answered, as HAProxy says; None where none answers."""
+    found: list[int] = []
+    for path in folder.glob(f"*/{_ASK_SOCKET}"):
+        with contextlib.suppress(OSError, ValueError, KeyError), socket.socket(socket.AF_UNIX) as asked:
+            asked.settimeout(_ASK_SECONDS)
+            asked.connect(str(path))
+            asked.sendall(b"show stat -1 2 -1\n")  # of all parts, those behind the front, as a whole each
+            told = asked.makefile(encoding="ascii", errors="replace").read().removeprefix("# ")
+            rows = csv.DictReader(told.strip().splitlines())
+            found.append(sum(int(row["scur"]) for row in rows if row["pxname"].startswith("http-")))
+    return sum(found) if found else None
 
 
 def reserve_ports() -> int:

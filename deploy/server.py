@@ -38,6 +38,7 @@ _POLL_SECONDS: Final = 0.1
 _RANKS_SHOWN: Final = 8
 _SAME_SIGNAL_SECONDS: Final = 0.3  # apart, two signals are two wishes
 _LAST_BYTES_SECONDS: Final = 0.3  # from the driver's last token to the client's socket, through the doors
+_DOORS_SECONDS: Final = 5.0  # that the doors may take for what they have; who follows a job would wait for its end
 _WITHOUT_GCS_SECONDS: Final = 45.0  # after 60 s Ray ends every process that can't reach it
 _STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # the last: the terminal or its ssh has gone
 
@@ -155,8 +156,12 @@ def memory_of(ledgers: Sequence[Mapping[str, int]]) -> str:
     return f"\n{'':12}".join(lines)
 
 
-async def drain(address: str, secret: str, seconds: float) -> bool:
-    """Have the driver refuse new requests and wait until those it has are answered; False when time ran out first."""
+async def drain(address: str, secret: str, seconds: float, num_open: Callable[[], int | None]) -> bool:
+    """Have the driver refuse new requests and wait until those it has are answered; False when time ran out first.
+
+    Then the doors get some seconds for theirs, the `num_open` of them (None: nobody knows): last bytes of answers, and
+    requests that were on their way and are refused.
+    """
     deadline = time.monotonic() + seconds
     try:
         client = await connect_engine(address, secret, timeout_seconds=min(5.0, seconds))
@@ -164,12 +169,18 @@ async def drain(address: str, secret: str, seconds: float) -> bool:
         while time.monotonic() < deadline:
             values = (await client.stats()).values
             if not any(values.get(name, 0.0) for name in _UNFINISHED):
-                await asyncio.sleep(_LAST_BYTES_SECONDS)
+                await _wait_for_doors(min(deadline, time.monotonic() + _DOORS_SECONDS), num_open)
                 return True
             await asyncio.sleep(_POLL_SECONDS)
     except ClusterError:  # no driver, nothing to wait for
         return False
     return False
+
+
+async def _wait_for_doors(deadline: float, num_open: Callable[[], int | None]) -> None:
+    await asyncio.sleep(_LAST_BYTES_SECONDS)
+    while num_open() and time.monotonic() < deadline:
+        await asyncio.sleep(_POLL_SECONDS)
 
 
 class _StopSignals:
@@ -280,7 +291,7 @@ def _serve(config: ServingConfig, engine: "Engine", progress: StartProgress, sto
             lost = stop.wait(lambda: "last node" if nodes.is_lost else lost_part())
         if config.server.drain_seconds > 0 and lost in ("", "GCS"):  # without a raylet all actors end
             seconds = min(config.server.drain_seconds, _WITHOUT_GCS_SECONDS) if lost else config.server.drain_seconds
-            asyncio.run(drain(engine.address, engine.secret, seconds))
+            asyncio.run(drain(engine.address, engine.secret, seconds, lambda: haproxy.num_open_requests(doors)))
         if lost:
             engine.has_lost_ray = True
             raise ClusterError(

@@ -23,6 +23,9 @@ _TYPES: Final = {
 }
 
 
+_TOLD: Final = {"draining": "this server is being stopped and takes no new requests; ask another, or ask again later"}
+
+
 class HttpRefusal(RequestError):
     """Refused by the HTTP layer itself: no such route, wrong method, a header that is too large."""
 
@@ -47,7 +50,8 @@ def error_body(error: BaseException, request_id: str = "") -> dict[str, Any]:
         message, code, param = str(error), error.code, error.param
     elif isinstance(error, ServingError):  # of the machines: its text names them, which is for the log
         code, param = error.code, None
-        message = f"the engine can't answer now; the server's log has the reason under request {request_id}"
+        reason = f"the engine can't answer now; the server's log has the reason under request {request_id}"
+        message = _TOLD.get(code, reason)
     else:
         code, param = "internal_error", None
         message = f"something went wrong here; the server's log has the reason under request {request_id}"

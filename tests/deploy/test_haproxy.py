@@ -121,6 +121,37 @@ def test_the_door_listens_where_it_is_asked_to_and_replicas_stay_on_loopback(fol
     assert haproxy.listen_at(folder / "none", "192.0.2.7") == "192.0.2.7"  # Serve's own proxy
 
 
+STATS = """# pxname,svname,qcur,qmax,scur,smax
+default_backend,BACKEND,0,0,9,9
+http-argosy-1,BACKEND,0,0,2,7
+http-argosy-2,BACKEND,0,0,1,1
+
+"""
+
+
+def test_requests_that_the_doors_have_are_counted(folder: Path) -> None:
+    """Behind the front alone, of whatever application; where nobody answers, nobody knows."""
+    assert haproxy.num_open_requests(folder) is None
+    path = Path(haproxy.environment(folder)["RAY_SERVE_HAPROXY_SOCKET_PATH"])
+    place = path.parent / "node" / path.name  # Ray puts a folder between
+    place.parent.mkdir()
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(place))
+        listener.listen()
+
+        def answer() -> None:
+            asker = listener.accept()[0]
+            with asker:
+                assert asker.recv(100) == b"show stat -1 2 -1\n"
+                asker.sendall(STATS.encode())
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        assert haproxy.num_open_requests(folder) == 3
+        thread.join(10)
+    assert haproxy.num_open_requests(folder) is None
+
+
 def test_two_servers_never_share_a_port_for_their_replicas(folder: Path) -> None:
     """The replica of one died, the other's took its port, and questions to the first were answered by the second."""
     spans = []

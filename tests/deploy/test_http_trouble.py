@@ -77,6 +77,9 @@ def test_overload_is_a_503_that_says_when_to_come_back(stream: bool) -> None:
     answer = call(app, "POST", CHAT, json={"messages": USER, "stream": stream})
     assert (answer.status_code, answer.headers["retry-after"]) == (503, "12")
     assert answer.json()["error"]["code"] == "overloaded"
+    stopping = call(app_of(failing(0, "draining", 503)), "POST", TEXT, json={"prompt": "Hi"})
+    assert stopping.status_code == 503
+    assert "is being stopped" in stopping.json()["error"]["message"]
 
 
 def test_a_stream_that_breaks_says_so_and_has_no_done() -> None:

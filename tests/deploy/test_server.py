@@ -100,8 +100,9 @@ def test_the_ledger_of_every_rank_is_shown_at_start() -> None:
 
 @pytest.mark.anyio
 async def test_draining_waits_for_the_last_answer(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two questions find a request running, the third none."""
-    running = [2.0, 1.0, 0.0]
+    """Two questions find a request running, the third none; then doors have some, a while, always, or no say."""
+    running = [2.0, 1.0, 0.0, 0.0, 0.0]
+    at_doors: list[int | None] = [3, 1, 0]
     told = []
 
     class Client:
@@ -117,8 +118,12 @@ async def test_draining_waits_for_the_last_answer(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(server, "connect_engine", connect)
     monkeypatch.setattr(server, "_POLL_SECONDS", 0.0)
     monkeypatch.setattr(server, "_LAST_BYTES_SECONDS", 0.0)
-    assert await server.drain("address", "secret", 5.0)
-    assert (told, running) == (["drain"], [])
+    assert await server.drain("address", "secret", 5.0, lambda: at_doors.pop(0))
+    assert (told, len(running), at_doors) == (["drain"], 2, [])
+    assert await server.drain("address", "secret", 5.0, lambda: None)
+    monkeypatch.setattr(server, "_DOORS_SECONDS", 0.1)  # who follows a job's results stays for hours
+    assert await server.drain("address", "secret", 5.0, lambda: 1)
+    assert running == []
 
 
 @pytest.fixture
