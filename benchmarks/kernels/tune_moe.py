@@ -16,6 +16,7 @@ from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from argosy.deploy import bench_table
 from argosy.kernels import fp8_quantize, moe_gemm, moe_int, moe_packed, moe_reference, packed_reference
@@ -81,47 +82,13 @@ def main() -> int:
         return 0
     for name in args.shapes:
         experts, outputs, inputs, top_k, kind = SHAPES[name]
-        scale = None
-        weight: Any = None
-        if kind == "int4":
-            weight = random_int_experts(experts, outputs, inputs)
-        elif kind != "mxfp4":
-            weight = torch.randn(experts, outputs, inputs, device="cuda", dtype=torch.bfloat16) * 0.02
-        if kind == "mxfp4":
-            weight = torch.randint(0, 256, (experts, outputs, inputs // 2), device="cuda", dtype=torch.uint8)
-            scale = torch.full((experts, outputs, inputs // 32), 119, device="cuda", dtype=torch.uint8)
-        if kind == "e4m3":
-            weight = weight.to(torch.float8_e4m3fn)
-            scale = torch.ones(experts, -(-outputs // 128), -(-inputs // 128), device="cuda")
+        weight, scale = random_experts(experts, outputs, inputs, kind)
         for tokens in args.tokens:
             if time.perf_counter() - started > args.seconds:
                 return 0
             x = torch.randn(tokens, inputs, device="cuda", dtype=torch.bfloat16)
             ids, _ = moe_reference.choose_experts(torch.randn(tokens, experts, device="cuda"), top_k)
-            average = tokens * top_k / experts
-            found = []
-            for rows, tiles in ({8: []} | TILES).items():
-                if not min(average / 4, 128) <= rows <= max(32, 4 * average) or not (tiles or kind == "int4"):
-                    continue
-                places, of_block = moe_gemm.group_tokens(ids, experts, rows)
-                ways: list[tuple[str, Any]] = [("turned", tile) for tile in TURNED.get(kind, ())]
-                if kind == "int4":
-                    ways = [("int", tile) for tile in INT_TILES[rows]] + [("slices", ())] * (rows >= 64)
-                else:
-                    ways += [("", tile) for tile in (tiles if kind == "plain" else tiles[2:3])]
-                for way, tile in ways:
-                    if not way and kind == "e4m3" and tile[1] != 128:
-                        continue  # a step of inputs is what shares a scale
-                    rows_x = x
-                    if way == "turned":
-                        rows_x = moe_packed.turn(x) if kind == "mxfp4" else fp8_quantize.quantize(x, Rounding(128))
-                    try:
-                        seconds = timed(rows_x, weight, places, of_block, tokens * top_k, top_k, scale, tile, way)
-                    except Exception as error:  # a tile too large for the card's shared memory
-                        print(f"# {name} {rows} {way} {tile}: {type(error).__name__} {str(error)[:80]}", flush=True)
-                        continue
-                    found.append((seconds, rows, *(tile or (-1,)), way))
-            found.sort()
+            found = try_all(name, weight, scale, x, ids)
             asked = len(ids.unique())
             size = weight.packed.num_bytes / experts if kind == "int4" else weight[0].nbytes
             bound = asked * size / CARD_BYTES_A_SECOND
@@ -139,6 +106,53 @@ def main() -> int:
             bench_table.tell(line, args.output)
         del weight
     return 0
+
+
+def random_experts(experts: int, outputs: int, inputs: int, kind: str) -> tuple[Any, Tensor | None]:
+    """(weights of all experts as that format keeps them, their scales if they lie apart)."""
+    if kind == "int4":
+        return random_int_experts(experts, outputs, inputs), None
+    if kind == "mxfp4":
+        packed = torch.randint(0, 256, (experts, outputs, inputs // 2), device="cuda", dtype=torch.uint8)
+        return packed, torch.full((experts, outputs, inputs // 32), 119, device="cuda", dtype=torch.uint8)
+    weight = torch.randn(experts, outputs, inputs, device="cuda", dtype=torch.bfloat16) * 0.02
+    if kind == "e4m3":
+        scale = torch.ones(experts, -(-outputs // 128), -(-inputs // 128), device="cuda")
+        return weight.to(torch.float8_e4m3fn), scale
+    return weight, None
+
+
+def ways_of(kind: str, rows: int) -> list[tuple[str, Any]]:
+    """(way, tile) of all that may multiply groups of so many rows."""
+    if kind == "int4":
+        return [("int", tile) for tile in INT_TILES[rows]] + [("slices", ())] * (rows >= 64)
+    tiles = TILES.get(rows, [])
+    if kind != "plain":  # in e4m3 a step of inputs is what shares a scale
+        tiles = [tile for tile in tiles[2:3] if kind != "e4m3" or tile[1] == 128]
+    return [("turned", tile) for tile in TURNED.get(kind, ()) if rows in TILES] + [("", tile) for tile in tiles]
+
+
+def try_all(name: str, weight: Any, scale: Tensor | None, x: Tensor, ids: Tensor) -> list[tuple[Any, ...]]:
+    """(seconds, rows of a group, sizes of the tile, way) of each that this card can run, the fastest first."""
+    experts, _, _, top_k, kind = SHAPES[name]
+    tokens, found = len(x), []
+    average = tokens * top_k / experts
+    for rows in (8, *TILES):
+        ways = ways_of(kind, rows) if min(average / 4, 128) <= rows <= max(32, 4 * average) else []
+        if not ways:
+            continue
+        places, of_block = moe_gemm.group_tokens(ids, experts, rows)
+        for way, tile in ways:
+            rows_x = x
+            if way == "turned":
+                rows_x = moe_packed.turn(x) if kind == "mxfp4" else fp8_quantize.quantize(x, Rounding(128))
+            try:
+                seconds = timed(rows_x, weight, places, of_block, tokens * top_k, top_k, scale, tile, way)
+            except Exception as error:  # a tile too large for the card's shared memory
+                print(f"# {name} {rows} {way} {tile}: {type(error).__name__} {str(error)[:80]}", flush=True)
+                continue
+            found.append((seconds, rows, *(tile or (-1,)), way))
+    return sorted(found)
 
 
 def compile_at_once() -> None:
