@@ -13,10 +13,11 @@ import argparse
 import json
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from argosy.cluster.protocol.messages import BlockSwaps
 from argosy.deploy import bench
@@ -102,6 +103,47 @@ def held_up(pool: HostPool, swaps: BlockSwaps, seconds: float) -> float:
     return stream_seconds(swaps) - stream_seconds(None)
 
 
+def of_orders(
+    pool: HostPool, device: torch.device, count: int, out_rate: float, in_rate: float
+) -> Iterator[dict[str, Any]]:
+    """A row for each order of so many blocks: out and in, side by side and scattered; beside the plain rates."""
+    for scattered in (False, True):
+        out, into = orders(pool, count, scattered)
+        for way, swaps, rate in (("out", out, out_rate), ("in", into, in_rate)):
+            num_bytes = count * pool.block_bytes
+            took = timed(device, given(pool, swaps), 5)
+            row = {"figure": "order", "way": way, "blocks": count, "scattered": scattered,
+                   "gbytes_per_second": round(num_bytes / took / 1e9, 2),
+                   "share_of_plain": round(num_bytes / took / rate, 3)}  # fmt: skip
+            began = time.perf_counter()
+            pool.begin(1, swaps)
+            row["host_us"] = round(1e6 * (time.perf_counter() - began), 1)
+            pool.finish()
+            if device.type == "cuda":
+                row["held_up_us"] = round(1e6 * held_up(pool, swaps, 2 * took), 1)
+            yield row
+
+
+def other_ways(pool: HostPool, device: torch.device, tensors: list[Tensor]) -> Iterator[dict[str, Any]]:
+    """A row each: both ways at once, and copies without our buffers."""
+    both = BlockSwaps(out=[(one, one) for one in range(256)], into=[(one + 300, one + 300) for one in range(256)])
+    took = timed(device, given(pool, both), 5)
+    yield {"figure": "both ways at once", "gbytes_per_second": round(512 * pool.block_bytes / took / 1e9, 2)}
+    host = [pinned_bytes(64 * x[0].nbytes, device).view(x.dtype).view(64, *x.shape[1:]) for x in tensors]
+    pairs = [(one, one) for one in range(64)]
+    for name, run in {
+        "direct out": lambda: ops.swap_blocks(tensors, host, pairs),
+        "direct in": lambda: ops.swap_blocks(host, tensors, pairs),
+        "by layer in": lambda: [
+            there[one].copy_(here[one], non_blocking=True)
+            for there, here in zip(tensors, host, strict=True)
+            for one in range(64)
+        ],
+    }.items():
+        took = timed(device, run, 3)
+        yield {"figure": name, "blocks": 64, "gbytes_per_second": round(64 * pool.block_bytes / took / 1e9, 2)}
+
+
 def main() -> int:
     """Measure, print, store."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -131,40 +173,11 @@ def main() -> int:
     }]  # fmt: skip
     print(json.dumps(rows[0]), flush=True)
     for count in args.counts:
-        for scattered in (False, True):
-            out, into = orders(pool, min(count, args.blocks), scattered)
-            for way, swaps, rate in (("out", out, out_rate), ("in", into, in_rate)):
-                num_bytes = count * pool.block_bytes
-                took = timed(device, given(pool, swaps), 5)
-                row = {"figure": "order", "way": way, "blocks": count, "scattered": scattered,
-                       "gbytes_per_second": round(num_bytes / took / 1e9, 2),
-                       "share_of_plain": round(num_bytes / took / rate, 3)}  # fmt: skip
-                began = time.perf_counter()
-                pool.begin(1, swaps)
-                row["host_us"] = round(1e6 * (time.perf_counter() - began), 1)
-                pool.finish()
-                if device.type == "cuda":
-                    row["held_up_us"] = round(1e6 * held_up(pool, swaps, 2 * took), 1)
-                rows.append(row)
-                print(json.dumps(row), flush=True)
-    both = BlockSwaps(out=[(one, one) for one in range(256)], into=[(one + 300, one + 300) for one in range(256)])
+        for row in of_orders(pool, device, min(count, args.blocks), out_rate, in_rate):
+            rows.append(row)
+            print(json.dumps(row), flush=True)
     if device.type == "cuda":
-        took = timed(device, given(pool, both), 5)
-        rows.append({"figure": "both ways at once", "gbytes_per_second": round(512 * pool.block_bytes / took / 1e9, 2)})
-        host = [pinned_bytes(64 * x[0].nbytes, device).view(dtype).view(64, *shape[1:]) for x in tensors]
-        pairs = [(one, one) for one in range(64)]
-        for name, run in {
-            "direct out": lambda: ops.swap_blocks(tensors, host, pairs),
-            "direct in": lambda: ops.swap_blocks(host, tensors, pairs),
-            "by layer in": lambda: [
-                there[one].copy_(here[one], non_blocking=True)
-                for there, here in zip(tensors, host, strict=True)
-                for one in range(64)
-            ],
-        }.items():
-            took = timed(device, run, 3)
-            rate = 64 * pool.block_bytes / took / 1e9
-            rows.append({"figure": name, "blocks": 64, "gbytes_per_second": round(rate, 2)})
+        rows += other_ways(pool, device, tensors)
         print("\n".join(json.dumps(row) for row in rows[-4:]), flush=True)
     if args.output:
         with open(args.output, "a", encoding="utf-8") as file:

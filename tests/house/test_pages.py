@@ -29,6 +29,24 @@ def test_links_lead_somewhere(page: Path) -> None:
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
 
 
+def test_what_the_environment_switches_is_on_a_page() -> None:
+    """A switch that only its maker knows helps nobody; the rank that costs nothing is for tests."""
+    rooms = [
+        path
+        for room in ("cluster", "placement", "kernels", "workers", "deploy")
+        for path in ROOT.glob(f"{room}/**/*.py")
+    ]
+    found = {
+        name
+        for path in rooms
+        if path.name != "zero_cost_rank.py"
+        for name in re.findall(r"\bARGOSY_[A-Z_]+\b", path.read_text(encoding="utf-8"))
+    }
+    told = "\n".join(page.read_text(encoding="utf-8") for page in (ROOT / "README.md", *ROOT.glob("docs/*.md")))
+    assert len(found) > 3
+    assert sorted(name for name in found if name not in told) == []
+
+
 def test_what_is_slower_is_said_on_the_front_page(front_page: ModuleType) -> None:
     """Two rows slower, one of which was faster before; one faster, that reaches its goal; a start, counted apart."""
     suite = bench_table.read_suite("h200")

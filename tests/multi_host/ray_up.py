@@ -161,6 +161,46 @@ def answers_under_losses(address: str, hosts: Hosts) -> bool:
     return same
 
 
+def serve_and_ask(
+    hosts: Hosts, args: argparse.Namespace, folder: Path, log: Path, timer: Timer, result: dict[str, Any]
+) -> None:
+    """From hosts without anything to answers, and to nothing again; `result` has what came as far as it came."""
+    environment = environment_of(folder)
+    with timer("make the hosts"):
+        hosts.up(args.hosts, keep=kept_folders(), path=usual_path(), copies=[])
+    cluster = cluster_file(hosts, folder)
+    began = time.monotonic()
+    with timer("ray get-auth-token --generate"):
+        run(["ray", "get-auth-token", "--generate"], environment, folder / "token-log")
+        (folder / "token-log").unlink()
+    with timer("ray up -y ray_cluster.yaml"):
+        run(["ray", "up", "-y", "--no-config-cache", str(cluster)], environment, log)
+    port = free_port()
+    flags = f"--port {port} --dtype float32 --max-model-len 256 --num-gpu-blocks-override 64 --cpu-threads 1".split()
+    flags += shlex.split(args.flags) if args.flags is not None else ["-pp", str(args.hosts)]
+    address = f"http://127.0.0.1:{port}"  # through the tunnel that 'ray exec' keeps
+    with timer("ray exec ray_cluster.yaml --port-forward ... 'argosy serve'"):
+        server = contextlib.ExitStack()
+        server.enter_context(served(cluster, port, flags, environment, log))
+    with server:
+        answers = [ask(address, PROMPTS[0])]
+        result["first_token_seconds"] = round(time.monotonic() - began, 1)
+        answers += [ask(address, prompt) for prompt in PROMPTS[1:]]
+        result["ranks"] = {host.address: actors_of(host).count("WorkerActor") for host in hosts.all}
+        result["answers"] = [answer["logprobs"]["tokens"] for answer in answers]
+        result["layout"] = next(
+            line.split("layout", 1)[1].strip() for line in log.read_text().splitlines() if "  layout " in line
+        )
+        print(f"first token {result['first_token_seconds']} s after the first command; {result['layout']}")
+        print(f"ranks on each host: {result['ranks']}")
+        if args.kill:
+            result["same_under_losses"] = answers_under_losses(address, hosts)
+    with timer("Ctrl-C, until no driver and no rank is left"):
+        wait_for(lambda: not any(actors_of(host) for host in hosts.all), 60, "the end of drivers and ranks")
+    with timer("ray down -y ray_cluster.yaml"):
+        run(["ray", "down", "-y", str(cluster)], environment, log)
+
+
 def main() -> int:
     """See above."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -175,51 +215,8 @@ def main() -> int:
     hosts, timer, result = Hosts(f"up{os.getpid()}"), Timer(), {}
     with tempfile.TemporaryDirectory(prefix="ru", dir=TEMP) as name:
         folder, log = Path(name), Path(name) / "log"
-        environment = environment_of(folder)
         try:
-            with timer("make the hosts"):
-                hosts.up(args.hosts, keep=kept_folders(), path=usual_path(), copies=[])
-            cluster = cluster_file(hosts, folder)
-            began = time.monotonic()
-            with timer("ray get-auth-token --generate"):
-                run(["ray", "get-auth-token", "--generate"], environment, folder / "token-log")
-                (folder / "token-log").unlink()
-            with timer("ray up -y ray_cluster.yaml"):
-                run(["ray", "up", "-y", "--no-config-cache", str(cluster)], environment, log)
-            port = free_port()
-            flags = [
-                "--port",
-                str(port),
-                "--dtype",
-                "float32",
-                "--max-model-len",
-                "256",
-                "--num-gpu-blocks-override",
-                "64",
-            ]
-            flags += ["--cpu-threads", "1"]
-            flags += shlex.split(args.flags) if args.flags is not None else ["-pp", str(args.hosts)]
-            address = f"http://127.0.0.1:{port}"  # through the tunnel that 'ray exec' keeps
-            with timer("ray exec ray_cluster.yaml --port-forward ... 'argosy serve'"):
-                server = contextlib.ExitStack()
-                server.enter_context(served(cluster, port, flags, environment, log))
-            with server:
-                answers = [ask(address, PROMPTS[0])]
-                result["first_token_seconds"] = round(time.monotonic() - began, 1)
-                answers += [ask(address, prompt) for prompt in PROMPTS[1:]]
-                result["ranks"] = {host.address: actors_of(host).count("WorkerActor") for host in hosts.all}
-                result["answers"] = [answer["logprobs"]["tokens"] for answer in answers]
-                result["layout"] = next(
-                    line.split("layout", 1)[1].strip() for line in log.read_text().splitlines() if "  layout " in line
-                )
-                print(f"first token {result['first_token_seconds']} s after the first command; {result['layout']}")
-                print(f"ranks on each host: {result['ranks']}")
-                if args.kill:
-                    result["same_under_losses"] = answers_under_losses(address, hosts)
-            with timer("Ctrl-C, until no driver and no rank is left"):
-                wait_for(lambda: not any(actors_of(host) for host in hosts.all), 60, "the end of drivers and ranks")
-            with timer("ray down -y ray_cluster.yaml"):
-                run(["ray", "down", "-y", str(cluster)], environment, log)
+            serve_and_ask(hosts, args, folder, log, timer, result)
         finally:
             with contextlib.suppress(OSError):  # no log yet
                 if "answers" not in result:
