@@ -165,6 +165,7 @@ def num_open_requests(folder: Path) -> int | None:
     """How many requests the doors still have, waiting or half answered, as HAProxy says; None where none answers."""
     found: list[int] = []
     for path in folder.glob(f"*/{_ASK_SOCKET}"):
+        # it is ending or beginning, or not the HAProxy that we know: its like is left out
         with contextlib.suppress(OSError, ValueError, KeyError), socket.socket(socket.AF_UNIX) as asked:
             asked.settimeout(_ASK_SECONDS)
             asked.connect(str(path))

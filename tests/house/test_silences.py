@@ -12,6 +12,11 @@ NAMED = re.compile(r"# (?:type: ignore\[|noqa: ?[A-Z])")
 EVERYTHING = re.compile(r"^\s*except(?: \(?(?:Base)?Exception\b.*)?:", re.MULTILINE)
 
 
+def is_told(lines: list[str], place: int) -> bool:
+    """Whether the line above is a comment: some lines have no room for one."""
+    return place > 0 and lines[place - 1].lstrip().startswith("# ")
+
+
 def silences(text: str) -> Iterator[tuple[int, str]]:
     """(number, line) of those that want a reason and have none."""
     lines = text.splitlines()
@@ -20,14 +25,19 @@ def silences(text: str) -> Iterator[tuple[int, str]]:
             has_reason = re.search(r"[#-] *\w+", line[markers[-1].end() :]) is not None
             if not has_reason or not all(NAMED.match(marker[0]) for marker in markers):
                 yield number, line.strip()
-        elif re.search(r"\bwith .*\bsuppress\(", line) and "  #" not in line:
+        elif re.search(r"\bwith .*\bsuppress\(", line) and "  #" not in line and not is_told(lines, number - 1):
             yield number, line.strip()
     if EVERYTHING.search(text):
         handlers = (node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ExceptHandler))
         for handler in handlers:
             line = lines[handler.lineno - 1]
             is_raised = any(isinstance(node, ast.Raise) for node in ast.walk(handler))
-            if EVERYTHING.match(line) and not is_raised and "  #" not in line:
+            if (
+                EVERYTHING.match(line)
+                and not is_raised
+                and "  #" not in line
+                and not is_told(lines, handler.lineno - 1)
+            ):
                 yield handler.lineno, line.strip()
 
 
@@ -55,6 +65,9 @@ def test_the_judge_can_say_no() -> None:
         "    pass",
         "with {}(OSError):  # gone already",
         "    pass",
+        "# gone already, and there is no room behind the colon",
+        "with {}(OSError):",
+        "    pass",
         "try:",
         "    f()",
         "except Exception as error:",
@@ -67,4 +80,4 @@ def test_the_judge_can_say_no() -> None:
     ]
     words = {"no{}": "qa", "with {}": "contextlib.suppress"}  # this file has no silence itself
     text = "\n".join(line.format(next((words[w] for w in words if w in line), "ignore")) for line in lines)
-    assert [number for number, _ in silences(text)] == [1, 2, 4, 6, 12]
+    assert [number for number, _ in silences(text)] == [1, 2, 4, 6, 15]
