@@ -119,6 +119,18 @@ def test_a_last_piece_of_one_token_is_read_from_the_prompt(beside: int, folders:
     assert answers(others) == transformers_greedy(folders["llama"], [[1 + number] for number in range(beside)], 80)
 
 
+def test_a_piece_of_one_token_that_is_not_the_last_draws_nothing(folders: dict[str, Path]) -> None:
+    """Two rows decode where a step has room for three tokens: each piece looks like a third row."""
+    config = make_config(folders["llama"], max_num_batched_tokens=3, max_num_seqs=3)
+    run = Run(Recorded(config, 128), config, 128)
+    requests = [run.add(greedy([1 + number], 40, stream_id=number))[0] for number in range(2)]
+    run.step()
+    prompt = [5, 3, 8, 1, 9, 2, 7]
+    requests += run.add(greedy(prompt, 40, stream_id=2))
+    run.finish()
+    assert answers(requests) == transformers_greedy(folders["llama"], [[1], [2], prompt], 40)
+
+
 def test_a_prefix_is_found_and_drawn_tokens_are_the_same(folders: dict[str, Path]) -> None:
     """Requests of one beginning, drawn by seeds, with log probabilities: what an eager rank gives, token by token."""
     rng = random.Random(5)
