@@ -1,15 +1,19 @@
 """The ring of 16-bit weights against its meaning: tokens that fill no tile, pieces, gates, residuals.
 
-Its language has no interpreter: the products need a card. What it refuses, and what adds up its pieces, does not.
+Its language has no interpreter: the products need a card. How a launch shares out the work, and what adds up its
+pieces, does not.
 """
 
 from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from argosy.kernels import gemv, gemv_ring, gemv_split, group_push, group_sum, reference, tuning
+from argosy.kernels import fp8_ring, gemv, gemv_ring, gemv_split, group_push, group_sum, reference, tuning
 
 Near = Callable[[Tensor, Tensor], None]
 SIZES = (
@@ -128,3 +132,142 @@ def test_pieces_are_sent_as_their_sum_would_be(scatter: bool, device: torch.devi
         made.append([*out, *residuals])
     assert all(torch.equal(one, other) for one, other in zip(*made, strict=True))
     assert made[0][0].abs().sum() > 0
+
+
+class WalkedRing:
+    """In place of the kernel: does what each program is told to, by the kernel's own rules."""
+
+    def __init__(self) -> None:
+        self.launches: list[SimpleNamespace] = []
+
+    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+        return lambda *values, **named: self.walk(grid[0], values, SimpleNamespace(**named))
+
+    def walk(self, programs: int, values: tuple[Any, ...], named: Any) -> None:
+        x_desc, w_desc, out, bias, part, counters, squares, next_values, next_norm, next_squares, *numbers = values
+        per, total, blocks, tokens, inputs, outputs, num_parts, stride_out, stride_squares, eps = numbers
+        height, width, pieces, halves = named.ROWS, named.WIDTH, named.PIECES, named.HALVES
+        assert (list(x_desc.block_shape), list(w_desc.block_shape)) == ([named.TOKENS, width], [height, width])
+        assert max(8, tuning.next_power_of_two(tokens)) == named.TOKENS
+        room = fp8_ring.RING_BYTES - 3 * height * named.TOKENS  # what is left turns a tile around
+        assert 0 < named.STAGES * (halves * height + named.TOKENS) * width * 2 <= room
+        tiles = outputs // height
+        assert (programs, total, per * pieces) == (tiles * pieces, tiles * blocks, blocks)
+        assert not named.JOINED or (tiles <= counters.numel() and halves == 1)
+        assert not named.JOINED or programs * height * named.TOKENS <= part.numel()
+        x, w = x_desc.base.float(), w_desc.base.float()
+        left_out = pieces > 1 and not named.JOINED
+        for tile in range(tiles):
+            here = torch.arange(tile * height, (tile + 1) * height)
+            sums = []
+            for piece in range(pieces):
+                columns = slice(piece * per * width, min((piece + 1) * per, blocks) * width)
+                sums.append([w[here + half * outputs, columns] @ x[:, columns].T for half in range(halves)])
+            joined = sums if left_out else [[torch.stack(half).sum(0) for half in zip(*sums, strict=True)]]
+            for place, (acc, *up) in enumerate(joined):
+                added = [bias[here + half * outputs, None].float() if named.BIAS else 0.0 for half in range(halves)]
+                if named.NORMED:
+                    assert num_parts <= named.NORMED
+                    of_token = [squares[:, token].sum() for token in range(tokens)]
+                    assert stride_squares == squares.stride(0)
+                    scale = (torch.stack(of_token) / inputs + eps).rsqrt()
+                    acc, up = acc * scale, [one * scale for one in up]
+                y = F.silu(acc + added[0]) * (up[0] + added[1]) if up else acc + added[0]
+                flat = out.view(-1)[place * tokens * stride_out :]
+                for token in range(tokens):
+                    at = token * stride_out + here
+                    row = y[:, token] + (flat[at].float() if named.RESIDUAL else 0.0)
+                    flat[at] = row.to(out.dtype)
+                    if named.NEXT:
+                        next_squares[tile, token] = flat[at].float().square().sum()
+                        next_values[token, here] = (flat[at].float() * next_norm[here].float()).to(out.dtype)
+        self.launches.append(named)
+
+
+@pytest.fixture
+def ring(monkeypatch: pytest.MonkeyPatch) -> WalkedRing:
+    walked = WalkedRing()
+    monkeypatch.setattr(gemv_ring, "_ring_kernel", walked)
+    return walked
+
+
+@pytest.mark.parametrize("num_tokens", [2, 8, 13, 61])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_launch_shares_out_each_block_once(
+    sizes: Mapping[str, int], num_tokens: int, ring: WalkedRing, assert_near: Near
+) -> None:
+    """A program a tile and piece; written, added to the residual, or left in pieces behind which none may start early:
+    they are read before the wait."""
+    x, weight, residual = (torch.randn(*s).bfloat16() for s in ((num_tokens, 512), (384, 512), (num_tokens, 384)))
+    weight, bias, before = weight / 16, torch.randn(384).bfloat16(), residual.clone()
+    for kept in (None, bias):
+        assert_near(gemv_ring.linear(x, weight, kept, None, sizes), reference.fused_linear(x, weight, kept))
+    assert gemv_ring.linear(x, weight, bias, residual, sizes, residual=True) is residual
+    assert_near(residual, reference.fused_linear(x, weight, bias, residual_TO=before))
+    assert [launch.EARLY for launch in ring.launches] == [sizes["early"]] * 3
+    assert gemv_ring.linear(x, weight, None, residual, sizes) is residual
+    assert_near(residual, reference.fused_linear(x, weight))
+    made = gemv_ring.linear(x, weight, None, None, sizes, in_pieces=True)
+    if sizes["pieces"] > 1:
+        assert (made.dtype, made.shape) == (torch.float32, (sizes["pieces"], num_tokens, 384))
+        made = made.sum(0).bfloat16()
+    assert_near(made, reference.fused_linear(x, weight))
+    assert [launch.EARLY for launch in ring.launches[3:]] == [{0: 0, 1: 2, 2: 2}[sizes["early"]]] * 2
+
+
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("sizes", SIZES, ids=str)
+def test_a_launch_leaves_a_norm_and_the_next_takes_it(
+    sizes: Mapping[str, int], gated: bool, ring: WalkedRing, assert_near: Near
+) -> None:
+    """The squares of each tile are its own; a gate comes with its product, of inputs that are not cut."""
+    x, residual = torch.randn(5, 512).bfloat16(), torch.randn(5, 512).bfloat16()
+    weight, behind = (torch.randn(512, 512) / 16).bfloat16(), (torch.randn(768, 512) / 16).bfloat16()
+    norm, bias = torch.randn(512).bfloat16(), torch.randn(768).bfloat16()
+    want = reference.fused_linear(x, weight, residual_TO=residual.clone())
+    ahead = gemv_split.ahead_for(residual, norm, 1e-2, sizes)
+    gemv_ring.linear(x, weight, None, residual, sizes, residual=True, ahead=ahead)
+    assert_near(residual, want)
+    sizes = {**sizes, "pieces": 1} if gated else sizes
+    exact = reference.fused_linear(residual.float(), behind.float(), bias.float(), norm_weight_I=norm.float(), eps=1e-2,
+                                   gated=gated)  # fmt: skip
+    assert_near(gemv_ring.linear(residual, behind, bias, None, sizes, gated=gated, normed=ahead), exact)
+    assert [(launch.NEXT, bool(launch.NORMED)) for launch in ring.launches] == [(True, False), (False, True)]
+
+
+def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole tiles and pieces of aligned rows, up to 64 tokens; gates of uncut inputs; a counter for each tile."""
+    monkeypatch.setattr(gemv_ring, "is_hopper", lambda device: True)
+
+    class OnCard:
+        is_cuda, device = True, torch.device("cuda")
+
+        def __init__(self, *shape: int, step: int = 0, at: int = 256):
+            self.shape, self._step, self._at = shape, step or shape[1], at
+
+        def stride(self, axis: int) -> int:
+            return self._step if axis == 0 else 1
+
+        def data_ptr(self) -> int:
+            return self._at
+
+    def takes(x: OnCard, weight: OnCard, *, pieces: int = 1, gated: bool = False) -> bool:
+        sizes = {"rows": 64, "width": 128, "pieces": pieces}
+        return gemv_ring.takes(x, weight, sizes, gated=gated)  # type: ignore[arg-type]  # only shapes
+
+    x, weight = OnCard(8, 1024), OnCard(384, 1024)
+    assert takes(x, weight)
+    assert takes(x, weight, pieces=8)
+    assert not takes(x, weight, pieces=3)
+    assert takes(x, weight, gated=True)
+    assert not takes(x, weight, gated=True, pieces=2)
+    assert not takes(x, OnCard(320, 1024), gated=True)  # 160 of each half
+    assert not takes(x, OnCard(380, 1024))
+    assert [takes(OnCard(count, 1024), weight) for count in (0, 1, 64, 65)] == [False, True, True, False]
+    assert not takes(OnCard(8, 1000), OnCard(384, 1000))
+    for odd in (OnCard(384, 1024, step=1028), OnCard(384, 1024, at=264)):
+        assert not takes(x, odd)
+    assert takes(x, OnCard(64 * tuning.MAX_COUNTERS, 1024))
+    assert not takes(x, OnCard(64 * (tuning.MAX_COUNTERS + 1), 1024))
+    monkeypatch.setattr(gemv_ring, "is_hopper", lambda device: False)
+    assert not takes(x, weight)
