@@ -221,5 +221,8 @@ def test_a_small_step_with_prompts_does_not_wait_for_launches() -> None:
     assert stage.seconds(many_rows) == eager.seconds(many_rows) == 8e-3
     beyond = StepLoad(0, 0, 300, 45000, 1)
     assert stage.seconds(beyond) == eager.seconds(beyond)
+    stage._recorded = [(1324, 8)]
+    assert stage.seconds(beyond) == eager.seconds(beyond), "no rank pads by a thousand tokens"
+    stage._recorded = [(256, 8)]
     padded, full = StepLoad(0, 0, 200, 20000, 1), StepLoad(0, 0, 256, 20000, 1)
     assert stage.seconds(padded) == pytest.approx(stage.seconds(full), rel=0.01), "padding is multiplied as well"

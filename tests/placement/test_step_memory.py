@@ -6,6 +6,7 @@ import pytest
 from argosy.cluster.micro_batches import SMALL_PIECE, SMALL_PIECE_ROWS
 from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.placement.model_sources import read_model_shape
+from argosy.placement.planner import make_serving
 from argosy.placement.step_memory import (
     GRAPH_BYTES_A_KERNEL,
     KERNELS_A_LAYER,
@@ -164,6 +165,20 @@ def test_over_stages_a_piece_beside_any_share_of_all_rows_is_recorded(max_rows: 
         assert places - rows < 64
     assert max(places for size, places in kinds if size < 1024) <= max(PROMPT_DECODES[-1], -(-max_rows // 2))
     assert all(places + prompt_places(size) < size for size, places in kinds)
+
+
+def test_plans_know_which_steps_ranks_record() -> None:
+    """A rank that has not all layers is one of several stages; as many rows as there may be, or as are recorded."""
+    shape = read_model_shape("qwen3-0.6b")
+    for graph_rows, rows in ((None, 200), (48, 48)):
+        serving = msgspec.structs.replace(make_serving(shape), max_num_seqs=200, graph_rows=graph_rows)
+        for num_layers, over_stages in ((28, False), (14, True)):
+            sizes = prompt_sizes(
+                SMALL, tp_size=1, max_tokens=serving.max_num_batched_tokens, over_stages=over_stages,
+                dtype_bytes=serving.dtype_bytes, kv_dtype_bytes=serving.kv_dtype_bytes,
+            )  # fmt: skip
+            assert serving.prompt_kinds(SMALL, 1, num_layers) == prompt_kinds(sizes, rows, over_stages=over_stages)
+    assert msgspec.structs.replace(serving, graph_rows=0).prompt_kinds(SMALL, 1, 28) == []
 
 
 def test_one_stage_records_no_steps_for_pieces() -> None:

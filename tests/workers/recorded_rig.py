@@ -95,6 +95,9 @@ class Recorded(InProcessRank):
             if begun is not None:
                 self._check_places(len(output.rows), sum(output.num_tokens) or len(output.rows))
                 self._check_attention(begun[0].metadata, begun[1])
+                inputs, batch = begun[0], self.runner.batch
+                num_blocks = -(-int(inputs.end_R.max()) // batch.block_size)
+                assert batch.num_groups * len(inputs.handles_R) * num_blocks <= prompts._most_entries
             return begun
 
         prompts.begin = noted  # type: ignore[method-assign]  # the same, noted
