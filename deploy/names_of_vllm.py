@@ -52,6 +52,17 @@ _HINTS: Final[Mapping[str, str]] = {
     "offload_group_size": "; --cpu-offload-gb keeps weights in the host's memory",
     "offload_params": "; --cpu-offload-gb keeps weights in the host's memory",
 }
+_POOLING: Final = "poolings are not served yet; this engine continues texts: generate, chat"
+_OF_LLM: Final[Mapping[str, str]] = {
+    **dict.fromkeys(("encode", "embed", "classify", "score", "reward"), _POOLING),
+    "beam_search": "beam search is not served yet; ask for n answers with logprobs and keep the best",
+    **dict.fromkeys(("sleep", "wake_up"), "close() gives all memory back; make a new LLM to go on"),
+    **dict.fromkeys(("enqueue", "wait_for_completion"), "use generate with all prompts, or argosy.AsyncClient"),
+    **dict.fromkeys(("start_profile", "stop_profile"), "'argosy bench' measures"),
+    "llm_engine": "run(work) calls your coroutine in the engine's event loop",
+    "set_tokenizer": "give it to LLM(..., tokenizer=...)",
+    "set_default_sampling_params": "give SamplingParams to each call",
+}
 NOT_YET: Final[frozenset[str]] = frozenset(_REFUSED.split())
 IGNORED_SWITCHES: Final[frozenset[str]] = frozenset(_SWITCHES.split())
 IGNORED: Final[frozenset[str]] = IGNORED_SWITCHES | frozenset(_VALUES.split())
@@ -71,3 +82,8 @@ def check_harmless(name: str, value: object) -> None:
     if name in _HARMLESS and value not in _HARMLESS[name]:
         fitting = " or ".join(dict.fromkeys(str(one) for one in _HARMLESS[name]))
         raise ConfigError(f"{name}={value!r}: only {fitting} is supported yet; leave it out")
+
+
+def describe_missing(name: str) -> str:
+    """What to say of an attribute that vLLM's `LLM` has and ours lacks; nothing of any other."""
+    return f": {_OF_LLM[name]}" if name in _OF_LLM else ""

@@ -35,6 +35,7 @@ from argosy.deploy import prompts as forms
 from argosy.deploy import settings
 from argosy.deploy.gateway import Gateway, PreparedRequest
 from argosy.deploy.model_folder import load_tokenizer, localize
+from argosy.deploy.names_of_vllm import describe_missing
 from argosy.deploy.outputs import RequestOutput
 from argosy.deploy.progress import StartProgress
 from argosy.deploy.token_params import read_generation_config
@@ -207,6 +208,10 @@ class LLM:
             )
         )
         return self._collect(requests, use_tqdm)
+
+    def __getattr__(self, name: str) -> Any:
+        """What vLLM's has and this hasn't is told by what it is for."""
+        raise AttributeError(f"LLM has no {name}{describe_missing(name)}", name=name, obj=self)
 
     # -------------------------------------------------------------------------------------------------- questions
 

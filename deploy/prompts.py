@@ -1,12 +1,13 @@
 """What users of `LLM` hand over as prompts and parameters, brought to one form; all is checked before anything runs."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Set
 from typing import Any, Final
 
 import msgspec
 
 from argosy.cluster.protocol.errors import InvalidRequest
 from argosy.cluster.protocol.sampling import SamplingParams
+from argosy.deploy.conversations import read_messages
 
 _KEYS: Final = ("prompt", "prompt_token_ids", "cache_salt")
 _FORMS: Final = "a prompt is a text, a list of token ids, or {'prompt': ...} or {'prompt_token_ids': [...]}"
@@ -26,7 +27,11 @@ class Prompt(msgspec.Struct, frozen=True):
 
 
 def normalise_prompts(prompts: object) -> list[Prompt]:
-    """One prompt or many, in any of the forms. Raises `InvalidRequest` naming the first that is none of them."""
+    """One prompt or many, in any of the forms. Raises `InvalidRequest` naming the first that is none of them.
+
+    Whatever gives them one by one will do: a generator, a column of a table, an array of numpy's or torch's.
+    """
+    prompts = _as_list(prompts)
     if isinstance(prompts, str | Mapping) or _is_token_ids(prompts):
         return [_prompt("prompts", prompts)]
     if not isinstance(prompts, Sequence) or isinstance(prompts, bytes):
@@ -60,6 +65,7 @@ def normalise_priorities(priority: object, num_prompts: int) -> list[int]:
 
 def normalise_conversations(messages: object) -> list[list[dict[str, Any]]]:
     """One conversation (a list of messages) or a list of them."""
+    messages = _as_list(messages)
     fix = "must be a list of {'role': ..., 'content': ...}, or a list of such lists"
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes) or not messages:
         raise InvalidRequest("messages", messages, fix)
@@ -70,7 +76,19 @@ def normalise_conversations(messages: object) -> list[list[dict[str, Any]]]:
         for message in conversation:
             if not isinstance(message, Mapping) or not isinstance(message.get("role"), str):
                 raise InvalidRequest("messages", message, fix)
-    return [[dict(message) for message in conversation] for conversation in many]
+    return [
+        read_messages(conversation, field="messages" if many[0] is messages else f"messages[{place}]")
+        for place, conversation in enumerate(many)
+    ]
+
+
+def _as_list(value: object) -> object:
+    """What holds several things in an order, and is no list yet, as one; anything else as it is."""
+    if isinstance(value, list | tuple | str | bytes | Mapping | Set):
+        return value
+    if callable(to_list := getattr(value, "tolist", None)):
+        return to_list()
+    return list(value) if isinstance(value, Iterable) else value
 
 
 def _is_token_ids(value: object) -> bool:
@@ -87,6 +105,7 @@ def _is_id(value: object) -> bool:
 
 
 def _prompt(field: str, given: object) -> Prompt:
+    given = _as_list(given)
     if isinstance(given, str):
         return Prompt(given, None)
     if _is_sequence(given):
@@ -107,6 +126,7 @@ def _prompt(field: str, given: object) -> Prompt:
 
 
 def _token_ids(field: str, given: object) -> list[int]:
+    given = _as_list(given)
     if not _is_sequence(given):
         raise InvalidRequest(field, given, "must be a list of token ids")
     ids: list[int] = list(given)  # type: ignore[call-overload]  # a sequence, as was just checked

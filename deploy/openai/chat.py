@@ -1,12 +1,12 @@
 """`/v1/chat/completions`: a conversation through the model's chat template; whole or streamed."""
 
-import json
 import secrets
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
 from argosy.cluster.protocol.errors import InvalidRequest
+from argosy.deploy.conversations import read_messages
 from argosy.deploy.gateway import Gateway, PreparedRequest
 from argosy.deploy.http_io import HttpRequest, Responder
 from argosy.deploy.openai.errors import missing
@@ -23,9 +23,7 @@ from argosy.deploy.openai.serving import (
 )
 from argosy.deploy.outputs import CompletionOutput, TextDelta
 
-_MAX_ROLE_CHARS: Final = 32
 _REASONING_EFFORTS: Final = ("none", "minimal", "low", "medium", "high", "xhigh", "max")
-_PASSED_ON: Final = ("name", "tool_call_id", "reasoning", "reasoning_content")
 
 
 class ChatRun:
@@ -51,6 +49,8 @@ class ChatRun:
         params = fields.sampling_params(
             gateway.sampling_defaults, logprobs=self._num_logprobs(), max_tokens=self._max_tokens()
         )
+        if fields.messages is None:
+            raise missing("messages")
         messages = read_messages(fields.messages)
         if fields.echo or not fields.add_generation_prompt:
             last = messages[-1]
@@ -186,78 +186,6 @@ async def serve_chat(gateway: Gateway, body: Mapping[str, Any], request: HttpReq
     run = ChatRun(gateway, fields)
     await run.prepare(request)
     await (run.run_stream if fields.stream else run.run_whole)(responder)
-
-
-def read_messages(given: Sequence[Mapping[str, Any]] | None) -> list[dict[str, Any]]:
-    """The conversation as templates want it: each content one text. Anything but text is refused."""
-    if given is None:
-        raise missing("messages")
-    if not given:
-        raise InvalidRequest("messages", "an empty list", "a conversation needs at least one message")
-    return [_read_message(f"messages[{place}]", message) for place, message in enumerate(given)]
-
-
-def _read_message(field: str, given: Mapping[str, Any]) -> dict[str, Any]:
-    role = given.get("role")
-    if not isinstance(role, str) or not role or len(role) > _MAX_ROLE_CHARS:
-        raise InvalidRequest(f"{field}.role", type(role).__name__, "must be 'system', 'user', 'assistant' or 'tool'")
-    content = given.get("content")
-    if content is None and role != "assistant":
-        raise InvalidRequest(f"{field}.content", None, "must be text or a list of text parts")
-    message: dict[str, Any] = {
-        "role": "system" if role == "developer" else role,
-        "content": _read_content(f"{field}.content", content) if content is not None else "",
-    }
-    for name in _PASSED_ON:
-        value = given.get(name)
-        if value is not None:
-            if not isinstance(value, str):
-                raise InvalidRequest(f"{field}.{name}", type(value).__name__, "must be text")
-            message[name] = value
-    if given.get("tool_calls") is not None:
-        message["tool_calls"] = _read_tool_calls(f"{field}.tool_calls", given["tool_calls"])
-    return message
-
-
-def _read_content(field: str, content: Any) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list):
-        raise InvalidRequest(field, type(content).__name__, "must be text or a list of text parts")
-    texts = []
-    for place, part in enumerate(content):
-        kind = part.get("type") if isinstance(part, dict) else None
-        if not isinstance(part, dict) or not isinstance(kind, str):
-            raise InvalidRequest(f"{field}[{place}]", type(part).__name__, "must be {'type': 'text', 'text': ...}")
-        if kind != "text":
-            raise InvalidRequest(
-                f"{field}[{place}].type", kind, "this model reads text only; send parts of type 'text'"
-            )
-        if not isinstance(part.get("text"), str):
-            raise InvalidRequest(f"{field}[{place}].text", type(part.get("text")).__name__, "must be text")
-        texts.append(part["text"])
-    return "\n".join(texts)
-
-
-def _read_tool_calls(field: str, given: Any) -> list[dict[str, Any]]:
-    """Calls of earlier turns; templates want their arguments as objects."""
-    if not isinstance(given, list):
-        raise InvalidRequest(field, type(given).__name__, "must be a list")
-    calls = []
-    for place, call in enumerate(given):
-        function = call.get("function") if isinstance(call, dict) else None
-        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
-            raise InvalidRequest(
-                f"{field}[{place}].function", type(function).__name__, "must have a name and arguments"
-            )
-        arguments = function.get("arguments")
-        if isinstance(arguments, str):
-            try:
-                arguments = json.loads(arguments or "{}")
-            except (ValueError, RecursionError) as error:
-                raise InvalidRequest(f"{field}[{place}].function.arguments", "text", "must be JSON") from error
-        calls.append({**call, "function": {**function, "arguments": arguments}})
-    return calls
 
 
 def _check_not_supported(fields: ChatFields) -> None:

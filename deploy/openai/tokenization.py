@@ -6,9 +6,9 @@ from typing import Any
 import msgspec
 
 from argosy.cluster.protocol.errors import InvalidRequest
+from argosy.deploy.conversations import read_messages
 from argosy.deploy.gateway import Gateway
 from argosy.deploy.http_io import HttpRequest, Responder
-from argosy.deploy.openai.chat import read_messages
 from argosy.deploy.openai.errors import missing
 from argosy.deploy.openai.fields import note_unknown, read_fields
 

@@ -219,7 +219,6 @@ HOSTILE: list[tuple[tuple[str, bytes], int, str | None]] = [
     (("/tokenize", b"{}"), 400, "prompt"),
     (("/tokenize", b'{"prompt": 1}'), 400, "prompt"),
     (("/tokenize", b'{"prompt": "x", "messages": []}'), 400, "prompt"),
-    (("/tokenize", json.dumps({"prompt": "word " * 100_000}).encode()), 400, "prompt"),
     (("/detokenize", b"{}"), 400, "tokens"),
     (("/detokenize", b'{"tokens": [4096]}'), 400, "tokens"),
     (("/detokenize", b'{"tokens": [-1]}'), 400, "tokens"),

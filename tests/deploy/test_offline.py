@@ -148,6 +148,16 @@ def test_after_the_end_it_says_so(engine: SimpleNamespace) -> None:
     assert engine.closed == [True]
 
 
+def test_what_only_others_have_is_told_by_what_it_is_for(engine: SimpleNamespace) -> None:
+    """A script for vLLM learns what to write instead; `hasattr` and `getattr` go on saying that it isn't there."""
+    with LLM() as llm:
+        with pytest.raises(AttributeError, match="LLM has no embed: poolings are not served yet"):
+            llm.embed(["a"])
+        with pytest.raises(AttributeError, match="LLM has no generat$"):
+            llm.generat("a")
+        assert not hasattr(llm, "sleep")
+
+
 def test_arguments_are_checked_before_anything_starts() -> None:
     """Typos, unknown backends."""
     with pytest.raises(ConfigError, match="did you mean 'max_model_len'"):

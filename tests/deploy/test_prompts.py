@@ -1,5 +1,7 @@
 """What users of `LLM` write as prompts, in all the forms they know from elsewhere."""
 
+from collections import deque
+
 import pytest
 
 from argosy import SamplingParams
@@ -11,6 +13,13 @@ from argosy.deploy.prompts import (
     normalise_priorities,
     normalise_prompts,
 )
+
+
+class Array:
+    """What numpy, torch and pandas have in common."""
+
+    def __init__(self, values: list[object]):
+        self.tolist = lambda: values
 
 
 @pytest.mark.parametrize(
@@ -25,6 +34,13 @@ from argosy.deploy.prompts import (
         ({"prompt_token_ids": [1], "prompt": "shown only"}, [Prompt(None, [1])]),
         ([], []),
         (("a", "b"), [Prompt("a", None), Prompt("b", None)]),
+        ((text for text in "ab"), [Prompt("a", None), Prompt("b", None)]),
+        (deque(["a", [1]]), [Prompt("a", None), Prompt(None, [1])]),
+        (range(3), [Prompt(None, [0, 1, 2])]),
+        (Array([1, 2]), [Prompt(None, [1, 2])]),
+        ([Array([1, 2]), "a"], [Prompt(None, [1, 2]), Prompt("a", None)]),
+        ({"prompt_token_ids": Array([1, 2])}, [Prompt(None, [1, 2])]),
+        (Array(["a", "b"]), [Prompt("a", None), Prompt("b", None)]),
     ],
 )
 def test_every_form_of_a_prompt(given: object, expected: list[Prompt]) -> None:
@@ -33,7 +49,8 @@ def test_every_form_of_a_prompt(given: object, expected: list[Prompt]) -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [None, 3, b"bytes", [None], [1.5], ["a", 2], [[1, "x"]], {"text": "a"}, {"prompt": 4}]
+    "given",
+    [None, 3, b"bytes", {"a", "b"}, Array([1.5]), [None], [1.5], ["a", 2], [[1, "x"]], {"text": "a"}, {"prompt": 4}],
 )
 def test_what_is_no_prompt_is_named_before_anything_runs(given: object) -> None:
     """The third of a thousand prompts is wrong: the error says which, and none was started."""
@@ -70,3 +87,16 @@ def test_a_conversation_or_several() -> None:
     for wrong in ("hi", [], [[]], [{"content": "hi"}], [3]):
         with pytest.raises(InvalidRequest):
             normalise_conversations(wrong)
+
+
+def test_messages_are_read_as_by_http() -> None:
+    """Templates would be given the parts as they are: an image was left out without a word."""
+    parts = [{"role": "developer", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]}]
+    assert normalise_conversations(parts) == [[{"role": "system", "content": "a\nb"}]]
+    image = [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]
+    with pytest.raises(
+        InvalidRequest, match=r"messages\[0\]\.content\[0\]\.type=image_url: this model reads text only"
+    ):
+        normalise_conversations(image)
+    with pytest.raises(InvalidRequest, match=r"messages\[1\]\[0\]\.content"):
+        normalise_conversations(conversation for conversation in (parts, image))
