@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier, warpgroup_mma, warpgroup_mma_wait
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
 from argosy.kernels import tuning
-from argosy.kernels.fp8_ring import RING_BYTES, fetch, is_hopper, next_place, wait_for_all
+from argosy.kernels.fp8_ring import RING_BYTES, fetch, is_hopper, multiply_place, next_place, wait_for_all
 from argosy.kernels.norm_ahead import NormAhead
 
 MAX_TOKENS = 64
@@ -95,15 +95,7 @@ def _multiply(
     slot = 0
     phase = 0
     for _ in range(gl.minimum(per, num_blocks - piece * per)):
-        mbarrier.wait(full.index(slot), phase)
-        x = x_smem.index(slot).permute((1, 0))
-        acc = warpgroup_mma(w_smem.index(slot * HALVES), x, acc, is_async=True)
-        if HALVES == 2:
-            up = warpgroup_mma(w_smem.index(slot * HALVES + 1), x, up, is_async=True)
-            acc, up = warpgroup_mma_wait(0, deps=[acc, up])
-        else:
-            acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(empty.index(slot))
+        acc, up = multiply_place(acc, up, x_smem, w_smem, full, empty, slot, slot, phase, HALVES)
         slot, phase = next_place(slot, phase, STAGES)
     last = program >= 0
     if JOINED:
