@@ -45,8 +45,12 @@ def normalise_params(params: object, default: SamplingParams, num_prompts: int) 
         return [default] * num_prompts
     if isinstance(params, SamplingParams):
         return [params] * num_prompts
-    if not isinstance(params, Sequence) or not all(isinstance(p, SamplingParams) for p in params):
-        raise InvalidRequest("sampling_params", params, "must be SamplingParams or a list of them")
+    if not isinstance(params, Sequence) or isinstance(params, str | bytes):
+        example = ", as SamplingParams(temperature=0.5)"
+        raise InvalidRequest("sampling_params", repr(params), f"must be SamplingParams or a list of them{example}")
+    for number, one in enumerate(params):
+        if not isinstance(one, SamplingParams):
+            raise InvalidRequest(f"sampling_params[{number}]", repr(one), "must be SamplingParams")
     if len(params) != num_prompts:
         raise InvalidRequest("sampling_params", f"{len(params)} of them", f"there are {num_prompts} prompts")
     return list(params)

@@ -67,8 +67,13 @@ def test_params_are_one_for_all_or_one_each() -> None:
     assert normalise_params([default, other], default, 2) == [default, other]
     with pytest.raises(InvalidRequest, match="there are 3 prompts"):
         normalise_params([other], default, 3)
-    with pytest.raises(InvalidRequest, match="must be SamplingParams"):
-        normalise_params({"max_tokens": 3}, default, 1)
+    for given, said in (
+        ({"max_tokens": 3}, r"^sampling_params=\{'max_tokens': 3\}: must be SamplingParams or a list of them, as "),
+        ("hot", r"^sampling_params='hot': must be SamplingParams or a list of them"),
+        ([default, 0.5], r"^sampling_params\[1\]=0\.5: must be SamplingParams$"),
+    ):
+        with pytest.raises(InvalidRequest, match=said):
+            normalise_params(given, default, 2)
 
 
 def test_priorities_are_numbers_for_each_prompt() -> None:
