@@ -122,8 +122,11 @@ class StageCost:
         has_chain = sheet.name == calibration.device and chain_name(spec, tp_size) in calibration.chains
         self._rounding_seconds = self.num_layers * calibration.fp8_layer_us * _US * is_fp8
         self._rounds_from = calibration.few_rows + 1 if has_chain else 0
+        is_plain = serving.weight_format.bits == 16
+        has_rings = is_plain and sheet.name == calibration.device and chain_name(spec, tp_size) in calibration.rings
+        self._ring_seconds = self.num_layers * calibration.ring_us * _US * has_rings
         # one token: a group's ranks tell each other their parts within a launch, in 16 bits
-        self._lone_share = calibration.chain_sums if has_chain and serving.weight_format.bits == 16 else 1.0
+        self._lone_share = calibration.chain_sums if has_chain and is_plain else 1.0
         self._row_seconds = calibration.row_us * _US * self.num_layers / shape.num_layers
         self._states_seconds = self.num_layers * calibration.state_passes * self._hidden_bytes / bandwidth
         kinds = serving.prompt_kinds(spec, tp_size, self.num_layers) if calibration.records_graphs else []
@@ -169,6 +172,8 @@ class StageCost:
         total += tokens * self._states_seconds
         if tokens > calibration.few_rows:
             total += self.num_layers * calibration.apart_us * _US
+        elif tokens > 1:
+            total -= self._ring_seconds
         if tokens >= self._rounds_from:
             total += self._rounding_seconds
         if load.prefill_tokens and not recorded:

@@ -134,6 +134,35 @@ def test_layers_in_a_launch_are_those_that_kernels_were_tuned_for() -> None:
         assert {f"{seen}x{width}", f"{width}x{2 * inner}", f"{inner}x{width}"} <= set(tuned["fp8_one"])
 
 
+def test_layers_with_rings_are_those_that_kernels_were_tuned_for() -> None:
+    """What attention saw and the MLP's inner numbers are multiplied by rings in steps of 2 to 16 rows."""
+    tuned = json.loads((ROOT / "kernels" / "tuned" / "nvidia_h200.json").read_text(encoding="utf-8"))["gemv"]
+    ring = 5  # `kernels/gemv.py`
+    by_ring = {
+        key.removesuffix("x16") for key, sizes in tuned.items() if key.endswith("x16") and sizes["kernel"] == ring
+    }
+    layers = [name.split("x")[:3] for name in default_calibration("H200").rings]
+    assert len(layers) >= 3
+    for width, seen, inner in layers:
+        assert {f"{seen}x{width}", f"{inner}x{width}"} <= by_ring
+    fetched = default_calibration("H200").few_rows
+    assert fetched == 16
+
+
+def test_rings_make_few_rows_cheaper_and_neither_one_nor_many() -> None:
+    """8B on one card in 16 bits; FP8 has rings of its own."""
+    calibration = msgspec.structs.replace(default_calibration("H200"), ring_us=6.0)
+    shape = read_model_shape("llama-3.1-8b")
+    for quantization, saved in ((None, [0.0, 192e-6, 192e-6, 0.0]), ("fp8", [0.0] * 4)):
+        sizes = StageBytes(shape, make_serving(shape, quantization=quantization))
+        without, with_them = (
+            [StageCost(sizes, H200, msgspec.structs.replace(calibration, rings=names), tp_size=1, first_layer=0,
+                       last_layer=32, group_link=H200.link).seconds(decode(rows)) for rows in (1, 2, 16, 17)]
+            for names in ((), calibration.rings)
+        )  # fmt: skip
+        assert [a - b for a, b in zip(without, with_them, strict=True)] == pytest.approx(saved)
+
+
 def test_one_token_in_a_launch_waits_less_for_its_group() -> None:
     """8B over two cards, whose layers go in a launch; those of another width, and of cards nobody tuned for, don't."""
     calibration = default_calibration("H200")
