@@ -169,6 +169,13 @@ def step_residuals(steps: Sequence[DecodeStep], device: str) -> Residuals:
     ]  # fmt: skip
 
 
+def for_device(calibration: Calibration, device: str) -> Calibration:
+    """To begin a fit with: of another device's, without what was measured or tuned on that one alone."""
+    if calibration.device == device:
+        return calibration
+    return msgspec.structs.replace(calibration, device=device, judged=(), chains=(), rings=(), start_seconds=0.0)
+
+
 def calibrate(rows: Sequence[Mapping[str, Any]], device_name: str) -> Calibration:
     """The calibration of the device by its driver's name ("" is a CPU). Raises `ConfigError` without what it needs."""
     sheet = find_data_sheet(device_name) if device_name else DATA_SHEETS["CPU"]
@@ -179,10 +186,9 @@ def calibrate(rows: Sequence[Mapping[str, Any]], device_name: str) -> Calibratio
         raise ConfigError(
             "--calibration: nothing to fit; measure decode steps of one stage (--workload decode1 decode8 decode64)"
         )
-    start = default_calibration(sheet.name)
+    start = for_device(default_calibration(sheet.name), sheet.name)
     start = msgspec.structs.replace(
         start,
-        device=sheet.name,
         flops_efficiency=tuple((point, start.flops_share(point)) for point in FLOPS_POINTS),
         source=f"fitted to {len(steps)} decode steps of {', '.join(sorted({step.model for step in steps}))}",
     )

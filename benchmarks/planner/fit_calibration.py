@@ -100,13 +100,12 @@ def main() -> int:
     parser.add_argument("--write", help="store the calibration here")
     args = parser.parse_args()
     rows = read_rows(args.results)
-    start = read_calibration(args.start)
+    start = calibrate.for_device(read_calibration(args.start), args.gpu)
     cases = [case for case in read_cases(args.results) if case.pp_size == 1]
     cases = [case for case in cases if case.workload in WORKLOADS] if args.workloads else []
     names = ", ".join(Path(path).name for path in args.results)
     start = msgspec.structs.replace(
         start,
-        device=args.gpu,
         flops_efficiency=tuple((point, start.flops_share(point)) for point in FLOPS_POINTS),
         source=f"fitted to {sum(row.pp_size == 1 for row in rows)} decode steps and {len(cases)} workloads of {names}",
     )

@@ -31,6 +31,10 @@ def test_ratios_of_a_device_are_found_again(tmp_path: Path) -> None:
     calibrate.write(calibrate.calibrate(rows, "NVIDIA H100 80GB HBM3"), path)
     found = read_calibration(path)
     assert (found.device, found.source) == ("H100", "fitted to 8 decode steps of 06b, 8b")
+    assert (found.chains, found.rings, found.start_seconds) == ((), (), 0.0), "nobody tuned or started on it"
+    (judged,) = found.judged
+    assert (judged.kind, judged.rows) == ("decode step", 8)
+    assert judged.middle <= abs(judged.most) < 0.03
     unseen = DecodeStep("8b", 1, 1, 32, 0.0)
     ratio = calibrate.reckon_ms(unseen, found, "H100") / calibrate.reckon_ms(unseen, truth, "H100")
     assert ratio == pytest.approx(1.0, abs=0.03)
