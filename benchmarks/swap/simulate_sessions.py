@@ -48,7 +48,7 @@ def step_seconds(size: StepSize) -> list[float]:
 
 
 class Clients:
-    """Requests that come when others end: `follow` says what comes after a request, and after how many seconds."""
+    """Requests that come when others end: whoever reads the ends from `run` sends what comes next, and when."""
 
     def __init__(self, replica: SimulatedReplica):
         self.replica, self._count = replica, itertools.count()

@@ -90,7 +90,7 @@ class GroupSum:
         """residual (+)= the sum of all parts. Returns its norm, or itself without one, valid until the next call.
 
         With many rows over many ranks each rank keeps only its own rows of the residual up to date, unless it must be
-        `whole`; what is returned always is. `left`: pieces only where this many rows `take_pieces`.
+        `whole`; what is returned always is. `left`: pieces only of so many rows as `takes_pieces` allows.
         `way` overrides `way_of` (benchmarks).
         """
         num_tokens = residual_TD.shape[0]
