@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-import signal
 import subprocess
 import sys
 import tempfile
@@ -15,7 +14,10 @@ import msgspec
 import psutil
 import pytest
 
-from argosy.cluster.driver_client import DriverClient, TokenStream
+sys.path.insert(0, str(Path(__file__).parent))
+from engine_rig import driver_process, rank_processes, tokens_of
+
+from argosy.cluster.driver_client import DriverClient
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import ConfigError, ServingError, WeightError, WorkerFailed
 from argosy.cluster.protocol.messages import EngineInfo
@@ -47,22 +49,6 @@ def _leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator
     assert os.listdir(short) == []
     assert {name for name in os.listdir("/dev/shm") if "argosy" in name} <= shared
     os.rmdir(short)
-
-
-def rank_processes(engine: Engine) -> list[psutil.Process]:
-    """The ranks, by age."""
-    driver = psutil.Process(engine._driver.pid)  # type: ignore[attr-defined]  # a process here
-    return sorted(driver.children(), key=lambda process: process.create_time())
-
-
-async def tokens_of(stream: TokenStream) -> tuple[list[int], FinishReason | None]:
-    token_ids: list[int] = []
-    reason = None
-    async for deltas in stream:
-        for delta in deltas:
-            token_ids += delta.token_ids
-            reason = delta.finish_reason or reason
-    return token_ids, reason
 
 
 def as_edge(engine: Engine, body: Callable[[DriverClient], Coroutine[Any, Any, None]]) -> None:
@@ -167,7 +153,7 @@ def test_a_killed_driver_takes_its_ranks_along_and_edges_hear_of_it() -> None:
     async def body(client: DriverClient) -> None:
         streams = [client.submit([first, 1], TokenParams(max_tokens=NUM_TOKENS)) for first in range(32)]
         await anext(streams[0])
-        os.kill(engine._driver.pid, signal.SIGKILL)  # type: ignore[attr-defined]  # a process here
+        driver_process(engine).kill()
         reasons = [(await tokens_of(stream))[1] for stream in streams]
         assert reasons[-1] is FinishReason.LOST  # the first may have been over already
 
@@ -180,7 +166,7 @@ def test_a_killed_driver_takes_its_ranks_along_and_edges_hear_of_it() -> None:
 def test_the_driver_ends_with_its_owner() -> None:
     """A notebook's kernel is killed: its end of the pipe closes, and the driver stops by itself."""
     engine = launch_engine(settings(), backend="local", rank_module=ZERO_COST)
-    processes = [psutil.Process(engine._driver.pid), *rank_processes(engine)]  # type: ignore[attr-defined]  # a process here
+    processes = [driver_process(engine), *rank_processes(engine)]
     engine._driver._process.stdin.close()  # type: ignore[attr-defined]  # a process here
     assert psutil.wait_procs(processes, timeout=15.0)[1] == []
     engine.close()

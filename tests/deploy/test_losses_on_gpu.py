@@ -7,11 +7,11 @@ import sys
 import time
 from pathlib import Path
 
-import psutil
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
+from engine_rig import rank_processes
 from test_on_gpu import DEVICE, NUM_CARDS, engine, folders, regret_of, score
 
 from argosy.cluster.driver_client import DriverClient, TokenStream
@@ -52,10 +52,7 @@ def test_a_rank_that_is_lost_costs_a_pause_and_no_token(tp: int, pp: int, how: s
     found: list[tuple[list[int], FinishReason | None]] = []
     with engine(folders["llama"], dtype="float32", max_model_len=512, **sizes) as llm:
         running = llm._engine
-        before = sorted(
-            psutil.Process(running._driver.pid).children(),  # type: ignore[attr-defined]  # a process here
-            key=lambda process: process.create_time(),
-        )
+        before = rank_processes(running)
         assert len(before) == tp * pp
 
         async def ask() -> None:

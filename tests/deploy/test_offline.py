@@ -153,7 +153,7 @@ def test_what_only_others_have_is_told_by_what_it_is_for(engine: SimpleNamespace
     with LLM() as llm:
         with pytest.raises(AttributeError, match="LLM has no embed: poolings are not served yet"):
             llm.embed(["a"])
-        with pytest.raises(AttributeError, match="LLM has no generat$"):
+        with pytest.raises(AttributeError, match=r"LLM has no generat$"):
             llm.generat("a")
         assert not hasattr(llm, "sleep")
 

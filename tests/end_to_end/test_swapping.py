@@ -1,14 +1,15 @@
 """An engine of real ranks with `swap_space`, and four times the load that its blocks hold. No Ray in it."""
 
 import asyncio
-import os
-import signal
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "deploy"))
+from engine_rig import rank_processes
 
 from argosy.cluster.driver_client import DriverClient
 from argosy.cluster.oracle import oracle_continuation
@@ -71,8 +72,7 @@ def test_a_rank_that_dies_takes_host_copies_along_and_no_request(
     def kill_one(values: dict[str, float]) -> bool:
         if not values["argosy_host_blocks_used"]:
             return False
-        driver = psutil.Process(engine._driver.pid)  # type: ignore[attr-defined]  # a process here
-        os.kill(min(driver.children(), key=lambda process: process.create_time()).pid, signal.SIGKILL)
+        rank_processes(engine)[0].kill()
         return True
 
     with launch_engine(oracle_settings(swap_space="64MiB", tensor_parallel_size=2, **TIGHT), backend="local") as engine:

@@ -1,8 +1,10 @@
 """The whole path on Ray, TP2 x PP2, with the model that notices every wrong block; also with a rank killed."""
 
 import asyncio
+import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -10,7 +12,10 @@ import pytest
 import ray
 from ray.util.placement_group import placement_group_table
 
-from argosy.cluster.driver_client import DriverClient, TokenStream
+sys.path.insert(0, str(Path(__file__).parents[1] / "deploy"))
+from engine_rig import tokens_of
+
+from argosy.cluster.driver_client import DriverClient
 from argosy.cluster.oracle import oracle_continuation
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.sampling import FinishReason, TokenParams
@@ -50,16 +55,6 @@ def rank_processes() -> list[psutil.Process]:
     return [p for p in found if p.pid in mine]
 
 
-async def rest_of(stream: TokenStream) -> tuple[list[int], FinishReason | None]:
-    token_ids: list[int] = []
-    reason = None
-    async for deltas in stream:
-        for delta in deltas:
-            token_ids += delta.token_ids
-            reason = delta.finish_reason or reason
-    return token_ids, reason
-
-
 async def ask(engine: Engine, num_tokens: int, disturb: Callable[[], None] = lambda: None) -> list[list[int]]:
     """All prompts at once; `disturb` is called when every one has its first token."""
     client = await DriverClient.connect(engine.address, engine.secret)
@@ -67,7 +62,7 @@ async def ask(engine: Engine, num_tokens: int, disturb: Callable[[], None] = lam
         streams = [client.submit(prompt, TokenParams(max_tokens=num_tokens, temperature=0.0)) for prompt in PROMPTS]
         starts = [[token for delta in await anext(stream) for token in delta.token_ids] for stream in streams]
         disturb()
-        rests = [await rest_of(stream) for stream in streams]
+        rests = [await tokens_of(stream) for stream in streams]
     assert {reason for _, reason in rests} == {FinishReason.LENGTH}
     await client.close()
     return [start + rest for start, (rest, _) in zip(starts, rests, strict=True)]

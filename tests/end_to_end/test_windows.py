@@ -2,12 +2,12 @@
 
 import asyncio
 import json
-import os
 import random
-import signal
+import sys
 from pathlib import Path
 
-import psutil
+sys.path.insert(0, str(Path(__file__).parents[1] / "deploy"))
+from engine_rig import rank_processes
 
 from argosy.cluster.driver_client import DriverClient
 from argosy.cluster.protocol.config import ServingConfig
@@ -35,8 +35,7 @@ async def ask(engine: Engine, *, kill_after: int = 0) -> tuple[list[list[int]], 
             token_ids += [token for delta in deltas for token in delta.token_ids]
             if is_alive and len(token_ids) >= kill_after:
                 is_alive = False
-                driver = psutil.Process(engine._driver.pid)  # type: ignore[attr-defined]  # a process here
-                os.kill(min(driver.children(), key=lambda process: process.create_time()).pid, signal.SIGKILL)
+                rank_processes(engine)[0].kill()
         return token_ids
 
     async with asyncio.timeout(120.0):
