@@ -135,6 +135,8 @@ def test_switches_take_true_and_false_alone() -> None:
     for name in ("ignore_eos", "detokenize", "skip_special_tokens", "include_stop_str_in_output", "skip_clone"):
         with pytest.raises(InvalidRequest, match=f"{name}='no': must be true or false"):
             make_params(**{name: "no"})
+    with pytest.raises(InvalidRequest, match=r"ignore_eos=1\.0: must be true or false"):
+        make_params(ignore_eos=1.0)
     with pytest.raises(InvalidRequest, match="skip_reading_prefix_cache='no': must be true or false"):
         make_params(skip_reading_prefix_cache="no")
     with pytest.raises(InvalidRequest, match="output_kind=7"):

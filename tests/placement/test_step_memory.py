@@ -17,6 +17,7 @@ from argosy.placement.step_memory import (
     PROMPT_DECODES,
     PROMPT_ROWS,
     PROMPT_SIZES,
+    STAGE_PIECES,
     attention_bytes,
     decode_bytes,
     graph_bytes,
@@ -153,18 +154,20 @@ def test_only_the_last_stage_makes_logits() -> None:
         assert of[True] - of[False] == 64 * MIDDLE.vocab_size * 2
 
 
-@pytest.mark.parametrize("max_rows", [64, 200, 256, 1000])
+@pytest.mark.parametrize("max_rows", [64, 200, 257, 1000])
 def test_over_stages_a_piece_beside_any_share_of_all_rows_is_recorded(max_rows: int) -> None:
     """The scheduler can't ask the ranks' rooms, so its numbers suit theirs: at most 63 tokens of padding, and as many
     places for rows that aren't there."""
     sizes = prompt_sizes(SMALL, tp_size=1, max_tokens=8192, over_stages=True)
     kinds = sorted(prompt_kinds(sizes, max_rows, over_stages=True))
-    for rows in range(SMALL_PIECE_ROWS, max_rows // 2 + 1):
+    for rows in range(SMALL_PIECE_ROWS, -(-max_rows // 2) + 1):
         size, places = next(kind for kind in kinds if kind[0] >= rows + SMALL_PIECE and kind[1] >= rows)
         assert size - rows - SMALL_PIECE < 64
         assert places - rows < 64
     assert max(places for size, places in kinds if size < 1024) <= max(PROMPT_DECODES[-1], -(-max_rows // 2))
     assert all(places + prompt_places(size) < size for size, places in kinds)
+    pieces = [size - places for size, places in kinds if places > PROMPT_DECODES[-1] and size < LONG_UNIT]
+    assert STAGE_PIECES[0] <= min(pieces, default=64) <= max(pieces, default=64) <= STAGE_PIECES[1]
 
 
 def test_plans_know_which_steps_ranks_record() -> None:

@@ -1,6 +1,7 @@
 """One token of e4m3 through five launches a layer, in plain torch: the tokens of the way that larger batches take."""
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,8 +18,10 @@ from test_parallel_ranks import prompts
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.kernels import fp8_one, fp8_ops, fp8_reference, ops, tuning
 from argosy.kernels.fp8_reference import Fp8Weight, Rounding
+from argosy.workers.layers import fp8_one_token
 from argosy.workers.layers.attention import Attention
 from argosy.workers.layers.fp8_one_token import Fp8OneToken, open_fp8_one_token
+from argosy.workers.layers.norm import RMSNorm
 
 ONE = {"pieces": 1}
 
@@ -143,3 +146,39 @@ def test_what_the_launches_can_not_do_has_none(tmp_path: Path, monkeypatch: pyte
     assert opened() is not None
     monkeypatch.setattr(fp8_one, "takes", lambda weight, sizes: False)
     assert opened() is None
+
+
+@dataclass(frozen=True)
+class _Shape:
+    beside_rings: bool = False
+
+
+@pytest.mark.parametrize("is_last", [False, True])
+def test_a_stage_hands_on_what_was_added_up(is_last: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the last stage the residual with all that the last layer added, behind it the norm of that."""
+    added = {"o": 1.0, "down": 2.0}
+
+    def linear(x_1I: Tensor, weight: str, bias: object, sizes: object, *, kept_1I: Any = None, **more: Any) -> Tensor:
+        if kept_1I is not None:
+            kept_1I.copy_(x_1I + more["parts_P1I"].sum(0))
+        return torch.full((2, 1, 8) if weight in added else (1, 8), added.get(weight, 0.0) / 2)
+
+    monkeypatch.setattr(fp8_one_token, "weight_of", lambda product: product.name)
+    products = {name: SimpleNamespace(name=name, bias=None) for name in ("qkv", "o", "gate_up", "down")}
+    norm = SimpleNamespace(weight=torch.ones(8), eps=1e-6)
+    attention = SimpleNamespace(
+        qkv_proj=products["qkv"], o_proj=products["o"], attend=lambda qkv, *_: qkv, shape=_Shape()
+    )
+    mlp = SimpleNamespace(gate_up_proj=products["gate_up"], down_proj=products["down"])
+    layer: Any = SimpleNamespace(attention=attention, mlp=mlp, input_norm=norm, mlp_norm=norm)
+    through = object.__new__(Fp8OneToken)
+    through._kernels, through._sizes = SimpleNamespace(linear=linear), [ONE] * 4  # type: ignore[assignment]  # a stand-in
+    residual_1D = torch.arange(8.0)[None]
+    last = RMSNorm(8, 1e-6, dtype=torch.float32)
+    last.weight = torch.nn.Parameter(torch.full((8,), 2.0))
+    context: Any = None
+    made_1D = through.through(
+        [layer, layer], [None, last if is_last else None], torch.zeros(1, 8), residual_1D, torch.zeros(1), context
+    )
+    want_1D = torch.arange(8.0)[None] + 2 * (1.0 + 2.0)
+    torch.testing.assert_close(made_1D, last(want_1D) if is_last else want_1D)
