@@ -73,23 +73,22 @@ def smi(**cells: str) -> str:
 
 def faults(first: Host) -> list[Injected]:
     """All of them. The host's usual state is a card of its own and equal versions."""
-    card = smi()
+    return [
+        *of_software(),
+        *of_cards(),
+        *of_the_node(),
+        *of_the_network(),
+        *of_the_model(),
+        *of_commands(first),
+        *of_ray(),
+    ]
+
+
+def of_software() -> list[Injected]:
+    """Packages and sources that are missing, or differ from the first host's."""
     torch = version_of("torch")
-    weights, config = MODEL / "model.safetensors", MODEL / "config.json"
     nccl = PACKAGES / "nvidia_nccl_cu13-2.27.dist-info"
     tokenizers = Path(metadata("tokenizers")).parent
-    fill = "size=$(( $(df --output=used -B1 /dev/shm | tail -1) + 16777216 ))"
-    drop = "nft add table inet t; nft 'add chain inet t c { type filter hook input priority 0; }'; "
-    drop += "nft add rule inet t c ct state established,related accept; "
-    drop += "nft add rule inet t c tcp dport 32768-65535 drop"
-    names = "cp /etc/hosts ~/hosts; grep -v $(hostname) ~/hosts > /etc/hosts; "
-    names += "printf 'nameserver 203.0.113.1\\noptions timeout:2 attempts:1\\n' > /etc/resolv.conf"
-    shifted = "import time\n_now = time.time\ntime.time = lambda: _now() + 90.0\n"
-    raylet = "$(pgrep -o raylet)"
-    cut = f"cp {weights} ~/weights; truncate -s -5000 {weights}"
-    unmount = f"umount -l {RAY_TEMP}"
-    back = f"cp ~/weights {weights}"
-    serve = f"argosy serve --device cpu --port 8123 --cpu-threads 1 {MODEL}"
     return [
         Injected("package-missing", "a package is not installed", f"mv {tokenizers} ~/t", f"mv ~/t {tokenizers}"),
         Injected(
@@ -123,6 +122,13 @@ def faults(first: Host) -> list[Injected]:
             set_version("torch", f"{torch}+cpu"),
             set_version("torch", f"{torch}+cu130"),
         ),
+    ]
+
+
+def of_cards() -> list[Injected]:
+    """What `nvidia-smi` says of the card, or does not."""
+    card = smi()
+    return [
         Injected("gpu-driver", "the driver lost its card", "touch ~/smi-fails", "rm ~/smi-fails"),
         Injected("gpu-missing", "Ray was told of a card that is not there", "> ~/smi", card),
         Injected("gpu-occupied", "a rank of an earlier run holds the card", smi(used="70123"), card),
@@ -140,6 +146,14 @@ def faults(first: Host) -> list[Injected]:
         Injected("gpu-differs", "another model of card", smi(name="NVIDIA A100-SXM4-80GB"), card),
         Injected("driver-differs", "another driver", smi(driver="590.44"), card),
         Injected("driver-old", "a driver too old for torch", smi(driver="535.10"), card),
+    ]
+
+
+def of_the_node() -> list[Injected]:
+    """Memory, disks and limits."""
+    fill = "size=$(( $(df --output=used -B1 /dev/shm | tail -1) + 16777216 ))"
+    raylet, unmount = "$(pgrep -o raylet)", f"umount -l {RAY_TEMP}"
+    return [
         Injected(
             "shm-small",
             "16 MiB of shared memory",
@@ -154,6 +168,18 @@ def faults(first: Host) -> list[Injected]:
             f"for p in {raylet} $(pgrep -P {raylet}); do prlimit --pid $p --nofile=512:; done",
             f"for p in {raylet} $(pgrep -P {raylet}); do prlimit --pid $p --nofile=20000:; done",
         ),
+    ]
+
+
+def of_the_network() -> list[Injected]:
+    """Names, links, firewalls and clocks."""
+    drop = "nft add table inet t; nft 'add chain inet t c { type filter hook input priority 0; }'; "
+    drop += "nft add rule inet t c ct state established,related accept; "
+    drop += "nft add rule inet t c tcp dport 32768-65535 drop"
+    names = "cp /etc/hosts ~/hosts; grep -v $(hostname) ~/hosts > /etc/hosts; "
+    names += "printf 'nameserver 203.0.113.1\\noptions timeout:2 attempts:1\\n' > /etc/resolv.conf"
+    shifted = "import time\n_now = time.time\ntime.time = lambda: _now() + 90.0\n"
+    return [
         Injected(
             "name-slow", "a name server that does not answer", names, "cat ~/hosts > /etc/hosts; > /etc/resolv.conf"
         ),
@@ -171,6 +197,15 @@ def faults(first: Host) -> list[Injected]:
             f"printf '{shifted.encode('unicode_escape').decode()}' > {PACKAGES}/sitecustomize.py",
             f"rm {PACKAGES}/sitecustomize.py",
         ),
+    ]
+
+
+def of_the_model() -> list[Injected]:
+    """Its folder on that host."""
+    weights, config = MODEL / "model.safetensors", MODEL / "config.json"
+    cut = f"cp {weights} ~/weights; truncate -s -5000 {weights}"
+    back = f"cp ~/weights {weights}"
+    return [
         Injected("model-broken", "no model folder", f"mv {MODEL} {MODEL}-away", f"mv {MODEL}-away {MODEL}"),
         Injected("model-broken", "no config.json", f"mv {config} ~/config", f"mv ~/config {config}"),
         Injected("model-broken", "a weights file cut off", cut, back),
@@ -189,6 +224,13 @@ def faults(first: Host) -> list[Injected]:
             back,
         ),
         Injected("model-differs", "no tokenizer", f"mv {MODEL}/tokenizer.json ~/t", f"mv ~/t {MODEL}/tokenizer.json"),
+    ]
+
+
+def of_commands(first: Host) -> list[Injected]:
+    """What somebody types on the first host that can't be."""
+    serve = f"argosy serve --device cpu --port 8123 --cpu-threads 1 {MODEL}"
+    return [
         Injected(
             "no-cluster",
             "no Ray at the address",
@@ -216,6 +258,13 @@ def faults(first: Host) -> list[Injected]:
         ),
         Injected("too-few", "more ranks in a group than a node has", command=f"{serve} -tp 64", expect="64"),
         Injected("layers-too-few", "more stages than layers", command=f"{serve} -pp 64", expect="layers"),
+    ]
+
+
+def of_ray() -> list[Injected]:
+    """Last, since Ray there may not be what it was before."""
+    raylet = "$(pgrep -o raylet)"
+    return [
         Injected("interface-wrong", "GLOO_SOCKET_IFNAME of another machine", restart="GLOO_SOCKET_IFNAME=ib7"),
         Injected("environment-differs", "an NCCL setting on one node only", restart="NCCL_IB_DISABLE=1"),
         Injected("node-silent", "a node that hangs", f"kill -STOP {raylet}", f"kill -CONT {raylet}"),
