@@ -265,12 +265,14 @@ def _read(requests: str | Path | Iterable[JobRequest]) -> Iterator[JobRequest | 
     path = Path(requests)
     if not path.is_file():
         raise InvalidRequest("requests", str(requests), "must be a file of JSON lines, or a list of requests")
-    with path.open(encoding="utf-8") as lines:
+    with path.open("rb") as lines:
         for number, line in enumerate(lines, 1):
             try:
                 yield json.loads(line) if line.strip() else None
             except ValueError as error:
-                raise InvalidRequest(f"{path.name}:{number}", "a line", f"is not valid JSON: {error}") from error
+                raise InvalidRequest(
+                    f"{path.name}:{number}", "a line", f"is not valid JSON in UTF-8: {error}"
+                ) from error
 
 
 def _line_of(number: int, request: JobRequest, defaults: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 {"custom_id": "a-1", "method": "POST", "url": "/v1/chat/completions", "body": {"messages": [...], "max_tokens": 9}}
 """
 
+import codecs
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -133,5 +134,7 @@ def _lines(path: Path, max_line_bytes: int) -> Iterator[tuple[int, int, bytes]]:
                 length += len(rest)
                 if rest.endswith(b"\n"):
                     break
-            yield number, start, line.rstrip(b"\r\n")
+            # which editors of Windows begin a file with
+            skipped = len(codecs.BOM_UTF8) if number == 1 and line.startswith(codecs.BOM_UTF8) else 0
+            yield number, start + skipped, line[skipped:].rstrip(b"\r\n")
             start += length

@@ -21,7 +21,7 @@ from argosy.cluster.protocol.ledger import describe_ledger
 from argosy.cluster.replica_client import connect_engine
 from argosy.deploy import haproxy, proxy_guard
 from argosy.deploy.doctor import is_port_free
-from argosy.deploy.http_auth import ApiKeys
+from argosy.deploy.http_auth import MIN_KEY_BYTES, ApiKeys
 from argosy.deploy.live_figures import watching
 from argosy.deploy.model_folder import load_tokenizer, localize
 from argosy.deploy.node_watch import NodeWatch
@@ -118,6 +118,11 @@ def with_api_keys(config: ServingConfig, api_keys: tuple[str, ...], folder: Path
         return config
     if config.server.api_keys_file is not None:
         raise ConfigError("both --api-key and --api-keys-file were given; leave one out")
+    if any(len(key.encode()) < MIN_KEY_BYTES or key.startswith("#") or key != "".join(key.split()) for key in api_keys):
+        raise ConfigError(
+            f"--api-key, $ARGOSY_API_KEY or $VLLM_API_KEY: a key has at least {MIN_KEY_BYTES} characters, no spaces, "
+            "and no # in front"
+        )
     file = folder / "api_keys"
     file.touch(mode=0o600)
     file.write_text("".join(f"{key}\n" for key in api_keys), encoding="utf-8")

@@ -50,4 +50,7 @@ def test_what_cannot_be_is_said_before_an_engine_starts(tmp_path: Path, capsys: 
     ):
         assert cli.main(["batch", *words, *FLAGS]) != 0
         assert told in capsys.readouterr().err
+    path.write_bytes(b'\xef\xbb\xbf"a"\r\n\xff\xfe"b"')  # of Windows the mark and the ends of lines, and no text at all
+    assert cli.main(["batch", str(path), "--output", out, *FLAGS]) == 1
+    assert "in.jsonl:2=a line: is not valid JSON in UTF-8" in capsys.readouterr().err
     assert [found.name for found in tmp_path.iterdir()] == ["in.jsonl"]

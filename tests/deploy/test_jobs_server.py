@@ -96,7 +96,8 @@ def wait(client: openai.OpenAI, batch_id: str, *statuses: str, seconds: float = 
 
 def test_the_official_client_from_upload_to_deletion(client: openai.OpenAI) -> None:
     """Good lines go to the output, an impossible one to the errors, all counted, and files can be taken away."""
-    file_id = upload(client, [line(1), line(2, temperature=-1), line(3, n=2, temperature=1.0)])
+    first = "\ufeff" + json.dumps(line(1))  # as editors of Windows begin a file
+    file_id = upload(client, [first, line(2, temperature=-1), line(3, n=2, temperature=1.0)])
     assert client.files.retrieve(file_id).purpose == "batch"
     assert client.files.content(file_id).text.count("custom_id") == 3
     batch = client.batches.create(

@@ -49,6 +49,9 @@ def test_keys_from_flags_are_kept_in_a_private_file(tmp_path: Path) -> None:
     assert stat.S_IMODE(file.stat().st_mode) == 0o600
     with pytest.raises(ConfigError, match="leave one out"):
         server.with_api_keys(changed, ("third-key",), tmp_path)
+    for wrong in ("short", "# a comment", "two words", "a-line\nmore"):  # not by the name of a file that nobody wrote
+        with pytest.raises(ConfigError, match=r"--api-key, \$ARGOSY_API_KEY or \$VLLM_API_KEY: a key has at least 8"):
+            server.with_api_keys(config(), (wrong,), tmp_path)
 
 
 def test_what_the_doors_will_read_is_read_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
