@@ -31,7 +31,7 @@ class MicroBatches:
     def __init__(self, num_stages: int, max_tokens: int, *, is_async: bool):
         self.num_stages = num_stages
         self._max_tokens, self._is_async = max_tokens, is_async
-        self._piece = 0
+        self._piece = self._num_left = 0  # tokens: of a piece, and of the prompts that are cut like this
 
     def num_groups(self, num_decoding: int, *, has_prompts: bool) -> int:
         """Into how many steps the requests that decode are split: one alone is in every step, unless prompts fill
@@ -58,11 +58,14 @@ class MicroBatches:
         """How many tokens the step may take for prompts, of so many that could be computed now (more than all stages'
         share may be cut off), with so many requests that decode. Not fewer until these are through."""
         if not num_prompt_tokens:
-            self._piece = 0
+            self._piece = self._num_left = 0
             return self._max_tokens
         piece = -(-num_prompt_tokens // (self.num_stages * PIECES_PER_STAGE))
-        self._piece = min(max(self._piece, piece, self._least_piece(num_decoding)), self._max_tokens)
-        return self._piece
+        if piece >= self._piece or self._num_left <= 0:
+            self._piece, self._num_left = piece, num_prompt_tokens
+        taken = min(max(self._piece, self._least_piece(num_decoding)), self._max_tokens)
+        self._num_left -= taken
+        return taken
 
     def _least_piece(self, num_decoding: int) -> int:
         return SMALL_PIECE if -(-num_decoding // self.num_stages) >= SMALL_PIECE_ROWS else MIN_PIECE

@@ -113,6 +113,13 @@ def test_pieces_of_prompts_stay_the_same_size_until_all_are_through() -> None:
     assert shares.prompt_budget(600, 0) == MIN_PIECE
 
 
+def test_after_a_burst_pieces_are_small_even_if_prompts_never_cease() -> None:
+    """16,000 tokens at once; then there are always 300, which come as others go."""
+    shares = MicroBatches(2, 8192, is_async=True)
+    pieces = [shares.prompt_budget(left, 400) for left in (*range(16_000, 0, -1000), *[300] * 20)]
+    assert pieces == [1000] * 16 + [SMALL_PIECE] * 20
+
+
 def test_beside_rows_that_decode_pieces_are_small() -> None:
     """Their tokens read the weights anyway. 2000 prompt tokens where two stages have 4, 32 and 400 requests that decode
     between them."""
