@@ -28,7 +28,7 @@ from torch import Tensor
 from trials import compile_apart, part_of
 from tune_group import CONTEXT, KEEP, LAYERS, PICK, Chain, attention_of
 
-from argosy.kernels import gemv, gemv_ring, group_push, group_sum, ops, tuning
+from argosy.kernels import gemv, gemv_ring, group_push, group_sum, hopper_gate, ops, tuning
 from argosy.kernels.fp8_ring import RING_BYTES
 from argosy.placement.plan import make_plan
 from argosy.placement.ports import free_port
@@ -326,6 +326,19 @@ def attend_otherwise(chain: Steps, rows: int, *, says: bool) -> None:
     chain.attention = None
 
 
+def gate_inside(chain: Steps, rows: int, *, says: bool) -> None:
+    """Steps whose gate comes with its product (`kernels/hopper_gate`), and without."""
+    suits, run = hopper_gate.suits, chain.of(rows)
+    us = []
+    for is_inside in (False, True, False, True):
+        hopper_gate.suits = (lambda *_: True) if is_inside else (lambda *_: False)
+        us.append(round(chain.time(run), 2))
+    if says:
+        print(f"    {rows} rows, gate apart, inside, apart, inside {us}", flush=True)
+    chain.breakdown(run, f"{rows} rows, gate inside", says=says)
+    hopper_gate.suits = suits
+
+
 def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int) -> None:
     """Tune on one card."""
     device = torch.device("cuda", tp_rank)
@@ -346,6 +359,7 @@ def main_of_rank(tp_rank: int, args: argparse.Namespace, port: int) -> None:
     tune(chain, args, table, says=tp_rank == 0)
     for rows in args.profiled:
         attend_otherwise(chain, rows, says=tp_rank == 0)
+        gate_inside(chain, rows, says=tp_rank == 0)
     if args.over > 1:
         dist.barrier()
     destroy_parallel(parallel)
