@@ -24,7 +24,6 @@ from argosy.kernels import tuning
 from argosy.kernels.group_sum import MAX_WORLD, PATIENCE_NS
 
 MAX_ROWS = 64  # more are bound by bytes
-NEXT_STARTS = 0  # when the kernel behind may start: see START
 
 
 def inbox_bytes(world: int, width: int) -> int:
@@ -104,9 +103,7 @@ def _push_kernel(
     stride_piece,
     PAIRS: tl.constexpr, BLOCK: tl.constexpr, WORLD: tl.constexpr, PEERS: tl.constexpr, ROWS: tl.constexpr,
     PIECES: tl.constexpr,  # the part comes as so many float32 pieces of a sum; 0: as numbers of 16 bits
-    SCATTER: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, WAIT: tl.constexpr,
-    START: tl.constexpr,  # the next product asks for its weights: 0 at once, 1 when all is sent, 2 when all has come
-    PDL: tl.constexpr,
+    SCATTER: tl.constexpr, ADD: tl.constexpr, NORM: tl.constexpr, WAIT: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """A program a row. Pointers to numbers of 16 bits count pairs of them, as int32; `inbox` counts words."""
     DTYPE: tl.constexpr = residual_ptr.dtype.element_ty
@@ -127,8 +124,7 @@ def _push_kernel(
     before = tl.load(here, inside, other=0, cache_modifier=".cg") if ADD else weight
     if PDL:
         gdc_wait()
-        if START == 0:
-            gdc_launch_dependents()
+        gdc_launch_dependents()  # the next product asks for its weights while we wait for the link
     stamp = turn.to(tl.int64) << 32
     if PIECES > 0:
         first = part_ptr.to(tl.pointer_type(tl.int64)) + row * PAIRS + column
@@ -148,14 +144,10 @@ def _push_kernel(
         tl.store(owners_box + place, word, inside)
     else:  # to ourselves as well: one way of reading for all
         tl.store(all_boxes + place[None, :], tl.broadcast_to(word[None, :], (PEERS, BLOCK)), everywhere)
-    if PDL and START == 1:
-        gdc_launch_dependents()
     result = (WORLD * ROWS + row).to(tl.int64) * PAIRS + column
     if not SCATTER or owner == rank:
         words = _receive(box + (peer * ROWS + row).to(tl.int64)[:, None] * PAIRS + column[None, :], everywhere, turn,
                          WAIT)  # fmt: skip
-        if PDL and START == 2 and not SCATTER:
-            gdc_launch_dependents()
         low, high = tl.sum(_low(words, DTYPE), 0), tl.sum(_high(words, DTYPE), 0)  # alike on all ranks: the same bits
         if ADD:
             low += _low(before, DTYPE)
@@ -173,8 +165,6 @@ def _push_kernel(
             tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + row * PAIRS + column, made.to(tl.int32), inside)
     if SCATTER:
         made = _receive(box + result, inside, turn, WAIT)
-        if PDL and START == 2:
-            gdc_launch_dependents()
         tl.store(out_ptr.to(tl.pointer_type(tl.int32)) + row * PAIRS + column, made.to(tl.int32), inside)
     tl.store(counter_ptr + row, turn)
 
@@ -216,7 +206,7 @@ def push_add_norm(
         bases_W, counters, part_TD, inbox_at // 8, residual_TD, residual_TD if norm_weight_D is None else norm_weight_D,
         out_TD, residual_TD.stride(0), eps, rank, num_rows * width // 2,
         PAIRS=width // 2, BLOCK=block, WORLD=world, PEERS=tuning.next_power_of_two(world), ROWS=MAX_ROWS,
-        PIECES=pieces, SCATTER=scatter, ADD=add, NORM=norm_weight_D is not None, WAIT=wait, START=NEXT_STARTS,
+        PIECES=pieces, SCATTER=scatter, ADD=add, NORM=norm_weight_D is not None, WAIT=wait,
         num_warps=min(16, max(4, block // 128)), **tuning.overlap(residual_TD.device),
     )  # fmt: skip
     return out_TD

@@ -16,7 +16,6 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -67,7 +66,12 @@ def ring_sizes(name: str, rows: int, num_in: int, num_rows: int, cards: int) -> 
     for (height, width), pieces in itertools.product(((64, 128), (64, 256), (128, 128)), (1, 2, 4, 8)):
         programs, blocks = outputs // height * pieces, num_in // width // pieces
         place = ((1 + gated) * height + tokens) * width * 2
-        if (gated and (pieces > 1 or height > 64)) or not 90 <= programs <= 600 or blocks < 2:
+        if (
+            num_in % (width * pieces)
+            or (gated and (pieces > 1 or height > 64))
+            or not 90 <= programs <= 600
+            or blocks < 2
+        ):
             continue
         seen = set()
         for per_sm in (1, 2):
@@ -130,11 +134,6 @@ def compile_others(index: int, of: int, args: argparse.Namespace) -> None:
     """What the ring is compared with, and the sums, which alone would wait for ever: without a launch."""
     hidden, shapes = MODELS[args.model][0], shapes_of(args.model, args.cards)
     calls: list[Callable[[], object]] = []
-
-    def push(start: int, *rest: Any, **options: Any) -> None:
-        group_push.NEXT_STARTS = start
-        group_push.push_add_norm(*rest, **options)
-
     bases, counters = torch.zeros(args.over, dtype=torch.int64), torch.zeros(1024, dtype=torch.int32)
     for rows in (args.rows, *args.profiled):
         for name in ("qkv", "o", "gate_up", "down"):
@@ -151,9 +150,8 @@ def compile_others(index: int, of: int, args: argparse.Namespace) -> None:
         if rows <= group_push.MAX_ROWS:
             parts = [x, *(torch.zeros(pieces, rows, hidden) for pieces in (2, 4, 8))]
             calls += [
-                lambda p=part, x=x, s=start: push(s, bases, counters, 0, p, x, x[0], 1e-5, inbox_at=1024)
+                lambda p=part, x=x: group_push.push_add_norm(bases, counters, 0, p, x, x[0], 1e-5, inbox_at=1024)
                 for part in parts
-                for start in (0, 1, 2)
             ]
         calls.append(lambda x=x: group_sum.sum_add_norm(bases, counters, 0, x, x[0], 1e-5, parts_bytes=1024))
     kinds = {type(group_push._push_kernel), type(group_sum._sum_kernel)}
@@ -299,14 +297,6 @@ def tune(chain: Steps, args: argparse.Namespace, table: dict[str, Sizes], *, say
                     break
                 if sizes != table.get(keys[name]):
                     offer({keys[name]: sizes}, f"{turn} {name} {short(sizes)}")
-    if pushes:
-        for start in (1, 2, 0):  # when the product behind a sum may ask for its weights
-            group_push.NEXT_STARTS = start
-            us = chain.time(run)
-            if says:
-                print(f"    the sum lets its successor start {start}: {us:.2f}", flush=True)
-            if start == 1:
-                chain.breakdown(run, "with its words sent", says=says)
     attend_otherwise(chain, rows, says=says)
     chain.breakdown(run, "as it is", says=says)
     if says:
