@@ -59,7 +59,7 @@ FLAGS: Final[dict[str, tuple[Flag, ...]]] = {
         Flag("load-in-4bit", "switch", "the same as --quantization int4"),
         Flag("chat-template", "text", "a Jinja file or text instead of the model's own"),
         Flag("generation-config", "text", "auto (sampling defaults of the folder) or vllm (none)"),
-        Flag("hf-overrides", "json", "JSON of values that replace those in config.json"),
+        Flag("hf-overrides", "json", "JSON of values that replace those in config.json or its text_config"),
         Flag("skip-tokenizer-init", "switch", "serve token ids only"),
         Flag("max-logprobs", "int", "most log probabilities that a request may ask for at a position"),
         Flag("seed", "int", "seed of the random choices the engine makes itself"),

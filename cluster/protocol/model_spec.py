@@ -60,6 +60,9 @@ ACTIVATIONS: Final = {
 }
 
 
+TEXT_PART: Final = "text_config"  # of a model that has eyes as well
+
+
 def read_model_spec(
     folder: str | Path, overrides: Mapping[str, Any] | None = None, quantization: str | None = None
 ) -> ModelSpec:
@@ -132,7 +135,9 @@ def _own(folder: Path, config: dict[str, Any], architecture: str, quantization: 
 
 
 def override(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
-    """A folder's config with some keys replaced. The older rotary spelling in `overrides` wins over the newer one."""
+    """A folder's config with some keys replaced, also in its text part, where those that stand there belong. The older
+    rotary spelling in `overrides` wins over the newer one."""
+    overrides = _to_text_part(config, overrides)
     inner = config.get("rope_parameters")
     if isinstance(inner, dict) and "rope_parameters" not in overrides:
         if "rope_scaling" in overrides:
@@ -140,6 +145,19 @@ def override(config: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, 
         elif "rope_theta" in overrides:
             config = {**config, "rope_parameters": {**inner, "rope_theta": overrides["rope_theta"]}}
     return {**config, **overrides}
+
+
+def _to_text_part(config: dict[str, Any], overrides: Mapping[str, Any]) -> Mapping[str, Any]:
+    """`overrides` with the text part as it is then, if a model has eyes and any of them is meant for that."""
+    text, given = config.get(TEXT_PART), overrides.get(TEXT_PART, {})
+    if not isinstance(text, dict) or not isinstance(given, Mapping):
+        return overrides
+    known = {*text, "rope_theta", "rope_scaling"} if "rope_parameters" in text else {*text}
+    own = {key: value for key, value in overrides.items() if key in known}
+    if not own and not given:
+        return overrides
+    others = {key: value for key, value in overrides.items() if key not in own or key in config}
+    return {**others, TEXT_PART: override(text, {**own, **given})}
 
 
 def _complete(config: dict[str, Any], family: Family) -> dict[str, Any]:

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from published_configs import PUBLISHED
 
 from argosy.cluster.protocol.errors import ConfigError, UnsupportedModel, WeightError
-from argosy.cluster.protocol.model_spec import ModelSpec, kv_bytes_per_token, read_model_spec
+from argosy.cluster.protocol.model_spec import ModelSpec, kv_bytes_per_token, override, read_model_spec
 
 SMALL = {"hidden_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 96}
 SMALL |= {"vocab_size": 101, "max_position_embeddings": 128}
@@ -112,3 +112,36 @@ def test_a_config_as_it_was_published(name: str, tmp_path: Path) -> None:
         for part in path.split("."):
             found = getattr(found, part)
         assert found == pytest.approx(wanted) if isinstance(wanted, float) else found == wanted, (path, found)
+
+
+def test_overrides_reach_the_text_part_of_a_model_with_eyes(tmp_path: Path) -> None:
+    """What stands there was passed over without a word, and an object for it took the place of all of it."""
+    text = SMALL | {"head_dim": 16, "rope_theta": 1e6, "rms_norm_eps": 1e-6}
+    plain = read(tmp_path, "Gemma3ForConditionalGeneration", {"text_config": text, "vocab_size": 101})
+    changed = {"rms_norm_eps": 0.5, "num_hidden_layers": 2, "vocab_size": 99, "rope_theta": 20.0}
+    for overrides in (
+        changed, {"text_config": changed}, {"text_config": {"rms_norm_eps": 0.5}, **changed, "rms_norm_eps": 0.1},
+    ):  # fmt: skip
+        spec = read_model_spec(tmp_path, overrides)
+        assert (spec.norm_eps, spec.num_layers, spec.vocab_size, spec.rope.theta) == (0.5, 2, 99, 20.0)
+        assert (spec.hidden_size, spec.head_size) == (plain.hidden_size, plain.head_size) == (64, 16)
+
+
+def test_overrides_stay_where_they_belong() -> None:
+    """Names of the whole model on top, and what it has twice in both; rotations in the spelling of the text part."""
+    rope = {"rope_type": "default", "rope_theta": 1e6}
+    config = {
+        "model_type": "a",
+        "vocab_size": 5,
+        "text_config": {"vocab_size": 5, "rope_parameters": rope, "head_dim": 4},
+    }
+    overrides = {"model_type": "b", "vocab_size": 6, "rope_theta": 2.0, "image_size": 7}
+    assert override(config, overrides) == {
+        "model_type": "b", "vocab_size": 6, "image_size": 7,
+        "text_config": {
+            "vocab_size": 6, "rope_theta": 2.0, "rope_parameters": {**rope, "rope_theta": 2.0}, "head_dim": 4,
+        },
+    }  # fmt: skip
+    assert override(config, {"model_type": "b"}) == config | {"model_type": "b"}
+    assert override(config, {"text_config": None})["text_config"] is None
+    assert config["vocab_size"] == config["text_config"]["vocab_size"] == 5  # type: ignore[index]  # what was given is left alone
