@@ -77,7 +77,9 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cluster", metavar="FILE", help="YAML of the cluster (it need not exist)")
     parser.add_argument("--ray-address", metavar="ADDRESS",
                         help="host:port or auto: the Ray cluster that runs there, and what is free of it")  # fmt: skip
-    parser.add_argument("--gpus", metavar="'N x MODEL'", help="instead of a file: the GPUs of a node")
+    parser.add_argument(
+        "--gpus", metavar="'N x MODEL'", help="instead of a file: the GPUs of a node, several kinds with commas between"
+    )
     parser.add_argument("--nodes", type=int, default=1, metavar="N", help="with --gpus: so many such nodes")
     parser.add_argument("--network", default="100Gbit", metavar="SPEED", help="between them (default: %(default)s)")
     parser.add_argument("-tp", "--tensor-parallel-size", type=int, help="default: the planner chooses")

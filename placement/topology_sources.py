@@ -153,6 +153,8 @@ def _nodes(value: object, where: str, place: int) -> list[Node]:
 
 
 def _gpus(value: object, where: str) -> tuple[Gpu, ...]:
+    if isinstance(value, str) and "," in value:  # "2 x H200, 1 x L4": the names of both would be looked for as one
+        value = value.split(",")
     entries = value if isinstance(value, list) else [value]
     found: list[Gpu] = []
     for place, entry in enumerate(entries):

@@ -34,6 +34,8 @@ def test_a_file_becomes_nodes_gpus_and_links() -> None:
     assert old.gpus[0].usable_bytes == 10 * 2**30
     assert old.gpu_link is not None
     assert old.gpu_link.kind == "pcie"
+    (text,) = parse_topology({"nodes": [{"gpus": "2 x H200, A100-40GB"}]}).nodes  # it was two of A100-80GB
+    assert [gpu.model for gpu in text.gpus] == ["H200", "H200", "A100-40GB"]
 
 
 @pytest.mark.parametrize(
@@ -42,6 +44,7 @@ def test_a_file_becomes_nodes_gpus_and_links() -> None:
         ([], "the file: must be a mapping"),
         ({"nodes": "8 x H200"}, "nodes: must be a list"),
         ({"nodes": [{"gpus": "8 x H900"}]}, r"nodes\[0\].gpus='H900': unknown GPU model; known: A10G"),
+        ({"nodes": [{"gpus": "8 x H200, A100,"}]}, r"nodes\[0\].gpus\[2\]='': unknown GPU model"),
         ({"nodes": [{"gpus": "8 x H200", "cuont": 2}]}, "unknown key 'cuont'"),
         ({"nodes": [{"gpus": "800 x H200"}]}, r"count=800: must be a number from 1 to 64"),
         ({"nodes": [{"gpus": "1 x L4", "count": 0}]}, r"nodes\[0\].count=0"),
