@@ -53,6 +53,19 @@ def test_the_door_takes_it_where_it_was_measured(num_tokens: int, assert_near: N
     assert_near(out, reference.fused_linear(x.double(), weight.double(), norm_weight_I=norm.double(), gated=True))
 
 
+def test_a_window_of_tokens_may_be_taken_below_the_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rank of two cards: 256 tokens are two full tiles, 512 no faster than the library's."""
+    hopper_gate = pytest.importorskip("argosy.kernels.hopper_gate")
+    sizes = {"least": 2048, "window_least": 225, "window_most": 256}
+    monkeypatch.setattr(hopper_gate.tuning, "pick", lambda *_: sizes)
+    monkeypatch.setattr(hopper_gate, "takes", lambda *_: True)
+    weight = torch.empty(2, 64)
+    taken = [n for n in (200, 225, 256, 257, 512, 2048) if hopper_gate.suits(torch.empty(n, 64), weight)]
+    assert taken == [225, 256, 2048]
+    del sizes["window_least"], sizes["window_most"]
+    assert not hopper_gate.suits(torch.empty(256, 64), weight)
+
+
 def test_nothing_was_measured_for_an_unknown_device() -> None:
     assert not tuning.knows("hopper_gate", torch.device("cpu"))
 
