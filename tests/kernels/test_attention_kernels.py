@@ -358,5 +358,5 @@ def test_tiles_go_by_how_many_waves_the_rows_are(num_rows: int, kinds: tuple[str
 def test_every_kind_of_rows_has_tiles_on_the_card_that_was_measured() -> None:
     """A kind that the file of the H200 does not know would go by those for fewer rows without a word."""
     known = json.loads((Path(tuning.__file__).parent / "tuned" / "nvidia_h200.json").read_text())["paged_attention"]
-    kinds = ("few", "pair", "many", "crowd", "throng", "flood", "even", "even_half")
+    kinds = ("few", "pair_g4", "many", "crowd", "throng", "flood", "even", "even_half")
     assert {f"h128_{kind}" for kind in kinds} <= known.keys()
