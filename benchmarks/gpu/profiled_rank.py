@@ -23,7 +23,7 @@ KINDS = {  # by the first pattern that a kernel's name has
     "attention": r"attention|_attend|_decode_kernel|_join_kernel|fmha|flash",
     "sums": r"_sum_kernel|_push_kernel|_staged_kernel|nccl|PtoP",
     "products": r"nvjet|splitK|gemm|gemv|cutlass|vector_kernel|_matrix_kernel|_split_kernel|_ahead_kernel|_gate_kernel"
-    r"|few_kernel|many_kernel|hopper_kernel",
+    r"|few_kernel|many_kernel|hopper_kernel|ring_kernel|one_kernel",
     "other": "",
 }
 
