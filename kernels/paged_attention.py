@@ -151,9 +151,8 @@ def _launch(
     if sizes is None and q_RD.element_size() == 2:
         suffix = cache_suffix(k_cache_BSKH)
         for kind in _kinds(groups, facts.num_sms):
-            kind = (
-                f"{kind}_g{group}" if kind in ("some", "pair") else kind
-            )  # what is best there hangs on the step around it
+            if kind in ("some", "pair"):  # what is best there hangs on the step around it
+                kind = f"{kind}_g{group}"
             sizes = sizes or tuning.pick("paged_attention", f"h{head_size}_{kind}{suffix}", device)
         if sizes is None and suffix:
             sizes = {
