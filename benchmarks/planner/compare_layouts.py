@@ -1,10 +1,10 @@
-"""What `argosy simulate` foretells beside what was measured, layout by layout: throughput and first token.
+"""What `argosy simulate` foretells of a layout, and of whole layouts of a cluster beside what was measured.
 
-    python benchmarks/planner/compare_layouts.py --results benchmarks/results/engine_h200.jsonl
+    python benchmarks/planner/compare_layouts.py --predict 8b:2x2:fixed512x256     that nobody has measured yet
+    python benchmarks/planner/compare_layouts.py --layouts benchmarks/results/layouts_h200.jsonl
 
-Rows are those of `argosy bench` and `benchmarks/gpu/bench_gpu.py`; of each (model, layout, workload) the newest counts.
-Prints a table in Markdown; `--predict` prints predictions alone, for layouts that nobody has measured yet; `--layouts`
-compares whole layouts of a cluster, replicas side by side, as `measure_topologies.py` writes them.
+The second compares replicas side by side, as `measure_topologies.py` writes them. Every measured row of one replica beside its
+forecast: `forecast_rows.py`, which takes cases and forecasts from here; of each (model, layout, workload) the newest row counts.
 """
 
 import argparse
@@ -141,7 +141,6 @@ def _decode(name: str):  # type: ignore[no-untyped-def]  # arrivals
 def main() -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", nargs="+", default=["benchmarks/results/engine_h200.jsonl"])
     parser.add_argument("--gpu", default="H200", help="that the rows were measured on")
     parser.add_argument("--calibration", help="instead of the one that ships")
     parser.add_argument("--predict", nargs="+", metavar="MODEL:TPxPP:WORKLOAD", help="such as 8b:2x2:fixed512x256")
