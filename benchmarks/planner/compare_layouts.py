@@ -3,8 +3,8 @@
     python benchmarks/planner/compare_layouts.py --predict 8b:2x2:fixed512x256     that nobody has measured yet
     python benchmarks/planner/compare_layouts.py --layouts benchmarks/results/layouts_h200.jsonl
 
-The second compares replicas side by side, as `measure_topologies.py` writes them. Every measured row of one replica beside its
-forecast: `forecast_rows.py`, which takes cases and forecasts from here; of each (model, layout, workload) the newest row counts.
+The second compares replicas side by side, as `measure_topologies.py` writes them. Every measured row of one replica
+stands beside its forecast in `forecast_rows.py`, which takes both from here; of each kind the newest row counts.
 """
 
 import argparse
