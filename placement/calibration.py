@@ -58,8 +58,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     apart_us: float = 0.0  # a layer's further overhead, and what FP8 adds where `chains` has the layer
     chains: tuple[str, ...] = ()  # layers that have few launches for one token: width x heads' x inner numbers x ranks
     chain_sums: float = 1.0  # of what a group adds to such a layer, the part that is left within a launch
-    rings: tuple[str, ...] = ()  # layers of 16 bits, named like these, whose products of few rows fetch ahead by rings:
-    ring_us: float = 0.0  # what that saves of a layer
+    rings: tuple[str, ...] = ()  # layers of 16 bits, named like these, where products of few rows hide behind reading,
+    ring_us: float = 0.0  # and what a layer gains besides, whose weights come while it waits for something else
     fp8_flops_ratio: float = 1.0  # of the share of peak that 16-bit products reach
     eager_layer_us: float = 60.0  # the host's time for a layer of a step that is no recorded graph
     request_us: float = 2000.0  # from arrival to the first step, and from the last step to the caller

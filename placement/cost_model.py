@@ -123,8 +123,10 @@ class StageCost:
         self._rounding_seconds = self.num_layers * calibration.fp8_layer_us * _US * is_fp8
         self._rounds_from = calibration.few_rows + 1 if has_chain else 0
         is_plain = serving.weight_format.bits == 16
-        has_rings = is_plain and sheet.name == calibration.device and chain_name(spec, tp_size) in calibration.rings
-        self._ring_seconds = self.num_layers * calibration.ring_us * _US * has_rings
+        self._has_rings = (
+            is_plain and sheet.name == calibration.device and chain_name(spec, tp_size) in calibration.rings
+        )
+        self._ring_seconds = self.num_layers * calibration.ring_us * _US
         # one token: a group's ranks tell each other their parts within a launch, in 16 bits
         self._lone_share = calibration.chain_sums if has_chain and is_plain else 1.0
         self._row_seconds = calibration.row_us * _US * self.num_layers / shape.num_layers
@@ -147,6 +149,9 @@ class StageCost:
         silent = load.prefill_tokens - max(0, load.num_sampled - load.num_decodes)  # prompt tokens that draw nothing
         flops = self._flops_per_token * tokens - self._skipped_flops * silent
         multiply = flops / (self._peak * calibration.flops_share(tokens))
+        by_rings = self._has_rings and 1 < tokens <= calibration.few_rows
+        if by_rings:  # weights are asked for ahead of products, and of what these wait for
+            multiply = 0.0
         layers = total = self._overlapped(read, multiply)
         if self.is_last and load.num_sampled:
             head_multiply = self._head_flops * load.num_sampled
@@ -172,8 +177,7 @@ class StageCost:
         total += tokens * self._states_seconds
         if tokens > calibration.few_rows:
             total += self.num_layers * calibration.apart_us * _US
-        elif tokens > 1:
-            total -= self._ring_seconds
+        total -= by_rings * self._ring_seconds
         if tokens >= self._rounds_from:
             total += self._rounding_seconds
         if load.prefill_tokens and not recorded:

