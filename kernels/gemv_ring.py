@@ -24,7 +24,6 @@ from argosy.kernels.fp8_ring import RING_BYTES, fetch, is_hopper, multiply_place
 from argosy.kernels.norm_ahead import NormAhead
 
 MAX_TOKENS = 64
-MAX_PIECES = 8
 
 
 @gluon.jit
