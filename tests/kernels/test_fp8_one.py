@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from argosy.kernels import fp8_one, fp8_reference, paged_attention, tuning
+from argosy.kernels import fp8_one, fp8_reference, fp8_ring, paged_attention, tuning
 from argosy.kernels.fp8_reference import Rounding
 
 Near = Callable[[Tensor, Tensor], None]
@@ -74,22 +74,25 @@ def test_a_product_that_rounds_is_what_it_means(
     check_case(case, early, device, assert_near)
 
 
+class OnCard:
+    """A tensor of which only shape and place are asked."""
+
+    is_cuda, device = True, torch.device("cuda")
+
+    def __init__(self, *shape: int):
+        self.shape = shape
+
+    def stride(self, axis: int) -> int:
+        return self.shape[1] if axis == 0 else 1
+
+    def data_ptr(self) -> int:
+        return 256
+
+
 def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of whole places, no more inputs than there is room for; nothing on a CPU."""
     weight = fp8_reference.quantize_weight(torch.randn(128, 512))
     assert not fp8_one.takes(weight, {"width": 256, "pieces": 1})
-
-    class OnCard:
-        is_cuda, device = True, torch.device("cuda")
-
-        def __init__(self, *shape: int):
-            self.shape = shape
-
-        def stride(self, axis: int) -> int:
-            return self.shape[1] if axis == 0 else 1
-
-        def data_ptr(self) -> int:
-            return 256
 
     monkeypatch.setattr(fp8_one, "is_hopper", lambda device: True)
     for shape, width, pieces, fits in (
@@ -180,3 +183,17 @@ def test_a_launch_shares_out_each_tile_once(
     monkeypatch.setattr(fp8_one, "one_kernel", launch)
     check_case(case, 1, torch.device("cpu"), assert_near)
     assert launch.programs == [programs] * 2
+
+
+def test_measured_sizes_suit_their_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry that did not would be left aside without a word, or have no room for its ring beside the token."""
+    monkeypatch.setattr(fp8_one, "is_hopper", lambda device: True)
+    entries = tuning._tuned("nvidia_h200")["fp8_one"]
+    assert entries
+    nobody: Any = None
+    for key, sizes in entries.items():
+        num_inputs, num_outputs = map(int, key.split("x"))
+        weight: Any = fp8_reference.Fp8Weight(OnCard(num_outputs, num_inputs), nobody, None)  # type: ignore[arg-type]  # only a shape
+        assert fp8_one.takes(weight, sizes), key
+        token_bytes = 8 * tuning.next_power_of_two(num_inputs // sizes["pieces"])
+        assert token_bytes + sizes["stages"] * 64 * sizes["width"] <= fp8_ring.RING_BYTES, key

@@ -246,21 +246,24 @@ def test_a_ring_leaves_room_for_what_goes_out(ring: WalkedRing, assert_near: Nea
     assert [(launch.STAGES, launch.EARLY) for launch in ring.launches] == [(13, 2)]
 
 
+class OnCard:
+    """A tensor of which only shape and place are asked."""
+
+    is_cuda, device = True, torch.device("cuda")
+
+    def __init__(self, *shape: int, step: int = 0, at: int = 256):
+        self.shape, self._step, self._at = shape, step or shape[1], at
+
+    def stride(self, axis: int) -> int:
+        return self._step if axis == 0 else 1
+
+    def data_ptr(self) -> int:
+        return self._at
+
+
 def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Whole tiles and pieces of aligned rows, up to 64 tokens; gates of uncut inputs; a counter for each tile."""
     monkeypatch.setattr(gemv_ring, "is_hopper", lambda device: True)
-
-    class OnCard:
-        is_cuda, device = True, torch.device("cuda")
-
-        def __init__(self, *shape: int, step: int = 0, at: int = 256):
-            self.shape, self._step, self._at = shape, step or shape[1], at
-
-        def stride(self, axis: int) -> int:
-            return self._step if axis == 0 else 1
-
-        def data_ptr(self) -> int:
-            return self._at
 
     def takes(x: OnCard, weight: OnCard, *, pieces: int = 1, gated: bool = False) -> bool:
         sizes = {"rows": 64, "width": 128, "pieces": pieces}
@@ -282,3 +285,19 @@ def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not takes(x, OnCard(64 * (tuning.MAX_COUNTERS + 1), 1024))
     monkeypatch.setattr(gemv_ring, "is_hopper", lambda device: False)
     assert not takes(x, weight)
+
+
+def test_measured_sizes_suit_their_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An entry that did not would be left aside without a word. Pieces are left to a sum where there are some."""
+    monkeypatch.setattr(gemv_ring, "is_hopper", lambda device: True)
+    entries = {
+        key: sizes for key, sizes in tuning._tuned("nvidia_h200")["gemv"].items() if sizes["kernel"] == gemv.RING
+    }
+    assert entries
+    for key, sizes in entries.items():
+        num_inputs, num_outputs, most_tokens = map(int, key.split("x"))
+        weight = OnCard(num_outputs, num_inputs)
+        for num_tokens in (2, most_tokens):
+            assert gemv_ring.takes(OnCard(num_tokens, num_inputs), weight, sizes, gated=False), key  # type: ignore[arg-type]  # only shapes
+        assert sizes["pieces"] <= gemv_ring.MAX_PIECES, key
+        assert sizes["pieces"] > 1 or not sizes.get("left", 0), key
