@@ -153,8 +153,8 @@ def _nodes(value: object, where: str, place: int) -> list[Node]:
 
 
 def _gpus(value: object, where: str) -> tuple[Gpu, ...]:
-    if isinstance(value, str) and "," in value:  # "2 x H200, 1 x L4": the names of both would be looked for as one
-        value = value.split(",")
+    if isinstance(value, str) and re.search("[,+]", value):  # "2 x H200, L4", which would be looked for as one name
+        value = re.split("[,+]", value)
     entries = value if isinstance(value, list) else [value]
     found: list[Gpu] = []
     for place, entry in enumerate(entries):

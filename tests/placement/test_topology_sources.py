@@ -34,8 +34,9 @@ def test_a_file_becomes_nodes_gpus_and_links() -> None:
     assert old.gpus[0].usable_bytes == 10 * 2**30
     assert old.gpu_link is not None
     assert old.gpu_link.kind == "pcie"
-    (text,) = parse_topology({"nodes": [{"gpus": "2 x H200, A100-40GB"}]}).nodes  # it was two of A100-80GB
-    assert [gpu.model for gpu in text.gpus] == ["H200", "H200", "A100-40GB"]
+    for text in ("2 x H200, A100-40GB", "2xH200+A100-40GB"):  # it was two of A100-80GB
+        (node,) = parse_topology({"nodes": [{"gpus": text}]}).nodes
+        assert [gpu.model for gpu in node.gpus] == ["H200", "H200", "A100-40GB"]
 
 
 @pytest.mark.parametrize(
