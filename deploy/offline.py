@@ -340,12 +340,17 @@ class _LoopThread:
             future.cancel()
             raise
 
-    def stop(self) -> None:
-        """Call off what still runs, and end the loop and the thread."""
+    def call_off(self) -> None:
+        """End what still runs in it."""
         if self._thread.is_alive():
             calling_off = asyncio.run_coroutine_threadsafe(_call_off_tasks(), self.loop)
             with contextlib.suppress(concurrent.futures.TimeoutError):  # they end with the thread
                 calling_off.result(timeout=2 * _CALL_OFF_SECONDS)
+
+    def stop(self) -> None:
+        """Call off what still runs, and end the loop and the thread."""
+        self.call_off()
+        if self._thread.is_alive():
             self.loop.call_soon_threadsafe(self.loop.stop)
             self._thread.join(timeout=10.0)
         if not self._thread.is_alive():
@@ -375,6 +380,7 @@ async def _connect(engine: "Engine", tokenizer: Tokenizer | None, config: Servin
 
 def _close(loop: _LoopThread, engine: "Engine") -> None:
     try:
+        loop.call_off()  # who looks after drivers would miss this one, and at exit no thread can be had to look for it
         engine.close()
     finally:
         loop.stop()

@@ -138,3 +138,24 @@ def _last_words(script: str, folder: str) -> list[str]:
     )
     assert owner.returncode == 1
     return [line for line in owner.stdout.decode().splitlines() if "(raylet)" not in line][-2:]
+
+
+UNCLOSED = """
+import sys
+from argosy import LLM, SamplingParams
+
+llm = LLM(max_model_len=256)
+assert len(llm.generate(["a"], SamplingParams(max_tokens=2), use_tqdm=False)) == 1
+sys.exit(3)
+"""
+
+
+@pytest.mark.timeout(180)
+def test_a_script_that_just_ends_ends_quietly(short_tmp: str) -> None:
+    """Nobody closed its engine: who looks after drivers missed that one, and wrote a traceback behind the answers."""
+    environment = {**os.environ, "TMPDIR": short_tmp, "PYTHONSAFEPATH": "1"}
+    command = [sys.executable, "-c", UNCLOSED]
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=150, check=False)
+    assert ended.returncode == 3
+    assert "Traceback" not in ended.stderr, ended.stderr
+    assert "never retrieved" not in ended.stderr, ended.stderr
