@@ -223,7 +223,7 @@ def _value_at(given: Any, path: str) -> object:
     for name, index in _STEP.findall(path):
         if isinstance(given, Mapping):
             given = given.get(name) if name else next(filter(_is_no_number, given.values()), None)
-        elif isinstance(given, list) and index:
+        elif isinstance(given, list) and index.isdigit():
             given = given[int(index)]
         else:
             return None
