@@ -1,7 +1,10 @@
 """Fit the cost model's ratios and overheads to many measured rows at once: decode steps, throughputs, first tokens.
 
-    python benchmarks/planner/fit_calibration.py --results benchmarks/results/engine_h200.jsonl --workloads \
+    python benchmarks/planner/fit_calibration.py --steps benchmarks/results/steps_h200.jsonl --workloads \
         --write placement/calibrations/nvidia_h200.json
+    python benchmarks/planner/refresh_docs.py; python benchmarks/make_tables.py             then, for what pages say
+
+Seconds without `--workloads`, which simulates every throughput for each slope: minutes, for when prompts got faster.
 
 Rows are those of `argosy bench --output` for the shapes 06b, 8b and 70b; of each (model, layout, workload) the newest
 counts, and those with a note are left out. Prints what the fitted model says beside each measured row. For decode steps
