@@ -107,10 +107,11 @@ def main() -> int:
     cases = [case for case in read_cases(args.results) if case.pp_size == 1]
     cases = [case for case in cases if case.workload in WORKLOADS] if args.workloads else []
     names = ", ".join(Path(path).name for path in args.results)
+    workloads = f" and {len(cases)} workloads" if cases else ""
     start = msgspec.structs.replace(
         start,
         flops_efficiency=tuple((point, start.flops_share(point)) for point in FLOPS_POINTS),
-        source=f"fitted to {sum(row.pp_size == 1 for row in rows)} decode steps and {len(cases)} workloads of {names}",
+        source=f"fitted to {sum(row.pp_size == 1 for row in rows)} decode steps{workloads} of {names}",
     )
     sorts = read_sorts(args.steps) if args.steps else []
     best = calibrate.fit(all_residuals(rows, sorts, [], args.gpu), start, list(LIMITS), FLOPS_POINTS)
