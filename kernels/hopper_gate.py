@@ -49,22 +49,12 @@ def _fetch(
     BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, GROUPED: gl.constexpr,
     PDL: gl.constexpr,
 ):  # fmt: skip
-    first_token_tile, first_output_tile = _place(gl.program_id(0), token_tiles, output_tiles, GROUPED)
-    ready = gl.minimum(steps, STAGES)
-    for place in range(ready):  # weights depend on nobody
-        mbarrier.expect(full.index(place), (BM + 2 * BN) * BK * 2)
-        first_gate, first_up = w_smem.index(place).slice(0, BN, 0), w_smem.index(place).slice(BN, BN, 0)
-        copy_in(w_desc, [first_output_tile * BN, place * BK], full.index(place), first_gate)
-        copy_in(w_desc, [first_output_tile * BN + num_outputs, place * BK], full.index(place), first_up)
     if PDL:
         gdc_wait()
-    for place in range(ready):
-        copy_in(x_desc, [first_token_tile * BM, place * BK], full.index(place), x_smem.index(place))
-    n = ready + 0
-    begin = ready + 0
+    n = 0
     for item in range(gl.program_id(0), token_tiles * output_tiles, gl.num_programs(0)):
         token_tile, output_tile = _place(item, token_tiles, output_tiles, GROUPED)
-        for i in range(begin, steps):
+        for i in range(steps):
             slot = n % STAGES
             mbarrier.wait(empty.index(slot), ((n // STAGES) & 1) ^ 1)
             mbarrier.expect(full.index(slot), (BM + 2 * BN) * BK * 2)
@@ -73,7 +63,6 @@ def _fetch(
             copy_in(w_desc, [output_tile * BN, i * BK], full.index(slot), gate)
             copy_in(w_desc, [output_tile * BN + num_outputs, i * BK], full.index(slot), up)
             n += 1
-        begin = 0 * begin
 
 
 @gluon.jit
