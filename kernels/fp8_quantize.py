@@ -16,44 +16,12 @@ from argosy.kernels.fp8_reference import E4M3, Fp8Rows, Rounding
 FEW_TOKENS = 16  # whose sizes are chosen within a decode step
 
 
-@triton.jit
-def _sum_and_most(sum_a, most_a, sum_b, most_b):
-    return sum_a + sum_b, tl.maximum(most_a, most_b)
-
-
-@triton.jit
-def _share_kernel(
-    x_ptr, out_ptr, scale_ptr, stride_x, WIDTH: tl.constexpr, OWN: tl.constexpr, EARLY: tl.constexpr, PDL: tl.constexpr
-):  # fmt: skip
-    """A few rows: each has several programs, which all look for its largest number and round OWN numbers each."""
-    row = tl.program_id(0).to(tl.int64)
-    share = tl.program_id(1)
-    column = tl.arange(0, OWN)
-    if PDL:
-        if EARLY:
-            gdc_launch_dependents()
-        gdc_wait()
-        if not EARLY:
-            gdc_launch_dependents()
-    most = tl.zeros((OWN,), tl.float32)
-    for start in tl.static_range(0, WIDTH, OWN):
-        x = tl.load(x_ptr + row * stride_x + start + column, start + column < WIDTH, other=0.0)
-        most = tl.maximum(most, tl.abs(x.to(tl.float32)))
-    own = share * OWN + column
-    x = tl.load(x_ptr + row * stride_x + own, own < WIDTH, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(most, 0) / 448.0, 1e-10)
-    if share == 0:
-        tl.store(scale_ptr + row, scale)
-    tl.store(out_ptr + row * WIDTH + own, (x / scale).to(tl.float8e4nv), own < WIDTH)
-
-
 @triton.jit(do_not_specialize=["stride_scale"])
 def _quantize_kernel(
     x_ptr, residual_ptr, norm_ptr, static_ptr, out_ptr, scale_ptr, stride_x, stride_residual, stride_scale, eps,
     stride_piece,
     PIECES: tl.constexpr, WIDTH: tl.constexpr, BLOCK: tl.constexpr, GROUP: tl.constexpr, NORM: tl.constexpr,
     ADD: tl.constexpr, GATE: tl.constexpr, GELU: tl.constexpr, STATIC: tl.constexpr, EARLY: tl.constexpr,
-    JOINT: tl.constexpr,  # a norm's length and the largest number are looked for at once
     PDL: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
@@ -77,12 +45,7 @@ def _quantize_kernel(
         total = (x + tl.load(here, inside, other=0.0).to(tl.float32)).to(residual_ptr.dtype.element_ty)
         tl.store(here, total, inside)
         x = total.to(tl.float32)
-    if JOINT:
-        squares, most = tl.reduce((x * x, tl.abs(x * weight)), 0, _sum_and_most)
-        length = 1.0 / tl.sqrt(squares / WIDTH + eps)
-        x *= length * weight
-        most *= length
-    elif NORM:
+    if NORM:
         x *= 1.0 / tl.sqrt(tl.sum(x * x, axis=0) / WIDTH + eps) * weight
     if GATE:
         up = tl.load(x_ptr + row * stride_x + WIDTH + column, inside, other=0.0).to(tl.float32)
@@ -103,13 +66,9 @@ def _quantize_kernel(
         tl.store(scale_ptr + group * stride_scale + row, scale, group < (WIDTH + GROUP - 1) // GROUP)
         x = tl.reshape(groups / scale[:, None], (BLOCK,))
     else:
-        if not JOINT:
-            most = tl.max(tl.abs(x), 0)
-        scale = tl.maximum(most / 448.0, 1e-10)
+        scale = tl.maximum(tl.max(tl.abs(x), 0) / 448.0, 1e-10)
         tl.store(scale_ptr + row, scale)
         x = x / scale
-        if JOINT:  # whose last bit may be another's
-            x = tl.minimum(tl.maximum(x, -448.0), 448.0)
     tl.store(out_ptr + row * WIDTH + column, x.to(tl.float8e4nv), inside)
 
 
@@ -143,14 +102,6 @@ def quantize(
         most = 32 if num_tokens <= 2 * tuning.device_facts(device).num_sms else 16  # latency is all there is
         sizes = tuning.pick("fp8_quantize", f"{width}x{FEW_TOKENS}", device) if num_tokens <= FEW_TOKENS else None
         sizes = sizes or {"warps": most, "early": 0}
-        plain = group == 0 and rounding.scale is None and gate is None
-        if sizes.get("own", 0) and plain and norm_weight_I is None and residual_TI is None:
-            own = sizes["own"]
-            _share_kernel[num_tokens, triton.cdiv(width, own)](
-                x_TI, out, scale_GT, x_TI.stride(0), WIDTH=width, OWN=own, EARLY=bool(sizes["early"]),
-                num_warps=max(1, own // 256), **tuning.overlap(device),
-            )  # fmt: skip
-            return Fp8Rows(out, scale_GT.t(), group)
         residual = x_TI if residual_TI is None else residual_TI
         _quantize_kernel[(num_tokens,)](
             x_TI, residual, x_TI if norm_weight_I is None else norm_weight_I,
@@ -159,7 +110,6 @@ def quantize(
             PIECES=num_pieces, WIDTH=width, BLOCK=block, GROUP=group, NORM=norm_weight_I is not None,
             ADD=residual_TI is not None,
             GATE=gate is not None, GELU=gate == "gelu", STATIC=rounding.scale is not None,
-            EARLY=bool(sizes["early"]), JOINT=bool(sizes.get("joint", 0)) and plain and norm_weight_I is not None,
-            num_warps=min(sizes["warps"], max(1, block // 512)), **tuning.overlap(device),
+            EARLY=bool(sizes["early"]), num_warps=min(sizes["warps"], max(1, block // 512)), **tuning.overlap(device),
         )  # fmt: skip
     return Fp8Rows(out, scale_GT.t(), group)

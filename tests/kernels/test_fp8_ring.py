@@ -210,26 +210,3 @@ def test_more_tiles_than_there_are_counters_are_not_shared(
         got = fp8_ring.linear(rows, weight, None, torch.bfloat16, SIZES[1])
         assert_near(got, fp8_reference.linear(rows, weight, None, torch.bfloat16))
         assert ring.launches[-1].SHARED is is_shared
-
-
-@pytest.mark.parametrize("width", [200, 4096, 14336])
-def test_several_programs_of_a_row_round_it_as_one_does(
-    width: int, device: torch.device, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """To the bit where they share a row out; a length that is looked for together with the largest number may change
-    the last bit of a scale."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float16
-    x, residual, norm = (torch.randn(*s, device=device).to(dtype) for s in ((5, width), (5, width), (width,)))
-    x[2] = 0
-    plain = fp8_quantize.quantize(x, Rounding())
-    normed = fp8_quantize.quantize(x, Rounding(), norm_weight_I=norm, eps=1e-5, residual_TI=residual.clone())
-    asked: list[str] = []
-    sizes = {"warps": 4, "early": 1, "own": 1024, "joint": 1}
-    monkeypatch.setattr(tuning, "pick", lambda kernel, key, device: asked.append(key) or sizes)
-    shared = fp8_quantize.quantize(x, Rounding())
-    joint = fp8_quantize.quantize(x, Rounding(), norm_weight_I=norm, eps=1e-5, residual_TI=residual)
-    assert asked == [f"{width}x16"] * 2
-    assert torch.equal(shared.values_TI.float(), plain.values_TI.float())
-    assert torch.equal(shared.scale_TG, plain.scale_TG)
-    torch.testing.assert_close(joint.scale_TG, normed.scale_TG, rtol=1e-5, atol=0)
-    assert (joint.values_TI.float() != normed.values_TI.float()).float().mean() < 0.01
