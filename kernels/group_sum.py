@@ -30,22 +30,14 @@ PATIENCE_NS = tl.constexpr(120_000_000_000)
 
 
 @triton.jit
-def _flags(bases_ptr, program, rank, WORLD: tl.constexpr, PEERS: tl.constexpr):
-    """(this program's flags at its peers, theirs here)."""
+def _meet(bases_ptr, counter_ptr, program, rank, WORLD: tl.constexpr, PEERS: tl.constexpr):
+    """All that this program and the kernels before it wrote is there for the peers, and theirs for this program."""
+    turn = tl.load(counter_ptr + program) + 1
+    tl.debug_barrier()  # all have read the count, and all have written what the flag announces
+    tl.store(counter_ptr + program, turn)
     peer = tl.arange(0, PEERS)
     peer = tl.where(peer < WORLD, peer, rank)
     theirs = tl.load(bases_ptr + peer) + (program * WORLD + rank) * 4
-    return theirs, tl.load(bases_ptr + rank) + (program * WORLD + peer) * 4
-
-
-@triton.jit
-def _meet(theirs, ours, counter_ptr, turn, PEERS: tl.constexpr):
-    """All that this program and the kernels before it wrote is there for the peers, and theirs for this program.
-
-    `turn`: one more than `counter_ptr` counts; flags as of `_flags`.
-    """
-    tl.debug_barrier()  # all have read the count, and all have written what the flag announces
-    tl.store(counter_ptr, turn)
     # the first warp has all PEERS of them; the others would fence and ask once more each
     tl.inline_asm_elementwise(
         """{
@@ -58,6 +50,7 @@ def _meet(theirs, ours, counter_ptr, turn, PEERS: tl.constexpr):
         }""",
         "=r,l,r", [theirs, turn], dtype=tl.int32, is_pure=False, pack=1,
     )  # fmt: skip
+    ours = tl.load(bases_ptr + rank) + (program * WORLD + peer) * 4
     tl.inline_asm_elementwise(
         """{
         .reg .u32 id;
@@ -105,24 +98,14 @@ def _sum_kernel(
     program, programs = tl.program_id(0), tl.num_programs(0)
     column = tl.arange(0, BLOCK)
     inside = column < WIDTH
-    step: tl.constexpr = WORLD if SCATTER else 1
-    first = tl.cast(rank if SCATTER else 0, tl.int64)
-    # before the wait: addresses, weights, and what only the sum before wrote, which was over before our predecessor
-    # began; past the first-level cache (.cg), which may hold what an earlier kernel saw
-    weight = tl.load(weight_ptr + column, inside, other=0.0).to(tl.float32)
-    theirs, ours = _flags(bases_ptr, program, rank, WORLD, PEERS)
-    meeting = tl.load(counter_ptr + program, cache_modifier=".cg") + 1
-    before = tl.zeros((BLOCK,), tl.float32)
-    if ADD:
-        row = first + program * step
-        here = residual_ptr + row * stride_residual + column
-        mine = column < tl.where(row < num_rows, WIDTH, 0)
-        before = tl.load(here, mine, other=0.0, cache_modifier=".cg").to(tl.float32)
+    weight = tl.load(weight_ptr + column, inside, other=0.0).to(tl.float32)  # no kernel writes weights: before the wait
     if PDL:
         gdc_wait()
         gdc_launch_dependents()  # the next product asks for its weights while we wait for the link
     if MEET:
-        _meet(theirs, ours, counter_ptr + program, meeting, PEERS)
+        _meet(bases_ptr, counter_ptr, program, rank, WORLD, PEERS)
+    step: tl.constexpr = WORLD if SCATTER else 1
+    first = tl.cast(rank if SCATTER else 0, tl.int64)
     for turn in range(program, tl.cdiv(num_rows, step), programs):
         row = first + turn * step
         present = column < tl.where(row < num_rows, WIDTH, 0)
@@ -140,9 +123,7 @@ def _sum_kernel(
             total += tl.load(part_ptr, wanted, other=0.0, cache_modifier=".cg").to(tl.float32)
         here = residual_ptr + row * stride_residual + column
         if ADD:
-            if turn != program:
-                before = tl.load(here, present, other=0.0).to(tl.float32)
-            total += before
+            total += tl.load(here, present, other=0.0).to(tl.float32)
         made = total.to(DTYPE)
         tl.store(here, made, present)
         if NORM:
@@ -155,7 +136,7 @@ def _sum_kernel(
         elif NORM:
             tl.store(out_ptr + row * WIDTH + column, made, present)
     if SCATTER and MEET:
-        _meet(theirs, ours, counter_ptr + program, meeting + 1, PEERS)
+        _meet(bases_ptr, counter_ptr, program, rank, WORLD, PEERS)
 
 
 def sum_add_norm(
@@ -275,8 +256,7 @@ def _choose_kernel(
         base = tl.load(bases_ptr + peer).to(tl.pointer_type(tl.int64)) + place_offset
         tl.store(base + rank * MAX_ROWS + row, packed, present)
     if MEET:
-        theirs, ours = _flags(bases_ptr, program, rank, WORLD, PEERS)
-        _meet(theirs, ours, counter_ptr + program, tl.load(counter_ptr + program) + 1, PEERS)
+        _meet(bases_ptr, counter_ptr, program, rank, WORLD, PEERS)
     best_value = tl.full((ROWS,), float("-inf"), tl.float32)
     best_token = tl.zeros((ROWS,), tl.int64)
     own = tl.load(bases_ptr + rank).to(tl.pointer_type(tl.int64)) + place_offset
