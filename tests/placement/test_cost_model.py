@@ -143,7 +143,7 @@ def test_layers_with_rings_are_those_that_kernels_were_tuned_for() -> None:
         key.removesuffix("x16") for key, sizes in tuned.items() if key.endswith("x16") and sizes["kernel"] == ring
     }
     layers = [name.split("x")[:3] for name in default_calibration("H200").rings]
-    assert len(layers) >= 3
+    assert len(layers) >= 2
     for width, seen, inner in layers:
         assert {f"{seen}x{width}", f"{inner}x{width}"} <= by_ring
     fetched = default_calibration("H200").few_rows
