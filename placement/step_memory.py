@@ -88,13 +88,13 @@ def prompt_sizes(
     numbers += 3 * spec.hidden_size * inner
     products = 2 * numbers / PRODUCTS_PER_SECOND / tp_size  # seconds of a token
     most = EAGER_SECONDS_A_LAYER / products
-    sizes: Sequence[int] = PROMPT_SIZES
+    sizes, most_short = list(PROMPT_SIZES), most
     if over_stages:
-        sizes, most = sorted({*PROMPT_SIZES, *STAGE_SIZES}), SLOW_HOST_STAGES * most
+        sizes, most_short = sorted({*PROMPT_SIZES, *STAGE_SIZES}), SLOW_HOST_STAGES * most
     longest = max_tokens
     if tp_size == 1:
         longest = next((size for size in sizes if size >= max_tokens), sizes[-1])
-    short = [size for size in sizes if size <= min(most, longest, slice_tokens or longest)]
+    short = [size for size in sizes if size <= min(most_short, longest, slice_tokens or longest)]
     if spec.moe is not None or kv_dtype_bytes == 1:
         return short
     slow_host = SLOW_HOST_KERNELS

@@ -195,3 +195,4 @@ def test_over_stages_a_slow_host_must_keep_up(spec: ModelSpec, tp_size: int, lon
     """Up to where a layer's products take the card a millisecond; a rank of several has a part of each."""
     sizes = prompt_sizes(spec, tp_size=tp_size, max_tokens=8192, over_stages=True)
     assert max(size for size in sizes if size < 1024) == longest
+    assert [size for size in sizes if size >= 1024] == [size for size in sizes_of(spec, tp_size) if size >= 1024]
