@@ -379,11 +379,10 @@ async def _connect(engine: "Engine", tokenizer: Tokenizer | None, config: Servin
 
 
 def _close(loop: _LoopThread, engine: "Engine") -> None:
-    try:
+    with contextlib.ExitStack() as ends:  # each of them, whatever becomes of the one before
+        ends.callback(loop.stop)
+        ends.callback(engine.close)
         loop.call_off()  # who looks after drivers would miss this one, and at exit no thread can be had to look for it
-        engine.close()
-    finally:
-        loop.stop()
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

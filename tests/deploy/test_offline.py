@@ -177,3 +177,18 @@ def test_the_loop_ends_with_nothing_left_in_it() -> None:
     thread.stop()
     assert waiting.cancelled()
     assert thread.loop.is_closed()
+
+
+def test_an_engine_is_closed_however_calling_off_ends() -> None:
+    """Whoever presses Ctrl-C while tasks are called off must not leave ranks on the cards."""
+    done: list[str] = []
+
+    def call_off() -> None:
+        done.append("call off")
+        raise KeyboardInterrupt
+
+    loop: Any = SimpleNamespace(call_off=call_off, stop=lambda: done.append("stop"))
+    engine: Any = SimpleNamespace(close=lambda: done.append("close"))
+    with pytest.raises(KeyboardInterrupt):
+        offline._close(loop, engine)
+    assert done == ["call off", "close", "stop"]
