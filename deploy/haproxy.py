@@ -23,6 +23,7 @@ from typing import Final
 
 from argosy.cluster.protocol.errors import ConfigError
 from argosy.deploy import door_keeper
+from argosy.placement.ports import free_port
 
 # HAProxy takes 97 bytes for a socket's path, and Ray puts a folder of 56 letters above its name of one letter
 MOST_FOLDER_BYTES: Final = 97 - len("/") - 56 - len("/a")
@@ -139,8 +140,8 @@ def environment(folder: Path) -> dict[str, str]:
         "RAY_SERVE_DIRECT_INGRESS_MAX_GRPC_PORT": str(first + _HTTP_PORTS + _GRPC_PORTS - 1),
         "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(first + _HTTP_PORTS + _GRPC_PORTS),
         "RAY_SERVE_FALLBACK_PROXY_GRPC_PORT": str(first + _HTTP_PORTS + _GRPC_PORTS + 1),
-        "RAY_SERVE_HAPROXY_METRICS_PORT": str(_free_port()),
-        "RAY_SERVE_HAPROXY_STATS_PORT": str(_free_port()),
+        "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port("127.0.0.1")),
+        "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port("127.0.0.1")),
         # a door that refuses connections twice is out until it answers again; meanwhile Serve's own proxy, which waits
         # for a new one, takes what comes
         "RAY_SERVE_HAPROXY_OBSERVE_MARK_DOWN_ENABLED": "1",
@@ -196,10 +197,3 @@ def reserve_ports() -> int:
         holder.detach()  # left open on purpose; a socket object would be warned of when the process ends
         return sign + 1
     raise ConfigError(f"no range of ports is free from {_PORT_RANGES[0]} to {_PORT_RANGES[1]}; stop other servers")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

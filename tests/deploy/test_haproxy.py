@@ -21,6 +21,7 @@ import pytest
 from argosy.cluster.protocol.errors import ConfigError
 from argosy.deploy import door_keeper, haproxy, server
 from argosy.deploy.owned_folder import short_temp_folder
+from argosy.placement.ports import free_port
 
 AS_RAY_WRITES_IT = """frontend prometheus
     bind :9101
@@ -226,7 +227,7 @@ def ask_for_door(folder: Path) -> socket.socket:
 def test_a_front_that_dies_while_it_asks_costs_the_next_one_nothing() -> None:
     """Twenty ask and are gone; the next one gets the socket, on which those who came meanwhile wait."""
     with tempfile.TemporaryDirectory(dir=short_temp_folder(20)) as name:
-        port = haproxy._free_port()
+        port = free_port("127.0.0.1")
         with door_keeper.DoorKeeper(Path(name), "127.0.0.1", port), socket.socket() as client:
             for _ in range(20):
                 with socket.socket(socket.AF_UNIX) as asked:
@@ -242,7 +243,7 @@ def test_a_front_that_dies_while_it_asks_costs_the_next_one_nothing() -> None:
 def test_every_network_means_both_kinds() -> None:
     """`--host ::` is how people ask for all addresses; IPv4 was refused."""
     with tempfile.TemporaryDirectory(dir=short_temp_folder(20)) as name:
-        port = haproxy._free_port()
+        port = free_port("127.0.0.1")
         with door_keeper.DoorKeeper(Path(name), "::", port):
             for address in ("127.0.0.1", "::1"):
                 socket.create_connection((address, port), timeout=10).close()
@@ -293,7 +294,7 @@ def front_of(folder: Path, settings: dict[str, str], text: str) -> "subprocess.P
 def test_an_answer_whose_door_was_killed_is_computed_anew(tmp_path: Path) -> None:
     """Clients send head and body apart: what HAProxy passed on before it had both could not be sent again."""
     settings = haproxy.environment(tmp_path)
-    port = haproxy._free_port()
+    port = free_port("127.0.0.1")
     with door_that_dies_once() as (door, read):
         text = f"""global
     tune.bufsize {settings["RAY_SERVE_HAPROXY_TUNE_BUFSIZE"]}
@@ -338,7 +339,7 @@ backend default_backend
 def test_who_comes_while_the_front_is_dead_waits_for_its_next_life() -> None:
     """Connections were refused for seconds. Ray starts a front with no doors, and tells it later which there are."""
     with tempfile.TemporaryDirectory(dir=short_temp_folder(20)) as name, door_that_dies_once() as (door, read):
-        folder, port = Path(name), haproxy._free_port()
+        folder, port = Path(name), free_port("127.0.0.1")
         settings = haproxy.environment(folder)
         empty = f"""defaults
     mode http

@@ -12,23 +12,17 @@ torch = pytest.importorskip("torch")
 
 from argosy.cluster.protocol.errors import ConfigError, StartupTimeout, WorkerFailed  # noqa: E402  # after the skip
 from argosy.placement.plan import make_plan  # noqa: E402  # after the skip
+from argosy.placement.ports import free_port  # noqa: E402  # after the skip
 from argosy.placement.process_groups import destroy_parallel, init_parallel  # noqa: E402  # after the skip
 
 CPU = torch.device("cpu")
 
 
-def free_port() -> int:
-    """A port that nobody listens on now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def member(tp_rank: int, port: int) -> None:
+def member(tp_rank: int, ports: list[int]) -> None:
     """One of two ranks: sum, gather, broadcast, leave; then the same again in the next epoch."""
-    for epoch in range(2):
+    for port in ports:
         rank = make_plan(2, 2, 1).ranks[tp_rank]
-        parallel = init_parallel(rank, f"127.0.0.1:{port + epoch}", CPU, 30.0)
+        parallel = init_parallel(rank, f"127.0.0.1:{port}", CPU, 30.0)
         mine = torch.full((2, 3), float(tp_rank + 1))
         assert torch.equal(parallel.all_gather_last_dim(mine)[0], torch.tensor([1.0, 1, 1, 2, 2, 2]))
         assert torch.equal(parallel.broadcast(mine.clone(), 1), torch.full((2, 3), 2.0))
@@ -39,7 +33,7 @@ def member(tp_rank: int, port: int) -> None:
 
 
 if __name__ == "__main__":
-    member(int(sys.argv[1]), int(sys.argv[2]))
+    member(int(sys.argv[1]), [int(port) for port in sys.argv[2:]])
 
 
 def test_one_rank_opens_nothing() -> None:
@@ -56,8 +50,8 @@ def test_one_rank_opens_nothing() -> None:
 
 def test_two_ranks_meet_part_and_meet_again() -> None:
     """A replica is rebuilt: the same processes join the groups of the next epoch."""
-    port = free_port()
-    ranks = [subprocess.Popen([sys.executable, __file__, str(tp_rank), str(port)]) for tp_rank in range(2)]
+    ports = [str(free_port("127.0.0.1")) for _ in range(2)]
+    ranks = [subprocess.Popen([sys.executable, __file__, str(tp_rank), *ports]) for tp_rank in range(2)]
     try:
         assert [rank.wait(timeout=90) for rank in ranks] == [0, 0]
     finally:
@@ -68,14 +62,14 @@ def test_two_ranks_meet_part_and_meet_again() -> None:
 @pytest.mark.parametrize("late", [0, 1])
 def test_a_peer_that_never_comes_is_a_timeout(late: int) -> None:
     """The other node died while starting: this one says what it waited for, after the deadline and not later."""
-    address = f"127.0.0.1:{free_port()}"
+    address = f"127.0.0.1:{free_port('127.0.0.1')}"
     with pytest.raises(StartupTimeout, match=f"process groups of 2 ranks at {address}"):
         init_parallel(make_plan(2, 2, 1).ranks[1 - late], address, CPU, 1.0)
 
 
 def test_the_meeting_place_is_open_on_its_own_address_only() -> None:
     """The store asks nobody who they are: on a machine with a public network it must not listen there."""
-    port = free_port()
+    port = free_port("127.0.0.1")
 
     def wait_in_vain() -> None:
         with pytest.raises(StartupTimeout):
