@@ -25,8 +25,7 @@ from argosy.placement.step_memory import (
     group_bytes,
     ladder,
     prompt_graph_bytes,
-    prompt_kinds,
-    prompt_sizes,
+    recorded_kinds,
     wire_bytes,
 )
 from argosy.placement.swap_space import staging_bytes, swap_setting
@@ -114,17 +113,12 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
         return max(self.slice_tokens or self.max_num_batched_tokens, self.max_num_seqs)
 
     def prompt_kinds(self, spec: ModelSpec, tp_size: int, num_layers: int) -> list[tuple[int, int]]:
-        """(tokens, places for decode rows) of steps with prompts that a rank of so many layers records where decode
-        steps are."""
-        rows = self.max_num_seqs if self.graph_rows is None else self.graph_rows
-        if not rows:
-            return []
-        over_stages = num_layers < spec.num_layers
-        sizes = prompt_sizes(
-            spec, tp_size=tp_size, max_tokens=self.max_num_batched_tokens, slice_tokens=self.slice_tokens,
-            dtype_bytes=self.dtype_bytes, kv_dtype_bytes=self.kv_dtype_bytes, over_stages=over_stages,
+        """`step_memory.recorded_kinds` of a rank of so many layers, where steps are recorded at all."""
+        return recorded_kinds(
+            spec, num_layers, self.max_num_seqs if self.graph_rows is None else self.graph_rows, tp_size=tp_size,
+            max_tokens=self.max_num_batched_tokens, slice_tokens=self.slice_tokens, dtype_bytes=self.dtype_bytes,
+            kv_dtype_bytes=self.kv_dtype_bytes,
         )  # fmt: skip
-        return prompt_kinds(sizes, rows, over_stages=over_stages)
 
     def blocks_of(self, num_tokens: int) -> int:
         """The most blocks that a request of so many tokens holds while it decodes."""

@@ -4,7 +4,7 @@ What a rank makes itself is reckoned by one function on both sides: recorded gra
 them share, and what a group's cards open for each other. What libraries take is measured (`placement/calibration.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Final
 
@@ -130,6 +130,34 @@ def prompt_kinds(sizes: Sequence[int], max_rows: int, *, over_stages: bool = Fal
             places = {min(max_rows, size // 2)}
         kinds += [(size, each) for each in sorted(places) if each + prompt_places(size) < size]
     return kinds
+
+
+def recorded_kinds(
+    spec: ModelSpec,
+    num_layers: int,
+    max_rows: int,
+    *,
+    tp_size: int,
+    max_tokens: int,
+    dtype_bytes: int,
+    kv_dtype_bytes: int,
+    slice_tokens: int | None,
+    records: Callable[[int], bool] | None = None,
+) -> list[tuple[int, int]]:
+    """(tokens, places for decode rows) of the steps with prompts that a rank of so many layers records.
+
+    Beside decode steps of at most `max_rows`; none where these are not recorded (0). `records`: whether the rank's
+    model can be recorded with so many tokens; a plan, which has no model, takes it that it can.
+    """
+    if not max_rows:
+        return []
+    over_stages = num_layers < spec.num_layers
+    sizes = prompt_sizes(
+        spec, tp_size=tp_size, max_tokens=max_tokens, slice_tokens=slice_tokens, dtype_bytes=dtype_bytes,
+        kv_dtype_bytes=kv_dtype_bytes, over_stages=over_stages,
+    )  # fmt: skip
+    recorded = [size for size in sizes if records is None or records(size)]
+    return prompt_kinds(recorded, max_rows, over_stages=over_stages)
 
 
 def even_ladder(max_rows: int, spec: ModelSpec, tp_size: int) -> list[int]:

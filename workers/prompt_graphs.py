@@ -98,7 +98,7 @@ class PromptGraphs:
         is_first_stage: bool,
         is_last_stage: bool,
     ):
-        """`kinds`: see `step_memory.prompt_kinds`; not empty."""
+        """`kinds`: see `step_memory.recorded_kinds`; not empty."""
         self.batch, self.tables, self.forward, self.kinds = batch, tables, forward, sorted(kinds)
         self.is_first_stage, self.is_last_stage, self.max_model_len = is_first_stage, is_last_stage, max_model_len
         self._most_tokens = max(tokens for tokens, _ in kinds)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from argosy.kernels import step_ops
-from argosy.placement.step_memory import ladder, prompt_kinds, prompt_sizes
+from argosy.placement.step_memory import ladder, recorded_kinds
 from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.cuda_graphs import CUDAGraphRunner
 from argosy.workers.forward_context import ForwardContext
@@ -30,19 +30,16 @@ def graph_sizes(runner: "ModelRunner") -> list[int]:
 
 def recorded_prompts(runner: "ModelRunner") -> list[Kind]:
     """The steps with prompts that will be recorded. The same on all ranks of a group."""
-    decodes = graph_sizes(runner)
-    if not decodes:
+    decodes, records = graph_sizes(runner), getattr(runner.model, "records_prompts", None)
+    if not decodes or records is None:
         return []
     long_steps = runner.long_steps  # which all stages cut in the same way
-    over_stages = runner.rank.pp_size > 1
-    sizes = prompt_sizes(
-        runner.spec, tp_size=runner.rank.tp_size, max_tokens=runner.config.scheduler.max_num_batched_tokens,
-        slice_tokens=None if long_steps is None else long_steps.slice_tokens, dtype_bytes=runner.dtype.itemsize,
-        kv_dtype_bytes=runner.cache_dtype.itemsize, over_stages=over_stages,
+    return recorded_kinds(
+        runner.spec, runner.rank.last_layer - runner.rank.first_layer, decodes[-1], tp_size=runner.rank.tp_size,
+        max_tokens=runner.config.scheduler.max_num_batched_tokens, dtype_bytes=runner.dtype.itemsize,
+        kv_dtype_bytes=runner.cache_dtype.itemsize, records=records,
+        slice_tokens=None if long_steps is None else long_steps.slice_tokens,
     )  # fmt: skip
-    records = getattr(runner.model, "records_prompts", None)
-    recorded = [size for size in sizes if records is not None and records(size)]
-    return prompt_kinds(recorded, decodes[-1], over_stages=over_stages)
 
 
 def record_graphs(runner: "ModelRunner", on_progress: Callable[[float], None] | None) -> CUDAGraphRunner | None:

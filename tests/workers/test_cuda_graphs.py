@@ -2,15 +2,21 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
+from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.messages import SchedulerOutput
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.kernels import paged_attention, tuning
 from argosy.placement import step_memory
+from argosy.placement.model_sources import read_model_shape
+from argosy.placement.plan import make_plan
+from argosy.placement.rank_memory import Serving
 from argosy.placement.step_memory import even_ladder, ladder
 from argosy.workers.cuda_graphs import (
     EVEN,
@@ -24,6 +30,7 @@ from argosy.workers.cuda_graphs import (
     shared_ladder,
 )
 from argosy.workers.input_batch import InputBatch
+from argosy.workers.step_recording import recorded_prompts
 
 ROWS, BLOCK, BLOCKS = 64, 16, 100
 LLAMA = {"architectures": ["LlamaForCausalLM"], "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -177,3 +184,39 @@ def test_the_plan_counts_the_steps_for_even_rows_that_ranks_record(
         pays = [size for size in ladder(1024) if paged_attention.even_sizes(size, cache) is not None]
         assert pays == even_ladder(1024, spec, tp_size) == sizes
     assert paged_attention.even_sizes(256, torch.zeros((1, 16, 8, 128), dtype=torch.int8)) is None
+
+
+@pytest.mark.parametrize(
+    ("tp_size", "pp_size", "places", "settings"),
+    [
+        (1, 1, 64, {}), (2, 1, 64, {}), (1, 2, 128, {}), (2, 3, 150, {"max_num_seqs": 300}),
+        (1, 3, 128, {"kv_cache_dtype": "int8"}), (1, 2, 32, {"max_cuda_graph_batch": 32}),
+        (1, 2, 0, {"enforce_eager": True}),
+        (1, 2, 128, {"max_num_batched_tokens": 16384, "activation_offload_gb": "auto", "activation_slice_tokens": 600}),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_ranks_record_the_steps_with_prompts_that_plans_reckon_with(
+    tp_size: int, pp_size: int, places: int, settings: dict[str, Any]
+) -> None:
+    """Each stage of a layout; fewer where a rank's model can't be recorded with so many tokens, and none of a model
+    that doesn't say."""
+    given = {"max_num_seqs": 256, "max_num_batched_tokens": 8192, "max_model_len": 4096, **settings}
+    config = ServingConfig.from_mapping({"model": "m", **given})
+    shape = read_model_shape("qwen3-0.6b")
+    serving = Serving.from_config(config, shape)
+    slice_tokens = serving.slice_tokens
+    for rank in make_plan(shape.num_layers, tp_size, pp_size).ranks:
+        runner: Any = SimpleNamespace(
+            config=config, spec=shape.spec, rank=rank, device=torch.device("cuda"), dtype=torch.bfloat16,
+            cache_dtype=torch.int8 if "kv_cache_dtype" in settings else torch.bfloat16,
+            long_steps=None if slice_tokens is None else SimpleNamespace(slice_tokens=slice_tokens),
+            model=SimpleNamespace(records_prompts=lambda num_tokens: True),
+        )  # fmt: skip
+        planned = serving.prompt_kinds(shape.spec, tp_size, rank.last_layer - rank.first_layer)
+        assert recorded_prompts(runner) == planned
+        assert max((each for size, each in planned if size < step_memory.LONG_UNIT), default=0) == places
+        runner.model.records_prompts = lambda num_tokens: num_tokens != 128
+        assert recorded_prompts(runner) == [kind for kind in planned if kind[0] != 128]
+        runner.model = SimpleNamespace()
+        assert recorded_prompts(runner) == []
