@@ -3,6 +3,7 @@
 import pytest
 from scheduler_desk import Desk
 
+from argosy.cluster.protocol.sampling import FinishReason
 from argosy.cluster.waiting_queue import WaitingQueue
 
 
@@ -38,12 +39,17 @@ def test_prompts_are_spread_evenly_over_the_steps_that_stages_work_on() -> None:
     assert max(desk.schedule().num_tokens or [1]) == 500
 
 
-def test_after_a_burst_the_next_prompt_is_cut_anew() -> None:
-    """The pieces of many prompts at once are whole steps; the one that comes when all are through is cut as ever."""
+@pytest.mark.parametrize("is_called_off", [False, True])
+def test_after_a_burst_the_next_prompt_is_cut_anew(is_called_off: bool) -> None:
+    """The pieces of many prompts at once are whole steps; the one that comes when all are through is cut as ever. It is
+    the same when whoever sent them has gone before they were through."""
     desk = Desk(pipeline_parallel_size=2, max_num_seqs=40, max_num_batched_tokens=8192, num_blocks=50_000)
     for _ in range(40):
         desk.add(4000, max_tokens=1)
     assert desk.step().num_scheduled_tokens == 8192
+    if is_called_off:
+        for request in list(desk.scheduler.known_requests()):
+            desk.scheduler.end(request, FinishReason.ABORT)
     while not desk.scheduler.is_idle:
         desk.step()
     assert desk.scheduler.schedule() is None
