@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).parent))  # for what its files share
 COMPILE_FOR = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "compile_for.py"
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:

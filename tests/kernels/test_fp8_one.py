@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from launches import OnCard, Walked
 from torch import Tensor
 
 from argosy.kernels import fp8_one, fp8_reference, fp8_ring, paged_attention, tuning
@@ -74,21 +75,6 @@ def test_a_product_that_rounds_is_what_it_means(
     check_case(case, early, device, assert_near)
 
 
-class OnCard:
-    """A tensor of which only shape and place are asked."""
-
-    is_cuda, device = True, torch.device("cuda")
-
-    def __init__(self, *shape: int):
-        self.shape = shape
-
-    def stride(self, axis: int) -> int:
-        return self.shape[1] if axis == 0 else 1
-
-    def data_ptr(self) -> int:
-        return 256
-
-
 def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of whole places, no more inputs than there is room for; nothing on a CPU."""
     weight = fp8_reference.quantize_weight(torch.randn(128, 512))
@@ -113,14 +99,8 @@ def test_attention_beside_it_has_sizes_of_its_own(monkeypatch: pytest.MonkeyPatc
     assert paged_attention.ring_sizes(1, cache.to(torch.float8_e4m3fn)) is None
 
 
-class WalkedLaunch:
+class WalkedLaunch(Walked):
     """In place of the kernel: goes over the tiles that each program is given, by the kernel's own rules."""
-
-    def __init__(self) -> None:
-        self.programs: list[int] = []
-
-    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        return lambda *values, **named: self.walk(grid[0], values, SimpleNamespace(**named))
 
     def walk(self, programs: int, values: tuple[Any, ...], named: Any) -> None:
         w_desc, x_1I, parts, norm, kept, w_scale, bias, out, tiles, outputs, stride_part, eps = values
@@ -158,7 +138,6 @@ class WalkedLaunch:
                 y = F.silu(made[0]) * made[1] if named.HALVES == 2 else made[0]
                 out.view(-1)[piece * outputs + here] = y[0].to(out.dtype)
         assert seen == Counter({(tile, piece): 1 for tile in range(tiles) for piece in range(named.PIECES)})
-        self.programs.append(programs)
 
 
 @pytest.mark.parametrize(
@@ -182,7 +161,7 @@ def test_a_launch_shares_out_each_tile_once(
     launch = WalkedLaunch()
     monkeypatch.setattr(fp8_one, "one_kernel", launch)
     check_case(case, 1, torch.device("cpu"), assert_near)
-    assert launch.programs == [programs] * 2
+    assert [each.programs for each in launch.launches] == [programs] * 2
 
 
 def test_measured_sizes_suit_their_shapes(monkeypatch: pytest.MonkeyPatch) -> None:

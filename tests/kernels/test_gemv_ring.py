@@ -5,12 +5,12 @@ pieces, does not.
 """
 
 from collections.abc import Callable, Mapping
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from launches import OnCard, Walked
 from torch import Tensor
 
 from argosy.kernels import fp8_ring, gemv, gemv_ring, gemv_split, group_push, group_sum, reference, tuning
@@ -134,14 +134,8 @@ def test_pieces_are_sent_as_their_sum_would_be(scatter: bool, device: torch.devi
     assert made[0][0].abs().sum() > 0
 
 
-class WalkedRing:
+class WalkedRing(Walked):
     """In place of the kernel: does what each program is told to, by the kernel's own rules."""
-
-    def __init__(self) -> None:
-        self.launches: list[SimpleNamespace] = []
-
-    def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
-        return lambda *values, **named: self.walk(grid[0], values, SimpleNamespace(**named))
 
     def walk(self, programs: int, values: tuple[Any, ...], named: Any) -> None:
         x_desc, w_desc, out, bias, part, counters, squares, next_values, next_norm, next_squares, *numbers = values
@@ -181,7 +175,6 @@ class WalkedRing:
                     if named.NEXT:
                         next_squares[tile, token] = flat[at].float().square().sum()
                         next_values[token, here] = (flat[at].float() * next_norm[here].float()).to(out.dtype)
-        self.launches.append(named)
 
 
 @pytest.fixture
@@ -244,21 +237,6 @@ def test_a_ring_leaves_room_for_what_goes_out(ring: WalkedRing, assert_near: Nea
     sizes = {"rows": 64, "width": 64, "stages": 32, "pieces": 1}
     assert_near(gemv_ring.linear(x, weight, None, None, sizes), reference.fused_linear(x, weight))
     assert [(launch.STAGES, launch.EARLY) for launch in ring.launches] == [(13, 2)]
-
-
-class OnCard:
-    """A tensor of which only shape and place are asked."""
-
-    is_cuda, device = True, torch.device("cuda")
-
-    def __init__(self, *shape: int, step: int = 0, at: int = 256):
-        self.shape, self._step, self._at = shape, step or shape[1], at
-
-    def stride(self, axis: int) -> int:
-        return self._step if axis == 0 else 1
-
-    def data_ptr(self) -> int:
-        return self._at
 
 
 def test_what_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,13 +1,8 @@
 """The assembly of `warp_decode`, carried out lane by lane on a CPU: two tiles of keys, weighed as softmax says."""
 
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parent))
 from ptx_lanes import LANE, Lanes, bits, floats, run
 
 from argosy.kernels import warp_parts
