@@ -6,7 +6,7 @@ from typing import Any, Final
 import msgspec
 
 from argosy.cluster.protocol.ledger import gb
-from argosy.placement.calibration import default_calibration
+from argosy.placement.calibration import Calibration, default_calibration
 from argosy.placement.layout import Layout, Stage
 from argosy.placement.model_shape import ModelShape
 from argosy.placement.model_sources import servable_name
@@ -133,9 +133,7 @@ def plan_lines(report: PlanReport, *, all_losers: bool = False, given: str = "")
 
 def how_sure(report: PlanReport) -> Iterator[str]:
     """For each kind of device in use: how far off forecasts were of what was measured on it."""
-    names = {stage.group.sheet.name for replica in report.chosen.replicas for stage in replica.stages}
-    for name in sorted(names):
-        calibration = report.options.calibration or default_calibration(name)
+    for name, calibration in _calibrations(report):
         if calibration.device != name and report.options.calibration is not None:
             continue  # a note says so
         if calibration.device != name:
@@ -224,12 +222,17 @@ def plan_json(report: PlanReport) -> dict[str, Any]:
 
 def _judged_json(report: PlanReport) -> dict[str, Any]:
     """By device in use: of each kind of forecast how far off it was of measured rows; None: nobody measured there."""
-    names = {stage.group.sheet.name for replica in report.chosen.replicas for stage in replica.stages}
-    found = {name: report.options.calibration or default_calibration(name) for name in sorted(names)}
     return {
         name: [msgspec.structs.asdict(one) for one in calibration.judged] if calibration.device == name else None
-        for name, calibration in found.items()
+        for name, calibration in _calibrations(report)
     }
+
+
+def _calibrations(report: PlanReport) -> Iterator[tuple[str, Calibration]]:
+    """Each kind of device in use, by name, with what its forecasts were calibrated by."""
+    names = {stage.group.sheet.name for replica in report.chosen.replicas for stage in replica.stages}
+    for name in sorted(names):
+        yield name, report.options.calibration or default_calibration(name)
 
 
 def _candidate_json(candidate: Candidate) -> dict[str, Any]:

@@ -26,9 +26,9 @@ __all__ = [
 MOST_KEY_BYTES = 512  # of keys that three stages of tiles of 32 have room for on any card
 # A multiprocessor's programs of one warp each: from there to there `even_sizes` are faster, by these sizes.
 EVEN_PROGRAMS = {"even_half": (7, 8), "even": (12, 16)}
-
-
-LEAST_SOME = 32  # rows times key/value heads
+# Rows times key/value heads: as many as eight rows of 8B have on a rank of two cards, where sizes for `some` were
+# measured. A quarter of an H200's multiprocessors is one more.
+LEAST_SOME = 32
 
 
 def _kinds(groups: int, num_sms: int) -> tuple[str, ...]:

@@ -19,9 +19,7 @@ from argosy.placement.step_memory import LONG_UNIT
 from argosy.placement.topology import Link
 
 _US: Final = 1e-6
-HALVED_TOKENS: Final = (
-    2048  # longer steps of a group are worth being computed in halves (`workers/models/group_forward`)
-)
+HALVED_TOKENS: Final = 2048  # longer steps of a group are worth being halved (`workers/models/group_forward`)
 EXCHANGE_CALLS: Final = 5  # collectives of a layer that exchanges its tokens: two for attention, sizes, there and back
 
 
