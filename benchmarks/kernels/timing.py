@@ -3,7 +3,8 @@
 import argparse
 import json
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 import triton
@@ -49,6 +50,23 @@ def microseconds(calls: Sequence[Callable[[], object]], *, launches: int = 0, re
     del graph
     median = statistics.median(times)
     return median, (max(times) - min(times)) / median
+
+
+@contextmanager
+def recorded(
+    run: Callable[[], object], device: torch.device
+) -> Iterator[tuple[torch.cuda.CUDAGraph, torch.cuda.Stream]]:
+    """`run` as a graph, and a stream of its own, which is the current one meanwhile. Ranks of a group record so: other
+    threads of theirs, NCCL's own among them, may ask the driver for something at that time."""
+    stream = torch.cuda.Stream(device)
+    with torch.cuda.stream(stream):
+        run()
+        stream.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+            run()
+        yield graph, stream
+        graph.reset()
 
 
 class Report:

@@ -26,7 +26,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from bench_kernels import rand
 from few_sizes import HEAD_SIZE, KERNELS, LIBRARY, MODELS, Sizes, shapes_of, short, sizes_of
-from timing import copies_for, microseconds
+from timing import copies_for, microseconds, recorded
 from torch import Tensor
 from trials import compile_apart, part_of
 
@@ -196,13 +196,7 @@ class Chain:
 
     def time(self, run: Callable[[], Tensor], replays: int = 7) -> float:
         """Microseconds a layer, the slowest rank's median; the same number on all ranks."""
-        stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(stream):
-            run()
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                run()
+        with recorded(run, self.device) as (graph, stream):
             times = []
             for _ in range(replays + 1):
                 stream.synchronize()
@@ -216,7 +210,6 @@ class Chain:
                 end.record(stream)
                 stream.synchronize()
                 times.append(1e3 * start.elapsed_time(end) / (3 * LAYERS))
-            graph.reset()
         found = torch.tensor([statistics.median(times[1:])], device=self.device)
         if self.sums is not None:
             dist.all_reduce(found, op=dist.ReduceOp.MAX, group=self.parallel.tp_group)

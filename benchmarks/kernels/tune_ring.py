@@ -23,6 +23,7 @@ import torch.multiprocessing as mp
 import torch.nn.functional as F
 from bench_kernels import rand
 from few_sizes import MODELS, Sizes, shapes_of, short
+from timing import recorded
 from torch import Tensor
 from trials import compile_apart, part_of
 from tune_group import CONTEXT, KEEP, LAYERS, PICK, Chain, attention_of
@@ -196,13 +197,7 @@ class Steps(Chain):
 
     def breakdown(self, run: Callable[[], Tensor], title: str, *, says: bool) -> None:
         """Microseconds of each launch of a layer: from begin to begin, and from end to end."""
-        stream = torch.cuda.Stream(self.device)
-        with torch.cuda.stream(stream):
-            run()
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                run()
+        with recorded(run, self.device) as (graph, stream):
             graph.replay()
             stream.synchronize()
             with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
@@ -225,7 +220,6 @@ class Steps(Chain):
                 print(f"    {begun:6.2f} {ended:6.2f}  {events[each + place][2][:60]}", flush=True)
         elif says:
             print(f"  {title}: {len(events)} launches are no whole layers", flush=True)
-        graph.reset()
 
 
 def tune(chain: Steps, args: argparse.Namespace, table: dict[str, Sizes], *, says: bool) -> None:
