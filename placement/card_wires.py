@@ -12,7 +12,6 @@ receives.
 """
 
 import logging
-import os
 import socket
 import zlib
 from typing import Any, Final, Protocol
@@ -23,6 +22,7 @@ from torch import Tensor
 
 from argosy.placement.process_groups import ParallelContext
 from argosy.placement.stream_flags import StreamFlags
+from argosy.placement.switches import read_switch
 from argosy.placement.symmetric_memory import SymmetricBuffer
 
 logger = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ def open_card_wires(
     parallel: ParallelContext, *, token_bytes: int, token_slots: int, hidden_bytes: int
 ) -> CardWires | None:
     """The wires of a replica on one host, None where its cards can't address each other; the same on all ranks."""
-    wanted = os.environ.get("ARGOSY_DISABLE_SYMMETRIC_MEMORY") != "1"
+    wanted = not read_switch("ARGOSY_DISABLE_SYMMETRIC_MEMORY")
     host = zlib.crc32(socket.gethostname().encode()) if wanted else 0
     hosts = torch.tensor([host, -host, -int(not wanted)], dtype=torch.int64, device=parallel.device)
     dist.all_reduce(hosts, op=dist.ReduceOp.MIN, group=parallel.world)

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from argosy.placement.switches import read_switch
+
 logger = logging.getLogger(__name__)
 
 ONE_SHOT_BYTES: Final = 256 * 1024
@@ -74,7 +76,7 @@ class SymmetricAllReduce:
 
 def open_symmetric(group: "dist.ProcessGroup", device: torch.device) -> SymmetricAllReduce | None:
     """The group's shared buffer, or None where its GPUs can't address each other; all ranks come to the same answer."""
-    if os.environ.get("ARGOSY_DISABLE_SYMMETRIC_MEMORY") == "1":
+    if read_switch("ARGOSY_DISABLE_SYMMETRIC_MEMORY"):
         return None
     if not _is_on_one_host(group, device):
         return None  # opening it would wait for a peer that can't come

@@ -6,7 +6,6 @@ D = model width, X = width of q, k and v.
 """
 
 import dataclasses
-import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from argosy.kernels import tuning
 from argosy.placement.process_groups import ParallelContext
+from argosy.placement.switches import read_switch
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.layers.norm import RMSNorm
 from argosy.workers.quantization.base import UnquantizedMethod
@@ -89,8 +89,8 @@ class LayerChain:
 
 def is_wanted(num_ranks: int) -> bool:
     """For a group of so many; ARGOSY_LAYER_CHAIN says 0 or 1 for who wants to measure without it or beyond that."""
-    asked = os.environ.get("ARGOSY_LAYER_CHAIN")
-    return num_ranks <= COMPARED_RANKS if asked is None else asked != "0"
+    asked = read_switch("ARGOSY_LAYER_CHAIN")
+    return num_ranks <= COMPARED_RANKS if asked is None else asked
 
 
 def open_layer_chain(

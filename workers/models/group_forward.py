@@ -8,13 +8,13 @@ With many tokens the sums of one half are done by copy engines while the other h
 T = tokens of the step, D = model width, X = width of q, k and v.
 """
 
-import os
 from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from argosy.placement.switches import read_count
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.layers.chains import Chain
 from argosy.workers.layers.embedding import VocabParallelEmbedding
@@ -39,9 +39,9 @@ HALF_MULTIPLE = 128  # the rows of a product's tile
 
 def least_overlapped(layer_bytes: int, token_bytes: int, num_ranks: int) -> int:
     """From how many tokens on a layer keeps the cards longer than the host takes to queue it in halves."""
-    asked = os.environ.get("ARGOSY_OVERLAP_TOKENS")  # for tests, and for who wants to measure it
+    asked = read_count("ARGOSY_OVERLAP_TOKENS")  # for tests, and for who wants to measure it
     if asked is not None:
-        return int(asked)
+        return asked
     seconds = layer_bytes / PRODUCT_BYTES_PER_SECOND + 2 * token_bytes * num_ranks / SUM_BYTES_PER_SECOND
     return max(LEAST_OVERLAP_TOKENS, round(HOST_SECONDS_A_LAYER / seconds))
 
