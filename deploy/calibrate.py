@@ -35,10 +35,8 @@ LIMITS: Final = {
     "fp8_layer_us": (0.0, 80.0), "fp8_flops_ratio": (0.3, 1.2), "reduce_latency": (0.5, 4.0),
     "reduce_rank_latency": (0.0, 1.0), "reduce_efficiency": (0.1, 0.9),
 }  # fmt: skip
-STEP_LIMITS: Final = {  # what decode steps of equal contexts say nothing of
-    "context_ns": (0.0, 40.0), "join_us": (0.0, 15.0), "eager_layer_us": (20.0, 800.0), "kv_efficiency": (0.6, 0.95),
-    "request_us": (500.0, 20_000.0), "hidden_sums": (0.0, 0.95),
-}  # fmt: skip
+# what decode steps say nothing of, and throughputs and first tokens do (`fit_calibration.py --workloads`)
+WORKLOAD_LIMITS: Final = {"request_us": (500.0, 20_000.0), "hidden_sums": (0.0, 0.95)}
 FLOPS_POINTS: Final = (8.0, 64.0, 256.0, 512.0, 8192.0)
 _PROMPT, _ANSWER = 128, 256  # tokens of each request of decode<batch>
 _CONTEXT: Final = _PROMPT + _ANSWER // 2  # tokens in view of a row on average
@@ -222,7 +220,7 @@ def write(calibration: Calibration, path: str) -> None:
 
 def _bounds(key: str | int) -> tuple[float, float]:
     """Of a setting, or of the share of arithmetic at one of the table's points."""
-    low, high = (0.01, 0.95) if isinstance(key, int) else {**LIMITS, **STEP_LIMITS}[key]
+    low, high = (0.01, 0.95) if isinstance(key, int) else {**LIMITS, **WORKLOAD_LIMITS}[key]
     return max(low, LEAST), high
 
 
