@@ -22,6 +22,16 @@ class Array:
         self.tolist = lambda: values
 
 
+class Number:
+    """One of numpy's whole numbers, as a list made of an array has them."""
+
+    def __init__(self, value: int):
+        self._value = value
+
+    def __index__(self) -> int:
+        return self._value
+
+
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
@@ -41,6 +51,8 @@ class Array:
         ([Array([1, 2]), "a"], [Prompt(None, [1, 2]), Prompt("a", None)]),
         ({"prompt_token_ids": Array([1, 2])}, [Prompt(None, [1, 2])]),
         (Array(["a", "b"]), [Prompt("a", None), Prompt("b", None)]),
+        ([Number(1), Number(2)], [Prompt(None, [1, 2])]),
+        ([[Number(1), 2], "a"], [Prompt(None, [1, 2]), Prompt("a", None)]),
     ],
 )
 def test_every_form_of_a_prompt(given: object, expected: list[Prompt]) -> None:
@@ -57,6 +69,20 @@ def test_what_is_no_prompt_is_named_before_anything_runs(given: object) -> None:
     with pytest.raises(InvalidRequest) as caught:
         normalise_prompts(given)
     assert caught.value.field.startswith("prompts")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ([1, True], r"^prompts\[1\]=True: token ids are whole numbers$"),
+        (["a", [1, 2, "x"]], r"^prompts\[1\]\[2\]='x': token ids are whole numbers$"),
+        ({"prompt_token_ids": [1.5]}, r"^prompts\.prompt_token_ids\[0\]=1\.5: token ids"),
+    ],
+)
+def test_a_token_that_is_none_is_named_by_its_place(given: object, said: str) -> None:
+    """A million may stand before it."""
+    with pytest.raises(InvalidRequest, match=said):
+        normalise_prompts(given)
 
 
 def test_params_are_one_for_all_or_one_each() -> None:
