@@ -33,6 +33,22 @@ RUNS_HERE = triton.__version__.startswith(tuning.GLUON_VERSIONS)
 
 
 @gluon.jit
+def ring_of(
+    x_desc, w_desc, ROWS: gl.constexpr, WIDTH: gl.constexpr, TOKENS: gl.constexpr, STAGES: gl.constexpr,
+    HALVES: gl.constexpr,
+):  # fmt: skip
+    """(places for tokens, for weights; barriers of those that are full, of those that are empty)."""
+    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TOKENS, WIDTH], x_desc.layout)
+    w_smem = gl.allocate_shared_memory(w_desc.dtype, [STAGES * HALVES, ROWS, WIDTH], w_desc.layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for i in gl.static_range(STAGES):
+        mbarrier.init(full.index(i), count=1)
+        mbarrier.init(empty.index(i), count=1)
+    return x_smem, w_smem, full, empty
+
+
+@gluon.jit
 def next_place(slot, phase, STAGES: gl.constexpr):
     """The next place of the ring, and its phase."""
     slot += 1
@@ -181,13 +197,7 @@ def ring_kernel(
     FETCH_REGISTERS: gl.constexpr, PDL: gl.constexpr,
 ):  # fmt: skip
     BYTES: gl.constexpr = (HALVES * ROWS + TOKENS) * WIDTH
-    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TOKENS, WIDTH], x_desc.layout)
-    w_smem = gl.allocate_shared_memory(w_desc.dtype, [STAGES * HALVES, ROWS, WIDTH], w_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+    x_smem, w_smem, full, empty = ring_of(x_desc, w_desc, ROWS, WIDTH, TOKENS, STAGES, HALVES)
     gl.warp_specialize([
         (_multiply, (
             out_ptr, x_scale_ptr, w_scale_ptr, bias_ptr, part_ptr, counter_ptr, x_smem, w_smem, full, empty, per, total,

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_wait
 
 from argosy.kernels import tuning
-from argosy.kernels.fp8_ring import RING_BYTES, fetch, is_hopper, multiply_place, next_place, wait_for_all
+from argosy.kernels.fp8_ring import RING_BYTES, fetch, is_hopper, multiply_place, next_place, ring_of, wait_for_all
 from argosy.kernels.norm_ahead import NormAhead
 
 MAX_TOKENS = 64
@@ -131,13 +130,7 @@ def _ring_kernel(
     """A program a tile of ROWS outputs and a piece of the inputs: `per` blocks of WIDTH. With RESIDUAL it is `out` that
     is added to."""
     BYTES: gl.constexpr = (HALVES * ROWS + TOKENS) * WIDTH * 2
-    x_smem = gl.allocate_shared_memory(x_desc.dtype, [STAGES, TOKENS, WIDTH], x_desc.layout)
-    w_smem = gl.allocate_shared_memory(w_desc.dtype, [STAGES * HALVES, ROWS, WIDTH], w_desc.layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for i in gl.static_range(STAGES):
-        mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+    x_smem, w_smem, full, empty = ring_of(x_desc, w_desc, ROWS, WIDTH, TOKENS, STAGES, HALVES)
     gl.warp_specialize([
         (_multiply, (
             out_ptr, bias_ptr, part_ptr, counter_ptr, squares_ptr, next_ptr, next_norm_ptr, next_squares_ptr, x_smem,
