@@ -65,7 +65,7 @@ class _Reader:
     def __init__(self, endpoint: str, check_body: CheckBody, max_line_bytes: int):
         self.items: list[NewItem] = []
         self.errors: list[dict[str, Any]] = []
-        self.model = ""
+        self.model, self._model_line = "", 0
         self._endpoint, self._check_body, self._max_line_bytes = endpoint, check_body, max_line_bytes
         self._line_of: dict[str, int] = {}
 
@@ -108,7 +108,7 @@ class _Reader:
             raise InvalidRequest("body", type(body).__name__, "must be the JSON object of a request")
         if body.get("stream"):
             raise InvalidRequest("body.stream", True, "an item's answer is one line; leave it out")
-        self._take_model(self._check_named(body))
+        self._take_model(self._check_named(body), number)
         return custom_id
 
     def _check_named(self, body: Mapping[str, Any]) -> str:
@@ -117,10 +117,12 @@ class _Reader:
         except InvalidRequest as error:
             raise InvalidRequest(f"body.{error.field}", error.value, error.fix) from error
 
-    def _take_model(self, model: str) -> None:
+    def _take_model(self, model: str, number: int) -> None:
         if self.model and model != self.model:
-            raise InvalidRequest("body.model", model, f"all items of a job name one model, and line 1 has {self.model}")
-        self.model = model
+            fix = f"all items of a job name one model, and line {self._model_line} has {self.model}"
+            raise InvalidRequest("body.model", model, fix)
+        if not self.model:
+            self.model, self._model_line = model, number
 
 
 def _lines(path: Path, max_line_bytes: int) -> Iterator[tuple[int, int, bytes]]:
