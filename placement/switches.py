@@ -13,9 +13,11 @@ def read_switch(name: str) -> bool | None:
     return text == "1" if text else None
 
 
-def read_count(name: str) -> int | None:
+def read_count(name: str, least: int) -> int | None:
     """The whole number that it is; None where nobody set it. Raises `ConfigError`."""
     text = os.environ.get(name, "").strip()
-    if text and not (text.isascii() and text.isdigit()):
-        raise ConfigError(f"{name}={text!r} in the environment of a rank: must be a whole number from 0 on")
-    return int(text) if text else None
+    if not text:
+        return None
+    if not (text.isascii() and text.isdigit() and int(text) >= least):
+        raise ConfigError(f"{name}={text!r} in the environment of a rank: must be a whole number from {least} on")
+    return int(text)

@@ -15,10 +15,10 @@ def test_a_switch_is_on_or_off(text: str | None, found: bool | None, monkeypatch
     assert read_switch("ARGOSY_LAYER_CHAIN") is found
 
 
-@pytest.mark.parametrize(("text", "found"), [("", None), ("0", 0), ("1024", 1024)])
+@pytest.mark.parametrize(("text", "found"), [("", None), ("256", 256), ("1024", 1024)])
 def test_a_count_is_a_number(text: str, found: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ARGOSY_OVERLAP_TOKENS", text)
-    assert read_count("ARGOSY_OVERLAP_TOKENS") == found
+    assert read_count("ARGOSY_OVERLAP_TOKENS", 256) == found
 
 
 def test_anything_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -29,7 +29,9 @@ def test_anything_else_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
             ConfigError, match=f"^ARGOSY_LAYER_CHAIN='{text}' in the environment of a rank: must be 0 or"
         ):
             read_switch("ARGOSY_LAYER_CHAIN")
-    for text in ("many", "-1", "1e9", "٣"):
+    for text in ("many", "-1", "1e9", "٣", "255"):
         monkeypatch.setenv("ARGOSY_OVERLAP_TOKENS", text)
-        with pytest.raises(ConfigError, match=f"^ARGOSY_OVERLAP_TOKENS='{text}' .*: must be a whole number from 0 on$"):
-            read_count("ARGOSY_OVERLAP_TOKENS")
+        with pytest.raises(
+            ConfigError, match=f"^ARGOSY_OVERLAP_TOKENS='{text}' .*: must be a whole number from 256 on"
+        ):
+            read_count("ARGOSY_OVERLAP_TOKENS", 256)

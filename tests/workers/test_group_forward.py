@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 
+from argosy.cluster.protocol.errors import ConfigError
 from argosy.kernels import step_ops
 from argosy.workers.layers.group_sum import NUM_PARTS, GroupSum, Left
 from argosy.workers.layers.linear import RowParallelLinear
@@ -30,6 +31,9 @@ def test_the_bound_can_be_set_to_measure_it(monkeypatch: pytest.MonkeyPatch) -> 
     """By the environment, which ranks inherit."""
     monkeypatch.setenv("ARGOSY_OVERLAP_TOKENS", "1500")
     assert least_overlapped(1, 1, 2) == 1500
+    monkeypatch.setenv("ARGOSY_OVERLAP_TOKENS", "128")  # all of them would be in the first half
+    with pytest.raises(ConfigError, match=r"ARGOSY_OVERLAP_TOKENS='128' .* from 256 on"):
+        least_overlapped(1, 1, 2)
 
 
 @pytest.mark.parametrize(

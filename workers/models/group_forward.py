@@ -39,7 +39,8 @@ HALF_MULTIPLE = 128  # the rows of a product's tile
 
 def least_overlapped(layer_bytes: int, token_bytes: int, num_ranks: int) -> int:
     """From how many tokens on a layer keeps the cards longer than the host takes to queue it in halves."""
-    asked = read_count("ARGOSY_OVERLAP_TOKENS")  # for tests, and for who wants to measure it
+    # for tests, and for who wants to measure it; of fewer the second half would have no rows
+    asked = read_count("ARGOSY_OVERLAP_TOKENS", 2 * HALF_MULTIPLE)
     if asked is not None:
         return asked
     seconds = layer_bytes / PRODUCT_BYTES_PER_SECOND + 2 * token_bytes * num_ranks / SUM_BYTES_PER_SECOND
