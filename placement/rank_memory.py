@@ -112,12 +112,16 @@ class Serving(msgspec.Struct, frozen=True, kw_only=True):
         """That go through the model at once."""
         return max(self.slice_tokens or self.max_num_batched_tokens, self.max_num_seqs)
 
+    @property
+    def recorded_rows(self) -> int:
+        """Rows of the largest recorded decode step; 0: none is."""
+        return self.max_num_seqs if self.graph_rows is None else self.graph_rows
+
     def prompt_kinds(self, spec: ModelSpec, tp_size: int, num_layers: int) -> list[tuple[int, int]]:
         """`step_memory.recorded_kinds` of a rank of so many layers, where steps are recorded at all."""
         return recorded_kinds(
-            spec, num_layers, self.max_num_seqs if self.graph_rows is None else self.graph_rows, tp_size=tp_size,
-            max_tokens=self.max_num_batched_tokens, slice_tokens=self.slice_tokens, dtype_bytes=self.dtype_bytes,
-            kv_dtype_bytes=self.kv_dtype_bytes,
+            spec, num_layers, self.recorded_rows, tp_size=tp_size, max_tokens=self.max_num_batched_tokens,
+            slice_tokens=self.slice_tokens, dtype_bytes=self.dtype_bytes, kv_dtype_bytes=self.kv_dtype_bytes,
         )  # fmt: skip
 
     def blocks_of(self, num_tokens: int) -> int:
@@ -289,7 +293,7 @@ class StageBytes:
         is_last = last_layer == shape.num_layers
         logit = calibration.logit_bytes if tp_size == 1 else calibration.gathered_logit_bytes
         rows = serving.max_num_seqs * spec.vocab_size * logit if is_last else 0.0
-        graphs, graph_rows = 0, serving.max_num_seqs if serving.graph_rows is None else serving.graph_rows
+        graphs, graph_rows = 0, serving.recorded_rows
         if calibration.records_graphs and graph_rows:
             pool = decode_bytes(
                 spec, graph_rows, tp_size=tp_size, is_last=is_last, dtype_bytes=serving.dtype_bytes

@@ -54,8 +54,7 @@ def _stage(stage: StageCost, serving: Serving, calibration: Calibration) -> floa
     rows, tokens = serving.max_num_seqs, min(serving.max_num_batched_tokens, serving.most_tokens)
     spec, tp_size = stage.spec, stage.tp_size
     decodes, kinds = list[int](), list[tuple[int, int]]()
-    if calibration.records_graphs and serving.graph_rows != 0:
-        most = rows if serving.graph_rows is None else serving.graph_rows
+    if calibration.records_graphs and (most := serving.recorded_rows):
         decodes = [*ladder(most), *shared_ladder(most), *even_ladder(most, spec, tp_size)]
         kinds = serving.prompt_kinds(spec, tp_size, stage.num_layers)
     kernels = (WARM_UP_STEPS + len(decodes)) * KERNELS_A_LAYER
