@@ -119,7 +119,9 @@ def make_plan(num_layers: int, tp_size: int, pp_size: int, pipeline_layers: tupl
     Raises `ConfigError` when there are fewer layers than stages, or the given counts don't add up.
     """
     if pp_size > num_layers:
-        raise ConfigError(f"pipeline_parallel_size={pp_size} exceeds the model's {num_layers} layers")
+        raise ConfigError(
+            f"pipeline_parallel_size={pp_size} exceeds the model's {num_layers} layers; use {num_layers} or fewer"
+        )
     counts = list(pipeline_layers) or _even(num_layers, pp_size)
     if sum(counts) != num_layers or len(counts) != pp_size:
         raise ConfigError(f"pipeline_layers={counts} must be {pp_size} counts that add up to {num_layers} layers")

@@ -61,7 +61,7 @@ def parse_topology(content: object) -> ClusterTopology:
     for place, entry in enumerate(_list(top.get("nodes"), "nodes")):
         nodes += _nodes(entry, f"nodes[{place}]", place)
         if len(nodes) > MAX_NODES:
-            raise ConfigError(f"nodes: more than {MAX_NODES}")
+            raise ConfigError(f"nodes: more than {MAX_NODES}; describe a part of the cluster")
     ids = [node.node_id for node in nodes]
     for node_id in ids:
         if ids.count(node_id) > 1:

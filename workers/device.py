@@ -25,7 +25,10 @@ def choose_device(wanted: str, rank: RankInfo) -> torch.device:
         raise ConfigError("device='cuda': torch sees no CUDA device here; use device='cpu', or install a CUDA torch")
     index = rank.gpu or 0
     if index >= torch.cuda.device_count():
-        raise ConfigError(f"rank {rank.global_rank} wants GPU {index}; torch sees {torch.cuda.device_count()}")
+        raise ConfigError(
+            f"rank {rank.global_rank} wants GPU {index}, and torch sees {torch.cuda.device_count()} here; use fewer "
+            "ranks a node, or look at CUDA_VISIBLE_DEVICES"
+        )
     return torch.device("cuda", index)
 
 

@@ -126,7 +126,10 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     ) -> "ModelSpec":
         """The same for sequences of at most `max_model_len` tokens (some rotations depend on what is promised)."""
         if self.position == "learned" and (max_model_len or 0) > self.max_position:
-            raise ConfigError(f"max_model_len={max_model_len} exceeds the {self.max_position} positions of the model")
+            raise ConfigError(
+                f"max_model_len={max_model_len} exceeds the {self.max_position} positions that the model has learned; "
+                f"use {self.max_position} or less"
+            )
         spec = msgspec.structs.replace(self, max_position=max_model_len or self.max_position)
         return spec.with_experts(expert_parallel=expert_parallel, all2all=all2all)
 
@@ -140,11 +143,14 @@ class ModelSpec(msgspec.Struct, frozen=True, kw_only=True):
     def check_layout(self, tp_size: int, pp_size: int = 1) -> None:
         """Raise `ConfigError` when heads or widths can't be divided over so many ranks."""
         if pp_size > self.num_layers:
-            raise ConfigError(f"pipeline_parallel_size={pp_size} exceeds the model's {self.num_layers} layers")
+            raise ConfigError(
+                f"pipeline_parallel_size={pp_size} exceeds the model's {self.num_layers} layers; "
+                f"use {self.num_layers} or fewer"
+            )
         if self.moe is not None and self.moe.expert_parallel and self.moe.num_experts < tp_size:
             raise ConfigError(
                 f"tensor_parallel_size={tp_size} exceeds {CONFIG_FILE}'s num_experts={self.moe.num_experts}: with "
-                "enable_expert_parallel a rank would have none"
+                f"enable_expert_parallel a rank would have none; use {self.moe.num_experts} or fewer, or leave it out"
             )
         for name, count in self._divided():
             if count % tp_size:

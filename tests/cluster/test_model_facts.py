@@ -48,8 +48,10 @@ def test_whole_experts_need_another_divisor_than_parts_of_them(tmp_path: Path) -
     whole.check_layout(4)
     assert whole.moe is not None
     assert [len(whole.moe.own_experts(4, rank)) for rank in range(4)] == [1, 2, 1, 2]
-    with pytest.raises(ConfigError, match=r"tensor_parallel_size=12 exceeds.*num_experts=6"):
+    with pytest.raises(ConfigError, match=r"size=12 exceeds .*num_experts=6.*; use 6 or fewer, or leave it out$"):
         whole.check_layout(12)
+    with pytest.raises(ConfigError, match=r"^pipeline_parallel_size=5 exceeds the model's 4 layers; use 4 or fewer$"):
+        whole.check_layout(2, 5)
 
 
 def test_a_table_of_positions_ends(tmp_path: Path) -> None:
@@ -57,7 +59,7 @@ def test_a_table_of_positions_ends(tmp_path: Path) -> None:
     settings = {"n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 32, "vocab_size": 101}
     spec = read(tmp_path, "GPT2LMHeadModel", settings)
     assert spec.as_served(20).max_position == 20
-    with pytest.raises(ConfigError, match="max_model_len=33 exceeds the 32 positions"):
+    with pytest.raises(ConfigError, match=r"max_model_len=33 exceeds the 32 positions .*; use 32 or less$"):
         spec.as_served(33)
 
 
