@@ -11,7 +11,7 @@ from argosy.placement.plan import make_plan
     [(8, 1, (), [8]), (7, 3, (), [2, 3, 2]), (8, 3, (), [3, 3, 2]), (8, 2, (5, 3), [5, 3]), (3, 3, (), [1, 1, 1])],
 )
 def test_stages_have_layers_in_a_row(num_layers: int, pp_size: int, given: tuple[int, ...], counts: list[int]) -> None:
-    """All ranks of a stage the same; where layers don't divide, the middle has one more, then the first: the last has the head."""
+    """All ranks of a stage the same; what is left over goes to the middle, then to the first: the last has the head."""
     ranks = make_plan(num_layers, 2, pp_size, given).ranks
     assert [rank.global_rank for rank in ranks] == list(range(2 * pp_size))
     assert [rank.last_layer - rank.first_layer for rank in ranks[::2]] == counts
