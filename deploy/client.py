@@ -35,6 +35,7 @@ from argosy.deploy.client_wire import (
     error_of,
     http_options,
     unreachable,
+    with_json,
 )
 from argosy.deploy.jobs_client import Job, JobRequest, JobServer, submit
 
@@ -163,11 +164,11 @@ class Client:
             self._model = self.models()[0]
         return self._model
 
-    def _call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+    def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         patience = Patience(self._retry_seconds)
         while True:
             try:
-                response = self._http.request(method, path, json=body)
+                response = self._http.request(method, path, **with_json(body))
             except httpx.HTTPError as error:
                 raise unreachable(self._http.base_url, error) from error
             if (pause := patience.pause_before_next_try(response)) is None:
@@ -180,7 +181,7 @@ class Client:
         while True:
             events = Events()
             try:
-                with self._http.stream("POST", path, json=body) as response:
+                with self._http.stream("POST", path, **with_json(body)) as response:
                     if response.status_code == 200:
                         for line in response.iter_lines():
                             yield from events.texts(line)
@@ -266,11 +267,11 @@ class AsyncClient:
             self._model = (await self.models())[0]
         return self._model
 
-    async def _call(self, method: str, path: str, body: object = None) -> dict[str, Any]:
+    async def _call(self, method: str, path: str, body: Mapping[str, Any] | None = None) -> dict[str, Any]:
         patience = Patience(self._retry_seconds)
         while True:
             try:
-                response = await self._http.request(method, path, json=body)
+                response = await self._http.request(method, path, **with_json(body))
             except httpx.HTTPError as error:
                 raise unreachable(self._http.base_url, error) from error
             if (pause := patience.pause_before_next_try(response)) is None:
@@ -283,7 +284,7 @@ class AsyncClient:
         while True:
             events = Events()
             try:
-                async with self._http.stream("POST", path, json=body) as response:
+                async with self._http.stream("POST", path, **with_json(body)) as response:
                     if response.status_code == 200:
                         async for line in response.aiter_lines():
                             for text in events.texts(line):

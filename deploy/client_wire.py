@@ -90,6 +90,34 @@ class Patience:
         return pause if time.monotonic() + pause < self._deadline else None
 
 
+def with_json(body: Mapping[str, Any] | None) -> dict[str, Any]:
+    """What `httpx` is to be told to send `body` as JSON; nothing where there is none."""
+    return {} if body is None else {"content": json_bytes(body), "headers": {"content-type": "application/json"}}
+
+
+def json_bytes(body: Mapping[str, Any], where: str = "") -> bytes:
+    """The body of a request. What JSON can't say is refused by the name of its field."""
+    try:
+        return _dumped(body)
+    except (TypeError, ValueError, RecursionError) as error:
+        for name, value in body.items():
+            try:
+                _dumped(value)
+            except (TypeError, ValueError, RecursionError) as reason:
+                raise errors.InvalidRequest(f"{where}{name}", *_what_json_lacks(value, reason)) from reason
+        raise errors.InvalidRequest(where or "body", *_what_json_lacks(body, error)) from error
+
+
+def _dumped(value: object) -> bytes:
+    return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+
+
+def _what_json_lacks(value: object, reason: Exception) -> tuple[str, str]:
+    if isinstance(reason, UnicodeEncodeError):
+        return "text", "holds half of a surrogate pair, or bytes that are no UTF-8; send valid Unicode text"
+    return type(value).__name__, f"can't be sent as JSON: {reason}"
+
+
 class Events:
     """The server-sent events of one stream: pieces of text, an error, or the end."""
 

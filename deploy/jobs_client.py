@@ -24,7 +24,7 @@ import httpx
 import msgspec
 
 from argosy.cluster.protocol.errors import InvalidRequest
-from argosy.deploy.client_wire import Answer, answer_of, checked, error_of, unreachable
+from argosy.deploy.client_wire import Answer, answer_of, checked, error_of, json_bytes, unreachable
 from argosy.deploy.progress import JobProgress
 
 _log = logging.getLogger(__name__)
@@ -241,7 +241,7 @@ def write_input(
         line = _line_of(number, request, defaults)
         endpoint = endpoint or line["url"]
         line["url"] = line["url"] or endpoint
-        file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+        file.write(json_bytes(line, f"requests[{number - 1}].") + b"\n")
     if endpoint is None:
         raise InvalidRequest("requests", f"{number} lines", "there is no request to submit")
     file.flush()

@@ -3,6 +3,7 @@
 import json
 import pickle
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
@@ -122,6 +123,35 @@ def test_a_full_queue_is_tried_again_and_then_answers() -> None:
     """Two refusals with Retry-After, then room."""
     answers = [refusal(503, "overloaded", retry_after="1"), refusal(503, "overloaded"), events(piece("ok"), "[DONE]")]
     assert list(talk_to(lambda request: answers.pop(0)).stream_complete("p", model="m")) == ["ok"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "params", "named"),
+    [
+        ("\udcff", {}, "prompt=text: holds half of a surrogate pair, or bytes that are no UTF-8"),
+        ("a", {"top_p": float("nan")}, "top_p=float: can't be sent as JSON"),
+        ("a", {"stop": {"a", "b"}}, "stop=set: can't be sent as JSON"),
+    ],
+)
+def test_what_json_cannot_say_is_refused_by_the_name_of_its_field(
+    prompt: str, params: dict[str, object], named: str
+) -> None:
+    """`argosy complete` with a Latin 1 word, or a script with a set, ended with the encoder's traceback."""
+
+    def server(request: httpx.Request) -> httpx.Response:
+        raise AssertionError("nothing is sent")
+
+    client = talk_to(server)
+    with pytest.raises(errors.InvalidRequest, match=named):
+        client.complete(prompt, model="m", **params)
+    with pytest.raises(errors.InvalidRequest, match=named):
+        list(client.stream_complete(prompt, model="m", **params))
+
+
+def test_a_line_of_a_job_that_json_cannot_say_is_named(tmp_path: Path) -> None:
+    """JSON has an escape for half a surrogate pair, so a file may hold one."""
+    with (tmp_path / "in.jsonl").open("w+b") as file, pytest.raises(errors.InvalidRequest, match=r"requests\[1\].body"):
+        jobs_client.write_input(file, ["fine", "\ud800"], None, {"model": "m"})
 
 
 def test_patience_ends() -> None:
