@@ -131,12 +131,12 @@ class SamplingParams(
 
     def __post_init__(self) -> None:
         self._normalise()
+        self._check()
         if self.temperature == 0.0:
             put = msgspec.structs.force_setattr
             put(self, "top_p", 1.0)
             put(self, "top_k", 0)
             put(self, "min_p", 0.0)
-        self._check()
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name not in self.__struct_fields__:
@@ -326,7 +326,8 @@ def _switch(name: str, value: object) -> None:
 
 def _integer(name: str, value: object, low: int, high: int, *, hint: str = "") -> None:
     if not _is_int(value) or not low <= value <= high:
-        bound = f"must be an integer from {low}" + ("" if high == 2**31 - 1 else f" to {high}")
+        endless = high == 2**31 - 1 and not (_is_int(value) and value > high)  # said where it is what was passed
+        bound = f"must be an integer from {low}" + ("" if endless else f" to {high}")
         raise _wrong(name, value, f"{bound}; {hint}" if hint else bound)
 
 

@@ -47,6 +47,22 @@ def test_values_are_brought_into_one_form() -> None:
     assert (greedy.top_p, greedy.top_k, greedy.min_p) == (1.0, 0, 0.0)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("top_p", 0.0), ("top_p", 7.0), ("top_k", -5), ("min_p", -1.0), ("top_p", "x")]
+)
+def test_what_greedy_answers_don_t_need_is_checked_all_the_same(field: str, value: object) -> None:
+    """A wrong value passed without a word until somebody set another temperature."""
+    with pytest.raises(InvalidRequest, match=f"{field}="):
+        make_params(temperature=0, **{field: value})
+
+
+@pytest.mark.parametrize("field", ["max_tokens", "logprobs", "top_k", "prompt_logprobs"])
+def test_a_number_that_is_too_large_is_told_the_bound(field: str) -> None:
+    """`max_tokens=2147483648: must be an integer from 1` was what it is."""
+    with pytest.raises(InvalidRequest, match="to 2147483647"):
+        make_params(**{field: 2**31})
+
+
 def test_greedy_answers_are_one() -> None:
     """Several would all be equal."""
     with pytest.raises(InvalidRequest, match="n=2"):
