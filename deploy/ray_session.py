@@ -74,6 +74,8 @@ class RaySession:
 
     @classmethod
     def _join(cls, address: str) -> "RaySession":
+        if address == "auto":
+            address = _find_cluster()
         _check_reachable(address)
         environment: dict[str, str | None] = {}
         if "RAY_AUTH_MODE" not in os.environ and _has_token():
@@ -159,11 +161,34 @@ class RaySession:
         self._environment = {}
 
 
+def _find_cluster() -> str:
+    """Where "auto" leads: what `ray start` noted, else a cluster that a process of this machine belongs to.
+
+    Ray would also take those that servers and engines here keep for themselves: it asks for one at the machine's
+    outward address, where ours don't listen, and gives up after six minutes. They, too, are on loopback and noted
+    nowhere. Raises `ClusterError` when there is no other.
+    """
+    named = os.environ.get("RAY_ADDRESS", "auto")  # it goes before "auto", as Ray has it
+    if named not in ("", "auto"):
+        return named
+    services: Any = importlib.import_module("ray._private.services")
+    noted = services.find_bootstrap_address(None)
+    running = sorted(services.find_gcs_addresses())
+    others = [one for one in running if one == noted or not one.startswith(("127.", "localhost:", "[::1]:"))]
+    if not others:
+        private = "; what runs are clusters of servers or engines of this machine, which are theirs alone"
+        raise ClusterError(
+            f"no Ray cluster was found on this machine{private if running else ''}: start one with 'ray up' or "
+            "'ray start --head', or name one by its host:port with --ray-address"
+        )
+    return str(noted if noted in others else others[0])
+
+
 def _check_reachable(address: str) -> None:
     """Say in a second what Ray would take a minute to find out: that nobody listens there."""
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():
-        return  # "auto", or a form of Ray's own
+        return  # a form of Ray's own
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=_REACH_SECONDS).close()
     except OSError as error:

@@ -185,6 +185,35 @@ def test_a_cluster_that_is_not_there_is_said_in_seconds() -> None:
         RaySession.open(f"127.0.0.1:{port}", num_cpus=1)
 
 
+@pytest.mark.parametrize(
+    ("noted", "running", "found"),
+    [
+        (None, {"127.0.0.1:4000"}, None),  # a server's own
+        ("10.0.0.1:6379", {"127.0.0.1:4000"}, None),  # what was noted has ended
+        (None, set(), None),
+        ("127.0.0.1:6379", {"127.0.0.1:6379", "127.0.0.1:4000"}, "127.0.0.1:6379"),
+        ("10.0.0.1:6379", {"10.0.0.1:6379", "127.0.0.1:4000", "10.0.0.2:6379"}, "10.0.0.1:6379"),
+        (None, {"10.0.0.2:6379", "127.0.0.1:4000"}, "10.0.0.2:6379"),
+    ],
+)
+def test_auto_is_no_cluster_that_a_server_here_keeps_for_itself(
+    noted: str | None, running: set[str], found: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`argosy doctor --ray-address auto` beside an `argosy serve` of its own cluster said nothing for six minutes."""
+    services = pytest.importorskip("ray._private.services")
+    from argosy.deploy import ray_session
+
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(services, "find_gcs_addresses", lambda: frozenset(running))
+    monkeypatch.setattr(services, "find_bootstrap_address", lambda folder: noted)
+    if found is not None:
+        assert ray_session._find_cluster() == found
+        return
+    with pytest.raises(ClusterError, match="no Ray cluster was found on this machine") as caught:
+        ray_session.RaySession.open("auto", num_cpus=1)
+    assert ("theirs alone" in str(caught.value)) == bool(running)
+
+
 def test_an_address_that_is_no_interface_of_this_machine_is_refused() -> None:
     """203.0.113.0/24 is for documentation."""
     with pytest.raises(ConfigError, match="no address of this machine"):
