@@ -198,6 +198,8 @@ def _run(parser: argparse.ArgumentParser, words: list[str]) -> int:
         raise ConfigError(f"'argosy bench' has no part {words[1]!r}: use {_BENCHES[words[1]]}")
     args, rest = parser.parse_known_args(kept)
     if args.command is None:
+        if words:
+            settings.refuse_unknown(words, known_flags=("--help", "--version"))
         parser.print_help()
         return 0
     if rest:

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import math
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -132,16 +134,26 @@ def shape_from(args: argparse.Namespace) -> ModelShape:
     """The model that is meant: a folder, a name that ships, or one on the hub, of which the config is fetched."""
     options: dict[str, Any] = {"expert_parallel": bool(args.enable_expert_parallel)}
     options["all2all"] = args.all2all_backend or "auto"
+    if not args.model.strip():  # as a path it is the folder one stands in
+        raise ConfigError("model='': name a folder, a config.json, or a model")
+    shape = _read_shape(args.model, options)
+    most = shape.spec.max_position
+    if args.max_model_len is not None and args.max_model_len > most:  # `argosy serve` would refuse it
+        raise ConfigError(f"max_model_len={args.max_model_len} exceeds the {most} positions of {shape.name}")
+    return shape
+
+
+def _read_shape(model: str, options: Mapping[str, Any]) -> ModelShape:
     try:
-        return read_model_shape(args.model, **options)
+        return read_model_shape(model, **options)
     except WeightError as error:
-        if not is_hub_name(args.model) or Path(args.model).exists():
+        if not is_hub_name(model) or Path(model).exists():
             raise
         try:
-            folder = fetch(args.model, files=("config.json",))
+            folder = fetch(model, files=("config.json",))
         except ImportError:  # the hub's library is no part of what plans need
             raise error from None
-    return msgspec.structs.replace(read_model_shape(folder, **options), name=args.model)
+    return msgspec.structs.replace(read_model_shape(folder, **options), name=model)
 
 
 def names_cluster(args: argparse.Namespace) -> bool:
@@ -222,11 +234,20 @@ def calibration_from(args: argparse.Namespace) -> Calibration | None:
     return read_calibration(args.calibration) if args.calibration else None
 
 
+def check_numbers(args: argparse.Namespace, *names: str, least: int | None = None) -> None:
+    """Refuse what is given and too small, or no number; None for `least`: anything above 0."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not (math.isfinite(value) and (value > 0 if least is None else value >= least)):
+            bound = "a number above 0" if least is None else f"a number from {least}"
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be {bound}")
+
+
 def options_from(args: argparse.Namespace) -> PlanOptions:
     """What is asked of the plan, from the flags."""
-    for name in ("input_len", "output_len"):
-        if getattr(args, name) < 1:
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    check_numbers(args, "input_len", "output_len", "concurrency", least=1)
+    check_numbers(args, "price", least=0)
+    check_numbers(args, "max_ttft_ms", "max_tpot_ms")
     return PlanOptions(
         tp_size=args.tensor_parallel_size,
         pp_size=num_stages_from(args),

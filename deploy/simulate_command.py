@@ -73,6 +73,8 @@ def main(args: argparse.Namespace) -> int:
         raise ConfigError("give --workload or --trace, not both")
     if not plan_command.names_cluster(args):
         raise ConfigError("say on what: --gpus '4 x H200', --cluster FILE, or --ray-address auto")
+    plan_command.check_numbers(args, "input_len", "output_len", least=1)
+    plan_command.check_numbers(args, "slo_ttft_ms", "slo_tpot_ms")
     shape = plan_command.shape_from(args)
     topology = plan_command.topology_from(args)
     config = plan_command.config_from(args, shape, topology)

@@ -171,14 +171,17 @@ def _gpus(value: object, where: str) -> tuple[Gpu, ...]:
 
 def _gpu_kind(entry: object, where: str) -> tuple[int, DataSheet, int, int | None]:
     if isinstance(entry, str):
-        matched = re.fullmatch(r"\s*(?:(\d+)\s*[x*]\s*)?(\S.*?)\s*", entry)
-        entry = {"count": int(matched[1] or 1), "model": matched[2]} if matched else {"model": entry}
+        matched = re.fullmatch(
+            r"\s*(?:(\d+)(?:\s*[x*]\s*|\s+(?!x\s)))?([A-Za-z].*?)(?:(?:\s+x|\s*[*:])\s*(\d+))?\s*", entry
+        )
+        if matched is None or (matched[1] and matched[3]):  # "-1 x H200" is no H200 by a longer name
+            raise _unknown_gpu(where, entry.strip())
+        entry = {"count": int(matched[1] or matched[3] or 1), "model": matched[2]}
     given = _mapping(entry, where, _GPU_KEYS)
     name = str(given.get("model", ""))
     sheet = find_data_sheet(name)
     if sheet is None:
-        known = ", ".join(DATA_SHEETS)
-        raise ConfigError(f"{where}={name!r}: unknown GPU model; known: {known} (such as '8 x H200')")
+        raise _unknown_gpu(where, name)
     count = int(_number(given.get("count", 1), f"{where}.count", 1, MAX_GPUS_A_NODE))
     memory = sheet.memory_bytes
     if "memory_gib" in given:
@@ -186,6 +189,11 @@ def _gpu_kind(entry: object, where: str) -> tuple[int, DataSheet, int, int | Non
     free = given.get("free_gib")
     free_bytes = None if free is None else int(_number(free, f"{where}.free_gib", 0, 1e5) * _GIB)
     return count, sheet, memory, free_bytes
+
+
+def _unknown_gpu(where: str, name: str) -> ConfigError:
+    known = ", ".join(DATA_SHEETS)
+    return ConfigError(f"{where}={name!r}: unknown GPU model; known: {known} (such as '8 x H200')")
 
 
 def gpu_link_of(kind: str, model: str) -> Link | None:

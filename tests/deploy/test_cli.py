@@ -113,6 +113,13 @@ def test_commands_of_vllm_lead_to_ours(words: list[str], said: str, capsys: pyte
     assert said in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("words", [["--foo"], ["--foo", "serve"], ["--versio"]])
+def test_a_flag_without_a_command_is_refused(words: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """It was answered with the help and 0, so a script took it for done."""
+    assert cli.main(words) == 2
+    assert f"unknown flag {words[0]}" in capsys.readouterr().err
+
+
 def test_flags_are_read_as_vllm_reads_them(capsys: pytest.CaptureFixture[str]) -> None:
     """Underscores, levels of compilation, and switches of what we lack that are turned off."""
     words = ["serve", "some/model", "--max_model_len=32k", "--gpu_memory_utilization", "0.5", "-O3", "--no-enable-lora"]

@@ -35,6 +35,24 @@ def test_a_plan_says_where_everything_goes_and_what_it_will_do(capsys: pytest.Ca
     assert "█" in shown
 
 
+@pytest.mark.parametrize(
+    ("words", "named"),
+    [
+        (("llama-3.1-8b", "--price", "nan"), "--price nan: must be a number from 0"),
+        (("llama-3.1-8b", "--price", "-3"), "--price -3.0: must be a number from 0"),
+        (("llama-3.1-8b", "--concurrency", "0"), "--concurrency 0: must be a number from 1"),
+        (("llama-3.1-8b", "--max-tpot-ms", "-1"), "--max-tpot-ms -1.0: must be a number above 0"),
+        (("llama-3.1-8b", "--max-model-len", "200000"), "exceeds the 131072 positions of llama-3.1-8b"),
+        (("",), "model='': name a folder"),
+    ],
+)
+def test_what_makes_no_plan_is_refused(words: tuple[str, ...], named: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A cost of nan was printed, a command that can't start was advised, and no name was the folder one stood in."""
+    code, _, complaint = run(capsys, *words, "--gpus", "H200")
+    assert code == 2
+    assert named in complaint
+
+
 def test_json_holds_the_same_for_programs(capsys: pytest.CaptureFixture[str]) -> None:
     """Bytes and seconds, every rank with node, card and layers, every loser with its reason."""
     code, shown, _ = run(capsys, "deepseek-r1", "--gpus", "8 x H100", "--nodes", "2", "--json")

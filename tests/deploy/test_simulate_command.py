@@ -31,6 +31,14 @@ def test_a_workload_on_a_plan_gives_a_table_and_load_over_time(capsys: pytest.Ca
         assert part in shown, part
 
 
+@pytest.mark.parametrize("flag", ["--input-len", "--output-len", "--slo-ttft-ms", "--slo-tpot-ms"])
+def test_lengths_and_promises_of_nothing_are_refused(flag: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """A length of 0 was divided by, with a traceback."""
+    code, _, complaint = run(capsys, *ONE, "--requests", "20", flag, "0")
+    assert code == 2
+    assert complaint.startswith(f"argosy: {flag} 0")
+
+
 def test_the_same_seed_gives_the_same_json(capsys: pytest.CaptureFixture[str]) -> None:
     """And so does stepping instead of leaping; another seed does not."""
     words = (*ONE, "--requests", "150", "--rate", "8", "--lengths", "lognormal", "--json")

@@ -45,6 +45,10 @@ def test_a_file_becomes_nodes_gpus_and_links() -> None:
         ([], "the file: must be a mapping"),
         ({"nodes": "8 x H200"}, "nodes: must be a list"),
         ({"nodes": [{"gpus": "8 x H900"}]}, r"nodes\[0\].gpus='H900': unknown GPU model; known: A10G"),
+        ({"nodes": [{"gpus": "-1 x H200"}]}, r"nodes\[0\].gpus='-1 x H200': unknown GPU model"),
+        ({"nodes": [{"gpus": "1e9 x H200"}]}, r"nodes\[0\].gpus='1e9 x H200': unknown GPU model"),
+        ({"nodes": [{"gpus": "2 x H200 x 2"}]}, r"nodes\[0\].gpus='2 x H200 x 2': unknown GPU model"),
+        ({"nodes": [{"gpus": "2 x 3 x H200"}]}, r"nodes\[0\].gpus='2 x 3 x H200': unknown GPU model"),
         ({"nodes": [{"gpus": "8 x H200, A100,"}]}, r"nodes\[0\].gpus\[2\]='': unknown GPU model"),
         ({"nodes": [{"gpus": "8 x H200", "cuont": 2}]}, "unknown key 'cuont'"),
         ({"nodes": [{"gpus": "800 x H200"}]}, r"count=800: must be a number from 1 to 64"),
@@ -61,6 +65,13 @@ def test_a_mistake_in_a_file_is_named_with_its_place(content: Any, named: str) -
     """Place, value, and what would do."""
     with pytest.raises(ConfigError, match=named):
         parse_topology(content)
+
+
+@pytest.mark.parametrize("text", ["8 x H200", "8xh200", "8 H200", "8 * H200", "H200 x 8", "H200:8", " 8  NVIDIA H200 "])
+def test_a_number_of_cards_is_read_on_either_side(text: str) -> None:
+    """Names are found within what drivers call cards; a number that was not read there was one card, without a word."""
+    (node,) = parse_topology({"nodes": [{"gpus": text}]}).nodes
+    assert [gpu.model for gpu in node.gpus] == ["H200"] * 8
 
 
 def test_a_file_that_is_no_yaml_or_not_there(tmp_path: Path) -> None:
