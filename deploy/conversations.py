@@ -20,7 +20,8 @@ def read_messages(given: Sequence[Mapping[str, Any]], *, field: str = "messages"
 def _read_message(field: str, given: Mapping[str, Any]) -> dict[str, Any]:
     role = given.get("role")
     if not isinstance(role, str) or not role or len(role) > _MAX_ROLE_CHARS:
-        raise InvalidRequest(f"{field}.role", type(role).__name__, "must be 'system', 'user', 'assistant' or 'tool'")
+        shown = repr(role) if role is None or isinstance(role, str | int | float) else type(role).__name__
+        raise InvalidRequest(f"{field}.role", shown, "must be 'system', 'user', 'assistant' or 'tool'")
     content = given.get("content")
     if content is None and role != "assistant":
         raise InvalidRequest(f"{field}.content", None, "must be text or a list of text parts")

@@ -129,5 +129,8 @@ def test_messages_are_read_as_by_http() -> None:
         InvalidRequest, match=r"messages\[0\]\.content\[0\]\.type=image_url: this model reads text only"
     ):
         normalise_conversations(image)
+    for role, shown in (("", "''"), ("u" * 33, "'uuuu")):
+        with pytest.raises(InvalidRequest, match=rf"^messages\[0\]\.role={shown}.*: must be 'system', 'user', "):
+            normalise_conversations([{"role": role, "content": "x"}])
     with pytest.raises(InvalidRequest, match=r"messages\[1\]\[0\]\.content"):
         normalise_conversations(conversation for conversation in (parts, image))
