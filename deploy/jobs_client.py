@@ -269,7 +269,7 @@ def _read(requests: str | Path | Iterable[JobRequest]) -> Iterator[JobRequest | 
         for number, line in enumerate(lines, 1):
             try:
                 yield json.loads(line) if line.strip() else None
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise InvalidRequest(
                     f"{path.name}:{number}", "a line", f"is not valid JSON in UTF-8: {error}"
                 ) from error

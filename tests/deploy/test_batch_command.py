@@ -53,4 +53,11 @@ def test_what_cannot_be_is_said_before_an_engine_starts(tmp_path: Path, capsys: 
     path.write_bytes(b'\xef\xbb\xbf"a"\r\n\xff\xfe"b"')  # of Windows the mark and the ends of lines, and no text at all
     assert cli.main(["batch", str(path), "--output", out, *FLAGS]) == 1
     assert "in.jsonl:2=a line: is not valid JSON in UTF-8" in capsys.readouterr().err
+    for line, told in (
+        ("[" * 100_000, "in.jsonl:1=a line: is not valid"),
+        (r'"\ud800"', "requests[0].body=text: holds half of"),
+    ):
+        path.write_text(line)
+        assert cli.main(["batch", str(path), "--output", out, *FLAGS]) == 1
+        assert told in capsys.readouterr().err
     assert [found.name for found in tmp_path.iterdir()] == ["in.jsonl"]
