@@ -6,7 +6,7 @@
 A request that decodes is in every `num_stages`th step: sooner, stage 0 would wait for its token; later, the weights
 would be read for smaller groups. Prompts are cut so that neighbouring steps carry the same share of them: a step of
 8000 tokens between steps of 30 leaves every other stage idle. Where all places are taken, prompts come one by one: cut
-into smaller pieces, they go beside the rows of many steps in a row.
+into smaller pieces, they go beside the rows of many steps in a row, and fill what such steps are padded to.
 """
 
 from collections.abc import Sequence
@@ -20,6 +20,8 @@ SMALL_PIECE: Final = 64
 """The same beside rows that decode, for whose tokens the weights are read anyway. Ranks record such steps."""
 SMALL_PIECE_ROWS: Final = 8
 """Rows of a step beside which pieces are so small: with fewer of them a prompt's own wait counts more."""
+STEP_UNIT: Final = 64
+"""Ranks pad the tokens of a recorded step with prompts to a multiple of so many."""
 PIECES_PER_STAGE: Final = 8
 """With c pieces over p stages a prompt takes (c + p - 1) / (c p) of its time on one: 56 % with 8 on 2. And where
 prompts come and go, a stage waits for what its step and the other's differ by: a piece."""
@@ -54,16 +56,20 @@ class MicroBatches:
             idle = _first_of(idle, cut, share - sooner)
         return idle
 
-    def prompt_budget(self, num_prompt_tokens: int, num_decoding: int) -> int:
+    def prompt_budget(self, num_prompt_tokens: int, num_decoding: int, num_rows: int = 0) -> int:
         """How many tokens the step may take for prompts, of so many that could be computed now (more than all stages'
-        share may be cut off), with so many requests that decode. Not fewer until these are through."""
+        share may be cut off), with so many requests that decode, of which this step has `num_rows`. Not fewer until
+        these are through, but for what fills the step."""
         if not num_prompt_tokens:
             self._piece = self._num_left = 0
             return self._max_tokens
         piece = -(-num_prompt_tokens // (self.num_stages * PIECES_PER_STAGE))
         if piece >= self._piece or self._num_left <= 0:
             self._piece, self._num_left = piece, num_prompt_tokens
-        taken = min(max(self._piece, self._least_piece(num_decoding)), self._max_tokens)
+        taken = max(self._piece, self._least_piece(num_decoding))
+        if num_rows >= SMALL_PIECE_ROWS and taken > SMALL_PIECE:  # more wait: what would be padding is theirs
+            taken += -(num_rows + taken) % STEP_UNIT
+        taken = min(taken, self._max_tokens)
         self._num_left -= taken
         return taken
 

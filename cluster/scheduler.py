@@ -52,7 +52,8 @@ class Scheduler(Residents):
         draft = Draft(self._max_tokens)
         self._advance_decodes(draft)
         if self._shares is not None and self._chunked:
-            budget = self._shares.prompt_budget(self._num_waiting_tokens(self._shares), len(self._running.decoding))
+            waiting, decoding = self._num_waiting_tokens(self._shares), len(self._running.decoding)
+            budget = self._shares.prompt_budget(waiting, decoding, len(draft.decodes))
             draft.budget = min(draft.budget, budget)
         if self._running.prefilling:
             self._advance_prefills(draft)

@@ -34,7 +34,9 @@ PROMPT_ROWS: Final = 16  # and for prompts
 # (0.63 ms a layer of 70B).
 STAGE_SIZES: Final = tuple(range(192, 705, 64))
 STAGE_DECODES: Final = tuple(range(128, 513, 64))
-STAGE_PIECES: Final = (64, 192)  # tokens that such a step has, beside all its places: at least and at most
+# Tokens that such a step has, beside all its places: at least and at most. Beside as many places as a share of all rows
+# has, as many as there are sizes for: a full server's pieces are what its traffic has of prompts to each token.
+STAGE_PIECES: Final = (64, 192)
 LONG_UNIT: Final = 1024  # longer ones have multiples of it, places for all decode rows
 LONG_ROWS: Final = 64  # and for so many prompts
 EAGER_SECONDS_A_LAYER: Final = 0.2e-3  # of the host, to launch a layer of a step with prompts
@@ -125,7 +127,8 @@ def prompt_kinds(sizes: Sequence[int], max_rows: int, *, over_stages: bool = Fal
     for size in sizes:
         if size < LONG_UNIT:
             places = {min(each, max_rows) for each in PROMPT_DECODES}
-            places |= {each for each in many if each + STAGE_PIECES[0] <= size <= each + STAGE_PIECES[1]}
+            least, most = STAGE_PIECES
+            places |= {each for each in many if each + least <= size and (size <= each + most or each == many[-1])}
         else:
             places = {min(max_rows, size // 2)}
         kinds += [(size, each) for each in sorted(places) if each + prompt_places(size) < size]

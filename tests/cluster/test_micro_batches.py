@@ -131,6 +131,28 @@ def test_beside_rows_that_decode_pieces_are_small() -> None:
     assert shares.prompt_budget(100, 32) == SMALL_PIECE
 
 
+def test_pieces_fill_steps_to_what_ranks_pad_them_to() -> None:
+    """3,400 tokens beside 120 rows are pieces of 213. The step has 333 and would be padded to 384, so it takes 264:
+    prompts are through sooner, and steps with other numbers of rows are of one size. Small pieces stay as they are, and
+    nothing is filled where few rows decode, up to what a step may have."""
+    shares, totals = MicroBatches(2, 8192, is_async=True), []
+    for num_rows, left in ((120, 3400), (118, 3136), (122, 2870), (120, 2608)):
+        totals.append(num_rows + shares.prompt_budget(left, 240, num_rows))
+    assert totals == [384] * 4
+    shares.prompt_budget(0, 240, 120)
+    assert [shares.prompt_budget(left, 240, 120) for left in (1024, 100)] == [SMALL_PIECE] * 2
+    assert MicroBatches(2, 8192, is_async=True).prompt_budget(16_000, 14, 7) == 1000
+    assert MicroBatches(2, 8192, is_async=True).prompt_budget(131_000, 240, 120) == 8192
+
+
+def test_what_fills_a_step_counts_as_taken() -> None:
+    """1,700 tokens in pieces of 107, 136 with what fills a step of 256: gone after 13 steps, not 16. Then pieces are
+    cut anew."""
+    shares = MicroBatches(2, 8192, is_async=True)
+    pieces = [shares.prompt_budget(max(left, 300), 240, 120) for left in range(1700, 1700 - 14 * 136, -136)]
+    assert pieces == [136] * 13 + [SMALL_PIECE]
+
+
 @pytest.mark.parametrize(
     ("num_decoding", "least"), [(0, MIN_PIECE), (14, MIN_PIECE), (15, SMALL_PIECE), (1500, SMALL_PIECE)]
 )

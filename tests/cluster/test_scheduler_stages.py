@@ -78,6 +78,18 @@ def test_where_all_places_are_taken_a_prompt_goes_beside_the_rows_of_several_ste
     assert sizes[:6] == [64, 64, 64, 64, 44, 0]
 
 
+def test_pieces_beside_rows_make_steps_of_what_ranks_record() -> None:
+    """3000 tokens beside 20 of 39 that decode are pieces of 188, and each step would be padded from 208 to 256."""
+    desk = Desk(pipeline_parallel_size=2, max_num_seqs=40, max_num_batched_tokens=8192, num_blocks=8192)
+    for _ in range(39):
+        desk.add(8, max_tokens=100)
+    desk.step()
+    desk.add(3000)
+    steps = [desk.step() for _ in range(13)]
+    assert [step.num_scheduled_tokens for step in steps[:12]] == [256] * 12
+    assert steps[12].num_scheduled_tokens < 256
+
+
 def test_where_nobody_finds_a_place_those_of_one_step_are_halved_at_once() -> None:
     """Three wait for two places. The two that began together are in the next two steps, whatever else waits."""
     desk = Desk(pipeline_parallel_size=2, max_num_seqs=2)

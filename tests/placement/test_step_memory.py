@@ -3,7 +3,7 @@
 import msgspec
 import pytest
 
-from argosy.cluster.micro_batches import SMALL_PIECE, SMALL_PIECE_ROWS
+from argosy.cluster.micro_batches import SMALL_PIECE, SMALL_PIECE_ROWS, STEP_UNIT
 from argosy.cluster.protocol.model_spec import ModelSpec
 from argosy.placement.model_sources import read_model_shape
 from argosy.placement.planner import make_serving
@@ -166,8 +166,24 @@ def test_over_stages_a_piece_beside_any_share_of_all_rows_is_recorded(max_rows: 
         assert places - rows < 64
     assert max(places for size, places in kinds if size < 1024) <= max(PROMPT_DECODES[-1], -(-max_rows // 2))
     assert all(places + prompt_places(size) < size for size, places in kinds)
-    pieces = [size - places for size, places in kinds if places > PROMPT_DECODES[-1] and size < LONG_UNIT]
+    short = [(size, places) for size, places in kinds if PROMPT_DECODES[-1] < places and size < LONG_UNIT]
+    pieces = [size - places for size, places in short if places < max(short, key=lambda kind: kind[1])[1]]
     assert STAGE_PIECES[0] <= min(pieces, default=64) <= max(pieces, default=64) <= STAGE_PIECES[1]
+
+
+@pytest.mark.parametrize("max_rows", [64, 129, 200, 256, 257, 512, 1000])
+def test_over_stages_every_short_step_of_a_full_server_is_recorded(max_rows: int) -> None:
+    """Chats have a prompt's token to each that they answer, and half as many again for a while: 120 rows of 256 places
+    with 212 to 262 tokens of prompts were not, and the stages waited for their hosts a quarter of the time."""
+    sizes = prompt_sizes(MIDDLE, tp_size=1, max_tokens=8192, over_stages=True)
+    kinds = prompt_kinds(sizes, max_rows, over_stages=True)
+    share = -(-max_rows // 2)
+    for rows in (share * 7 // 8, share):
+        for tokens in range(rows + SMALL_PIECE, sizes[-1] + 1):
+            padded = min(size for size, places in kinds if size >= tokens and places >= rows)
+            assert padded - tokens < STEP_UNIT, (rows, tokens)
+    few = [kind for kind in prompt_kinds(sizes, 128, over_stages=True) if kind[1] <= PROMPT_DECODES[-1]]
+    assert len(kinds) - len(few) <= 9 + 3 * (share // 64), "each is 40 ms of a start"
 
 
 def test_plans_know_which_steps_ranks_record() -> None:
