@@ -128,9 +128,10 @@ _PHASES: Final = {
     "starting workers": 0,
     "groups": 1,
     "loading weights": 2,
-    "measuring": 3,
-    "allocating": 4,
-    "warming up": 5,
+    "compiling kernels": 3,
+    "measuring": 4,
+    "allocating": 5,
+    "warming up": 6,
 }
 
 

@@ -26,7 +26,7 @@ from argosy.placement.step_memory import ladder, shared_ladder
 from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.input_batch import InputBatch
 from argosy.workers.prompt_graphs import Kind, PromptGraphs
-from argosy.workers.recording import Graph, Recorder, borrow
+from argosy.workers.recording import Graph, Recorder, Rehearsal, borrow
 from argosy.workers.step_inputs import StepInputs
 
 LEAST_SHARED_TOKENS = 256  # of a prefix that is worth a launch of its own a layer
@@ -247,7 +247,7 @@ class CUDAGraphRunner:
     # ------------------------------------------------------------------------------------------------- recording
 
     @torch.inference_mode()
-    def record(self, recorder: Recorder, on_progress: Callable[[float], None] | None = None) -> None:
+    def record(self, recorder: Recorder | Rehearsal, on_progress: Callable[[float], None] | None = None) -> None:
         """Record all sizes, largest first, so that the smaller ones reuse its memory. Takes seconds.
 
         All rows are padding while recording: nothing is written to the cache.
@@ -264,15 +264,15 @@ class CUDAGraphRunner:
                 if on_progress is not None:
                     on_progress(done / len(work))
 
-    def _record_size(self, size: int, kind: int, recorder: Recorder) -> None:
+    def _record_size(self, size: int, kind: int, recorder: Recorder | Rehearsal) -> None:
         metadata = self.tables.metadata(size, self.max_model_len, kind)
-        result = self._compute(size, metadata)  # compiles what this size needs
-        if self.compute_logits is not None:
-            self._sample_greedy(size, result)
-        recorder.settle()
-        for one in (metadata, *metadata.others):
-            one.scratch.clear()
-        graph, result = recorder.record(lambda: self._compute(size, metadata))
+
+        def compute() -> Tensor:
+            for one in (metadata, *metadata.others):
+                one.scratch.clear()
+            return self._compute(size, metadata)
+
+        graph, result = recorder.record(compute)
         greedy = None
         if self.compute_logits is not None:
             greedy, _ = recorder.record(lambda: self._sample_greedy(size, result))

@@ -47,6 +47,10 @@ CPU_PROMPT_TOKENS = 32  # a CPU has no compilation to warm up, only thread pools
 CPU_ROWS = 8
 WARM_UP_CONTEXT = 2048
 MOST_SHARE = 0.98  # of a card that advice asks for: the rest is fragments and what others take
+LARGEST_STEP = (  # what ran out of memory there, and what helps
+    "running the largest step",
+    "lower --max-num-batched-tokens or --max-num-seqs, or spread the model over more ranks with --tensor-parallel-size",
+)
 MIN_SLACK = 2**28  # beside the cache: what a later step's fragments and lazily loaded kernels may take
 
 
@@ -309,10 +313,7 @@ def _measure_device(runner: ModelRunner, ledger: MemoryLedger) -> None:
     meter = ledger.meter
     assert meter is not None
     peaks = ledger.peaks
-    with explain_out_of_memory(
-        "running the largest step", "lower --max-num-batched-tokens or --max-num-seqs, or spread the model over more "
-        "ranks with --tensor-parallel-size",
-    ):  # fmt: skip
+    with explain_out_of_memory(*LARGEST_STEP):
         runner.allocate(1)
         for shape in largest_shapes(runner):
             before = meter.start_peak()

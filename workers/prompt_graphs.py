@@ -26,7 +26,7 @@ from argosy.cluster.protocol.messages import SchedulerOutput
 from argosy.placement.step_memory import LONG_UNIT, PROMPT_DECODES, prompt_places
 from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.input_batch import InputBatch
-from argosy.workers.recording import Graph, Recorder, borrow
+from argosy.workers.recording import Graph, Recorder, Rehearsal, borrow
 from argosy.workers.step_inputs import IntArray, Staging, StepInputs
 
 NUM_STAGING_BUFFERS = 3  # steps whose copy to the device may be under way at once, at least
@@ -148,10 +148,8 @@ class PromptGraphs:
 
     # -------------------------------------------------------------------------------------------------- recording
 
-    def record(self, kind: Kind, recorder: Recorder) -> None:
+    def record(self, kind: Kind, recorder: Recorder | Rehearsal) -> None:
         """One kind, with no rows at all: nothing is written to the cache. Within `Recorder.recording`."""
-        self._compute(kind)  # compiles what it needs
-        recorder.settle()
         graph, result = recorder.record(lambda: self._compute(kind))
         self._recorded[kind] = RecordedPrompts(graph, borrow(result))
 

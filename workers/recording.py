@@ -2,7 +2,7 @@
 
 import gc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -21,8 +21,9 @@ class Graph(Protocol):
 class Recorder:
     """Records on one stream into one pool of memory: of all that was recorded only one runs at a time."""
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    def __init__(self, device: torch.device, *, alone: bool = False):
+        """`alone`: no other rank takes part in what is recorded."""
+        self._device, self._alone = device, alone
         make_stream: Any = torch.cuda.Stream  # torch gives it no types
         self._stream = make_stream(device)
         self._pool: Any = torch.cuda.graph_pool_handle()
@@ -40,17 +41,43 @@ class Recorder:
             gc.enable()
         torch.cuda.synchronize(self._device)
 
-    def settle(self) -> None:
-        """Wait for what was run to compile what a recording needs."""
-        self._stream.synchronize()
-
     def record(self, run: Callable[[], Made]) -> tuple[Graph, Made]:
-        """What `run` queues, and what it returned: tensors that each replay writes to."""
+        """What `run` queues, and what it returned: tensors that each replay writes to.
+
+        Nothing may be compiled or loaded meanwhile, so what is not on the device yet is run once before. Where others
+        take part, always: they would wait for one that has loaded what they have not.
+        """
+        if self._alone:
+            from argosy.kernels.compile_ahead import NotLoaded, refusing_to_load  # Triton's: only where a card is
+
+            with suppress(NotLoaded), refusing_to_load():  # half of a recording, which is dropped
+                return self._capture(run)
+        run()
+        self._stream.synchronize()
+        return self._capture(run)
+
+    def _capture(self, run: Callable[[], Made]) -> tuple[Graph, Made]:
         # thread_local: NCCL's own thread looks at events meanwhile, which a global record would take for an error
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"):
             made = run()
         return graph, made
+
+
+class Rehearsal:
+    """As a `Recorder` that records nothing: what would be recorded is run once, to see what it needs."""
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Nothing has to be kept away."""
+        yield
+
+    def record(self, run: Callable[[], Made]) -> tuple["Rehearsal", Made]:
+        """Run it."""
+        return self, run()
+
+    def replay(self) -> None:
+        """There is nothing to queue again."""
 
 
 class _CudaMemory:

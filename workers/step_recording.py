@@ -14,7 +14,7 @@ from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.cuda_graphs import CUDAGraphRunner
 from argosy.workers.forward_context import ForwardContext
 from argosy.workers.prompt_graphs import Kind, PromptGraphs
-from argosy.workers.recording import Recorder
+from argosy.workers.recording import Recorder, Rehearsal
 
 if TYPE_CHECKING:  # it imports this file
     from argosy.workers.model_runner import ModelRunner
@@ -48,8 +48,14 @@ def record_graphs(runner: "ModelRunner", on_progress: Callable[[float], None] | 
     if not sizes:
         return None
     graphs = make_graphs(runner, sizes[-1], recorded_prompts(runner))
-    graphs.record(Recorder(runner.device), on_progress)
+    graphs.record(Recorder(runner.device, alone=runner.rank.tp_size == 1), on_progress)
     return graphs
+
+
+def rehearse_graphs(runner: "ModelRunner") -> None:
+    """Run what would be recorded, once."""
+    if sizes := graph_sizes(runner):
+        make_graphs(runner, sizes[-1], recorded_prompts(runner)).record(Rehearsal())
 
 
 def make_graphs(runner: "ModelRunner", max_rows: int, kinds: list[Kind]) -> CUDAGraphRunner:

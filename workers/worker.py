@@ -207,6 +207,7 @@ class Worker:
             is_auto = isinstance(self.config.offload.swap_space, str)  # what is asked for others may have taken already
             num_ranks = num_ranks_here(self.runner, of_all_replicas=is_auto)
             num_host_blocks = choose_num_host_blocks(self.config, self.runner.block_bytes, num_ranks)
+        self._compile(self.runner)
         measured = measure_num_blocks(self.runner, self.ledger)
         check_cache_fits(self.runner, self.ledger, measured)
         self._clock.mark("measuring memory")
@@ -259,6 +260,17 @@ class Worker:
             if self.ledger.meter is not None:
                 self.ledger.move("buffers", "slice buffers", runner.long_steps.buffer_bytes)
         return report.num_bytes
+
+    def _compile(self, runner: ModelRunner) -> None:
+        """On a card: the kernels of all steps side by side, where this was not done yet."""
+        if self.ledger.meter is not None:
+            from argosy.workers import rehearsal  # Triton's: only where a card is
+
+            if rehearsal.is_due(runner):
+                self._progress("compiling kernels", 0.0)
+                rehearsal.rehearse(runner)
+                self.ledger.meter.release()
+                self._clock.mark("compiling kernels")
 
     def _allocate(self, message: AllocateCache) -> None:
         assert self.runner is not None

@@ -53,9 +53,6 @@ class EmptyRecorder:
         """All of them."""
         yield
 
-    def settle(self) -> None:
-        """Nothing is under way."""
-
     def record(self, run: Callable[[], Any]) -> tuple[Nothing, Any]:
         """What a step computes once, and nothing again."""
         made = run()

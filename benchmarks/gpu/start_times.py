@@ -97,9 +97,9 @@ def main() -> int:
                 "max_model_len": args.max_model_len, "max_cuda_graph_batch": args.max_num_seqs,
             }  # fmt: skip
             for start in range(args.starts):
-                before = sum(1 for _ in cache.glob("*"))
+                before = sum(1 for _ in cache.glob("*/"))
                 row = {"model": model, "start": start, **one_start(settings, str(cache))}
-                row["kernels_compiled"] = sum(1 for _ in cache.glob("*")) - before
+                row["kernels_compiled"] = sum(1 for _ in cache.glob("*/")) - before
                 bench_table.tell(row, args.output)
             if args.profile:
                 os.environ["TRITON_CACHE_DIR"] = str(cache)

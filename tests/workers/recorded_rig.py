@@ -46,9 +46,6 @@ class FakeRecorder:
     def recording(self) -> Iterator[None]:
         yield
 
-    def settle(self) -> None:
-        pass
-
     def record(self, run: Callable[[], Any]) -> tuple[Again, Any]:
         made = run()
         if isinstance(made, Tensor):
