@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from triton import AsyncCompileMode, knobs
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 MOST_THREADS = 16  # reading kernels is Python's and is done by one at a time: more threads had nothing to do
@@ -63,13 +64,27 @@ def compiling_ahead(num_threads: int) -> Iterator[None]:
             known.add(kind)
             run(kernel, *args, grid=grid, warmup=True, **options)
 
-    threads = ThreadPoolExecutor(num_threads, thread_name_prefix="compile-kernels")
+    threads = _Compilers(num_threads, thread_name_prefix="compile-kernels")
     with threads, AsyncCompileMode(threads, ignore_errors=True), _Zeros():
         JITFunction.run = rehearse
         try:
             yield
         finally:
             JITFunction.run = run
+
+
+class _Compilers(ThreadPoolExecutor):
+    """Threads that compile a kernel and what launches it: with Triton 3.6 that is C, for each list of arguments."""
+
+    def submit(self, compiling: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """As any executor."""
+
+        def compile_both() -> Any:
+            kernel = compiling(*args, **kwargs)
+            driver.active.launcher_cls(kernel.src, kernel.metadata)
+            return kernel
+
+        return super().submit(compile_both)
 
 
 class _Kinds:

@@ -31,6 +31,9 @@ class _NoDriver:
     def get_current_stream(self, device: int | None = None) -> int:
         return 0
 
+    def launcher_cls(self, *about: object) -> None:
+        """What launches a kernel: nothing is launched."""
+
 
 def _compile_only(kernel: Any, grid: object) -> Callable[..., Any]:
     def run(*args: object, **options: object) -> Any:

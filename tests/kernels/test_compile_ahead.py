@@ -20,9 +20,11 @@ sys.path.insert(0, sys.argv[1])
 import torch
 from compile_only import prepare
 from triton import knobs
+from triton.runtime import driver
 from argosy.kernels import compile_ahead, rms_norm
 prepare()
-about = []
+about, launchers = [], []
+driver.active.launcher_cls = lambda *which: launchers.append(threading.current_thread().name)
 knobs.compilation.listener = lambda **seen: about.append((seen["src"].name, threading.current_thread().name))
 weight = torch.zeros(128, dtype=torch.bfloat16)
 
@@ -36,7 +38,7 @@ with compile_ahead.compiling_ahead(2):
 ahead = list(about)
 about.clear()
 launch()
-print(json.dumps([ahead, about]))
+print(json.dumps([ahead, about, launchers]))
 """
 
 
@@ -48,9 +50,10 @@ def test_each_kernel_is_compiled_once_by_a_thread_and_then_known(tmp_path: Path)
     command = [sys.executable, "-c", SCRIPT, str(BENCHMARKS)]
     ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250)
     assert ran.returncode == 0, ran.stdout + ran.stderr
-    ahead, later = json.loads(ran.stdout.splitlines()[-1])
+    ahead, later, launchers = json.loads(ran.stdout.splitlines()[-1])
     assert 2 <= len(ahead) <= 6
     assert all(thread.startswith("compile-kernels") for _, thread in ahead)
+    assert sorted(launchers) == sorted(thread for _, thread in ahead)
     assert later == []
 
 
