@@ -122,7 +122,7 @@ def main(args: argparse.Namespace) -> int:
     odd = odd_settings(config, shape, report.serving)
     report = msgspec.structs.replace(report, notes=(*report.notes, *odd))
     if args.svg:
-        _write(args.svg, plan_svg(report))
+        write_drawing(args.svg, plan_svg(report))
     if args.json:
         print(json.dumps(plan_json(report), indent=1))
     else:
@@ -301,7 +301,8 @@ def _print_needs(shape: ModelShape, serving: Serving, *, as_json: bool) -> int:
     return 0
 
 
-def _write(path: str, text: str) -> None:
+def write_drawing(path: str, text: str) -> None:
+    """What --svg asks for. Raises `ConfigError`."""
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:

@@ -19,6 +19,7 @@ from argosy.placement.ports import free_port
 from argosy.placement.preflight_facts import NodeFacts, gather_facts
 from argosy.placement.preflight_links import LinkFacts, LinkServer, call_link, rounds_of_pairs
 from argosy.placement.preflight_rules import Fault, Wanted, judge
+from argosy.placement.ray_cluster import ray_nodes
 from argosy.placement.topology import Gpu, Link, NodeLink, NodeProbe
 from argosy.placement.topology_sources import gpu_link_of
 
@@ -125,7 +126,7 @@ def inspect_cluster(
     began = time.monotonic()
     if here := _only_node(wish, wanted):
         return here
-    alive = _own_first(_ray_nodes(), ray.get_runtime_context().get_node_id())
+    alive = _own_first(ray_nodes(), ray.get_runtime_context().get_node_id())
     addresses = {node_id: str(node["NodeManagerAddress"]) for node_id, node in alive.items()}
     ray_gpus = {node_id: float(node["Resources"].get("GPU", 0.0)) for node_id, node in alive.items()}
     with _probes(list(alive)) as probes:
@@ -166,7 +167,7 @@ def _facts(address: str, wish: Wish) -> NodeFacts:
 def _only_node(wish: Wish, wanted: Wanted) -> Inspection | None:
     """The inspection of a cluster that is this machine alone: no process has to be started for it."""
     began = time.monotonic()
-    alive = [node for node in _ray_nodes() if node["Alive"]]
+    alive = [node for node in ray_nodes() if node["Alive"]]
     own: str = ray.get_runtime_context().get_node_id()
     if len(alive) != 1 or alive[0]["NodeID"] != own:
         return None
@@ -280,8 +281,3 @@ def _seats(facts: NodeFacts, on_cpu: bool, ray_memory: int) -> tuple[Gpu, ...]:
 
 def _memory_of(nodes: Sequence[Mapping[str, Any]]) -> dict[str, int]:
     return {node["NodeID"]: int(node["Resources"]["memory"]) for node in nodes if "memory" in node["Resources"]}
-
-
-def _ray_nodes() -> list[dict[str, Any]]:
-    nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray's own
-    return nodes

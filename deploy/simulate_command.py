@@ -4,7 +4,6 @@ import argparse
 import json
 import time
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any, Final
 
 from argosy.cluster.protocol.config import ServingConfig
@@ -100,7 +99,7 @@ def main(args: argparse.Namespace) -> int:
         **make_report(cluster, slo=slo, request_seconds=overhead, num_gpus=report.chosen.num_gpus),
     }  # fmt: skip
     if args.svg:
-        _write(args.svg, report_svg(figures))
+        plan_command.write_drawing(args.svg, report_svg(figures))
     if args.json:
         print(json.dumps(figures, indent=1))
         return 0
@@ -178,10 +177,3 @@ def _arrivals(args: argparse.Namespace, report: PlanReport) -> tuple[Iterable[Ar
     about = f"{args.requests:,} requests, {when}, {args.input_len} in, {args.output_len} out ({args.lengths}){shared}"
     expected = spec.expected_seconds or args.requests * args.output_len / report.chosen.tokens_per_second
     return generate(spec), expected, about
-
-
-def _write(path: str, text: str) -> None:
-    try:
-        Path(path).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error.strerror or error}") from error

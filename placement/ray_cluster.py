@@ -44,7 +44,7 @@ def discover(
     probes: Mapping[str, NodeProbe] | None = None, *, network: Link = NETWORK_25G, links: Sequence[NodeLink] = ()
 ) -> ClusterTopology:
     """The nodes that are alive, with what probes found on them."""
-    return topology_from_ray(_ray_nodes(), probes, network=network, links=links)
+    return topology_from_ray(ray_nodes(), probes, network=network, links=links)
 
 
 def offers() -> list[Offer]:
@@ -64,7 +64,7 @@ def offers() -> list[Offer]:
             free=dict(free.get(node["NodeID"], {})),
             holders=tuple(sorted(holders.get(node["NodeID"], ()))),
         )
-        for node in _ray_nodes()
+        for node in ray_nodes()
         if node["Alive"]
     ]
 
@@ -137,6 +137,7 @@ def _remove(groups: Sequence[PlacementGroup]) -> None:
             time.sleep(0.01)
 
 
-def _ray_nodes() -> list[dict[str, Any]]:
+def ray_nodes() -> list[dict[str, Any]]:
+    """The nodes of the cluster in Ray's words, those that have gone among them."""
     nodes: list[dict[str, Any]] = ray.nodes()  # type: ignore[no-untyped-call]  # Ray's own
     return nodes
