@@ -306,4 +306,5 @@ def write_drawing(path: str, text: str) -> None:
     try:
         Path(path).write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"{path} can't be written: {error.strerror or error}") from error
+        reason = error.strerror or error
+        raise ConfigError(f"--svg {path} can't be written: {reason}; name a file in a folder of yours") from error
