@@ -31,7 +31,7 @@ PUBLISHED: Final = {"06b": "qwen3-0.6b", "8b": "llama-3.1-8b", "70b": "llama-3.1
 LIMITS: Final = {
     "weight_efficiency": (0.3, 0.925), "step_us": (10.0, 2_000.0), "layer_us": (2.0, 400.0), "row_us": (0.0, 50.0),
     "apart_us": (0.0, 400.0), "ring_us": (0.0, 8.0), "state_passes": (0.0, 40.0),
-    "group_layer_us": (0.0, 400.0), "chain_sums": (0.05, 1.0),
+    "group_layer_us": (0.0, 400.0), "chain_sums": (0.05, 1.0), "ring_sums": (0.05, 1.0),
     "fp8_layer_us": (0.0, 80.0), "fp8_flops_ratio": (0.3, 1.2), "reduce_latency": (0.5, 4.0),
     "reduce_rank_latency": (0.0, 1.0), "reduce_efficiency": (0.1, 0.9),
 }  # fmt: skip

@@ -60,6 +60,8 @@ class Calibration(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     chain_sums: float = 1.0  # of what a group adds to such a layer, the part that is left within a launch
     rings: tuple[str, ...] = ()  # layers of 16 bits, named like these, where products of few rows hide behind reading,
     ring_us: float = 0.0  # and what a layer gains besides, whose weights come while it waits for something else
+    ring_rows: int = 64  # so many go by rings where a group shares a layer,
+    ring_sums: float = 1.0  # and of what the group adds to it, this part is left: weights come while its ranks wait
     fp8_flops_ratio: float = 1.0  # of the share of peak that 16-bit products reach
     eager_layer_us: float = 60.0  # the host's time for a layer of a step that is no recorded graph
     request_us: float = 2000.0  # from arrival to the first step, and from the last step to the caller

@@ -169,7 +169,10 @@ class StageCost:
         if self.tp_size > 1:
             total += self.is_first * self.reduce_seconds(tokens * self._hidden_bytes)
             a_layer = self.group_seconds(tokens) + calibration.group_layer_us * _US
-            total += self.num_layers * a_layer * (self._lone_share if tokens == 1 else 1.0)
+            waits = self._lone_share if tokens == 1 else 1.0
+            if self._has_rings and 1 < tokens <= calibration.ring_rows:
+                waits = calibration.ring_sums
+            total += self.num_layers * a_layer * waits
             total -= min(self.num_layers * self._hidden_seconds(tokens), layers)
         total += self._fixed_seconds + (load.num_decodes + load.num_sampled) * self._row_seconds
         total += tokens * self._states_seconds

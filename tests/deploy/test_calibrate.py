@@ -81,8 +81,8 @@ def test_layouts_that_the_fit_has_not_seen_are_foretold(held_out: Callable[[Deco
     seen = [step for step in steps if not held_out(step)]
     start = msgspec.structs.replace(
         default_calibration("H200"), weight_efficiency=0.8, step_us=50.0, layer_us=20.0, row_us=2.0, apart_us=4.0,
-        state_passes=8.0, group_layer_us=4.0, chain_sums=0.5, fp8_layer_us=8.0, fp8_flops_ratio=1.0,
-        reduce_latency=1.5, reduce_rank_latency=0.2, reduce_efficiency=0.5,
+        state_passes=8.0, group_layer_us=4.0, chain_sums=0.5, ring_sums=1.0, fp8_layer_us=8.0,
+        fp8_flops_ratio=1.0, reduce_latency=1.5, reduce_rank_latency=0.2, reduce_efficiency=0.5,
         flops_efficiency=((8.0, 0.1), (64.0, 0.3), (256.0, 0.6), (512.0, 0.65), (8192.0, 0.65)),
     )  # fmt: skip
     residuals = calibrate.step_residuals(seen, "H200")

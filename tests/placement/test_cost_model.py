@@ -136,18 +136,17 @@ def test_layers_in_a_launch_are_those_that_kernels_were_tuned_for() -> None:
 
 
 def test_layers_with_rings_are_those_that_kernels_were_tuned_for() -> None:
-    """What attention saw and the MLP's inner numbers are multiplied by rings in steps of 2 to 16 rows."""
+    """What attention saw and the MLP's inner numbers are multiplied by rings in steps of 2 to 16 rows, over a group in
+    steps of up to 64."""
     tuned = json.loads((ROOT / "kernels" / "tuned" / "nvidia_h200.json").read_text(encoding="utf-8"))["gemv"]
     ring = 5  # `kernels/gemv.py`
-    by_ring = {
-        key.removesuffix("x16") for key, sizes in tuned.items() if key.endswith("x16") and sizes["kernel"] == ring
-    }
-    layers = [name.split("x")[:3] for name in default_calibration("H200").rings]
-    assert len(layers) >= 2
-    for width, seen, inner in layers:
-        assert {f"{seen}x{width}", f"{inner}x{width}"} <= by_ring
-    fetched = default_calibration("H200").few_rows
-    assert fetched == 16
+    by_ring = {key for key, sizes in tuned.items() if sizes["kernel"] == ring}
+    calibration = default_calibration("H200")
+    assert (calibration.few_rows, calibration.ring_rows) == (16, 64)
+    assert len(calibration.rings) >= 3
+    for width, seen, inner, ranks in (name.split("x") for name in calibration.rings):
+        for rows in (16,) if ranks == "1" else (16, 64):
+            assert {f"{seen}x{width}x{rows}", f"{inner}x{width}x{rows}"} <= by_ring
 
 
 def test_rings_make_few_rows_cheaper_and_neither_one_nor_many() -> None:
@@ -167,6 +166,20 @@ def test_rings_make_few_rows_cheaper_and_neither_one_nor_many() -> None:
         else:
             assert saved[0] == saved[3] == 0.0
             assert 64e-6 <= saved[1] < saved[2]
+
+
+def test_ranks_with_rings_wait_less_for_each_other_up_to_64_rows() -> None:
+    """8B over two cards: the next weights come while a sum is under way. One row has a launch of its own."""
+    calibration, shape = default_calibration("H200"), read_model_shape("llama-3.1-8b")
+    sizes = StageBytes(shape, make_serving(shape))
+    open_sums, as_fitted = (
+        [StageCost(sizes, H200, msgspec.structs.replace(calibration, ring_sums=share), tp_size=2, first_layer=0,
+                   last_layer=32, group_link=H200.link).seconds(decode(rows)) for rows in (1, 2, 64, 65)]
+        for share in (1.0, calibration.ring_sums)
+    )  # fmt: skip
+    saved = [a - b for a, b in zip(open_sums, as_fitted, strict=True)]
+    assert saved[0] == saved[3] == 0.0
+    assert 32 * 2e-6 < saved[1] < saved[2], "2 us a layer at least"
 
 
 def test_one_token_in_a_launch_waits_less_for_its_group() -> None:
