@@ -153,6 +153,7 @@ def _matrix_kernel(
 # as `kernel` in the tuned sizes counts them
 KERNELS = (_vector_kernel, _matrix_kernel, _tiled_vector_kernel)
 MANY_ROWS, MOST_DEFAULT_PIECES = 9216, 4  # of sizes that nobody measured
+MOST_DEFAULT_BYTES = 160 << 10  # on chip, that the largest of them need
 SPLIT, AHEAD, RING = 3, 4, 5  # in `gemv_split`, in `gemv_ahead`, in `gemv_ring`
 
 
@@ -226,10 +227,14 @@ def _default_sizes(num_tokens: int, num_inputs: int, num_rows: int, facts: tunin
     if num_tokens == 1:
         width = tuning.next_power_of_two(num_inputs)
         rows = max(2, min(16, 8192 // width))
-        return {"kernel": 0, "rows": rows, "width": width, "stages": 3, "warps": 8 if width <= 8192 else 16,
+        stages = 3
+        while stages > 1 and (stages - 1) * rows * width * 2 + 512 > facts.shared_bytes:
+            stages -= 1
+        return {"kernel": 0, "rows": rows, "width": width, "stages": stages, "warps": 8 if width <= 8192 else 16,
                 "per_sm": 2, "prefetch": 2048, "early": 0}  # fmt: skip
-    # other cards may have 99 KB on chip for a program, of which 80 are asked for
-    rows, stages = (64, 4) if not facts.overlaps else (128, 4) if num_rows >= MANY_ROWS else (64, 6)
+    # other cards may have 99 KB on chip for a program, of which 80 are asked for; some of these are newer than Hopper
+    is_roomy = facts.overlaps and facts.shared_bytes >= MOST_DEFAULT_BYTES
+    rows, stages = (64, 4) if not is_roomy else (128, 4) if num_rows >= MANY_ROWS else (64, 6)
     tiles, splits = -(-num_rows // rows), 1
     while 2 * tiles * splits <= facts.num_sms and splits < MOST_DEFAULT_PIECES:
         splits *= 2

@@ -23,11 +23,12 @@ from argosy.kernels.moe_parts import own_rows, own_tile, store_turned
 from argosy.kernels.moe_reference import IntExpertWeight
 from argosy.kernels.packed_few import _fragments
 from argosy.kernels.packed_many import add_step, in_rows
-from argosy.kernels.packed_parts import ASSEMBLES, BASE_BF16, BASE_FP16, fields, scale_of, zero_of
+from argosy.kernels.packed_parts import ASSEMBLES, BASE_BF16, BASE_FP16, adds_pairs, fields, scale_of, zero_of
 from argosy.kernels.packed_reference import COLUMNS, block_of
 from argosy.kernels.packed_reference import ROWS as TILE_ROWS
 
 FEW, MANY, WARP_GROUPS = 0, 1, 2
+MOST_FEW_BYTES = 131 << 10  # on chip, that three stages of FEW with 16 rows take at most
 SLICE_BYTES = 64 << 20  # of plain weights at a time
 PICKED_FROM = 16  # rows of a block: fewer find the inputs of an expert's own order inside the product
 SLICES_FROM = 512  # choices of an expert on average: from so many on experts become plain, a slice at a time
@@ -209,17 +210,19 @@ def grouped_gemm(
     assert packed.pairs_MKR2.is_contiguous()
     assert order_EJ is None or order_EJ.is_contiguous()
     if tile is None:
-        tile = default_tile(rows, num_blocks * triton.cdiv(num_tiles, 4), tuning.device_facts(x.device).num_sms)
+        facts = tuning.device_facts(x.device)
+        tile = default_tile(rows, num_blocks * triton.cdiv(num_tiles, 4), facts.num_sms, facts.shared_bytes)
     is_few = tile.kernel == FEW
     grid = (num_blocks * triton.cdiv(num_tiles, tile.tiles),)
     even = packed.num_inputs % block == 0 and (not is_few or num_steps % (tile.warps * tile.wide) == 0)
     own = {"SPLIT": tile.warps, "WIDE": tile.wide} if is_few else {"WARPS": tile.warps, "SYNC": tile.kernel != MANY}
+    own["ASM"] = ASSEMBLES if is_few else adds_pairs(x.dtype, x.device)
     (_few_kernel if is_few else _many_kernel)[grid](
         x, packed.words_MUW, packed.pairs_MKR2.view(torch.int32), x if order_EJ is None else order_EJ,
         x if bias_EO is None else bias_EO, x if weights is None else weights, out, places, expert_of_block,
         num_choices, packed.num_inputs, packed.num_outputs, num_tiles, num_steps, x.stride(0), shared, num_blocks,
         UNITS=block // COLUMNS, HALVES=block // packed.group, PLANES=packed.planes,
-        HALF_SCALES=packed.pairs_MKR2.dtype == torch.float16, ASM=ASSEMBLES, ROWS=rows, BAND=8, TILES=tile.tiles, **own,
+        HALF_SCALES=packed.pairs_MKR2.dtype == torch.float16, ROWS=rows, BAND=8, TILES=tile.tiles, **own,
         STAGES=tile.stages, EVEN=even, ORDERED=order_EJ is not None, HAS_BIAS=bias_EO is not None,
         WEIGHTED=weights is not None, num_warps=tile.warps, **tuning.overlap(x.device),
     )  # fmt: skip
@@ -286,16 +289,17 @@ def slices(
         yield first, some_NOI
 
 
-def default_tile(rows: int, programs: int, num_sms: int) -> Tile:
+def default_tile(rows: int, programs: int, num_sms: int, shared_bytes: int = tuning.HOPPER_SHARED_BYTES) -> Tile:
     """By the rows of a block and how many programs of four tiles there are, as measured on an H200 for Mixtral's and
-    Qwen3-30B's experts: few programs share the inputs among more warps.
+    Qwen3-30B's experts: few programs share the inputs among more warps. Less is asked for ahead where a program has
+    less room on chip.
     """
     if rows == 8:
         if programs >= 8 * num_sms:
             return Tile(FEW, 4, 2, 3)
         return Tile(FEW, 2, 4, 3) if programs < 2 * num_sms else Tile(FEW, 2, 2, 4)
     if rows == 16:
-        return Tile(FEW, 4, 4 if programs < 16 * num_sms else 1, 3)
+        return Tile(FEW, 4, 4 if programs < 16 * num_sms else 1, 3 if shared_bytes >= MOST_FEW_BYTES else 2)
     return Tile(WARP_GROUPS, 8, 8, 3)
 
 

@@ -16,7 +16,7 @@ from argosy.kernels import activation, packed_hopper, packed_stream, packed_vect
 from argosy.kernels.packed_few import few_kernel
 from argosy.kernels.packed_inputs import pick_inputs as pick_inputs
 from argosy.kernels.packed_many import many_kernel, unpack_kernel
-from argosy.kernels.packed_parts import ASSEMBLES
+from argosy.kernels.packed_parts import ASSEMBLES, adds_pairs
 from argosy.kernels.packed_reference import ROWS, PackedWeight, block_of
 
 SMALLEST_GROUP = 32
@@ -151,11 +151,13 @@ def linear(
     return _by_slices(x_TI, weight, bias_O, made_TO, slice_bytes)
 
 
-def _layout(weight: PackedWeight) -> dict[str, int | bool]:
+def _layout(weight: PackedWeight, adds: torch.dtype | None) -> dict[str, int | bool]:
+    """`adds`: numbers of this type are added on the way; None: fields are only brought to their places."""
     block = block_of(weight.group)
     return {
         "UNITS": block // 64, "HALVES": block // weight.group, "PLANES": weight.planes,
-        "HALF_SCALES": weight.pairs_MKR2.dtype == torch.float16, "ASM": ASSEMBLES,
+        "HALF_SCALES": weight.pairs_MKR2.dtype == torch.float16,
+        "ASM": ASSEMBLES if adds is None else adds_pairs(adds, weight.words_MUW.device),
     }  # fmt: skip
 
 
@@ -178,7 +180,8 @@ def _few(
     few_kernel[(triton.cdiv(words.shape[0], tiles),)](
         x_TI, words, weight.pairs_MKR2.view(torch.int32), out_TO if bias_O is None else bias_O,
         out_TO, out_TO, num_tokens, num_in, out_TO.shape[1], words.shape[0], blocks, x_TI.stride(0), out_TO.stride(0),
-        **_layout(weight), SPLIT=sizes["split"], TILES=tiles, WIDE=wide, TOKENS=8 if num_tokens <= 8 else 16,
+        **_layout(weight, x_TI.dtype if weight.planes > 1 else None), SPLIT=sizes["split"], TILES=tiles, WIDE=wide,
+        TOKENS=8 if num_tokens <= 8 else 16,
         AHEAD=bool(sizes["ahead"]), STAGES=sizes.get("stages", 3), EARLY=bool(sizes.get("early", 0)), EVEN=even,
         BIAS=bias_O is not None, GATED=gated, RESIDUAL=residual_TO is not None,
         PREFETCH=sizes.get("prefetch", 0) if ASSEMBLES else 0, num_warps=sizes["split"], **tuning.overlap(x_TI.device),
@@ -203,7 +206,7 @@ def _many(
     many_kernel[(*grid, splits)](
         x_TI, words, weight.pairs_MKR2.view(torch.int32), out_TO if bias_O is None else bias_O, out_TO, part, counters,
         num_tokens, num_in, weight.num_outputs, words.shape[0], blocks, x_TI.stride(0), out_TO.stride(0),
-        **_layout(weight), TILES=tiles, TOKENS=tokens, WARPS=sizes["warps"], SPLITS=splits,
+        **_layout(weight, x_TI.dtype), TILES=tiles, TOKENS=tokens, WARPS=sizes["warps"], SPLITS=splits,
         STAGES=sizes["stages"], SYNC=bool(sizes.get("sync", 1)),
         EVEN=num_in % block_of(weight.group) == 0, BIAS=bias_O is not None, EARLY=bool(sizes.get("early", 0)),
         PREFETCH=sizes.get("prefetch", 0) if ASSEMBLES else 0, num_warps=sizes["warps"], **tuning.overlap(x_TI.device),
@@ -217,7 +220,8 @@ def unpack_rows(weight: PackedWeight, first: int, out_RI: Tensor) -> Tensor:
     words, blocks = weight.words_MUW, _blocks(weight)
     unpack_kernel[(triton.cdiv(out_RI.shape[0], 2 * ROWS), blocks // weight.planes)](
         words, weight.pairs_MKR2.view(torch.int32), out_RI, weight.num_inputs, words.shape[0], blocks, first // ROWS,
-        out_RI.shape[0], out_RI.stride(0), **_layout(weight), FP16=out_RI.dtype == torch.float16, TILES=2, num_warps=4,
+        out_RI.shape[0], out_RI.stride(0), **_layout(weight, None), FP16=out_RI.dtype == torch.float16, TILES=2,
+        num_warps=4,
     )  # fmt: skip
     return out_RI
 

@@ -8,8 +8,11 @@ operations say the same.
 
 import os
 
+import torch
 import triton
 import triton.language as tl
+
+from argosy.kernels import tuning
 
 ASSEMBLES = os.environ.get("TRITON_INTERPRET") != "1"  # the interpreter knows no assembler
 BASE_BF16, BASE_FP16 = tl.constexpr(128.0), tl.constexpr(64.0)
@@ -186,6 +189,12 @@ TWO_WORDS = tl.constexpr(_OUTPUTS + ",r" * 4)
 PLANES_AND_PAIRS = tl.constexpr(_OUTPUTS + ",r" * 12)
 WORDS_ALONE, WORDS_AND_PAIRS = tl.constexpr(f"{_OUTPUTS},r,r"), tl.constexpr(f"{_OUTPUTS},r,r,r,r,r,r")
 EIGHT_BF16, EIGHT_FP16 = tl.constexpr((tl.bfloat16,) * 8), tl.constexpr((tl.float16,) * 8)
+
+
+def adds_pairs(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether the texts that add and multiply numbers of this type two at a time run here: two bfloat16 from Hopper
+    on. `fields` alone asks for no such thing."""
+    return ASSEMBLES and (dtype == torch.float16 or tuning.device_facts(device).adds_bf16)
 
 
 @triton.jit

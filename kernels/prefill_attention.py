@@ -240,16 +240,20 @@ def _prefill_attention_kernel(
     tl.store(out, (acc / total[:, None]).to(out_ptr.dtype.element_ty), in_tile)
 
 
-def _default_sizes(width: int, mean_queries: int, group: int, dtype: torch.dtype) -> dict[str, int]:
-    """Tiles for the tensor cores of Hopper when queries are many; small ones when most rows have a token or two."""
+def _default_sizes(
+    width: int, mean_queries: int, group: int, dtype: torch.dtype, shared_bytes: int = tuning.HOPPER_SHARED_BYTES
+) -> dict[str, int]:
+    """Tiles for the tensor cores of Hopper when queries are many; small ones when most rows have a token or two. With
+    wide heads half as many rows where a program has less room on chip."""
     if dtype == torch.float32:  # exact products have no tensor core, and tiles of twice the bytes fill shared memory
         return {"block_m": 16, "block_l": 32, "warps": 4, "stages": 1}
     rows = tuning.next_power_of_two(max(16, mean_queries * group))
     if width > 256:  # sums of a tile of more rows fill the registers
         return {"block_m": min(32, rows), "block_l": 16, "warps": 8, "stages": 2}
-    if rows >= 128:
-        return {"block_m": 128, "block_l": 64 if width <= 128 else 32, "warps": 8, "stages": 3}
-    return {"block_m": max(16, rows), "block_l": 64 if width <= 128 else 32, "warps": 4, "stages": 3}
+    block_m, block_l = min(128, rows), 64 if width <= 128 else 32
+    if 2 * width * (block_m + 3 * block_l) > shared_bytes:
+        block_m = min(block_m, 64)
+    return {"block_m": block_m, "block_l": block_l, "warps": 8 if block_m == 128 else 4, "stages": 3}
 
 
 def _hopper_sizes(q_TNH: Tensor, k_cache_BSKH: Tensor, kind: str) -> tuning.Sizes | None:
@@ -331,7 +335,8 @@ def prefill_attention(
     if sizes is None and q_TNH.element_size() == 2:
         key = f"h{head_size}_{kind}{cache_suffix(k_cache_BSKH)}"
         sizes = tuning.pick("prefill_attention", key, q_TNH.device)
-    sizes = sizes or _default_sizes(width, mean_queries, group, q_TNH.dtype)
+    shared_bytes = tuning.device_facts(q_TNH.device).shared_bytes
+    sizes = sizes or _default_sizes(width, mean_queries, group, q_TNH.dtype, shared_bytes)
     block_m = max(sizes["block_m"], tuning.next_power_of_two(group))
     block_q = block_m // group
     grid = (num_kv_heads, num_tokens // block_q + num_rows)

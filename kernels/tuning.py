@@ -14,6 +14,8 @@ from pathlib import Path
 import torch
 
 MAX_COUNTERS = 1 << 14
+HOPPER_SHARED_BYTES = 232448  # that a program may have of a multiprocessor of an H100 or H200
+LEAST_SHARED_BYTES = 101376  # the same of an A10G, L4, L40S or of cards for desks
 # Triton's lower language changes from version to version: what is written in it was compiled with each of these.
 GLUON_VERSIONS = ("3.6.", "3.7.", "3.8.", "3.9.")
 TUNED = Path(__file__).parent / "tuned"
@@ -28,6 +30,8 @@ class DeviceFacts:
     num_sms: int
     overlaps: bool  # may start a kernel while its predecessor drains (programmatic dependent launch, capability 9.0)
     knows_ptx: bool = False
+    shared_bytes: int = HOPPER_SHARED_BYTES  # on chip, that one program may have
+    adds_bf16: bool = True  # in one instruction (capability 9.0)
 
 
 @cache
@@ -38,7 +42,12 @@ def device_facts(device: torch.device) -> DeviceFacts:
     properties = torch.cuda.get_device_properties(device)
     is_nvidia = torch.version.hip is None
     slug = properties.name.lower().replace(" ", "_").replace("-", "_")
-    return DeviceFacts(slug, properties.multi_processor_count, is_nvidia and properties.major >= 9, is_nvidia)
+    is_new = is_nvidia and properties.major >= 9
+    guess = HOPPER_SHARED_BYTES if is_new and properties.major < 12 else LEAST_SHARED_BYTES
+    return DeviceFacts(
+        slug, properties.multi_processor_count, overlaps=is_new, knows_ptx=is_nvidia, adds_bf16=is_new,
+        shared_bytes=getattr(properties, "shared_memory_per_block_optin", guess),
+    )  # fmt: skip
 
 
 @cache

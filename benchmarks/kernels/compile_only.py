@@ -1,4 +1,4 @@
-"""Launches become compilations for a GPU that is not here (compute capability 9.0): what `compile_for.py` works by."""
+"""Launches become compilations for a GPU that is not here: what `compile_for.py` and `compile_other.py` work by."""
 
 import re
 import subprocess
@@ -22,8 +22,11 @@ COMPILED: list[Any] = []  # since it was cleared last
 class _NoDriver:
     """What Triton asks its driver before a launch."""
 
+    def __init__(self, capability: int):
+        self._capability = capability
+
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", 90, 32)
+        return GPUTarget("cuda", self._capability, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -44,11 +47,11 @@ def _compile_only(kernel: Any, grid: object) -> Callable[..., Any]:
     return run
 
 
-def prepare() -> None:
+def prepare(facts: tuning.DeviceFacts = FACTS, capability: int = 90) -> None:
     """From now on launches compile. CPU tensors stand for the card's."""
-    driver.set_active(_NoDriver())  # type: ignore[arg-type]  # a stand-in
+    driver.set_active(_NoDriver(capability))  # type: ignore[arg-type]  # a stand-in
     jit.JITFunction.__getitem__ = _compile_only
-    tuning.device_facts = lambda device: FACTS  # type: ignore[assignment]  # of the card that is not here
+    tuning.device_facts = lambda device: facts  # type: ignore[assignment]  # of the card that is not here
     tuning.counters = lambda device: torch.zeros(tuning.MAX_COUNTERS, dtype=torch.int32)  # type: ignore[assignment]  # of the card that is not here
 
 

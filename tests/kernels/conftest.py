@@ -18,6 +18,7 @@ from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).parent))  # for what its files share
 COMPILE_FOR = Path(__file__).resolve().parents[2] / "benchmarks" / "kernels" / "compile_for.py"
+COMPILE_OTHER = COMPILE_FOR.with_name("compile_other.py")
 HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ.setdefault("TRITON_INTERPRET", "1")
@@ -47,23 +48,35 @@ def fresh_numbers(request: pytest.FixtureRequest) -> None:
 
 
 @pytest.fixture
-def compiled_for_hopper(tmp_path: Path) -> Callable[[str], list[str]]:
-    """Compiles a part of `compile_for.py`: a line for each kernel with registers, spilled and shared bytes, name."""
+def compiling(tmp_path: Path) -> Callable[..., list[str]]:
+    """Runs a script that compiles for a card that is not here with these arguments: a line for each kernel."""
     triton = importlib.util.find_spec("triton")
     assert triton is not None
     assert triton.origin is not None
     if not (Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "ptxas").exists():
         pytest.skip("this Triton came without NVIDIA's assembler")
 
-    def compiled(part: str) -> list[str]:
+    def compiled(script: Path, *args: str) -> list[str]:
         environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path)}
         environment.pop("TRITON_INTERPRET", None)
-        command = [sys.executable, str(COMPILE_FOR), part]
+        command = [sys.executable, str(script), *args]
         ran = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=600)
         assert ran.returncode == 0, ran.stdout + ran.stderr
-        return [line for line in ran.stdout.splitlines() if "registers" in line]
+        return [line for line in ran.stdout.splitlines() if " shared  " in line]
 
     return compiled
+
+
+@pytest.fixture
+def compiled_for_hopper(compiling: Callable[..., list[str]]) -> Callable[[str], list[str]]:
+    """Compiles a part of `compile_for.py`: a line for each kernel with registers, spilled and shared bytes, name."""
+    return lambda part: compiling(COMPILE_FOR, part)
+
+
+@pytest.fixture
+def compiled_for_another(compiling: Callable[..., list[str]]) -> Callable[..., list[str]]:
+    """Compiles what runs on a card that nobody measured: shared bytes and name, if they say these words."""
+    return lambda card, *words: compiling(COMPILE_OTHER, card, "--only", *words)
 
 
 @pytest.fixture

@@ -150,9 +150,14 @@ def test_one_token_by_weights_that_were_asked_for_ahead(
 
 @pytest.mark.parametrize("num_rows", [96, 4096, 9216, 32768])
 def test_sizes_that_nobody_measured_fit_any_card(num_rows: int) -> None:
-    """99 KB on chip for a program where the card is not Hopper's, 227 where it is; few tiles are cut into pieces."""
-    for overlaps, kilobytes in ((False, 99), (True, 227)):
-        facts = tuning.DeviceFacts("some_card", 132, overlaps)
+    """227 KB on chip for a program of Hopper's, 99 for one of many cards before it and after; few tiles are cut into
+    pieces, and a long row of one token's weights is not asked for as far ahead."""
+    for overlaps, kilobytes in ((False, 99), (True, 99), (False, 163), (True, 227)):
+        facts = tuning.DeviceFacts("some_card", 132, overlaps, shared_bytes=kilobytes * 1024)
+        for num_inputs in (512, 4096, 14336, gemv.MAX_DEFAULT_INPUTS):
+            alone = gemv._default_sizes(1, num_inputs, num_rows, facts)
+            assert max(1, alone["stages"] - 1) * alone["rows"] * alone["width"] * 2 < kilobytes * 1024
+            assert alone["stages"] == 3 or kilobytes == 99, "what was measured stays"
         sizes = gemv._default_sizes(8, 8192, num_rows, facts)
         assert sizes["kernel"] == gemv.SPLIT
         on_chip = sizes["stages"] * (sizes["rows"] + gemv.MAX_TOKENS) * sizes["width"] * 2
