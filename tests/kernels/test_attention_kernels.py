@@ -12,6 +12,7 @@ from torch import Tensor
 from argosy.kernels import ops, paged_attention, prefill_attention, reference, shared_prefix, tuning
 
 Near = Callable[[Tensor, Tensor], None]
+ON_CPU = not torch.cuda.is_available()
 OPTIONS = ["none", "window", "soft_cap", "alibi", "sinks"]
 HEADS = [
     (6, 2, 64, torch.float32),
@@ -19,6 +20,10 @@ HEADS = [
     *(
         pytest.param(*heads, torch.bfloat16, marks=pytest.mark.gpu)
         for heads in ((32, 8, 128), (7, 1, 80), (8, 8, 96), (16, 2, 256), (40, 1, 64), (12, 12, 64), (8, 2, 512))
+    ),
+    *(
+        pytest.param(*heads, torch.float32, marks=pytest.mark.skipif(not ON_CPU, reason="on a card in 16 bits"))
+        for heads in ((3, 3, 96), (5, 1, 128), (2, 1, 256))
     ),
 ]
 
@@ -66,7 +71,7 @@ def test_decode(
     ("rotation", "option"),
     [("none", "none"), ("partial", "norms"), ("interleaved", "norms"), *(("half", x) for x in (*OPTIONS, "norms"))],
 )
-@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size", "dtype"), [HEADS[0], *HEADS[2:4]])
+@pytest.mark.parametrize(("num_heads", "num_kv_heads", "head_size", "dtype"), [HEADS[0], HEADS[-3], *HEADS[2:4]])
 @pytest.mark.parametrize("late", [False, True])
 def test_decode_with_rotation_and_store_inside(
     late: bool, num_heads: int, num_kv_heads: int, head_size: int, dtype: torch.dtype, option: str, rotation: str,
