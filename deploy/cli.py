@@ -15,6 +15,7 @@ from argosy.cluster.protocol.errors import ConfigError, ServingError, WeightErro
 from argosy.deploy import batch_command, jobs_cli, plan_command, settings, simulate_command, standard_streams
 from argosy.deploy.jobs_folder import choose_job_dir
 from argosy.deploy.names_of_vllm import IGNORED
+from argosy.deploy.setting_values import whole_number
 
 _SERVE_EXAMPLES = """\
 examples:
@@ -351,10 +352,10 @@ def _add_bench(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
     engine.add_argument("-pp", "--pipeline-parallel-size", type=int, default=1, help="default: %(default)s")
     engine.add_argument("--max-num-seqs", type=int, help="most requests at once (default: 32; on a GPU by the card)")
     engine.add_argument("--max-num-batched-tokens", type=int, help="most tokens in a step")
-    engine.add_argument("--max-model-len", type=int, help="default: 4096 for the shapes of GPUs")
+    engine.add_argument("--max-model-len", type=whole_number, help="default: 4096 for the shapes of GPUs")
     engine.add_argument("--gpu-memory-utilization", type=float, help="as of 'argosy serve'")
-    engine.add_argument("--kv-cache-memory-bytes", type=int, help="as of 'argosy serve'")
-    engine.add_argument("--usable-memory", type=int, metavar="BYTES", help="of each card, for everything")
+    engine.add_argument("--kv-cache-memory-bytes", type=whole_number, help="as of 'argosy serve'")
+    engine.add_argument("--usable-memory", type=whole_number, metavar="BYTES", help="of each card, for everything")
     engine.add_argument("--enforce-eager", action="store_true", help="no CUDA graphs; on CPUs no compiled steps")
     engine.add_argument("--cpu-threads", type=int, help="threads of each rank and of the peer (default: all cores)")
 

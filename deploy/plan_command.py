@@ -16,6 +16,7 @@ from argosy.cluster.protocol.quant_spec import ONLINE
 from argosy.deploy import device_defaults
 from argosy.deploy.plan_svg import plan_svg
 from argosy.deploy.plan_text import describe_model, plan_json, plan_lines
+from argosy.deploy.setting_values import whole_number
 from argosy.deploy.settings import clean_setting, is_hub_name
 from argosy.placement.calibration import Calibration, read_calibration
 from argosy.placement.data_sheets import DATA_SHEETS
@@ -99,12 +100,14 @@ def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--activation-slice-tokens", type=int, help="tokens of such a step at once (default: 4096)")
     parser.add_argument("--dtype", help="default: the checkpoint's")
     parser.add_argument("--kv-cache-dtype", help="auto, bfloat16, float16, float32, fp8, fp8_scaled or int8")
-    parser.add_argument("--max-model-len", type=int, help="default: the model's")
+    parser.add_argument("--max-model-len", type=whole_number, help="default: the model's")
     parser.add_argument("--max-num-seqs", type=int, help="most requests at once on a replica (default: by the GPU)")
     parser.add_argument("--max-num-batched-tokens", type=int, help="token budget of a step (default: by the GPU)")
     parser.add_argument("--block-size", type=int, help="tokens of a KV block (default: 16)")
     parser.add_argument("--gpu-memory-utilization", type=float, help="share of the memory to use (default: 0.92)")
-    parser.add_argument("--kv-cache-memory-bytes", type=int, help="bytes for KV on each GPU instead of what is left")
+    parser.add_argument(
+        "--kv-cache-memory-bytes", type=whole_number, help="bytes for KV on each GPU instead of what is left"
+    )
     parser.add_argument("--enable-expert-parallel", action="store_true", default=None,
                         help="whole experts on each rank of a group, not a part of each")  # fmt: skip
     parser.add_argument("--all2all-backend", help="how tokens reach whole experts: auto, sum or all_to_all")

@@ -35,7 +35,7 @@ def clean_value(name: str, kind: str, value: object) -> object:
         return value
     try:
         if kind == "int":
-            return _integer(value)
+            return whole_number(value)
         if kind == "float":
             return float(value)
         if kind == "gib":
@@ -48,7 +48,8 @@ def clean_value(name: str, kind: str, value: object) -> object:
     return value
 
 
-def _integer(text: str) -> int:
+def whole_number(text: str) -> int:
+    """4096, 32k or 2GiB. Raises `ValueError`."""
     plain = text.strip().lower().removesuffix("ib").removesuffix("b").strip()
     if plain and plain[-1] in _UNITS:
         return int(float(plain[:-1]) * _UNITS[plain[-1]])

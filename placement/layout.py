@@ -4,6 +4,7 @@ A layout is tensor-parallel ranks x pipeline stages on given devices. `LayoutJud
 what comes of it; what does not fit says where and how many bytes are missing.
 """
 
+import math
 from collections.abc import Sequence
 from typing import Final
 
@@ -17,6 +18,7 @@ from argosy.placement.rank_memory import RankMemory, StageBytes, cap_of, rank_me
 from argosy.placement.topology import Link
 
 _NEVER: Final = float("-inf")
+MOST_SHARE: Final = 0.97  # of a device that advice asks for
 MIXED_ROWS: Final = 8  # of a decode step of one stage, when layers are split: a server that is not full
 
 
@@ -265,8 +267,18 @@ class LayoutJudge:
             f"{where}: each {group.sheet.name} lacks {_gb(missing[worst])}: weights {_gb(memory.weight_bytes)} + "
             f"activations and workspace {_gb(memory.other_bytes)} + one request's KV "
             f"{_gb(needed * memory.block_bytes)}, of {_gb(memory.limit_bytes)} usable"
+            f"{self._share_that_fits(group, worst, missing[worst])}"
         )
         return Layout(tp_size=tp_size, pp_size=len(replica), problem=problem, missing_bytes=max(1, missing[worst]))
+
+    def _share_that_fits(self, group: DeviceGroup, stage: int, missing: int) -> str:
+        """The flag and its value, where a larger share of the device is all that a stage lacks."""
+        serving = self.sizes.serving
+        bounded = serving.kv_cache_memory_bytes or serving.num_gpu_blocks_override or self._cap(stage)
+        share = math.ceil(100 * (serving.gpu_memory_utilization + missing / group.gpu.memory_bytes)) / 100
+        if bounded or group.sheet.name == "CPU" or share > MOST_SHARE:
+            return ""
+        return f" (--gpu-memory-utilization {share:.2f} would do)"
 
     # ------------------------------------------------------------------------------------------------- predictions
 

@@ -83,7 +83,7 @@ def explain_refusal(
     misfits = sorted((one for one in candidates if one.missing_bytes), key=lambda one: one.missing_bytes)
     others = [one for one in candidates if not one.missing_bytes and not one.replicas]
     lines = [f"  {one.describe()}: {one.problem}" for one in (*misfits[:4], *others[:2])]
-    hints = "Add GPUs or nodes, store the weights smaller (--quantization fp8 or awq)"
+    hints = "Add GPUs or nodes, store the weights smaller (--quantization fp8 or int4)"
     hints += ", or let some live in the host's memory (--cpu-offload-gb auto)" if serving.offload_bytes == 0 else ""
     stored = shape.spec.dtype if serving.weight_format.bits == 16 else serving.weight_format.name
     what = f"{shape.name} ({weights:.1f} GB of weights, {stored}) does not fit {there}"

@@ -347,7 +347,7 @@ class Worker:
         elif isinstance(error, ServingError):
             code, text = error.code, str(error)
         elif isinstance(error, torch.OutOfMemoryError):
-            code, text = "out_of_memory", f"out of device memory; lower --gpu-memory-utilization ({_first_line(error)})"
+            code, text = "out_of_memory", f"out of device memory; {less_cache(self.config)} ({_first_line(error)})"
         elif "DefaultCPUAllocator" in str(error):  # torch has no type for the host's memory
             fix = "lower --max-num-batched-tokens, --max-num-seqs or --max-model-len"
             code, text = "out_of_memory", f"out of the host's memory; {fix} ({_first_line(error)})"

@@ -111,6 +111,36 @@ def test_what_cannot_be_is_refused_with_reasons(capsys: pytest.CaptureFixture[st
     assert "can't be written: No such file or directory; name a file in a folder of yours" in complaint
 
 
+def test_a_larger_share_of_the_cards_is_named_where_that_is_all_that_lacks(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """With its value, which does; not where no share of such a card holds the model."""
+    code, _, complaint = run(capsys, "llama-3.1-8b", "--gpus", "1 x L4", "--gpu-memory-utilization", "0.7")
+    assert code == 1
+    found = re.search(r"\(--gpu-memory-utilization (0\.\d\d) would do\)", complaint)
+    assert found, complaint
+    assert run(capsys, "llama-3.1-8b", "--gpus", "1 x L4", "--gpu-memory-utilization", found[1])[0] == 0
+    less = f"{float(found[1]) - 0.02:.2f}"
+    assert run(capsys, "llama-3.1-8b", "--gpus", "1 x L4", "--gpu-memory-utilization", less)[0] == 1
+    for words in (("llama-3.1-70b", "--gpus", "1 x L4"), ("llama-3.1-8b", "--gpus", "1 x L4", "-q", "none",
+                  "--kv-cache-memory-bytes", "20GiB", "--gpu-memory-utilization", "0.7")):  # fmt: skip
+        code, _, complaint = run(capsys, *words)
+        assert (code, "would do" in complaint) == (1, False), complaint
+
+
+def test_bytes_and_lengths_are_written_as_for_serve(capsys: pytest.CaptureFixture[str]) -> None:
+    """2GiB and 8k, and what is none is said."""
+    words = ("llama-3.1-8b", "--gpus", "1 x H200", "--json")
+    short = json.loads(run(capsys, *words, "--kv-cache-memory-bytes", "2GiB", "--max-model-len", "8k")[1])
+    long = json.loads(run(capsys, *words, "--kv-cache-memory-bytes", str(2 << 30), "--max-model-len", "8192")[1])
+    assert short == long
+    args = cli.build_parser().parse_args(["bench", "--kv-cache-memory-bytes", "2GiB", "--usable-memory", "18.3G"])
+    assert (args.kv_cache_memory_bytes, args.usable_memory) == (2 << 30, int(18.3 * 2**30))
+    with pytest.raises(SystemExit):
+        cli.build_parser().parse_args(["bench", "--kv-cache-memory-bytes", "much"])
+    assert "'much'" in capsys.readouterr().err
+
+
 def test_settings_change_the_plan(capsys: pytest.CaptureFixture[str]) -> None:
     """FP8 keys and values double the blocks; half the memory is less than half of them."""
 

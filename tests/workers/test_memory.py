@@ -17,6 +17,7 @@ from rig import SHAPE, InProcessRank, make_config, oracle_config
 from argosy.cluster.protocol.config import ServingConfig
 from argosy.cluster.protocol.errors import PlacementImpossible
 from argosy.cluster.protocol.ledger import describe_ledger
+from argosy.cluster.protocol.messages import WorkerError
 from argosy.placement.calibration import default_calibration
 from argosy.placement.data_sheets import DATA_SHEETS
 from argosy.placement.model_families import shape_from_spec
@@ -28,6 +29,7 @@ from argosy.workers import memory
 from argosy.workers.device import MemoryReading
 from argosy.workers.memory import MemoryLedger, measure_num_blocks, warm_up_shapes
 from argosy.workers.memory_advice import check_cache_fits, less_cache
+from argosy.workers.worker import Worker
 
 GIB = 2**30
 BLOCK_BYTES = 2 * 4 * 4 * 4 * 2 * 4  # k and v, layers, slots, heads, size, float32
@@ -249,6 +251,26 @@ def test_the_setting_that_decides_the_cache_is_the_one_to_lower(tmp_path: Path) 
         ({"num_gpu_blocks_override": None}, "--gpu-memory-utilization from 0.92 to 0.87"),
     ):
         assert told in less_cache(oracle_config(tmp_path, **given))
+
+
+def test_memory_that_ends_where_nobody_foresaw_it_names_the_setting_that_decides(tmp_path: Path) -> None:
+    """While groups are joined or steps run: a share of the card is no advice to whoever gave the cache in bytes."""
+    told: list[WorkerError] = []
+    for given, flag in (
+        ({"num_gpu_blocks_override": None}, "lower --gpu-memory-utilization from 0.92"),
+        (
+            {"num_gpu_blocks_override": None, "kv_cache_memory_bytes": 5 * GIB},
+            f"--kv-cache-memory-bytes from {5 * GIB}",
+        ),
+    ):
+        worker = object.__new__(Worker)
+        worker.config, worker.epoch = oracle_config(tmp_path, **given), 0
+        worker.rank = SimpleNamespace(global_rank=1)  # type: ignore[assignment]  # a stand-in
+        worker.channel = SimpleNamespace(send=told.append)  # type: ignore[assignment]  # a stand-in
+        worker._tell_failure(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 50 GiB."))
+        assert told[-1].code == "out_of_memory"
+        assert flag in told[-1].message
+        assert "50 GiB" in told[-1].message
 
 
 def test_an_allocation_that_fails_names_what_to_change() -> None:
