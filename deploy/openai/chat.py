@@ -32,7 +32,7 @@ class ChatRun:
     def __init__(self, gateway: Gateway, fields: ChatFields):
         self.gateway = gateway
         self.fields = fields
-        self.id = f"chatcmpl-{secrets.token_hex(16)}"
+        self.id = f"chatcmpl-{fields.request_id or secrets.token_hex(16)}"
         self.created = int(time.time())
         self.model = gateway.check_model(fields.model)
         self.numbered = False
@@ -110,7 +110,6 @@ class ChatRun:
         tail = b'],"usage":null}' if with_usage else b"]}"
         log, usage = EventLog(numbered=self.numbered), Usage(len(self.request.prompt_token_ids))
         async for place, deltas in merge_streams(self.gateway, [self.request]):
-            usage.add(place, deltas)
             events = []
             if not responder.started:
                 await responder.start_stream()
@@ -119,6 +118,7 @@ class ChatRun:
                     log.event(b"%b%b%b" % (head, _chunk(index, opening, b"null"), tail)) for index in range(fields.n)
                 ]
             for delta in deltas:
+                usage.add(place, delta)
                 if always_usage:
                     tail = b'],"usage":' + encode(usage.as_dict()) + b"}"
                 logprobs = self._logprobs_of(delta.token_ids, delta.logprobs)

@@ -34,7 +34,7 @@ class CompletionRun:
     def __init__(self, gateway: Gateway, fields: CompletionFields):
         self.gateway = gateway
         self.fields = fields
-        self.id = f"cmpl-{secrets.token_hex(16)}"
+        self.id = f"cmpl-{fields.request_id or secrets.token_hex(16)}"
         self.created = int(time.time())
         self.model = gateway.check_model(fields.model)
         self.numbered = False
@@ -121,11 +121,13 @@ class CompletionRun:
         columns = [self._logprob_columns() for _ in range(n * len(self.requests))]
         first_of = set(range(len(columns))) if fields.echo else set()
         async for place, deltas in merge_streams(self.gateway, self.requests):
-            usage.add(place, deltas)
             if not responder.started:
                 await responder.start_stream()
             events = []
             for delta in deltas:
+                usage.add(place, delta)
+                if self.prompt_only:
+                    usage.num_completion_tokens = 0
                 index = place * n + delta.index
                 text, logprobs = (
                     ("", None) if self.prompt_only else (delta.text, self._delta_logprobs(delta, columns[index]))
@@ -159,8 +161,6 @@ class CompletionRun:
             if events:
                 await responder.events(b"".join(events))
         if with_usage:
-            if self.prompt_only:
-                usage.num_completion_tokens = 0
             await responder.events(log.event(head + b',"choices":[],"usage":' + encode(usage.as_dict()) + b"}"))
         await responder.events(DONE)
         await responder.end()

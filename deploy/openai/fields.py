@@ -97,7 +97,9 @@ class GenerateFields(msgspec.Struct, kw_only=True):
             raise InvalidRequest("truncation_side", self.truncation_side, "must be 'left' or 'right'")
         if self.cache_salt is not None and len(self.cache_salt) > 256:
             raise InvalidRequest("cache_salt", self.cache_salt, "has at most 256 characters")
-        kind = (self.response_format or {}).get("type", "text")
+        if self.request_id is not None and len(self.request_id) > 256:
+            raise InvalidRequest("request_id", self.request_id, "has at most 256 characters")
+        kind = "text" if self.response_format is None else self.response_format.get("type")
         if kind != "text":
             raise InvalidRequest("response_format", kind, "only {'type': 'text'} is supported yet")
 

@@ -76,13 +76,12 @@ class Usage:
         self.num_cached_tokens = 0
         self._seen: set[int] = set()
 
-    def add(self, place: int, deltas: Sequence[TextDelta]) -> None:
-        """Count what arrived for the prompt at `place`."""
-        for delta in deltas:
-            self.num_completion_tokens += len(delta.token_ids)
-            if delta.num_cached_tokens is not None and place not in self._seen:
-                self._seen.add(place)
-                self.num_cached_tokens += delta.num_cached_tokens
+    def add(self, place: int, delta: TextDelta) -> None:
+        """Count what arrived for the prompt at `place`; one at a time, since an event may say what came up to it."""
+        self.num_completion_tokens += len(delta.token_ids)
+        if delta.num_cached_tokens is not None and place not in self._seen:
+            self._seen.add(place)
+            self.num_cached_tokens += delta.num_cached_tokens
 
     def as_dict(self) -> dict[str, Any]:
         """OpenAI's `usage`."""

@@ -58,6 +58,46 @@ def test_a_stream_of_completions_says_the_same_as_the_whole() -> None:
     assert {event["id"] for event in pieces} == {pieces[0]["id"]}
 
 
+@pytest.mark.parametrize(("path", "asked"), [(TEXT, {"prompt": "Hi"}), (CHAT, {"messages": USER})])
+def test_each_event_has_the_tokens_that_came_up_to_it(path: str, asked: dict[str, object]) -> None:
+    """On a busy machine a door is handed several tokens at once; their events all counted the last of them."""
+
+    def script(asked: Submitted) -> Iterable[list[TokenDelta]]:
+        yield [delta(0, [word]) for word in WORDS[:-1]]
+        yield [delta(0, [WORDS[-1]], finish_reason=FinishReason.LENGTH)]
+
+    options = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    pieces = events(call(app_of(ScriptedClient(script)), "POST", path, json={**asked, **options, "max_tokens": 9}))
+    told = [
+        event["usage"]["completion_tokens"]
+        for event in pieces
+        if event["choices"] and (event["choices"][0].get("text") or event["choices"][0].get("delta", {}).get("content"))
+    ]
+    assert told == list(range(1, len(WORDS) + 1))
+
+
+def test_an_answer_goes_by_the_name_that_its_request_was_given() -> None:
+    """vLLM's `request_id` was taken without effect. The engine has a name of its own: two may be given the same."""
+    named = {"request_id": "mine-7"}
+    for _ in range(2):
+        assert call(app_of(), "POST", TEXT, json={"prompt": "Hi", **named}).json()["id"] == "cmpl-mine-7"
+    assert call(app_of(), "POST", CHAT, json={"messages": USER, **named}).json()["id"] == "chatcmpl-mine-7"
+    answers = call(app_of(), "POST", TEXT, json={"prompt": "Hi", "stream": True, **named})
+    assert {event["id"] for event in events(answers)} == {"cmpl-mine-7"}
+    refused = call(app_of(), "POST", TEXT, json={"prompt": "Hi", "request_id": "x" * 257})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "request_id"
+
+
+@pytest.mark.parametrize("given", [{}, {"json_schema": {}}, {"type": None}, {"type": "json_object"}])
+def test_a_form_of_answers_without_a_kind_is_refused(given: dict[str, object]) -> None:
+    """A schema whose `type` was forgotten was answered with any text."""
+    answer = call(app_of(), "POST", TEXT, json={"prompt": "Hi", "response_format": given})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"] == "response_format"
+    assert call(app_of(), "POST", TEXT, json={"prompt": "Hi", "response_format": None}).status_code == 200
+
+
 def test_without_being_asked_a_stream_has_no_usage_event() -> None:
     """SGLang's load generator fails on an event without choices that nobody asked for."""
     pieces = events(call(app_of(), "POST", TEXT, json={"prompt": "Hi", "stream": True}))
