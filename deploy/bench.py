@@ -26,6 +26,7 @@ import msgspec
 
 import argosy
 from argosy.cluster.protocol.config import ServingConfig
+from argosy.cluster.protocol.errors import ConfigError
 from argosy.deploy import bench_engine, bench_http, bench_models, bench_peers, bench_table, device_defaults, workload
 from argosy.deploy.bench_engine import Row
 from argosy.deploy.bench_load import Timing
@@ -50,6 +51,9 @@ with LLM.from_config(config, backend=sys.argv[2]) as llm:
 
 def main(args: argparse.Namespace) -> int:
     """Measure, print and perhaps store; the exit code."""
+    for name, values in (("repeats", [args.repeats]), ("concurrency", args.concurrency or [])):
+        if any(value < 1 for value in values):
+            raise ConfigError(f"--{name} {min(values)}: must be at least 1")
     if args.suite:
         from argosy.deploy import bench_suite  # it runs this command for each of its engines
 

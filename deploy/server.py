@@ -28,6 +28,7 @@ from argosy.deploy.node_watch import NodeWatch
 from argosy.deploy.owned_folder import make_owned_folder
 from argosy.deploy.progress import StartProgress
 from argosy.deploy.token_params import read_generation_config
+from argosy.placement.ports import free_port
 
 if TYPE_CHECKING:
     from argosy.deploy.launch import Engine
@@ -47,6 +48,7 @@ def run(config: ServingConfig, *, api_keys: tuple[str, ...] = ()) -> int:
     """Serve until a signal says to stop; the exit code."""
     config = localize(with_ray_address(config))
     check_port(config)
+    config = with_port(config)
     stop = _StopSignals()
     with stop, _private_folder() as folder:
         config = with_api_keys(config, api_keys, folder)
@@ -79,6 +81,14 @@ def with_ray_address(config: ServingConfig) -> ServingConfig:
     chosen: ServingConfig = config.replace(
         parallel=config.parallel.replace(ray_address=None if address == "local" else address or None)
     )
+    return chosen
+
+
+def with_port(config: ServingConfig) -> ServingConfig:
+    """Port 0 is any that is free, chosen here: HAProxy takes none that it is not told, and people are told it, too."""
+    if config.server.port:
+        return config
+    chosen: ServingConfig = config.replace(server=config.server.replace(port=free_port(config.server.host)))
     return chosen
 
 

@@ -154,6 +154,8 @@ class ServingConfig(_Settings, frozen=True):
         check.at_least("data_parallel_size", parallel.data_parallel_size, 1)
         check.at_least("max_model_len", self.model.max_model_len, 1)
         check.between("port", self.server.port, 0, 65535)
+        if any(not name.strip() for name in self.model.served_model_name):
+            raise ConfigError("served_model_name='': must be a name, or be left out")
         check.gib("cpu_offload_gb", self.offload.cpu_offload_gb)
         check.gib("activation_offload_gb", self.offload.activation_offload_gb)
         check.at_least("activation_slice_tokens", self.offload.activation_slice_tokens, 1)

@@ -35,6 +35,14 @@ def test_a_workload_that_is_none_is_said_before_an_engine_starts(monkeypatch: py
         bench.main(args)
 
 
+@pytest.mark.parametrize("words", [["--repeats", "0"], ["--concurrency", "8", "0"]])
+def test_a_figure_of_nothing_is_refused(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No repeats started an engine, and ended with the traceback of a median of nothing."""
+    monkeypatch.setattr(bench, "_measure", lambda args: pytest.fail("it began to measure"))
+    with pytest.raises(ConfigError, match=f"{words[0]} 0: must be at least 1"):
+        bench.main(cli.build_parser().parse_args(["bench", *words]))
+
+
 def test_a_row_names_machine_versions_and_commit() -> None:
     """A figure without them can't be compared with anything."""
     about = bench.describe_machine()

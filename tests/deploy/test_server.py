@@ -35,6 +35,21 @@ def test_a_taken_port_is_said_in_one_line_before_anything_starts() -> None:
     server.check_port(config(port=port))
 
 
+def test_port_0_is_one_that_is_free() -> None:
+    """It is a number that `--port` takes, and HAProxy ended the start with its own words after half a minute."""
+    chosen = server.with_port(config(port=0)).server.port
+    assert chosen > 0
+    server.check_port(config(port=chosen))
+    assert server.with_port(config(port=8123)).server.port == 8123
+
+
+@pytest.mark.parametrize("names", ["", [""], ["a", " "]])
+def test_an_empty_name_of_what_is_served_is_refused(names: object) -> None:
+    """`--served-model-name "$NAME"` with nothing set served a model that nobody could name."""
+    with pytest.raises(ConfigError, match="served_model_name='': must be a name"):
+        config(served_model_name=names)
+
+
 def test_an_address_of_another_machine_is_refused() -> None:
     """A typo in --host."""
     with pytest.raises(ConfigError, match="no such address"):
