@@ -37,7 +37,7 @@ def made_of(work: list[tuple[float, float, str]], first: float, last: float, ste
     took: Counter[str] = Counter()
     ended = first
     for start, end, name in work:
-        if first <= start < last:
+        if first <= start <= last:  # what begins at the end ends the last gap
             kind = next(kind for kind, pattern in KINDS.items() if re.search(pattern, name))
             took[kind] += max(0.0, min(end, last) - max(ended, start))
             took["idle"] += max(0.0, start - ended)

@@ -1,11 +1,13 @@
 """The figures' frame: what a row says besides its figure, and the table people read."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from argosy.cluster.protocol.errors import ConfigError, WeightError
-from argosy.deploy import bench, bench_models, cli
+from argosy.deploy import bench, bench_engine, bench_models, cli, workload
 
 
 def row(engine: str, rate: float) -> dict[str, object]:
@@ -63,3 +65,37 @@ def test_a_folder_is_taken_as_it_is_and_a_typo_is_not(tmp_path: Path) -> None:
     """`--model tny` is no shape, and no folder either."""
     with pytest.raises(WeightError):
         bench_models.make_folder("tny", tmp_path)
+
+
+def test_a_decode_step_is_the_time_between_tokens_and_a_rate_all_tokens_over_all_seconds() -> None:
+    """Two runs of two requests: medians over runs, the middle of a run's requests, first tokens apart."""
+    runs = [(100.0, 2.0, [0.2, 0.4], [0.004, 0.006]), (120.0, 1.5, [0.1, 0.3], [0.003, 0.003])]
+    step = bench_engine.summary("decode8", runs)
+    assert (step["figure"], step["unit"], step["spread"]) == (4.0, "ms/step", [3.0, 5.0])
+    assert step["repeats"] == 2
+    assert step["ttft_ms_p50"] == pytest.approx(250.0)
+    rate = bench_engine.summary("chat1000", runs)
+    assert (rate["figure"], rate["unit"], rate["spread"]) == (110.0, "output tokens/s", [100.0, 120.0])
+    assert rate["ms_per_token"] == pytest.approx(3.5)
+
+
+def test_what_is_measured_are_the_tokens_that_were_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run of ten seconds: tokens of all answers over it, gaps without the first token; each repeat other tokens, the
+    digest that of the workload itself; prefixes are forgotten before each."""
+    seen: list[list[int]] = []
+    forgotten: list[int] = []
+
+    def run(llm: object, requests: workload.Workload) -> tuple[float, list[Any]]:
+        seen.append(requests[0].prompt)
+        timing = SimpleNamespace(first_token_ts=1.0, last_token_ts=2.27, num_generation_tokens=128,
+                                 first_token_latency=0.5)  # fmt: skip
+        return 10.0, [SimpleNamespace(metrics=timing) for _ in requests]
+
+    monkeypatch.setattr(bench_engine, "run", run)
+    llm: Any = SimpleNamespace(reset_prefix_cache=lambda: forgotten.append(len(seen)))
+    row = bench_engine.measure(llm, "fixed256x128", 128256, 3)
+    assert row["figure"] == 256 * 128 / 10
+    assert row["ms_per_token"] == pytest.approx(10.0)
+    assert (row["digest"], row["requests"], row["repeats"]) == ("675e12bd1d74200a", 256, 3)
+    assert forgotten == [1, 2, 3]
+    assert len({tuple(prompt) for prompt in seen}) == 4, "the warm-up's and each repeat's are others"

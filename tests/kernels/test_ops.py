@@ -1,8 +1,13 @@
 """The door: a CPU tensor needs no Triton, and every operation is in the reference under the same name."""
 
 import inspect
+import json
 import subprocess
 import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
 
 from argosy.kernels import ops, reference, sampling_reference, step_ops, tables_reference, tuning
 
@@ -55,3 +60,28 @@ def test_tuned_files_hold_whole_numbers() -> None:
         for shapes in tuning._tuned(path.stem).values():
             for sizes in shapes.values():
                 assert all(isinstance(x, int) for x in sizes.values())
+
+
+def test_a_card_that_nobody_measured_takes_no_other_s_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What its driver says of it decides; a name that is no file's has no sizes at all."""
+    device = torch.device("cuda", 3)
+    ada = SimpleNamespace(
+        name="NVIDIA L4", multi_processor_count=58, major=8, minor=9, shared_memory_per_block_optin=101376
+    )
+    hopper = SimpleNamespace(name="NVIDIA H200", multi_processor_count=132, major=9, minor=0)
+    blackwell = SimpleNamespace(name="NVIDIA GeForce RTX 5090", multi_processor_count=170, major=12, minor=0)
+    found = {}
+    for card in (ada, hopper, blackwell):
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _, card=card: card)
+        tuning.device_facts.cache_clear()
+        facts = found[card.name] = tuning.device_facts(device)
+        measured = json.loads((tuning.TUNED / "nvidia_h200.json").read_text())
+        for kernel, shapes in measured.items():
+            assert tuning.knows(kernel, device) == (card is hopper)
+            key, sizes = next(iter(shapes.items()))
+            assert tuning.pick(kernel, key, device) == (sizes if card is hopper else None)
+        assert (facts.num_sms, facts.knows_ptx) == (card.multi_processor_count, torch.version.hip is None)
+    tuning.device_facts.cache_clear()
+    assert [one.shared_bytes for one in found.values()] == [99 * 1024, 227 * 1024, 99 * 1024]
+    assert [one.overlaps for one in found.values()] == [False, True, True]
+    assert [one.adds_bf16 for one in found.values()] == [False, True, True]

@@ -99,6 +99,17 @@ def test_copy_blocks(pairs: list[tuple[int, int]], device: torch.device) -> None
     assert all(torch.equal(got, want) for got, want in zip(caches, wants, strict=True))
 
 
+def test_blocks_go_from_their_caches_to_others(device: torch.device) -> None:
+    """As between a device and its host: what is read stays as it is, and only named blocks change."""
+    sources, destinations = ([torch.randn(5, 16, 2, 24, device=device) for _ in range(3)] for _ in range(2))
+    before, old = ([cache.clone() for cache in caches] for caches in (sources, destinations))
+    kv_cache.copy_blocks(sources, destinations, [(4, 0), (0, 3)])
+    for source, destination, was, old_one in zip(sources, destinations, before, old, strict=True):
+        assert torch.equal(source, was)
+        assert torch.equal(destination[[0, 3]], was[[4, 0]])
+        assert torch.equal(destination[[1, 2, 4]], old_one[[1, 2, 4]])
+
+
 def test_blocks_of_many_sizes_are_laid_side_by_side_and_put_back(device: torch.device) -> None:
     """Caches of a model whose keys, values and scales differ in type and size; one of them larger than a program."""
     caches = [
