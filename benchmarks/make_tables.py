@@ -37,9 +37,9 @@ def rows_of(device: str) -> list[Row]:
 
 
 def suite_rows(name: str) -> tuple[bench_table.Suite, list[Row]]:
-    """A suite, and all lines of its device that measured the default."""
+    """A suite, and all lines of its device that measured the default in process."""
     suite = bench_table.read_suite(name)
-    return suite, [row for row in rows_of(suite.device) if not row.get("note")]
+    return suite, [row for row in rows_of(suite.device) if not row.get("note") and not row.get("url")]
 
 
 def suite_table(name: str) -> str:

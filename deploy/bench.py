@@ -10,6 +10,7 @@ On a shared or slow machine the ratios of one run count, not the figures.
 
 import argparse
 import asyncio
+import itertools
 import os
 import platform
 import statistics
@@ -37,6 +38,9 @@ from argosy.deploy.workload import Workload
 
 _CALIBRATION_STEPS: Final = ("decode1", "decode8", "decode64")
 _PACKAGES: Final = ("torch", "ray", "transformers", "triton")
+_CLIENTS: Final = 64  # requests at once, where nothing says how many
+_OTHERS_VOCAB: Final = 32000
+_SALTS: Final = itertools.count(os.getpid() * 1000)
 _COLD_START: Final = """
 import sys, json
 from argosy import LLM, SamplingParams
@@ -259,32 +263,46 @@ def _cold_start(config: ServingConfig, args: argparse.Namespace) -> Row:
 
 
 def _over_http(args: argparse.Namespace) -> Iterator[Row]:
-    folder, _ = bench_models.make_folder("default", Path())
-    vocab = bench_models.vocab_size(folder) if args.model in ("default", "tiny") else 32000
-
-    concurrency = args.concurrency[0] if args.concurrency else 64
+    is_shape = args.model in bench_models.GPU_SHAPES
+    vocab = _vocab_of(args.model)
     with Client(args.url, api_key=args.api_key) as client:
         served = client.models()[0]
 
-    def run(requests: Workload) -> tuple[float, list[Timing]]:
+    def run(requests: Workload, concurrency: int) -> tuple[float, list[Timing]]:
         return asyncio.run(bench_http.run_load(args.url, requests, concurrency=concurrency, api_key=args.api_key))
 
-    run(workload.make("cpu8", vocab=vocab, salt=-1))
+    base = {
+        "model": served if args.model == "default" else args.model, "dtype": args.dtype or "as served", "url": args.url,
+    }  # fmt: skip
+    if is_shape:  # what the suite calls such an engine, if flags say how it was started
+        layout = bench_table.layout_of(args.tensor_parallel_size, args.pipeline_parallel_size)
+        numbers = args.quantization or args.dtype or "bfloat16"
+        base |= {"group": bench_table.name_of(args.model, numbers, layout), "layout": layout}
+    run(workload.make("cpu8", vocab=vocab, salt=-1), _CLIENTS)
     for name in workloads_of(args):
-        runs = []
-        for repeat in range(args.repeats):
-            # a salt of its own in each process: a server keeps the prefixes of earlier measurements
-            seconds, timings = run(workload.make(name, vocab=vocab, salt=os.getpid() * 100 + repeat))
-            gaps = [t.gap_seconds for t in timings if t.num_tokens > 1]
-            rate = sum(t.num_tokens for t in timings) / seconds
-            runs.append((rate, seconds, [t.first_seconds for t in timings], gaps))
-        yield {
-            "model": served if args.model == "default" else args.model,
-            "dtype": args.dtype or "as served",
-            "engine": f"argosy HTTP x{concurrency}",
-            "url": args.url,
-            "workload": name,
-            "digest": workload.digest(workload.make(name, vocab=vocab)),
-            "requests": len(workload.make(name, vocab=vocab)),
-            **bench_engine.summary(name, runs),
-        }
+        plain = workload.make(name, vocab=vocab)
+        # the suite's figures are those of all requests at once
+        for concurrency in args.concurrency or (len(plain) if is_shape else _CLIENTS,):
+            runs = []
+            for _ in range(args.repeats):
+                # a salt of its own in each process and run: a server keeps the prefixes of earlier measurements
+                seconds, timings = run(workload.make(name, vocab=vocab, salt=next(_SALTS)), concurrency)
+                gaps = [t.gap_seconds for t in timings if t.num_tokens > 1]
+                rate = sum(t.num_tokens for t in timings) / seconds
+                runs.append((rate, seconds, [t.first_seconds for t in timings], gaps))
+            yield {
+                **base,
+                "engine": f"argosy HTTP x{concurrency}",
+                "workload": name,
+                "digest": workload.digest(plain),
+                "requests": len(plain),
+                **bench_engine.summary(name, runs),
+            }
+
+
+def _vocab_of(model: str) -> int:
+    """Of the model whose server this is, by name or folder; for others a number that few vocabularies are below."""
+    if model not in ("default", *bench_models.SHAPES, *bench_models.GPU_SHAPES) and not Path(model).is_dir():
+        return _OTHERS_VOCAB
+    with tempfile.TemporaryDirectory(prefix="argosy-bench-") as parent:
+        return bench_models.vocab_size(bench_models.make_folder(model, Path(parent))[0])

@@ -1,5 +1,6 @@
 """The figures' frame: what a row says besides its figure, and the table people read."""
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 
 from argosy.cluster.protocol.errors import ConfigError, WeightError
 from argosy.deploy import bench, bench_engine, bench_models, cli, workload
+from argosy.deploy.bench_load import Timing
 
 
 def row(engine: str, rate: float) -> dict[str, object]:
@@ -99,3 +101,47 @@ def test_what_is_measured_are_the_tokens_that_were_asked_for(monkeypatch: pytest
     assert (row["digest"], row["requests"], row["repeats"]) == ("675e12bd1d74200a", 256, 3)
     assert forgotten == [1, 2, 3]
     assert len({tuple(prompt) for prompt in seen}) == 4, "the warm-up's and each repeat's are others"
+
+
+def test_a_server_gets_the_very_requests_of_the_suite_and_is_compared_with_vllm(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A shape's own vocabulary, so the digests that vLLM was measured with; all at once unless it is said how many;
+    other tokens in each run. With the vocabulary of another model, and an error instead of the table, it was."""
+    asked: list[tuple[int, int, tuple[int, ...]]] = []
+
+    async def run_load(url: str, requests: workload.Workload, *, concurrency: int, api_key: str | None) -> Any:
+        asked.append((len(requests), concurrency, tuple(requests[0].prompt)))
+        return 10.0, [Timing(one.max_tokens, 0.5, 0.5 + 0.004 * (one.max_tokens - 1)) for one in requests]
+
+    class OneModel:
+        def __init__(self, url: str, api_key: str | None = None):
+            assert url == "http://here:1"
+
+        def __enter__(self) -> "OneModel":
+            return self
+
+        def __exit__(self, *error: object) -> None:
+            return
+
+        def models(self) -> list[str]:
+            return ["some-name"]
+
+    monkeypatch.setattr(bench.bench_http, "run_load", run_load)
+    monkeypatch.setattr(bench, "Client", OneModel)
+    words = ["bench", "--url", "http://here:1", "--model", "8b", "--workload", "fixed512x256", "decode8"]
+    assert bench.main(cli.build_parser().parse_args([*words, "-tp", "2", "--repeats", "2"])) == 0
+    out = capsys.readouterr().out
+    first, second = (json.loads(line) for line in out.splitlines() if line.startswith("{"))
+    assert (first["digest"], first["figure"], first["group"]) == ("ce8e18ca5b4b33bf", 512 * 256 / 10, "8b-bf16-TP2")
+    assert (second["digest"], second["figure"]) == ("99e01f5718fafdd8", 4.0)
+    rows = {line.split()[0]: line.split() for line in out.splitlines() if line.startswith("8b-bf16-TP2/")}
+    assert "17,200" in rows["8b-bf16-TP2/fixed512x256"]
+    assert f"{512 * 256 / 10 / 17_200:.2f}" in rows["8b-bf16-TP2/fixed512x256"]
+    assert [count for _, count, _ in asked[1:]] == [512, 512, 8, 8]
+    assert len({prompt for *_, prompt in asked}) == 5
+    asked.clear()
+    words = ["bench", "--url", "http://here:1", "--concurrency", "4", "16", "--repeats", "1"]
+    assert bench.main(cli.build_parser().parse_args(words)) == 0
+    assert [count for _, count, _ in asked[1:]] == [4, 16]
+    assert "some-name" in capsys.readouterr().out

@@ -3,11 +3,13 @@
 import asyncio
 import json
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 import pytest
 
 from argosy.cluster.protocol.errors import InvalidRequest
-from argosy.deploy import bench_http, workload
+from argosy.deploy import bench_doors, bench_http, workload
+from argosy.deploy.bench_load import Timing
 from argosy.deploy.client import StreamBroken
 
 Answer = Callable[[asyncio.StreamWriter, dict[str, object]], Awaitable[None]]
@@ -108,3 +110,31 @@ def test_an_answer_that_breaks_off_is_no_figure(bytes_sent: bytes, problem: str)
 
     with pytest.raises(StreamBroken, match=problem):
         load(break_off, count=1, concurrency=1)
+
+
+def test_doors_cost_what_is_lacking_beside_the_engine_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each run of other requests, in turns, after one of each to warm up that does not count: half the tokens a second
+    over HTTP, and 2 ms more to the first one."""
+    asked: list[tuple[str, tuple[int, ...]]] = []
+
+    def timings(requests: workload.Workload, first: float) -> list[Timing]:
+        return [Timing(one.max_tokens, first, first + 0.127) for one in requests]
+
+    async def near(config: object, engine: object, requests: workload.Workload, concurrency: int) -> Any:
+        asked.append(("in process", tuple(requests[0].prompt)))
+        return (1.0 if len(asked) > 2 else 100.0), timings(requests, 0.010 if len(asked) > 2 else 9.0)
+
+    async def far(url: str, requests: workload.Workload, *, concurrency: int, extra: object) -> Any:
+        asked.append(("HTTP", tuple(requests[0].prompt)))
+        return 2.0, timings(requests, 0.012)
+
+    monkeypatch.setattr(bench_doors, "_in_process", near)
+    monkeypatch.setattr(bench_doors.bench_http, "run_load", far)
+    unused: Any = None
+    row = bench_doors._compare(unused, None, "http://here:1", 4096, 32, repeats=3)
+    assert (row["figure"], row["repeats"], row["requests"]) == (0.5, 2, 128)
+    assert (row["ttft_ms_p50_in_process"], row["ttft_ms_p50"], row["ttft_ms_more"]) == (10.0, 12.0, 2.0)
+    assert row["output_tokens_per_second"] == 128 * 128 / 2
+    assert row["ms_per_token"] == pytest.approx(1.0)
+    assert [where for where, _ in asked] == ["in process", "HTTP"] * 3
+    assert len({prompt for _, prompt in asked}) == 6, "what one found in the cache the other must not"

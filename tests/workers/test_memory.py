@@ -149,6 +149,20 @@ def test_the_cache_gets_what_the_share_leaves_beside_all_else(tmp_path: Path) ->
     assert rank.runner.kv_cache is None, "the block that the steps were tried with is given back"
 
 
+@pytest.mark.parametrize("needs", [[6, 1], [1, 6]])
+def test_the_step_that_needs_most_decides(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, needs: list[int]) -> None:
+    """Prompts of a full budget, or all rows sampling: whichever it is for this model."""
+    monkeypatch.setattr(memory, "largest_shapes", lambda runner: [(1, 4), (2, 1)])
+    card = FakeCard(used=GIB)
+    steps = iter(needs)
+    monkeypatch.setattr(card, "peak", lambda: card.now.allocated + next(steps) * GIB, raising=False)
+    ledger = MemoryLedger(meter=card)
+    rank = InProcessRank(oracle_config(tmp_path, num_gpu_blocks_override=None, gpu_memory_utilization=0.9), 4)
+    memory.measure_num_blocks(rank.runner, ledger)
+    assert ledger.activation_bytes == 6 * GIB
+    assert ledger.room_bytes == pytest.approx(83 * GIB, abs=16)
+
+
 def test_buffers_for_swapped_blocks_come_out_of_the_cache(tmp_path: Path) -> None:
     """The copies' buffers are allocated when the cache stands: there must be room for them then."""
     rooms = []
