@@ -21,7 +21,7 @@ from typing import Final, Literal, NamedTuple
 
 import psutil
 
-from argosy.cluster.protocol.errors import ServingError
+from argosy.cluster.protocol.errors import ConfigError, ServingError
 from argosy.cluster.protocol.ledger import HOST, TOTAL, describe_ledger, gib
 from argosy.cluster.protocol.model_spec import read_model_spec
 from argosy.deploy import settings
@@ -54,6 +54,8 @@ class Finding(NamedTuple):
 
 def main(*, model: str | None, port: int, as_json: bool) -> int:
     """Print the table; 0 when nothing fails."""
+    if not 0 <= port <= 65535:
+        raise ConfigError(f"port={port}: must be from 0 to 65535")
     findings = list(examine(model, port))
     if as_json:
         print(json.dumps([finding._asdict() for finding in findings], indent=1))

@@ -214,6 +214,8 @@ def submit(
     defaults: Mapping[str, Any],
 ) -> Job:
     """Upload the requests and make a job of them; with a key that was used before, that job."""
+    if key is not None and not (0 < len(key) <= 256 and key.isascii() and key.isprintable() and key == key.strip()):
+        raise InvalidRequest("key", key, "has 1 to 256 characters of ASCII, in one line, without spaces at its ends")
     if key is not None and (found := server.call("GET", "/v1/batches", params={"key": key})["data"]):
         return Job(server, found[0])
     with tempfile.TemporaryFile() as file:

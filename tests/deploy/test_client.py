@@ -154,6 +154,17 @@ def test_a_line_of_a_job_that_json_cannot_say_is_named(tmp_path: Path) -> None:
         jobs_client.write_input(file, ["fine", "\ud800"], None, {"model": "m"})
 
 
+@pytest.mark.parametrize("key", ["", "a\nb", "\xe9", " a", "x" * 257])
+def test_a_key_that_no_header_can_hold_is_refused_before_anything_is_sent(key: str) -> None:
+    """One with a line break was tried again for ten minutes, as if no server ran."""
+
+    def server(request: httpx.Request) -> httpx.Response:
+        raise AssertionError("nothing is sent")
+
+    with pytest.raises(errors.InvalidRequest, match="1 to 256 characters of ASCII"):
+        talk_to(server).submit(["a"], key=key, model="m")
+
+
 def test_patience_ends() -> None:
     """The server asks for longer than the caller would wait: the refusal is the answer, at once."""
     asked = []

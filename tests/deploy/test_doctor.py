@@ -24,6 +24,13 @@ def test_this_machine_is_examined_in_a_table(capsys: pytest.CaptureFixture[str])
         assert name in shown
 
 
+@pytest.mark.parametrize("port", ["-1", "65536"])
+def test_a_port_that_is_none_is_refused(port: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """It was tried all the same, and ended with the socket's traceback."""
+    assert cli.main(["doctor", "--port", port]) == 2
+    assert f"port={port}: must be from 0 to 65535" in capsys.readouterr().err
+
+
 def test_programs_get_the_same_as_json(capsys: pytest.CaptureFixture[str]) -> None:
     """Every finding has a state; whatever is not ok says how to mend it."""
     cli.main(["doctor", "--json"])
