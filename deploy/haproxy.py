@@ -14,6 +14,7 @@ one's doors until Ray says which they are, and the socket that `argosy serve` ke
 
 import contextlib
 import csv
+import http.client
 import json
 import random
 import re
@@ -41,6 +42,11 @@ _STARTING: Final = {
     "param": None,
     "code": None,
 }
+# what HAProxy answers by itself to a request that it began to read; to what is no HTTP at all it has its own page
+_UNREADABLE: Final = {
+    400: "the request can't be read, or whoever sent it closed the connection before the answer",
+    408: "the request was not here after 30 s; send all of its body",
+}
 _SCRIPT: Final = r"""#!/bin/sh
 # Stands in for HAProxy; see argosy/deploy/haproxy.py.
 folder=${0%/*}
@@ -61,6 +67,8 @@ for file; do
     http-request del-header x-request-id unless { req.fhdr(x-request-id) -m reg ^[!-~]*$ }\
     http-request del-header traceparent unless { req.fhdr(traceparent) -m reg ^[!-~]*$ }\
     option http-buffer-request\
+    errorfile 400 '"$folder"'/400.http\
+    errorfile 408 '"$folder"'/408.http\
     acl makes_nothing path /v1/completions /v1/chat/completions /tokenize /detokenize\
     http-request disable-l7-retry if { method POST } !makes_nothing\
     http-request return status 404 if { path -i /-/routes }' \
@@ -96,6 +104,16 @@ def _refusal() -> str:
     return rule.replace("\\", r"\\")
 
 
+def _write_answers(folder: Path) -> None:
+    """Errors of HAProxy's own have the shape of ours, which clients read; they were pages for browsers."""
+    for status, message in _UNREADABLE.items():
+        error = {"message": message, "type": "invalid_request_error", "param": None, "code": None}
+        body = json.dumps({"error": error})
+        head = f"HTTP/1.1 {status} {http.client.responses[status]}\r\ncontent-type: application/json\r\n"
+        text = f"{head}content-length: {len(body)}\r\nconnection: close\r\n\r\n{body}"
+        (folder / f"{status}.http").write_text(text, encoding="ascii", newline="")
+
+
 def keeps_door(folder: Path, host: str, port: int) -> contextlib.AbstractContextManager[object]:
     """Holds the door's socket for every HAProxy of that folder; nothing where there is none, or no port was named."""
     if not (folder / "haproxy").is_file() or not port:
@@ -126,6 +144,7 @@ def environment(folder: Path) -> dict[str, str]:
         text = text.replace(name, word)
     script.write_text(text, encoding="utf-8")
     script.chmod(0o700)
+    _write_answers(folder)
     return {
         "RAY_SERVE_ENABLE_HA_PROXY": "1",
         "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),

@@ -283,11 +283,26 @@ DEFAULTS = """    timeout connect 5s
     timeout server 20s"""
 
 
-def front_of(folder: Path, settings: dict[str, str], text: str) -> "subprocess.Popen[bytes]":
+@contextmanager
+def front_of(folder: Path, settings: dict[str, str], text: str) -> Iterator[None]:
     """HAProxy as Ray starts it, with that configuration."""
     config = folder / "haproxy.cfg"
     config.write_text(text)
-    return subprocess.Popen([settings["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)])
+    with subprocess.Popen([settings["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)]) as front:
+        try:
+            yield
+        finally:
+            front.kill()
+
+
+def until_open(port: int) -> None:
+    """Until somebody listens there, for half a minute."""
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline:
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) == 0:
+                return
+        time.sleep(0.02)
 
 
 @pytest.mark.skipif(haproxy.find() is None, reason="Ray Serve has no HAProxy for this machine")
@@ -310,14 +325,8 @@ frontend http_frontend
 backend default_backend
     server door 127.0.0.1:{door}
 """
-        front = front_of(tmp_path, settings, text)
-        try:
-            deadline = time.monotonic() + 30
-            while time.monotonic() < deadline:
-                with socket.socket() as probe:
-                    if probe.connect_ex(("127.0.0.1", port)) == 0:
-                        break
-                time.sleep(0.02)
+        with front_of(tmp_path, settings, text):
+            until_open(port)
             statuses = {}
             for path in ("/v1/completions", "/v1/files"):
                 client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
@@ -328,11 +337,39 @@ backend default_backend
                 client.send(b"{" + b" " * 40_000 + b"}")
                 statuses[path] = client.getresponse().status
                 client.close()
-        finally:
-            front.kill()
-            front.wait()
     assert statuses == {"/v1/completions": 200, "/v1/files": 502}
     assert [line.split()[1] for line in read] == ["/v1/completions"] * 2 + ["/v1/files"]
+
+
+@pytest.mark.skipif(haproxy.find() is None, reason="Ray Serve has no HAProxy for this machine")
+def test_what_the_front_refuses_by_itself_has_our_shape(tmp_path: Path) -> None:
+    """A client that closed its side when it had sent all, and one whose body stays away, got pages for browsers."""
+    settings = haproxy.environment(tmp_path)
+    program = Path(settings["RAY_SERVE_HAPROXY_BINARY_PATH"])
+    program.write_text(program.read_text().replace("http-request 30s", "http-request 300ms"))
+    port, answers = free_port("127.0.0.1"), []
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        text = f"""defaults
+    mode http
+    option abortonclose
+{DEFAULTS}
+frontend http_frontend
+    bind 127.0.0.1:{port}
+    default_backend default_backend
+backend default_backend
+    server door 127.0.0.1:{silent.getsockname()[1]}
+"""
+        with front_of(tmp_path, settings, text):
+            until_open(port)
+            for length in (1, 2):
+                with socket.create_connection(("127.0.0.1", port), timeout=20) as client:
+                    client.sendall(b"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: %d\r\n\r\n{" % length)
+                    if length == 1:
+                        client.shutdown(socket.SHUT_WR)
+                    answer = http.client.HTTPResponse(client)
+                    answer.begin()
+                    answers.append((answer.status, json.loads(answer.read())["error"]["type"]))
+    assert answers == [(400, "invalid_request_error"), (408, "invalid_request_error")]
 
 
 @pytest.mark.skipif(haproxy.find() is None, reason="Ray Serve has no HAProxy for this machine")
@@ -355,13 +392,9 @@ backend default_backend
             for text in (full + f"backend http-doors\n    server door 127.0.0.1:{door}\n", empty):
                 client = http.client.HTTPConnection("127.0.0.1", port, timeout=30)
                 client.request("POST", "/v1/files", b"{}")  # before there is a front
-                front = front_of(folder, settings, text)
-                try:
+                with front_of(folder, settings, text):
                     status = client.getresponse().status
-                finally:
-                    front.kill()
-                    front.wait()
-                    client.close()
+                client.close()
         assert (status, len(read)) == (200, 2)  # the second life asked the first one's door, which answers then
         assert not (folder / "l").exists()
         with pytest.raises(ConnectionRefusedError):
