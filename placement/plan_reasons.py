@@ -11,8 +11,9 @@ from argosy.placement.rank_memory import Serving, StageBytes
 from argosy.placement.swap_plan import host_bytes_by_node, plan_host_blocks
 from argosy.placement.topology import ClusterTopology
 
-# what the cost model can't tell apart: of such layouts the better one by the other objective is taken
-CLOSE: Final = 0.05
+# What the cost model can't tell apart: throughputs are foretold within 7.4 %, and within 10 % for layouts that were not
+# fitted. Of such layouts the better one by the other objective is taken.
+CLOSE: Final = 0.08
 
 
 def score_of(candidate: Candidate, options: PlanOptions) -> float:
