@@ -286,9 +286,8 @@ DEFAULTS = """    timeout connect 5s
 @contextmanager
 def front_of(folder: Path, settings: dict[str, str], text: str) -> Iterator[None]:
     """HAProxy as Ray starts it, with that configuration."""
-    config = folder / "haproxy.cfg"
-    config.write_text(text)
-    with subprocess.Popen([settings["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", str(config)]) as front:
+    (folder / "haproxy.cfg").write_text(text)
+    with subprocess.Popen([settings["RAY_SERVE_HAPROXY_BINARY_PATH"], "-db", "-f", folder / "haproxy.cfg"]) as front:
         try:
             yield
         finally:
@@ -345,8 +344,8 @@ backend default_backend
 def test_what_the_front_refuses_by_itself_has_our_shape(tmp_path: Path) -> None:
     """A client that closed its side when it had sent all, and one whose body stays away, got pages for browsers."""
     settings = haproxy.environment(tmp_path)
-    program = Path(settings["RAY_SERVE_HAPROXY_BINARY_PATH"])
-    program.write_text(program.read_text().replace("http-request 30s", "http-request 300ms"))
+    script = tmp_path / "haproxy"
+    script.write_text(script.read_text().replace("http-request 30s", "http-request 300ms"))
     port, answers = free_port("127.0.0.1"), []
     with socket.create_server(("127.0.0.1", 0)) as silent:
         text = f"""defaults
