@@ -5,7 +5,7 @@ on a host whose cores had time for several. So a rank goes through its launches 
 they are, and threads compile them; the compiler proper holds no lock of Python's.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -113,7 +113,7 @@ def _kind(value: Any, is_constant: bool) -> object:
     if hasattr(value, "block_shape"):  # a descriptor of the copy engine's
         return type(value), value.base.dtype, tuple(value.block_shape), str(value.layout)
     if is_constant:
-        return type(value), value
+        return type(value), value if isinstance(value, Hashable) else repr(value)
     if type(value) is int:
         return value == 1, value % 16 == 0, -(2**31) <= value < 2**31
     return type(value)

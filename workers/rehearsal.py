@@ -13,6 +13,7 @@ import torch
 import triton
 
 from argosy.kernels import compile_ahead, tuning
+from argosy.placement.switches import read_switch
 from argosy.workers.memory import LARGEST_STEP, explain_out_of_memory, largest_shapes, warm_up_shapes
 from argosy.workers.model_runner import ModelRunner
 from argosy.workers.step_recording import rehearse_graphs
@@ -21,7 +22,7 @@ from argosy.workers.step_recording import rehearse_graphs
 def is_due(runner: ModelRunner) -> bool:
     """Whether kernels are to be compiled, and there are cores to do it side by side."""
     rank = runner.rank
-    is_alone = rank.tp_size == rank.pp_size == 1
+    is_alone = rank.tp_size == rank.pp_size == 1 and read_switch("ARGOSY_REHEARSAL") is not False
     return runner.device.type == "cuda" and is_alone and _num_threads() > 1 and not _mark_of(runner).exists()
 
 

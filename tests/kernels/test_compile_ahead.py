@@ -82,6 +82,7 @@ def test_launches_differ_by_what_triton_compiles_for() -> None:
     ]  # fmt: skip
     assert len(set(others)) == len(others)
     assert kinds.of(kernel, (memory, 6, 128), {}) != kinds.of(kernel, (memory, 6, 256), {})
+    assert len({kinds.of(kernel, (memory, 6, size), {}) for size in ([1, 2], [1, 3], [1, 2])}) == 2
 
 
 def test_a_kernel_that_is_not_loaded_is_refused_only_meanwhile() -> None:

@@ -68,6 +68,8 @@ def test_one_rank_on_a_card_rehearses_until_it_is_marked(
     monkeypatch.setattr(rehearsal, "_mark_of", lambda runner: mark)
     monkeypatch.setattr(rehearsal, "_num_threads", lambda: threads)
     assert rehearsal.is_due(runner) is is_due
+    monkeypatch.setenv("ARGOSY_REHEARSAL", "0")
+    assert not rehearsal.is_due(runner)
 
 
 def test_the_mark_is_of_this_model_these_limits_and_these_kernels(
