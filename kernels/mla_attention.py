@@ -27,6 +27,7 @@ from argosy.kernels.kv_scales import has_scales
 
 HEADS = 16  # of a program: the rows of a tensor core's tile
 MAX_SPLITS = 64
+WIDE_BYTES = 112 << 10  # on chip, that tiles of 32 keys take in float32
 
 
 @triton.jit
@@ -180,12 +181,14 @@ def decode(
         return out_RNC
     longest = min(max_context or block_table_RB.shape[1] * block_size, block_table_RB.shape[1] * block_size)
     groups = triton.cdiv(num_heads, HEADS)
-    splits = num_splits_for(num_rows * groups, longest, tuning.device_facts(q_latent_RNC.device).num_sms)
+    facts = tuning.device_facts(q_latent_RNC.device)
+    splits = num_splits_for(num_rows * groups, longest, facts.num_sms)
+    keys = 32 if q_latent_RNC.element_size() == 2 or facts.shared_bytes >= WIDE_BYTES else 16
     part = torch.empty((num_rows, splits, num_heads, c), dtype=torch.float32, device=q_latent_RNC.device)
     peak, total = torch.empty((2, num_rows, splits, num_heads), dtype=torch.float32, device=q_latent_RNC.device)
     _decode_kernel[(num_rows, groups, splits)](
         q_latent_RNC, q_rotated_RNP, latent_cache, key_cache, block_table_RB, context_len_R, part, peak, total, scale,
-        num_heads, splits, block_table_RB.stride(0), C=c, P=p, S=block_size, HEADS=HEADS, KEYS=32,
+        num_heads, splits, block_table_RB.stride(0), C=c, P=p, S=block_size, HEADS=HEADS, KEYS=keys,
         KV_SCALES=has_scales(latent_cache), num_warps=4, num_stages=2,
     )  # fmt: skip
     _join_kernel[(num_rows, num_heads)](

@@ -23,6 +23,7 @@ from argosy.kernels import (
     fp8_reference,
     fp8_split,
     gemv,
+    mla_attention,
     moe_int,
     packed_linear,
     packed_reference,
@@ -81,6 +82,15 @@ def attention(num_heads: int, num_kv_heads: int, size: int, dtype: torch.dtype) 
         yield f"prompts {tokens}/{rows} {name}", prefill_attention.prefill_attention, run, {"scale": 0.1}
 
 
+def latent(dtype: torch.dtype) -> Iterator[Launch]:
+    """Decode steps over the compressed latent of DeepSeek's models."""
+    caches = torch.zeros(64, 16, 1, 512, dtype=dtype), torch.zeros(64, 16, 1, 64, dtype=dtype)
+    for rows in (1, 64):
+        q, rotated = torch.zeros(rows, 16, 512, dtype=dtype), torch.zeros(rows, 16, 64, dtype=dtype)
+        run = (q, rotated, *caches, torch.zeros(rows, 64, dtype=torch.int32), torch.ones(rows, dtype=torch.int32))
+        yield f"latent {rows} {str(dtype)[6:]}", mla_attention.decode, run, {"scale": 0.1}
+
+
 def products(num_in: int, num_out: int) -> Iterator[Launch]:
     """Of one token and of a few, with what is fused to them."""
     weight, norm = torch.zeros(num_out, num_in, dtype=BF16), torch.zeros(num_in, dtype=BF16)
@@ -134,6 +144,8 @@ def launches(card: Card) -> Iterator[Launch]:
     for heads in HEADS:
         for dtype in (BF16, torch.float16, torch.float32):
             yield from attention(*heads, dtype)
+    for dtype in (BF16, torch.float16, torch.float32):
+        yield from latent(dtype)
     for shape in ((4096, 6144), (14336, 4096), (4096, 28672), (1024, 512)):
         yield from products(*shape)
         if card.capability >= FIRST_E4M3:

@@ -18,6 +18,7 @@ def test_what_nobody_measured_fits_a_smaller_card(compiled_for_another: Callable
     asked = {
         "prompts 300/4 16/2x256 bfloat16": 1, "linear 1 14336x4096 added": 1, "linear 8 14336x4096 added": 1,
         "8 bits 4096x512 bfloat16 8": 3, "4 bits 4096x512 bfloat16 64": 1, "expert, 8 bits 4096x512 bfloat16 16": 2,
+        "latent 64 float32": 2,
     }  # fmt: skip
     lines = compiled_for_another("L4", *asked)
     found = {words: sum(words in line for line in lines) for words in asked}
