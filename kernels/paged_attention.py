@@ -3,6 +3,8 @@
 Meaning: `reference.paged_attention`. `decode_attention` also does what `rope_and_store` would have done before.
 """
 
+from collections.abc import Sequence
+
 import torch
 import triton
 from torch import Tensor
@@ -22,6 +24,7 @@ __all__ = [
     "lean_sizes",
     "paged_attention",
     "ring_sizes",
+    "rows_of_each_kind",
 ]
 MOST_KEY_BYTES = 512  # of keys that three stages of tiles of 32 have room for on any card
 # A multiprocessor's programs of one warp each: from there to there `even_sizes` are faster, by these sizes.
@@ -46,6 +49,16 @@ def _kinds(groups: int, num_sms: int) -> tuple[str, ...]:
     if groups < 11 * num_sms:
         return ("crowd",)
     return ("throng", "crowd") if groups < 18 * num_sms else ("flood", "crowd")
+
+
+def rows_of_each_kind(num_kv_heads: int, most_rows: int, device: torch.device, known: Sequence[int] = ()) -> list[int]:
+    """The fewest rows, up to so many, that go by sizes which none of the `known` numbers of rows has: each is another
+    kernel to compile."""
+    num_sms = tuning.device_facts(device).num_sms
+    found = {_kinds(rows * num_kv_heads, num_sms): 0 for rows in known}
+    for rows in range(1, most_rows + 1):
+        found.setdefault(_kinds(rows * num_kv_heads, num_sms), rows)
+    return [rows for rows in found.values() if rows]
 
 
 def even_sizes(num_rows: int, k_cache_BSKH: Tensor) -> tuning.Sizes | None:

@@ -14,9 +14,10 @@ import triton
 
 from argosy.kernels import compile_ahead, tuning
 from argosy.placement.switches import read_switch
-from argosy.workers.memory import LARGEST_STEP, explain_out_of_memory, largest_shapes, warm_up_shapes
+from argosy.workers.memory import LARGEST_STEP, explain_out_of_memory
 from argosy.workers.model_runner import ModelRunner
 from argosy.workers.step_recording import rehearse_graphs
+from argosy.workers.warm_up import largest_shapes, warm_up_shapes
 
 
 def is_due(runner: ModelRunner) -> bool:

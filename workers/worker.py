@@ -59,12 +59,11 @@ from argosy.workers.memory import (
     explain_out_of_memory,
     measure_num_blocks,
     num_ranks_here,
-    prompt_shape,
-    warm_up_shapes,
 )
 from argosy.workers.memory_advice import check_cache_fits, less_cache
 from argosy.workers.model_runner import ModelRunner
 from argosy.workers.start_clock import StartClock
+from argosy.workers.warm_up import prompt_shape, warm_up_shapes
 
 IDLE_SECONDS = 5.0  # without a word from the driver, longer than a step: what is taken before is waited for
 EXIT_DRIVER_GONE = 3

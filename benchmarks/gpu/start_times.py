@@ -53,8 +53,8 @@ def profile_rank(model: str, max_num_seqs: int) -> None:
     """One rank in this process, with the cache that the starts before filled: what Python spends its time on."""
     from profile_step import make_runner
 
-    from argosy.workers.memory import warm_up_shapes
     from argosy.workers.model_runner import ModelRunner
+    from argosy.workers.warm_up import warm_up_shapes
 
     made: list[ModelRunner] = []
     for name, act in (

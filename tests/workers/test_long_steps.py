@@ -20,8 +20,9 @@ from argosy.cluster.protocol.errors import ConfigError, PlacementImpossible
 from argosy.workers import host_memory
 from argosy.workers.attention.base import AttentionMetadata
 from argosy.workers.long_steps import NUM_BUFFERS, cut
-from argosy.workers.memory import MemoryLedger, largest_shapes, measure_num_blocks
+from argosy.workers.memory import MemoryLedger, measure_num_blocks
 from argosy.workers.step_inputs import StepInputs
+from argosy.workers.warm_up import largest_shapes
 
 NUM_TOKENS = 8
 LONG = {"max_num_batched_tokens": 64, "activation_offload_gb": "auto", "activation_slice_tokens": 5}

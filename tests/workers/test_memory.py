@@ -27,7 +27,7 @@ from argosy.placement.swap_space import staging_bytes
 from argosy.placement.topology import Gpu
 from argosy.workers import memory
 from argosy.workers.device import MemoryReading
-from argosy.workers.memory import MemoryLedger, measure_num_blocks, warm_up_shapes
+from argosy.workers.memory import MemoryLedger, measure_num_blocks
 from argosy.workers.memory_advice import check_cache_fits, less_cache
 from argosy.workers.worker import Worker
 
@@ -294,50 +294,6 @@ def test_an_allocation_that_fails_names_what_to_change() -> None:
         memory.explain_out_of_memory("recording graphs", "use fewer"),
     ):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 50 GiB. GPU 0 has ...\nmore")
-
-
-def test_warming_up_fits_the_settings_and_leaves_no_trace(tmp_path: Path) -> None:
-    """One row, one token, a tiny budget: no shape may exceed them, and block 0 is as empty as before."""
-    config = oracle_config(tmp_path, max_num_seqs=2, max_num_batched_tokens=3)
-    rank = InProcessRank(config, 4)
-    shapes = warm_up_shapes(rank.runner)
-    assert all(rows <= 2 and rows * tokens <= 3 for rows, tokens, *_ in shapes)
-    rank.runner.device = torch.device("cuda")  # only asked for its name
-    for rows, tokens, *beside in warm_up_shapes(rank.runner):
-        assert rows + sum(beside[:1]) <= 2
-        assert rows * tokens + sum(beside[:1]) <= 3
-    rank.runner.device = torch.device("cpu")
-    rank.runner.warm_up([*shapes, (1, 2, 1)])
-    assert rank.runner.kv_cache is not None
-    assert all(not cache.any() for layer in rank.runner.kv_cache.layers for cache in layer)
-    assert not rank.runner.batch.active
-    assert rank.runner.sampler.is_greedy
-
-
-def test_a_card_meets_rows_behind_a_long_context_before_the_first_request(tmp_path: Path) -> None:
-    """Their pieces are kernels of their own; one that is compiled while requests wait costs them a second."""
-    config = oracle_config(tmp_path, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=900)
-    rank = InProcessRank(config, 4)
-    rank.runner.device = torch.device("cuda")  # only asked for its name
-    shapes = [(*shape, 0, 0)[:4] for shape in warm_up_shapes(rank.runner)]
-    rank.runner.device = torch.device("cpu")
-    assert {beside for *_, beside, context in shapes if context} == {1, 32}
-    assert any(rows > 1 and 1 < tokens < 32 and context for rows, tokens, _, context in shapes), "few queries a row"
-    for rows, tokens, beside, context in shapes:
-        assert rows + beside <= 64
-        assert rows * tokens + beside <= 512
-        assert tokens + context <= 900
-    rank.runner.warm_up([(2, 8, 3, 40)])
-    assert not rank.runner.batch.active
-
-
-def test_a_card_meets_a_prompt_whose_keys_are_read_often_however_few_rows_may_run(tmp_path: Path) -> None:
-    """Over a cache in 8 bits such prompts attend by a kernel that neither the largest step nor short prompts take."""
-    config = oracle_config(tmp_path, max_num_seqs=64, max_num_batched_tokens=1024, max_model_len=900)
-    rank = InProcessRank(config, 4)
-    rank.runner.device = torch.device("cuda")  # only asked for its name
-    assert (1, 512, 63) in warm_up_shapes(rank.runner)
-    rank.runner.device = torch.device("cpu")
 
 
 def test_a_card_gets_the_blocks_that_were_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
