@@ -51,10 +51,9 @@ def _kinds(groups: int, num_sms: int) -> tuple[str, ...]:
     return ("throng", "crowd") if groups < 18 * num_sms else ("flood", "crowd")
 
 
-def rows_of_each_kind(num_kv_heads: int, most_rows: int, device: torch.device, known: Sequence[int] = ()) -> list[int]:
+def rows_of_each_kind(num_kv_heads: int, most_rows: int, num_sms: int, known: Sequence[int] = ()) -> list[int]:
     """The fewest rows, up to so many, that go by sizes which none of the `known` numbers of rows has: each is another
-    kernel to compile."""
-    num_sms = tuning.device_facts(device).num_sms
+    kernel to compile. On a card with so many multiprocessors."""
     found = {_kinds(rows * num_kv_heads, num_sms): 0 for rows in known}
     for rows in range(1, most_rows + 1):
         found.setdefault(_kinds(rows * num_kv_heads, num_sms), rows)

@@ -6,7 +6,6 @@ tensor, and to be captured in a CUDA graph. Letters: R rows, N handles, V vocabu
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from argosy.kernels import ops, sampling_reference, tables_reference
@@ -128,10 +127,8 @@ def even_pays(num_rows: int, k_cache_BSKH: Tensor) -> bool:
     return kernel.even_sizes(num_rows, k_cache_BSKH) is not None
 
 
-def rows_of_each_kind(num_kv_heads: int, most_rows: int, device: torch.device, known: Sequence[int]) -> list[int]:
+def rows_of_each_kind(num_kv_heads: int, most_rows: int, num_sms: int, known: Sequence[int]) -> list[int]:
     """Numbers of decode rows for which attention has kernels that none of the `known` numbers needs."""
-    if device.type != "cuda":
-        return []
     from argosy.kernels import paged_attention as kernel
 
-    return kernel.rows_of_each_kind(num_kv_heads, most_rows, device, known)
+    return kernel.rows_of_each_kind(num_kv_heads, most_rows, num_sms, known)

@@ -3,6 +3,7 @@ request waits for a compiler. (rows, tokens a row, rows of one token beside, tok
 
 from argosy.cluster.protocol.model_spec import kv_heads_per_rank
 from argosy.kernels import step_ops
+from argosy.placement.step_memory import EVEN_CARD
 from argosy.workers.long_steps import NUM_BUFFERS
 from argosy.workers.model_runner import ModelRunner
 
@@ -45,8 +46,9 @@ def warm_up_shapes(runner: ModelRunner) -> list[tuple[int, ...]]:
     tokens = min(CPU_PROMPT_TOKENS, scheduler.max_num_batched_tokens, runner.max_model_len)
     if runner.device.type == "cuda":
         heads = kv_heads_per_rank(runner.spec, runner.rank.tp_size)
+        # by the multiprocessors of the card that sizes were measured on, whatever this one has: ranks must agree
         few, some, many = 1, 32, min(256, scheduler.max_num_seqs - 1)
-        others = step_ops.rows_of_each_kind(heads, scheduler.max_num_seqs - 1, runner.device, (few, some, many))
+        others = step_ops.rows_of_each_kind(heads, scheduler.max_num_seqs - 1, EVEN_CARD, (few, some, many))
         wanted = [(tokens, few), (4 * tokens, some), (16 * tokens, many), *((tokens, rows) for rows in others)]
         mixed: list[tuple[int, ...]] = [
             (1, count, beside)

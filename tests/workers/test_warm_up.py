@@ -9,18 +9,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from rig import InProcessRank, oracle_config
 
-from argosy.kernels import paged_attention, step_ops, tuning
+from argosy.kernels import paged_attention, step_ops
 from argosy.workers.warm_up import warm_up_shapes
 
 
-@pytest.fixture
-def hopper(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What launchers ask about a card that is not here."""
-    facts = tuning.DeviceFacts("nvidia_h200", 132, overlaps=True)
-    monkeypatch.setattr(tuning, "device_facts", lambda device: facts)
-
-
-@pytest.mark.usefixtures("hopper")
 def test_warming_up_fits_the_settings_and_leaves_no_trace(tmp_path: Path) -> None:
     """One row, one token, a tiny budget: no shape may exceed them, and block 0 is as empty as before."""
     config = oracle_config(tmp_path, max_num_seqs=2, max_num_batched_tokens=3)
@@ -39,19 +31,16 @@ def test_warming_up_fits_the_settings_and_leaves_no_trace(tmp_path: Path) -> Non
     assert rank.runner.sampler.is_greedy
 
 
-@pytest.mark.usefixtures("hopper")
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4, 8, 16])
 def test_no_number_of_rows_attends_by_sizes_that_the_warm_up_had_not(num_kv_heads: int) -> None:
     """The first batch of prompts over two cards waited a second for three kernels: beside 33, 264 and 363 rows."""
-    known, card = (1, 32, 256), torch.device("cuda")
-    others = step_ops.rows_of_each_kind(num_kv_heads, 1023, card, known)
+    known = (1, 32, 256)
+    others = step_ops.rows_of_each_kind(num_kv_heads, 1023, 132, known)
     met = {paged_attention._kinds(rows * num_kv_heads, 132) for rows in (*known, *others)}
     assert {paged_attention._kinds(rows * num_kv_heads, 132) for rows in range(1, 1024)} == met
     assert len(others) == len(met) - len({paged_attention._kinds(rows * num_kv_heads, 132) for rows in known})
-    assert step_ops.rows_of_each_kind(num_kv_heads, 1023, torch.device("cpu"), known) == []
 
 
-@pytest.mark.usefixtures("hopper")
 def test_a_card_meets_each_kind_of_rows_before_the_first_request(tmp_path: Path) -> None:
     """Two key/value heads: 16, 66, 133, 528 and 726 rows beside a prompt; behind a context those that it cuts."""
     config = oracle_config(tmp_path, max_num_seqs=1024, max_num_batched_tokens=2048, max_model_len=900)
@@ -66,7 +55,6 @@ def test_a_card_meets_each_kind_of_rows_before_the_first_request(tmp_path: Path)
     assert behind == {beside for *_, beside, _ in shapes if 0 < beside <= 256}
 
 
-@pytest.mark.usefixtures("hopper")
 def test_a_card_meets_rows_behind_a_long_context_before_the_first_request(tmp_path: Path) -> None:
     """Their pieces are kernels of their own; one that is compiled while requests wait costs them a second."""
     config = oracle_config(tmp_path, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=900)
@@ -84,7 +72,6 @@ def test_a_card_meets_rows_behind_a_long_context_before_the_first_request(tmp_pa
     assert not rank.runner.batch.active
 
 
-@pytest.mark.usefixtures("hopper")
 def test_a_card_meets_a_prompt_whose_keys_are_read_often_however_few_rows_may_run(tmp_path: Path) -> None:
     """Over a cache in 8 bits such prompts attend by a kernel that neither the largest step nor short prompts take."""
     config = oracle_config(tmp_path, max_num_seqs=64, max_num_batched_tokens=1024, max_model_len=900)
