@@ -19,16 +19,23 @@ def test_warming_up_fits_the_settings_and_leaves_no_trace(tmp_path: Path) -> Non
     rank = InProcessRank(config, 4)
     shapes = warm_up_shapes(rank.runner)
     assert all(rows <= 2 and rows * tokens <= 3 for rows, tokens, *_ in shapes)
-    rank.runner.device = torch.device("cuda")  # only asked for its name
-    for rows, tokens, *beside in warm_up_shapes(rank.runner):
-        assert rows + sum(beside[:1]) <= 2
-        assert rows * tokens + sum(beside[:1]) <= 3
-    rank.runner.device = torch.device("cpu")
+    for rows, tokens, beside, _ in shapes_on_a_card(rank):
+        assert rows + beside <= 2
+        assert rows * tokens + beside <= 3
     rank.runner.warm_up([*shapes, (1, 2, 1)])
     assert rank.runner.kv_cache is not None
     assert all(not cache.any() for layer in rank.runner.kv_cache.layers for cache in layer)
     assert not rank.runner.batch.active
     assert rank.runner.sampler.is_greedy
+
+
+def shapes_on_a_card(rank: InProcessRank) -> list[tuple[int, ...]]:
+    """(rows, tokens a row, rows of one token beside, tokens in the cache before); the device is only asked for its
+    name."""
+    rank.runner.device = torch.device("cuda")
+    shapes = [(*shape, 0, 0)[:4] for shape in warm_up_shapes(rank.runner)]
+    rank.runner.device = torch.device("cpu")
+    return shapes
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 4, 8, 16])
@@ -45,9 +52,7 @@ def test_a_card_meets_each_kind_of_rows_before_the_first_request(tmp_path: Path)
     """Two key/value heads: 16, 66, 133, 528 and 726 rows beside a prompt; behind a context those that it cuts."""
     config = oracle_config(tmp_path, max_num_seqs=1024, max_num_batched_tokens=2048, max_model_len=900)
     rank = InProcessRank(config, 4)
-    rank.runner.device = torch.device("cuda")  # only asked for its name
-    shapes = [(*shape, 0, 0)[:4] for shape in warm_up_shapes(rank.runner)]
-    rank.runner.device = torch.device("cpu")
+    shapes = shapes_on_a_card(rank)
     heads = rank.runner.spec.num_kv_heads
     kinds = {paged_attention._kinds(rows * heads, 132) for rows in range(1, 1024)}
     assert {paged_attention._kinds(beside * heads, 132) for *_, beside, _ in shapes if beside} == kinds
@@ -59,9 +64,7 @@ def test_a_card_meets_rows_behind_a_long_context_before_the_first_request(tmp_pa
     """Their pieces are kernels of their own; one that is compiled while requests wait costs them a second."""
     config = oracle_config(tmp_path, max_num_seqs=64, max_num_batched_tokens=512, max_model_len=900)
     rank = InProcessRank(config, 4)
-    rank.runner.device = torch.device("cuda")  # only asked for its name
-    shapes = [(*shape, 0, 0)[:4] for shape in warm_up_shapes(rank.runner)]
-    rank.runner.device = torch.device("cpu")
+    shapes = shapes_on_a_card(rank)
     assert {beside for *_, beside, context in shapes if context} >= {1, 32}
     assert any(rows > 1 and 1 < tokens < 32 and context for rows, tokens, _, context in shapes), "few queries a row"
     for rows, tokens, beside, context in shapes:
@@ -76,6 +79,4 @@ def test_a_card_meets_a_prompt_whose_keys_are_read_often_however_few_rows_may_ru
     """Over a cache in 8 bits such prompts attend by a kernel that neither the largest step nor short prompts take."""
     config = oracle_config(tmp_path, max_num_seqs=64, max_num_batched_tokens=1024, max_model_len=900)
     rank = InProcessRank(config, 4)
-    rank.runner.device = torch.device("cuda")  # only asked for its name
-    assert (1, 512, 63) in warm_up_shapes(rank.runner)
-    rank.runner.device = torch.device("cpu")
+    assert (1, 512, 63, 0) in shapes_on_a_card(rank)
