@@ -206,8 +206,7 @@ class Worker:
             is_auto = isinstance(self.config.offload.swap_space, str)  # what is asked for others may have taken already
             num_ranks = num_ranks_here(self.runner, of_all_replicas=is_auto)
             num_host_blocks = choose_num_host_blocks(self.config, self.runner.block_bytes, num_ranks)
-        self._compile(self.runner)
-        measured = measure_num_blocks(self.runner, self.ledger)
+        measured = self._measure(self.runner)
         check_cache_fits(self.runner, self.ledger, measured)
         self._clock.mark("measuring memory")
         self.channel.send(
@@ -260,8 +259,9 @@ class Worker:
                 self.ledger.move("buffers", "slice buffers", runner.long_steps.buffer_bytes)
         return report.num_bytes
 
-    def _compile(self, runner: ModelRunner) -> None:
-        """On a card: the kernels of all steps side by side, where this was not done yet."""
+    def _measure(self, runner: ModelRunner) -> int:
+        """How many blocks there is room for. On a card the kernels of all steps are compiled before, side by side,
+        where this was not done yet."""
         if self.ledger.meter is not None:
             from argosy.workers import rehearsal  # Triton's: only where a card is
 
@@ -270,6 +270,7 @@ class Worker:
                 rehearsal.rehearse(runner)
                 self.ledger.meter.release()
                 self._clock.mark("compiling kernels")
+        return measure_num_blocks(runner, self.ledger)
 
     def _allocate(self, message: AllocateCache) -> None:
         assert self.runner is not None

@@ -21,6 +21,7 @@ import torch
 from compile_only import prepare
 from triton import knobs
 from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 from argosy.kernels import compile_ahead, rms_norm
 prepare()
 about, launchers = [], []
@@ -33,8 +34,14 @@ def launch():
         for dtype in (torch.bfloat16, torch.float32):
             rms_norm.rms_norm(torch.zeros(rows, 128, dtype=dtype), weight, 1e-5)
 
+asked, run = [], JITFunction.run
+JITFunction.run = lambda kernel, *args, **options: (asked.append(kernel), run(kernel, *args, **options))[1]
 with compile_ahead.compiling_ahead(2):
     launch()
+    once = len(asked)
+    launch()
+assert len(asked) == once, "Triton was asked for what it had been asked for"
+JITFunction.run = run
 ahead = list(about)
 about.clear()
 launch()

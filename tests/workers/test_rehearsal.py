@@ -3,6 +3,7 @@
 import random
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,7 @@ from rig import InProcessRank, Run, answers, greedy, make_config, transformers_g
 
 from argosy.kernels import compile_ahead
 from argosy.kernels.compile_ahead import NotLoaded
-from argosy.workers import cuda_graphs, prompt_graphs, rehearsal, step_recording
+from argosy.workers import cuda_graphs, prompt_graphs, rehearsal, step_recording, worker
 from argosy.workers.recording import Recorder
 
 
@@ -125,3 +126,36 @@ def test_a_step_runs_before_it_is_recorded_only_where_it_has_to(alone: bool, loa
     recorder = Captures(alone=alone, loaded=loaded)
     assert recorder.record(recorder.step) == (None, "made")
     assert recorder.said == said
+
+
+@pytest.mark.parametrize(("tp_size", "alone"), [(1, True), (2, False)])
+def test_a_group_runs_each_step_before_it_records_it(
+    tp_size: int, alone: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else a rank that has loaded its kernels would go on, and one that has not would wait for it."""
+    made: list[bool] = []
+    graphs = SimpleNamespace(record=lambda recorder, on_progress: None)
+    monkeypatch.setattr(step_recording, "graph_sizes", lambda runner: [1])
+    monkeypatch.setattr(step_recording, "recorded_prompts", lambda runner: [])
+    monkeypatch.setattr(step_recording, "make_graphs", lambda runner, rows, kinds: graphs)
+    monkeypatch.setattr(step_recording, "Recorder", lambda device, alone=False: made.append(alone))
+    runner: Any = SimpleNamespace(device=None, rank=SimpleNamespace(tp_size=tp_size))
+    assert step_recording.record_graphs(runner, None) is graphs
+    assert made == [alone]
+
+
+@pytest.mark.parametrize(("is_card", "is_due"), [(True, True), (True, False), (False, True)])
+def test_a_rank_compiles_before_it_measures(is_card: bool, is_due: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a card, where it was not done: what that took of the device is given back, and its seconds are told apart."""
+    said: list[object] = []
+    monkeypatch.setattr(rehearsal, "is_due", lambda runner: is_due)
+    monkeypatch.setattr(rehearsal, "rehearse", lambda runner: said.append("compiled"))
+    monkeypatch.setattr(worker, "measure_num_blocks", lambda *about: said.append("measured"))
+    rank = object.__new__(worker.Worker)
+    meter = SimpleNamespace(release=lambda: said.append("released")) if is_card else None
+    rank.ledger = SimpleNamespace(meter=meter)  # type: ignore[assignment]  # a stand-in
+    rank._clock = SimpleNamespace(mark=said.append)  # type: ignore[assignment]  # a stand-in
+    rank._progress = lambda phase, done: said.append(phase)  # type: ignore[method-assign]  # a stand-in
+    rank._measure(SimpleNamespace())  # type: ignore[arg-type]  # a stand-in
+    compiled = ["compiling kernels", "compiled", "released", "compiling kernels"]
+    assert said == [*(compiled if is_card and is_due else []), "measured"]
