@@ -142,7 +142,9 @@ def shape_from(args: argparse.Namespace) -> ModelShape:
     shape = _read_shape(args.model, options)
     most = shape.spec.max_position
     if args.max_model_len is not None and args.max_model_len > most:  # `argosy serve` would refuse it
-        raise ConfigError(f"max_model_len={args.max_model_len} exceeds the {most} positions of {shape.name}")
+        raise ConfigError(
+            f"max_model_len={args.max_model_len} exceeds the {most} positions of {shape.name}; use {most} or less"
+        )
     return shape
 
 
