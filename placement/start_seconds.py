@@ -21,7 +21,7 @@ from argosy.placement.step_memory import (
     shared_ladder,
 )
 
-WARM_UP_STEPS: Final = 18  # of a few rows, before any is recorded
+WARM_UP_STEPS: Final = 26  # before any is recorded: `workers/warm_up.py` for 8B on one card
 
 
 def start_of(report: PlanReport) -> float:
